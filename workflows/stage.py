@@ -1,0 +1,145 @@
+"""What every stage does alike: skip what stands, go on with what is half-made, record the rest, tell the user.
+
+A stage hands `run_stage` its settings (only those that its result depends on: never `resources`, `tracking` or `out`),
+its parents and a body. The body writes under `StageRun.path` and returns counts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from smalti import artifact, storage
+from smalti.artifact import Artifact, Workspace
+from smalti.progress import Progress
+from smalti.progress import log as log_line
+from smalti.tracking import Tracker
+from smalti.workflows.mlflow_tracking import absolute, open_tracker
+
+if TYPE_CHECKING:
+    from smalti.schema import Recipe
+
+
+@dataclass
+class StageRun:
+    """A stage at work. `scores` may be filled by the body; they end in the artifact's record and in MLflow."""
+
+    name: str
+    path: str
+    recipe: Recipe
+    tracker: Tracker
+    resumed: bool
+    fingerprint: str
+    scores: dict[str, Any] = field(default_factory=dict)
+
+    def log(self, message: str) -> None:
+        """One plain line on the terminal, headed by the stage's name."""
+        log_line(f"{self.name}: {message}")
+
+    def progress(self, total: int, unit: str) -> Progress:
+        """A progress bar with rate and ETA, labelled with the stage's name."""
+        return Progress(total, unit, self.name)
+
+
+Body = Callable[[StageRun], Mapping[str, int]]
+
+
+def stage_path(recipe: Recipe, name: str) -> str:
+    """`<out>/<name>`; `name` may be nested (`tokenizer/phases/semantic`)."""
+    return storage.join(absolute(recipe.out), *name.split("/"))
+
+
+def run_stage(
+    recipe: Recipe,
+    name: str,
+    kind: str,
+    config: dict[str, Any],
+    parents: Mapping[str, Artifact],
+    body: Body,
+    *,
+    tracker: Tracker | None = None,
+) -> Artifact:
+    """The stage's finished artifact: found in `<out>/<name>` or in a `share` folder, or made now by `body`.
+
+    `tracker` is the recipe's run (default: opened here); the stage gets a child run, which is FAILED when the body
+    raises. The error itself goes on to the caller. Errors: ArtifactError when the place holds another config.
+    """
+    path = stage_path(recipe, name)
+    wanted = artifact.fingerprint(kind, config, parents)
+    done = _standing(recipe, name, path, wanted)
+    if done is None:
+        place = artifact.begin(path, kind, config, parents)
+        if isinstance(place, Artifact):
+            done = place
+    if done is not None:
+        log_line(f"{name}: skipped, stands already in {done.path} (fingerprint {done.fingerprint})")
+        return done
+    assert isinstance(place, Workspace)
+    parent = open_tracker(recipe) if tracker is None else tracker
+    try:
+        result = _make(recipe, name, config, parents, place, body, parent.child(name))
+        parent.tags({f"smalti.artifact.{name}": result.fingerprint})
+    except BaseException:
+        if tracker is None:
+            _finish_failed(parent, name)
+        raise
+    if tracker is None:
+        parent.finish()
+    return result
+
+
+def _standing(recipe: Recipe, name: str, path: str, wanted: str) -> Artifact | None:
+    """A finished artifact of this fingerprint, looked for at home, then in the `share` folders."""
+    if Artifact.find(path) is not None:
+        return None  # `begin` tells whether it is the same one
+    for other in recipe.share:
+        found = Artifact.find(storage.join(absolute(other), *name.split("/")))
+        if found is not None and found.fingerprint == wanted:
+            return found
+    return None
+
+
+def _make(
+    recipe: Recipe,
+    name: str,
+    config: dict[str, Any],
+    parents: Mapping[str, Artifact],
+    place: Workspace,
+    body: Body,
+    tracker: Tracker,
+) -> Artifact:
+    """Run the body inside its child run and finish the artifact."""
+    run = StageRun(name, place.path, recipe, tracker, place.resumed, place.fingerprint)
+    sources = ", ".join(f"{key} {parent.path}" for key, parent in parents.items()) or "the recipe's source"
+    run.log(f"{'going on' if place.resumed else 'starting'} on {sources}; output in {place.path}")
+    started = time.monotonic()
+    try:
+        tracker.tags(_tags(run, parents))
+        tracker.params(config)
+        counts = dict(body(run))
+        result = place.finish(counts=counts, seconds=time.monotonic() - started, scores=run.scores)
+        numbers: dict[str, float] = {f"count/{key}": float(value) for key, value in counts.items()}
+        numbers |= {key: float(value) for key, value in run.scores.items() if isinstance(value, int | float)}
+        tracker.metrics(numbers | {"duration_s": result.seconds})
+        tracker.finish()
+    except BaseException:
+        _finish_failed(tracker, name)
+        raise
+    told = ", ".join(f"{value:,} {key}" for key, value in counts.items())
+    run.log(f"finished in {result.seconds:.1f} s" + (f": {told}" if told else ""))
+    return result
+
+
+def _tags(run: StageRun, parents: Mapping[str, Artifact]) -> dict[str, str]:
+    tags = {"smalti.stage": run.name, "smalti.path": run.path, "smalti.fingerprint": run.fingerprint}
+    return tags | {f"smalti.parent.{key}": parent.fingerprint for key, parent in parents.items()}
+
+
+def _finish_failed(tracker: Tracker, name: str) -> None:
+    """Mark the run FAILED. A store that is down as well is told of, and must not hide the first error."""
+    try:
+        tracker.finish("FAILED")
+    except Exception as error:
+        log_line(f"{name}: the MLflow run could not be marked FAILED: {error}")
