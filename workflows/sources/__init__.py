@@ -1,0 +1,69 @@
+"""Where images come from: one file a source, each giving groups (see `base`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from smalti.errors import DataError
+from smalti.schema import CorpusSection
+from smalti.workflows.sources.base import IMAGE_SUFFIXES, Group, Locator, Lost, Pairs, Sample, filesystem, suffix
+from smalti.workflows.sources.easy_vqa import easy_vqa_groups
+from smalti.workflows.sources.folder import folder_groups
+from smalti.workflows.sources.generated import generated_groups
+from smalti.workflows.sources.parquet import parquet_groups
+from smalti.workflows.sources.webdataset import is_tar, tar_groups
+
+__all__ = ["SOURCES", "Group", "Locator", "Lost", "Pairs", "Sample", "detect", "find_groups"]
+
+SOURCES: dict[str, Callable[[str, CorpusSection, int], Sequence[Group]]] = {
+    "folder": folder_groups,
+    "webdataset": tar_groups,
+    "parquet": parquet_groups,
+    "easy-vqa": easy_vqa_groups,
+    "generated": generated_groups,
+}
+
+
+def find_groups(source: str | list[str] | None, section: CorpusSection, seed: int) -> list[Group]:
+    """All groups of a source or of several, in the order given. Errors: DataError when one cannot be found."""
+    if not source:
+        raise DataError(
+            "corpus.source is not set. Name a folder of images, WebDataset tars, Parquet files, or easy-vqa:train."
+        )
+    sources = [source] if isinstance(source, str) else source
+    groups: list[Group] = []
+    for one in sources:
+        kind = detect(one) if section.format == "auto" else section.format
+        groups += SOURCES[kind](one, section, seed)
+    return groups
+
+
+def detect(source: str) -> str:
+    """The format of a source, by its name, or by what lies in the folder. Errors: DataError when it is unclear."""
+    for name in ("easy-vqa", "generated"):
+        if source == name or source.startswith(name + ":"):
+            return name
+    if is_tar(source):
+        return "webdataset"
+    if source.lower().endswith((".parquet", ".pq")):
+        return "parquet"
+    fs, inside = filesystem(source)
+    if not fs.isdir(inside):
+        raise DataError(
+            f"corpus.source: {source} is neither a folder nor a .tar or .parquet file or pattern. "
+            "Check the path, or set corpus.format."
+        )
+    return _detect_folder(source, fs.find(inside))
+
+
+def _detect_folder(source: str, names: list[str]) -> str:
+    """Images win over Parquet, Parquet over tars; a folder with two of them is unclear."""
+    kinds = {
+        "folder": any(suffix(name) in IMAGE_SUFFIXES for name in names),
+        "parquet": any(suffix(name) in (".parquet", ".pq") for name in names),
+        "webdataset": any(is_tar(name) for name in names),
+    }
+    found = [kind for kind, there in kinds.items() if there]
+    if len(found) > 1:
+        raise DataError(f"corpus.source: {source} holds several kinds of data ({', '.join(found)}). Set corpus.format.")
+    return found[0] if found else "folder"

@@ -1,0 +1,147 @@
+"""What every source of images gives: groups, the units of reading; a group gives samples and what it could not use.
+
+A group is a small, picklable record. `samples` reads it once, in order; every thing in it that stands for an image
+comes out exactly once, as a `Sample` or as a `Lost`. `reader` gives the bytes of a sample again by its locator, so that
+shards can be written after duplicates and the split are known, without holding the images in between.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import fsspec
+
+from smalti.errors import DataError
+
+IMAGE_SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .apng .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .avif".split()
+)
+Locator = tuple[int, int]
+ReadBytes = Callable[[Locator], bytes]
+Pairs = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image as found: encoded bytes and what is said about it. `locator` finds the bytes again in its group."""
+
+    key: str
+    locator: Locator
+    data: bytes
+    caption: str | None = None
+    label: str | None = None
+    qa: Pairs = ()
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Something that stands for an image (or for an unknown number of them) and cannot be used."""
+
+    key: str
+    reason: str
+    detail: str
+
+
+class Group(Protocol):
+    """A unit of reading; `source` names it for people (a path or URL)."""
+
+    @property
+    def source(self) -> str: ...
+
+    def samples(self) -> Iterator[Sample | Lost]: ...
+
+    def reader(self) -> AbstractContextManager[ReadBytes]: ...
+
+
+def clean_text(value: Any) -> str | None:
+    """Text with single spaces; None for nothing: null, NaN, empty. A list gives its first text (several captions)."""
+    if isinstance(value, list | tuple):
+        return next((text for text in map(clean_text, value) if text), None)
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", errors="replace")
+    return " ".join(str(value).split()) or None
+
+
+def read_pairs(record: Mapping[str, Any]) -> Pairs:
+    """Question-answer pairs of a record: `qa` as a list of {question, answer} or of two texts, and `question` with
+    `answer` (texts, or lists of one length). Errors: ValueError when they cannot be read so."""
+    found: list[tuple[Any, Any]] = []
+    for item in record.get("qa") or []:
+        if isinstance(item, Mapping):
+            found.append((item.get("question"), item.get("answer")))
+        elif isinstance(item, list | tuple) and len(item) == 2:
+            found.append((item[0], item[1]))
+        else:
+            raise ValueError(f"qa holds {item!r}; expected {{question, answer}}")
+    if record.get("question") is not None:
+        question, answer = record["question"], record.get("answer")
+        if isinstance(question, list | tuple) and isinstance(answer, list | tuple):
+            found += zip(question, answer, strict=True)
+        else:
+            found.append((question, answer))
+    pairs = [(clean_text(question), clean_text(answer)) for question, answer in found]
+    if any(question is None or answer is None for question, answer in pairs):
+        raise ValueError("a question without an answer, or the other way round")
+    return tuple((question, answer) for question, answer in pairs if question and answer)
+
+
+def suffix(path: str) -> str:
+    """`.jpg` of `a/b.JPG`; empty without one."""
+    name = path.rsplit("/", 1)[-1]
+    dot = name.rfind(".")
+    return name[dot:].lower() if dot > 0 else ""
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a relative path is an operating system's litter: dot files and folders, `__MACOSX`, `Thumbs.db`."""
+    parts = path.split("/")
+    return any(part.startswith((".", "__MACOSX")) for part in parts) or parts[-1].lower() in ("thumbs.db", "desktop.ini")
+
+
+def filesystem(path: str) -> tuple[Any, str]:
+    """The fsspec file system of a path or URL, and the path in it."""
+    fs, inside = fsspec.core.url_to_fs(path)
+    return fs, inside
+
+
+def expand(pattern: str) -> list[str]:
+    """Files that a path, glob or brace pattern (`{00000..00012}`, `{a,b}`) names, sorted within each alternative.
+
+    Errors: DataError when a pattern or a plain path names nothing.
+    """
+    found: list[str] = []
+    for path in _braces(pattern):
+        fs, inside = filesystem(path)
+        if any(char in path for char in "*?["):
+            names = sorted(str(fs.unstrip_protocol(name)) for name in fs.glob(inside))
+        else:
+            names = [path] if fs.exists(inside) else []
+        if not names:
+            where = "" if path == pattern else f" (of {pattern})"
+            raise DataError(f"corpus.source: nothing is found at {path}{where}. Check the path, and quote patterns.")
+        found += [name.removeprefix("file://") for name in names]
+    return found
+
+
+def _braces(pattern: str) -> list[str]:
+    """Every alternative of a brace pattern, left to right; `{01..10}` keeps the zeros."""
+    start = pattern.find("{")
+    end = pattern.find("}", start)
+    if start < 0 or end < 0:
+        return [pattern]
+    body, rest = pattern[start + 1 : end], _braces(pattern[end + 1 :])
+    first, dots, last = body.partition("..")
+    if dots and first.isdigit() and last.isdigit():
+        step = 1 if int(first) <= int(last) else -1
+        middle = [str(n).zfill(len(first)) for n in range(int(first), int(last) + step, step)]
+    elif "," in body:
+        middle = body.split(",")
+    else:
+        raise DataError(f"corpus.source: {{{body}}} in {pattern} is neither a range such as 00000..00012 nor a list a,b.")
+    return [pattern[:start] + part + tail for part in middle for tail in rest]

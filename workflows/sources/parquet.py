@@ -1,0 +1,168 @@
+"""Parquet files with image bytes: a binary column, or Hugging Face's struct {bytes, path}; columns by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from smalti.errors import DataError
+from smalti.schema import CorpusSection
+from smalti.workflows.sources.base import Locator, Lost, ReadBytes, Sample, clean_text, expand, filesystem, read_pairs
+
+ROWS_A_BATCH = 128
+DEFAULT_CAPTION, DEFAULT_LABEL = "caption", "label"
+
+
+@dataclass(frozen=True)
+class ParquetGroup:
+    """Some row groups of one file. `names` are the classes of an integer label (Hugging Face's ClassLabel)."""
+
+    path: str
+    row_groups: tuple[int, ...]
+    image: str
+    caption: str | None
+    label: str | None
+    pairs: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    torn: str | None = None
+
+    @property
+    def source(self) -> str:
+        return self.path
+
+    def samples(self) -> Iterator[Sample | Lost]:
+        if self.torn is not None:
+            yield Lost("", "torn_file", self.torn)
+            return
+        columns = [name for name in (self.image, self.caption, self.label, *self.pairs) if name is not None]
+        with _open(self.path) as file:
+            for number in self.row_groups:
+                row = 0
+                try:
+                    for batch in file.iter_batches(ROWS_A_BATCH, row_groups=[number], columns=columns):
+                        for record in batch.to_pylist():
+                            yield self._sample(f"{number}:{row}", (number, row), record)
+                            row += 1
+                except (pa.ArrowException, OSError) as error:
+                    if isinstance(error, OSError) and error.errno is not None:
+                        raise  # the system's (a lost connection, a full disk), not the file's
+                    for left in range(row, file.metadata.row_group(number).num_rows):
+                        yield Lost(f"{number}:{left}", "torn_file", f"row group {number} cannot be read: {error}")
+
+    @contextmanager
+    def reader(self) -> Iterator[ReadBytes]:
+        with _open(self.path) as file:
+            held: dict[int, pa.ChunkedArray] = {}
+
+            def read(locator: Locator) -> bytes:
+                number, row = locator
+                if number not in held:
+                    held.clear()
+                    held[number] = file.read_row_group(number, columns=[self.image]).column(0)
+                value = held[number][row].as_py()
+                return value["bytes"] if isinstance(value, dict) else value
+
+            yield read
+
+    def _sample(self, key: str, locator: Locator, record: dict[str, Any]) -> Sample | Lost:
+        image = record[self.image]
+        data = image.get("bytes") if isinstance(image, dict) else image
+        if data is None:
+            path = image.get("path") if isinstance(image, dict) else None
+            return Lost(key, "no_image", f"the row holds no bytes{f', only the path {path}' if path else ''}")
+        try:
+            qa = read_pairs({name: record[name] for name in self.pairs})
+        except (ValueError, TypeError) as error:
+            return Lost(key, "bad_metadata", str(error))
+        label = record[self.label] if self.label else None
+        if self.names and isinstance(label, int):
+            label = self.names[label] if 0 <= label < len(self.names) else None  # -1: Hugging Face's "no label"
+        caption = clean_text(record[self.caption]) if self.caption else None
+        return Sample(key, locator, bytes(data), caption, clean_text(label), qa)
+
+
+@contextmanager
+def _open(path: str) -> Iterator[pq.ParquetFile]:
+    fs, inside = filesystem(path)
+    with fs.open(inside, "rb") as stream, pq.ParquetFile(stream) as file:
+        yield file
+
+
+def parquet_groups(source: str, section: CorpusSection, seed: int) -> list[ParquetGroup]:
+    """Groups of at least `shard_images` rows (whole row groups) of the files that a path, pattern or folder names.
+
+    Errors: DataError when a column is missing (it names those there) or the image column cannot hold an image.
+    """
+    fs, inside = filesystem(source) if "{" not in source else (None, "")
+    if fs is not None and fs.isdir(inside):
+        paths = [str(fs.unstrip_protocol(path)).removeprefix("file://") for path in sorted(fs.find(inside))]
+        paths = [path for path in paths if path.endswith((".parquet", ".pq"))]
+        if not paths:
+            raise DataError(f"corpus.source: no Parquet file lies in {source}. Name files, or set corpus.format.")
+    else:
+        paths = expand(source)
+    return [group for path in paths for group in _file_groups(path, section)]
+
+
+def _file_groups(path: str, section: CorpusSection) -> list[ParquetGroup]:
+    try:
+        with _open(path) as file:
+            schema, sizes = file.schema_arrow, [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+    except pa.ArrowException as error:
+        return [ParquetGroup(path, (), section.image_column, None, None, torn=f"no Parquet footer: {error}")]
+    _check_image(path, schema, section.image_column)
+    caption = _column(path, schema, section.caption_column, "caption_column", DEFAULT_CAPTION, "text")
+    label = _column(path, schema, section.label_column, "label_column", DEFAULT_LABEL, None)
+    pairs = tuple(name for name in ("qa", "question", "answer") if name in schema.names)
+    groups: list[ParquetGroup] = []
+    numbers: list[int] = []
+    rows = 0
+    for number, size in enumerate(sizes):
+        numbers.append(number)
+        rows += size
+        if rows >= section.shard_images or number == len(sizes) - 1:
+            names = _class_names(schema, label)
+            groups.append(ParquetGroup(path, tuple(numbers), section.image_column, caption, label, pairs, names))
+            numbers, rows = [], 0
+    return groups
+
+
+def _check_image(path: str, schema: pa.Schema, name: str) -> None:
+    if name not in schema.names:
+        raise DataError(
+            f"{path} has no column {name!r} with images; its columns are {', '.join(schema.names)}. "
+            "Set corpus.image_column to one of them."
+        )
+    kind = schema.field(name).type
+    inner = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
+    if not (pa.types.is_binary(inner) or pa.types.is_large_binary(inner) or pa.types.is_fixed_size_binary(inner)):
+        raise DataError(
+            f"{path}: column {name!r} is {kind}; expected encoded image bytes (binary) or a struct {{bytes, path}}. "
+            f"The columns are {', '.join(f'{field.name}: {field.type}' for field in schema)}."
+        )
+
+
+def _column(path: str, schema: pa.Schema, name: str, key: str, default: str, other: str | None) -> str | None:
+    """The column to use: the one named; when the default is not there, `other` or none."""
+    if name in schema.names:
+        return name
+    if name != default:
+        raise DataError(
+            f"{path} has no column {name!r} (corpus.{key}); its columns are {', '.join(schema.names)}."
+        )
+    return other if other in schema.names else None
+
+
+def _class_names(schema: pa.Schema, label: str | None) -> tuple[str, ...]:
+    """Class names that Hugging Face's `datasets` keeps in the schema's metadata; empty without."""
+    raw = (schema.metadata or {}).get(b"huggingface")
+    if raw is None or label is None:
+        return ()
+    feature = json.loads(raw).get("info", {}).get("features", {}).get(label)
+    return tuple(feature.get("names") or ()) if isinstance(feature, dict) else ()
