@@ -1,0 +1,94 @@
+"""The chain of stages: corpus → encoder → features → codebook → tokenizer → tokens → mllm → export → evaluation.
+
+`run_recipe` runs all of it, or one stage. What stands already with the same fingerprint is skipped. Baselines of the
+recipe run just before the evaluation, which shows their scores beside the recipe's own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from smalti.artifact import Artifact
+from smalti.config import dump, with_overrides
+from smalti.progress import log
+from smalti.schema import Recipe
+from smalti.storage import join
+from smalti.tracking import Tracker
+from smalti.workflows.mlflow_tracking import flatten, open_tracker
+from smalti.workflows.ray_session import ensure_ray
+
+STAGES = ("corpus", "encoder", "features", "codebook", "tokenizer", "tokens", "mllm", "export", "evaluate")
+_GUIDANCE_ONLY = ("features", "codebook")  # they make the semantic codebook
+
+
+def run_recipe(recipe: Recipe, *, only: str | None = None) -> list[Artifact]:
+    """Run every stage of the recipe in order, or `only` one; returns the artifacts, finished or found.
+
+    A whole run ends with `<out>/report.html` and `<out>/report.json`. Errors of a stage propagate as `SmaltiError`;
+    the same command goes on where it stopped.
+    """
+    started = time.time()
+    with ensure_ray(recipe), _run_of(open_tracker(recipe)) as tracker:
+        if only:
+            return [_stage(only)(recipe, tracker)]
+        artifacts = [_stage(name)(recipe, tracker) for name in stages_of(recipe)[:-1]]
+        for name in recipe.baselines:
+            _run_baseline(recipe, name, tracker)
+        artifacts.append(_stage("evaluate")(recipe, tracker))
+    finish(recipe, artifacts, started)
+    return artifacts
+
+
+@contextmanager
+def _run_of(tracker: Tracker) -> Iterator[Tracker]:
+    """The run while the body goes on; ended as FINISHED, or as FAILED when an error leaves the body."""
+    try:
+        yield tracker
+    except BaseException:
+        tracker.finish("FAILED")
+        raise
+    tracker.finish()
+
+
+def stages_of(recipe: Recipe) -> list[str]:
+    """Names of the stages that this recipe needs, in order."""
+    return [name for name in STAGES if recipe.tokenizer.guidance or name not in _GUIDANCE_ONLY]
+
+
+def baseline_recipe(recipe: Recipe, name: str) -> Recipe:
+    """The recipe of one baseline: the overrides applied, in `<out>/baselines/<name>`, sharing what is the same."""
+    own: dict[str, Any] = {
+        "name": f"{recipe.name}-{name}",
+        "out": join(recipe.out, "baselines", name),
+        "share": [recipe.out, *recipe.share],
+        "baselines": {},
+    }
+    return with_overrides(recipe, {**recipe.baselines[name], **own})
+
+
+def finish(recipe: Recipe, artifacts: list[Artifact], started: float) -> None:
+    """Write the report and print the table of scores with the paths to look at."""
+    from smalti.workflows import report
+
+    html, json_path = report.build(recipe, artifacts, recipe.out, started=started)
+    print(report.table(artifacts[-1].scores))
+    print(f"report  {html}\n        {json_path}\nmodel   {join(recipe.out, 'export')}")
+
+
+def _run_baseline(recipe: Recipe, name: str, tracker: Tracker) -> None:
+    baseline = baseline_recipe(recipe, name)
+    log(f"baseline {name}: {', '.join(f'{k}={v}' for k, v in flatten(recipe.baselines[name]).items())}")
+    with _run_of(tracker.child(f"baseline {name}")) as child:
+        child.params(dump(baseline))
+        for stage in stages_of(baseline):
+            _stage(stage)(baseline, child)
+
+
+def _stage(name: str) -> Any:
+    """The `run(recipe, tracker)` of a stage; its room is loaded when it is needed."""
+    return importlib.import_module(f"smalti.workflows.{name}").run
+

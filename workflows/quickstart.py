@@ -1,0 +1,76 @@
+"""`smalti quickstart`: the whole chain, small, on this machine; on easy-vqa, or on a folder of one's own pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from smalti.config import find_recipe, load_recipe, with_overrides
+from smalti.errors import ConfigError, DataError
+from smalti.progress import log
+from smalti.schema import Recipe
+from smalti.storage import exists
+from smalti.workflows.chain import run_recipe
+
+RECIPE = "semhitok-quickstart.yaml"
+MIN_IMAGES = 16
+VECTORS_A_CODE = 16
+
+
+def run(out: str, images: str | None = None, overrides: Sequence[str] = ()) -> None:
+    """Train a tokenizer and a language model, score them, and write `<out>/report.html`.
+
+    `images`: a folder (captions in `.txt` files beside the pictures, or class folders) instead of easy-vqa. Errors:
+    ConfigError when it does not exist, DataError when fewer than 16 of its images can be used.
+    """
+    recipe = load_recipe(find_recipe(RECIPE), [f"out={out}", *overrides])
+    log(f"smalti quickstart: {'easy-vqa' if images is None else images} → {recipe.out}")
+    log("the chain: corpus → encoder → features → codebook → tokenizer → tokens → mllm → export → evaluation")
+    if images is not None:
+        if not exists(images):
+            raise ConfigError(f"--images {images}: there is no such folder. Name one that holds images.")
+        recipe = _own_images(with_overrides(recipe, _corpus_of(images)))
+    run_recipe(recipe)
+
+
+def _corpus_of(images: str) -> dict[str, Any]:
+    """Overrides that put a folder in the place of easy-vqa: a tenth is held out, and there are no questions."""
+    return {
+        "name": "quickstart-own-images",
+        "corpus.source": images,
+        "corpus.format": "auto",
+        "corpus.val_source": None,
+        "corpus.val_fraction": 0.1,
+        "corpus.shard_images": 250,
+        "baselines": {},
+    }
+
+
+def _own_images(recipe: Recipe) -> Recipe:
+    """Sizes that fit what the folder holds: codes by the number of patches, batches by the number of images."""
+    corpus = run_recipe(recipe, only="corpus")[0]
+    num_images = corpus.counts["train"]
+    if num_images < MIN_IMAGES or not corpus.counts.get("val"):
+        raise DataError(
+            f"{recipe.corpus.source} gave {num_images} training and {corpus.counts.get('val', 0)} held-out images; "
+            f"the quickstart needs at least {MIN_IMAGES} and 1. Add images; {corpus.path} tells what was left out."
+        )
+    size = recipe.codebook.size
+    while size > 16 and size * VECTORS_A_CODE > num_images * _patches(recipe):
+        size //= 2
+    sections = ("encoder.train.train", "tokenizer.semantic.train", "tokenizer.pixel.train", "mllm.train")
+    batches = {f"{section}.batch_size": min(_batch(recipe, section), num_images) for section in sections}
+    return with_overrides(recipe, {"codebook.size": size, **batches})
+
+
+def _patches(recipe: Recipe) -> int:
+    """Patches an image, by the numbers of the encoder that the recipe trains."""
+    assert recipe.encoder.train is not None
+    return (recipe.corpus.image_size // recipe.encoder.train.patch_size) ** 2
+
+
+def _batch(recipe: Recipe, section: str) -> int:
+    value: Any = recipe
+    for key in section.split("."):
+        value = getattr(value, key)
+    return int(value.batch_size)

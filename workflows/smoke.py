@@ -1,0 +1,161 @@
+"""`--smoke`: any recipe shrunk to seconds, on the same code path.
+
+Images are generated; a pretrained SigLIP or language model is replaced by a tiny random one of the same classes, saved
+in the output folder and loaded from there like any other. Kinds, losses, phases and switches stay as the recipe says.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from smalti.config import with_overrides
+from smalti.schema import EncoderTrain, Recipe
+from smalti.storage import atomic_local_dir, exists, join
+
+_TRAIN = {"steps": 3, "batch_size": 4, "micro_batch_size": None, "warmup": 0, "checkpoint_every": 2, "log_every": 1}
+_VIT = {"dim": 16, "layers": 1, "heads": 2}
+_NUM_PATCHES_A_SIDE = 4
+
+
+def shrink(recipe: Recipe) -> Recipe:
+    """The same recipe at toy size, in `<out>-smoke`; makes the tiny stand-ins for pretrained models there."""
+    out = recipe.out.rstrip("/") + "-smoke"
+    values: dict[str, Any] = {"out": out, "name": f"{recipe.name}-smoke", "share": []}
+    values |= _data(recipe) | _tokenizer(recipe) | _model(recipe, out)
+    return with_overrides(recipe, values)
+
+
+def _data(recipe: Recipe) -> dict[str, Any]:
+    return {
+        "corpus.source": "generated:48",
+        "corpus.val_source": "generated:16:val",
+        "corpus.format": "generated",
+        "corpus.image_size": 32,
+        "corpus.shard_images": 16,
+        "corpus.limit": None,
+        "features.batch_size": 8,
+        "tokens.batch_size": 8,
+        "codebook.size": 16,
+        "codebook.coarse": min(recipe.codebook.coarse, 4),
+        "codebook.iterations": 2,
+        "codebook.sample": None,
+        "evaluate.images": 16,
+        "evaluate.questions": 8,
+        "evaluate.vrr_images": 16,
+        "evaluate.drawings": min(recipe.evaluate.drawings, 1),
+        "evaluate.prompts": ["a red circle", "a blue rectangle"],
+        "evaluate.batch_size": 8,
+    }
+
+
+def _train(section: str, recipe_train: Any) -> dict[str, Any]:
+    """Overrides of one training section: few steps, and accumulation where the recipe accumulates."""
+    values = {f"{section}.{key}": value for key, value in _TRAIN.items()}
+    if recipe_train.micro_batch_size:
+        values[f"{section}.micro_batch_size"] = 2
+    return values
+
+
+def _loss(section: str, loss: Any) -> dict[str, Any]:
+    """A GAN that starts within the few steps; LPIPS without a weights file becomes the encoder's features."""
+    values: dict[str, Any] = {f"{section}.gan.channels": 8, f"{section}.gan.layers": 1}
+    if loss.gan.weight:
+        values[f"{section}.gan.start_step"] = 1
+    if loss.perceptual.kind == "lpips" and not (loss.perceptual.weights and exists(loss.perceptual.weights)):
+        values[f"{section}.perceptual.kind"] = "encoder"
+    return values
+
+
+def _tokenizer(recipe: Recipe) -> dict[str, Any]:
+    tokenizer = recipe.tokenizer
+    values: dict[str, Any] = {
+        "tokenizer.semantic.dim": 8,
+        "tokenizer.semantic.decoder_dim": 16,
+        "tokenizer.semantic.decoder_heads": 2,
+        "tokenizer.pixel.codes": min(tokenizer.pixel.codes, 4),
+        "tokenizer.pixel.dim": 4,
+        "tokenizer.pixel.init_steps": min(tokenizer.pixel.init_steps, 1),
+    }
+    for part in ("encoder", "decoder"):
+        values |= {f"tokenizer.pixel.{part}.{key}": value for key, value in _VIT.items()}
+    values |= _train("tokenizer.semantic.train", tokenizer.semantic.train)
+    values |= _train("tokenizer.pixel.train", tokenizer.pixel.train)
+    values |= _loss("tokenizer.pixel.loss", tokenizer.pixel.loss)
+    if tokenizer.decoder:
+        values |= {f"tokenizer.decoder.decoder.{key}": value for key, value in _VIT.items()}
+        values |= _train("tokenizer.decoder.train", tokenizer.decoder.train)
+        values |= _loss("tokenizer.decoder.loss", tokenizer.decoder.loss)
+    return values
+
+
+def _model(recipe: Recipe, out: str) -> dict[str, Any]:
+    values: dict[str, Any] = {"mllm.max_length": 128, "mllm.loss_chunk": 64, "mllm.adapter_hidden": None}
+    values |= _train("mllm.train", recipe.mllm.train)
+    if recipe.encoder.train:
+        tiny = {"patch_size": 32 // _NUM_PATCHES_A_SIDE, "hidden_size": 16, "layers": 1, "heads": 2, "text_layers": 1}
+        values |= {f"encoder.train.{key}": value for key, value in tiny.items()}
+        values |= _train("encoder.train.train", recipe.encoder.train.train)
+    else:
+        values["encoder.pretrained"] = _tiny_siglip(join(out, "stand-ins", "siglip"))
+    if recipe.mllm.config:
+        tiny = {"hidden_size": 32, "layers": 2, "heads": 2, "kv_heads": 1, "intermediate_size": 64}
+        values |= {f"mllm.config.{key}": value for key, value in (tiny | {"text_vocab_size": 300}).items()}
+    else:
+        values["mllm.pretrained"] = _tiny_qwen2(join(out, "stand-ins", "qwen2"))
+    return values
+
+
+def _words() -> list[str]:
+    """Text enough for a byte-level BPE of some hundred tokens."""
+    return [f"a {colour} {shape}" for colour in ("red", "green", "blue") for shape in ("circle", "rectangle", "triangle")]
+
+
+def _tiny_siglip(path: str) -> str:
+    """A random SigLIP with its tokenizer at `path`: 32 px, 4 x 4 patches, width 16."""
+    if exists(join(path, "config.json")):
+        return path
+    import torch
+
+    from smalti.mllm.bpe import train_bpe
+    from smalti.tokenizers.siglip import build_siglip
+
+    size = EncoderTrain(patch_size=32 // _NUM_PATCHES_A_SIDE, hidden_size=16, layers=2, heads=2, text_layers=1)
+    tokenizer = train_bpe(_words(), 300)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build_siglip(size, 32, len(tokenizer), pad_id=tokenizer.pad_token_id, eos_id=tokenizer.eos_token_id)
+    with atomic_local_dir(path) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return path
+
+
+def _tiny_qwen2(path: str) -> str:
+    """A random Qwen2 with its tokenizer at `path`: width 32, 2 layers, tied head as in the small Qwen2.5 models."""
+    if exists(join(path, "config.json")):
+        return path
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from smalti.mllm.bpe import train_bpe
+
+    tokenizer = train_bpe(_words(), 300)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer) + 16,  # padded past the tokenizer, as the published ones are
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Qwen2ForCausalLM(config)
+    with atomic_local_dir(path) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return path
