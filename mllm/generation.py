@@ -1,0 +1,207 @@
+"""Images from text and answers about images, with one language model: a unified model or its plain export.
+
+Axes: B sequences, R rows of the batch (B, or 2B with guidance), L prompt positions, T codes, K visual codes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smalti.errors import VocabularyError
+from smalti.mllm.model import UnifiedModel
+from smalti.mllm.prompts import LINE_END, TextEncoder
+from smalti.mllm.vocabulary import VisualVocabulary
+from smalti.schema import Sampling
+
+
+@torch.no_grad()
+def draw(
+    lm: nn.Module,
+    vocabulary: VisualVocabulary,
+    prompts_ids: Sequence[Sequence[int]],
+    *,
+    tokens: int,
+    sampling: Sampling,
+    seed: int | Sequence[int] = 0,
+    unconditional_ids: Sequence[int] | None = None,
+) -> Tensor:
+    """Codes of one image a prompt: int64 (B, tokens) in [0, num_codes), on the CPU.
+
+    prompts_ids: each ends with `<start_of_image>` (`TextEncoder.caption_prompt`). Guidance, ℓ = ℓ_u + s (ℓ_c − ℓ_u), comes
+    before temperature, top-k and top-p; both halves run in one batch with one key–value cache, and the head is applied to
+    the visual rows only. `cfg` 1 runs no unconditional half; `temperature` 0 takes the best code.
+    seed: one number, from which each sample of the batch gets its own, or the samples' own. A sample's random numbers depend
+    on its seed alone, so it comes out the same in any batch (up to rounding in the network).
+    """
+    if not prompts_ids:
+        return torch.empty((0, tokens), dtype=torch.int64)
+    guided = sampling.cfg != 1.0
+    rows = [list(prompt) for prompt in prompts_ids]
+    if guided:
+        begin = [] if vocabulary.bos is None else [vocabulary.bos]
+        unconditional = [*begin, vocabulary.boi] if unconditional_ids is None else list(unconditional_ids)
+        rows += [unconditional] * len(prompts_ids)
+    decoder = _Decoder(lm, rows, vocabulary.pad)
+    head = decoder.head_rows(vocabulary.first_visual, vocabulary.num_codes)
+    uniform_BT = sample_uniform(_seeds(seed, len(prompts_ids)), tokens)
+    codes_BT = torch.empty((len(prompts_ids), tokens), dtype=torch.int64)
+    for t in range(tokens):
+        logits_RK = head(decoder.last_RH).float()
+        if guided:
+            conditional_BK, unconditional_BK = logits_RK.chunk(2)
+            logits_RK = unconditional_BK + sampling.cfg * (conditional_BK - unconditional_BK)
+        codes_B = choose(logits_RK, sampling, uniform_BT[:, t].to(logits_RK.device))
+        codes_BT[:, t] = codes_B.cpu()
+        if t + 1 < tokens:
+            ids_B = codes_B + vocabulary.first_visual
+            decoder.step(torch.cat([ids_B, ids_B]) if guided else ids_B)
+    return codes_BT
+
+
+@torch.no_grad()
+def answer(
+    lm: nn.Module,
+    hf_tokenizer: Any,
+    vocabulary: VisualVocabulary,
+    codes_BT: Tensor,
+    questions: Sequence[str],
+    max_new_tokens: int = 32,
+) -> list[str]:
+    """The greedy answer to one question about each image (B of both), as text on one line.
+
+    Only text ids can come out. A row ends at the end token or at a line's end.
+    """
+    if len(codes_BT) != len(questions):
+        raise ValueError(f"{len(codes_BT)} images but {len(questions)} questions; give one question an image.")
+    if not len(questions):
+        return []
+    text = TextEncoder(hf_tokenizer, vocabulary)
+    images = vocabulary.to_ids(codes_BT).tolist()
+    rows = [
+        [*text.begin(), vocabulary.und_start, *image, vocabulary.und_end, *text.question_prompt(question)]
+        for image, question in zip(images, questions, strict=True)
+    ]
+    ends = end_ids(lm, vocabulary)
+    decoder = _Decoder(lm, rows, vocabulary.pad)
+    head = decoder.head_rows(0, vocabulary.num_text)
+    banned = torch.tensor(sorted(i for i in text.reserved - ends if i < vocabulary.num_text), dtype=torch.int64)
+    answers: list[list[int]] = [[] for _ in rows]
+    running = set(range(len(rows)))
+    for _ in range(max_new_tokens):
+        logits_BV = head(decoder.last_RH).float().index_fill_(1, banned.to(decoder.device), -torch.inf)
+        ids_B = logits_BV.argmax(-1)
+        for b, token in enumerate(ids_B.tolist()):
+            if b not in running:
+                continue
+            if token in ends:
+                running.discard(b)
+                continue
+            answers[b].append(token)
+            if LINE_END in hf_tokenizer.decode([token]):
+                running.discard(b)
+        if not running:
+            break
+        decoder.step(ids_B)
+    return [hf_tokenizer.decode(ids).split(LINE_END)[0].strip() for ids in answers]
+
+
+def choose(logits_BK: Tensor, sampling: Sampling, uniform_B: Tensor) -> Tensor:
+    """One code a row: int64 (B,). Temperature, then top-k, then top-p, then the inverse of the distribution at `uniform_B`."""
+    if sampling.temperature == 0:
+        return logits_BK.argmax(-1)
+    logits_BK = logits_BK / sampling.temperature
+    if 0 < sampling.top_k < logits_BK.shape[1]:
+        least_B1 = logits_BK.topk(sampling.top_k, dim=-1).values[:, -1:]
+        logits_BK = logits_BK.masked_fill(logits_BK < least_B1, -torch.inf)
+    probabilities_BK = logits_BK.double().softmax(-1)
+    if sampling.top_p < 1:
+        probabilities_BK = _nucleus(probabilities_BK, sampling.top_p)
+    sums_BK = probabilities_BK.cumsum(-1)
+    drawn_B = torch.searchsorted(sums_BK, (uniform_B.double() * sums_BK[:, -1])[:, None], right=True).squeeze(1)
+    last_B = probabilities_BK.shape[1] - 1 - (probabilities_BK > 0).flip(-1).int().argmax(-1)
+    return torch.minimum(drawn_B, last_B)
+
+
+def _nucleus(probabilities_BK: Tensor, top_p: float) -> Tensor:
+    """Zero outside the smallest set of codes whose probabilities reach `top_p` (at least the best one is kept)."""
+    sorted_BK, order_BK = probabilities_BK.sort(dim=-1, descending=True, stable=True)
+    before_BK = sorted_BK.cumsum(-1) - sorted_BK
+    kept_BK = sorted_BK * (before_BK < max(top_p, torch.finfo(torch.float64).tiny))
+    return torch.zeros_like(probabilities_BK).scatter_(1, order_BK, kept_BK)
+
+
+def sample_uniform(seeds: Sequence[int], tokens: int) -> Tensor:
+    """Random numbers in [0, 1) for each sample and token: float64 (B, tokens); a row depends on its own seed alone."""
+    rows = [torch.rand(tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds]
+    return torch.stack(rows)
+
+
+def sample_seed(seed: int, index: int) -> int:
+    """The seed of sample `index` of a run: a hash, so that neighbouring runs share no sample."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{index}".encode()).digest()[:8], "big") >> 1
+
+
+def end_ids(lm: nn.Module, vocabulary: VisualVocabulary) -> set[int]:
+    """Ids that end a text: the tokenizer's end token and those of the model's generation config (chat turn ends)."""
+    generation = getattr(lm.lm if isinstance(lm, UnifiedModel) else lm, "generation_config", None)
+    found = getattr(generation, "eos_token_id", None)
+    more = [] if found is None else [found] if isinstance(found, int) else list(found)
+    return {vocabulary.eos, *more}
+
+
+def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
+    if isinstance(seed, int):
+        return [sample_seed(seed, index) for index in range(count)]
+    if len(seed) != count:
+        raise ValueError(f"{len(seed)} seeds for {count} prompts; give one number, or one a prompt.")
+    return list(seed)
+
+
+class _Decoder:
+    """One batch of left-padded rows run through a language model with a key–value cache."""
+
+    last_RH: Tensor
+
+    def __init__(self, lm: nn.Module, rows: Sequence[Sequence[int]], pad: int) -> None:
+        self.causal_lm: Any = lm.lm if isinstance(lm, UnifiedModel) else lm
+        self.embed = lm.inputs_embeds if isinstance(lm, UnifiedModel) else self.causal_lm.get_input_embeddings()
+        self.device = next(lm.parameters()).device
+        if any(not row for row in rows):
+            raise VocabularyError("An empty prompt cannot be continued: it must hold at least one token.")
+        self.longest = max(len(row) for row in rows)
+        ids = [[pad] * (self.longest - len(row)) + list(row) for row in rows]
+        mask = [[0] * (self.longest - len(row)) + [1] * len(row) for row in rows]
+        self.mask_RL = torch.tensor(mask, dtype=torch.int64, device=self.device)
+        self.cache: Any = None
+        self._run(torch.tensor(ids, dtype=torch.int64, device=self.device))
+
+    def head_rows(self, start: int, count: int) -> nn.Module:
+        """The output head cut to `count` rows from `start`: (…, H) → (…, count)."""
+        head = self.causal_lm.get_output_embeddings()
+        part = nn.Linear(head.in_features, count, bias=head.bias is not None, device="meta")
+        part.weight = nn.Parameter(head.weight[start : start + count], requires_grad=False)
+        if head.bias is not None:
+            part.bias = nn.Parameter(head.bias[start : start + count], requires_grad=False)
+        return part
+
+    def step(self, ids_R: Tensor) -> None:
+        """Append one token to every row."""
+        self.mask_RL = torch.cat([self.mask_RL, self.mask_RL.new_ones((len(ids_R), 1))], dim=1)
+        self._run(ids_R.to(self.device)[:, None])
+
+    def _run(self, ids_RL: Tensor) -> None:
+        positions_RL = (self.mask_RL.cumsum(-1) - 1).clamp_min(0)[:, -ids_RL.shape[1] :]
+        out = self.causal_lm.base_model(
+            inputs_embeds=self.embed(ids_RL),
+            attention_mask=self.mask_RL,
+            position_ids=positions_RL,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.cache = out.past_key_values
+        self.last_RH = out.last_hidden_state[:, -1]

@@ -1,0 +1,225 @@
+"""The unified model: a causal language model whose visual inputs come from an adapter over code vectors.
+
+Axes: B sequences, L positions, N visual positions, C width of a code vector, H width of the language model.
+
+Visual tokens have no trained embedding rows: their input is `adapter(code_vectors[code])`, for understanding and generation
+alike, so while it trains the embedding matrix ends before the first visual id (for 7B and 196,608 codes that saves 0.7B
+parameters). The output head covers the whole flat vocabulary. The export writes the adapter's outputs into the missing rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smalti.errors import VocabularyError
+from smalti.mllm.adapters import Adapter
+from smalti.mllm.losses import IGNORE, LossHead
+from smalti.mllm.vocabulary import VisualVocabulary
+
+Batch = Mapping[str, Tensor]
+
+
+class UnifiedModel(nn.Module):
+    """A causal language model that sees and draws; see the module's text.
+
+    `causal_lm` is taken over and changed: its embedding matrix is cut or grown to the text and delimiter rows, its head
+    is untied and grown to the flat vocabulary (new rows: normal with the old rows' mean and deviation, from `seed`).
+    """
+
+    code_vectors_VC: Tensor
+
+    def __init__(
+        self,
+        causal_lm: Any,
+        adapter: Adapter,
+        code_vectors_VC: Tensor,
+        vocabulary: VisualVocabulary,
+        *,
+        image_loss_weight: float = 1.0,
+        loss_chunk: int = 4096,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if code_vectors_VC.shape[0] != vocabulary.num_codes:
+            raise VocabularyError(
+                f"The visual tokenizer has {code_vectors_VC.shape[0]} code vectors, but the language model's vocabulary "
+                f"has {vocabulary.num_codes} visual codes. Both must come from the same visual tokenizer."
+            )
+        check_supported(causal_lm)
+        self.lm = causal_lm
+        self.adapter = adapter
+        self.vocabulary = vocabulary
+        self.image_loss_weight, self.loss_chunk = image_loss_weight, loss_chunk
+        self.register_buffer("code_vectors_VC", code_vectors_VC.detach().float().clone(), persistent=False)
+        fit_vocabulary(causal_lm, vocabulary, torch.Generator().manual_seed(seed))
+
+    @property
+    def config(self) -> Any:
+        """The language model's configuration (DeepSpeed looks for it here)."""
+        return self.lm.config
+
+    @torch.no_grad()
+    def match_scales(self, sample: int = 1024) -> None:
+        """Fit the adapter's standardisation to the codebook and its output to the text embedding's root mean square."""
+        self.adapter.fit(self.code_vectors_VC)
+        rows = torch.linspace(0, len(self.code_vectors_VC) - 1, min(sample, len(self.code_vectors_VC))).long()
+        visual = self.adapter(self.code_vectors_VC[rows]).float().pow(2).mean().sqrt()
+        text = self.lm.get_input_embeddings().weight[: self.vocabulary.num_text].float().pow(2).mean().sqrt()
+        self.adapter.scale_output(float(text / visual.clamp_min(1e-12)))
+
+    def inputs_embeds(self, ids_BL: Tensor) -> Tensor:
+        """Token ids (any in the flat vocabulary) → (B, L, H): embedding rows for text, adapter outputs for visual ids.
+
+        The adapter runs even where there is no visual id (on one code, with no effect on the result), so that every rank
+        of a parallel run does the same communication.
+        """
+        visual_BL = self.vocabulary.is_visual(ids_BL)
+        embeds_BLH = self.lm.get_input_embeddings()(ids_BL.masked_fill(visual_BL, self.vocabulary.boi))
+        codes_N = ids_BL[visual_BL] - self.vocabulary.first_visual
+        if not len(codes_N):
+            return embeds_BLH + 0 * self.adapter(self.code_vectors_VC[:1]).sum().to(embeds_BLH.dtype)
+        vectors_NH = self.adapter(self.code_vectors_VC[codes_N]).to(embeds_BLH.dtype)
+        return embeds_BLH.masked_scatter(visual_BL[..., None], vectors_NH)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean next-token loss over the batch's labels, visual labels weighing `image_loss_weight`, and its parts.
+
+        batch: `input_ids`, `labels` (IGNORE where nothing is predicted), `attention_mask`, all int64 (B, L), padded on the
+        right; optional `answer_mask` bool (B, L); optional `loss_weight`, a scalar that the weighted sum is divided by in
+        place of this batch's own `loss_weight(labels)`. To average correctly over micro-batches and ranks of unequal label
+        counts, give each of them the global batch's total weight divided by their number.
+
+        Metrics (detached, float32, 0-d): `loss_text` and `loss_image` (unweighted means), `tokens_text` and `tokens_image`
+        (their counts, to weigh means by), and with `answer_mask` `answer_accuracy` and `tokens_answer`. A mean over
+        no token is 0 beside a count of 0.
+        """
+        hidden_BLH = self.backbone(
+            inputs_embeds=self.inputs_embeds(batch["input_ids"]),
+            attention_mask=batch["attention_mask"],
+            use_cache=False,
+        ).last_hidden_state
+        labels_N = batch["labels"][:, 1:].reshape(-1)
+        total, losses_N, correct_N = self.lm.get_output_embeddings()(
+            hidden_BLH[:, :-1].flatten(0, 1), labels_N, self._weights(labels_N), self.loss_chunk
+        )
+        divisor = batch["loss_weight"] if "loss_weight" in batch else self.loss_weight(batch["labels"])
+        answers = batch["answer_mask"][:, 1:].reshape(-1) if "answer_mask" in batch else None
+        return total / divisor.clamp_min(1e-6), self._metrics(labels_N, losses_N, correct_N, answers)
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The language model without its head."""
+        return self.lm.base_model
+
+    def loss_weight(self, labels_BL: Tensor) -> Tensor:
+        """Summed weight of the labels that count (the first position predicts nothing): a 0-d float32 tensor."""
+        return self._weights(labels_BL[:, 1:]).sum()
+
+    def _weights(self, labels: Tensor) -> Tensor:
+        weights = (labels != IGNORE).float()
+        if self.image_loss_weight == 1.0:
+            return weights
+        return weights.masked_fill(self.vocabulary.is_visual(labels), self.image_loss_weight)
+
+    def _metrics(
+        self, labels_N: Tensor, losses_N: Tensor, correct_N: Tensor, answers_N: Tensor | None
+    ) -> dict[str, Tensor]:
+        counted_N = labels_N != IGNORE
+        image_N = self.vocabulary.is_visual(labels_N)
+        metrics = {}
+        for name, where_N in (("text", counted_N & ~image_N), ("image", image_N)):
+            count = where_N.sum().float()
+            metrics[f"loss_{name}"] = losses_N.float()[where_N].sum() / count.clamp_min(1)
+            metrics[f"tokens_{name}"] = count
+        if answers_N is not None:
+            where_N = answers_N.bool() & counted_N
+            count = where_N.sum().float()
+            metrics["answer_accuracy"] = correct_N[where_N].sum() / count.clamp_min(1)
+            metrics["tokens_answer"] = count
+        return metrics
+
+
+_NEUTRAL = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
+
+
+def check_supported(causal_lm: Any) -> None:
+    """Raise VocabularyError for a language model whose logits are not simply `head(hidden)` or whose embedding rescales.
+
+    Loss, drawing and the embedding swap all rest on these two.
+    """
+    text_config = causal_lm.config.get_text_config()
+    for key, neutral in _NEUTRAL.items():
+        found = getattr(text_config, key, neutral)
+        if found not in (None, neutral):
+            raise VocabularyError(
+                f"{type(causal_lm).__name__} has {key}={found}: its logits are not a plain linear head, which this project "
+                f"does not support. Use a model such as Qwen2, Qwen3, Llama or Mistral."
+            )
+    embed, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
+    if not isinstance(embed, nn.Embedding) or not isinstance(head, nn.Linear):
+        raise VocabularyError(
+            f"{type(causal_lm).__name__} has no plain token embedding and linear head "
+            f"({type(embed).__name__}, {type(head).__name__}). Use a model such as Qwen2, Qwen3, Llama or Mistral."
+        )
+    with torch.no_grad():
+        probe = torch.zeros(1, dtype=torch.int64, device=embed.weight.device)
+        if embed.weight.device.type != "meta" and not torch.equal(embed(probe), embed.weight[:1]):
+            raise VocabularyError(
+                f"{type(causal_lm).__name__} rescales its embedding rows, which the embedding swap cannot undo. "
+                f"Use a model such as Qwen2, Qwen3, Llama or Mistral."
+            )
+
+
+def fit_vocabulary(causal_lm: Any, vocabulary: VisualVocabulary, generator: torch.Generator) -> None:
+    """Give a language model rows for the flat vocabulary, in place, and untie its head.
+
+    Embedding: rows [0, first_visual). Head: at least `vocabulary.size` rows (a published model's padding rows are kept where
+    they reach beyond). Rows from `num_text` on are new: normal, with the text rows' mean vector and one deviation.
+    """
+    embed, old_head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
+    num_text = vocabulary.num_text
+    if embed.num_embeddings < num_text:
+        raise VocabularyError(
+            f"The tokenizer has {num_text} text tokens, but the language model only {embed.num_embeddings} embedding rows: "
+            f"they do not belong together. Load both from the same folder."
+        )
+    num_head = max(vocabulary.size, old_head.out_features)
+    bias = old_head.bias is not None
+    head = LossHead(old_head.in_features, num_head, bias=bias, device="meta").to_empty(device=old_head.weight.device)
+    head = head.to(old_head.weight.dtype)
+    with torch.no_grad():
+        head.weight = nn.Parameter(_grown(old_head.weight, num_text, num_head, generator))
+        if bias:
+            head.bias = nn.Parameter(_grown(old_head.bias[:, None], num_text, num_head, generator)[:, 0].contiguous())
+        embed.weight = nn.Parameter(_grown(embed.weight, num_text, vocabulary.first_visual, generator))
+    embed.num_embeddings, embed.padding_idx = vocabulary.first_visual, None
+    causal_lm.set_output_embeddings(head)
+    untie(causal_lm, num_head)
+
+
+def untie(causal_lm: Any, vocab_size: int) -> None:
+    """Record in a language model that its head is its own and how many ids it has."""
+    for config in (causal_lm.config, causal_lm.config.get_text_config()):
+        config.tie_word_embeddings = False
+        config.vocab_size = vocab_size
+    causal_lm.all_tied_weights_keys = {}
+    if hasattr(causal_lm, "vocab_size"):
+        causal_lm.vocab_size = vocab_size
+
+
+def _grown(rows: Tensor, keep: int, total: int, generator: torch.Generator) -> Tensor:
+    """A new matrix of `total` rows: the first `keep` as they are, the others normal with their mean vector and deviation."""
+    old = rows[:keep].float()
+    mean = old.mean(0)
+    deviation = (old - mean).pow(2).mean().sqrt()
+    out = rows.new_empty((total, rows.shape[1]))
+    out[:keep] = rows[:keep]
+    for start in range(keep, total, 65_536):
+        stop = min(start + 65_536, total)
+        noise = torch.randn((stop - start, rows.shape[1]), generator=generator).to(mean.device)
+        out[start:stop] = (mean + deviation * noise).to(out.dtype)
+    return out

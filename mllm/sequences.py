@@ -1,0 +1,223 @@
+"""Rows of token shards and text to training sequences: ids, labels, and batches of them.
+
+Axes: T codes of an image, L length of a sequence. The formats stand in `smalti.mllm.prompts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from smalti.errors import ConfigError, VocabularyError
+from smalti.mllm.losses import IGNORE
+from smalti.mllm.prompts import TextEncoder, clean
+from smalti.mllm.vocabulary import VisualVocabulary
+from smalti.schema import Mixture
+
+Kind = Literal["caption_to_image", "image_to_caption", "qa", "text"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """One training sequence. `labels[i]` is `ids[i]` where that token is predicted (from what stands before), else IGNORE."""
+
+    kind: Kind
+    ids: np.ndarray  # int64 (L,)
+    labels: np.ndarray  # int64 (L,)
+    answers: np.ndarray  # bool (L,): tokens of answers
+    num_cut: int = 0  # text tokens left out so that the image fits max_length
+
+
+class SequenceBuilder:
+    """Builds the sequences of one model; see `smalti.mllm.prompts` for the formats.
+
+    dense: every token is predicted (captions, questions and codes included), which is what teaches a small model to look;
+    else only what is asked for: the image of a caption, the caption of an image, the answers.
+    """
+
+    def __init__(
+        self,
+        hf_tokenizer: Any,
+        vocabulary: VisualVocabulary,
+        *,
+        mixture: Mixture = Mixture(),  # noqa: B008 (frozen)
+        uncond_probability: float = 0.1,
+        questions_per_image: int = 1,
+        max_length: int = 2048,
+        dense: bool = True,
+    ) -> None:
+        self.text = TextEncoder(hf_tokenizer, vocabulary)
+        self.vocabulary = vocabulary
+        self.weights: dict[Kind, float] = {kind: getattr(mixture, kind) for kind in KINDS}
+        self.uncond_probability = uncond_probability
+        self.questions_per_image = questions_per_image
+        self.max_length = max_length
+        self.dense = dense
+        if not any(self.weights.values()):
+            raise ConfigError("Every weight of mllm.mixture is 0, so there is nothing to train on. Set one above 0.")
+
+    def kinds_for(self, row: Row) -> tuple[Kind, ...]:
+        """The kinds that this row can become: an image without any caption can still be drawn unconditionally."""
+        if row.get("codes") is None:
+            return ("text",) if clean(row.get("text")) else ()
+        kinds: list[Kind] = ["caption_to_image"]
+        if caption_of(row):
+            kinds.append("image_to_caption")
+        if questions_of(row):
+            kinds.append("qa")
+        return tuple(kinds)
+
+    def sample_kind(self, row: Row, rng: np.random.Generator) -> Kind | None:
+        """One of the row's kinds by the mixture's weights; None where the mixture wants none of them."""
+        kinds = [kind for kind in self.kinds_for(row) if self.weights[kind] > 0]
+        if not kinds:
+            return None
+        weights = np.array([self.weights[kind] for kind in kinds])
+        return kinds[int(np.searchsorted(np.cumsum(weights), rng.random() * weights.sum(), side="right"))]
+
+    def build(self, kind: Kind, row: Row, rng: np.random.Generator) -> TokenSequence:
+        """The sequence of a row. Images are never cut: one that does not fit raises ConfigError; text that does not is cut.
+
+        The same row and state of `rng` give the same sequence. Codes beyond the vocabulary raise VocabularyError.
+        """
+        if kind == "text":
+            return self._text(row)
+        image = self._image(row)
+        if kind == "caption_to_image":
+            return self._draw(image, "" if rng.random() < self.uncond_probability else caption_of(row))
+        if kind == "image_to_caption":
+            return self._describe(image, caption_of(row))
+        return self._ask(image, questions_of(row), rng)
+
+    def _text(self, row: Row) -> TokenSequence:
+        parts = _Parts("text", self.max_length)
+        parts.add(self.text.begin())
+        parts.add_cut(self.text(clean(row.get("text"))), room=1)
+        parts.add([self.vocabulary.eos])
+        return parts.sequence()
+
+    def _draw(self, image: list[int], caption: str) -> TokenSequence:
+        vocabulary, parts = self.vocabulary, _Parts("caption_to_image", self.max_length)
+        parts.add(self.text.begin(), predicted=self.dense)
+        parts.add_cut(self.text(caption), room=len(image) + 3, predicted=self.dense)
+        parts.add([vocabulary.boi], predicted=self.dense)
+        parts.add([*image, vocabulary.eoi, vocabulary.eos])
+        return parts.sequence()
+
+    def _describe(self, image: list[int], caption: str) -> TokenSequence:
+        parts = self._seen("image_to_caption", image)
+        parts.add_cut(self.text(caption), room=1)
+        parts.add([self.vocabulary.eos])
+        return parts.sequence()
+
+    def _ask(self, image: list[int], questions: list[tuple[str, str]], rng: np.random.Generator) -> TokenSequence:
+        parts = self._seen("qa", image)
+        chosen = rng.permutation(len(questions))[: self.questions_per_image]
+        for nth, index in enumerate(chosen):
+            question, answer = self.text.question_prompt(questions[index][0]), self.text(questions[index][1])
+            length = len(question) + len(answer) + len(self.text.line_end)
+            if nth > 0 and parts.length + length + 1 > self.max_length:
+                parts.num_cut += length
+                continue
+            parts.add_cut(question, room=len(answer) + len(self.text.line_end) + 1, predicted=self.dense)
+            parts.add_cut(answer, room=len(self.text.line_end) + 1, answer=True)
+            parts.add_cut(self.text.line_end, room=1)
+        parts.add([self.vocabulary.eos])
+        return parts.sequence()
+
+    def _seen(self, kind: Kind, image: list[int]) -> _Parts:
+        """A sequence that begins with an image to be understood."""
+        parts = _Parts(kind, self.max_length)
+        parts.add(self.text.begin(), predicted=self.dense)
+        parts.add([self.vocabulary.und_start], predicted=self.dense)
+        parts.add([*image, self.vocabulary.und_end], predicted=self.dense)
+        return parts
+
+    def _image(self, row: Row) -> list[int]:
+        codes = np.asarray(row["codes"]).reshape(-1)
+        if len(codes) and (int(codes.min()) < 0 or int(codes.max()) >= self.vocabulary.num_codes):
+            self.vocabulary.check_codes(torch.from_numpy(codes.astype(np.int64)), _where(row))
+        if not len(codes):
+            raise VocabularyError(f"{_where(row)} holds no visual codes. Tokenize again.")
+        needed = len(codes) + len(self.text.begin()) + 3
+        if needed > self.max_length:
+            raise ConfigError(
+                f"mllm.max_length={self.max_length} cannot hold an image of {len(codes)} codes with its delimiters, "
+                f"and images are never cut. Set mllm.max_length to at least {needed + 32} (room for text too)."
+            )
+        return (codes.astype(np.int64) + self.vocabulary.first_visual).tolist()
+
+
+class _Parts:
+    """A sequence in the making."""
+
+    def __init__(self, kind: Kind, max_length: int) -> None:
+        self.kind, self.max_length = kind, max_length
+        self.ids: list[int] = []
+        self.labels: list[int] = []
+        self.answers: list[bool] = []
+        self.num_cut = 0
+
+    @property
+    def length(self) -> int:
+        return len(self.ids)
+
+    def add(self, ids: Sequence[int], predicted: bool = True, answer: bool = False) -> None:
+        self.ids.extend(ids)
+        self.labels.extend(ids if predicted else [IGNORE] * len(ids))
+        self.answers.extend([answer] * len(ids))
+
+    def add_cut(self, ids: Sequence[int], room: int, predicted: bool = True, answer: bool = False) -> None:
+        """Add as much of `ids` as leaves `room` positions free."""
+        fits = max(0, self.max_length - self.length - room)
+        self.num_cut += max(0, len(ids) - fits)
+        self.add(ids[:fits], predicted, answer)
+
+    def sequence(self) -> TokenSequence:
+        if self.labels:
+            self.labels[0] = IGNORE  # nothing stands before the first token
+        return TokenSequence(
+            self.kind,
+            np.array(self.ids, dtype=np.int64),
+            np.array(self.labels, dtype=np.int64),
+            np.array(self.answers, dtype=bool),
+            self.num_cut,
+        )
+
+
+def caption_of(row: Row) -> str:
+    """A row's caption, else its label, on one line; empty where it has neither."""
+    return clean(row.get("caption")) or clean(row.get("label"))
+
+
+def questions_of(row: Row) -> list[tuple[str, str]]:
+    """A row's (question, answer) pairs that hold both."""
+    pairs = ((clean(pair["question"]), clean(pair["answer"])) for pair in row.get("qa") or ())
+    return [(question, answer) for question, answer in pairs if question and answer]
+
+
+def collate(sequences: Sequence[TokenSequence], pad: int) -> dict[str, Tensor]:
+    """A batch for `UnifiedModel`: input_ids, labels, attention_mask int64 and answer_mask bool, (B, longest), right-padded."""
+    longest = max(len(sequence.ids) for sequence in sequences)
+    ids_BL = torch.full((len(sequences), longest), pad, dtype=torch.int64)
+    labels_BL = torch.full_like(ids_BL, IGNORE)
+    mask_BL = torch.zeros_like(ids_BL)
+    answers_BL = torch.zeros_like(ids_BL, dtype=torch.bool)
+    for b, sequence in enumerate(sequences):
+        length = len(sequence.ids)
+        ids_BL[b, :length] = torch.from_numpy(sequence.ids)
+        labels_BL[b, :length] = torch.from_numpy(sequence.labels)
+        answers_BL[b, :length] = torch.from_numpy(sequence.answers)
+        mask_BL[b, :length] = 1
+    return {"input_ids": ids_BL, "labels": labels_BL, "attention_mask": mask_BL, "answer_mask": answers_BL}
+
+
+def _where(row: Row) -> str:
+    return f"The token row of image {row['image_id']}" if row.get("image_id") else "A token row"
