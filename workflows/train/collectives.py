@@ -1,0 +1,84 @@
+"""Collectives over the training workers, handed into plain PyTorch code; with one worker each is the identity.
+
+Legend: W workers, B rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class _GatherRows(torch.autograd.Function):
+    """Rows of all workers in rank order; the gradient of a worker's rows is the sum over all workers."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.num_rows = len(rows)
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        grad = grads[0].contiguous()
+        dist.all_reduce(grad)
+        start = dist.get_rank() * ctx.num_rows
+        return grad[start : start + ctx.num_rows]
+
+
+class Collectives:
+    """Collectives of the default process group; tensors keep their device and dtype.
+
+    `rank` and `world_size` default to those of `torch.distributed`, or to one worker when it is not initialised.
+    """
+
+    def __init__(self) -> None:
+        ready = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if ready else 0
+        self.world_size = dist.get_world_size() if ready else 1
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over the workers, the same on all."""
+        if self.world_size == 1:
+            return tensor
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    def all_gather(self, rows: Tensor) -> Tensor:
+        """Rows (B, …) of all workers in rank order (W·B, …); B may differ between workers."""
+        if self.world_size == 1:
+            return rows
+        counts = torch.zeros(self.world_size, dtype=torch.int64, device=rows.device)
+        counts[self.rank] = len(rows)
+        dist.all_reduce(counts)
+        sizes = counts.tolist()
+        padded = torch.zeros(max(sizes), *rows.shape[1:], dtype=rows.dtype, device=rows.device)
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """As `all_gather` for equal B, with gradients: those of every worker's loss flow back to the rows' owner.
+
+        A loss that each worker averages over its own rows gives, after the engines' averaging over workers, the
+        gradient of the global mean."""
+        return rows if self.world_size == 1 else _GatherRows.apply(rows)
+
+    def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
+        """The source's tensor, on every worker."""
+        if self.world_size == 1:
+            return tensor
+        copy = tensor.clone().contiguous()
+        dist.broadcast(copy, source)
+        return copy
+
+    def barrier(self) -> None:
+        """Wait for all workers."""
+        if self.world_size > 1:
+            dist.barrier()

@@ -1,0 +1,218 @@
+"""Rows from shards with bounded memory, and batches made ahead of the step.
+
+Legend: H, W image sides; T tokens.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from smalti import images, shards
+from smalti.errors import DataError, ImageError
+from smalti.workflows.train.order import Order, Samples
+from smalti.workflows.train.task import Batch, Row, Source
+
+TABLE_CACHE_BYTES = 1 << 30
+PIXEL_CACHE_BYTES = 1 << 30
+FOOTER_THREADS = 16
+
+
+def shard_index(artifact_path: str, split: str) -> tuple[list[str], list[int]]:
+    """Keys of a split's shards and their rows, from the footers. DataError when there is no row at all."""
+    keys = shards.list_shards(artifact_path, split)
+    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
+        sizes = list(pool.map(lambda key: shards.shard_rows(artifact_path, key), keys))
+    if not sum(sizes):
+        raise DataError(
+            f"{artifact_path} holds no rows in its {split!r} split; training needs some. "
+            f"Look at its counts with `smalti show {artifact_path}`."
+        )
+    return keys, sizes
+
+
+class ShardRows:
+    """Rows of the shards of one split; whole tables are kept, the least recently used leave first."""
+
+    def __init__(
+        self,
+        artifact_path: str,
+        keys: Sequence[str],
+        sizes: Sequence[int],
+        columns: Sequence[str] | None = None,
+        *,
+        cache_bytes: int = TABLE_CACHE_BYTES,
+    ) -> None:
+        self.path, self.keys, self.sizes = artifact_path, list(keys), list(sizes)
+        self.columns = list(columns) if columns is not None else None
+        self.cache_bytes = cache_bytes
+        self._tables: OrderedDict[int, tuple[pa.Table, int, Any]] = OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def table(self, shard: int) -> tuple[pa.Table, Any]:
+        """A shard's table and what `prepare` made of it."""
+        with self._lock:  # also keeps two threads from reading the same shard twice
+            if shard in self._tables:
+                self._tables.move_to_end(shard)
+                table, _, prepared = self._tables[shard]
+                return table, prepared
+            table = shards.read_shard(self.path, self.keys[shard], self.columns)
+            if table.num_rows != self.sizes[shard]:
+                raise DataError(
+                    f"shard {self.keys[shard]} of {self.path} holds {table.num_rows} rows, but {self.sizes[shard]} when "
+                    "training began: it was rewritten meanwhile. Run the same command again."
+                )
+            prepared = self.prepare(table)
+            self._tables[shard] = (table, table.nbytes, prepared)
+            self._bytes += table.nbytes
+            while self._bytes > self.cache_bytes and len(self._tables) > 1:
+                _, (_, size, _) = self._tables.popitem(last=False)
+                self._bytes -= size
+            return table, prepared
+
+    def prepare(self, table: pa.Table) -> Any:
+        """What is worth making once a table; kept with it."""
+        return None
+
+    def read(self, shard: int, row: int) -> tuple[str, Mapping[str, Any]]:
+        """The row as Python values."""
+        table, _ = self.table(shard)
+        return self.keys[shard], {name: table.column(name)[row].as_py() for name in table.column_names}
+
+
+class ImageRows(ShardRows):
+    """Rows of a corpus; `pixels` is uint8 (H, W, 3) after resize and centre crop, H = W = `image_size`.
+
+    Decoded pixels are kept when those of the whole split fit into `pixel_bytes`: then an epoch decodes nothing.
+    """
+
+    def __init__(
+        self,
+        artifact_path: str,
+        keys: Sequence[str],
+        sizes: Sequence[int],
+        image_size: int,
+        *,
+        max_pixels: int,
+        text: Sequence[str] = ("caption", "label"),
+        pixel_bytes: int = PIXEL_CACHE_BYTES,
+    ) -> None:
+        super().__init__(artifact_path, keys, sizes, ["image_id", "image", *text])
+        self.image_size, self.max_pixels = image_size, max_pixels
+        keep = sum(sizes) * image_size * image_size * 3 <= pixel_bytes
+        self._pixels: dict[tuple[int, int], Mapping[str, Any]] | None = {} if keep else None
+
+    def read(self, shard: int, row: int) -> tuple[str, Mapping[str, Any]]:
+        """The row with `pixels` in place of `image`; DataError naming it when it does not decode any more."""
+        if self._pixels is not None and (shard, row) in self._pixels:
+            return self.keys[shard], self._pixels[shard, row]
+        key, values = super().read(shard, row)
+        values = dict(values)
+        try:
+            values["pixels"] = images.to_pixels(values.pop("image"), self.image_size, max_pixels=self.max_pixels)
+        except ImageError as error:
+            raise DataError(
+                f"image {values['image_id']} in shard {key} of {self.path} does not decode ({error}), though the "
+                "corpus stage verified it: the shard was damaged. Remove that shard and run the corpus stage again."
+            ) from error
+        if self._pixels is not None:
+            self._pixels[shard, row] = values
+        return key, values
+
+
+class TokenRows(ShardRows):
+    """Rows of a token artifact; `codes` is int32 (T,)."""
+
+    def prepare(self, table: pa.Table) -> np.ndarray:
+        return shards.codes(table)
+
+    def read(self, shard: int, row: int) -> tuple[str, Mapping[str, Any]]:
+        table, codes = self.table(shard)
+        values = {name: table.column(name)[row].as_py() for name in table.column_names if name != "codes"}
+        return self.keys[shard], values | {"codes": codes[row]}
+
+
+class Feed:
+    """This worker's micro batches, step after step, made by a thread ahead of the step.
+
+    `for step, batches in feed.steps(first, last)` gives a list of micro batches a step; `at(step)` makes those of any
+    step at once. An error while reading is raised to the loop, in its step.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        order: Order,
+        make_batch: Callable[[Sequence[Row]], Batch],
+        *,
+        batch_size: int,
+        micro: int,
+        rank: int,
+        world_size: int,
+        threads: int = 1,
+        ahead: int = 2,
+    ) -> None:
+        self.source, self.order, self.make_batch = source, order, make_batch
+        self.batch_size, self.micro, self.rank, self.world_size = batch_size, micro, rank, world_size
+        self.ahead = ahead
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read") if threads > 1 else None
+        self._lock = threading.Lock()
+
+    def at(self, step: int) -> list[Batch]:
+        """Micro batches of a step."""
+        with self._lock:
+            samples = self.order.part(step, self.batch_size, self.rank, self.world_size)
+        rows = self._read(samples)
+        return [self.make_batch(rows[i : i + self.micro]) for i in range(0, len(rows), self.micro)]
+
+    def steps(self, first: int, last: int) -> Iterator[tuple[int, list[Batch]]]:
+        """Steps `first` to `last` (exclusive), in order."""
+        ready: queue.Queue[tuple[int, list[Batch] | BaseException]] = queue.Queue(self.ahead)
+        stop = threading.Event()
+
+        def fill() -> None:
+            for step in range(first, last):
+                try:
+                    made: list[Batch] | BaseException = self.at(step)
+                except BaseException as error:  # handed to the loop, which raises it
+                    made = error
+                while not stop.is_set():
+                    try:
+                        ready.put((step, made), timeout=0.2)
+                        break
+                    except queue.Full:
+                        continue
+                if stop.is_set() or isinstance(made, BaseException):
+                    return
+
+        thread = threading.Thread(target=fill, name="feed", daemon=True)
+        thread.start()
+        try:
+            for _ in range(first, last):
+                step, made = ready.get()
+                if isinstance(made, BaseException):
+                    raise made
+                yield step, made
+        finally:
+            stop.set()
+            thread.join()
+
+    def _read(self, samples: Samples) -> list[Row]:
+        places = list(
+            zip(*(a.tolist() for a in (samples.index, samples.epoch, samples.shard, samples.row)), strict=True)
+        )
+
+        def read(place: tuple[int, int, int, int]) -> Row:
+            index, epoch, shard, row = place
+            key, values = self.source.read(shard, row)
+            return Row(index, epoch, key, row, values)
+
+        return list(self._pool.map(read, places) if self._pool else map(read, places))

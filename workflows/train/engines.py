@@ -1,0 +1,132 @@
+"""DeepSpeed engines: configuration, optimizer, learning rate, full weights. Torch alone decides the maths of a step.
+
+No DeepSpeed op is compiled: the optimizer is torch's AdamW and collectives are torch.distributed's.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from smalti.errors import ConfigError
+
+if TYPE_CHECKING:
+    from smalti.schema import Train
+
+
+def prepare_process(use_gpu: bool, num_threads: int) -> None:
+    """Settings of a worker process; call before DeepSpeed is imported for the first time."""
+    if not use_gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        torch.set_num_threads(num_threads)
+    import deepspeed.ops
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    # Looking at this attribute probes compilers and builds an op for shared-memory collectives (50 s); gloo and nccl do.
+    vars(deepspeed.ops)["__compatible_ops__"] = defaultdict(bool)
+
+
+def accumulation(train: Train, world_size: int) -> tuple[int, int]:
+    """(samples of a micro batch, accumulation steps) of one worker; ConfigError unless all divide evenly."""
+    if train.batch_size % world_size:
+        raise ConfigError(
+            f"train.batch_size={train.batch_size} does not divide among resources.workers={world_size}. "
+            f"Set train.batch_size to a multiple of {world_size}, or change resources.workers."
+        )
+    share = train.batch_size // world_size
+    micro = min(train.micro_batch_size or share, share)
+    if share % micro:
+        raise ConfigError(
+            f"a worker's share of the batch is {share} samples ({train.batch_size} / {world_size}), which "
+            f"train.micro_batch_size={micro} does not divide. Set it to a divisor of {share}."
+        )
+    return micro, share // micro
+
+
+def learning_rate(train: Train, step: int, peak: float | None = None) -> float:
+    """Rate of a step, counted from 0: linear warmup, then constant, or cosine down to `min_lr` times the peak.
+
+    `warmup` below 1 is a fraction of the steps, else a number of steps.
+    """
+    peak = train.lr if peak is None else peak
+    warmup = train.warmup * train.steps if train.warmup < 1 else train.warmup
+    if step < warmup:
+        return peak * (step + 1) / (math.floor(warmup) + 1)
+    if train.schedule == "constant":
+        return peak
+    done = (step - warmup) / max(1.0, train.steps - warmup)
+    return peak * (train.min_lr + (1 - train.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+def deepspeed_config(train: Train, world_size: int, *, zero_stage: int | None = None) -> dict[str, Any]:
+    """DeepSpeed's configuration of one engine. Parameters stay float32; bf16 is autocast, so that what must be
+    float32 (codebooks, losses, norms) stays so; ZeRO-2 and -3 send bf16 for linear and convolution weights."""
+    micro, steps = accumulation(train, world_size)
+    stage = train.zero_stage if zero_stage is None else zero_stage
+    config: dict[str, Any] = {
+        "train_batch_size": train.batch_size,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": steps,
+        "gradient_clipping": float(train.clip),
+        "steps_per_print": None,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage},
+    }
+    if stage == 3:
+        config["zero_optimization"] |= {"stage3_gather_16bit_weights_on_model_save": False}
+    if train.precision == "bf16":
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    return config
+
+
+def build_optimizer(module: nn.Module, train: Train, lr: float, device: torch.device) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; weight decay on matrices only (no biases, norms or scales)."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError(f"{type(module).__name__} has no trainable parameter")
+    matrices, rest = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": train.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=lr, betas=train.betas, fused=True)
+
+
+def build_engine(module: nn.Module, train: Train, *, lr: float, zero_stage: int, world_size: int, device: torch.device):
+    """A DeepSpeed engine around `module`; weights are those of rank 0 on every rank."""
+    import deepspeed
+
+    optimizer = build_optimizer(module.to(device), train, lr, device)
+    config = deepspeed_config(train, world_size, zero_stage=zero_stage)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
+    return engine
+
+
+def set_learning_rate(engine: Any, lr: float) -> None:
+    """Set the rate of every group: the schedule is a function of the step, nothing of it needs saving."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+
+
+def full_weights(engine: Any, *, on_this_rank: bool) -> dict[str, torch.Tensor] | None:
+    """The whole state dict on the CPU where `on_this_rank`, None elsewhere; under ZeRO-3 gathered one parameter at a
+    time, so that a rank never holds more than the model. Every rank must call it."""
+    import deepspeed
+
+    module = engine.module
+    if engine.zero_optimization_stage() < 3:
+        return {name: t.detach().cpu().clone() for name, t in module.state_dict().items()} if on_this_rank else None
+    weights: dict[str, torch.Tensor] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        with deepspeed.zero.GatheredParameters([parameter]):
+            if on_this_rank:
+                weights[name] = parameter.detach().cpu().clone()
+    if not on_this_rank:
+        return None
+    state = module.state_dict()
+    return {name: weights[name] if name in weights else t.detach().cpu().clone() for name, t in state.items()}

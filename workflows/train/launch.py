@@ -1,0 +1,183 @@
+"""The driver's side of a training run: starts Ray Train, shows progress, feeds the tracker, turns errors into one."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import TYPE_CHECKING, Any
+
+from smalti import storage
+from smalti.errors import SmaltiError, TrainingError
+from smalti.workflows.train.board import Board
+from smalti.workflows.train.engines import accumulation
+from smalti.workflows.train.loop import DONE_FILE, Job, train_worker
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from smalti.schema import Train
+    from smalti.workflows.stage import StageRun
+
+CHECKPOINTS = "checkpoints"
+POLL_S = 0.5
+QUIET = {  # read by Ray Train in the driver and its workers
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # also how late the end of a run is noticed
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
+}
+
+
+def fit(task: str, settings: Mapping[str, Any], train: Train, run: StageRun, *, seed: int) -> dict[str, float]:
+    """Train `task` ("module:Class", made with `settings` in each worker) and write its final model into `run.path`.
+
+    Returns the task's final numbers. A run that was broken off goes on from its newest checkpoint in
+    `<path>/checkpoints`; one that is finished returns at once. Errors: the worker's own SmaltiError, else
+    TrainingError with the first cause. Ray must be connected.
+    """
+    done_file = storage.join(run.path, DONE_FILE)
+    if not storage.exists(done_file):
+        accumulation(train, run.recipe.resources.workers)
+        _run(task, settings, train, run, seed)
+    checkpoints = storage.join(run.path, CHECKPOINTS)
+    if storage.exists(checkpoints):
+        storage.remove(checkpoints)
+    return {key: float(value) for key, value in storage.read_json(done_file)["metrics"].items()}
+
+
+def _run(task: str, settings: Mapping[str, Any], train: Train, run: StageRun, seed: int) -> None:
+    for key, value in QUIET.items():
+        os.environ.setdefault(key, value)
+    import ray
+    from ray.train import TrainingFailedError
+
+    resources = run.recipe.resources
+    board = ray.remote(num_cpus=0)(Board).remote()
+    job = Job(
+        task=task,
+        settings=dict(settings),
+        train=train,
+        seed=seed,
+        path=run.path,
+        cpus=resources.cpus_per_worker,
+        gpus=resources.gpus_per_worker,
+        board=board,
+    )
+    watch = Watch(board, train, run)
+    try:
+        with watch:
+            result = _trainer(job, resources.workers).fit()
+    except TrainingFailedError as error:
+        raise _one_error(error, board, run) from error
+    finally:
+        ray.kill(board)
+    fatal = result.return_value["fatal"] if result.return_value else None
+    if fatal is not None:
+        raise fatal
+
+
+def _trainer(job: Job, workers: int) -> Any:
+    """The Ray Train trainer; the same name and storage make it go on where a killed driver left off."""
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    use_gpu = job.gpus > 0
+    wanted: dict[str, float] = {"CPU": job.cpus} | ({"GPU": job.gpus} if use_gpu else {})
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=wanted),
+        run_config=RunConfig(
+            name=CHECKPOINTS,
+            storage_path=job.path,
+            checkpoint_config=CheckpointConfig(num_to_keep=job.train.keep),
+            failure_config=FailureConfig(max_failures=max(1, job.train.max_failures)),
+        ),
+    )
+
+
+class Watch:
+    """Reads the board in a thread while the trainer runs: terminal progress, tracker metrics and pictures."""
+
+    def __init__(self, board: Any, train: Train, run: StageRun) -> None:
+        self.board, self.train, self.run = board, train, run
+        self.stop = threading.Event()
+        self.error: BaseException | None = None
+        self.thread = threading.Thread(target=self._watch, name="watch", daemon=True)
+
+    def __enter__(self) -> Watch:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop.set()
+        self.thread.join()
+        if self.error is not None and exc[0] is None:
+            raise self.error
+
+    def _watch(self) -> None:
+        try:
+            shown = 0
+            with self.run.progress(self.train.steps, "steps") as progress:
+                while True:
+                    ending = self.stop.is_set()
+                    shown = self._show(progress, shown)
+                    if ending:
+                        return
+                    self.stop.wait(POLL_S)
+        except BaseException as error:  # raised in the driver's thread when the trainer is done
+            self.error = error
+
+    def _show(self, progress: Any, shown: int) -> int:
+        import ray
+
+        metrics, pictures, resumed = ray.get(self.board.take.remote())
+        for step in resumed:
+            self.run.log(f"going on after step {step:,}")
+            shown = self._advance(progress, shown, step, {})
+        for step, numbers in metrics:
+            self.run.tracker.metrics(numbers, step=step)
+            told = {"loss": f"{numbers['loss']:.4g}"} if "loss" in numbers else {}
+            told["samples/s"] = f"{numbers['samples_per_s']:.0f}"
+            shown = self._advance(progress, shown, step, told)
+        for step, name, picture in pictures:
+            self.run.tracker.image(name, picture, step=step)
+        return shown
+
+    @staticmethod
+    def _advance(progress: Any, shown: int, step: int, told: dict[str, str]) -> int:
+        """A restarted group repeats steps; the bar never runs backwards."""
+        if step > shown:
+            progress.update(step - shown, **told)
+        return max(shown, step)
+
+
+def _one_error(error: Exception, board: Any, run: StageRun) -> SmaltiError:
+    """The one error that the user should see, out of Ray's."""
+    import ray
+
+    fatal = ray.get(board.fatal.remote())
+    if fatal is not None:
+        return fatal
+    causes = [_cause(failure) for failure in getattr(error, "worker_failures", {}).values()]
+    for cause in causes:
+        if isinstance(cause, SmaltiError):
+            return cause
+    first = causes[0] if causes else _cause(getattr(error, "controller_failure", error))
+    told = f"{type(first).__name__}: {first}".strip().splitlines()
+    lines = [told[0]] if len(told) == 1 else [told[0], told[-1]]
+    return TrainingError(
+        f"training in {run.path} failed after {run.recipe.resources.workers} worker(s) were restarted as often as "
+        f"train.max_failures allows: {' … '.join(lines)}\n"
+        f"The same command goes on from the newest checkpoint in {storage.join(run.path, CHECKPOINTS)}."
+    )
+
+
+def _cause(failure: BaseException) -> BaseException:
+    """The error under Ray's wrappers."""
+    for _ in range(8):
+        inner = getattr(failure, "_base_exc", None) or getattr(failure, "cause", None) or failure.__cause__
+        if not isinstance(inner, BaseException):
+            return failure
+        failure = inner
+    return failure

@@ -1,0 +1,319 @@
+"""The one training loop, as each Ray Train worker runs it: DeepSpeed engines, checkpoints, metrics, final weights.
+
+Everything that a step depends on is a function of (seed, step) or lies in the checkpoint, so a resumed run takes the
+same steps as an unbroken one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from smalti import storage
+from smalti.errors import ConfigError, SmaltiError, TrainingError
+from smalti.workflows.train import engines as ds
+from smalti.workflows.train.collectives import Collectives
+from smalti.workflows.train.data import Feed
+from smalti.workflows.train.order import Order
+from smalti.workflows.train.task import Batch, Context, Metrics, Task, seed_of
+
+if TYPE_CHECKING:
+    from smalti.schema import Train
+
+STATE_FILE = "loop.json"
+TASK_FILE = "task.pt"
+HISTORY_FILE = "history.jsonl"
+DONE_FILE = "trained.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker is told: plain values that travel. `task` is `module:Class` or a class, made with `settings`."""
+
+    task: str | type[Task]
+    settings: dict[str, Any]
+    train: Train
+    seed: int
+    path: str
+    cpus: int
+    gpus: float
+    board: Any  # handle of the Board actor
+
+    def make_task(self) -> Task:
+        if not isinstance(self.task, str):
+            return self.task(**self.settings)
+        module, _, name = self.task.partition(":")
+        return getattr(importlib.import_module(module), name)(**self.settings)
+
+
+class Meter:
+    """Means of named numbers over micro batches, steps and workers, kept on the device until they are asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, metrics: Metrics) -> None:
+        """Add numbers; scalar tensors stay where they are."""
+        for name, value in metrics.items():
+            number = torch.as_tensor(value, device=self.device).detach().double()
+            self.sums[name] = self.sums[name] + number if name in self.sums else number
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def take(self, collectives: Collectives) -> dict[str, float]:
+        """Means over all workers since the last call; every worker must have added the same names."""
+        if not self.sums:
+            return {}
+        names = sorted(self.sums)
+        means = torch.stack([self.sums[name] / self.counts[name] for name in names])
+        values = (collectives.all_reduce(means) / collectives.world_size).tolist()
+        self.sums, self.counts = {}, {}
+        return dict(zip(names, values, strict=True))
+
+
+def train_worker(config: dict[str, Any]) -> dict[str, Any]:
+    """Entry point of a Ray Train worker. Returns {"metrics", "fatal"}.
+
+    A SmaltiError is told to the board and raised, which ends the other workers; Ray then starts the group once more,
+    and it returns at once with that error as `fatal`: what the user must mend is not tried again and again.
+    """
+    import ray
+
+    job: Job = config["job"]
+    fatal = ray.get(job.board.fatal.remote())
+    if fatal is not None:
+        return {"metrics": {}, "fatal": fatal}
+    ds.prepare_process(job.gpus > 0, job.cpus)
+    try:
+        return {"metrics": Loop(job).run(), "fatal": None}
+    except SmaltiError as error:
+        ray.get(job.board.fail.remote(error))
+        raise
+
+
+class Loop:
+    """One training run on one worker. `run()` returns the final numbers on rank 0, {} elsewhere."""
+
+    def __init__(self, job: Job) -> None:
+        import ray.train.torch
+
+        self.job, self.train = job, job.train
+        self.collectives = Collectives()
+        self.rank, self.world_size = self.collectives.rank, self.collectives.world_size
+        self.device = ray.train.torch.get_device() if job.gpus > 0 else torch.device("cpu")
+        self.micro, self.accumulation = ds.accumulation(self.train, self.world_size)
+        self.meter = Meter(self.device)
+        self.history: list[dict[str, float]] = []
+        self.bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
+
+    def run(self) -> dict[str, float]:
+        """Train from the newest checkpoint, or from nothing, to the last step; then write the final model."""
+        torch.manual_seed(self.job.seed)
+        self.task = self.job.make_task()
+        self.task.setup(Context(self.device, self.collectives, self.job.seed, self.train))
+        self.engines = {name: self._engine(name, module) for name, module in self.task.modules().items()}
+        source = self.task.source()
+        order = Order(source.sizes, self.job.seed, self.train.data_window)
+        self.feed = Feed(
+            source,
+            order,
+            self.task.make_batch,
+            batch_size=self.train.batch_size,
+            micro=self.micro,
+            rank=self.rank,
+            world_size=self.world_size,
+            threads=self.job.cpus,
+        )
+        start = self._resume()
+        self.clock = (time.monotonic(), start)
+        for step, batches in self.feed.steps(start, self.train.steps):
+            self._step(step, batches)
+            self._after(step)
+        return self._finish()
+
+    def _engine(self, name: str, module: torch.nn.Module) -> Any:
+        return ds.build_engine(
+            module,
+            self.train,
+            lr=self.task.peak_lr(name),
+            zero_stage=self.task.zero_stage(name),
+            world_size=self.world_size,
+            device=self.device,
+        )
+
+    # One step
+
+    def _step(self, step: int, batches: list[Batch]) -> None:
+        """All micro batches of a step, each engine in turn."""
+        torch.manual_seed(seed_of(self.job.seed, 5, step, self.rank))
+        self.task.begin_step(step, self.engines, self._read)
+        for name, engine in self.engines.items():
+            engine.train()
+            ds.set_learning_rate(engine, ds.learning_rate(self.train, step, self.task.peak_lr(name)))
+        moved = [self._to_device(batch) for batch in batches]
+        share = self._share(moved)
+        for batch in moved:
+            for name, engine in self.engines.items():
+                result = self.task.loss(name, self.engines, batch, step, share)
+                if result is None:
+                    continue
+                loss, metrics = result
+                first_bad = (self.bad_step < 0) & ~torch.isfinite(loss.detach())
+                self.bad_step = torch.where(first_bad, torch.full_like(self.bad_step, step), self.bad_step)
+                engine.backward(loss)
+                engine.step()
+                self.meter.add(metrics)
+        self.meter.add(self.task.after_step(step, self.engines))
+
+    def _share(self, batches: list[Batch]) -> Tensor | None:
+        """Counts of the whole step, over micro batches and workers, divided by the number of micro batches."""
+        counts = [self.task.totals(batch) for batch in batches]
+        present = [count for count in counts if count is not None]
+        if not present:
+            return None
+        total = self.collectives.all_reduce(torch.stack(present).sum(0).to(self.device))
+        return total / (len(batches) * self.world_size)
+
+    def _read(self, step: int) -> list[Batch]:
+        return [self._to_device(batch) for batch in self.feed.at(step)]
+
+    def _to_device(self, batch: Batch) -> Batch:
+        if self.device.type == "cpu":
+            return batch
+        pinned = {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in batch.items()}
+        return {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in pinned.items()}
+
+    # After a step: log, pictures, checkpoint
+
+    def _after(self, step: int) -> None:
+        done, train = step + 1, self.train
+        last = done == train.steps
+        saving = done % train.checkpoint_every == 0 or last
+        if done % train.log_every == 0 or last or saving or self.device.type == "cpu":
+            self._check_finite(step)
+        if done % train.log_every == 0 or last:
+            self._log(done)
+        if self.rank == 0 and (last or (train.image_every and done % train.image_every == 0)):
+            self._pictures(done)
+        if saving:
+            self._checkpoint(done)
+
+    def _check_finite(self, step: int) -> None:
+        """Raise on every rank when any rank met a loss that is not a finite number; before a checkpoint is written."""
+        bad = torch.where(self.bad_step < 0, torch.full_like(self.bad_step, 2**62), self.bad_step)
+        if self.world_size > 1:
+            torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MIN)
+        first = int(bad)
+        if first <= step:
+            raise TrainingError(
+                f"the loss of step {first + 1} of {self.train.steps} is not a finite number (batch of "
+                f"{self.train.batch_size}, rate {ds.learning_rate(self.train, first):.3g}, {self.train.precision}). "
+                f"The newest checkpoint is from before it. Lower train.lr={self.train.lr:g}, lengthen "
+                f"train.warmup={self.train.warmup:g}, set train.clip, or use train.precision=fp32."
+            )
+
+    def _log(self, done: int) -> None:
+        metrics = self.meter.take(self.collectives)
+        metrics["lr"] = ds.learning_rate(self.train, done - 1)
+        self.history.append({"step": done, **{k: v for k, v in metrics.items() if math.isfinite(v)}})
+        if self.rank == 0:
+            began, since = self.clock
+            rate = (done - since) * self.train.batch_size / max(time.monotonic() - began, 1e-9)
+            self.clock = (time.monotonic(), done)
+            self.job.board.metrics.remote(done, {**metrics, "samples_per_s": rate})
+
+    def _pictures(self, done: int) -> None:
+        if any(engine.zero_optimization_stage() == 3 for engine in self.engines.values()):
+            return  # the weights of one rank are not whole
+        state = torch.get_rng_state()
+        for engine in self.engines.values():
+            engine.eval()
+        with torch.no_grad():
+            for name, picture in self.task.pictures(self.engines).items():
+                self.job.board.picture.remote(done, name, picture)
+        torch.set_rng_state(state)
+
+    # Checkpoints
+
+    def _checkpoint(self, done: int) -> None:
+        """Save everything that a resumed run needs; a barrier of all workers."""
+        import ray.train
+
+        with tempfile.TemporaryDirectory(prefix="smalti-checkpoint-") as folder:
+            for name, engine in self.engines.items():
+                engine.save_checkpoint(os.path.join(folder, name), tag="engine")
+            if self.rank == 0:
+                torch.save(self.task.state_dict(), os.path.join(folder, TASK_FILE))
+                state = {"step": done, "world_size": self.world_size, "history": self.history}
+                with open(os.path.join(folder, STATE_FILE), "w") as out:
+                    json.dump(state, out)
+                self._write_history()
+            self.collectives.barrier()
+            checkpoint = ray.train.Checkpoint.from_directory(folder)
+            ray.train.report({"step": done}, checkpoint=checkpoint, checkpoint_dir_name=f"step-{done:09d}")
+
+    def _write_history(self) -> None:
+        lines = "".join(json.dumps(row) + "\n" for row in self.history)
+        storage.write_atomic(storage.join(self.job.path, HISTORY_FILE), lines.encode())
+
+    def _resume(self) -> int:
+        """Load the newest checkpoint, if any; returns the number of steps done."""
+        import ray.train
+
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return 0
+        with checkpoint.as_directory() as folder:
+            with open(os.path.join(folder, STATE_FILE)) as file:
+                state = json.load(file)
+            self._check_world(state["world_size"])
+            for name, engine in self.engines.items():
+                loaded, _ = engine.load_checkpoint(os.path.join(folder, name), tag="engine")
+                if loaded is None:
+                    raise TrainingError(f"checkpoint {checkpoint.path} holds no engine {name!r}; remove that folder")
+            task_state = torch.load(os.path.join(folder, TASK_FILE), map_location=self.device, weights_only=True)
+            self.task.load_state_dict(task_state)
+        self.history = state["history"]
+        if self.rank == 0:
+            self.job.board.resumed.remote(state["step"])
+        return int(state["step"])
+
+    def _check_world(self, saved: int) -> None:
+        sharded = any(engine.zero_optimization_stage() > 0 for engine in self.engines.values())
+        if sharded and saved != self.world_size:
+            raise ConfigError(
+                f"the checkpoint was written by {saved} workers under ZeRO-{self.train.zero_stage}, whose optimizer "
+                f"states are cut by worker, and resources.workers is {self.world_size}. Set resources.workers={saved} "
+                f"to go on, or remove {storage.join(self.job.path, 'checkpoints')} to begin again."
+            )
+
+    # The end
+
+    def _finish(self) -> dict[str, float]:
+        """Gather whole weights; rank 0 writes the final model, the history, and the mark that all of it stands."""
+        for engine in self.engines.values():
+            engine.eval()
+        weights: dict[str, dict[str, Tensor]] = {}
+        for name, engine in self.engines.items():
+            whole = ds.full_weights(engine, on_this_rank=self.rank == 0)
+            if whole is not None:
+                weights[name] = whole
+        numbers: Mapping[str, float] = {}
+        if self.rank == 0:
+            numbers = self.task.save(self.job.path, weights)
+            self._write_history()
+            final = {"steps": self.train.steps, "metrics": dict(numbers), "history": self.history[-1:]}
+            storage.write_json(storage.join(self.job.path, DONE_FILE), final)
+        self.collectives.barrier()
+        return dict(numbers)
