@@ -28,7 +28,9 @@ class Train(Section):
 
     steps: Positive = Field(1000, description="optimizer steps")
     batch_size: Positive = Field(64, description="samples a step over all workers and accumulation steps")
-    micro_batch_size: Positive | None = Field(None, description="samples a worker and forward; default: no accumulation")
+    micro_batch_size: Positive | None = Field(
+        None, description="samples a worker and forward; default: no accumulation"
+    )
     lr: Rate = Field(1e-4, description="peak learning rate")
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), strict=False)
     weight_decay: Weight = 0.0
@@ -50,7 +52,9 @@ class CorpusSection(Section):
     """Where images come from and how they become shards."""
 
     source: str | list[str] | None = Field(None, description="folder, file, pattern or URL; or several")
-    val_source: str | list[str] | None = Field(None, description="held-out images (a published split); else val_fraction")
+    val_source: str | list[str] | None = Field(
+        None, description="held-out images (a published split); else val_fraction"
+    )
     format: Literal["auto", "folder", "webdataset", "parquet", "easy-vqa", "generated"] = "auto"
     image_size: Positive = Field(256, description="pixels a side after resize and centre crop (on reading)")
     val_fraction: Fraction = Field(0.02, description="share held out by a hash of image_id; unused with val_source")
@@ -102,7 +106,9 @@ class CodebookSection(Section):
     coarse: Positive = Field(1, description="K1, cells of the first level; 1 is flat k-means")
     iterations: Positive = Field(10, description="Lloyd iterations at each level")
     polish: NonNegative = Field(0, description="tree-restricted Lloyd passes over all vectors")
-    sample: Positive | None = Field(None, description="vectors the coarse level sees; default 256 a coarse cell, at least 65,536")
+    sample: Positive | None = Field(
+        None, description="vectors the coarse level sees; default 256 a coarse cell, at least 65,536"
+    )
 
 
 class SemanticStage(Section):
@@ -168,8 +174,12 @@ class PixelStage(Section):
     decoder: VitSize = VitSize()
     beta: Weight = 0.25
     vq_weight: Weight = 1.0
-    init_steps: NonNegative = Field(0, description="steps before quantisation starts; the sub-codebooks are then k-means of what was seen")
-    semantic_only_decoder: bool = Field(False, description="also train the same decoder on semantic codes alone, for comparison")
+    init_steps: NonNegative = Field(
+        0, description="steps before quantisation starts; the sub-codebooks are then k-means of what was seen"
+    )
+    semantic_only_decoder: bool = Field(
+        False, description="also train the same decoder on semantic codes alone, for comparison"
+    )
     loss: Loss = Loss()
     train: Train = Train()
 
@@ -185,7 +195,9 @@ class DecoderStage(Section):
 class TokenizerSection(Section):
     """The three phases of SemHiTok."""
 
-    guidance: bool = Field(True, description="false: one flat pixel codebook of codebook.size x pixel.codes, no semantic codes")
+    guidance: bool = Field(
+        True, description="false: one flat pixel codebook of codebook.size x pixel.codes, no semantic codes"
+    )
     semantic: SemanticStage = SemanticStage()
     pixel: PixelStage = PixelStage()
     decoder: DecoderStage | None = None
@@ -230,7 +242,9 @@ class MllmSection(Section):
     max_length: Positive = 2048
     loss_chunk: Positive = Field(4096, description="positions whose logits are held at once")
     image_loss_weight: Weight = Field(1.0, description="weight of the loss on visual tokens")
-    text_source: str | None = Field(None, description="text-only data: a .txt (one a line), .jsonl or .parquet with `text`")
+    text_source: str | None = Field(
+        None, description="text-only data: a .txt (one a line), .jsonl or .parquet with `text`"
+    )
     train: Train = Train()
 
 
@@ -295,7 +309,9 @@ class Recipe(Section):
     mllm: MllmSection = MllmSection()
     export: ExportSection = ExportSection()
     evaluate: EvaluateSection = EvaluateSection()
-    baselines: dict[str, dict[str, Any]] = Field({}, description="name -> overrides: variants run beside it, up to evaluation")
+    baselines: dict[str, dict[str, Any]] = Field(
+        {}, description="name -> overrides: variants run beside it, up to evaluation"
+    )
     resources: Resources = Resources()
     tracking: Tracking = Tracking()
 

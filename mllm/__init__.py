@@ -1,0 +1,1 @@
+"""The unified language model in plain PyTorch: vocabulary, sequences, adapters, losses, generation, export."""

@@ -1,0 +1,287 @@
+"""Artifacts: folders that say what they hold and how it was made.
+
+`artifact.json` is written last, so its presence means "finished". While a stage works, `artifact.partial.json` stands
+instead, with the fingerprint it works towards: the same command goes on, another config is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import hashlib
+import importlib.metadata
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import smalti
+from smalti import storage
+from smalti.errors import ArtifactError, DataError
+
+RECORD = "artifact.json"
+PARTIAL = "artifact.partial.json"
+_PACKAGES = (
+    "torch", "ray", "deepspeed", "transformers", "tokenizers", "numpy", "pyarrow", "pillow", "faiss-cpu", "faiss-gpu",
+    "mlflow", "pydantic", "safetensors",
+)  # fmt: skip
+_SHOWN_DIFFERENCES = 8
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """The record of a finished artifact. `path` is where it was found, and is not part of the stored record."""
+
+    path: str
+    kind: str
+    config: dict[str, Any]
+    fingerprint: str
+    parents: dict[str, str]
+    code_version: str
+    versions: dict[str, str]
+    counts: dict[str, int]
+    seconds: float
+    scores: dict[str, Any] = field(default_factory=dict)
+    created: str = ""
+
+    @classmethod
+    def load(cls, path: str) -> Artifact:
+        """The finished artifact at `path`; `ArtifactError` when there is none, or its record is torn."""
+        found = cls.find(path)
+        if found is not None:
+            return found
+        if storage.exists(storage.join(path, PARTIAL)):
+            raise ArtifactError(f"{path} is a half-made artifact: run the command that made it again to finish it")
+        raise ArtifactError(
+            f"there is no artifact at {path} (no {RECORD}): run the stage that makes it, or check the path"
+        )
+
+    @classmethod
+    def find(cls, path: str) -> Artifact | None:
+        """The finished artifact at `path`, or None; `ArtifactError` when its record is torn."""
+        record_path = storage.join(path, RECORD)
+        if not storage.exists(record_path):
+            return None
+        record = _read_record(record_path)
+        names = {f.name for f in dataclasses.fields(cls)} - {"path"}
+        missing = names - record.keys()
+        if missing:
+            raise ArtifactError(
+                f"{record_path} lacks {', '.join(sorted(missing))}: remove {path} and run the stage again"
+            )
+        return cls(path=path, **{name: record[name] for name in names})
+
+
+@dataclass
+class Workspace:
+    """An artifact being made. `resumed`: an earlier try with the same fingerprint stood here, with its files."""
+
+    path: str
+    kind: str
+    config: dict[str, Any]
+    parents: dict[str, str]
+    fingerprint: str
+    resumed: bool
+    earlier_s: float = 0.0
+
+    def beat(self, seconds: float) -> None:
+        """Note that this try has worked for `seconds`, so that the time of a killed try is not lost."""
+        storage.write_json(storage.join(self.path, PARTIAL), self._partial(self.earlier_s + seconds))
+
+    def finish(self, counts: Mapping[str, int], seconds: float, scores: Mapping[str, Any] | None = None) -> Artifact:
+        """Write the record (its presence means "finished"), then drop the partial one.
+
+        `seconds` is the time of this try; that of earlier ones, as far as they noted it, is added.
+        """
+        artifact = Artifact(
+            path=self.path,
+            kind=self.kind,
+            config=self.config,
+            fingerprint=self.fingerprint,
+            parents=self.parents,
+            code_version=code_version(),
+            versions=package_versions(),
+            counts={name: int(count) for name, count in counts.items()},
+            seconds=round(self.earlier_s + float(seconds), 3),
+            scores=dict(scores or {}),
+            created=_now(),
+        )
+        record = dataclasses.asdict(artifact)
+        del record["path"]
+        storage.write_json(storage.join(self.path, RECORD), record)
+        storage.remove(storage.join(self.path, PARTIAL))
+        return artifact
+
+    def _partial(self, seconds: float) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "fingerprint": self.fingerprint,
+            "config": self.config,
+            "parents": self.parents,
+            "seconds": round(seconds, 3),
+            "touched": _now(),
+        }
+
+
+def fingerprint(kind: str, config: Mapping[str, Any], parents: Mapping[str, Artifact]) -> str:
+    """16 hex digits that two artifacts share exactly when kind, config and the parents' fingerprints are equal."""
+    return _digest(kind, _plain(config), {name: artifact.fingerprint for name, artifact in parents.items()})
+
+
+def begin(path: str, kind: str, config: Mapping[str, Any], parents: Mapping[str, Artifact]) -> Artifact | Workspace:
+    """The finished artifact at `path` if it is this very one, else a `Workspace` to make it in.
+
+    Raises `ArtifactError` when another artifact, finished or half-made, or somebody's other files stand there.
+    """
+    plain = _plain(config)
+    parent_prints = {name: artifact.fingerprint for name, artifact in parents.items()}
+    wanted = _digest(kind, plain, parent_prints)
+    finished = Artifact.find(path)
+    if finished is not None:
+        if finished.fingerprint != wanted:
+            there = {"kind": finished.kind, "config": finished.config, "parents": finished.parents}
+            raise _conflict(
+                path, "a finished artifact", there, {"kind": kind, "config": plain, "parents": parent_prints}
+            )
+        storage.remove(storage.join(path, PARTIAL))
+        return finished
+    workspace = Workspace(path, kind, plain, parent_prints, wanted, resumed=False)
+    partial_path = storage.join(path, PARTIAL)
+    if storage.exists(partial_path):
+        partial = _read_record(partial_path)
+        if partial.get("fingerprint") != wanted:
+            raise _conflict(
+                path, "a half-made artifact", partial, {"kind": kind, "config": plain, "parents": parent_prints}
+            )
+        workspace.resumed = True
+        workspace.earlier_s = float(partial.get("seconds", 0.0))
+    else:
+        _refuse_foreign(path)
+    workspace.beat(0.0)
+    return workspace
+
+
+class Stopwatch:
+    """Seconds since it was made, for `Workspace.beat` and `finish`."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+
+@functools.lru_cache(maxsize=1)
+def code_version() -> str:
+    """`0.1.0`, and in a checkout `0.1.0+g1a2b3c4d5e6f` (`.dirty` with uncommitted changes)."""
+    root = Path(smalti.__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return smalti.__version__
+    commit = _git(root, "rev-parse", "--short=12", "HEAD")
+    if not commit:
+        return smalti.__version__
+    dirty = ".dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else ""
+    return f"{smalti.__version__}+g{commit}{dirty}"
+
+
+@functools.lru_cache(maxsize=1)
+def package_versions() -> dict[str, str]:
+    """Version of Python and of each installed package that results may depend on."""
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ, each as `key: <there> there, <here> here`; `absent` where one has none."""
+    lines = []
+    for key in sorted(there.keys() | here.keys()):
+        left, right = there.get(key, _ABSENT), here.get(key, _ABSENT)
+        if left == right:
+            continue
+        if isinstance(left, Mapping) and isinstance(right, Mapping):
+            lines += differences(left, right, f"{prefix}{key}.")
+        else:
+            lines.append(f"{prefix}{key}: {_short(left)} there, {_short(right)} here")
+    return lines
+
+
+_ABSENT = object()
+
+
+def _short(value: Any) -> str:
+    if value is _ABSENT:
+        return "absent"
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
+def _conflict(path: str, what: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> ArtifactError:
+    """What differs between the record found and the one wanted, and what to do."""
+    keys = ("config", "parents")
+    lines = [f"kind: {there.get('kind')} there, {here['kind']} here"] if there.get("kind") != here["kind"] else []
+    for key in keys:
+        lines += differences(there.get(key) or {}, here[key], "" if key == "config" else "parent ")
+    shown = lines[:_SHOWN_DIFFERENCES]
+    if len(lines) > len(shown):
+        shown.append(f"… and {len(lines) - len(shown)} more")
+    listed = "\n  ".join(shown or ["the record itself was changed by hand"])
+    return ArtifactError(
+        f"{path} holds {what} made with other settings:\n  {listed}\nSet another `out`, set these keys back, or remove {path}."
+    )
+
+
+def _refuse_foreign(path: str) -> None:
+    """A folder with files that are no artifact of ours is somebody's data: do not write into it."""
+    if storage.exists(path) and not storage.is_dir(path):
+        raise ArtifactError(f"{path} is a file, and a folder is needed there: set another `out`, or move the file")
+    names = [name for name in storage.list_names(path) if not name.startswith(".")]
+    if names:
+        some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+        raise ArtifactError(f"{path} holds files that are no artifact ({some}): set another `out`, or move them away")
+
+
+def _read_record(path: str) -> dict[str, Any]:
+    try:
+        record = storage.read_json(path)
+    except DataError as error:
+        raise ArtifactError(f"{error}") from error
+    if not isinstance(record, dict):
+        raise ArtifactError(
+            f"{path} should hold a JSON object, and holds {type(record).__name__}: remove it and run again"
+        )
+    return record
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` as JSON gives it back: tuples are lists, keys are strings."""
+    return json.loads(json.dumps(config, allow_nan=False))
+
+
+def _digest(kind: str, config: Mapping[str, Any], parents: Mapping[str, str]) -> str:
+    value = {"kind": kind, "config": config, "parents": dict(parents)}
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _git(root: Path, *arguments: str) -> str:
+    """Output of a git command, or "" where git cannot tell (not installed, no commit yet, not our repository)."""
+    try:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

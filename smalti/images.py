@@ -1,0 +1,194 @@
+"""Encoded bytes to pixels, strictly: every image is whole and right side up, or has a reason why not.
+
+No setting of Pillow is changed, and nothing here depends on those of the caller: the size is checked against `max_pixels`
+before any pixel is decoded (Pillow only warns), and truncated files are refused.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import struct
+import zlib
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps
+
+from smalti.errors import ImageError
+
+MAX_PIXELS = 64_000_000
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "PCX", "SGI", "QOI")
+REASONS = ("empty", "undecodable", "truncated", "bomb", "too_small")
+
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_DECODER_ERRORS = (
+    OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, AttributeError, OverflowError, NotImplementedError,
+    RuntimeError, EOFError, struct.error, zlib.error, AssertionError, ZeroDivisionError, Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)  # fmt: skip
+
+
+def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, min_size: int = 1) -> Image.Image:
+    """The image as RGB, 8 bits a channel, turned as its EXIF says, alpha on white, the first frame of an animation.
+
+    Raises `ImageError` with a reason: `empty`, `undecodable`, `truncated`, `bomb` (more than `max_pixels`) or
+    `too_small` (a side below `min_size`).
+    """
+    image = _open(data, max_pixels, min_size)
+    orientation = _orientation(image)
+    _load(image)
+    return _turn(_to_rgb(image), orientation)
+
+
+def probe(data: bytes, *, max_pixels: int = MAX_PIXELS, min_size: int = 1) -> tuple[int, int]:
+    """(width, height) after the EXIF turn, once every pixel was decoded; raises as `decode` does."""
+    image = _open(data, max_pixels, min_size)
+    orientation = _orientation(image)
+    width, height = image.size
+    _load(image)
+    _to_rgb(image) if image.mode in ("F", "LAB") else None
+    return (height, width) if orientation >= 5 else (width, height)
+
+
+def to_pixels(data: bytes, size: int, *, max_pixels: int = MAX_PIXELS, min_size: int = 1) -> np.ndarray:
+    """uint8 (size, size, 3): the shorter side resized to `size` (bicubic, antialiased), centre crop.
+
+    A JPEG is decoded at the smallest scale (1/2, 1/4, 1/8) that still covers `size`. Raises as `decode` does.
+    """
+    image = _open(data, max_pixels, min_size)
+    orientation = _orientation(image)
+    image.draft(None, (size, size))
+    _load(image)
+    image = _to_rgb(image)
+    width, height = image.size
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    box = (left, top, left + side, top + side)
+    image = image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
+    return np.array(_turn(image, orientation))
+
+
+def _open(data: bytes, max_pixels: int, min_size: int) -> Image.Image:
+    """The image, its header read and its size checked, no pixel decoded."""
+    if not len(data):
+        raise ImageError("the file is empty", "empty")
+    image = _identify(bytes(data))
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageError(f"{width} x {height} pixels, more than max_pixels = {max_pixels:,}", "bomb")
+    if min(width, height) < max(1, min_size):
+        raise ImageError(f"{width} x {height} pixels, and a side of at least {min_size} is asked for", "too_small")
+    return image
+
+
+def _identify(data: bytes) -> Image.Image:
+    """`Image.open` without its size check, which only warns up to twice a process-wide bound and refuses above."""
+    Image.init()
+    prefix = data[:16]
+    problem: Exception | None = None
+    for name in FORMATS:
+        if name not in Image.OPEN:
+            continue
+        factory, accept = Image.OPEN[name]
+        try:
+            accepted = accept is None or accept(prefix)
+            if not accepted or isinstance(accepted, str):
+                continue
+            image = factory(io.BytesIO(data), "")
+        except _DECODER_ERRORS as error:
+            problem = problem or error
+            continue
+        return image
+    kind = "truncated" if problem is not None and _is_truncation(problem) else "undecodable"
+    raise ImageError(f"no decoder accepts it{_because(problem)}", kind)
+
+
+def _load(image: Image.Image) -> None:
+    """Decode every pixel, or say why not."""
+    try:
+        image.load()
+    except _DECODER_ERRORS as error:
+        reason = "truncated" if _is_truncation(error) else "undecodable"
+        raise ImageError(f"the {image.format} file cannot be decoded{_because(error)}", reason) from error
+    except MemoryError as error:
+        raise ImageError(f"{image.width} x {image.height} pixels do not fit into memory", "bomb") from error
+
+
+def _is_truncation(error: Exception) -> bool:
+    text = str(error).lower()
+    return isinstance(error, EOFError) or any(
+        word in text for word in ("truncated", "not enough", "end of file", "unexpected end")
+    )
+
+
+def _because(error: Exception | None) -> str:
+    return f" ({error or type(error).__name__})" if error is not None else ""
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 to 8; 1 when there is none or the EXIF block is damaged (the pixels are still good)."""
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except _DECODER_ERRORS:
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _turn(image: Image.Image, orientation: int) -> Image.Image:
+    turn = _TURNS.get(orientation)
+    return image if turn is None else image.transpose(turn)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode of Pillow as RGB."""
+    try:
+        if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+            return _deep_to_rgb(image)
+        if image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
+            image = ImageOps.invert(image)
+        if image.mode == "LAB":
+            lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+            turned = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+            if turned is None:
+                raise ValueError("LAB colours cannot be converted")
+            return turned
+        if image.has_transparency_data or image.mode in ("La", "RGBa", "PA"):
+            layer = image.convert("RGBA")
+            white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+            return Image.alpha_composite(white, layer).convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except _DECODER_ERRORS as error:
+        raise ImageError(
+            f"mode {image.mode} of a {image.format} file cannot be turned into RGB{_because(error)}"
+        ) from error
+
+
+def _deep_to_rgb(image: Image.Image) -> Image.Image:
+    """Grey of more than 8 bits: the range of its type (16 bits; floats in [0, 1]) becomes 0 to 255.
+
+    Where the type does not tell the range (32-bit integers, floats beyond 1), the smallest of 8 bits, 16 bits and the
+    values' own range that holds them is taken.
+    """
+    values = np.asarray(image).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("some pixels are not finite numbers")
+    low, high = float(values.min()), float(values.max())
+    sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if image.mode == "F" and low >= 0 and high <= 1:
+        scaled = values * 255
+    elif sixteen_bits or (low >= 0 and 255 < high <= 65_535):
+        scaled = values / 257
+    elif low >= 0 and high <= 255:
+        scaled = values
+    else:
+        scaled = (values - low) * (255 / max(high - low, math.ulp(1.0)))
+    return Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8)).convert("RGB")

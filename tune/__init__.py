@@ -1,0 +1,1 @@
+"""Search spaces, the papers' ablation suites and their tables, on Ray Tune."""
