@@ -1,0 +1,210 @@
+"""The frozen text-aligned vision encoder: SigLIP and SigLIP 2 towers through transformers.
+
+Axis letters: B batch, N patches (row-major), C hidden width, E embedding width, T texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, SiglipModel, SiglipVisionModel
+from transformers.utils import logging as hf_logging
+
+from smalti.errors import ArtifactError, ConfigError, DataError
+
+TOWERS = ("siglip", "siglip_vision_model")
+"""`model_type`s that load. SigLIP 2 at a fixed resolution is published as `siglip`; NaFlex (`siglip2`) has no grid."""
+RANGE_SLACK = 1e-3
+
+
+def check_pixels(pixels: Tensor, image_size: int) -> None:
+    """DataError unless `pixels` is a finite floating (B, 3, image_size, image_size) tensor within [-1, 1]."""
+    wanted = f"a float tensor (B, 3, {image_size}, {image_size}) in [-1, 1]"
+    if not isinstance(pixels, Tensor):
+        raise DataError(f"Pixels are a {type(pixels).__name__}, expected {wanted}.")
+    if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, image_size, image_size):
+        raise DataError(f"Pixels have the shape {tuple(pixels.shape)}, expected {wanted}. Resize and crop the images.")
+    if not pixels.is_floating_point():
+        raise DataError(f"Pixels are {pixels.dtype}, expected {wanted}. For uint8 use `x.float() / 127.5 - 1`.")
+    if pixels.numel():
+        low, high = pixels.aminmax()
+        if not bool(torch.isfinite(low) & torch.isfinite(high)):
+            raise DataError(f"Pixels hold NaN or Inf, expected {wanted}.")
+        if low < -1 - RANGE_SLACK or high > 1 + RANGE_SLACK:
+            raise DataError(f"Pixels lie in [{float(low):.4g}, {float(high):.4g}], expected {wanted}.")
+
+
+class VisionEncoder(nn.Module):
+    """A frozen SigLIP vision tower; float32 patch features from the layer asked for.
+
+    layer: −1 is the last block's output after the final norm; otherwise an index into the hidden states, as
+    transformers counts them (0 the embeddings, k the output of block k; −2 the last but one), without the final norm.
+    """
+
+    def __init__(self, tower: SiglipVisionModel, layer: int = -1, source: str | None = None) -> None:
+        super().__init__()
+        config = tower.config
+        self.tower = tower.eval().requires_grad_(False)
+        self.image_size = _side(config.image_size, "image_size")
+        self.patch_size = _side(config.patch_size, "patch_size")
+        self.grid = (self.image_size // self.patch_size,) * 2
+        self.dim = int(config.hidden_size)
+        self.source = source
+        self.num_layers = int(config.num_hidden_layers)
+        if not -self.num_layers - 1 <= layer <= self.num_layers:
+            raise ConfigError(
+                f"encoder.layer={layer}, but the encoder has {self.num_layers} blocks: hidden states 0 to "
+                f"{self.num_layers}, or -1 (after the final norm) to {-self.num_layers - 1}."
+            )
+        self.layer = layer
+        self._texts: dict[str, Any] = {}
+
+    @classmethod
+    def from_pretrained(cls, path_or_name: str, layer: int = -1) -> VisionEncoder:
+        """Load the vision tower of a SigLIP directory or hub name, in float32, frozen, in eval mode.
+
+        ArtifactError: nothing there, or no SigLIP. ConfigError: `layer` out of range.
+        """
+        config = load_config(path_or_name)
+        if config.model_type not in TOWERS:
+            raise ArtifactError(
+                f"{path_or_name} is a {config.model_type!r} model, expected SigLIP or SigLIP 2 at a fixed resolution "
+                f"(model_type {' or '.join(TOWERS)}). NaFlex variants have no fixed patch grid: take e.g. "
+                "google/siglip2-base-patch16-256."
+            )
+        return cls(load_model(SiglipVisionModel, path_or_name), layer, path_or_name)
+
+    def train(self, mode: bool = True) -> VisionEncoder:
+        """Stay in eval mode: the encoder is frozen."""
+        return super().train(False)
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        """Patch features of images (B, 3, S, S) in [-1, 1]: float32 (B, N, C). Gradients reach the pixels alone."""
+        if tuple(pixels_BCHW.shape[1:]) != (3, self.image_size, self.image_size):
+            raise DataError(
+                f"Pixels have the shape {tuple(pixels_BCHW.shape)}, but this encoder reads (B, 3, {self.image_size}, "
+                f"{self.image_size}). Set corpus.image_size={self.image_size}."
+            )
+        last = self.layer == -1
+        depth = self.layer if self.layer >= 0 else self.num_layers + 1 + self.layer
+        x_BNC = self.tower.embeddings(pixels_BCHW)
+        for block in self.tower.encoder.layers[:depth]:
+            x_BNC = block(x_BNC, None)
+        return (self.tower.post_layernorm(x_BNC) if last else x_BNC).float()
+
+    @torch.no_grad()
+    def pooled(self, pixels_BCHW: Tensor) -> Tensor:
+        """The attention-pooled image embedding, as zero-shot uses it: float32 (B, E), not normalised."""
+        pooled = self.tower(pixel_values=pixels_BCHW).pooler_output
+        if pooled is None:
+            raise ArtifactError(f"{self.source} has no pooling head (vision_use_head is false): no image embedding.")
+        return pooled.float()
+
+    def _text_side(self) -> dict[str, Any]:
+        """The whole model's text tower, logit scale and bias, and its tokenizer; loaded once, on first use."""
+        if not self._texts:
+            if self.source is None or load_config(self.source).model_type != "siglip":
+                raise ArtifactError(
+                    f"{self.source or 'This encoder'} holds a vision tower alone; prompts need the whole SigLIP model "
+                    "with its text tower and tokenizer."
+                )
+            model = load_model(SiglipModel, self.source).eval().requires_grad_(False)
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(self.source)
+            except (OSError, ValueError) as error:
+                raise ArtifactError(f"{self.source} has no tokenizer beside the model: {error}") from error
+            self._texts = {
+                "tower": model.text_model,
+                "tokenizer": tokenizer,
+                "scale": float(model.logit_scale.exp()),
+                "bias": float(model.logit_bias),
+            }
+        return self._texts
+
+    @torch.no_grad()
+    def prompt_embeddings(self, texts: Sequence[str]) -> Tensor:
+        """Unit text embeddings, on the encoder's device: float32 (T, E). ArtifactError without a text tower."""
+        side = self._text_side()
+        tower = side["tower"].to(self.tower.device)
+        length = tower.config.max_position_embeddings
+        ids = encode_texts(side["tokenizer"], texts, length).to(self.tower.device)
+        return F.normalize(tower(input_ids=ids).pooler_output.float(), dim=-1)
+
+    @torch.no_grad()
+    def logits(self, pixels_BCHW: Tensor, texts: Sequence[str]) -> Tensor:
+        """Sigmoid logits of every image with every text: float32 (B, T)."""
+        texts_TE = self.prompt_embeddings(texts)
+        images_BE = F.normalize(self.pooled(pixels_BCHW), dim=-1)
+        return images_BE @ texts_TE.T * self._texts["scale"] + self._texts["bias"]
+
+    def save_tower(self, path: str | Path) -> None:
+        """Write the vision tower as an ordinary transformers directory (no text side)."""
+        with quiet():
+            self.tower.save_pretrained(path)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within, transformers prints no progress bars and no report of weights that are not wanted."""
+    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def load_model(kind: type[Any], path_or_name: str) -> Any:
+    """A transformers model of this class in float32. ArtifactError: missing, torn or incomplete weights."""
+    try:
+        with quiet():
+            model, report = kind.from_pretrained(path_or_name, dtype=torch.float32, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ArtifactError(f"{path_or_name} does not load as {kind.__name__}: {_first_line(error)}.") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ArtifactError(
+            f"{path_or_name} lacks {len(missing)} weights of {kind.__name__}, the first {missing[0]}. Expected a whole "
+            "SigLIP checkpoint; copy or train it again."
+        )
+    return model
+
+
+def load_config(path_or_name: str) -> Any:
+    """The transformers config of a directory or hub name; ArtifactError when there is none."""
+    try:
+        return AutoConfig.from_pretrained(path_or_name)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            f"{path_or_name} is no vision encoder that transformers can load ({_first_line(error)}). Expected a "
+            "directory with config.json and weights, or a hub name such as google/siglip-base-patch16-256."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [repr(error)])[0].rstrip(".")
+
+
+def encode_texts(tokenizer: Any, texts: Sequence[str], length: int) -> Tensor:
+    """Token ids as SigLIP wants them, padded to its full length (its last position is read): int64 (T, length)."""
+    if tokenizer.pad_token_id is None:
+        raise ArtifactError("The text tokenizer beside the encoder has no padding token, which SigLIP needs.")
+    coded = tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    return coded["input_ids"]
+
+
+def _side(value: Any, what: str) -> int:
+    sides = {int(v) for v in value} if isinstance(value, (list, tuple)) else {int(value)}
+    if len(sides) != 1:
+        raise ArtifactError(f"the encoder's {what} is {value}; only square images and patches are supported.")
+    return sides.pop()

@@ -1,0 +1,162 @@
+"""The maths of k-means, one shard or one cell at a time; whoever distributes it adds the statistics up.
+
+Axis letters: N vectors, C their width, K centroids. Sums are float64 and added in a fixed order.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from smalti.tokenizers.quantizers import search
+
+SUM_ROWS = 1 << 15
+"""Rows turned into float64 at once when sums are taken."""
+PLUSPLUS_MAX = 512
+"""Up to this many centroids are seeded by k-means++; above, by distinct random vectors (each seed is a pass)."""
+
+
+def assign(x_NC: Tensor, c_KC: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
+    """Nearest centroid of every vector and its squared distance: int64 (N,), float32 (N,). See `quantizers.search`."""
+    return search(x_NC, c_KC, chunk)
+
+
+def seed_random(x_NC: Tensor, num: int, generator: torch.Generator | None = None) -> Tensor:
+    """`num` of the vectors, drawn without replacement, distinct as long as there are distinct ones: (num, C).
+
+    With fewer than `num` vectors all are taken and then repeated.
+    """
+    order = torch.randperm(len(x_NC), generator=generator)
+    if len(x_NC) < num:
+        order = order.repeat(-(-num // max(1, len(x_NC))))
+    chosen = x_NC[order[:num].to(x_NC.device)]
+    spare = order[num:]
+    _, first = _first_of_each(chosen)
+    doubles = torch.ones(num, dtype=torch.bool, device=chosen.device)
+    doubles[first] = False
+    if bool(doubles.any()) and len(spare):
+        pool, pool_first = _first_of_each(torch.cat([chosen[first], x_NC[spare.to(x_NC.device)]]))
+        fresh = pool_first[pool_first >= len(first)].sort().values - len(first)
+        fresh = fresh[: int(doubles.sum())]
+        places = doubles.nonzero().flatten()[: len(fresh)]
+        chosen[places] = x_NC[spare.to(x_NC.device)[fresh]]
+    return chosen
+
+
+def _first_of_each(x_NC: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct rows, and where each stands first."""
+    rows, inverse = torch.unique(x_NC, dim=0, return_inverse=True)
+    first = torch.full((len(rows),), len(x_NC), dtype=torch.int64, device=x_NC.device)
+    first.scatter_reduce_(0, inverse, torch.arange(len(x_NC), device=x_NC.device), "amin")
+    return rows, first
+
+
+def seed_plusplus(x_NC: Tensor, num: int, generator: torch.Generator | None = None) -> Tensor:
+    """k-means++ (Arthur & Vassilvitskii 2007): each seed drawn with probability ∝ squared distance to those before.
+
+    One pass over the vectors a seed. Once every vector coincides with a seed, the rest are uniform draws.
+    """
+    draw = torch.rand(num, generator=generator, dtype=torch.float64)
+    x_NC = x_NC.float()
+    seeds = x_NC.new_empty(num, x_NC.shape[1])
+    distance_N = torch.full((len(x_NC),), float("inf"), dtype=torch.float64, device=x_NC.device)
+    for k in range(num):
+        total = distance_N.sum()
+        if k and total > 0:
+            place = torch.searchsorted(distance_N.cumsum(0), draw[k].to(total) * total)
+        else:
+            place = torch.tensor(int(draw[k] * len(x_NC)))
+        seeds[k] = x_NC[min(int(place), len(x_NC) - 1)]
+        distance_N = torch.minimum(distance_N, (x_NC - seeds[k]).square().sum(-1).double())
+    return seeds
+
+
+def lloyd_stats(x_NC: Tensor, ids_N: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """Sum and count of the vectors of each centroid: float64 (num, C), int64 (num,)."""
+    sums_KC = torch.zeros(num, x_NC.shape[1], dtype=torch.float64, device=x_NC.device)
+    for start in range(0, len(x_NC), SUM_ROWS):
+        part = slice(start, start + SUM_ROWS)
+        sums_KC.index_add_(0, ids_N[part], x_NC[part].double())
+    return sums_KC, torch.bincount(ids_N, minlength=num)
+
+
+def move(c_KC: Tensor, sums_KC: Tensor, counts_K: Tensor, spherical: bool = False) -> Tensor:
+    """New centroids: the means; those without a vector stay. `spherical` puts them back on the unit sphere."""
+    means = sums_KC / counts_K.clamp(min=1)[:, None]
+    moved = torch.where(counts_K[:, None] > 0, means, c_KC.double()).float()
+    return F.normalize(moved, dim=-1) if spherical else moved
+
+
+def reseed_empty(c_KC: Tensor, counts_K: Tensor, x_NC: Tensor, distance_N: Tensor) -> tuple[Tensor, int]:
+    """Put centroids without a vector on the vectors that lie farthest from theirs; returns them and how many moved.
+
+    Only vectors at a positive distance are used, each once and no two alike, so duplicates stay empty.
+    """
+    empty = (counts_K == 0).nonzero().flatten()
+    if not len(empty):
+        return c_KC, 0
+    far = distance_N.sort(descending=True, stable=True).indices[: 4 * len(empty)]
+    far = far[distance_N[far] > 0]
+    if len(far):
+        _, first = _first_of_each(x_NC[far])
+        far = far[first.sort().values][: len(empty)]
+    c_KC = c_KC.clone()
+    c_KC[empty[: len(far)]] = x_NC[far].float()
+    return c_KC, len(far)
+
+
+def kmeans(
+    x_NC: Tensor, num: int, iterations: int, generator: torch.Generator | None = None, spherical: bool = False
+) -> Tensor:
+    """Centroids of the vectors by Lloyd's iterations: float32 (num, C), finite.
+
+    Empty clusters are re-seeded on far vectors at every iteration. With fewer distinct vectors than `num` some
+    centroids repeat; the caller who needs distinct ones counts them. ValueError: no vectors, or NaN/Inf among them.
+    """
+    if not len(x_NC) or num < 1:
+        raise ValueError(f"k-means of {len(x_NC)} vectors into {num} clusters")
+    x_NC = x_NC.float()
+    if not bool(torch.isfinite(x_NC).all()):
+        raise ValueError("k-means of vectors with NaN or Inf")
+    if spherical:
+        x_NC = F.normalize(x_NC, dim=-1)
+    seed = seed_plusplus if num <= PLUSPLUS_MAX else seed_random
+    c_KC = seed(x_NC, num, generator)
+    for _ in range(iterations):
+        ids_N, distance_N = assign(x_NC, c_KC)
+        sums_KC, counts_K = lloyd_stats(x_NC, ids_N, num)
+        c_KC = move(c_KC, sums_KC, counts_K, spherical)
+        c_KC, _ = reseed_empty(c_KC, counts_K, x_NC, distance_N)
+    return c_KC
+
+
+def allocate(total: int, cell_sizes: Sequence[int]) -> list[int]:
+    """Share `total` centroids among cells in proportion to their sizes; the sum is exactly `total`.
+
+    Largest remainder, at least 1 a cell that has vectors, 0 for an empty one, and no more than a cell's vectors as
+    long as all cells together have `total`. ValueError: no vectors, or fewer centroids than cells that have some.
+    """
+    cells = [i for i, size in enumerate(cell_sizes) if size > 0]
+    vectors = sum(cell_sizes[i] for i in cells)
+    if not cells or total < len(cells):
+        raise ValueError(f"{total} centroids for {len(cells)} cells that hold vectors; at least one each is needed")
+    capped = vectors >= total
+    quota = {i: total * cell_sizes[i] / vectors for i in cells}
+    share = {i: max(1, min(int(quota[i]), cell_sizes[i] if capped else int(quota[i]))) for i in cells}
+    missing = total - sum(share.values())
+    sign = 1 if missing > 0 else -1
+    heap = [(sign * (share[i] - quota[i]), i) for i in cells]
+    heapq.heapify(heap)
+    while missing:
+        need, i = heapq.heappop(heap)
+        full = sign > 0 and capped and share[i] >= cell_sizes[i]
+        if full or (sign < 0 and share[i] <= 1):
+            continue
+        share[i] += sign
+        missing -= sign
+        heapq.heappush(heap, (need + 1, i))
+    return [share.get(i, 0) for i in range(len(cell_sizes))]

@@ -1,0 +1,152 @@
+"""Losses of the tokenizers: distillation, reconstruction with perceptual part, hinge GAN.
+
+Axis letters: B batch, N tokens, C feature width, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smalti.errors import ConfigError
+from smalti.schema import Gan, Loss
+
+
+def distill_loss(rebuilt_BNC: Tensor, target_BNC: Tensor, kind: str) -> Tensor:
+    """`cosine`: mean(1 − cos) over tokens (BEiT-2); `l2`: mean squared error over elements. Float32 scalar."""
+    rebuilt, target = rebuilt_BNC.float(), target_BNC.detach().float()
+    if kind == "cosine":
+        return (1 - F.cosine_similarity(rebuilt, target, dim=-1)).mean()
+    if kind == "l2":
+        return F.mse_loss(rebuilt, target)
+    raise ValueError(f"distillation {kind!r}; there are cosine and l2")
+
+
+def hinge_discriminator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Hinge loss of a discriminator: mean of ½(relu(1 − real) + relu(1 + fake)), as in VQGAN and LlamaGen."""
+    return 0.5 * (F.relu(1 - real_logits.float()).mean() + F.relu(1 + fake_logits.float()).mean())
+
+
+def hinge_generator(fake_logits: Tensor) -> Tensor:
+    """Generator's side of the hinge loss: −mean(fake)."""
+    return -fake_logits.float().mean()
+
+
+def adaptive_weight(nll: Tensor, gan: Tensor, last_layer: Tensor, low: float = 0.0, high: float = 1e4) -> Tensor:
+    """‖∇nll‖ / (‖∇gan‖ + 1e-4) on the decoder's last layer, clamped (VQGAN): detached scalar."""
+    nll_grad = torch.autograd.grad(nll, last_layer, retain_graph=True)[0]
+    gan_grad = torch.autograd.grad(gan, last_layer, retain_graph=True)[0]
+    return (nll_grad.float().norm() / (gan_grad.float().norm() + 1e-4)).clamp(low, high).detach()
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Within, `module` passes gradients on but collects none: how a generator looks at its discriminator."""
+    held = [p for p in module.parameters() if p.requires_grad]
+    for p in held:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in held:
+            p.requires_grad_(True)
+
+
+def gan_active(config: Gan, step: int) -> bool:
+    """Whether the adversarial loss counts at this step (0-based)."""
+    return config.weight > 0 and step >= config.start_step
+
+
+class EncoderPerceptual(nn.Module):
+    """Perceptual distance in a frozen encoder's features: mean over patches of 1 − cosine, (B,)."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder.requires_grad_(False)
+
+    def forward(self, a_BCHW: Tensor, b_BCHW: Tensor) -> Tensor:
+        """Distance of images in [-1, 1]; the second takes no gradient."""
+        with torch.no_grad():
+            target_BNC = self.encoder(b_BCHW.float())
+        return (1 - F.cosine_similarity(self.encoder(a_BCHW.float()).float(), target_BNC.float(), dim=-1)).mean(-1)
+
+
+def build_perceptual(config: Loss, encoder: nn.Module | None = None) -> nn.Module | None:
+    """The perceptual distance that a recipe asks for, or None. ConfigError: no weights, or no encoder to use."""
+    if config.perceptual.kind == "off" or config.perceptual.weight == 0:
+        return None
+    if config.perceptual.kind == "encoder":
+        if encoder is None:
+            raise ConfigError("loss.perceptual.kind=encoder needs the frozen encoder.")
+        return EncoderPerceptual(encoder)
+    if not config.perceptual.weights:
+        raise ConfigError("loss.perceptual.kind=lpips needs loss.perceptual.weights, a file made by lpips.convert.")
+    from smalti.tokenizers.lpips import LPIPS
+
+    return LPIPS.from_file(config.perceptual.weights)
+
+
+class PixelLoss(nn.Module):
+    """λ1·L1 + λ2·L2 + λp·perceptual + λg·GAN of rebuilt images (generator's side).
+
+    perceptual: a module (a, b) → (B,), as `build_perceptual` makes it; it is frozen. Must be there if the recipe wants
+    one.
+    """
+
+    def __init__(self, config: Loss, perceptual: nn.Module | None = None) -> None:
+        super().__init__()
+        wanted = config.perceptual.kind != "off" and config.perceptual.weight > 0
+        if wanted != (perceptual is not None):
+            raise ValueError(f"loss.perceptual.kind={config.perceptual.kind}, but perceptual module: {perceptual}")
+        self.config = config
+        self.perceptual = perceptual.requires_grad_(False).eval() if perceptual is not None else None
+
+    def forward(
+        self,
+        rebuilt_BCHW: Tensor,
+        target_BCHW: Tensor,
+        *,
+        discriminator: nn.Module | None = None,
+        last_layer: Tensor | None = None,
+        step: int = 0,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss (float32 scalar) and its detached parts.
+
+        discriminator: adds the adversarial part once `gan.start_step` is reached; its weights take no gradient here.
+        last_layer: the decoder's last weight, needed for `gan.adaptive`. step: 0-based optimizer step.
+        """
+        rebuilt, target = rebuilt_BCHW.float(), target_BCHW.float()
+        l1, l2 = F.l1_loss(rebuilt, target), F.mse_loss(rebuilt, target)
+        loss = self.config.l1 * l1 + self.config.l2 * l2
+        metrics = {"l1": l1.detach(), "l2": l2.detach()}
+        if self.perceptual is not None:
+            perceptual = self.perceptual(rebuilt, target).mean()
+            loss = loss + self.config.perceptual.weight * perceptual
+            metrics["perceptual"] = perceptual.detach()
+        if discriminator is not None and gan_active(self.config.gan, step):
+            with frozen(discriminator):
+                gan = hinge_generator(discriminator(rebuilt_BCHW))
+            weight = torch.tensor(self.config.gan.weight, device=loss.device)
+            if self.config.gan.adaptive:
+                if last_layer is None:
+                    raise ValueError("gan.adaptive needs the decoder's last layer")
+                weight = weight * adaptive_weight(loss, gan, last_layer)
+            loss = loss + weight * gan
+            metrics |= {"gan": gan.detach(), "gan_weight": weight}
+        metrics["pixel_loss"] = loss.detach()
+        return loss, metrics
+
+
+def discriminator_loss(
+    discriminator: nn.Module, rebuilt_BCHW: Tensor, target_BCHW: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Hinge loss of the discriminator on real and rebuilt images (no gradient to either), and its detached metrics."""
+    rebuilt = rebuilt_BCHW.detach()
+    real, fake = discriminator(target_BCHW.to(rebuilt.dtype)), discriminator(rebuilt)
+    loss = hinge_discriminator(real, fake)
+    metrics = {"discriminator": loss.detach(), "logits_real": real.detach().mean(), "logits_fake": fake.detach().mean()}
+    return loss, metrics

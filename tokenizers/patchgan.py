@@ -1,0 +1,52 @@
+"""PatchGAN discriminator (Isola 2017, as VQGAN and LlamaGen use it): a grid of real-or-not logits."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class PatchGAN(nn.Module):
+    """Strided 4×4 convolutions, `layers` halvings, doubling channels up to eightfold; weights start at N(0, 0.02).
+
+    Group norm stands for batch norm *(choice)*: no running statistics that drift apart between ranks, and an image's
+    logits do not depend on its neighbours in the batch.
+    """
+
+    def __init__(self, channels: int = 64, layers: int = 3) -> None:
+        super().__init__()
+        parts: list[nn.Module] = [nn.Conv2d(3, channels, 4, 2, 1), nn.LeakyReLU(0.2)]
+        width = channels
+        for layer in range(1, layers + 1):
+            wider = channels * min(2**layer, 8)
+            stride = 2 if layer < layers else 1
+            parts += [nn.Conv2d(width, wider, 4, stride, 1, bias=False), _norm(wider), nn.LeakyReLU(0.2)]
+            width = wider
+        self.body = nn.Sequential(*parts, nn.Conv2d(width, 1, 4, 1, 1))
+        self.min_size = 2**layers * 3
+        self.apply(_init)
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] → logits (B, 1, h, w), each for a patch (70 px with 3 layers).
+
+        ValueError: an image smaller than `min_size`, on which no logit would be left.
+        """
+        if min(pixels_BCHW.shape[-2:]) < self.min_size:
+            raise ValueError(
+                f"PatchGAN needs images of at least {self.min_size} px, got {tuple(pixels_BCHW.shape[-2:])}"
+            )
+        return self.body(pixels_BCHW.to(self.body[0].weight.dtype))
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0)
+    return nn.GroupNorm(groups, channels)
+
+
+def _init(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.GroupNorm):
+        nn.init.normal_(module.weight, 1.0, 0.02)
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,177 @@
+"""SemHiTok's pixel stage: SGHC, the semantic-guided hierarchical codebook (stages P and D of arXiv 2503.06764).
+
+Axis letters: B batch, N tokens, D pixel code width, S semantic code width, H W pixels, K semantic codes, M sub-codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smalti.errors import ConfigError
+from smalti.schema import PixelStage, VitSize
+from smalti.tokenizers.quantizers import Float32Buffers
+from smalti.tokenizers.subcodes import FlatCodebook, SubCodebooks
+from smalti.tokenizers.vit import PixelDecoder, VitEncoder
+
+
+@dataclass
+class PixelOutputs:
+    """pixels: rebuilt images (B, 3, H, W), not clamped. vectors: the encoder's p (B, N, D). codes: int64 (B, N) flat
+    tokens (None before quantisation). vq_loss: codebook and commitment loss (0 before). semantic_only: images rebuilt
+    from semantic codes alone, or None."""
+
+    pixels: Tensor
+    vectors: Tensor
+    codes: Tensor | None
+    vq_loss: Tensor
+    semantic_only: Tensor | None
+
+
+class PixelTokenizer(Float32Buffers):
+    """Pixel encoder, pixel codebooks and pixel decoder; the semantic codes are given and stay as they are.
+
+    semantic_codes: float (K, S), or None without guidance, when `num_codes` (K·m) flat pixel codes are searched whole
+    and the pixel code alone is decoded. The decoder sees semantic codes scaled to a mean square of 1 a channel.
+    """
+
+    float32_buffers = ("semantic_codes",)
+    semantic_codes: Tensor | None
+
+    def __init__(
+        self,
+        stage: PixelStage,
+        semantic_codes: Tensor | None,
+        image_size: int,
+        grid: tuple[int, int],
+        num_codes: int | None = None,
+        decoder_size: VitSize | None = None,
+    ) -> None:
+        super().__init__()
+        self.stage, self.image_size, self.grid = stage, image_size, grid
+        self.guided = semantic_codes is not None
+        self.decoder_size = decoder_size or stage.decoder
+        self.semantic_only_decoder: PixelDecoder | None = None
+        self.codebook: SubCodebooks | FlatCodebook
+        if semantic_codes is not None:
+            self.register_buffer("semantic_codes", semantic_codes.detach().float().clone(), persistent=False)
+            self.semantic_scale = float(semantic_codes.float().square().mean().clamp(min=1e-12).rsqrt())
+            self.codebook = SubCodebooks(len(semantic_codes), stage.codes, stage.dim, stage.beta)
+            if stage.semantic_only_decoder:
+                self.semantic_only_decoder = PixelDecoder(image_size, grid, stage.decoder, (semantic_codes.shape[1],))
+        else:
+            if num_codes is None:
+                raise ConfigError("Without guidance the pixel tokenizer needs its number of codes (codebook.size x m).")
+            if stage.semantic_only_decoder:
+                raise ConfigError("tokenizer.pixel.semantic_only_decoder needs tokenizer.guidance: true.")
+            self.semantic_codes = None
+            self.codebook = FlatCodebook(num_codes, stage.dim, stage.beta)
+        self.encoder = VitEncoder(image_size, grid, stage.encoder, stage.dim)
+        self.decoder = PixelDecoder(image_size, grid, self.decoder_size, self._decoder_dims())
+
+    def _decoder_dims(self) -> tuple[int, ...]:
+        if self.semantic_codes is None or self.stage.concat == "none":
+            return (self.stage.dim,)
+        semantic = self.semantic_codes.shape[1]
+        return (semantic + self.stage.dim,) if self.stage.concat == "dim" else (semantic, self.stage.dim)
+
+    @property
+    def num_codes(self) -> int:
+        """Size of the flat vocabulary: K·m."""
+        return len(self.codebook.codes)
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The decoder's last weight, for the adaptive GAN weight."""
+        return self.decoder.last_layer
+
+    def encode_vectors(self, pixels_BCHW: Tensor) -> Tensor:
+        """The pixel encoder's vectors p: (B, N, D)."""
+        return self.encoder(pixels_BCHW.to(self.encoder.embed.weight.dtype))
+
+    @torch.no_grad()
+    def encode(self, pixels_BCHW: Tensor, semantic_ids_BN: Tensor | None = None) -> Tensor:
+        """Flat codes t = i·m + j (without guidance: the code itself): int64 (B, N)."""
+        p_BND = self.encode_vectors(pixels_BCHW)
+        return self._flat(self.codebook.assign(p_BND, self._checked(semantic_ids_BN)), semantic_ids_BN)
+
+    def _checked(self, semantic_ids_BN: Tensor | None) -> Tensor | None:
+        if self.guided and semantic_ids_BN is None:
+            raise ValueError("a guided pixel tokenizer needs the semantic codes of its patches")
+        return semantic_ids_BN
+
+    def _flat(self, ids_BN: Tensor, semantic_ids_BN: Tensor | None) -> Tensor:
+        return ids_BN if semantic_ids_BN is None or not self.guided else semantic_ids_BN * self.stage.codes + ids_BN
+
+    def _semantic(self, semantic_ids_BN: Tensor, dtype: torch.dtype) -> Tensor:
+        assert self.semantic_codes is not None
+        return (F.embedding(semantic_ids_BN, self.semantic_codes) * self.semantic_scale).to(dtype)
+
+    def _decode(self, q_BND: Tensor, semantic_ids_BN: Tensor | None) -> Tensor:
+        q_BND = q_BND.to(self.decoder.head.weight.dtype)
+        if semantic_ids_BN is None or not self.guided or self.stage.concat == "none":
+            return self.decoder(q_BND)
+        c_BNS = self._semantic(semantic_ids_BN, q_BND.dtype)
+        if self.stage.concat == "length":
+            return self.decoder(c_BNS, q_BND)
+        return self.decoder(torch.cat([c_BNS, q_BND], -1))
+
+    def decode(self, codes_BN: Tensor) -> Tensor:
+        """Images of flat codes: (B, 3, H, W), not clamped."""
+        semantic_ids = codes_BN // self.stage.codes if self.guided else None
+        return self._decode(F.embedding(codes_BN, self.codebook.codes), semantic_ids)
+
+    def decode_semantic_only(self, semantic_ids_BN: Tensor) -> Tensor:
+        """Images of semantic codes alone: (B, 3, H, W), not clamped. ConfigError when that decoder was not trained."""
+        if self.semantic_only_decoder is None:
+            raise ConfigError(
+                "This tokenizer has no decoder for semantic codes alone. Train it with "
+                "tokenizer.pixel.semantic_only_decoder=true."
+            )
+        return self.semantic_only_decoder(self._semantic(semantic_ids_BN, self.decoder.head.weight.dtype))
+
+    def forward(
+        self, pixels_BCHW: Tensor, semantic_ids_BN: Tensor | None = None, quantize: bool = True
+    ) -> PixelOutputs:
+        """Rebuild images. `quantize=False` decodes the vectors themselves: the phase before the codebooks stand.
+
+        The semantic-only decoder sees codes alone: nothing that its loss trains is shared with the rest.
+        """
+        semantic_ids_BN = self._checked(semantic_ids_BN) if self.guided else None
+        p_BND = self.encode_vectors(pixels_BCHW)
+        codes, q_BND, vq = None, p_BND, p_BND.new_zeros((), dtype=torch.float32)
+        if quantize:
+            quantized = self.codebook(p_BND, semantic_ids_BN)
+            q_BND, vq = quantized.q, quantized.loss
+            codes = self._flat(quantized.ids, semantic_ids_BN)
+        semantic_only = None
+        if self.semantic_only_decoder is not None and semantic_ids_BN is not None:
+            semantic_only = self.decode_semantic_only(semantic_ids_BN)
+        return PixelOutputs(self._decode(q_BND, semantic_ids_BN), p_BND, codes, vq, semantic_only)
+
+    def init_codebooks(
+        self, vectors_TD: Tensor, ids_T: Tensor | None, generator: torch.Generator | None = None
+    ) -> None:
+        """Start the pixel codebooks as k-means of vectors p seen, each with its semantic code (see `SubCodebooks`).
+
+        vectors: (…, D); ids: int64 (…), None without guidance. It writes a Parameter in place: an optimizer that keeps
+        copies of its own (bf16, ZeRO) is made anew afterwards.
+        """
+        vectors_TD = vectors_TD.reshape(-1, self.stage.dim)
+        if isinstance(self.codebook, SubCodebooks):
+            if ids_T is None:
+                raise ValueError("sub-codebooks start from vectors with their semantic codes")
+            self.codebook.init_from(vectors_TD, ids_T.flatten(), generator)
+        else:
+            self.codebook.init_from(vectors_TD, None, generator)
+
+    def replace_decoder(self, size: VitSize) -> None:
+        """Put a new decoder of this size in place (stage D) and freeze everything else; its weights follow the seed."""
+        self.requires_grad_(False)
+        parameter = self.codebook.codes
+        self.decoder_size = size
+        self.decoder = PixelDecoder(self.image_size, self.grid, size, self._decoder_dims()).to(parameter)
+        self.decoder.requires_grad_(True)

@@ -1,0 +1,296 @@
+"""Vector quantizers: nearest-code search, EMA, vanilla and normalised codebooks.
+
+Axis letters: B batch, N tokens of an image, K codes, D code width, M = all leading axes flattened.
+No collective runs in a `forward`: a quantizer hands out `EMAStats`, and `update` gets `all_reduce` from its caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+AllReduce = Callable[[Tensor], Tensor]
+
+SCRATCH_SCORES = 1 << 22
+"""Scores held at once by a search: 16 MiB in float32."""
+CODE_BLOCK = 1 << 16
+"""Codes compared at once: bounds the scratch of very large codebooks, whatever the number of vectors."""
+
+
+def identity(x: Tensor) -> Tensor:
+    """The sum over ranks when there is one rank."""
+    return x
+
+
+def search(z_MD: Tensor, codes_KD: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
+    """Closest code of every vector, and its squared distance: int64 (M,) in [0, K), float32 (M,) >= 0.
+
+    GEMM form, ‖z‖² − 2(z·c − ‖c‖²/2), in blocks of vectors and codes, so that at most `SCRATCH_SCORES` scores exist
+    at once (`chunk` sets the vectors a block). Float32 whatever the input or autocast. Ties take the lowest index.
+    """
+    if z_MD.ndim != 2 or codes_KD.ndim != 2 or z_MD.shape[1] != codes_KD.shape[1]:
+        raise ValueError(f"search wants (M, D) and (K, D), got {tuple(z_MD.shape)} and {tuple(codes_KD.shape)}")
+    if not len(codes_KD):
+        raise ValueError("search among 0 codes")
+    with torch.no_grad(), torch.autocast(z_MD.device.type, enabled=False):
+        z_MD, codes_KD = z_MD.float(), codes_KD.float()
+        half_norms_K = codes_KD.square().sum(-1) / 2
+        rows = chunk or max(1, SCRATCH_SCORES // min(len(codes_KD), CODE_BLOCK))
+        ids_M = torch.empty(len(z_MD), dtype=torch.int64, device=z_MD.device)
+        scores_M = torch.empty(len(z_MD), dtype=torch.float32, device=z_MD.device)
+        for start in range(0, len(z_MD), rows):
+            part = slice(start, start + rows)
+            scores_M[part], ids_M[part] = _best_score(z_MD[part], codes_KD, half_norms_K)
+        return ids_M, (2 * scores_M + z_MD.square().sum(-1)).clamp_(min=0)
+
+
+def _best_score(z_MD: Tensor, codes_KD: Tensor, half_norms_K: Tensor) -> tuple[Tensor, Tensor]:
+    """Lowest ‖c‖²/2 − z·c of every row, and its code."""
+    best: tuple[Tensor, Tensor] | None = None
+    for start in range(0, len(codes_KD), CODE_BLOCK):
+        block = slice(start, start + CODE_BLOCK)
+        found = torch.addmm(half_norms_K[block], z_MD, codes_KD[block].T, alpha=-1).min(-1)
+        score_M, id_M = found.values, found.indices + start
+        if best is not None:
+            closer_M = score_M < best[0]
+            score_M, id_M = torch.where(closer_M, score_M, best[0]), torch.where(closer_M, id_M, best[1])
+        best = score_M, id_M
+    assert best is not None
+    return best
+
+
+def nearest(z_D: Tensor, codes_KD: Tensor, chunk: int | None = None) -> Tensor:
+    """Index of the closest code (squared L2) of vectors (…, D): int64 (…) in [0, K); ties take the lowest."""
+    return search(z_D.reshape(-1, z_D.shape[-1]), codes_KD, chunk)[0].view(z_D.shape[:-1])
+
+
+@dataclass(frozen=True)
+class VQ:
+    """Sizes and constants of a quantizer (the defaults are the safe EMA form)."""
+
+    num_codes: int
+    dim: int
+    beta: float = 0.25
+    decay: float = 0.99
+    eps: float = 1e-5
+    restart_below: float = 1.0
+
+
+@dataclass
+class EMAStats:
+    """What a batch says about the codes: counts (K,), sums (K, D), and its vectors (M, D) as restart candidates."""
+
+    counts: Tensor
+    sums: Tensor
+    candidates: Tensor
+
+    @staticmethod
+    def of(h_MD: Tensor, ids_M: Tensor, num_codes: int) -> EMAStats:
+        """Statistics of vectors assigned to codes; float32, detached, by index_add (no one-hot matrix)."""
+        h_MD = h_MD.detach().float()
+        counts_K = torch.bincount(ids_M, minlength=num_codes).to(torch.float32)
+        sums_KD = h_MD.new_zeros(num_codes, h_MD.shape[1]).index_add_(0, ids_M, h_MD)
+        return EMAStats(counts_K, sums_KD, h_MD)
+
+    @staticmethod
+    def merge(parts: Sequence[EMAStats]) -> EMAStats:
+        """Statistics of several micro-batches of one step as those of one batch."""
+        counts, sums = torch.stack([p.counts for p in parts]).sum(0), torch.stack([p.sums for p in parts]).sum(0)
+        return EMAStats(counts, sums, torch.cat([p.candidates for p in parts]))
+
+
+class Quantized(NamedTuple):
+    """A quantizer's output: straight-through vectors, int64 ids, scalar loss, statistics (EMA only)."""
+
+    q: Tensor
+    ids: Tensor
+    loss: Tensor
+    stats: EMAStats | None
+
+
+def straight_through(h: Tensor, q: Tensor) -> Tensor:
+    """`q` in value, `h` in gradient."""
+    return h + (q - h).detach()
+
+
+class Float32Buffers(nn.Module):
+    """A module whose named buffers follow a change of device, never of precision (`module.bfloat16()` leaves them)."""
+
+    float32_buffers: tuple[str, ...] = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32Buffers:
+        kept = {name: getattr(self, name) for name in self.float32_buffers}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            after = getattr(self, name)
+            if after is not None and after.dtype != torch.float32:
+                setattr(self, name, before.to(after.device))
+        return self
+
+
+class EMAQuantizer(Float32Buffers):
+    """Codebook that follows running means (VQ-VAE-2); codes, counts and sums are float32 buffers.
+
+    `N ← γN + (1−γ)n; M ← γM + (1−γ)s; N̂ = ΣN·(N+ε)/(ΣN+Kε); c = M/N̂`, with n and s summed over all ranks. A code
+    with N < `restart_below` restarts: M ← a random vector of the global batch, N ← 1. Before the first update N is set
+    to the mean count of a code in that batch (at least 1), so that an initialised codebook is not restarted wholesale.
+    """
+
+    float32_buffers = ("codes", "counts", "sums")
+    codes: Tensor
+    counts: Tensor
+    sums: Tensor
+    num_updates: Tensor
+
+    def __init__(self, config: VQ) -> None:
+        super().__init__()
+        self.config = config
+        codes_KD = torch.randn(config.num_codes, config.dim) / config.dim**0.5
+        self.register_buffer("codes", codes_KD)
+        self.register_buffer("counts", torch.ones(config.num_codes))
+        self.register_buffer("sums", codes_KD.clone())
+        self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
+
+    def set_codes(self, codes_KD: Tensor) -> None:
+        """Start from these codes (K, D) with fresh statistics."""
+        with torch.no_grad():
+            self.codes.copy_(_checked_codes(codes_KD, self.config))
+            self.counts.fill_(1.0)
+            self.sums.copy_(self.codes)
+            self.num_updates.zero_()
+
+    def effective_codes(self) -> Tensor:
+        """The vectors that stand for the codes: float32 (K, D)."""
+        return self.codes
+
+    def assign(self, h: Tensor) -> Tensor:
+        """Code of every vector (…, D): int64 (…)."""
+        return nearest(h, self.codes)
+
+    def forward(self, h_BND: Tensor) -> Quantized:
+        """Quantize; loss is β·mean(‖h − sg(c)‖²) over elements, in float32."""
+        ids = self.assign(h_BND)
+        q = F.embedding(ids, self.codes)
+        loss = self.config.beta * F.mse_loss(h_BND.float(), q)
+        stats = None
+        if self.training:
+            stats = EMAStats.of(h_BND.reshape(-1, self.config.dim), ids.flatten(), self.config.num_codes)
+        return Quantized(straight_through(h_BND, q.to(h_BND.dtype)), ids, loss, stats)
+
+    @torch.no_grad()
+    def update(
+        self,
+        stats: EMAStats,
+        all_reduce: AllReduce = identity,
+        generator: torch.Generator | None = None,
+        rank: int = 0,
+    ) -> int:
+        """Move the codes after a step; returns the number of codes restarted.
+
+        all_reduce: returns the sum of a tensor over all ranks. Every rank calls `update` with its own `rank`, and with
+        generators in the same state (default: one seeded by the number of updates), so that all ranks end with the
+        same codebook, the one that a single rank with the whole batch would have.
+        """
+        counts_K, sums_KD = all_reduce(stats.counts.clone()), all_reduce(stats.sums.clone())
+        if not bool(torch.isfinite(sums_KD).all()):
+            raise FloatingPointError("EMA statistics hold NaN or Inf; the vectors given to the quantizer diverged")
+        if self.num_updates == 0:
+            self.counts.fill_(max(1.0, float(counts_K.sum()) / self.config.num_codes))
+            self.sums.copy_(self.codes * self.counts[:, None])
+        gamma = self.config.decay
+        self.counts.mul_(gamma).add_(counts_K, alpha=1 - gamma)
+        self.sums.mul_(gamma).add_(sums_KD, alpha=1 - gamma)
+        dead = (self.counts < self.config.restart_below).nonzero().flatten()
+        if len(dead):
+            self.sums[dead] = self._draw(len(dead), stats.candidates, all_reduce, generator, rank)
+            self.counts[dead] = 1.0
+        total = self.counts.sum()
+        smoothed_K = total * (self.counts + self.config.eps) / (total + self.config.num_codes * self.config.eps)
+        self.codes.copy_(self.sums / smoothed_K[:, None])
+        self.num_updates += 1
+        return len(dead)
+
+    def _draw(
+        self, num: int, own_MD: Tensor, all_reduce: AllReduce, generator: torch.Generator | None, rank: int
+    ) -> Tensor:
+        """`num` random vectors of the global batch (ranks in order), the same ones on every rank: float32 (num, D)."""
+        if generator is None:
+            generator = torch.Generator().manual_seed(1_000_003 + int(self.num_updates))
+        sizes = torch.zeros(int(all_reduce(own_MD.new_ones(1)).round()), dtype=torch.float64, device=own_MD.device)
+        if not 0 <= rank < len(sizes):
+            raise ValueError(f"rank {rank} of {len(sizes)} ranks")
+        sizes[rank] = len(own_MD)
+        sizes = all_reduce(sizes).to(torch.int64)
+        if sizes[rank] != len(own_MD):
+            raise ValueError(f"{len(sizes)} ranks updated a codebook with the same rank {rank}; pass each its own")
+        total, offset = int(sizes.sum()), int(sizes[:rank].sum())
+        if total == 0:
+            raise ValueError("an EMA update without a single vector")
+        order = torch.randperm(total, generator=generator, device=generator.device)[:num]
+        extra = torch.randint(total, (max(0, num - total),), generator=generator, device=generator.device)
+        local = torch.cat([order, extra]).to(own_MD.device) - offset
+        mine = (local >= 0) & (local < len(own_MD))
+        drawn = own_MD.new_zeros(num, own_MD.shape[1])
+        drawn[mine] = own_MD[local[mine]]
+        return all_reduce(drawn)
+
+
+class VanillaQuantizer(nn.Module):
+    """Codebook trained by gradient: mean(‖sg(h) − c‖²) + β·mean(‖h − sg(c)‖²), straight-through (VQ-VAE)."""
+
+    normalised = False
+
+    def __init__(self, config: VQ) -> None:
+        super().__init__()
+        self.config = config
+        self.codes = nn.Parameter(torch.randn(config.num_codes, config.dim) / config.dim**0.5)
+
+    def set_codes(self, codes_KD: Tensor) -> None:
+        """Start from these codes (K, D)."""
+        with torch.no_grad():
+            self.codes.copy_(self._space(_checked_codes(codes_KD, self.config)))
+
+    def _space(self, x: Tensor) -> Tensor:
+        return F.normalize(x.float(), dim=-1) if self.normalised else x.float()
+
+    def effective_codes(self) -> Tensor:
+        """The vectors that stand for the codes: float32 (K, D); unit vectors for `norm`."""
+        return self._space(self.codes)
+
+    def assign(self, h: Tensor) -> Tensor:
+        """Code of every vector (…, D): int64 (…)."""
+        return nearest(self._space(h), self.effective_codes())
+
+    def forward(self, h_BND: Tensor) -> Quantized:
+        """Quantize; the loss trains codes and vectors. `stats` is None: there is nothing to update afterwards."""
+        ids = self.assign(h_BND)
+        h, q = self._space(h_BND), self._space(F.embedding(ids, self.codes))
+        loss = F.mse_loss(q, h.detach()) + self.config.beta * F.mse_loss(h, q.detach())
+        return Quantized(straight_through(h, q).to(h_BND.dtype), ids, loss, None)
+
+
+class NormQuantizer(VanillaQuantizer):
+    """`VanillaQuantizer` on the unit sphere: vectors and codes are l2-normalised; the nearest has the best cosine."""
+
+    normalised = True
+
+
+def _checked_codes(codes_KD: Tensor, config: VQ) -> Tensor:
+    if codes_KD.shape != (config.num_codes, config.dim):
+        raise ValueError(f"codes of shape {tuple(codes_KD.shape)}, expected {(config.num_codes, config.dim)}")
+    if not bool(torch.isfinite(codes_KD).all()):
+        raise ValueError("codes hold NaN or Inf")
+    return codes_KD
+
+
+Quantizer = EMAQuantizer | VanillaQuantizer | NormQuantizer
+QUANTIZERS: dict[str, type[EMAQuantizer] | type[VanillaQuantizer]] = {
+    "ema": EMAQuantizer,
+    "vanilla": VanillaQuantizer,
+    "norm": NormQuantizer,
+}

@@ -1,0 +1,288 @@
+"""SemHiTok: images ⇄ one flat code a patch, t = i·m + j (arXiv 2503.06764).
+
+Axis letters: B batch, T tokens an image, H W pixels, V the flat vocabulary (K·m), C width of a code's vector.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from smalti import storage
+from smalti.errors import ArtifactError, ConfigError, VocabularyError
+from smalti.schema import TokenizerSection, VitSize
+from smalti.tokenizers.encoders import VisionEncoder, check_pixels
+from smalti.tokenizers.pixel import PixelOutputs, PixelTokenizer
+from smalti.tokenizers.semantic import SemanticTokenizer
+
+__all__ = ["PixelOutputs", "PixelTokenizer", "SemHiTok", "SemanticTokenizer", "flatten_codes", "split_codes"]
+
+SYSTEM = "semhitok"
+FORMAT = 1
+CONFIG_NAME, WEIGHTS_NAME, ENCODER_NAME = "config.json", "model.safetensors", "encoder"
+
+
+def flatten_codes(i: Tensor, j: Tensor, num_sub: int) -> Tensor:
+    """t = i·m + j."""
+    return i * num_sub + j
+
+
+def split_codes(t: Tensor, num_sub: int) -> tuple[Tensor, Tensor]:
+    """(t // m, t mod m): semantic code and sub-code."""
+    return t // num_sub, t % num_sub
+
+
+class SemHiTok(nn.Module):
+    """The whole tokenizer: frozen encoder, semantic codebook, pixel codebooks, decoder.
+
+    section: the recipe's tokenizer section. Without guidance `semantic` and `encoder` are None: encoding reads the
+    pixels alone. Runs in eval mode, without gradients, in float32; on a CPU the same input gives the same bits.
+    """
+
+    def __init__(
+        self,
+        section: TokenizerSection,
+        pixel: PixelTokenizer,
+        semantic: SemanticTokenizer | None = None,
+        encoder: VisionEncoder | None = None,
+    ) -> None:
+        super().__init__()
+        if section.guidance != (semantic is not None) or section.guidance != (encoder is not None):
+            raise ConfigError("SemHiTok with guidance has an encoder and a semantic part, without it neither.")
+        if encoder is not None and semantic is not None:
+            if encoder.grid != pixel.grid or encoder.image_size != pixel.image_size:
+                raise ConfigError(
+                    f"The encoder reads {encoder.image_size} px as {encoder.grid} patches, the pixel tokenizer "
+                    f"{pixel.image_size} px as {pixel.grid}."
+                )
+            if encoder.dim != semantic.feature_dim:
+                raise ConfigError(f"The encoder's features are {encoder.dim} wide, expected {semantic.feature_dim}.")
+        self.section, self.pixel, self.semantic, self.encoder = section, pixel, semantic, encoder
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> SemHiTok:
+        """Stay in eval mode; its parts are trained before they are put together."""
+        return super().train(False)
+
+    @property
+    def num_codes(self) -> int:
+        """V, the size of the flat vocabulary."""
+        return self.pixel.num_codes
+
+    @property
+    def num_sub(self) -> int:
+        """m, flat codes a semantic code (1 without guidance)."""
+        return self.section.pixel.codes if self.section.guidance else 1
+
+    @property
+    def num_semantic(self) -> int:
+        """K, semantic codes (0 without guidance)."""
+        return 0 if self.semantic is None else self.semantic.num_codes
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        return self.pixel.grid
+
+    @property
+    def num_tokens(self) -> int:
+        """T, tokens an image."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def image_size(self) -> int:
+        """Pixels a side that `encode` wants and `decode` gives."""
+        return self.pixel.image_size
+
+    @property
+    def embed_splits(self) -> tuple[int, ...]:
+        """Widths of the parts of a code's vector: (semantic, pixel), or (pixel,) without guidance."""
+        return ((self.section.semantic.dim,) if self.section.guidance else ()) + (self.section.pixel.dim,)
+
+    @property
+    def has_semantic_only(self) -> bool:
+        """Whether `decode_semantic_only` can be called."""
+        return self.pixel.semantic_only_decoder is not None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie; inputs are brought there."""
+        return self.pixel.codebook.codes.device
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Flat codes of images (B, 3, S, S) in [-1, 1]: int64 (B, T). DataError: other shape, dtype or range, NaN."""
+        check_pixels(pixels, self.image_size)
+        pixels = pixels.to(self.device, torch.float32)
+        return self.pixel.encode(pixels, self._semantic_ids(pixels))
+
+    @torch.no_grad()
+    def encode_semantic(self, pixels: Tensor) -> Tensor:
+        """Semantic codes alone: int64 (B, T) in [0, K). ConfigError without guidance."""
+        check_pixels(pixels, self.image_size)
+        ids = self._semantic_ids(pixels.to(self.device, torch.float32))
+        if ids is None:
+            raise ConfigError("This tokenizer was made without guidance: it has no semantic codes.")
+        return ids
+
+    def _semantic_ids(self, pixels: Tensor) -> Tensor | None:
+        if self.encoder is None or self.semantic is None:
+            return None
+        return self.semantic.encode(self.encoder(pixels))
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Images of flat codes (B, T): float32 (B, 3, S, S) in [-1, 1]. VocabularyError: not this tokenizer's codes."""
+        return self.pixel.decode(self._checked(codes, whole=True)).float().clamp(-1, 1)
+
+    @torch.no_grad()
+    def decode_semantic_only(self, codes: Tensor) -> Tensor:
+        """Images of the semantic halves of flat codes (B, T): as `decode`. ConfigError without that decoder."""
+        ids = self._checked(codes, whole=True) // self.num_sub
+        return self.pixel.decode_semantic_only(ids).float().clamp(-1, 1)
+
+    @torch.no_grad()
+    def embed(self, codes: Tensor) -> Tensor:
+        """Vectors that a language model receives, [c_i ; C_pix^i[j]], free of context: float32 (…, C)."""
+        t = self._checked(codes, whole=False)
+        pixel = F.embedding(t, self.pixel.codebook.codes.float())
+        if self.semantic is None:
+            return pixel
+        return torch.cat([F.embedding(t // self.num_sub, self.semantic.codes), pixel], -1)
+
+    def code_vectors(self) -> Tensor:
+        """`embed` of every code: float32 (V, C)."""
+        return self.embed(torch.arange(self.num_codes))
+
+    def _checked(self, codes: Tensor, whole: bool) -> Tensor:
+        """Codes as int64 on the right device; VocabularyError when they are not this tokenizer's."""
+        found = f"{tuple(codes.shape)} {codes.dtype}" if isinstance(codes, Tensor) else type(codes).__name__
+        if (
+            not isinstance(codes, Tensor)
+            or codes.is_floating_point()
+            or codes.is_complex()
+            or codes.dtype == torch.bool
+        ):
+            raise VocabularyError(f"Codes are {found}, expected an integer tensor (B, {self.num_tokens}).")
+        if whole and (codes.ndim != 2 or codes.shape[1] != self.num_tokens):
+            raise VocabularyError(
+                f"Codes are {found}, expected (B, {self.num_tokens}): {self.grid[0]}x{self.grid[1]} tokens an image."
+            )
+        if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= self.num_codes):
+            raise VocabularyError(
+                f"Codes lie in [{int(codes.min())}, {int(codes.max())}], but this tokenizer has {self.num_codes}, "
+                "from 0 on. Subtract the vocabulary's first visual id, or take the tokenizer that made them."
+            )
+        return codes.to(self.device, torch.int64)
+
+    def config_dict(self) -> dict[str, Any]:
+        """What `config.json` holds."""
+        return {
+            "system": SYSTEM,
+            "format": FORMAT,
+            "image_size": self.image_size,
+            "grid": list(self.grid),
+            "num_codes": self.num_codes,
+            "num_semantic": self.num_semantic,
+            "num_sub": self.num_sub,
+            "feature_dim": None if self.semantic is None else self.semantic.feature_dim,
+            "encoder_layer": None if self.encoder is None else self.encoder.layer,
+            "embed_splits": list(self.embed_splits),
+            "decoder_size": self.pixel.decoder_size.model_dump(mode="json"),
+            "tokenizer": self.section.model_dump(mode="json"),
+        }
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Write config.json, model.safetensors and encoder/ into a folder or URL; it then stands on its own.
+
+        config.json comes last: a folder without one was not finished.
+        """
+        target = os.fspath(path)
+        tensors = {
+            n: t.detach().cpu().contiguous() for n, t in self.state_dict().items() if not n.startswith("encoder.")
+        }
+        storage.make_dirs(target)
+        with tempfile.TemporaryDirectory(prefix="smalti-") as folder:
+            save_file(tensors, os.path.join(folder, WEIGHTS_NAME), metadata={"format": "pt", "system": SYSTEM})
+            if self.encoder is not None:
+                self.encoder.save_tower(os.path.join(folder, ENCODER_NAME))
+                storage.make_dirs(storage.join(target, ENCODER_NAME))
+            for base, _, names in os.walk(folder):
+                for name in sorted(names):
+                    source = os.path.join(base, name)
+                    parts = os.path.relpath(source, folder).split(os.sep)
+                    with open(source, "rb") as file:
+                        storage.write_atomic(storage.join(target, *parts), file.read())
+        storage.write_json(storage.join(target, CONFIG_NAME), self.config_dict())
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str]) -> SemHiTok:
+        """Load what `save_pretrained` wrote, in float32 on the CPU. ArtifactError: missing, torn or another system."""
+        source = os.fspath(path)
+        config = read_config(source)
+        if config.get("system") != SYSTEM or config.get("format") != FORMAT:
+            raise ArtifactError(
+                f"{source} holds a {config.get('system')!r} tokenizer of format {config.get('format')!r}, expected "
+                f"{SYSTEM!r} of format {FORMAT}."
+            )
+        with storage.local_copy(source) as folder:
+            return cls._load(config, os.fspath(folder), source)
+
+    @classmethod
+    def _load(cls, config: Mapping[str, Any], folder: str, source: str) -> SemHiTok:
+        try:
+            section = TokenizerSection.model_validate(config["tokenizer"])
+            grid = (int(config["grid"][0]), int(config["grid"][1]))
+            semantic = encoder = None
+            if section.guidance:
+                encoder = VisionEncoder.from_pretrained(os.path.join(folder, ENCODER_NAME), config["encoder_layer"])
+                semantic = SemanticTokenizer(config["feature_dim"], section.semantic, config["num_semantic"], grid)
+            tensors = load_file(os.path.join(folder, WEIGHTS_NAME))
+            if semantic is not None:
+                semantic.load_state_dict(_under("semantic.", tensors))
+            pixel = PixelTokenizer(
+                section.pixel,
+                None if semantic is None else semantic.codes,
+                config["image_size"],
+                grid,
+                config["num_codes"],
+                VitSize.model_validate(config["decoder_size"]),
+            )
+            pixel.load_state_dict(_under("pixel.", tensors))
+        except (KeyError, TypeError, IndexError, ValidationError) as error:
+            raise ArtifactError(f"{source}/{CONFIG_NAME} is not a SemHiTok config: {error!r}.") from error
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise ArtifactError(
+                f"The weights in {source} are missing, torn or do not fit its config: {error}. Save it again."
+            ) from error
+        return cls(section, pixel, semantic, encoder)
+
+
+def read_config(source: str) -> dict[str, Any]:
+    """config.json of a saved tokenizer. ArtifactError: none there, or no JSON object."""
+    path = storage.join(source, CONFIG_NAME)
+    if not storage.exists(path):
+        raise ArtifactError(
+            f"{source} holds no tokenizer: {CONFIG_NAME} is missing. Expected a folder written by save_pretrained, "
+            "such as <out>/tokenizer; if the run stopped before that stage was done, run it again."
+        )
+    try:
+        config = storage.read_json(path)
+    except ValueError as error:
+        raise ArtifactError(f"{path} is no JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise ArtifactError(f"{path} holds a {type(config).__name__}, expected a tokenizer's config.")
+    return config
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
