@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from smalti import storage
 from smalti.errors import ConfigError
-from smalti.tracking import NullTracker, Tracker
+from smalti.tracking import NullTracker, Status, Tracker
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,9 +55,9 @@ def open_tracker(recipe: Recipe) -> Tracker:
     uri = recipe.tracking.uri
     if uri == "off":
         return NullTracker()
-    out = absolute(recipe.out)
+    out = storage.absolute(recipe.out)
     if uri is None:
-        if "://" in out:
+        if not storage.is_local(out):
             raise ConfigError(
                 f"tracking.uri is not set, and its default, a sqlite file in the output folder, cannot lie in {out}. "
                 "Set tracking.uri to a server, to sqlite:///<a local file>, or to off."
@@ -85,10 +85,15 @@ def open_tracker(recipe: Recipe) -> Tracker:
 
 
 class MLflowTracker:
-    """One MLflow run. `owner=False` (see `attach`): `finish` sends what is buffered and leaves the run open."""
+    """One MLflow run. `owner=False` (see `attach`): `finish` sends what is buffered and leaves the run open.
+
+    A pickled copy is such an attached one: it may be handed to rank 0 of a training.
+    """
+
+    run_id: str | None
 
     def __init__(self, uri: str, run_id: str, *, client: MlflowClient | None = None, owner: bool = True) -> None:
-        self.uri, self._run_id, self.owner = uri, run_id, owner
+        self.uri, self.run_id, self._run_id, self.owner = uri, run_id, run_id, owner
         self._client = client or _client(uri)
         self._buffer: list[Any] = []
         self._flushed = time.monotonic()
@@ -98,9 +103,8 @@ class MLflowTracker:
         """The same run seen from another process (rank 0 of a training); its `finish` does not end the run."""
         return cls(uri, run_id, owner=False)
 
-    @property
-    def run_id(self) -> str | None:
-        return self._run_id
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MLflowTracker.attach, (self.uri, self._run_id)
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Log nested settings with dotted keys. A parameter that stands with another value (a rerun may change
@@ -131,14 +135,14 @@ class MLflowTracker:
             del self._buffer[: len(batch)]
         self._flushed = time.monotonic()
 
-    def image(self, key: str, hwc_uint8: np.ndarray, step: int | None = None) -> None:
+    def image(self, key: str, pixels: np.ndarray, step: int | None = None) -> None:
         """Log a picture, uint8 (H, W, 3), as a point of the series `key`."""
-        self._client.log_image(self._run_id, hwc_uint8, key=key, step=step or 0, synchronous=True)
+        self._client.log_image(self._run_id, pixels, key=key, step=step or 0, synchronous=True)
 
     def artifact_text(self, name: str, text: str) -> None:
         self._client.log_text(self._run_id, text, name)
 
-    def tags(self, values: Mapping[str, Any]) -> None:
+    def tags(self, values: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
         tags = [RunTag(key, str(value)[:TAG_LENGTH]) for key, value in values.items()]
@@ -156,16 +160,11 @@ class MLflowTracker:
         run = self._client.create_run(info.experiment_id, run_name=name, tags={PARENT_TAG: self._run_id})
         return MLflowTracker(self.uri, run.info.run_id, client=self._client)
 
-    def finish(self, status: str = "FINISHED") -> None:
+    def finish(self, status: Status = "FINISHED") -> None:
         """Send what is buffered and end the run as FINISHED or FAILED."""
         self.flush()
         if self.owner:
             self._client.set_terminated(self._run_id, status)
-
-
-def absolute(path: str) -> str:
-    """The path as every process may use it: local paths absolute, URLs unchanged."""
-    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
 
 
 def _client(uri: str) -> MlflowClient:
@@ -204,7 +203,7 @@ def _experiment(client: MlflowClient, uri: str, name: str) -> str:
     if known is None:
         location = None
         if uri.startswith("sqlite:///"):
-            location = (Path(absolute(uri.removeprefix("sqlite:///"))).parent / "mlflow_artifacts").as_uri()
+            location = (Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlflow_artifacts").as_uri()
         try:
             return client.create_experiment(name, artifact_location=location)
         except MlflowException:  # another process was faster

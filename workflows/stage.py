@@ -6,8 +6,10 @@ its parents and a body. The body writes under `StageRun.path` and returns counts
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +18,13 @@ from smalti.artifact import Artifact, Workspace
 from smalti.progress import Progress
 from smalti.progress import log as log_line
 from smalti.tracking import Tracker
-from smalti.workflows.mlflow_tracking import absolute, open_tracker
+from smalti.workflows.mlflow_tracking import open_tracker
 
 if TYPE_CHECKING:
     from smalti.schema import Recipe
+
+
+BEAT_S = 30.0
 
 
 @dataclass
@@ -48,7 +53,7 @@ Body = Callable[[StageRun], Mapping[str, int]]
 
 def stage_path(recipe: Recipe, name: str) -> str:
     """`<out>/<name>`; `name` may be nested (`tokenizer/phases/semantic`)."""
-    return storage.join(absolute(recipe.out), *name.split("/"))
+    return storage.join(storage.absolute(recipe.out), *name.split("/"))
 
 
 def run_stage(
@@ -95,7 +100,7 @@ def _standing(recipe: Recipe, name: str, path: str, wanted: str) -> Artifact | N
     if Artifact.find(path) is not None:
         return None  # `begin` tells whether it is the same one
     for other in recipe.share:
-        found = Artifact.find(storage.join(absolute(other), *name.split("/")))
+        found = Artifact.find(storage.join(storage.absolute(other), *name.split("/")))
         if found is not None and found.fingerprint == wanted:
             return found
     return None
@@ -118,7 +123,8 @@ def _make(
     try:
         tracker.tags(_tags(run, parents))
         tracker.params(config)
-        counts = dict(body(run))
+        with _beating(place, started):
+            counts = dict(body(run))
         result = place.finish(counts=counts, seconds=time.monotonic() - started, scores=run.scores)
         numbers: dict[str, float] = {f"count/{key}": float(value) for key, value in counts.items()}
         numbers |= {key: float(value) for key, value in run.scores.items() if isinstance(value, int | float)}
@@ -130,6 +136,24 @@ def _make(
     told = ", ".join(f"{value:,} {key}" for key, value in counts.items())
     run.log(f"finished in {result.seconds:.1f} s" + (f": {told}" if told else ""))
     return result
+
+
+@contextmanager
+def _beating(place: Workspace, started: float) -> Iterator[None]:
+    """Note the time worked every half minute, so that a killed try's is not lost."""
+    stop = threading.Event()
+
+    def beat() -> None:
+        while not stop.wait(BEAT_S):
+            place.beat(time.monotonic() - started)
+
+    thread = threading.Thread(target=beat, daemon=True, name="stage-beat")
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def _tags(run: StageRun, parents: Mapping[str, Artifact]) -> dict[str, str]:

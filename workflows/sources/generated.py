@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,23 +23,24 @@ COLORS = {
     "black": (20, 20, 20),
     "purple": (140, 50, 170),
 }
-SHAPES = ("circle", "square", "triangle")
+SHAPES = ("circle", "rectangle", "triangle")
 DEFAULT_COUNT = 64
 
 
-def draw(seed: int, index: int, size: int) -> tuple[bytes, str, str, Pairs]:
+def draw(seed: int, name: str, index: int, size: int) -> tuple[bytes, str, str, Pairs]:
     """(PNG bytes, caption, label, question-answer pairs) of picture `index`; a pure function of its arguments."""
-    rng = np.random.default_rng([seed, index])
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode()), index])
     color, shape = list(COLORS)[rng.integers(len(COLORS))], SHAPES[rng.integers(len(SHAPES))]
     shade = int(rng.integers(200, 256))
     image = Image.new("RGB", (size, size), (shade, shade, int(rng.integers(200, 256))))
     radius = size * rng.uniform(0.2, 0.35)
+    height = radius * (rng.uniform(0.5, 0.8) if shape == "rectangle" else 1.0)
     x, y = rng.uniform(radius, size - radius, 2)
-    box = (x - radius, y - radius, x + radius, y + radius)
+    box = (x - radius, y - height, x + radius, y + height)
     pen = ImageDraw.Draw(image)
     if shape == "circle":
         pen.ellipse(box, fill=COLORS[color])
-    elif shape == "square":
+    elif shape == "rectangle":
         pen.rectangle(box, fill=COLORS[color])
     else:
         pen.polygon([(x, box[1]), (box[2], box[3]), (box[0], box[3])], fill=COLORS[color])
@@ -55,38 +57,41 @@ def draw(seed: int, index: int, size: int) -> tuple[bytes, str, str, Pairs]:
 
 @dataclass(frozen=True)
 class GeneratedGroup:
-    """Pictures start … stop of a seed."""
+    """Pictures start … stop of a seed and name."""
 
     seed: int
+    name: str
     start: int
     stop: int
     size: int
 
     @property
     def source(self) -> str:
-        return f"generated:{self.stop}:{self.seed}"
+        return f"generated:{self.name}:{self.seed}"
 
     def samples(self) -> Iterator[Sample]:
         for index in range(self.start, self.stop):
-            data, caption, label, qa = draw(self.seed, index, self.size)
+            data, caption, label, qa = draw(self.seed, self.name, index, self.size)
             yield Sample(str(index), (index, 0), data, caption, label, qa)
 
     @contextmanager
     def reader(self) -> Iterator[ReadBytes]:
         def read(locator: Locator) -> bytes:
-            return draw(self.seed, locator[0], self.size)[0]
+            return draw(self.seed, self.name, locator[0], self.size)[0]
 
         yield read
 
 
 def generated_groups(source: str, section: CorpusSection, seed: int) -> list[GeneratedGroup]:
-    """Groups of `generated`, `generated:COUNT` or `generated:COUNT:SEED` (default: 64, the recipe's seed)."""
-    numbers = source.split(":")[1:]
-    if len(numbers) > 2 or not all(number.isdigit() for number in numbers):
-        raise DataError(f"corpus.source: {source!r} is not generated:COUNT or generated:COUNT:SEED.")
-    count = int(numbers[0]) if numbers else DEFAULT_COUNT
-    seed = int(numbers[1]) if len(numbers) > 1 else abs(seed)
+    """Groups of `generated`, `generated:COUNT` or `generated:COUNT:NAME` (default: 64, no name). The recipe's seed and
+    the name make the pictures, so that `generated:48` and `generated:16:val` differ."""
+    _, _, rest = source.partition(":")
+    digits, _, name = rest.partition(":")
+    if rest and not digits.isdigit():
+        raise DataError(f"corpus.source: {source!r} is not generated, generated:COUNT or generated:COUNT:NAME.")
+    count = int(digits) if digits else DEFAULT_COUNT
     size = section.shard_images
     return [
-        GeneratedGroup(seed, start, min(start + size, count), section.image_size) for start in range(0, count, size)
+        GeneratedGroup(abs(seed), name, start, min(start + size, count), section.image_size)
+        for start in range(0, count, size)
     ]

@@ -1,0 +1,337 @@
+"""Stage `corpus`: images from any source, verified, without duplicates, split, in shards; the rest in quarantine.
+
+Two passes over the source, both on Ray. The first looks at every image (decoded whole once) and writes an index without
+pixels, a file a group of input. From the index the driver drops duplicates, splits and lays out the shards: a pure
+function of the source, so that neither the number of tasks nor an interruption shows in the result. The second pass
+fetches the bytes again and writes the shards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from smalti import images, shards, storage
+from smalti.artifact import Artifact
+from smalti.errors import DataError, ImageError
+from smalti.schema import Recipe
+from smalti.shards import CORPUS, QA, QUARANTINE
+from smalti.tracking import Tracker
+from smalti.workflows.ray_session import ensure_ray
+from smalti.workflows.shard_pipeline import run_shards, standing
+from smalti.workflows.sources import Group, Lost, Sample, find_groups
+from smalti.workflows.stage import StageRun, run_stage
+
+ID_DIGITS = 32  # hex digits of a sha256: 128 bits
+QUARANTINE_ROWS = 10_000
+LISTING = "listing.json"
+INDEX = pa.schema(
+    [
+        ("key", pa.string()),
+        ("start", pa.int64()),
+        ("extent", pa.int64()),
+        ("image_id", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("caption", pa.string()),
+        ("label", pa.string()),
+        ("qa", QA),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+    ]
+)
+
+
+def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
+    """The corpus artifact: `train/`, `val/` and `quarantine/` shards.
+
+    Counts: images, train, val, quarantined, over_limit, found (their sum), and `quarantined/<reason>`.
+    Errors: DataError when the source cannot be found, or when a split that was asked for has no usable image.
+    """
+    return run_stage(recipe, "corpus", "corpus", stage_config(recipe), {}, _body, tracker=tracker)
+
+
+def stage_config(recipe: Recipe) -> dict[str, Any]:
+    """What the corpus depends on. `image_size` is used on reading only, except by generated pictures."""
+    config = recipe.corpus.model_dump(mode="json", exclude={"image_size"})
+    if "generated" in f"{recipe.corpus.format} {recipe.corpus.source} {recipe.corpus.val_source}":
+        config |= {"image_size": recipe.corpus.image_size, "seed": recipe.seed}
+    return config
+
+
+def image_id(data: bytes) -> str:
+    """Id of an image: 32 hex digits of the sha256 of its encoded bytes."""
+    return hashlib.sha256(data).hexdigest()[:ID_DIGITS]
+
+
+def is_held_out(identity: str, fraction: float) -> bool:
+    """Whether an image belongs to the held-out split: a pure function of its id."""
+    return int(identity[:13], 16) / 16**13 < fraction
+
+
+def _body(run: StageRun) -> dict[str, int]:
+    recipe, section = run.recipe, run.recipe.corpus
+    sources = {"val": section.val_source} if section.val_source else {}
+    groups = {
+        split: find_groups(source, section, recipe.seed) for split, source in {**sources, "train": section.source}.items()
+    }
+    _same_listing(run, groups)
+    with ensure_ray(recipe):
+        _make_index(run, groups)
+        plan = lay_out(run.path, groups, recipe)
+        _write_quarantine(run.path, plan)
+        _write_shards(run, groups, plan)
+    counts = plan.counts()
+    _check(run, plan, counts)
+    storage.remove(storage.join(run.path, "index"))
+    return counts
+
+
+def _same_listing(run: StageRun, groups: Mapping[str, list[Group]]) -> None:
+    """Start over when the source lists other files than at the try that is gone on with."""
+    digest = hashlib.sha256()
+    for split, members in groups.items():
+        digest.update(split.encode())
+        for group in members:
+            digest.update(repr(group).encode())
+    path = storage.join(run.path, "index", LISTING)
+    if storage.exists(path) and storage.read_json(path) == {"listing": digest.hexdigest()}:
+        return
+    if run.resumed and storage.exists(path):
+        run.log("the source has changed since the interrupted try: starting over")
+        for folder in ("index", "train", "val", "quarantine"):
+            storage.remove(storage.join(run.path, folder))
+    storage.write_json(path, {"listing": digest.hexdigest()})
+
+
+# ---- first pass: look at every image -------------------------------------------------------------------------------
+
+
+def _make_index(run: StageRun, groups: Mapping[str, list[Group]]) -> None:
+    """Write the index of every group; with a limit, only until it is reached for certain."""
+    section, resources = run.recipe.corpus, run.recipe.resources
+    args = (run.path, section.max_pixels, section.min_size)
+    for split, members in groups.items():
+        items = [(split, number, group) for number, group in enumerate(members)]
+        wave = len(items) if section.limit is None else max(2 * resources.readers, 1)
+        run.log(f"looking at {len(items):,} groups of images for {split}")
+        with run.progress(len(items), "groups") as bar:
+            for start in range(0, len(items), wave):
+                for rows, reasons in run_shards(items[start : start + wave], IndexGroup, args, resources, model=False):
+                    bar.update(1, **reasons)
+                    del rows
+                if section.limit is not None and _limit_reached(run, split, start + wave, groups):
+                    break
+
+
+def _limit_reached(run: StageRun, split: str, done: int, groups: Mapping[str, list[Group]]) -> bool:
+    """Whether the groups indexed so far fill every split that this source feeds."""
+    section = run.recipe.corpus
+    part = {split: groups[split][:done]} | ({"val": groups["val"]} if split != "val" and "val" in groups else {})
+    plan = lay_out(run.path, part, run.recipe)
+    fed = ["val"] if split == "val" else ["train"] + ([] if "val" in groups or not section.val_fraction else ["val"])
+    return all(len(plan.rows[name]) >= (section.limit or 0) for name in fed)
+
+
+class IndexGroup:
+    """Actor: one group of input in, its index on disk out; returns (rows, reasons of what is lost)."""
+
+    def __init__(self, path: str, max_pixels: int, min_size: int) -> None:
+        self.path, self.max_pixels, self.min_size = path, max_pixels, min_size
+
+    def read(self, item: tuple[str, int, Group]) -> tuple[str, int, Group]:
+        return item
+
+    def work(self, item: tuple[str, int, Group]) -> tuple[int, dict[str, int]]:
+        split, number, group = item
+        key = index_key(split, number)
+        if standing(self.path, key) is None:
+            rows = [self.row(found) for found in group.samples()]
+            shards.write_shard(self.path, key, pa.Table.from_pylist(rows, INDEX))
+        reasons = shards.read_shard(self.path, key, ["reason"]).column("reason").to_pylist()
+        return len(reasons), dict(Counter(reason for reason in reasons if reason))
+
+    def row(self, found: Sample | Lost) -> dict[str, Any]:
+        """The index row of one sample, decoded whole to see that it can be used."""
+        if isinstance(found, Lost):
+            return {"key": found.key, "reason": found.reason, "detail": found.detail}
+        try:
+            width, height = images.probe(found.data, max_pixels=self.max_pixels, min_size=self.min_size)
+        except ImageError as error:
+            return {"key": found.key, "reason": error.reason, "detail": str(error)}
+        return {
+            "key": found.key,
+            "start": found.locator[0],
+            "extent": found.locator[1],
+            "image_id": image_id(found.data),
+            "width": width,
+            "height": height,
+            "caption": found.caption,
+            "label": found.label,
+            "qa": [{"question": question, "answer": answer} for question, answer in found.qa],
+        }
+
+
+def index_key(split: str, number: int) -> str:
+    """`index/train/00012`: the index of group 12 of the source of `train`."""
+    return f"index/{shards.shard_key(split, number)}"
+
+
+# ---- the layout: duplicates, split, shards -------------------------------------------------------------------------
+
+
+class SeenIds:
+    """The ids met so far, 16 bytes each, in one set: fine up to some tens of millions of images."""
+
+    def __init__(self) -> None:
+        self._where: dict[bytes, str] = {}
+
+    def first(self, identity: str, where: str) -> str | None:
+        """None for an id that is new (it is kept with `where`), else where it was met first."""
+        raw = bytes.fromhex(identity)
+        earlier = self._where.setdefault(raw, where)
+        return None if earlier is where else earlier
+
+
+@dataclass
+class Plan:
+    """Which rows of which index go where: (source split, group, row) each, in order."""
+
+    rows: dict[str, list[tuple[str, int, int]]] = field(default_factory=lambda: {"train": [], "val": []})
+    quarantine: list[dict[str, str]] = field(default_factory=list)
+    over_limit: int = 0
+    found: int = 0
+
+    def counts(self) -> dict[str, int]:
+        train, val = len(self.rows["train"]), len(self.rows["val"])
+        counts = {"images": train + val, "train": train, "val": val, "quarantined": len(self.quarantine)}
+        counts |= {"over_limit": self.over_limit, "found": self.found}
+        reasons = Counter(row["reason"] for row in self.quarantine)
+        return counts | {f"quarantined/{reason}": count for reason, count in sorted(reasons.items())}
+
+    def pieces(self, split: str, size: int) -> Iterator[tuple[str, list[tuple[str, int, list[int]]]]]:
+        """(shard key, [(source split, group, rows)]) of each shard of a split."""
+        rows = self.rows[split]
+        for number, start in enumerate(range(0, len(rows), size)):
+            parts: list[tuple[str, int, list[int]]] = []
+            for source, group, row in rows[start : start + size]:
+                if not parts or parts[-1][:2] != (source, group):
+                    parts.append((source, group, []))
+                parts[-1][2].append(row)
+            yield shards.shard_key(split, number), parts
+
+
+def lay_out(path: str, groups: Mapping[str, list[Group]], recipe: Recipe) -> Plan:
+    """The plan that the indexes give. The first of equal images stays; held-out sources come first, so that an image
+    that lies in both is dropped from training. Reading stops where every split has `limit` images."""
+    section, plan, seen = recipe.corpus, Plan(), SeenIds()
+    limit = section.limit
+    for source, members in groups.items():
+        by_hash = source == "train" and "val" not in groups
+        fed = ["train", "val"] if by_hash and section.val_fraction else [source]
+        for number, group in enumerate(members):
+            if limit is not None and all(len(plan.rows[split]) >= limit for split in fed):
+                break
+            table = shards.read_shard(path, index_key(source, number), ["key", "image_id", "reason", "detail"])
+            for row, (key, identity, reason, detail) in enumerate(zip(*table.to_pydict().values(), strict=True)):
+                if limit is not None and all(len(plan.rows[split]) >= limit for split in fed):
+                    break
+                plan.found += 1
+                where = f"{group.source}::{key}"
+                if reason is None and (first := seen.first(identity, where)) is not None:
+                    reason, detail = "duplicate", f"the same bytes as {first}"
+                if reason is not None:
+                    lost = {"source": group.source, "key": key, "reason": reason, "detail": detail}
+                    plan.quarantine.append(lost)
+                    continue
+                split = "val" if by_hash and is_held_out(identity, section.val_fraction) else source
+                if limit is not None and len(plan.rows[split]) >= limit:
+                    plan.over_limit += 1
+                else:
+                    plan.rows[split].append((source, number, row))
+    return plan
+
+
+# ---- second pass: shards -------------------------------------------------------------------------------------------
+
+
+def _write_quarantine(path: str, plan: Plan) -> None:
+    for number, start in enumerate(range(0, len(plan.quarantine), QUARANTINE_ROWS)):
+        table = pa.Table.from_pylist(plan.quarantine[start : start + QUARANTINE_ROWS], QUARANTINE)
+        shards.write_shard(path, shards.shard_key("quarantine", number), table)
+
+
+def _write_shards(run: StageRun, groups: Mapping[str, list[Group]], plan: Plan) -> None:
+    """Write every shard of the plan that is not there yet."""
+    size = run.recipe.corpus.shard_images
+    items = [
+        (key, [(source, number, groups[source][number], rows) for source, number, rows in parts])
+        for split in shards.SPLITS
+        for key, parts in plan.pieces(split, size)
+    ]
+    with run.progress(plan.counts()["images"], "images") as bar:
+        for receipt in run_shards(items, WriteShard, (run.path,), run.recipe.resources, model=False):
+            bar.update(receipt.rows)
+
+
+class WriteShard:
+    """Actor: the rows of one shard in, the shard on disk out; returns its receipt."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def read(self, item: tuple[str, list[tuple[str, int, Group, list[int]]]]) -> Any:
+        return item
+
+    def work(self, item: tuple[str, list[tuple[str, int, Group, list[int]]]]) -> shards.Receipt:
+        key, parts = item
+        done = standing(self.path, key)
+        if done is not None:
+            return done
+        tables = [self.table(source, number, group, rows) for source, number, group, rows in parts]
+        return shards.write_shard(self.path, key, pa.concat_tables(tables).combine_chunks())
+
+    def table(self, source: str, number: int, group: Group, rows: list[int]) -> pa.Table:
+        """Corpus rows of one group. Errors: DataError when the source gives other bytes than at the first pass."""
+        index = shards.read_shard(self.path, index_key(source, number)).take(pa.array(np.array(rows, np.int64)))
+        columns = {name: index.column(name).to_pylist() for name in ("key", "start", "extent", "image_id")}
+        data = []
+        with group.reader() as read:
+            for key, start, extent, identity in zip(*columns.values(), strict=True):
+                data.append(read((start, extent)))
+                if image_id(data[-1]) != identity:
+                    raise DataError(
+                        f"{group.source}::{key} has changed while the corpus was made. "
+                        "Leave the source alone while it is read, and run the command again."
+                    )
+        named = [f"{group.source}::{key}" for key in columns["key"]]
+        arrays = {"image": pa.array(data, pa.binary()), "source": pa.array(named, pa.string())}
+        return pa.table([arrays.get(name, index[name] if name in INDEX.names else None) for name in CORPUS.names], CORPUS)
+
+
+def _check(run: StageRun, plan: Plan, counts: dict[str, int]) -> None:
+    """Nothing vanished; and each split that was asked for holds an image. Tells what lies in quarantine."""
+    kept = sum(shards.shard_rows(run.path, key) for key in shards.list_shards(run.path))
+    assert kept == counts["images"], f"{kept} rows in shards, {counts['images']} planned"
+    assert kept + counts["quarantined"] + counts["over_limit"] == counts["found"], counts
+    reasons = [f"{count:,} {name.partition('/')[2]}" for name, count in counts.items() if "/" in name]
+    told = ", ".join(reasons) or "none"
+    section = run.recipe.corpus
+    if not counts["images"]:
+        examples = "; ".join(f"{row['key']}: {row['detail']}" for row in plan.quarantine[:3])
+        raise DataError(
+            f"The corpus has 0 usable images of {counts['found']:,} found in {section.source} (unusable: {told})."
+            f" {examples + '. ' if examples else ''}See {run.path}/quarantine, or set corpus.source."
+        )
+    if not counts["train"]:
+        raise DataError(f"No image is left to train on: all {counts['val']:,} are held out. Lower corpus.val_fraction.")
+    if not counts["val"] and (section.val_source or section.val_fraction):
+        run.log("no image is held out: raise corpus.val_fraction, or name a corpus.val_source")
+    if counts["quarantined"]:
+        run.log(f"{counts['quarantined']:,} of {counts['found']:,} in quarantine ({told}); see {run.path}/quarantine")
