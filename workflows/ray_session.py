@@ -41,7 +41,7 @@ def ensure_ray(recipe: Recipe) -> Iterator[None]:
         yield
         return
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level=logging.WARNING, runtime_env=_remote_env())
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env=_remote_env())
         log(f"ray: connected to {os.environ['RAY_ADDRESS']}")
     else:
         _start_local(recipe)
@@ -97,7 +97,7 @@ def _start_local(recipe: Recipe) -> None:
             dashboard_host="127.0.0.1",
             object_store_memory=_store_bytes(),
             log_to_driver=False,
-            logging_level=logging.WARNING,
+            logging_level=logging.ERROR,
         )
     finally:
         if root is not None:

@@ -1,0 +1,89 @@
+"""Stage `tokens`: corpus shards → shards of visual codes, under the same names, with the text that rides along."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from smalti import shards
+from smalti.artifact import Artifact
+from smalti.errors import DataError
+from smalti.schema import Recipe
+from smalti.tracking import Tracker
+from smalti.workflows.features import actor_device, batches, find_stage, load_pixels
+from smalti.workflows.ray_session import ensure_ray
+from smalti.workflows.shard_pipeline import run_shards, standing
+from smalti.workflows.stage import StageRun, run_stage
+
+CARRIED = ["image_id", "caption", "label", "qa"]
+
+
+def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
+    """The tokens artifact: codes int32 of every image, train and val. Counts: images, train, val, codes, num_codes."""
+    parents = {name: Artifact.load(find_stage(recipe, name)) for name in ("corpus", "tokenizer")}
+    return run_stage(recipe, "tokens", "tokens", {}, parents, _body(parents), tracker=tracker)
+
+
+class EncodeShard:
+    """Actor: one corpus shard in, one token shard on disk out; returns its receipt."""
+
+    def __init__(self, out: str, corpus: str, tokenizer: str, recipe: Recipe, image_size: int) -> None:
+        self.out, self.corpus, self.tokenizer_dir, self.recipe = out, corpus, tokenizer, recipe
+        self.image_size, self.tokenizer = image_size, None
+
+    def read(self, key: str) -> tuple[str, shards.Receipt | None, Any, Any]:
+        done = standing(self.out, key)
+        if done is not None:
+            return key, done, None, None
+        return key, None, *load_pixels(self.corpus, key, self.image_size, self.recipe.corpus.max_pixels, CARRIED)
+
+    def work(self, loaded: tuple[str, shards.Receipt | None, Any, Any]) -> shards.Receipt:
+        key, done, table, pixels = loaded
+        if done is not None:
+            return done
+        codes = self.encode(pixels)
+        schema = shards.token_schema(codes.shape[1:])
+        arrays = {name: table.column(name) for name in CARRIED} | {"codes": shards.list_column(codes)}
+        return shards.write_shard(self.out, key, pa.table([arrays[name] for name in schema.names], schema))
+
+    def encode(self, pixels: np.ndarray) -> np.ndarray:
+        """Codes of the images: int32 (images, …). Errors: DataError when the tokenizer gives a code out of its range."""
+        import torch
+
+        resources = self.recipe.resources
+        device = actor_device(resources.gpus_per_worker, resources.cpus_per_worker)
+        if self.tokenizer is None:
+            from smalti.tokenizers.loading import load_tokenizer
+
+            self.tokenizer = load_tokenizer(self.tokenizer_dir).to(device)
+        size = self.recipe.tokens.batch_size
+        with torch.inference_mode():
+            codes = torch.cat([self.tokenizer.encode(part).cpu() for part in batches(pixels, size, device)])
+        low, high = int(codes.min()), int(codes.max())
+        if low < 0 or high >= self.tokenizer.num_codes:
+            raise DataError(
+                f"{self.tokenizer_dir} gave codes from {low} to {high}; expected 0 to {self.tokenizer.num_codes - 1}. "
+                "The tokenizer is damaged: remove its folder and run the stage `tokenizer` again."
+            )
+        return codes.to(torch.int32).numpy()
+
+
+def _body(parents: dict[str, Artifact]) -> Any:
+    def body(run: StageRun) -> dict[str, int]:
+        from smalti.tokenizers.loading import load_tokenizer
+
+        recipe, corpus, tokenizer = run.recipe, parents["corpus"], parents["tokenizer"].path
+        model = load_tokenizer(tokenizer)
+        args = (run.path, corpus.path, tokenizer, recipe, model.image_size)
+        counts = {"images": 0, "train": 0, "val": 0, "num_codes": model.num_codes}
+        del model
+        with ensure_ray(recipe), run.progress(corpus.counts["images"], "images") as bar:
+            for receipt in run_shards(shards.list_shards(corpus.path), EncodeShard, args, recipe.resources):
+                bar.update(receipt.rows)
+                counts["images"] += receipt.rows
+                counts[receipt.key.split("/")[0]] += receipt.rows
+        return counts
+
+    return body
