@@ -26,8 +26,8 @@ Batch = Mapping[str, Tensor]
 class UnifiedModel(nn.Module):
     """A causal language model that sees and draws; see the module's text.
 
-    `causal_lm` is taken over and changed: its embedding matrix is cut or grown to the text and delimiter rows, its head
-    is untied and grown to the flat vocabulary (new rows: normal with the old rows' mean and deviation, from `seed`).
+    `causal_lm` is taken over and, unless it was fitted before, changed by `fit_vocabulary`: its embedding matrix is cut or
+    grown to the text and delimiter rows, its head is untied and grown to the flat vocabulary (new rows from `seed`).
     """
 
     code_vectors_VC: Tensor
@@ -55,7 +55,8 @@ class UnifiedModel(nn.Module):
         self.vocabulary = vocabulary
         self.image_loss_weight, self.loss_chunk = image_loss_weight, loss_chunk
         self.register_buffer("code_vectors_VC", code_vectors_VC.detach().float().clone(), persistent=False)
-        fit_vocabulary(causal_lm, vocabulary, torch.Generator().manual_seed(seed))
+        if not is_fitted(causal_lm, vocabulary):
+            fit_vocabulary(causal_lm, vocabulary, torch.Generator().manual_seed(seed))
 
     @property
     def config(self) -> Any:
@@ -189,8 +190,7 @@ def fit_vocabulary(causal_lm: Any, vocabulary: VisualVocabulary, generator: torc
         )
     num_head = max(vocabulary.size, old_head.out_features)
     bias = old_head.bias is not None
-    head = LossHead(old_head.in_features, num_head, bias=bias, device="meta").to_empty(device=old_head.weight.device)
-    head = head.to(old_head.weight.dtype)
+    head = LossHead(old_head.in_features, num_head, bias=bias, device="meta")
     with torch.no_grad():
         head.weight = nn.Parameter(_grown(old_head.weight, num_text, num_head, generator))
         if bias:
@@ -198,6 +198,39 @@ def fit_vocabulary(causal_lm: Any, vocabulary: VisualVocabulary, generator: torc
         embed.weight = nn.Parameter(_grown(embed.weight, num_text, vocabulary.first_visual, generator))
     embed.num_embeddings, embed.padding_idx = vocabulary.first_visual, None
     causal_lm.set_output_embeddings(head)
+    untie(causal_lm, num_head)
+    end_at(causal_lm, vocabulary)
+
+
+def end_at(causal_lm: Any, vocabulary: VisualVocabulary) -> None:
+    """Let `generate` of the exported model know the end, padding and beginning tokens; a published model's own ends stay."""
+    generation = causal_lm.generation_config
+    found = generation.eos_token_id
+    ends = [] if found is None else [found] if isinstance(found, int) else list(found)
+    generation.eos_token_id = ends if vocabulary.eos in ends else [*ends, vocabulary.eos]
+    if generation.pad_token_id is None:
+        generation.pad_token_id = vocabulary.pad
+    if generation.bos_token_id is None and vocabulary.bos is not None:
+        generation.bos_token_id = vocabulary.bos
+
+
+def is_fitted(causal_lm: Any, vocabulary: VisualVocabulary) -> bool:
+    """Whether `fit_vocabulary` (or `fit_shapes`) was here before."""
+    embed, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
+    return (
+        isinstance(head, LossHead)
+        and head.out_features >= vocabulary.size
+        and embed.num_embeddings == vocabulary.first_visual
+    )
+
+
+def fit_shapes(causal_lm: Any, vocabulary: VisualVocabulary) -> None:
+    """As `fit_vocabulary`, for a language model whose weights are still to be loaded: shapes only, no storage."""
+    embed, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
+    embed.weight = nn.Parameter(embed.weight.new_empty((vocabulary.first_visual, embed.embedding_dim), device="meta"))
+    embed.num_embeddings, embed.padding_idx = vocabulary.first_visual, None
+    num_head = max(vocabulary.size, head.out_features)
+    causal_lm.set_output_embeddings(LossHead(head.in_features, num_head, bias=head.bias is not None, device="meta"))
     untie(causal_lm, num_head)
 
 

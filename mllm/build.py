@@ -1,0 +1,201 @@
+"""A unified model from a recipe's `mllm` section, and its folder on disk.
+
+The folder: the language model's `config.json` and `generation_config.json`, the extended Hugging Face tokenizer,
+`unified.safetensors` (language model without visual embedding rows, adapter, code vectors) and `unified.json` (how they
+fit together). It holds what further training needs; what everybody else loads is the export.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+from transformers.initialization import no_init_weights
+
+from smalti.errors import ArtifactError, ConfigError, TrainingError
+from smalti.mllm.adapters import ADAPTERS, Adapter
+from smalti.mllm.model import UnifiedModel, fit_shapes
+from smalti.mllm.vocabulary import VisualVocabulary
+from smalti.schema import LanguageModel, MllmSection
+
+FORMAT = 1
+WEIGHTS, SETTINGS = "unified.safetensors", "unified.json"
+_CODES = "code_vectors"
+
+
+class VisualTokenizer(Protocol):
+    """What the language model's side needs of a visual tokenizer."""
+
+    num_codes: int
+    embed_splits: tuple[int, ...]
+
+    def code_vectors(self) -> Tensor: ...
+
+
+def build_unified(
+    section: MllmSection, hf_tokenizer: Any, visual_tokenizer: VisualTokenizer, *, seed: int = 0
+) -> UnifiedModel:
+    """A unified model in float32 on the CPU; `hf_tokenizer` is extended in place (`VisualVocabulary.extend`).
+
+    Its language model comes from `section.pretrained` or, when that is not set, from `section.config`'s numbers. The same
+    seed gives the same weights; the caller's random state is left alone.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        causal_lm = load_language_model(section, hf_tokenizer)
+        vocabulary = VisualVocabulary.extend(hf_tokenizer, visual_tokenizer.num_codes)
+        width = causal_lm.get_input_embeddings().embedding_dim
+        adapter = ADAPTERS[section.adapter](visual_tokenizer.embed_splits, section.adapter_hidden or width, width)
+        model = UnifiedModel(
+            causal_lm,
+            adapter,
+            visual_tokenizer.code_vectors(),
+            vocabulary,
+            image_loss_weight=section.image_loss_weight,
+            loss_chunk=section.loss_chunk,
+            seed=seed,
+        )
+    model.match_scales()
+    return model
+
+
+def load_language_model(section: MllmSection, hf_tokenizer: Any) -> Any:
+    """The Hugging Face causal language model that a recipe names or describes, in float32, before any visual token."""
+    if section.pretrained and section.config:
+        raise ConfigError("mllm.pretrained and mllm.config are both set; keep one.")
+    if section.config:
+        return Qwen2ForCausalLM(_qwen2_config(section.config, section.max_length, hf_tokenizer))
+    if not section.pretrained:
+        raise ConfigError(
+            "Neither mllm.pretrained nor mllm.config is set: give a folder or hub name, or the sizes of a model."
+        )
+    try:
+        return AutoModelForCausalLM.from_pretrained(section.pretrained, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"mllm.pretrained={section.pretrained!r} could not be loaded as a causal language model: {error}"
+        ) from error
+
+
+def load_text_tokenizer(pretrained: str) -> Any:
+    """The Hugging Face tokenizer of `mllm.pretrained`."""
+    try:
+        return AutoTokenizer.from_pretrained(pretrained)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"mllm.pretrained={pretrained!r} has no tokenizer that loads: {error}") from error
+
+
+def _qwen2_config(size: LanguageModel, max_length: int, hf_tokenizer: Any) -> Qwen2Config:
+    if size.hidden_size % size.heads or size.heads % size.kv_heads:
+        raise ConfigError(
+            f"mllm.config: hidden_size {size.hidden_size} must be a multiple of heads {size.heads}, and heads of kv_heads "
+            f"{size.kv_heads}."
+        )
+    return Qwen2Config(
+        vocab_size=len(hf_tokenizer),
+        hidden_size=size.hidden_size,
+        intermediate_size=size.intermediate_size,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        max_position_embeddings=max_length,
+        tie_word_embeddings=False,
+        use_sliding_window=False,
+        bos_token_id=hf_tokenizer.bos_token_id,
+        eos_token_id=hf_tokenizer.eos_token_id,
+        pad_token_id=hf_tokenizer.pad_token_id,
+    )
+
+
+def save_unified(path: str, model: UnifiedModel, hf_tokenizer: Any, state: Mapping[str, Tensor] | None = None) -> None:
+    """Write a unified model into the local folder `path`. `state`: its whole state dict, where the model itself holds
+    only a part (ZeRO-3). The settings file comes last: a folder without it is half-written."""
+    os.makedirs(path, exist_ok=True)
+    expected = model.state_dict()
+    state = expected if state is None else state
+    missing = sorted(set(expected) - set(state))
+    if missing:
+        raise TrainingError(
+            f"{len(missing)} weights of the trained model are missing, such as {missing[0]}; nothing was saved."
+        )
+    tensors = {name: state[name].detach().cpu().contiguous() for name in expected}
+    tensors[_CODES] = model.code_vectors_VC.detach().float().cpu().contiguous()
+    model.lm.config.save_pretrained(path)
+    model.lm.generation_config.save_pretrained(path)
+    hf_tokenizer.save_pretrained(path)
+    save_file(tensors, os.path.join(path, WEIGHTS), metadata={"format": "pt"})
+    settings = {
+        "format": FORMAT,
+        "adapter": next(name for name, kind in ADAPTERS.items() if type(model.adapter) is kind),
+        "splits": list(model.adapter.splits),
+        "adapter_hidden": model.adapter.hidden,
+        "image_loss_weight": model.image_loss_weight,
+        "loss_chunk": model.loss_chunk,
+    }
+    with open(os.path.join(path, SETTINGS), "w", encoding="utf-8") as file:
+        json.dump(settings, file, indent=2)
+
+
+def load_unified(path: str) -> tuple[UnifiedModel, Any]:
+    """The unified model and its tokenizer from a folder that `save_unified` wrote: on the CPU, in the saved dtype."""
+    settings = _read_settings(path)
+    hf_tokenizer = AutoTokenizer.from_pretrained(path)
+    vocabulary = VisualVocabulary.from_tokenizer(hf_tokenizer)
+    tensors = _read_tensors(os.path.join(path, WEIGHTS))
+    with no_init_weights():
+        causal_lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    causal_lm.generation_config = GenerationConfig.from_pretrained(path)
+    fit_shapes(causal_lm, vocabulary)
+    width = causal_lm.get_input_embeddings().embedding_dim
+    adapter: Adapter = ADAPTERS[settings["adapter"]](settings["splits"], settings["adapter_hidden"], width)
+    model = UnifiedModel(
+        causal_lm,
+        adapter,
+        tensors.pop(_CODES),
+        vocabulary,
+        image_loss_weight=settings["image_loss_weight"],
+        loss_chunk=settings["loss_chunk"],
+    )
+    try:
+        model.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        raise ArtifactError(
+            f"{path}/{WEIGHTS} does not fit its config.json: {error}. Train the model again."
+        ) from error
+    return model.eval(), hf_tokenizer
+
+
+def _read_settings(path: str) -> dict[str, Any]:
+    file = os.path.join(path, SETTINGS)
+    try:
+        with open(file, encoding="utf-8") as stream:
+            settings = json.load(stream)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            f"{path} holds no whole unified model ({error}). Run `smalti mllm RECIPE` first."
+        ) from error
+    if settings.get("format") != FORMAT:
+        raise ArtifactError(f"{file} has format {settings.get('format')}, but this version reads format {FORMAT}.")
+    return settings
+
+
+def _read_tensors(file: str) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (not a dict)
+    except Exception as error:  # safetensors raises its own class, which is no OSError
+        raise ArtifactError(f"{file} is missing or torn ({error}). Train the model again.") from error
