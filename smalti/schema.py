@@ -273,6 +273,7 @@ class EvaluateSection(Section):
     prompts: list[str] | None = Field(None, description="prompts to draw; default: a caption of each class")
     sampling: Sampling = Sampling()
     vrr_images: Positive = 500
+    goals: dict[str, float] = Field({}, description="score -> value to reach, shown beside it; changes no result")
     batch_size: Positive = 64
 
 
