@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from smalti import images, shards, storage
+from smalti import images, shards
 from smalti.artifact import Artifact
 from smalti.errors import ConfigError, DataError, ImageError
 from smalti.schema import Recipe
 from smalti.tracking import Tracker
 from smalti.workflows.ray_session import ensure_ray
 from smalti.workflows.shard_pipeline import run_shards, standing
-from smalti.workflows.stage import StageRun, run_stage, stage_path
+from smalti.workflows.stage import StageRun, find_artifact, run_stage
 
 
 def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
@@ -23,7 +23,7 @@ def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
 
     Counts: images, vectors, train, val (vectors of each split), dim. Errors: DataError on a NaN or Inf feature.
     """
-    parents = {name: Artifact.load(find_stage(recipe, name)) for name in ("corpus", "encoder")}
+    parents = {name: find_artifact(recipe, name) for name in ("corpus", "encoder")}
     config: dict[str, Any] = {"patches": recipe.features.patches, "layer": recipe.encoder.layer}
     if recipe.features.patches != "all":
         config["seed"] = recipe.seed
@@ -129,16 +129,6 @@ class FeatureShard:
                 f" float16 (65,504), the first is {ids[int(bad.argmax())]}. Check the encoder {self.encoder_dir}, or choose"
                 " another encoder.layer."
             )
-
-
-def _found(recipe: Recipe, name: str) -> str:
-    return find_stage(recipe, name)
-
-
-def find_stage(recipe: Recipe, name: str) -> str:
-    """Folder of a finished stage: in `<out>`, else in the first `share` folder that has it (errors speak of `<out>`)."""
-    places = [stage_path(recipe, name)] + [storage.join(storage.absolute(other), name) for other in recipe.share]
-    return next((place for place in places if Artifact.find(place) is not None), places[0])
 
 
 def _body(parents: dict[str, Artifact]) -> Any:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from smalti import artifact, storage
 from smalti.artifact import Artifact, Workspace
+from smalti.errors import ArtifactError
 from smalti.progress import Progress
 from smalti.progress import log as log_line
 from smalti.tracking import Tracker
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 
 BEAT_S = 30.0
+SHARED_FILE = "shared.json"
 
 
 @dataclass
@@ -56,6 +58,28 @@ def stage_path(recipe: Recipe, name: str) -> str:
     return storage.join(storage.absolute(recipe.out), *name.split("/"))
 
 
+def find_artifact(recipe: Recipe, name: str) -> Artifact:
+    """The finished artifact of a stage of this recipe: in `<out>/<name>`, or where `run_stage` found it to be shared.
+
+    This is how a stage gets its parents. Errors: ArtifactError when the stage has not run, or the shared one changed.
+    """
+    path = stage_path(recipe, name)
+    own = Artifact.find(path)
+    record_path = storage.join(storage.absolute(recipe.out), SHARED_FILE)
+    if own is not None or not storage.exists(record_path):
+        return own or Artifact.load(path)
+    noted = storage.read_json(record_path).get(name)
+    if noted is None:
+        return Artifact.load(path)
+    found = Artifact.find(noted["path"])
+    if found is None or found.fingerprint != noted["fingerprint"]:
+        raise ArtifactError(
+            f"The stage {name} of {recipe.out} used {noted['path']} (fingerprint {noted['fingerprint']}), which is "
+            f"{'gone' if found is None else 'another one now'}. Run the stage {name} again."
+        )
+    return found
+
+
 def run_stage(
     recipe: Recipe,
     name: str,
@@ -78,6 +102,8 @@ def run_stage(
         place = artifact.begin(path, kind, config, parents)
         if isinstance(place, Artifact):
             done = place
+    else:
+        _note_shared(recipe, name, done)
     if done is not None:
         log_line(f"{name}: skipped, stands already in {done.path} (fingerprint {done.fingerprint})")
         return done
@@ -104,6 +130,13 @@ def _standing(recipe: Recipe, name: str, path: str, wanted: str) -> Artifact | N
         if found is not None and found.fingerprint == wanted:
             return found
     return None
+
+
+def _note_shared(recipe: Recipe, name: str, found: Artifact) -> None:
+    """Keep in `<out>/shared.json` where the stage's artifact lies, for the stages after it."""
+    path = storage.join(storage.absolute(recipe.out), SHARED_FILE)
+    noted = storage.read_json(path) if storage.exists(path) else {}
+    storage.write_json(path, noted | {name: {"path": found.path, "fingerprint": found.fingerprint}})
 
 
 def _make(

@@ -12,17 +12,17 @@ from smalti.artifact import Artifact
 from smalti.errors import DataError
 from smalti.schema import Recipe
 from smalti.tracking import Tracker
-from smalti.workflows.features import actor_device, batches, find_stage, load_pixels
+from smalti.workflows.features import actor_device, batches, load_pixels
 from smalti.workflows.ray_session import ensure_ray
 from smalti.workflows.shard_pipeline import run_shards, standing
-from smalti.workflows.stage import StageRun, run_stage
+from smalti.workflows.stage import StageRun, find_artifact, run_stage
 
 CARRIED = ["image_id", "caption", "label", "qa"]
 
 
 def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
     """The tokens artifact: codes int32 of every image, train and val. Counts: images, train, val, codes, num_codes."""
-    parents = {name: Artifact.load(find_stage(recipe, name)) for name in ("corpus", "tokenizer")}
+    parents = {name: find_artifact(recipe, name) for name in ("corpus", "tokenizer")}
     return run_stage(recipe, "tokens", "tokens", {}, parents, _body(parents), tracker=tracker)
 
 
