@@ -1,0 +1,207 @@
+"""The rows that are measured: seeded samples of the held-out split, with their codes, texts and pixels.
+
+Samples are drawn from at most `MOST_SHARDS` shards, chosen evenly over the split, so that an evaluation of fifty
+million images reads as little as one of a few thousand. The same seed gives the same rows on every machine.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from smalti import shards
+from smalti.errors import DataError
+from smalti.images import to_pixels
+from smalti.schema import EvaluateSection
+
+MOST_SHARDS = 32
+TEXT_COLUMNS = ["image_id", "caption", "label", "qa"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything an evaluation depends on; plain values, so that it travels to another machine."""
+
+    path: str  # of the evaluation's artifact
+    corpus: str
+    tokens: str
+    tokenizer: str
+    encoder: str  # what VisionEncoder.from_pretrained takes
+    encoder_layer: int
+    export: str | None  # no language model: no questions, no drawings
+    image_size: int
+    max_pixels: int
+    seed: int
+    evaluate: EvaluateSection
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One held-out image: where it lies, its codes int32 (T,) and its texts."""
+
+    image_id: str
+    key: str  # of the shard
+    index: int  # in the shard
+    codes: np.ndarray
+    caption: str | None
+    label: str | None
+    qa: list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One held-out question; `row` says which image it is about."""
+
+    row: Row
+    question: str
+    answer: str
+
+
+def spread(keys: Sequence[str], most: int = MOST_SHARDS) -> list[str]:
+    """At most `most` of the keys, evenly over the list, in order."""
+    if len(keys) <= most:
+        return list(keys)
+    return [keys[int(place)] for place in np.linspace(0, len(keys) - 1, most).round()]
+
+
+def choose(total: int, most: int, seed: int) -> np.ndarray:
+    """At most `most` of the numbers 0 … total−1, drawn without replacement, ascending; the same for the same seed."""
+    if total <= most:
+        return np.arange(total)
+    return np.sort(np.random.default_rng(seed).choice(total, size=most, replace=False))
+
+
+def texts_of(table: pa.Table) -> list[dict[str, Any]]:
+    """Rows of caption, label and qa as Python values; a missing qa list is empty, an empty text is None."""
+    rows = table.select(TEXT_COLUMNS).to_pylist()
+    for row in rows:
+        row["qa"] = row["qa"] or []
+        row["caption"], row["label"] = row["caption"] or None, row["label"] or None
+    return rows
+
+
+class HeldOut:
+    """The held-out rows of a job and, for what must be learned from it, the training split."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """Every row of the chosen held-out token shards, in the order of the shards. Errors: DataError when empty."""
+        keys = spread(shards.list_shards(self.job.tokens, "val"))
+        rows = [row for key in keys for row in self._rows_of(key)]
+        if not rows:
+            raise DataError(
+                f"{self.job.tokens} holds no row of the split `val`, so there is nothing to measure on. "
+                "Raise corpus.val_fraction, or set corpus.val_source, and run the chain again."
+            )
+        return rows
+
+    def _rows_of(self, key: str) -> list[Row]:
+        table = shards.read_shard(self.job.tokens, key)
+        codes = shards.codes(table)
+        return [
+            Row(text["image_id"], key, index, codes[index], text["caption"], text["label"], text["qa"])
+            for index, text in enumerate(texts_of(table))
+        ]
+
+    @cached_property
+    def images(self) -> list[Row]:
+        """The sample of held-out images, at most `evaluate.images`."""
+        chosen = choose(len(self.rows), self.job.evaluate.images, self.job.seed)
+        return [self.rows[index] for index in chosen]
+
+    @cached_property
+    def questions(self) -> list[Question]:
+        """The sample of held-out questions, at most `evaluate.questions`."""
+        everything = [Question(row, pair["question"], pair["answer"]) for row in self.rows for pair in row.qa]
+        chosen = choose(len(everything), self.job.evaluate.questions, self.job.seed + 1)
+        return [everything[index] for index in chosen]
+
+    def pixels(self, rows: Sequence[Row]) -> np.ndarray:
+        """uint8 (B, size, size, 3): the images of the rows, read from the corpus and checked by image_id."""
+        size = self.job.image_size
+        out = np.empty((len(rows), size, size, 3), dtype=np.uint8)
+        for key in sorted({row.key for row in rows}):
+            places = [place for place, row in enumerate(rows) if row.key == key]
+            table = shards.read_shard(self.job.corpus, key, columns=["image_id", "image"])
+            by_id = {image_id: index for index, image_id in enumerate(table["image_id"].to_pylist())}
+            for place in places:
+                index = by_id.get(rows[place].image_id)
+                if index is None:
+                    raise DataError(
+                        f"{self.job.tokens} has image {rows[place].image_id} in shard {key}, {self.job.corpus} has not. "
+                        "The tokens were made from another corpus: make them again."
+                    )
+                out[place] = to_pixels(table["image"][index].as_py(), size, max_pixels=self.job.max_pixels)
+        return out
+
+    def batches(self, rows: Sequence[Row]) -> Iterator[tuple[list[Row], np.ndarray]]:
+        """The rows in batches of `evaluate.batch_size`, each with its pixels.
+
+        Rows lie in the order of shards, so a shard's bytes are read once for all of its batches.
+        """
+        size = self.job.evaluate.batch_size
+        for key in dict.fromkeys(row.key for row in rows):
+            inside = [row for row in rows if row.key == key]
+            for start in range(0, len(inside), 8 * size):
+                group = inside[start : start + 8 * size]
+                pixels = self.pixels(group)
+                for inner in range(0, len(group), size):
+                    yield group[inner : inner + size], pixels[inner : inner + size]
+
+    @cached_property
+    def training_texts(self) -> list[dict[str, Any]]:
+        """caption, label and qa of the training rows (of at most `MOST_SHARDS` · 8 token shards)."""
+        keys = spread(shards.list_shards(self.job.tokens, "train"), 8 * MOST_SHARDS)
+        return [
+            {"key": key, "index": index, **text}
+            for key in keys
+            for index, text in enumerate(texts_of(shards.read_shard(self.job.tokens, key, columns=TEXT_COLUMNS)))
+        ]
+
+    @cached_property
+    def labels(self) -> list[str]:
+        """The classes: labels that the training split has, sorted; empty when there are fewer than two."""
+        seen = sorted({text["label"] for text in self.training_texts if text["label"]})
+        return seen if len(seen) > 1 else []
+
+    @cached_property
+    def captions_of_labels(self) -> dict[str, str]:
+        """The sentence that stands for each label: its most frequent training caption where that caption covers at
+        least half of the label's captioned rows (made captions), else `a photo of a <label>` (people's captions)."""
+        counts: dict[str, Counter[str]] = {label: Counter() for label in self.labels}
+        for text in self.training_texts:
+            if text["label"] in counts and text["caption"]:
+                counts[text["label"]][text["caption"]] += 1
+        return {label: _sentence(label, counter) for label, counter in counts.items()}
+
+    def labelled_training_pixels(self, most: int, size: int) -> tuple[np.ndarray, list[str]]:
+        """uint8 (n, size, size, 3) and labels of a seeded sample of the labelled training images."""
+        known = [text for text in self.training_texts if text["label"] in set(self.labels)]
+        chosen = [known[index] for index in choose(len(known), most, self.job.seed + 2)]
+        pixels, labels = [], []
+        for key in dict.fromkeys(text["key"] for text in chosen):
+            table = shards.read_shard(self.job.corpus, key, columns=["image_id", "image"])
+            by_id = {image_id: index for index, image_id in enumerate(table["image_id"].to_pylist())}
+            for text in (text for text in chosen if text["key"] == key):
+                data = table["image"][by_id[text["image_id"]]].as_py()
+                pixels.append(to_pixels(data, size, max_pixels=self.job.max_pixels))
+                labels.append(text["label"])
+        return np.stack(pixels), labels
+
+
+def _sentence(label: str, captions: Counter[str]) -> str:
+    if captions:
+        caption = min(captions, key=lambda text: (-captions[text], text))
+        if captions[caption] * 2 >= captions.total():
+            return caption
+    return f"a photo of a {label.replace('_', ' ')}"

@@ -1,0 +1,60 @@
+"""The models of an evaluation, each loaded when it is first needed. B images, T tokens."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from smalti.workflows.scores.heldout import HeldOut
+from smalti.workflows.scores.judge import Judge, train_judge
+
+if TYPE_CHECKING:
+    from smalti.mllm.inference import VisualModel
+    from smalti.tokenizers.encoders import VisionEncoder
+    from smalti.tokenizers.semhitok import SemHiTok
+
+JUDGE_IMAGES, JUDGE_SIZE = 20_000, 64
+
+
+class Models:
+    """Lazily loaded models on the job's device."""
+
+    def __init__(self, data: HeldOut) -> None:
+        self.data, self.job = data, data.job
+
+    @cached_property
+    def tokenizer(self) -> SemHiTok:
+        """The trained visual tokenizer."""
+        from smalti.tokenizers.loading import load_tokenizer
+
+        return load_tokenizer(self.job.tokenizer).to(self.job.device).eval()
+
+    @cached_property
+    def encoder(self) -> VisionEncoder:
+        """The frozen encoder with its text tower, where it has one."""
+        from smalti.tokenizers.encoders import VisionEncoder
+
+        return VisionEncoder.from_pretrained(self.job.encoder, layer=self.job.encoder_layer).to(self.job.device)
+
+    @cached_property
+    def language(self) -> VisualModel:
+        """The exported language model."""
+        from smalti.mllm.inference import VisualModel
+
+        if self.job.export is None:
+            raise ValueError("no exported model in this job")
+        return VisualModel.from_pretrained(self.job.export, device=self.job.device)
+
+    @cached_property
+    def judge(self) -> Judge:
+        """A classifier of the corpus's labels, trained here on real training images alone."""
+        size = min(JUDGE_SIZE, self.job.image_size)
+        pixels, labels = self.data.labelled_training_pixels(JUDGE_IMAGES, size)
+        return train_judge(pixels, labels, seed=self.job.seed, device=self.job.device)
+
+    def to_codes(self, codes: object) -> Tensor:
+        """int32 rows (B, T) as int64 on the device."""
+        return torch.as_tensor(codes, dtype=torch.int64, device=self.job.device)
