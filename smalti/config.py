@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 import smalti
-from smalti import storage, yaml
+from smalti import recipe_yaml, storage
 from smalti.errors import ConfigError, DataError
 from smalti.keys import Schema
 from smalti.schema import Recipe
@@ -76,9 +76,9 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not equals or not key or any(not part for part in key.split(".")):
         raise ConfigError(f"override {text!r}: expected key=value, such as tokenizer.pixel.codes=8")
     if _SCHEMA.takes_raw_text(key):
-        value = yaml.parse(raw, f"override {text!r}") if raw.strip()[:1] in ("'", '"') else raw
+        value = recipe_yaml.parse(raw, f"override {text!r}") if raw.strip()[:1] in ("'", '"') else raw
         return key, None if raw in ("null", "~", "") and _SCHEMA.takes_null(key) else value
-    return key, yaml.parse(raw, f"override {text!r}")
+    return key, recipe_yaml.parse(raw, f"override {text!r}")
 
 
 def recipes_folder() -> Path:
@@ -140,7 +140,7 @@ def _read(path: str) -> dict[str, Any]:
         raise ConfigError(
             f"{path}: a recipe is UTF-8 text, and this file is not ({error.reason} at byte {error.start})"
         ) from error
-    data = yaml.parse(text, path)
+    data = recipe_yaml.parse(text, path)
     if data is None:
         return {}
     if not isinstance(data, dict):

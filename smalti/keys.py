@@ -58,8 +58,10 @@ class Schema:
         elsewhere = [key for key in self.keys if key.endswith(f".{dotted}")]
         if elsewhere or not names:
             return elsewhere[:3]
-        alike = difflib.get_close_matches(dotted, self.keys, 1, 0.75)
-        return alike or [key for key in self.keys if key.rsplit(".", 1)[-1] == dotted.rsplit(".", 1)[-1]][:3]
+        leaf = dotted.rsplit(".", 1)[-1]
+        alike = difflib.get_close_matches(dotted, self.keys, 3, 0.75)
+        alike = [key for key in alike if difflib.SequenceMatcher(None, key.rsplit(".", 1)[-1], leaf).ratio() >= 0.6]
+        return alike[:1] or [key for key in self.keys if key.rsplit(".", 1)[-1] == leaf][:3]
 
     def takes_raw_text(self, dotted: str) -> bool:
         """True when the key takes text and neither numbers, switches nor lists: then `name=007` means the text `007`."""

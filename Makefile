@@ -1,0 +1,52 @@
+# Everything here needs only Python 3.11 or newer (and g++ for DeepSpeed's operator): each target sets itself up.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.smalti-set-up
+EXTRAS ?= cpu,quickstart,dev
+SOURCES := smalti tokenizers mllm workflows tune scripts tests bench
+
+.PHONY: help setup data quickstart test check format bench lock clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(STAMP)  ## make .venv with everything pinned, and fetch the LPIPS weights
+
+$(STAMP): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; say which: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]' -c requirements.lock
+	$(BIN)/python scripts/fetch_lpips.py || echo "going on without the LPIPS weights"
+	@touch $@
+
+data: $(STAMP)  ## fetch the optional data: LPIPS weights, Tux Paint stamps
+	$(BIN)/python scripts/fetch_lpips.py
+	$(BIN)/python scripts/fetch_stamps.py
+
+quickstart: $(STAMP)  ## the whole chain, small, on this machine
+	$(BIN)/python -m smalti quickstart
+
+test: $(STAMP)  ## all tests
+	$(BIN)/python -m pytest
+
+check: $(STAMP)  ## lint, format, types and all tests: what CI runs
+	$(BIN)/ruff check $(wildcard $(SOURCES))
+	$(BIN)/ruff format --check $(wildcard $(SOURCES))
+	$(BIN)/python -m mypy
+	$(BIN)/python -m pytest
+
+format: $(STAMP)  ## mend what ruff can mend
+	$(BIN)/ruff check --fix $(wildcard $(SOURCES))
+	$(BIN)/ruff format $(wildcard $(SOURCES))
+
+bench: $(STAMP)  ## all benchmarks; writes bench/results/DATE-MACHINE.json
+	$(BIN)/python -m bench
+
+lock: $(STAMP)  ## write requirements.lock from .venv
+	$(BIN)/python scripts/lock.py
+
+clean:  ## remove what tools made; .venv, .data and out/ stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find $(wildcard $(SOURCES)) -name __pycache__ -type d -prune -exec rm -rf {} +

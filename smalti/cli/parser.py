@@ -1,0 +1,170 @@
+"""Commands, their options and their help, in the order of the chain. Nothing heavy is imported to show help."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import smalti
+from smalti.cli import doctor, models, show, stages
+
+Adder = Callable[[argparse.ArgumentParser], None]
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: its line in the list, its example, its options, and the function that runs it."""
+
+    name: str
+    line: str
+    examples: tuple[str, ...]
+    run: Callable[[argparse.Namespace], None]
+    options: Adder
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+
+def _stage(name: str, line: str) -> Command:
+    example = f"smalti {name} recipes/semhitok-quickstart.yaml out=out/mine"
+    return Command(name, line, (example,), stages.run, stages.recipe_options, {"only": name, "rest": "overrides"})
+
+
+GROUPS: dict[str, tuple[Command, ...]] = {
+    "the whole chain": (
+        Command(
+            "quickstart",
+            "the whole chain, small, on this machine; ends with a table and a report",
+            ("smalti quickstart --out out/quickstart", "smalti quickstart --images ~/pictures --out out/pictures"),
+            stages.quickstart,
+            stages.quickstart_options,
+            {"rest": "overrides"},
+        ),
+        Command(
+            "run",
+            "every stage of a recipe in order; what is done is skipped",
+            (
+                "smalti run recipes/semhitok-256.yaml corpus.source=/data/images out=/data/semhitok",
+                "smalti run recipes/semhitok-256.yaml --smoke",
+            ),
+            stages.run,
+            stages.recipe_options,
+            {"only": None, "rest": "overrides"},
+        ),
+    ),
+    "one stage, in the order of the chain": (
+        _stage("corpus", "images → shards, with captions, labels and questions"),
+        _stage("encoder", "the vision encoder: trained on the corpus, or a pretrained one recorded"),
+        _stage("features", "shards → patch features of the encoder"),
+        _stage("codebook", "features → k-means centroids"),
+        _stage("tokenizer", "train the visual tokenizer"),
+        _stage("tokens", "shards → visual tokens"),
+        _stage("mllm", "train the language model on text and visual tokens"),
+        _stage("export", "a plain Hugging Face model that needs no smalti"),
+        _stage("evaluate", "scores on held-out images, and the report"),
+    ),
+    "use what was trained": (
+        Command(
+            "generate",
+            "text → images",
+            ('smalti generate out/quickstart/export "a red circle" --out red.png --cfg 3 --seed 0 -n 4',),
+            models.generate,
+            models.generate_options,
+        ),
+        Command(
+            "ask",
+            "image + text → text",
+            ('smalti ask out/quickstart/export picture.png "is there a circle?"',),
+            models.ask,
+            models.ask_options,
+            {"rest": "question"},
+        ),
+        Command(
+            "reconstruct",
+            "image → codes → image, side by side",
+            ("smalti reconstruct out/quickstart/tokenizer a.jpg b.png --out pairs/",),
+            models.reconstruct,
+            models.reconstruct_options,
+            {"rest": "images"},
+        ),
+    ),
+    "look around": (
+        Command(
+            "show",
+            "what an artifact holds: its record, counts and parents",
+            ("smalti show out/quickstart/tokenizer", "smalti show out/quickstart"),
+            show.run,
+            show.options,
+        ),
+        Command(
+            "doctor",
+            "what this machine and cluster have, what is missing, how to mend it",
+            ("smalti doctor",),
+            doctor.run,
+            doctor.options,
+        ),
+    ),
+}
+COMMANDS = {command.name: command for group in GROUPS.values() for command in group}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose complaints say where the help is."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"smalti: error: {message}\nsee `{self.prog} --help`\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line; `arguments.run(arguments)` runs what was asked."""
+    parser = _Parser(
+        prog="smalti", usage="smalti COMMAND …", description=_overview(), add_help=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    about = parser.add_argument_group("options")
+    about.add_argument("-h", "--help", action="help", help="this text; `smalti COMMAND --help` for one command")
+    about.add_argument("-V", "--version", action="version", version=f"smalti {smalti.__version__}", help="the version")
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", required=True, prog="smalti", help=argparse.SUPPRESS, parser_class=_Parser
+    )
+    for command in COMMANDS.values():
+        examples = "\n".join(f"  {example}" for example in command.examples)
+        sub = commands.add_parser(
+            command.name,
+            help=command.line,
+            description=command.line,
+            epilog=f"example{'s' if len(command.examples) > 1 else ''}:\n{examples}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.options(sub)
+        sub.set_defaults(run=command.run, **command.defaults)
+    return parser
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments. Options may stand between positionals (`run RECIPE --smoke seed=1`), which argparse alone refuses
+    once a list of them was begun: what it left over goes to the list that the command names as `rest`.
+    """
+    parser = build_parser()
+    arguments, left = parser.parse_known_args(argv)
+    rest = getattr(arguments, "rest", None)
+    wrong = [text for text in left if text.startswith("-") or rest is None]
+    if wrong:
+        parser.exit(2, f"smalti: error: unknown argument {wrong[0]!r}\nsee `smalti {arguments.command} --help`\n")
+    if left:
+        setattr(arguments, rest, [*getattr(arguments, rest), *left])
+    return arguments
+
+
+def _overview() -> str:
+    """What smalti is, and the commands by group, a line each."""
+    lines = [
+        "From a folder of images to a visual tokenizer, token shards, a model that sees and draws, and its scores.",
+        "",
+    ]
+    for title, group in GROUPS.items():
+        lines.append(f"{title}:")
+        lines += [f"  {command.name:<12} {command.line}" for command in group]
+        lines.append("")
+    lines.append("example:\n  smalti quickstart --out out/quickstart")
+    return "\n".join(lines)
