@@ -5,29 +5,9 @@ Legend: W workers, B rows.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-
-class _GatherRows(torch.autograd.Function):
-    """Rows of all workers in rank order; the gradient of a worker's rows is the sum over all workers."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        ctx.num_rows = len(rows)
-        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, rows.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        grad = grads[0].contiguous()
-        dist.all_reduce(grad)
-        start = dist.get_rank() * ctx.num_rows
-        return grad[start : start + ctx.num_rows]
 
 
 class Collectives:
@@ -62,13 +42,6 @@ class Collectives:
         parts = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(parts, padded)
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-
-    def gather_rows(self, rows: Tensor) -> Tensor:
-        """As `all_gather` for equal B, with gradients: those of every worker's loss flow back to the rows' owner.
-
-        A loss that each worker averages over its own rows gives, after the engines' averaging over workers, the
-        gradient of the global mean."""
-        return rows if self.world_size == 1 else _GatherRows.apply(rows)
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
         """The source's tensor, on every worker."""

@@ -65,12 +65,13 @@ class ShardRows:
                 table, _, prepared = self._tables[shard]
                 return table, prepared
             table = shards.read_shard(self.path, self.keys[shard], self.columns)
-            if table.num_rows != self.sizes[shard]:
-                raise DataError(
-                    f"shard {self.keys[shard]} of {self.path} holds {table.num_rows} rows, but {self.sizes[shard]} when "
-                    "training began: it was rewritten meanwhile. Run the same command again."
-                )
             prepared = self.prepare(table)
+            found = self.rows_in(table, prepared)
+            if found != self.sizes[shard]:
+                raise DataError(
+                    f"shard {self.keys[shard]} of {self.path} holds {found} rows to train on, but {self.sizes[shard]} "
+                    "when training began: it was rewritten meanwhile. Run the same command again."
+                )
             self._tables[shard] = (table, table.nbytes, prepared)
             self._bytes += table.nbytes
             while self._bytes > self.cache_bytes and len(self._tables) > 1:
@@ -81,6 +82,10 @@ class ShardRows:
     def prepare(self, table: pa.Table) -> Any:
         """What is worth making once a table; kept with it."""
         return None
+
+    def rows_in(self, table: pa.Table, prepared: Any) -> int:
+        """Rows of a shard that are trained on."""
+        return table.num_rows
 
     def read(self, shard: int, row: int) -> tuple[str, Mapping[str, Any]]:
         """The row as Python values."""

@@ -130,3 +130,25 @@ def full_weights(engine: Any, *, on_this_rank: bool) -> dict[str, torch.Tensor] 
         return None
     state = module.state_dict()
     return {name: weights[name] if name in weights else t.detach().cpu().clone() for name, t in state.items()}
+
+
+@torch.no_grad()
+def set_parameter(engine: Any, parameter: nn.Parameter, value: torch.Tensor) -> None:
+    """Give a trained parameter a new value (whole, the same on every rank) under any ZeRO stage; momenta start anew."""
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        parameter.copy_(value)
+        engine.optimizer.state.pop(parameter, None)
+        return
+    import deepspeed
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    value = value.to(parameter.device, torch.float32)
+    safe_set_full_fp32_param(parameter, value)
+    for name in ("exp_avg", "exp_avg_sq"):
+        safe_set_full_optimizer_state(parameter, torch.zeros_like(value), name)
+    if stage < 3:
+        parameter.copy_(value)
+    else:
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.copy_(value)

@@ -57,29 +57,32 @@ class Job:
 
 
 class Meter:
-    """Means of named numbers over micro batches, steps and workers, kept on the device until they are asked for."""
+    """Means of named numbers over micro batches, steps and workers, kept on the device until they are asked for.
+
+    A number may come as (mean, count): then means are weighed by their counts, and one that counted nothing is left out.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
 
     def add(self, metrics: Metrics) -> None:
         """Add numbers; scalar tensors stay where they are."""
         for name, value in metrics.items():
-            number = torch.as_tensor(value, device=self.device).detach().double()
-            self.sums[name] = self.sums[name] + number if name in self.sums else number
-            self.counts[name] = self.counts.get(name, 0) + 1
+            mean, weight = value if isinstance(value, tuple) else (value, 1.0)
+            weight = torch.as_tensor(weight, device=self.device, dtype=torch.float64).detach()
+            mean = torch.as_tensor(mean, device=self.device, dtype=torch.float64).detach()
+            pair = torch.stack([mean * weight, weight])
+            self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
     def take(self, collectives: Collectives) -> dict[str, float]:
         """Means over all workers since the last call; every worker must have added the same names."""
         if not self.sums:
             return {}
         names = sorted(self.sums)
-        means = torch.stack([self.sums[name] / self.counts[name] for name in names])
-        values = (collectives.all_reduce(means) / collectives.world_size).tolist()
-        self.sums, self.counts = {}, {}
-        return dict(zip(names, values, strict=True))
+        totals = collectives.all_reduce(torch.stack([self.sums[name] for name in names])).tolist()
+        self.sums = {}
+        return {name: total / weight for name, (total, weight) in zip(names, totals, strict=True) if weight}
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class Samples:
 class _Epoch:
     """One epoch's order of shards and where each window begins (in samples of that epoch)."""
 
-    shards_S: np.ndarray
+    shards: np.ndarray
     window_starts: np.ndarray
 
 
@@ -80,7 +80,7 @@ class Order:
             order_R, offsets = self._window(epoch, window)
             picked = order_R[place - starts[window] : place - starts[window] + end - begin]
             nth = np.searchsorted(offsets, picked, side="right") - 1
-            shard_B[begin:end] = self._epoch(epoch).shards_S[window * self.window + nth]
+            shard_B[begin:end] = self._epoch(epoch).shards[window * self.window + nth]
             row_B[begin:end] = picked - offsets[nth]
             rank_B[begin:end] = nth + window * self.window
             begin = end
@@ -96,10 +96,10 @@ class Order:
 
     def _epoch(self, epoch: int) -> _Epoch:
         if epoch not in self._epochs:
-            shards_S = np.random.default_rng((self.seed, 1, epoch)).permutation(len(self.sizes_S))
-            heads = np.arange(0, len(shards_S), self.window)
-            totals = np.add.reduceat(self.sizes_S[shards_S], heads)
-            self._epochs[epoch] = _Epoch(shards_S, np.concatenate([[0], np.cumsum(totals)]))
+            shards = np.random.default_rng((self.seed, 1, epoch)).permutation(len(self.sizes_S))
+            heads = np.arange(0, len(shards), self.window)
+            totals = np.add.reduceat(self.sizes_S[shards], heads)
+            self._epochs[epoch] = _Epoch(shards, np.concatenate([[0], np.cumsum(totals)]))
             while len(self._epochs) > 2:
                 self._epochs.popitem(last=False)
         return self._epochs[epoch]
@@ -108,7 +108,7 @@ class Order:
         """The permuted rows of one window, and the first row of each of its shards."""
         key = (epoch, window)
         if key not in self._windows:
-            shards = self._epoch(epoch).shards_S[window * self.window : (window + 1) * self.window]
+            shards = self._epoch(epoch).shards[window * self.window : (window + 1) * self.window]
             bounds = np.concatenate([[0], np.cumsum(self.sizes_S[shards])])
             order = np.random.default_rng((self.seed, 2, epoch, window)).permutation(int(bounds[-1]))
             self._windows[key] = (order, bounds[:-1])

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from smalti.schema import Train
 
 Batch = dict[str, Any]
-Metrics = Mapping[str, Tensor | float]
+Metrics = Mapping[str, Tensor | float | tuple[Tensor, Tensor]]
+"""Numbers for the log; (mean, count) where the mean is over a count of its own, such as tokens."""
 
 
 def seed_of(*parts: int) -> int:

@@ -1,0 +1,55 @@
+"""Stage `export`: the unified model as a plain Hugging Face folder (embedding swap)."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from smalti import storage
+from smalti.artifact import Artifact
+from smalti.schema import Recipe
+from smalti.tracking import Tracker
+from smalti.workflows.stage import StageRun, find_artifact, run_stage
+
+
+def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
+    """The export artifact: loads with AutoModelForCausalLM and AutoTokenizer where smalti is not installed.
+
+    Counts: parameters, embedding rows, codes.
+    """
+    parents = {name: find_artifact(recipe, name) for name in ("tokenizer", "mllm")}
+    config = {"dtype": recipe.export.dtype}
+    return run_stage(recipe, "export", "export", config, parents, _body(parents), tracker=tracker)
+
+
+def _body(parents: dict[str, Artifact]) -> Any:
+    def body(run: StageRun) -> dict[str, int]:
+        from smalti.mllm.build import load_unified
+        from smalti.mllm.export import export
+
+        with storage.local_copy(storage.join(parents["mllm"].path, "model")) as folder:
+            model, hf_tokenizer = load_unified(folder)
+        with local_dir(run.path) as out:
+            return export(model, hf_tokenizer, parents["tokenizer"].path, out, run.recipe.export.dtype)
+
+    return body
+
+
+@contextmanager
+def local_dir(path: str) -> Iterator[str]:
+    """A local folder whose files end in `path`: that folder itself, or a temporary one that is uploaded at the end."""
+    if storage.is_local(path):
+        yield storage.local_path(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="smalti-export-") as folder:
+        yield folder
+        for base, _, names in os.walk(folder):
+            for name in sorted(names):
+                source = os.path.join(base, name)
+                with open(source, "rb") as file:
+                    target = storage.join(path, *os.path.relpath(source, folder).split(os.sep))
+                    storage.make_dirs(storage.parent(target))
+                    storage.write_atomic(target, file.read())

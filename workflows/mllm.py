@@ -1,0 +1,181 @@
+"""Stage `mllm`: token shards (and text) → the unified language model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from smalti import shards, storage
+from smalti.artifact import Artifact
+from smalti.errors import ConfigError, DataError
+from smalti.schema import Recipe
+from smalti.tracking import Tracker
+from smalti.workflows.encoder import resolve, result_settings
+from smalti.workflows.ray_session import ensure_ray
+from smalti.workflows.stage import StageRun, find_artifact, run_stage
+
+TEXT_ROWS = 10_000  # a shard of text
+
+
+def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
+    """The mllm artifact: `model/` (see `smalti.mllm.build`), `text_tokenizer/`, and `text/` shards of text-only data.
+
+    Counts: rows (images trained on), texts, parameters of nothing else: sizes stand in `model/config.json`.
+    Errors: ConfigError for sections that do not fit, DataError for token shards without a usable row.
+    """
+    check(recipe)
+    parents = {name: find_artifact(recipe, name) for name in ("tokenizer", "tokens")}
+    config = recipe.mllm.model_dump(mode="json")
+    config["train"] = result_settings(config["train"])
+    if config["pretrained"]:
+        config["pretrained"] = resolve(config["pretrained"])
+    config["seed"] = recipe.seed
+    return run_stage(recipe, "mllm", "mllm", config, parents, _body(parents), tracker=tracker)
+
+
+def check(recipe: Recipe) -> None:
+    """ConfigError for what would only show after hours: no model, two models, text without a source."""
+    section = recipe.mllm
+    if bool(section.pretrained) == bool(section.config):
+        found = (
+            "both mllm.pretrained and mllm.config" if section.pretrained else "neither mllm.pretrained nor mllm.config"
+        )
+        raise ConfigError(f"The recipe sets {found}; set one: a folder or hub name, or the numbers of a small Qwen2.")
+    weights = section.mixture
+    if not any((weights.caption_to_image, weights.image_to_caption, weights.qa)):
+        raise ConfigError("mllm.mixture has no kind with images. Set caption_to_image, image_to_caption or qa above 0.")
+    if weights.text and not section.text_source:
+        raise ConfigError("mllm.mixture.text is above 0, but mllm.text_source is not set. Set it, or set text to 0.")
+
+
+def _body(parents: dict[str, Artifact]) -> Any:
+    def body(run: StageRun) -> dict[str, int]:
+        from smalti.workflows.train.launch import fit
+
+        section, tokens = run.recipe.mllm, parents["tokens"].path
+        text = write_texts(run) if section.mixture.text else None
+        make_text_tokenizer(run, tokens)
+        keys, sizes = usable(run, tokens)
+        settings = {
+            "section": section,
+            "tokenizer": parents["tokenizer"].path,
+            "tokens": tokens,
+            "keys": keys,
+            "sizes": sizes,
+            "path": run.path,
+            "text": text,
+        }
+        with ensure_ray(run.recipe):
+            fit("smalti.workflows.train.tasks_mllm:MllmTask", settings, section.train, run, seed=run.recipe.seed)
+        return {"rows": sum(sizes), "texts": sum(text[1]) if text else 0, "steps": section.train.steps}
+
+    return body
+
+
+def usable(run: StageRun, tokens: str) -> tuple[list[str], list[int]]:
+    """Training shards of tokens, and in each the rows that the mixture can use."""
+    from smalti.workflows.train.data import shard_index
+    from smalti.workflows.train.tasks_mllm import usable_rows
+
+    mixture = run.recipe.mllm.mixture
+    if mixture.caption_to_image:
+        return shard_index(tokens, "train")
+    keys = shards.list_shards(tokens, "train")
+    sizes = [len(usable_rows(shards.read_shard(tokens, key, ["caption", "label", "qa"]), mixture)) for key in keys]
+    if not sum(sizes):
+        raise DataError(
+            f"No row of {tokens} has what mllm.mixture asks for (a caption, or a question with its answer). "
+            "Set mllm.mixture.caption_to_image above 0, which needs none, or give the corpus captions or questions."
+        )
+    return keys, sizes
+
+
+def make_text_tokenizer(run: StageRun, tokens: str) -> None:
+    """`<stage>/text_tokenizer`: the pretrained model's, or a BPE trained on the corpus's captions, questions and answers."""
+    from smalti.mllm.bpe import train_bpe
+    from smalti.mllm.build import load_text_tokenizer
+
+    section = run.recipe.mllm
+    with storage.atomic_local_dir(storage.join(run.path, "text_tokenizer")) as folder:
+        if section.pretrained:
+            load_text_tokenizer(section.pretrained).save_pretrained(folder)
+        else:
+            assert section.config is not None
+            train_bpe(_texts(run, tokens), section.config.text_vocab_size).save_pretrained(folder)
+
+
+def _texts(run: StageRun, tokens: str) -> Iterator[str]:
+    """Every text that the model will read: captions (else labels), questions, answers, text-only data."""
+    from smalti.mllm.sequences import caption_of, questions_of
+
+    for key in shards.list_shards(tokens, "train"):
+        for row in shards.read_shard(tokens, key, ["caption", "label", "qa"]).to_pylist():
+            yield caption_of(row)
+            for question, answer in questions_of(row):
+                yield question
+                yield answer
+    if run.recipe.mllm.mixture.text:
+        folder = storage.join(run.path, "text")
+        for key in shards.list_shards(folder, "train"):
+            yield from shards.read_shard(folder, key).column("text").to_pylist()
+
+
+def write_texts(run: StageRun) -> tuple[list[str], list[int]]:
+    """`mllm.text_source` as shards of a column `text` under `<stage>/text`; keys and rows. Empty lines are left out."""
+    source = run.recipe.mllm.text_source
+    assert source is not None
+    folder = storage.join(run.path, "text")
+    keys, sizes, held = [], [], []
+
+    def flush() -> None:
+        keys.append(shards.shard_key("train", len(keys)))
+        sizes.append(len(held))
+        shards.write_shard(folder, keys[-1], pa.table({"text": pa.array(held, pa.string())}))
+        held.clear()
+
+    for text in read_texts(source):
+        held.append(text)
+        if len(held) == TEXT_ROWS:
+            flush()
+    if held:
+        flush()
+    if not keys:
+        raise DataError(f"mllm.text_source={source} holds no text. Give it text, or set mllm.mixture.text=0.")
+    return keys, sizes
+
+
+def read_texts(source: str) -> Iterator[str]:
+    """Texts of a .txt (one a line), .jsonl or .parquet file with a `text` field, without empty ones.
+
+    DataError: another ending, no such field, a line that is no JSON."""
+    ending = source.rsplit(".", 1)[-1].lower()
+    if ending not in ("txt", "jsonl", "parquet"):
+        raise DataError(f"mllm.text_source={source}: expected a .txt, .jsonl or .parquet file")
+    with storage.open_read(source) as file:
+        if ending == "parquet":
+            parquet = pq.ParquetFile(file)
+            if "text" not in parquet.schema_arrow.names:
+                raise DataError(f"{source} has no column `text`; it has {', '.join(parquet.schema_arrow.names)}")
+            for batch in parquet.iter_batches(columns=["text"]):
+                yield from (text for text in batch.column(0).to_pylist() if text and text.strip())
+            return
+        for number, line in enumerate(file, 1):
+            text = line.decode("utf-8", errors="replace").strip()
+            if ending == "jsonl" and text:
+                text = _json_text(text, f"{source}, line {number}").strip()
+            if text:
+                yield text
+
+
+def _json_text(line: str, where: str) -> str:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where} is no JSON: {error}") from error
+    if not isinstance(value, dict) or not isinstance(value.get("text"), str):
+        raise DataError(f'{where} has no string field "text"')
+    return value["text"]

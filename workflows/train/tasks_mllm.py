@@ -1,0 +1,149 @@
+"""Training the unified language model on token shards and text (PAPERS §1).
+
+Axes: B sequences of this worker, L positions, T codes of an image, V visual codes, C width of a code vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from smalti import storage
+from smalti.mllm.build import build_unified, save_unified
+from smalti.mllm.sequences import SequenceBuilder, TokenSequence, caption_of, collate, questions_of
+from smalti.schema import Mixture, MllmSection
+from smalti.tokenizers.loading import load_tokenizer
+from smalti.workflows.train.data import ShardRows, TokenRows
+from smalti.workflows.train.order import Order
+from smalti.workflows.train.task import Batch, Context, Metrics, Row, Source, Task
+
+MODEL = "model"
+TEXT_TOKENIZER = "text_tokenizer"
+TEXT = "text"
+COUNTED = {"loss_text": "tokens_text", "loss_image": "tokens_image", "answer_accuracy": "tokens_answer"}
+
+
+def usable_rows(table: pa.Table, mixture: Mixture) -> np.ndarray:
+    """Rows of a token shard that the mixture makes an image sequence of: int64 indices. `codes` are not looked at.
+
+    Any image can be drawn, without a caption too (unconditionally)."""
+    if mixture.caption_to_image > 0:
+        return np.arange(table.num_rows)
+    columns = [table.column(name).to_pylist() for name in ("caption", "label", "qa")]
+    wanted = []
+    for caption, label, qa in zip(*columns, strict=True):
+        row = {"caption": caption, "label": label, "qa": qa}
+        described = mixture.image_to_caption > 0 and bool(caption_of(row))
+        wanted.append(described or (mixture.qa > 0 and bool(questions_of(row))))
+    return np.flatnonzero(wanted)
+
+
+class UsableRows(TokenRows):
+    """Rows of token shards that the mixture can use; `sizes` counts these alone."""
+
+    mixture: Mixture
+
+    def prepare(self, table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+        return super().prepare(table), usable_rows(table, self.mixture)
+
+    def rows_in(self, table: pa.Table, prepared: Any) -> int:
+        return len(prepared[1])
+
+    def read(self, shard: int, row: int) -> tuple[str, Mapping[str, Any]]:
+        table, (codes, usable) = self.table(shard)
+        at = int(usable[row])
+        values = {name: table.column(name)[at].as_py() for name in table.column_names if name != "codes"}
+        return self.keys[shard], values | {"codes": codes[at]}
+
+
+class MllmTask(Task):
+    """A causal language model from a directory, a hub name or numbers, with adapter and flat vocabulary.
+
+    tokens, keys, sizes: the token shards and their usable rows. text: (keys, sizes) of `<path>/text`, None without
+    text-only data. path: the stage's folder, where the driver put `text_tokenizer/`. tokenizer: the visual one's folder.
+    """
+
+    def __init__(
+        self,
+        section: MllmSection,
+        tokenizer: str,
+        tokens: str,
+        keys: list[str],
+        sizes: list[int],
+        path: str,
+        text: tuple[list[str], list[int]] | None = None,
+    ) -> None:
+        self.section, self.tokenizer_path, self.path = section, tokenizer, path
+        self.tokens, self.keys, self.sizes, self.text = tokens, keys, sizes, text
+
+    def setup(self, context: Context) -> None:
+        super().setup(context)
+        with storage.local_copy(storage.join(self.path, TEXT_TOKENIZER)) as folder:
+            self.hf_tokenizer = AutoTokenizer.from_pretrained(folder)
+        visual = load_tokenizer(self.tokenizer_path)
+        section = with_fitting_adapter(self.section, visual.embed_splits)
+        self.model = build_unified(section, self.hf_tokenizer, visual, seed=context.seed)
+        self.builder = SequenceBuilder(
+            self.hf_tokenizer,
+            self.model.vocabulary,
+            mixture=section.mixture,
+            uncond_probability=section.uncond_probability,
+            questions_per_image=section.questions_per_image,
+            max_length=section.max_length,
+        )
+        weights = self.builder.weights
+        self.text_share = weights["text"] / sum(weights.values()) if self.text else 0.0
+        if self.text:
+            self.texts = ShardRows(storage.join(self.path, TEXT), *self.text)
+            self.text_order = Order(self.text[1], context.seed + 1)
+
+    def source(self) -> Source:
+        rows = UsableRows(self.tokens, self.keys, self.sizes)
+        rows.mixture = self.section.mixture
+        return rows
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"model": self.model}
+
+    def make_batch(self, rows: Sequence[Row]) -> Batch:
+        """`smalti.mllm.sequences.collate` of a sequence a row; a row's place may go to a text, by the mixture's weight."""
+        return collate([self._sequence(row) for row in rows], self.model.vocabulary.pad)
+
+    def _sequence(self, row: Row) -> TokenSequence:
+        rng = row.random(self.context.seed)
+        if rng.random() < self.text_share:
+            place = self.text_order.batch(row.index, 1)
+            _, values = self.texts.read(int(place.shard[0]), int(place.row[0]))
+            return self.builder.build("text", values, rng)
+        kind = self.builder.sample_kind(row.values, rng)
+        assert kind is not None, "rows that no kind wants are left out of the source"
+        return self.builder.build(kind, row.values, rng)
+
+    def totals(self, batch: Batch) -> Tensor:
+        """Summed weight of the labels of a micro batch: float32 (1,)."""
+        return self.model.loss_weight(batch["labels"])[None]
+
+    def loss(
+        self, name: str, engines: Mapping[str, Any], batch: Batch, step: int, share: Tensor | None
+    ) -> tuple[Tensor, Metrics] | None:
+        assert share is not None
+        loss, found = engines[name]({**batch, "loss_weight": share[0]})
+        metrics: dict[str, Tensor | float | tuple[Tensor, Tensor]] = {"loss": loss.detach()}
+        metrics |= {key: (found[key], found[count]) for key, count in COUNTED.items() if key in found}
+        return loss, metrics
+
+    def save(self, path: str, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
+        """`<path>/model`, as `smalti.mllm.build.load_unified` reads it."""
+        with storage.atomic_local_dir(storage.join(path, MODEL)) as folder:
+            save_unified(folder, self.model, self.hf_tokenizer, weights["model"])
+        return {}
+
+
+def with_fitting_adapter(section: MllmSection, splits: Sequence[int]) -> MllmSection:
+    """The section with the adapter it means: over code vectors of one part (no guidance) a dual adapter is a single one."""
+    return section.model_copy(update={"adapter": "single"}) if len(splits) == 1 else section
