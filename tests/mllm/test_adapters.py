@@ -1,0 +1,55 @@
+"""What reaches which half, and at which scale."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from smalti.errors import ConfigError
+from smalti.mllm.adapters import DualAdapter, SingleAdapter
+
+
+def test_each_part_of_the_code_fills_its_own_half() -> None:
+    adapter = DualAdapter((6, 3), 16, 33)
+    codes = torch.randn(5, 9)
+    other = codes.clone()
+    other[:, 6:] += 1
+    before, after = adapter(codes), adapter(other)
+    assert before.shape == (5, 33)
+    assert torch.equal(before[:, :16], after[:, :16])
+    assert not torch.isclose(before[:, 16:], after[:, 16:]).all(1).any()
+
+
+def test_dual_equals_two_separate_networks() -> None:
+    adapter = DualAdapter((6, 3), 16, 32)
+    codes = torch.randn(5, 9)
+    expected = torch.cat([adapter.semantic(codes[:, :6]), adapter.pixel(codes[:, 6:])], -1)
+    torch.testing.assert_close(adapter(codes), expected)
+
+
+def test_output_depends_on_the_code_alone() -> None:
+    adapter = SingleAdapter((6, 3), 16, 32)
+    codes = torch.randn(5, 9)
+    torch.testing.assert_close(adapter(codes)[2:3], adapter(codes[2:3]))
+
+
+def test_scale_of_the_codebook_does_not_matter_once_fitted() -> None:
+    torch.manual_seed(0)
+    adapter = DualAdapter((6, 3), 16, 32)
+    codes = torch.randn(50, 9)
+    adapter.fit(codes)
+    expected = adapter(codes)
+    scaled = torch.cat([100 * codes[:, :6] + 7, 1e-3 * codes[:, 6:]], -1)
+    adapter.fit(scaled)
+    torch.testing.assert_close(adapter(scaled), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_constant_codebook_gives_finite_output() -> None:
+    adapter = SingleAdapter((4,), 8, 8)
+    adapter.fit(torch.ones(10, 4))
+    assert torch.isfinite(adapter(torch.ones(2, 4))).all()
+
+
+def test_dual_of_one_part_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"adapter=single"):
+        DualAdapter((8,), 16, 32)

@@ -1,0 +1,150 @@
+"""The chunked cross entropy against torch's on full logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smalti.mllm.losses import IGNORE, LossHead, chunked_cross_entropy
+
+
+def problem(n: int = 37, d: int = 16, v: int = 101, dtype: torch.dtype = torch.float32, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, d, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(v, d, generator=generator).div(4).to(dtype).requires_grad_()
+    bias = torch.randn(v, generator=generator).to(dtype).requires_grad_()
+    labels = torch.randint(0, v, (n,), generator=generator)
+    labels[::5] = IGNORE
+    weights = torch.rand(n, generator=generator)
+    return hidden, weight, bias, labels, weights
+
+
+def reference(hidden, weight, bias, labels, weights):
+    losses = F.cross_entropy((hidden @ weight.T + bias).float(), labels, ignore_index=IGNORE, reduction="none")
+    return (losses * weights).sum(), losses
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 37, 4096])
+def test_loss_and_gradients_equal_torch(chunk: int) -> None:
+    hidden, weight, bias, labels, weights = problem()
+    expected, losses = reference(hidden, weight, bias, labels, weights)
+    expected_grads = torch.autograd.grad(3 * expected, (hidden, weight, bias))
+    found = chunked_cross_entropy(hidden, weight, labels, chunk, bias_V=bias, weights_N=weights)
+    grads = torch.autograd.grad(3 * found.total, (hidden, weight, bias))
+    torch.testing.assert_close(found.total, expected, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(found.losses_N, losses, rtol=1e-6, atol=1e-6)
+    for grad, right in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, right, rtol=1e-5, atol=2e-6)
+
+
+def test_gradients_equal_finite_differences_in_float64() -> None:
+    hidden, weight, bias, labels, weights = problem(n=7, d=3, v=5, dtype=torch.float64)
+
+    def total(*inputs: torch.Tensor) -> torch.Tensor:
+        return chunked_cross_entropy(inputs[0], inputs[1], labels, 2, bias_V=inputs[2], weights_N=weights.double()).total
+
+    inputs = [hidden, weight, bias]
+    grads = torch.autograd.grad(total(*inputs), inputs)
+    for which, grad in enumerate(grads):
+        for place in range(grad.numel()):
+            step = torch.zeros(grad.numel(), dtype=torch.float64)
+            step[place] = 1e-6
+            moved = [t.detach() for t in inputs]
+            ahead, behind = moved.copy(), moved.copy()
+            ahead[which] = moved[which] + step.view_as(grad)
+            behind[which] = moved[which] - step.view_as(grad)
+            slope = (total(*ahead) - total(*behind)) / 2e-6
+            assert abs(slope - grad.flatten()[place]) < 1e-7
+
+
+@settings(max_examples=30, deadline=None)
+@given(n=st.integers(1, 20), v=st.integers(2, 40), chunk=st.integers(1, 25), seed=st.integers(0, 999))
+def test_any_chunk_gives_the_same(n: int, v: int, chunk: int, seed: int) -> None:
+    hidden, weight, bias, labels, weights = problem(n, 4, v, seed=seed)
+    expected, _ = reference(hidden, weight, bias, labels, weights)
+    found = chunked_cross_entropy(hidden, weight, labels, chunk, bias_V=bias, weights_N=weights)
+    torch.testing.assert_close(found.total, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_extreme_logits_stay_finite() -> None:
+    hidden = torch.tensor([[1e4], [-1e4]], requires_grad=True)
+    weight = torch.tensor([[1.0], [-1.0], [0.0]], requires_grad=True)
+    found = chunked_cross_entropy(hidden, weight, torch.tensor([1, 1]), 1)
+    found.total.backward()
+    assert found.losses_N.tolist() == [2e4, 0.0]
+    assert torch.isfinite(hidden.grad).all()
+
+
+def test_correct_marks_where_the_label_is_the_best() -> None:
+    weight = torch.eye(4)
+    hidden = 5 * weight[[2, 1, 0]]
+    found = chunked_cross_entropy(hidden, weight, torch.tensor([2, 0, IGNORE]), 2)
+    assert found.correct_N.tolist() == [True, False, False]
+
+
+def test_bf16_gradients_have_their_tensors_dtype_and_float32_accuracy() -> None:
+    hidden, weight, bias, labels, weights = problem(n=400, dtype=torch.bfloat16)
+    found = chunked_cross_entropy(hidden, weight, labels, 8, bias_V=bias, weights_N=weights)
+    grads = torch.autograd.grad(found.total, (hidden, weight, bias))
+    assert found.total.dtype == torch.float32
+    assert {grad.dtype for grad in grads} == {torch.bfloat16}
+    wide = [t.detach().float().requires_grad_() for t in (hidden, weight, bias)]
+    expected, _ = reference(*wide, labels, weights)
+    for grad, right in zip(grads, torch.autograd.grad(expected, wide), strict=True):
+        error = (grad.float() - right).norm() / right.norm()
+        assert error < 0.01
+
+
+def test_never_more_than_a_chunk_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, _, labels, _ = problem(n=64, v=500)
+    largest = 0
+    original = torch.Tensor.__matmul__
+
+    def watched(self, other):
+        nonlocal largest
+        out = original(self, other)
+        if out.shape[-1] == 500:
+            largest = max(largest, out.shape[0])
+        return out
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", watched)
+    chunked_cross_entropy(hidden, weight, labels, 8).total.backward()
+    assert largest == 8
+
+
+def test_all_ignored_gives_zero_and_zero_gradients() -> None:
+    hidden, weight, _, labels, _ = problem()
+    found = chunked_cross_entropy(hidden, weight, torch.full_like(labels, IGNORE), 8)
+    found.total.backward()
+    assert found.total.item() == 0
+    assert not weight.grad.any()
+    assert not hidden.grad.any()
+
+
+def test_backward_twice_is_refused() -> None:
+    hidden, weight, _, labels, _ = problem()
+    total = chunked_cross_entropy(hidden, weight, labels, 8).total
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward"):
+        total.backward()
+
+
+def test_label_outside_the_vocabulary_is_refused() -> None:
+    hidden, weight, _, labels, _ = problem()
+    labels[1] = 101
+    with pytest.raises(IndexError, match=r"\[0, 101\)"):
+        chunked_cross_entropy(hidden, weight, labels, 8)
+
+
+def test_head_without_labels_is_a_linear_layer_and_with_labels_the_loss() -> None:
+    hidden, weight, bias, labels, weights = problem()
+    head = LossHead(16, 101)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+        head.bias.copy_(bias)
+    torch.testing.assert_close(head(hidden), F.linear(hidden, weight, bias))
+    total, _, _ = head(hidden, labels, weights, 8)
+    torch.testing.assert_close(total, reference(hidden, weight, bias, labels, weights)[0])
