@@ -79,7 +79,8 @@ def _body(run: StageRun) -> dict[str, int]:
     recipe, section = run.recipe, run.recipe.corpus
     sources = {"val": section.val_source} if section.val_source else {}
     groups = {
-        split: find_groups(source, section, recipe.seed) for split, source in {**sources, "train": section.source}.items()
+        split: find_groups(source, section, recipe.seed)
+        for split, source in {**sources, "train": section.source}.items()
     }
     _same_listing(run, groups)
     with ensure_ray(recipe):
@@ -312,7 +313,9 @@ class WriteShard:
                     )
         named = [f"{group.source}::{key}" for key in columns["key"]]
         arrays = {"image": pa.array(data, pa.binary()), "source": pa.array(named, pa.string())}
-        return pa.table([arrays.get(name, index[name] if name in INDEX.names else None) for name in CORPUS.names], CORPUS)
+        return pa.table(
+            [arrays.get(name, index[name] if name in INDEX.names else None) for name in CORPUS.names], CORPUS
+        )
 
 
 def _check(run: StageRun, plan: Plan, counts: dict[str, int]) -> None:

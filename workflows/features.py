@@ -47,7 +47,9 @@ def load_pixels(corpus: str, key: str, size: int, max_pixels: int, columns: list
             pixels[row] = images.to_pixels(data.as_py(), size, max_pixels=max_pixels)
         except ImageError as error:
             identity = table.column("image_id")[row].as_py()
-            raise DataError(f"{shards.shard_path(corpus, key)}: image {identity}: {error}. Make the corpus again.") from error
+            raise DataError(
+                f"{shards.shard_path(corpus, key)}: image {identity}: {error}. Make the corpus again."
+            ) from error
     return table.drop_columns(["image"]), pixels
 
 
@@ -75,7 +77,8 @@ class FeatureShard:
 
     def __init__(self, out: str, corpus: str, encoder: str, recipe: Recipe, image_size: int) -> None:
         self.out, self.corpus, self.encoder_dir, self.recipe = out, corpus, encoder, recipe
-        self.image_size, self.encoder = image_size, None
+        self.image_size = image_size
+        self.encoder: Any = None
 
     def read(self, key: str) -> tuple[str, shards.Receipt | None, Any, Any]:
         done = standing(self.out, key)
@@ -117,7 +120,9 @@ class FeatureShard:
 
             self.encoder = VisionEncoder.from_pretrained(self.encoder_dir, self.recipe.encoder.layer).to(device)
         with torch.inference_mode():
-            parts = [self.encoder(part).half().cpu() for part in batches(pixels, self.recipe.features.batch_size, device)]
+            parts = [
+                self.encoder(part).half().cpu() for part in batches(pixels, self.recipe.features.batch_size, device)
+            ]
         return torch.cat(parts).numpy()
 
     def check(self, vectors_BNC: np.ndarray, key: str, ids: list[str]) -> None:

@@ -46,7 +46,7 @@ def run_shards(
         return
     DataContext.get_current().target_max_block_size = None  # a block is a shard: never split
     rows = [{"item": pickle.dumps(item)} for item in items]
-    data = ray.data.from_items(rows, override_num_blocks=len(rows))
+    data: Any = ray.data.from_items(rows, override_num_blocks=len(rows))
     gpus = resources.gpus_per_worker if model else 0
     if gpus:
         readers = ActorPoolStrategy(min_size=1, max_size=resources.readers)

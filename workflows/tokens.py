@@ -31,7 +31,8 @@ class EncodeShard:
 
     def __init__(self, out: str, corpus: str, tokenizer: str, recipe: Recipe, image_size: int) -> None:
         self.out, self.corpus, self.tokenizer_dir, self.recipe = out, corpus, tokenizer, recipe
-        self.image_size, self.tokenizer = image_size, None
+        self.image_size = image_size
+        self.tokenizer: Any = None
 
     def read(self, key: str) -> tuple[str, shards.Receipt | None, Any, Any]:
         done = standing(self.out, key)

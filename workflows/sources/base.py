@@ -18,7 +18,7 @@ import fsspec
 from smalti.errors import DataError
 
 IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .apng .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .avif".split()
+    [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif"]
 )
 Locator = tuple[int, int]
 ReadBytes = Callable[[Locator], bytes]
@@ -101,7 +101,10 @@ def suffix(path: str) -> str:
 def is_hidden(path: str) -> bool:
     """Whether a relative path is an operating system's litter: dot files and folders, `__MACOSX`, `Thumbs.db`."""
     parts = path.split("/")
-    return any(part.startswith((".", "__MACOSX")) for part in parts) or parts[-1].lower() in ("thumbs.db", "desktop.ini")
+    return any(part.startswith((".", "__MACOSX")) for part in parts) or parts[-1].lower() in (
+        "thumbs.db",
+        "desktop.ini",
+    )
 
 
 def filesystem(path: str) -> tuple[Any, str]:
@@ -143,5 +146,7 @@ def _braces(pattern: str) -> list[str]:
     elif "," in body:
         middle = body.split(",")
     else:
-        raise DataError(f"corpus.source: {{{body}}} in {pattern} is neither a range such as 00000..00012 nor a list a,b.")
+        raise DataError(
+            f"corpus.source: {{{body}}} in {pattern} is neither a range such as 00000..00012 nor a list a,b."
+        )
     return [pattern[:start] + part + tail for part in middle for tail in rest]

@@ -27,7 +27,7 @@ from smalti.workflows.sources.base import (
     suffix,
 )
 
-SIDECARS = frozenset(".txt .json .jsonl .csv .md .yaml .yml .html".split())
+SIDECARS = frozenset([".txt", ".json", ".jsonl", ".csv", ".md", ".yaml", ".yml", ".html"])
 METADATA = ("metadata.jsonl", "metadata.csv")
 
 

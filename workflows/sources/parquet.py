@@ -153,9 +153,7 @@ def _column(path: str, schema: pa.Schema, name: str, key: str, default: str, oth
     if name in schema.names:
         return name
     if name != default:
-        raise DataError(
-            f"{path} has no column {name!r} (corpus.{key}); its columns are {', '.join(schema.names)}."
-        )
+        raise DataError(f"{path} has no column {name!r} (corpus.{key}); its columns are {', '.join(schema.names)}.")
     return other if other in schema.names else None
 
 
