@@ -183,7 +183,8 @@ def load_model(kind: type[Any], path_or_name: str) -> Any:
 def load_config(path_or_name: str) -> Any:
     """The transformers config of a directory or hub name; ArtifactError when there is none."""
     try:
-        return AutoConfig.from_pretrained(path_or_name)
+        with quiet():
+            return AutoConfig.from_pretrained(path_or_name)
     except (OSError, ValueError) as error:
         raise ArtifactError(
             f"{path_or_name} is no vision encoder that transformers can load ({_first_line(error)}). Expected a "
