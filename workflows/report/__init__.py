@@ -1,0 +1,8 @@
+"""The report of a run: one page that opens from disk, one JSON file, and a table for the terminal."""
+
+from __future__ import annotations
+
+from smalti.workflows.report.build import build
+from smalti.workflows.report.terminal import table
+
+__all__ = ["build", "table"]

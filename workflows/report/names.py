@@ -1,0 +1,111 @@
+"""What each score is called for a reader, and how its number is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Kind = Literal["share", "dB", "plain", "nats"]
+
+
+@dataclass(frozen=True)
+class Name:
+    """A score for people: a short title, one sentence, and the kind of its number."""
+
+    title: str
+    meaning: str
+    kind: Kind = "share"
+
+
+NAMES: dict[str, Name] = {
+    "qa/accuracy": Name("Question answering", "Held-out questions about held-out images answered exactly right."),
+    "drawing/accuracy": Name(
+        "Drawing", "Drawn images in which the judge, a classifier trained on real images alone, sees the whole label."
+    ),
+    "drawing/zero_shot_accuracy": Name(
+        "Drawing, by the encoder", "Drawn images in which the encoder's zero-shot classes see the whole label."
+    ),
+    "drawing/judge_accuracy": Name(
+        "The judge itself", "The judge on real held-out images: what its verdicts are worth."
+    ),
+    "zero_shot/accuracy": Name(
+        "Encoder, zero-shot", "Held-out images whose label's sentence is nearest in the encoder."
+    ),
+    "reconstruction/psnr": Name(
+        "Reconstruction PSNR", "Held-out images decoded from their codes; mean over images.", "dB"
+    ),
+    "reconstruction/psnr_semantic_only": Name(
+        "PSNR, semantic codes only", "The same decoder trained on the semantic codes alone.", "dB"
+    ),
+    "reconstruction/psnr_over_semantic_only": Name(
+        "Gain by the pixel codes", "PSNR of the full codes minus that of the semantic codes alone.", "dB"
+    ),
+    "reconstruction/ssim": Name(
+        "Reconstruction SSIM", "Structural similarity, Gaussian window 11, mean over images.", "plain"
+    ),
+    "reconstruction/ssim_semantic_only": Name(
+        "SSIM, semantic codes only", "The same for semantic codes alone.", "plain"
+    ),
+    "codes/usage": Name("Code usage", "Codes that occur at least once; n is the number of tokens counted."),
+    "codes/perplexity": Name("Code perplexity", "As many evenly used codes would be as diverse.", "plain"),
+    "codes/entropy": Name("Code entropy", "Entropy of the codes over held-out tokens.", "nats"),
+    "codes/vrr": Name(
+        "Patch likeness (VRR)", "Variance that a code explains of its patches; unbiased, beside a shuffle."
+    ),
+    "codes/semantic_usage": Name("Semantic code usage", "Semantic codes that occur at least once."),
+    "codes/semantic_perplexity": Name("Semantic perplexity", "As many evenly used semantic codes.", "plain"),
+    "codes/semantic_entropy": Name("Semantic entropy", "Entropy of the semantic codes.", "nats"),
+    "codes/semantic_vrr": Name("Patch likeness, semantic", "The same for patches that share a semantic code."),
+    "retrieval/t2i_r1": Name("Caption → image", "Captions whose nearest image is their own (recall at 1)."),
+    "retrieval/i2t_r1": Name("Image → caption", "Images whose nearest caption is their own (recall at 1)."),
+}
+ORDER = list(NAMES)
+HEADLINES = ("qa/accuracy", "drawing/accuracy", "reconstruction/psnr", "reconstruction/psnr_over_semantic_only")
+BASELINES = {
+    "question_only": "question only",
+    "pixel_codes": "pixel codes",
+    "shuffled": "shuffled codes",
+    "chance": "chance",
+    "most_frequent": "most frequent label",
+    "reconstructed": "reconstructed images",
+}
+
+
+def name_of(key: str) -> Name:
+    """The name of a score; one that this table does not know goes by its key."""
+    return NAMES.get(key) or Name(key, "", "plain")
+
+
+def ordered(scores: dict[str, Any]) -> list[str]:
+    """The keys as the reader sees them: those of `NAMES` in its order, then the others by the alphabet."""
+    return sorted(scores, key=lambda key: (ORDER.index(key) if key in NAMES else len(ORDER), key))
+
+
+def written(value: float, kind: Kind) -> str:
+    """A number for people: `91.3 %`, `24.51 dB`, `3.21 nats`, `0.874`, `1,024`."""
+    if kind == "share":
+        return f"{100 * value:.1f} %"
+    if kind in ("dB", "nats"):
+        return f"{value:.2f} {kind}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}" if abs(value) >= 10 else f"{value:.3f}"
+
+
+def baseline_name(key: str) -> str:
+    """A baseline for people."""
+    return BASELINES.get(key, key.replace("_", " "))
+
+
+def goal_met(score: dict[str, Any]) -> bool | None:
+    """Whether the score reaches its goal; None without one."""
+    if "goal" not in score:
+        return None
+    difference = score["value"] - score["goal"]
+    return bool(difference >= 0 if score.get("higher_is_better", True) else difference <= 0)
+
+
+def duration(seconds: float) -> str:
+    """`8.3 s`, `4 min 05 s`, `3 h 12 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds) // 60
+    return f"{minutes} min {round(seconds) % 60:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,74 @@
+"""The headline figures and the table of scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from smalti.workflows.report.facts import Facts
+from smalti.workflows.report.markup import escape, section, table
+from smalti.workflows.report.names import HEADLINES, baseline_name, goal_met, name_of, ordered, written
+
+
+def headlines(facts: Facts) -> str:
+    """Up to four tiles with the figures that matter most, each with what it is compared to."""
+    tiles = []
+    for key in [key for key in HEADLINES if key in facts.scores][:4]:
+        score, name = facts.scores[key], name_of(key)
+        beside = "".join(
+            f"<li>{escape(baseline_name(k))} <b>{written(v, name.kind)}</b></li>" for k, v in score["baseline"].items()
+        )
+        tiles.append(
+            f'<div class="tile"><h3>{escape(name.title)}</h3><p class="big">{written(score["value"], name.kind)}</p>'
+            f"{_goal(score, name.kind)}<ul>{beside}</ul></div>"
+        )
+    return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
+
+
+def scores(facts: Facts) -> str:
+    """Every score with what it was counted on, the figures beside it and its goal."""
+    rows = []
+    for key in ordered(facts.scores):
+        score, name = facts.scores[key], name_of(key)
+        beside = "".join(
+            f'<span class="beside">{escape(baseline_name(k))} <b>{written(v, name.kind)}</b></span>'
+            for k, v in score["baseline"].items()
+        )
+        title = f'<span class="score">{escape(name.title)}</span><code>{escape(key)}</code>'
+        title += f'<span class="note">{escape(name.meaning)}</span>' if name.meaning else ""
+        value = f"<b>{written(score['value'], name.kind)}</b>{_bar(score, name.kind)}"
+        rows.append([title, value, beside, f"{score['n']:,}", _goal(score, name.kind)])
+    head = ["measure", "value", "beside it", "n", "goal"]
+    used = [column for column in range(len(head)) if column < 2 or any(row[column] for row in rows)]
+    body = table(
+        [head[i] for i in used], [[row[i] for i in used] for row in rows], [used.index(3)] if rows else [], "scores"
+    )
+    skipped = facts.tables.get("skipped", {})
+    if skipped:
+        reasons = "; ".join(f"{name.replace('_', ' ')} ({reason})" for name, reason in skipped.items())
+        body += f'<p class="aside">Not measured: {escape(reasons)}.</p>'
+    lead = (
+        "Measured on held-out data only, <i>n</i> being what was counted. A tick on a bar is a figure beside it: what "
+        "is reached without looking at the picture, by chance, or by the same chain with another vocabulary."
+    )
+    return section("scores", "Scores", lead, body)
+
+
+def _bar(score: dict[str, Any], kind: str) -> str:
+    """A bar for a share in [0, 1], with a tick for each figure beside it."""
+    if kind != "share":
+        return ""
+
+    def percent(value: float) -> str:
+        return f"{100 * min(max(value, 0.0), 1.0):.2f}%"
+
+    ticks = "".join(f'<i style="left:{percent(value)}"></i>' for value in score["baseline"].values())
+    return f'<span class="bar"><span style="width:{percent(score["value"])}"></span>{ticks}</span>'
+
+
+def _goal(score: dict[str, Any], kind: Any) -> str:
+    met = goal_met(score)
+    if met is None:
+        return ""
+    sign = "≥" if score.get("higher_is_better", True) else "≤"
+    css, word = ("met", "reached") if met else ("unmet", "not reached")
+    return f'<span class="goal {css}">goal {sign} {written(score["goal"], kind)}: {word}</span>'
