@@ -41,15 +41,34 @@ TEXTS = ("txt", "caption", "text", "json", "cls")
 
 
 class TailReader:
-    """A stream that remembers the last bytes it gave, so that the end of the archive can be looked at afterwards."""
+    """A stream that remembers the last bytes it gave, so that the end of the archive can be looked at afterwards.
+
+    What a broken compressed stream still gives before it breaks is given; the error comes with the next read.
+    """
 
     KEPT = 4 * tarfile.RECORDSIZE
 
     def __init__(self, stream: Any) -> None:
-        self.stream, self.tail, self.position = stream, b"", 0
+        self._take = getattr(stream, "read1", stream.read)
+        self.tail, self.position = b"", 0
+        self._error: Exception | None = None
 
     def read(self, size: int) -> bytes:
-        data = self.stream.read(size)
+        parts: list[bytes] = []
+        left = size
+        while left and self._error is None:
+            try:
+                part = self._take(left)
+            except BROKEN as error:
+                self._error = error
+                break
+            if not part:
+                break
+            parts.append(part)
+            left -= len(part)
+        if not parts and self._error is not None:
+            raise self._error
+        data = b"".join(parts)
         self.position += len(data)
         self.tail = (self.tail + data)[-self.KEPT :]
         return data

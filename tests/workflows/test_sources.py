@@ -1,0 +1,340 @@
+"""Sources: every thing that stands for an image comes out once, as a sample or as a loss with its reason."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import pickle
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from smalti.errors import DataError
+from smalti.schema import CorpusSection
+from smalti.workflows.sources import Lost, Sample, detect, find_groups
+from smalti.workflows.sources.base import clean_text, expand, read_pairs
+from smalti.workflows.sources.easy_vqa import derive, describe
+from smalti.workflows.sources.webdataset import WINDOW, split_name
+
+SECTION = CorpusSection()
+
+
+def picture(number: int, kind: str = "PNG") -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (16, 16), (number % 256, number // 256, 7)).save(stream, kind)
+    return stream.getvalue()
+
+
+def collect(source: str | list[str], section: CorpusSection = SECTION) -> tuple[list[Sample], list[Lost]]:
+    """Everything a source gives; each sample's bytes are read again by its locator and must be the same."""
+    samples, lost = [], []
+    for group in find_groups(source, section, 0):
+        group = pickle.loads(pickle.dumps(group))
+        found = list(group.samples())
+        mine = [one for one in found if isinstance(one, Sample)]
+        if mine:
+            with group.reader() as read:
+                for one in reversed(mine):
+                    assert read(one.locator) == one.data
+        samples += mine
+        lost += [one for one in found if isinstance(one, Lost)]
+    return samples, lost
+
+
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]], mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+# ---- folder --------------------------------------------------------------------------------------------------------
+
+
+def test_folder_reads_captions_beside_images_and_ignores_litter(tmp_path: Path) -> None:
+    deep = tmp_path / "a" / "b"
+    deep.mkdir(parents=True)
+    (deep / "one.JPG").write_bytes(picture(1, "JPEG"))
+    (deep / "one.txt").write_text("\ufeff a  red\n ball ", encoding="utf-8")
+    (tmp_path / "two.webp").write_bytes(picture(2, "WEBP"))
+    (tmp_path / ".DS_Store").write_bytes(b"x")
+    (tmp_path / "__MACOSX").mkdir()
+    (tmp_path / "__MACOSX" / "._two.webp").write_bytes(b"x")
+    (tmp_path / "film.mp4").write_bytes(b"x")
+    samples, lost = collect(str(tmp_path))
+    assert {one.key: one.caption for one in samples} == {"a/b/one.JPG": "a red ball", "two.webp": None}
+    assert [(one.key, one.reason) for one in lost] == [("film.mp4", "not_an_image")]
+    assert all(one.label is None for one in samples), "one image lies outside a class folder"
+
+
+def test_folder_takes_labels_from_class_folders(tmp_path: Path) -> None:
+    for number, name in enumerate(["red_apple", "pear", "pear"]):
+        (tmp_path / "train" / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "train" / name / f"{number}.png").write_bytes(picture(number))
+    samples, _ = collect(str(tmp_path))
+    assert sorted((one.label, one.caption) for one in samples) == [
+        ("pear", "pear"),
+        ("pear", "pear"),
+        ("red apple", "red apple"),
+    ]
+
+
+def test_folder_reads_metadata(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(picture(number))
+    rows = [
+        json.dumps({"file_name": "0.png", "text": "zero", "label": "x", "qa": [{"question": "q?", "answer": "a"}]}),
+        json.dumps({"file_name": "0.png", "question": "more?", "answer": 5}),
+        "{not json",
+        json.dumps({"file_name": "gone.png", "text": "nothing"}),
+        json.dumps({"file_name": "1.png", "qa": ["wrong"]}),
+    ]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    samples, lost = collect(str(tmp_path))
+    zero = next(one for one in samples if one.key == "0.png")
+    assert (zero.caption, zero.label, zero.qa) == ("zero", "x", (("q?", "a"), ("more?", "5")))
+    assert sorted((one.key, one.reason) for one in lost) == [
+        ("gone.png", "missing"),
+        ("metadata.jsonl:3", "bad_metadata"),
+        ("metadata.jsonl:5", "bad_metadata"),
+    ]
+
+
+def test_folder_reads_csv_metadata_relative_to_its_own_folder(tmp_path: Path) -> None:
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "0.png").write_bytes(picture(0))
+    (tmp_path / "part" / "metadata.csv").write_text('file_name,caption,kind\n0.png,"a, b",k\n')
+    samples, lost = collect(str(tmp_path), CorpusSection(label_column="kind"))
+    assert [(one.key, one.caption, one.label) for one in samples] == [("part/0.png", "a, b", "k")]
+    assert not lost
+    (tmp_path / "metadata.csv").write_text("name,caption\n")
+    with pytest.raises(DataError, match="no column file_name; it has"):
+        collect(str(tmp_path))
+
+
+def test_folder_order_mixes_classes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number in range(20):
+            (tmp_path / name / f"{number}.png").write_bytes(picture(number))
+    labels = [one.label for one in collect(str(tmp_path))[0]]
+    assert labels != sorted(label for label in labels if label)
+    assert 5 <= labels[:20].count("a") <= 15
+    assert labels == [one.label for one in collect(str(tmp_path))[0]]
+
+
+# ---- webdataset ----------------------------------------------------------------------------------------------------
+
+
+def test_tar_groups_members_by_key_in_any_order(tmp_path: Path) -> None:
+    members = [
+        ("./00/a.json", json.dumps({"caption": "from json", "label": 3, "qa": [["is it?", "yes"]]}).encode()),
+        ("00/b.txt", b"second"),
+        ("00/b.JPEG", picture(2, "JPEG")),
+        ("00/a.jpg", picture(1, "JPEG")),
+        ("00/c.cls", b"7"),
+        ("00/c.mask.png", picture(9)),
+        ("00/c.webp", picture(3, "WEBP")),
+        ("00/.hidden.jpg", b"x"),
+        ("00/d.txt", b"no image"),
+        ("00/a.npy", b"other data"),
+    ]
+    samples, lost = collect(str(write_tar(tmp_path / "x.tar", members)))
+    seen = {one.key: (one.caption, one.label, one.qa) for one in samples}
+    assert seen == {
+        "00/a": ("from json", "3", (("is it?", "yes"),)),
+        "00/b": ("second", None, ()),
+        "00/c": (None, "7", ()),
+    }
+    assert next(one for one in samples if one.key == "00/c").data == picture(3, "WEBP")
+    assert [(one.key, one.reason) for one in lost] == [("00/d", "no_image")]
+
+
+def test_tar_window_is_bounded_and_nothing_is_silent(tmp_path: Path) -> None:
+    members = [(f"{number:05d}.png", picture(number)) for number in range(WINDOW + 10)]
+    members.append(("00000.txt", b"too late"))
+    samples, lost = collect(str(write_tar(tmp_path / "x.tar", members)))
+    assert [one.key for one in samples] == [f"{number:05d}" for number in range(WINDOW + 10)]
+    assert [(one.key, one.reason) for one in lost] == [("00000", "no_image")]
+
+
+@pytest.mark.parametrize("cut", ["member", "header", "marker"])
+def test_truncated_tar_keeps_the_good_samples_and_tells_the_loss(tmp_path: Path, cut: str) -> None:
+    path = write_tar(tmp_path / "x.tar", [(f"{number}.png", picture(number)) for number in range(20)])
+    sample = 512 + -(-len(picture(0)) // 512) * 512
+    data = path.read_bytes()
+    keep = {"member": 12 * sample + 512 + 40, "header": 12 * sample, "marker": 20 * sample}[cut]
+    path.write_bytes(data[:keep])
+    samples, lost = collect(str(path))
+    assert len(samples) == (20 if cut == "marker" else 12)
+    assert [one.reason for one in lost] == ["truncated_tar"]
+
+
+def test_tar_cut_inside_a_sample_does_not_give_half_a_sample(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "x.tar", [("a.png", picture(1)), ("a.txt", b"y" * 2000)])
+    size = 512 + -(-len(picture(1)) // 512) * 512 + 512 + 100
+    path.write_bytes(path.read_bytes()[:size])
+    samples, lost = collect(str(path))
+    assert not samples
+    assert [(one.key, one.reason) for one in lost] == [("a", "truncated_tar"), ("a.txt", "truncated_tar")]
+
+
+@pytest.mark.parametrize("data", [b"", b"no tar at all" * 100])
+def test_a_file_that_is_no_tar_is_lost(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "x.tar").write_bytes(data)
+    samples, lost = collect(str(tmp_path / "x.tar"))
+    assert not samples
+    assert [one.reason for one in lost] == ["truncated_tar"]
+
+
+def test_compressed_tars_and_a_truncated_one(tmp_path: Path) -> None:
+    members = [(f"{number}.png", picture(number)) for number in range(5)]
+    plain = write_tar(tmp_path / "x.tar", members).read_bytes()
+    (tmp_path / "y.tar.gz").write_bytes(gzip.compress(plain))
+    assert len(collect(str(tmp_path / "y.tar.gz"))[0]) == 5
+    (tmp_path / "z.tgz").write_bytes(gzip.compress(plain, 0)[:3000])
+    samples, lost = collect(str(tmp_path / "z.tgz"))
+    assert 0 < len(samples) < 5
+    assert lost[-1].reason == "truncated_tar"
+
+
+def test_brace_patterns_and_globs(tmp_path: Path) -> None:
+    for number in range(3):
+        write_tar(tmp_path / f"part-{number:05d}.tar", [(f"{number}.png", picture(number))])
+    assert len(collect(str(tmp_path / "part-{00000..00002}.tar"))[0]) == 3
+    assert len(collect(str(tmp_path / "part-*.tar"))[0]) == 3
+    assert len(collect(str(tmp_path))[0]) == 3, "a folder of tars"
+    assert expand(str(tmp_path / "part-0000{2,0}.tar")) == [str(tmp_path / f"part-0000{n}.tar") for n in (2, 0)]
+    with pytest.raises(DataError, match="part-00003"):
+        collect(str(tmp_path / "part-{00000..00003}.tar"))
+
+
+def test_split_name() -> None:
+    assert split_name("./a.b/c.Left.PNG") == ("a.b/c", "left.png")
+
+
+# ---- parquet -------------------------------------------------------------------------------------------------------
+
+
+def test_parquet_with_hugging_face_structs_class_names_and_questions(tmp_path: Path) -> None:
+    image = pa.array(
+        [{"bytes": picture(1), "path": "1.png"}, {"bytes": None, "path": "2.png"}, {"bytes": picture(3), "path": None}]
+    )
+    qa = pa.array(
+        [[{"question": "q", "answer": "a"}], None, []],
+        pa.list_(pa.struct([("question", pa.string()), ("answer", pa.string())])),
+    )
+    features = {"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}
+    table = pa.table({"image": image, "text": ["one", "two", None], "label": [1, 0, -1], "qa": qa})
+    pq.write_table(
+        table.replace_schema_metadata({"huggingface": json.dumps(features)}), tmp_path / "x.parquet", row_group_size=2
+    )
+    samples, lost = collect(str(tmp_path / "x.parquet"), CorpusSection(shard_images=1))
+    assert [(one.key, one.caption, one.label, one.qa) for one in samples] == [
+        ("0:0", "one", "dog", (("q", "a"),)),
+        ("1:0", None, None, ()),
+    ]
+    assert [(one.key, one.reason) for one in lost] == [("0:1", "no_image")]
+
+
+def test_parquet_columns_are_named_in_errors(tmp_path: Path) -> None:
+    path = str(tmp_path / "x.parquet")
+    pq.write_table(pa.table({"jpg": [picture(1)], "alt": ["x"], "url": ["u"]}), path)
+    with pytest.raises(DataError, match=r"no column 'image' .* jpg, alt, url"):
+        collect(path)
+    with pytest.raises(DataError, match=r"column 'url' is string; expected encoded image bytes"):
+        collect(path, CorpusSection(image_column="url"))
+    with pytest.raises(DataError, match=r"no column 'tags' \(corpus.caption_column\)"):
+        collect(path, CorpusSection(image_column="jpg", caption_column="tags"))
+    samples, _ = collect(path, CorpusSection(image_column="jpg", caption_column="alt"))
+    assert [one.caption for one in samples] == ["x"]
+
+
+def test_torn_parquet_is_lost(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [picture(n) for n in range(9)]}), tmp_path / "a.parquet")
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:300])
+    samples, lost = collect(str(tmp_path))
+    assert len(samples) == 9
+    assert [one.reason for one in lost] == ["torn_file"]
+
+
+# ---- easy-vqa, generated, detection --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pairs", "expected"),
+    [
+        ([("what color is the shape?", "blue")], ("blue", None)),
+        ([("what is the blue shape?", "rectangle")], ("blue", "rectangle")),
+        ([("what color is the circle?", "red")], ("red", "circle")),
+        ([("is there a teal shape?", "yes"), ("does the image contain a circle?", "yes")], ("teal", "circle")),
+        ([("is there not a circle?", "no")], (None, "circle")),
+        ([("is no gray shape present?", "yes")], (None, None)),
+        ([("is there a circle?", "no"), ("is there not a triangle?", "yes")], (None, "rectangle")),
+    ],
+)
+def test_easy_vqa_answers_imply_colour_and_shape(
+    pairs: list[tuple[str, str]], expected: tuple[str | None, str | None]
+) -> None:
+    assert derive(pairs) == expected
+
+
+def test_easy_vqa_contradiction_and_description() -> None:
+    with pytest.raises(DataError, match="contradict"):
+        derive([("is there a circle?", "no"), ("what is the red shape?", "circle")])
+    assert describe("blue", "circle") == ("a blue circle", "blue circle")
+    assert describe("blue", None) == ("a blue shape", None)
+    assert describe(None, "circle") == ("a circle", None)
+    assert describe(None, None) == (None, None)
+
+
+def test_easy_vqa_as_published() -> None:
+    """5,000 pictures, 48,248 questions; 3,578 and 888 get both words (counted by a separate script)."""
+    pytest.importorskip("easy_vqa")
+    for split, images, questions, both in (("train", 4000, 38_575, 3578), ("test", 1000, 9673, 888)):
+        samples, lost = collect(f"easy-vqa:{split}")
+        assert (len(samples), len(lost)) == (images, 0)
+        assert sum(len(one.qa) for one in samples) == questions
+        assert sum(one.label is not None for one in samples) == both
+    with pytest.raises(DataError, match="easy-vqa:train or easy-vqa:test"):
+        collect("easy-vqa")
+
+
+def test_generated_is_seeded_and_names_differ() -> None:
+    first = find_groups("generated:6", SECTION, 3)[0]
+    assert list(first.samples()) == list(find_groups("generated:6", SECTION, 3)[0].samples())
+    ids = {one.data for name in ("generated:6", "generated:6:val") for one in collect(name)[0]}
+    assert len(ids) == 12
+    assert all(one.caption == f"a {one.label}" for one in collect("generated:6")[0])
+
+
+def test_detection(tmp_path: Path) -> None:
+    assert detect("easy-vqa:train") == "easy-vqa"
+    assert detect("generated") == "generated"
+    assert detect("s3://bucket/x-{000..010}.tar") == "webdataset"
+    assert detect("x/*.parquet") == "parquet"
+    (tmp_path / "a.png").write_bytes(picture(1))
+    assert detect(str(tmp_path)) == "folder"
+    write_tar(tmp_path / "a.tar", [])
+    with pytest.raises(DataError, match="several kinds of data"):
+        detect(str(tmp_path))
+    with pytest.raises(DataError, match="neither a folder nor"):
+        detect(str(tmp_path / "a.png"))
+    with pytest.raises(DataError, match=r"corpus\.source is not set"):
+        find_groups(None, SECTION, 0)
+
+
+def test_texts_and_pairs() -> None:
+    assert clean_text(["", " a \n b "]) == "a b"
+    assert clean_text(float("nan")) is None
+    assert read_pairs({"question": ["a", "b"], "answer": ["c", "d"]}) == (("a", "c"), ("b", "d"))
+    with pytest.raises(ValueError, match="without an answer"):
+        read_pairs({"question": "a"})
