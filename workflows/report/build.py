@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from smalti import storage
 from smalti.artifact import Artifact
 from smalti.schema import Recipe
-from smalti.workflows.mlflow_tracking import absolute
 from smalti.workflows.report.facts import gather
 from smalti.workflows.report.page import page
 
@@ -20,7 +19,7 @@ def build(recipe: Recipe, artifacts: Sequence[Artifact], out: str, *, started: f
     Parts that a run does not have (no questions, no model) are left out of the page.
     """
     facts = gather(recipe, artifacts, started)
-    place = absolute(out)
+    place = storage.absolute(out)
     html_path, json_path = storage.join(place, "report.html"), storage.join(place, "report.json")
     storage.make_dirs(place)
     record = json.dumps(facts.as_json(), indent=1, ensure_ascii=False, allow_nan=False)

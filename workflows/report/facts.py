@@ -14,7 +14,6 @@ from smalti import storage
 from smalti.artifact import Artifact
 from smalti.config import dump
 from smalti.schema import Recipe
-from smalti.workflows.mlflow_tracking import absolute
 from smalti.workflows.report.machine import machine
 
 HISTORY = "history.jsonl"
@@ -126,7 +125,7 @@ def _baseline_stages(recipe: Recipe) -> list[Stage]:
     found = []
     for name in recipe.baselines:
         for stage in (*STAGES[:-1], "evaluation"):
-            artifact = Artifact.find(storage.join(absolute(recipe.out), "baselines", name, stage))
+            artifact = Artifact.find(storage.join(storage.absolute(recipe.out), "baselines", name, stage))
             if artifact is not None:
                 found.append(Stage(f"baselines/{name}/{stage}", artifact, history(artifact.path)))
     return found
@@ -152,7 +151,7 @@ def _started(stages: Sequence[Stage], started: float | None) -> str:
 def _mlflow_uri(recipe: Recipe) -> str | None:
     if recipe.tracking.uri == "off":
         return None
-    return recipe.tracking.uri or f"sqlite:///{absolute(recipe.out)}/mlflow.db"
+    return recipe.tracking.uri or f"sqlite:///{storage.absolute(recipe.out)}/mlflow.db"
 
 
 def _last(path: str) -> str:
