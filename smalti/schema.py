@@ -134,6 +134,7 @@ class VitSize(Section):
     layers: Positive = 12
     heads: Positive = 12
     mlp_ratio: Positive = 4
+    skip: bool = Field(False, description="add a linear map from input to output patches: small models learn faster")
 
 
 class Perceptual(Section):
@@ -321,4 +322,10 @@ class Recipe(Section):
     def _one_encoder(self) -> Recipe:
         if self.encoder.pretrained and self.encoder.train:
             raise ValueError("encoder.pretrained and encoder.train are both set; keep one")
+        return self
+
+    @model_validator(mode="after")
+    def _guided_parts(self) -> Recipe:
+        if self.tokenizer.pixel.semantic_only_decoder and not self.tokenizer.guidance:
+            raise ValueError("tokenizer.pixel.semantic_only_decoder needs tokenizer.guidance: true; set it to false")
         return self
