@@ -1,11 +1,17 @@
-"""A small byte-level BPE tokenizer, trained on a corpus's own text."""
+"""A small byte-level BPE tokenizer, trained on a corpus's own text.
+
+It has the pipeline of Qwen2's tokenizer (NFC, Qwen2's split into words, byte level) because a folder with a Qwen2 model is
+always loaded with that pipeline: transformers 5 takes only vocabulary and merges from `tokenizer.json` there, so that a
+tokenizer with another split would tokenize differently once it is exported.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import Qwen2Tokenizer
 
 from smalti.errors import ConfigError
 
@@ -15,11 +21,11 @@ SMALLEST = 256 + len(SPECIALS)
 """Every byte has a token, so no text is ever unknown."""
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
     """A byte-level BPE tokenizer of at most `vocab_size` tokens, `<pad>` 0, `<bos>` 1 and `<eos>` 2 first.
 
     The same texts, in any order, give the same tokenizer: merges depend on the counts of words, ties on the pair itself.
-    Any text, of any script, is encoded and decoded without loss. Fewer tokens come out when the text is too small for more.
+    Any text, of any script, comes back as its NFC form. Fewer tokens come out when the text is too small for more.
     A `vocab_size` under 259 (256 bytes and three special tokens) raises ConfigError.
     """
     if vocab_size < SMALLEST:
@@ -27,9 +33,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
             f"A byte-level BPE needs at least {SMALLEST} tokens (256 bytes and {len(SPECIALS)} special tokens), but "
             f"text_vocab_size is {vocab_size}. Set it to {SMALLEST} or more."
         )
+    pipeline = Qwen2Tokenizer().backend_tokenizer
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.normalizer, tokenizer.pre_tokenizer = pipeline.normalizer, pipeline.pre_tokenizer
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
@@ -38,8 +44,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+    trained = json.loads(tokenizer.to_str())["model"]
+    return Qwen2Tokenizer(
+        vocab=trained["vocab"],
+        merges=[tuple(merge) for merge in trained["merges"]],
+        unk_token=EOS,  # never met: every byte is known; without one transformers would add a token
         bos_token=BOS,
         eos_token=EOS,
         pad_token=PAD,

@@ -12,11 +12,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from smalti.errors import VocabularyError
 from smalti.mllm.model import UnifiedModel
 from smalti.mllm.prompts import UNCONDITIONAL
-from smalti.mllm.vocabulary import DELIMITERS, visual_token
+from smalti.mllm.vocabulary import DELIMITERS, VisualVocabulary, visual_token
 
 FORMAT = 1
 SETTINGS = "smalti.json"
@@ -83,6 +84,7 @@ def export_language_model(
     lm.save_pretrained(out_dir, state_dict=state, max_shard_size=MAX_FILE)
     _record_dtype(os.path.join(out_dir, "config.json"), dtype)
     hf_tokenizer.save_pretrained(out_dir)
+    _check_tokenizer(model.vocabulary, hf_tokenizer, out_dir)
     return {
         "parameters": sum(p.numel() for p in lm.parameters()) - embed.weight.numel() + rows_VH.numel(),
         "embedding_rows": len(rows_VH),
@@ -104,6 +106,24 @@ def swapped_rows(model: UnifiedModel, dtype: torch.dtype, chunk: int = 8192) -> 
         vectors_nH = model.adapter(model.code_vectors_VC[start : start + chunk])
         rows_VH[first + start : first + start + len(vectors_nH)] = vectors_nH.to(dtype).cpu()
     return rows_VH
+
+
+_PROBE = "A blue circle, isn't it?\n 1234  Ünïcode <start_of_image><IMG_0>"
+
+
+def _check_tokenizer(vocabulary: VisualVocabulary, hf_tokenizer: Any, out_dir: str) -> None:
+    """Raise VocabularyError unless the written tokenizer loads as the one that the model was trained with.
+
+    `AutoTokenizer` chooses a class by the model's type and may replace a custom tokenizer's normalisation or word split.
+    """
+    loaded = AutoTokenizer.from_pretrained(out_dir)
+    same = loaded(_PROBE)["input_ids"] == hf_tokenizer(_PROBE)["input_ids"]
+    if not same or VisualVocabulary.from_tokenizer(loaded) != vocabulary:
+        raise VocabularyError(
+            f"The exported tokenizer in {out_dir} loads as {type(loaded).__name__} and gives other ids than the "
+            f"{type(hf_tokenizer).__name__} of training: transformers picks the class by the model's type. "
+            f"Train with the tokenizer that belongs to that type of model."
+        )
 
 
 def _record_dtype(config_file: str, dtype: torch.dtype) -> None:

@@ -12,9 +12,15 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from smalti.mllm.adapters import DualAdapter
 from smalti.mllm.bpe import train_bpe
+from smalti.mllm.build import build_unified
 from smalti.mllm.model import UnifiedModel
 from smalti.mllm.prompts import TextEncoder
 from smalti.mllm.vocabulary import VisualVocabulary
+from smalti.schema import EncoderTrain, LanguageModel, MllmSection, PixelStage, SemanticStage, TokenizerSection, VitSize
+from smalti.tokenizers.encoders import VisionEncoder
+from smalti.tokenizers.loading import load_tokenizer
+from smalti.tokenizers.semhitok import PixelTokenizer, SemanticTokenizer, SemHiTok
+from smalti.tokenizers.siglip import build_siglip
 
 TEXTS = ["a blue circle", "a red square", "is it red?", "what shape is it?", "yes", "no"] * 4
 NUM_CODES = 24
@@ -68,3 +74,44 @@ def make_tiny() -> Callable[..., Tiny]:
 @pytest.fixture
 def tiny(make_tiny: Callable[..., Tiny]) -> Tiny:
     return make_tiny()
+
+
+@pytest.fixture(scope="session")
+def visual_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A real SemHiTok of 8 · 3 = 24 codes saved in a folder: 32 px, 4 x 4 patches, random weights."""
+    torch.set_num_threads(1)
+    tiny_vit = VitSize(dim=16, layers=1, heads=2, mlp_ratio=2)
+    section = TokenizerSection(
+        semantic=SemanticStage(dim=6, decoder_dim=16, decoder_heads=2, decoder_layers=1),
+        pixel=PixelStage(codes=3, dim=3, encoder=tiny_vit, decoder=tiny_vit),
+    )
+    size = EncoderTrain(patch_size=8, hidden_size=24, layers=1, heads=2, text_layers=1, text_length=6)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        siglip = tmp_path_factory.mktemp("siglip")
+        build_siglip(size, 32, 40, 0, 1).save_pretrained(siglip)
+        encoder = VisionEncoder.from_pretrained(str(siglip))
+        semantic = SemanticTokenizer(24, section.semantic, 8)
+        semantic.init_from(torch.randn(8, 24))
+        pixel = PixelTokenizer(section.pixel, semantic.quantizer.codes, 32, (4, 4))
+        tokenizer = SemHiTok(section, pixel, semantic, encoder)
+    path = tmp_path_factory.mktemp("visual_tokenizer")
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def make_unified(visual_tokenizer_dir: str) -> Callable[..., tuple[UnifiedModel, Any]]:
+    """A unified model built as a recipe would, on that tokenizer: `make_unified(adapter=…)` → (model, hf_tokenizer)."""
+
+    def make(**settings: Any) -> tuple[UnifiedModel, Any]:
+        size = LanguageModel(hidden_size=32, layers=2, heads=4, kv_heads=2, intermediate_size=64, text_vocab_size=290)
+        section = MllmSection(config=size, max_length=64, **settings)
+        hf_tokenizer = train_bpe(TEXTS, 290)
+        model = build_unified(section, hf_tokenizer, load_tokenizer(visual_tokenizer_dir), seed=3)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+        return model.eval(), hf_tokenizer
+
+    return make
