@@ -39,7 +39,7 @@ def seed_random(x_NC: Tensor, num: int, generator: torch.Generator | None = None
     doubles = torch.ones(num, dtype=torch.bool, device=chosen.device)
     doubles[first] = False
     if bool(doubles.any()) and len(spare):
-        pool, pool_first = _first_of_each(torch.cat([chosen[first], x_NC[spare.to(x_NC.device)]]))
+        _, pool_first = _first_of_each(torch.cat([chosen[first], x_NC[spare.to(x_NC.device)]]))
         fresh = pool_first[pool_first >= len(first)].sort().values - len(first)
         fresh = fresh[: int(doubles.sum())]
         places = doubles.nonzero().flatten()[: len(fresh)]

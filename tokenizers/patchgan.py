@@ -14,7 +14,8 @@ class PatchGAN(nn.Module):
 
     def __init__(self, channels: int = 64, layers: int = 3) -> None:
         super().__init__()
-        parts: list[nn.Module] = [nn.Conv2d(3, channels, 4, 2, 1), nn.LeakyReLU(0.2)]
+        self.first = nn.Conv2d(3, channels, 4, 2, 1)
+        parts: list[nn.Module] = [nn.LeakyReLU(0.2)]
         width = channels
         for layer in range(1, layers + 1):
             wider = channels * min(2**layer, 8)
@@ -34,7 +35,7 @@ class PatchGAN(nn.Module):
             raise ValueError(
                 f"PatchGAN needs images of at least {self.min_size} px, got {tuple(pixels_BCHW.shape[-2:])}"
             )
-        return self.body(pixels_BCHW.to(self.body[0].weight.dtype))
+        return self.body(self.first(pixels_BCHW.to(self.first.weight.dtype)))
 
 
 def _norm(channels: int) -> nn.GroupNorm:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from smalti.errors import ConfigError
 from smalti.schema import PixelStage, VitSize
@@ -84,7 +84,7 @@ class PixelTokenizer(Float32Buffers):
         return len(self.codebook.codes)
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         """The decoder's last weight, for the adaptive GAN weight."""
         return self.decoder.last_layer
 

@@ -95,8 +95,9 @@ class SemanticTokenizer(nn.Module):
     def init_from(self, centroids_KC: Tensor) -> None:
         """Start from k-means centroids of the features: projection = their PCA, codebook = the projected centroids.
 
-        The rows of the projection are the top-D principal directions, orthonormal, and the bias removes the mean. For
-        D > C the C directions are embedded isometrically, so that no channel of a code is dead. Signs are fixed.
+        The rows of the projection are the top-D principal directions, orthogonal and of one length: the bias removes
+        the mean, and codes have a mean square of 1 a channel, so that the commitment weight means the same for every
+        encoder. For D > C the C directions are embedded isometrically, so that no channel is dead. Signs are fixed.
         """
         if tuple(centroids_KC.shape) != (self.num_codes, self.feature_dim):
             raise ValueError(
@@ -105,9 +106,11 @@ class SemanticTokenizer(nn.Module):
         if not bool(torch.isfinite(centroids_KC).all()):
             raise ValueError("centroids hold NaN or Inf")
         weight_DC, bias_D = pca_projection(centroids_KC, self.stage.dim)
-        self.proj.weight.copy_(weight_DC)
-        self.proj.bias.copy_(bias_D)
-        self.quantizer.set_codes(F.linear(centroids_KC.to(weight_DC), weight_DC, bias_D))
+        codes_KD = F.linear(centroids_KC.to(weight_DC), weight_DC, bias_D)
+        scale = codes_KD.square().mean().clamp(min=1e-12).rsqrt()
+        self.proj.weight.copy_(weight_DC * scale)
+        self.proj.bias.copy_(bias_D * scale)
+        self.quantizer.set_codes(codes_KD * scale)
 
 
 def pca_projection(x_KC: Tensor, dim: int) -> tuple[Tensor, Tensor]:

@@ -122,6 +122,8 @@ class SemHiTok(nn.Module):
     def encode(self, pixels: Tensor) -> Tensor:
         """Flat codes of images (B, 3, S, S) in [-1, 1]: int64 (B, T). DataError: other shape, dtype or range, NaN."""
         check_pixels(pixels, self.image_size)
+        if not len(pixels):
+            return torch.empty(0, self.num_tokens, dtype=torch.int64, device=self.device)
         pixels = pixels.to(self.device, torch.float32)
         return self.pixel.encode(pixels, self._semantic_ids(pixels))
 
@@ -142,13 +144,17 @@ class SemHiTok(nn.Module):
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """Images of flat codes (B, T): float32 (B, 3, S, S) in [-1, 1]. VocabularyError: not this tokenizer's codes."""
-        return self.pixel.decode(self._checked(codes, whole=True)).float().clamp(-1, 1)
+        t = self._checked(codes, whole=True)
+        return self.pixel.decode(t).float().clamp(-1, 1) if len(t) else self._no_images()
 
     @torch.no_grad()
     def decode_semantic_only(self, codes: Tensor) -> Tensor:
         """Images of the semantic halves of flat codes (B, T): as `decode`. ConfigError without that decoder."""
         ids = self._checked(codes, whole=True) // self.num_sub
-        return self.pixel.decode_semantic_only(ids).float().clamp(-1, 1)
+        return self.pixel.decode_semantic_only(ids).float().clamp(-1, 1) if len(ids) else self._no_images()
+
+    def _no_images(self) -> Tensor:
+        return torch.empty(0, 3, self.image_size, self.image_size, device=self.device)
 
     @torch.no_grad()
     def embed(self, codes: Tensor) -> Tensor:
@@ -212,7 +218,7 @@ class SemHiTok(nn.Module):
         }
         storage.make_dirs(target)
         with tempfile.TemporaryDirectory(prefix="smalti-") as folder:
-            save_file(tensors, os.path.join(folder, WEIGHTS_NAME), metadata={"format": "pt", "system": SYSTEM})
+            save_file(tensors, os.path.join(folder, WEIGHTS_NAME), metadata={"format": "pt"})
             if self.encoder is not None:
                 self.encoder.save_tower(os.path.join(folder, ENCODER_NAME))
                 storage.make_dirs(storage.join(target, ENCODER_NAME))

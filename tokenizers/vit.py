@@ -58,9 +58,9 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio) for _ in range(layers))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.apply(init_linear)
-        for block in self.blocks:
-            for last in (block.attention.out, block.mlp[2]):
-                nn.init.trunc_normal_(last.weight, std=0.02 / math.sqrt(2 * layers))
+        for name, parameter in self.blocks.named_parameters():
+            if name.endswith(("attention.out.weight", "mlp.2.weight")):
+                nn.init.trunc_normal_(parameter, std=0.02 / math.sqrt(2 * layers))
 
     def forward(self, x_BND: Tensor) -> Tensor:
         """(B, N, D) → (B, N, D), normalised."""
@@ -73,6 +73,14 @@ def init_linear(module: nn.Module) -> None:
     """Truncated normal (0.02) weights and zero biases of a linear layer; others are left as they are."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def init_xavier(module: nn.Module | None) -> None:
+    """Xavier-uniform weights and zero biases of a linear layer; nothing for None."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
@@ -136,17 +144,18 @@ class VitEncoder(nn.Module):
         self.embed = nn.Linear(3 * self.patch**2, size.dim)
         self.body = Transformer(size.dim, size.layers, size.heads, size.mlp_ratio)
         self.head = nn.Linear(size.dim, out_dim)
-        nn.init.xavier_uniform_(self.embed.weight)
-        nn.init.zeros_(self.embed.bias)
-        nn.init.xavier_uniform_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.skip = nn.Linear(3 * self.patch**2, out_dim, bias=False) if size.skip else None
+        for linear in (self.embed, self.head, self.skip):
+            init_xavier(linear)
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] → (B, N, out_dim)."""
         pixels_BCHW = resize(pixels_BCHW, (self.grid[0] * self.patch, self.grid[1] * self.patch))
-        x_BND = self.embed(patchify(pixels_BCHW, self.grid))
+        patches_BND = patchify(pixels_BCHW, self.grid)
+        x_BND = self.embed(patches_BND)
         x_BND = x_BND + sincos_positions(self.grid, x_BND.shape[-1], x_BND.device).to(x_BND.dtype)
-        return self.head(self.body(x_BND))
+        out_BND = self.head(self.body(x_BND))
+        return out_BND if self.skip is None else out_BND + self.skip(patches_BND)
 
 
 class PixelDecoder(nn.Module):
@@ -165,13 +174,13 @@ class PixelDecoder(nn.Module):
         self.kinds = nn.Parameter(torch.randn(len(in_dims), size.dim) * 0.02) if len(in_dims) > 1 else None
         self.body = Transformer(size.dim, size.layers, size.heads, size.mlp_ratio)
         self.head = nn.Linear(size.dim, 3 * self.patch**2)
-        for embed in self.embeds:
-            nn.init.xavier_uniform_(embed.weight)
-            nn.init.zeros_(embed.bias)
+        self.skip = nn.Linear(sum(in_dims), 3 * self.patch**2, bias=False) if size.skip else None
+        for linear in (*self.embeds, self.skip):
+            init_xavier(linear)
         init_linear(self.head)
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         """The weight on which the adaptive GAN weight is measured."""
         return self.head.weight
 
@@ -186,5 +195,8 @@ class PixelDecoder(nn.Module):
             tokens.append(x if self.kinds is None else x + self.kinds[index].to(x.dtype))
         num_tokens = self.grid[0] * self.grid[1]
         x_BND = self.body(torch.cat(tokens, 1))[:, -num_tokens:]
-        pixels = unpatchify(self.head(x_BND), self.grid)
+        patches_BND = self.head(x_BND)
+        if self.skip is not None:
+            patches_BND = patches_BND + self.skip(torch.cat(parts_BND, -1))
+        pixels = unpatchify(patches_BND, self.grid)
         return resize(pixels, (self.image_size, self.image_size))

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, SiglipModel, SiglipVisionConfig, SiglipVisionModel
 
 from smalti.errors import ArtifactError, ConfigError, DataError
 from smalti.tokenizers.encoders import VisionEncoder, check_pixels
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,12 @@ def test_features_equal_those_of_transformers_at_every_layer(siglip_dir: str, pi
 @pytest.mark.parametrize(("size", "patch", "side"), [(224, 16, 14), (256, 16, 16), (384, 14, 27), (224, 14, 16)])
 def test_published_sizes_from_a_vision_only_directory(size: int, patch: int, side: int, tmp_path: Path) -> None:
     config = SiglipVisionConfig(
-        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=size, patch_size=patch
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        image_size=size,
+        patch_size=patch,
     )
     SiglipVisionModel(config).save_pretrained(tmp_path)
     encoder = VisionEncoder.from_pretrained(str(tmp_path))
@@ -58,7 +63,8 @@ def test_published_sizes_from_a_vision_only_directory(size: int, patch: int, sid
 def test_half_precision_checkpoints_load_as_float32(siglip_dir: str, tmp_path: Path, pixels: Tensor) -> None:
     SiglipModel.from_pretrained(siglip_dir).to(torch.bfloat16).save_pretrained(tmp_path)
     encoder = VisionEncoder.from_pretrained(str(tmp_path))
-    assert {p.dtype for p in encoder.parameters()} == {torch.float32} and encoder(pixels).dtype == torch.float32
+    assert {p.dtype for p in encoder.parameters()} == {torch.float32}
+    assert encoder(pixels).dtype == torch.float32
 
 
 def test_frozen_in_eval_mode_with_gradients_to_pixels(siglip_dir: str, pixels: Tensor) -> None:
@@ -66,7 +72,8 @@ def test_frozen_in_eval_mode_with_gradients_to_pixels(siglip_dir: str, pixels: T
     assert not any(m.training for m in encoder.modules())
     x = pixels.clone().requires_grad_(True)
     encoder(x).sum().backward()
-    assert x.grad.abs().sum() > 0 and not any(p.requires_grad for p in encoder.parameters())
+    assert x.grad.abs().sum() > 0
+    assert not any(p.requires_grad for p in encoder.parameters())
 
 
 def test_prompts_and_logits_equal_those_of_transformers(full_dir: str, pixels: Tensor) -> None:
@@ -78,7 +85,9 @@ def test_prompts_and_logits_equal_those_of_transformers(full_dir: str, pixels: T
         expected = model(input_ids=ids, pixel_values=pixels)
     torch.testing.assert_close(encoder.prompt_embeddings(texts), expected.text_embeds)
     torch.testing.assert_close(encoder.logits(pixels, texts), expected.logits_per_image)
-    assert len(encoder.state_dict()) == len(VisionEncoder.from_pretrained(full_dir).state_dict()), "no text weights join"
+    assert len(encoder.state_dict()) == len(VisionEncoder.from_pretrained(full_dir).state_dict()), (
+        "no text weights join"
+    )
 
 
 def test_prompts_need_the_text_side(siglip_dir: str, encoder: VisionEncoder, tmp_path: Path) -> None:

@@ -85,7 +85,8 @@ def test_published_weights_order_distortions(lpips_weights: Path) -> None:
     image = torch.stack([rows[:, None].expand(64, 64), rows.expand(64, 64), (rows[:, None] * rows)])[None]
     noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
     distances = [float(model(image, (image + s * noise).clamp(-1, 1))) for s in (0.0, 0.05, 0.2, 0.6)]
-    assert distances[0] == 0 and distances == sorted(distances)
+    assert distances[0] == 0
+    assert distances == sorted(distances)
     shifted = float(model(image, image + 0.1))
     assert shifted < distances[2], "an even shift of brightness disturbs less than noise"
 
@@ -95,7 +96,8 @@ def test_gradient_reaches_the_image_alone() -> None:
     model.load_state_dict(to_state_dict(fake_checkpoint()))
     x = torch.rand(1, 3, 16, 16, requires_grad=True)
     model(x, torch.zeros(1, 3, 16, 16)).sum().backward()
-    assert bool(torch.isfinite(x.grad).all()) and x.grad.abs().sum() > 0
+    assert bool(torch.isfinite(x.grad).all())
+    assert x.grad.abs().sum() > 0
     assert all(p.grad is None for p in model.parameters())
     flat = torch.zeros(1, 3, 16, 16, requires_grad=True)
     model(flat, torch.zeros(1, 3, 16, 16)).sum().backward()

@@ -48,7 +48,8 @@ def test_counts_usage_entropy_perplexity() -> None:
     counts = code_counts(torch.tensor([[0, 0, 1], [1, 3, 3]]), 8)
     assert counts.tolist() == [2, 2, 0, 2, 0, 0, 0, 0]
     assert usage(counts) == 3 / 8
-    assert entropy(counts) == pytest.approx(math.log(3)) and perplexity(counts) == pytest.approx(3)
+    assert entropy(counts) == pytest.approx(math.log(3))
+    assert perplexity(counts) == pytest.approx(3)
     with pytest.raises(ValueError, match="counted over 8"):
         code_counts(torch.tensor([8]), 8)
     with pytest.raises(ValueError, match="0 codes"):

@@ -52,7 +52,8 @@ def test_pairs_and_flat_ids_are_one_to_one(num_semantic: int, num_sub: int, data
     i = torch.tensor([data.draw(st.integers(0, num_semantic - 1))])
     j = torch.tensor([data.draw(st.integers(0, num_sub - 1))])
     back = split_codes(flatten_codes(i, j, num_sub), num_sub)
-    assert torch.equal(back[0], i) and torch.equal(back[1], j)
+    assert torch.equal(back[0], i)
+    assert torch.equal(back[1], j)
 
 
 def test_loss_and_gradients_are_those_of_the_paper() -> None:

@@ -33,7 +33,8 @@ def test_an_image_that_does_not_cut_is_refused() -> None:
 
 def test_positions_are_distinct_and_follow_rows_and_columns() -> None:
     codes = sincos_positions((5, 7), 16)
-    assert codes.shape == (35, 16) and len(codes.unique(dim=0)) == 35
+    assert codes.shape == (35, 16)
+    assert len(codes.unique(dim=0)) == 35
     grid = codes.view(5, 7, 16)
     assert torch.equal(grid[2, 0, :8], grid[2, 6, :8]), "the first half knows the row alone"
     assert torch.equal(grid[0, 3, 8:], grid[4, 3, 8:]), "the second half knows the column alone"
@@ -52,7 +53,8 @@ def test_attention_mixes_all_tokens_of_an_image_and_no_other_image() -> None:
     body = Transformer(16, 1, 2)
     x = torch.randn(2, 6, 16, requires_grad=True)
     body(x)[0, 0].sum().backward()
-    assert bool((x.grad[0].abs().sum(-1) > 0).all()) and not x.grad[1].any()
+    assert bool((x.grad[0].abs().sum(-1) > 0).all())
+    assert not x.grad[1].any()
 
 
 @pytest.mark.parametrize(("image_size", "side", "patch"), [(224, 16, 14), (256, 16, 16), (384, 27, 14), (64, 8, 8)])
@@ -60,7 +62,8 @@ def test_published_sizes(image_size: int, side: int, patch: int) -> None:
     assert working_patch(image_size, (side, side)) == patch
     encoder, decoder = VitEncoder(image_size, (side, side), TINY, 4), PixelDecoder(image_size, (side, side), TINY, (4,))
     p = encoder(torch.zeros(1, 3, image_size, image_size))
-    assert p.shape == (1, side * side, 4) and decoder(p).shape == (1, 3, image_size, image_size)
+    assert p.shape == (1, side * side, 4)
+    assert decoder(p).shape == (1, 3, image_size, image_size)
 
 
 def test_a_grid_finer_than_the_image_is_refused() -> None:
@@ -80,3 +83,17 @@ def test_a_decoder_of_two_parts_reads_the_second() -> None:
 def test_heads_must_divide_the_width() -> None:
     with pytest.raises(ValueError, match="3 heads"):
         Transformer(16, 1, 3)
+
+
+def test_a_linear_skip_alone_can_pass_patches_through() -> None:
+    size = TINY.model_copy(update={"skip": True})
+    encoder, decoder = VitEncoder(8, (2, 2), size, 48), PixelDecoder(8, (2, 2), size, (40, 8))
+    with torch.no_grad():
+        for module in (encoder.head, decoder.head):
+            module.weight.zero_()
+            module.bias.zero_()
+        encoder.skip.weight.copy_(torch.eye(48))
+        decoder.skip.weight.copy_(torch.eye(48))
+    pixels = torch.rand(2, 3, 8, 8)
+    first, second = encoder(pixels).split((40, 8), -1)
+    torch.testing.assert_close(decoder(first, second), pixels)
