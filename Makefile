@@ -34,7 +34,7 @@ test: $(STAMP)  ## all tests
 check: $(STAMP)  ## lint, format, types and all tests: what CI runs
 	$(BIN)/ruff check $(wildcard $(SOURCES))
 	$(BIN)/ruff format --check $(wildcard $(SOURCES))
-	$(BIN)/python -m mypy
+	$(BIN)/python scripts/typecheck.py
 	$(BIN)/python -m pytest
 
 format: $(STAMP)  ## mend what ruff can mend

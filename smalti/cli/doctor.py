@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import platform
 import re
@@ -252,7 +253,7 @@ def _reach(address: str, mode: str) -> Check:
     here = ray.is_initialized()
     try:
         if not here:
-            ray.init(address=address, logging_level="ERROR", log_to_driver=False)
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
         nodes = [node for node in ray.nodes() if node["Alive"]]
         total = ray.cluster_resources()
     except Exception as error:

@@ -151,7 +151,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     wrong = [text for text in left if text.startswith("-") or rest is None]
     if wrong:
         parser.exit(2, f"smalti: error: unknown argument {wrong[0]!r}\nsee `smalti {arguments.command} --help`\n")
-    if left:
+    if left and rest is not None:
         setattr(arguments, rest, [*getattr(arguments, rest), *left])
     return arguments
 

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from smalti import storage
+from smalti.errors import DataError
+
+
+@pytest.mark.parametrize(
+    ("root", "parts", "whole"),
+    [
+        ("/a", ("b", "c.txt"), "/a/b/c.txt"),
+        ("/a/", ("b/",), "/a/b"),
+        ("a", (), "a"),
+        ("", ("a", "b"), "a/b"),
+        ("/", ("a",), "/a"),
+        ("s3://bucket/x", ("train/00001", ""), "s3://bucket/x/train/00001"),
+        ("memory://", ("a",), "memory://a"),
+    ],
+)
+def test_join(root: str, parts: tuple[str, ...], whole: str) -> None:
+    assert storage.join(root, *parts) == whole
+
+
+def test_parent_of_paths_and_urls() -> None:
+    assert storage.parent("/a/b") == "/a"
+    assert storage.parent("b") == ""
+    assert storage.parent("s3://bucket/a/b") == "s3://bucket/a"
+
+
+def test_a_file_written_is_read_back_listed_and_removed(place: str) -> None:
+    assert not storage.exists(place)
+    assert storage.list_names(place) == []
+    path = storage.join(place, "deep", "x.bin")
+    storage.write_atomic(path, b"abc")
+    storage.write_atomic(storage.join(place, "deep", "y.json"), memoryview(b"{}"))
+    assert storage.read_bytes(path) == b"abc"
+    assert storage.size_bytes(path) == 3
+    assert storage.is_dir(storage.join(place, "deep"))
+    assert not storage.is_dir(path)
+    assert storage.list_names(place) == ["deep"]
+    assert storage.list_names(storage.join(place, "deep")) == ["x.bin", "y.json"]
+    assert storage.list_names(storage.join(place, "deep"), ".json") == ["y.json"]
+    with storage.open_read(path) as file:
+        file.seek(1)
+        assert file.read() == b"bc"
+    storage.write_atomic(path, b"again")
+    assert storage.read_bytes(path) == b"again"
+    storage.remove(path)
+    assert not storage.exists(path)
+    storage.remove(path)  # nothing there is fine
+    storage.remove(place)
+    assert not storage.exists(place)
+
+
+def test_json_keeps_its_value_and_refuses_nan(place: str) -> None:
+    path = storage.join(place, "a.json")
+    storage.write_json(path, {"ü": [1, 2.5, None]})
+    assert storage.read_json(path) == {"ü": [1, 2.5, None]}
+    with pytest.raises(ValueError, match="JSON"):
+        storage.write_json(path, {"loss": float("nan")})
+    storage.write_atomic(path, b'{"torn": ')
+    with pytest.raises(DataError, match=r"a\.json does not hold whole JSON"):
+        storage.read_json(path)
+
+
+def test_missing_files_say_so(place: str) -> None:
+    path = storage.join(place, "none.bin")
+    for read in (storage.read_bytes, storage.open_read, storage.size_bytes):
+        with pytest.raises(DataError, match=r"none\.bin.*nothing at that path"):
+            read(path)
+    with pytest.raises(DataError, match="nothing at that path"), storage.local_copy(str(path)) as _:
+        pass
+
+
+def test_a_write_that_fails_leaves_what_stood_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(tmp_path / "x.bin")
+    storage.write_atomic(path, b"before")
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DataError, match="the disk is full: free some space"):
+        storage.write_atomic(path, b"after")
+    assert storage.read_bytes(path) == b"before"
+    assert os.listdir(tmp_path) == ["x.bin"]
+
+
+def test_a_full_disk_is_told(tmp_path: Path) -> None:
+    """/dev/full answers every write with ENOSPC, as a full disk does."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("this system has no /dev/full")
+    link = tmp_path / "full"
+    link.symlink_to("/dev/full")
+    with pytest.raises(DataError, match="disk is full"), storage._told("write", str(link)), open(link, "wb", 0) as file:
+        file.write(b"x")
+
+
+def test_a_file_where_a_folder_is_needed(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"cannot write .*file/x"):
+        storage.write_atomic(str(tmp_path / "file" / "x"), b"")
+
+
+def test_an_unwritable_folder(tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        with pytest.raises(DataError, match="cannot write /proc/none/x"):
+            storage.write_atomic("/proc/none/x", b"")
+        return
+    tmp_path.chmod(0o500)
+    with pytest.raises(DataError, match="mend the permissions"):
+        storage.write_atomic(str(tmp_path / "x"), b"")
+
+
+def test_unknown_schemes_and_missing_clients() -> None:
+    with pytest.raises(DataError, match="cannot reach nowhere://x"):
+        storage.read_bytes("nowhere://x")
+
+
+def test_a_folder_appears_whole_or_not_at_all(place: str) -> None:
+    with storage.atomic_local_dir(place) as folder:
+        os.makedirs(os.path.join(folder, "sub"))
+        Path(folder, "sub", "a").write_bytes(b"1")
+        assert not storage.exists(place)
+    assert storage.read_bytes(storage.join(place, "sub", "a")) == b"1"
+    with pytest.raises(RuntimeError, match="half"), storage.atomic_local_dir(place) as folder:
+        Path(folder, "b").write_bytes(b"2")
+        raise RuntimeError("half")
+    assert storage.list_names(place) == ["sub"]
+    with storage.atomic_local_dir(place) as folder:
+        Path(folder, "c").write_bytes(b"3")
+    assert storage.list_names(place) == ["c"]
+    assert storage.list_names(storage.parent(place)) == ["place"]
+
+
+def test_local_copy_of_files_and_folders(place: str) -> None:
+    storage.write_atomic(storage.join(place, "sub", "a"), b"1")
+    with storage.local_copy(place) as folder:
+        assert Path(folder, "sub", "a").read_bytes() == b"1"
+    with storage.local_copy(storage.join(place, "sub", "a")) as file:
+        assert Path(file).read_bytes() == b"1"
+    if storage.is_local(place):
+        with storage.local_copy(place) as folder:
+            assert folder == place
+
+
+def test_file_urls_are_local_paths(tmp_path: Path) -> None:
+    storage.write_atomic(f"file://{tmp_path}/a", b"1")
+    assert (tmp_path / "a").read_bytes() == b"1"
+    assert storage.absolute(f"file://{tmp_path}/a") == str(tmp_path / "a")
+    assert storage.absolute("s3://b/a") == "s3://b/a"
+
+
+def test_temporary_names_are_not_listed(tmp_path: Path) -> None:
+    (tmp_path / storage._temp_name("x").lstrip("/")).write_text("")
+    (tmp_path / "x").write_text("")
+    assert storage.list_names(str(tmp_path)) == ["x"]
