@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 Point = tuple[float, float]
-WIDTH, HEIGHT = 320, 168
+WIDTH, WIDE, HEIGHT = 320, 460, 168
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 24
 MOST_POINTS = 400
 
@@ -74,19 +74,19 @@ def rank_chart(points: Sequence[tuple[int, int]], title: str) -> str:
         return ""
     most_rank = float(max(max(rank for rank, _ in points), 2))
     top = max(shown[0][1], 2.0)
-    frame = _Frame((1.0, most_rank), (0.8, top * 1.15), log=True)
+    frame = _Frame((1.0, most_rank), (0.8, top * 1.15), log=True, width=WIDE)
     line = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in shown)
     base = frame.y(0.8)
     area = f"{frame.x(shown[0][0]):.1f},{base:.1f} {line} {frame.x(shown[-1][0]):.1f},{base:.1f}"
     body = f'<polygon class="area" points="{area}"/><polyline class="curve" points="{line}"/>'
-    return _svg(title, frame.axes(log_ticks(1, most_rank), log_ticks(1, top)) + body)
+    return _svg(title, frame.axes(log_ticks(1, most_rank), log_ticks(1, top)) + body, WIDE)
 
 
 class _Frame:
     """From data to pixels, and the axes around it."""
 
-    def __init__(self, xs: Point, ys: Point, log: bool = False) -> None:
-        self.xs, self.ys, self.log = xs, ys, log
+    def __init__(self, xs: Point, ys: Point, log: bool = False, width: int = WIDTH) -> None:
+        self.xs, self.ys, self.log, self.width = xs, ys, log, width
 
     def _place(self, value: float, span: Point) -> float:
         low, high = span
@@ -95,7 +95,7 @@ class _Frame:
         return 0.5 if high <= low else (value - low) / (high - low)
 
     def x(self, value: float) -> float:
-        return LEFT + self._place(value, self.xs) * (WIDTH - LEFT - RIGHT)
+        return LEFT + self._place(value, self.xs) * (self.width - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
         return HEIGHT - BOTTOM - self._place(value, self.ys) * (HEIGHT - TOP - BOTTOM)
@@ -105,18 +105,18 @@ class _Frame:
         parts = []
         for tick in y_ticks:
             y = self.y(tick)
-            parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+            parts.append(f'<line class="rule" x1="{LEFT}" x2="{self.width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
             parts.append(
                 f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{tick_text(tick)}</text>'
             )
         for tick in x_ticks:
-            x = min(self.x(tick), WIDTH - RIGHT - 6)
+            x = min(self.x(tick), self.width - RIGHT - 6)
             parts.append(
                 f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 7}" text-anchor="middle">{tick_text(tick)}</text>'
             )
         return "".join(parts)
 
 
-def _svg(title: str, body: str) -> str:
+def _svg(title: str, body: str, width: int = WIDTH) -> str:
     text = escape(title)
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text}"><title>{text}</title>{body}</svg>'
+    return f'<svg viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{text}"><title>{text}</title>{body}</svg>'

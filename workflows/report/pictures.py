@@ -7,7 +7,7 @@ from smalti.workflows.report.facts import Facts
 from smalti.workflows.report.markup import Pictures, clip, escape, figure, section
 from smalti.workflows.report.names import written
 
-COLUMNS = {"input": "input", "semantic": "semantic codes only", "decoded": "all codes"}
+COLUMNS = {"input": "input", "semantic": "semantic only", "decoded": "all codes"}
 JUDGES = {"judge": "judge", "zero_shot": "encoder"}
 
 
@@ -55,7 +55,9 @@ def gallery(facts: Facts, pictures: Pictures) -> str:
         "comes from another held-out image. Half of the rows are the codes with the most detail, half are spread from the "
         "most used to the least used."
     )
-    return section("gallery", "Patches that share a code", lead, "".join(rows))
+    return section(
+        "gallery", "Patches that share a code", lead, f'<div class="grid rows">{"".join(rows)}</div>' if rows else ""
+    )
 
 
 def codes(facts: Facts) -> str:

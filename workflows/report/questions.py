@@ -20,7 +20,7 @@ def questions(facts: Facts, pictures: Pictures) -> str:
     examples = facts.tables.get("examples", [])
     wrong = "".join(_example(line, pictures) for line in examples if not line["right"])
     right = "".join(_example(line, pictures) for line in examples if line["right"])
-    body = f'<div class="grid half tables">{tables}</div>'
+    body = f'<div class="grid third tables">{tables}</div>'
     body += (
         f'<h3>Wrong answers</h3><div class="grid tight">{wrong}</div>'
         if wrong
@@ -71,4 +71,4 @@ def zero_shot(facts: Facts) -> str:
         lead += f" The encoder compares an image with a sentence for each label, such as “{escape(sentence)}” for {escape(label)}."
     if not body:
         return ""
-    return section("zero-shot", "Class by class", lead, f'<div class="grid half tables">{body}</div>')
+    return section("zero-shot", "Class by class", lead, f'<div class="grid third tables">{body}</div>')

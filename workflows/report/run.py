@@ -93,7 +93,7 @@ def corpus(facts: Facts) -> str:
         body += table(["left out because", "images"], lines, (1,), "plain")
     source = stage.artifact.config.get("source")
     lead = f"Read from <code>{escape(clip(str(source), 200))}</code>. What could not be used lies in <code>quarantine/</code>, with its reason."
-    return section("corpus", "Corpus", lead, f'<div class="grid half tables">{body}</div>')
+    return section("corpus", "Corpus", lead, f'<div class="grid third tables">{body}</div>')
 
 
 def recipe(facts: Facts) -> str:
