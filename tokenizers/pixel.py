@@ -18,6 +18,9 @@ from smalti.tokenizers.subcodes import FlatCodebook, SubCodebooks
 from smalti.tokenizers.vit import PixelDecoder, VitEncoder
 
 
+NEEDS_SEMANTIC = "a guided pixel tokenizer needs the semantic codes of its patches"
+
+
 @dataclass
 class PixelOutputs:
     """pixels: rebuilt images (B, 3, H, W), not clamped. vectors: the encoder's p (B, N, D). codes: int64 (B, N) flat
@@ -96,12 +99,11 @@ class PixelTokenizer(Float32Buffers):
     def encode(self, pixels_BCHW: Tensor, semantic_ids_BN: Tensor | None = None) -> Tensor:
         """Flat codes t = i·m + j (without guidance: the code itself): int64 (B, N)."""
         p_BND = self.encode_vectors(pixels_BCHW)
-        return self._flat(self.codebook.assign(p_BND, self._checked(semantic_ids_BN)), semantic_ids_BN)
-
-    def _checked(self, semantic_ids_BN: Tensor | None) -> Tensor | None:
-        if self.guided and semantic_ids_BN is None:
-            raise ValueError("a guided pixel tokenizer needs the semantic codes of its patches")
-        return semantic_ids_BN
+        if isinstance(self.codebook, FlatCodebook):
+            return self.codebook.assign(p_BND)
+        if semantic_ids_BN is None:
+            raise ValueError(NEEDS_SEMANTIC)
+        return self._flat(self.codebook.assign(p_BND, semantic_ids_BN), semantic_ids_BN)
 
     def _flat(self, ids_BN: Tensor, semantic_ids_BN: Tensor | None) -> Tensor:
         return ids_BN if semantic_ids_BN is None or not self.guided else semantic_ids_BN * self.stage.codes + ids_BN
@@ -140,7 +142,10 @@ class PixelTokenizer(Float32Buffers):
 
         The semantic-only decoder sees codes alone: nothing that its loss trains is shared with the rest.
         """
-        semantic_ids_BN = self._checked(semantic_ids_BN) if self.guided else None
+        if not self.guided:
+            semantic_ids_BN = None
+        elif semantic_ids_BN is None:
+            raise ValueError(NEEDS_SEMANTIC)
         p_BND = self.encode_vectors(pixels_BCHW)
         codes, q_BND, vq = None, p_BND, p_BND.new_zeros((), dtype=torch.float32)
         if quantize:
