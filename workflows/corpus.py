@@ -20,6 +20,7 @@ import pyarrow as pa
 from smalti import images, shards, storage
 from smalti.artifact import Artifact
 from smalti.errors import DataError, ImageError
+from smalti.progress import Progress
 from smalti.schema import Recipe
 from smalti.shards import CORPUS, QA, QUARANTINE
 from smalti.tracking import Tracker
@@ -85,7 +86,7 @@ def _body(run: StageRun) -> dict[str, int]:
     _same_listing(run, groups)
     with ensure_ray(recipe):
         _make_index(run, groups)
-        plan = lay_out(run.path, groups, recipe)
+        plan = lay_out(run.path, groups, recipe, by_hash=not section.val_source)
         _write_quarantine(run.path, plan)
         _write_shards(run, groups, plan)
     counts = plan.counts()
@@ -116,32 +117,48 @@ def _same_listing(run: StageRun, groups: Mapping[str, list[Group]]) -> None:
 
 def _make_index(run: StageRun, groups: Mapping[str, list[Group]]) -> None:
     """Write the index of every group; with a limit, only until it is reached for certain."""
-    section, resources = run.recipe.corpus, run.recipe.resources
-    args = (run.path, section.max_pixels, section.min_size)
-    for split, members in groups.items():
-        items = [(split, number, group) for number, group in enumerate(members)]
-        wave = len(items) if section.limit is None else max(2 * resources.readers, 1)
-        run.log(f"looking at {len(items):,} groups of images for {split}")
-        with run.progress(len(items), "groups") as bar:
-            for start in range(0, len(items), wave):
-                for rows, reasons in run_shards(items[start : start + wave], IndexGroup, args, resources, model=False):
-                    bar.update(1, **reasons)
-                    del rows
-                if section.limit is not None and _limit_reached(run, split, start + wave, groups):
+    items = {
+        split: [(split, number, group) for number, group in enumerate(members)] for split, members in groups.items()
+    }
+    total = sum(map(len, items.values()))
+    run.log(f"looking at every image: {total:,} groups of input")
+    with run.progress(total, "groups") as bar:
+        if run.recipe.corpus.limit is None:
+            for _ in _index(run, [item for members in items.values() for item in members], bar):
+                pass
+            return
+        for split, members in items.items():
+            done: dict[int, int] = {}
+            for number, usable in _index(run, members, bar):
+                done[number] = usable
+                if _limit_reached(run, split, done, groups):
                     break
 
 
-def _limit_reached(run: StageRun, split: str, done: int, groups: Mapping[str, list[Group]]) -> bool:
-    """Whether the groups indexed so far fill every split that this source feeds."""
-    section = run.recipe.corpus
-    part = {split: groups[split][:done]} | ({"val": groups["val"]} if split != "val" and "val" in groups else {})
-    plan = lay_out(run.path, part, run.recipe)
-    fed = ["val"] if split == "val" else ["train"] + ([] if "val" in groups or not section.val_fraction else ["val"])
-    return all(len(plan.rows[name]) >= (section.limit or 0) for name in fed)
+def _index(run: StageRun, items: list[tuple[str, int, Group]], bar: Progress) -> Iterator[tuple[int, int]]:
+    """(group, images that can be used) of each group indexed, in the order of completion."""
+    section, tally = run.recipe.corpus, Counter[str]()
+    args = (run.path, section.max_pixels, section.min_size)
+    for number, rows, lost in run_shards(items, IndexGroup, args, run.recipe.resources, model=False):
+        tally.update({"found": rows, "unusable": lost})
+        bar.update(1, **tally)
+        yield number, rows - lost
+
+
+def _limit_reached(run: StageRun, split: str, done: dict[int, int], groups: Mapping[str, list[Group]]) -> bool:
+    """Whether the groups indexed so far, up to the first that is missing, fill every split that this source feeds."""
+    section, limit = run.recipe.corpus, run.recipe.corpus.limit or 0
+    prefix = next(number for number in range(len(done) + 1) if number not in done)
+    if sum(done[number] for number in range(prefix)) < limit:
+        return False
+    part = {split: groups[split][:prefix]} | ({"val": groups["val"]} if split != "val" and "val" in groups else {})
+    plan = lay_out(run.path, dict(sorted(part.items(), reverse=True)), run.recipe, by_hash="val" not in groups)
+    fed = [split] if split == "val" or "val" in groups or not section.val_fraction else ["train", "val"]
+    return all(len(plan.rows[name]) >= limit for name in fed)
 
 
 class IndexGroup:
-    """Actor: one group of input in, its index on disk out; returns (rows, reasons of what is lost)."""
+    """Actor: one group of input in, its index on disk out; returns (group, rows, how many are lost)."""
 
     def __init__(self, path: str, max_pixels: int, min_size: int) -> None:
         self.path, self.max_pixels, self.min_size = path, max_pixels, min_size
@@ -149,14 +166,14 @@ class IndexGroup:
     def read(self, item: tuple[str, int, Group]) -> tuple[str, int, Group]:
         return item
 
-    def work(self, item: tuple[str, int, Group]) -> tuple[int, dict[str, int]]:
+    def work(self, item: tuple[str, int, Group]) -> tuple[int, int, int]:
         split, number, group = item
         key = index_key(split, number)
         if standing(self.path, key) is None:
             rows = [self.row(found) for found in group.samples()]
             shards.write_shard(self.path, key, pa.Table.from_pylist(rows, INDEX))
         reasons = shards.read_shard(self.path, key, ["reason"]).column("reason").to_pylist()
-        return len(reasons), dict(Counter(reason for reason in reasons if reason))
+        return number, len(reasons), sum(reason is not None for reason in reasons)
 
     def row(self, found: Sample | Lost) -> dict[str, Any]:
         """The index row of one sample, decoded whole to see that it can be used."""
@@ -228,13 +245,15 @@ class Plan:
             yield shards.shard_key(split, number), parts
 
 
-def lay_out(path: str, groups: Mapping[str, list[Group]], recipe: Recipe) -> Plan:
-    """The plan that the indexes give. The first of equal images stays; held-out sources come first, so that an image
-    that lies in both is dropped from training. Reading stops where every split has `limit` images."""
+def lay_out(path: str, groups: Mapping[str, list[Group]], recipe: Recipe, by_hash: bool) -> Plan:
+    """The plan that the indexes give. `by_hash`: the source of `train` feeds the held-out split too.
+
+    The first of equal images stays; a held-out source comes first, so that an image that lies in both is dropped from
+    training. Reading stops where every split that a source feeds has `limit` images.
+    """
     section, plan, seen = recipe.corpus, Plan(), SeenIds()
     limit = section.limit
     for source, members in groups.items():
-        by_hash = source == "train" and "val" not in groups
         fed = ["train", "val"] if by_hash and section.val_fraction else [source]
         for number, group in enumerate(members):
             if limit is not None and all(len(plan.rows[split]) >= limit for split in fed):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from smalti import images, shards
+from smalti import images, shards, storage
 from smalti.artifact import Artifact
 from smalti.errors import ConfigError, DataError, ImageError
 from smalti.schema import Recipe
@@ -72,6 +72,16 @@ def actor_device(gpus: float, cpus: int) -> Any:
     return torch.device("cpu")
 
 
+def open_encoder(path_or_name: str, layer: int) -> Any:
+    """The frozen vision encoder of a local folder, a URL (copied first) or a hub name."""
+    from smalti.tokenizers.encoders import VisionEncoder
+
+    if storage.is_local(path_or_name):
+        return VisionEncoder.from_pretrained(path_or_name, layer)
+    with storage.local_copy(path_or_name) as folder:
+        return VisionEncoder.from_pretrained(folder, layer)
+
+
 class FeatureShard:
     """Actor: one corpus shard in, one feature shard on disk out; returns (receipt, images)."""
 
@@ -116,9 +126,7 @@ class FeatureShard:
         resources = self.recipe.resources
         device = actor_device(resources.gpus_per_worker, resources.cpus_per_worker)
         if self.encoder is None:
-            from smalti.tokenizers.encoders import VisionEncoder
-
-            self.encoder = VisionEncoder.from_pretrained(self.encoder_dir, self.recipe.encoder.layer).to(device)
+            self.encoder = open_encoder(self.encoder_dir, self.recipe.encoder.layer).to(device)
         with torch.inference_mode():
             parts = [
                 self.encoder(part).half().cpu() for part in batches(pixels, self.recipe.features.batch_size, device)
@@ -138,11 +146,10 @@ class FeatureShard:
 
 def _body(parents: dict[str, Artifact]) -> Any:
     def body(run: StageRun) -> dict[str, int]:
-        from smalti.tokenizers.encoders import VisionEncoder
         from smalti.workflows.encoder import encoder_path
 
         recipe, corpus, encoder = run.recipe, parents["corpus"], encoder_path(parents["encoder"])
-        model = VisionEncoder.from_pretrained(encoder, recipe.encoder.layer)
+        model = open_encoder(encoder, recipe.encoder.layer)
         total = model.grid[0] * model.grid[1]
         if recipe.features.patches != "all" and recipe.features.patches > total:
             raise ConfigError(

@@ -166,7 +166,7 @@ def _make(
     except BaseException:
         _finish_failed(tracker, name)
         raise
-    told = ", ".join(f"{value:,} {key}" for key, value in counts.items())
+    told = ", ".join(f"{value:,} {key}" for key, value in counts.items() if "/" not in key)
     run.log(f"finished in {result.seconds:.1f} s" + (f": {told}" if told else ""))
     return result
 

@@ -1,0 +1,262 @@
+"""The corpus stage: what comes in is kept once or lies in quarantine with its reason, whoever is killed on the way."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from smalti import shards
+from smalti.artifact import RECORD, Artifact
+from smalti.errors import DataError
+from smalti.schema import Recipe
+from smalti.workflows import corpus
+from smalti.workflows.ray_session import ensure_ray
+
+
+@pytest.fixture(scope="module")
+def ray_here() -> Iterator[None]:
+    """One local Ray for this module."""
+    with ensure_ray(Recipe.model_validate({"resources": {"readers": 2}})):
+        yield
+
+
+@pytest.fixture
+def inline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stage's workers in this process, one after the other: for what does not depend on Ray."""
+
+    def here(items: Any, worker: Any, args: Any, resources: Any, *, model: bool = True) -> Iterator[Any]:
+        made = worker(*args)
+        for item in items:
+            yield made.work(made.read(item))
+
+    monkeypatch.setattr(corpus, "run_shards", here)
+    monkeypatch.setattr(corpus, "ensure_ray", lambda recipe: nullcontext())
+
+
+def recipe(out: Path, source: Any, **section: Any) -> Recipe:
+    readers = section.pop("readers", 1)
+    return Recipe.model_validate(
+        {
+            "out": str(out),
+            "tracking": {"uri": "off"},
+            "resources": {"readers": readers},
+            "corpus": {"source": source, **section},
+        }
+    )
+
+
+def picture(number: int, size: int = 24, kind: str = "PNG", **more: Any) -> bytes:
+    noise = np.random.default_rng(number).integers(0, 256, (size, size, 3), np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(noise).save(stream, kind, **more)
+    return stream.getvalue()
+
+
+def rows(artifact: Artifact, split: str) -> list[dict[str, Any]]:
+    return [
+        row
+        for key in shards.list_shards(artifact.path, split)
+        for row in shards.read_shard(artifact.path, key).to_pylist()
+    ]
+
+
+def files(folder: str | Path) -> dict[str, bytes]:
+    """Every file of an artifact but its record, which holds times."""
+    root = Path(folder)
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and path.name != RECORD
+    }
+
+
+def huge_png() -> bytes:
+    """A PNG of a few hundred bytes that claims 50,000 x 50,000 pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
+    )
+
+
+def broken(folder: Path) -> dict[str, str]:
+    """Writes ten kinds of broken image; name → the reason that it must get."""
+    jpeg, png = picture(1, 64, "JPEG"), picture(2, 64)
+    flipped = bytearray(png)
+    flipped[20] ^= 0xFF  # a size that its checksum does not fit
+    kinds = {
+        "empty.png": (b"", "empty"),
+        "cut.jpg": (jpeg[: len(jpeg) // 2], "truncated"),
+        "cut.png": (png[: len(png) // 2], "truncated"),
+        "text.jpg": (b"<html>404 not found</html>", "undecodable"),
+        "zeros.jpg": (bytes(4096), "undecodable"),
+        "header.jpg": (jpeg[:20], None),
+        "flipped.png": (bytes(flipped), None),
+        "bomb.png": (huge_png(), "bomb"),
+        "tiny.png": (picture(3, 4), "too_small"),
+        "cut.webp": ((webp := picture(4, 64, "WEBP"))[: len(webp) // 2], None),
+    }
+    for name, (data, _) in kinds.items():
+        (folder / name).write_bytes(data)
+    return {name: reason or "undecodable|truncated" for name, (_, reason) in kinds.items()}
+
+
+def test_ten_kinds_of_broken_image_end_in_quarantine_and_the_sum_holds(inline: None, tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    wanted = broken(source)
+    for number in range(12):
+        (source / f"good{number}.png").write_bytes(picture(100 + number))
+    (source / "again.png").write_bytes(picture(100))
+    made = corpus.run(recipe(tmp_path / "out", str(source), val_fraction=0.0, shard_images=5))
+    lost = [
+        row
+        for key in shards.list_shards(made.path, "quarantine")
+        for row in shards.read_shard(made.path, key).to_pylist()
+    ]
+    reasons = {row["key"]: row["reason"] for row in lost}
+    duplicates = {key for key, reason in reasons.items() if reason == "duplicate"}
+    assert len(duplicates) == 1
+    assert duplicates <= {"again.png", "good0.png"}
+    for name, reason in wanted.items():
+        assert reasons[name] in reason.split("|"), name
+    assert len(reasons) == 11
+    assert all(row["detail"] and row["source"] == str(source) for row in lost)
+    counts = made.counts
+    assert (counts["images"], counts["quarantined"], counts["found"]) == (12, 11, 23)
+    assert sum(count for name, count in counts.items() if name.startswith("quarantined/")) == 11
+    kept = rows(made, "train")
+    assert [len(shards.read_shard(made.path, key)) for key in shards.list_shards(made.path, "train")] == [5, 5, 2]
+    for row in kept:
+        assert (row["width"], row["height"]) == (24, 24)
+        assert row["image_id"] == corpus.image_id(row["image"])
+        assert row["image"] == Path(row["source"].replace("::", "/")).read_bytes(), "encoded bytes are unchanged"
+
+
+def test_nothing_usable_is_an_error_that_lists_the_reasons(inline: None, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(3):
+        (tmp_path / "in" / f"{number}.png").write_bytes(b"")
+    (tmp_path / "in" / "x.jpg").write_bytes(b"hello there")
+    with pytest.raises(DataError, match=r"0 usable images of 4 .*3 empty, 1 undecodable"):
+        corpus.run(recipe(tmp_path / "out", str(tmp_path / "in")))
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match="0 usable images of 0"):
+        corpus.run(recipe(tmp_path / "out2", str(tmp_path / "none")))
+
+
+def test_the_result_is_the_same_for_any_number_of_readers(ray_here: None, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"image_size": 16, "shard_images": 7, "val_fraction": 0.3}
+    one = corpus.run(recipe(tmp_path / "1", "generated:50", **settings, readers=1))
+    two = corpus.run(recipe(tmp_path / "2", "generated:50", **settings, readers=2))
+    assert files(one.path) == files(two.path)
+    assert one.fingerprint == two.fingerprint
+    assert one.counts["train"] + one.counts["val"] == 50
+    assert one.counts["val"] > 0
+    assert {row["image_id"] for row in rows(one, "val")} == {
+        row["image_id"]
+        for split in ("train", "val")
+        for row in rows(one, split)
+        if corpus.is_held_out(row["image_id"], 0.3)
+    }
+
+
+def test_an_image_of_the_published_test_split_is_never_trained_on(inline: None, tmp_path: Path) -> None:
+    for name, numbers in (("train", range(8)), ("test", range(6, 10))):
+        (tmp_path / name).mkdir()
+        for number in numbers:
+            (tmp_path / name / f"{number}.png").write_bytes(picture(number))
+    made = corpus.run(recipe(tmp_path / "out", str(tmp_path / "train"), val_source=str(tmp_path / "test")))
+    assert (made.counts["train"], made.counts["val"], made.counts["quarantined/duplicate"]) == (6, 4, 2)
+    assert not {row["image_id"] for row in rows(made, "train")} & {row["image_id"] for row in rows(made, "val")}
+
+
+def test_limit_counts_what_is_left_out(inline: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"image_size": 16, "shard_images": 5, "limit": 12}
+    made = corpus.run(recipe(tmp_path / "a", "generated:100", val_source="generated:40:val", **settings))
+    assert (made.counts["train"], made.counts["val"], made.counts["found"]) == (12, 12, 24)
+    split = corpus.run(recipe(tmp_path / "b", "generated:100", val_fraction=0.5, **settings))
+    assert (split.counts["train"], split.counts["val"]) == (12, 12)
+    assert split.counts["over_limit"] == split.counts["found"] - 24
+    reversed_run = corpus.run_shards
+    monkeypatch.setattr(corpus, "run_shards", lambda items, *rest, **more: reversed_run(items[::-1], *rest, **more))
+    again = corpus.run(recipe(tmp_path / "c", "generated:100", val_fraction=0.5, **settings))
+    assert files(again.path) == files(split.path), "the order in which groups are looked at does not show"
+
+
+def test_text_rides_along(inline: None, tmp_path: Path) -> None:
+    made = corpus.run(recipe(tmp_path, "generated:6", image_size=16, val_fraction=0.0))
+    for row in rows(made, "train"):
+        assert row["caption"] == f"a {row['label']}"
+        assert {"question", "answer"} == set(row["qa"][0])
+    table = shards.read_shard(made.path, "train/00000")
+    assert table.schema.equals(shards.CORPUS)
+    assert isinstance(table.column("qa").type, pa.ListType)
+
+
+def test_a_source_that_changes_between_two_tries_starts_over(inline: None, tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "bad.png").write_bytes(b"x")
+    wanted = recipe(tmp_path / "out", str(source), val_fraction=0.0)
+    with pytest.raises(DataError, match="0 usable images of 1"):
+        corpus.run(wanted)
+    (source / "good.png").write_bytes(picture(1))
+    made = corpus.run(wanted)
+    assert (made.counts["train"], made.counts["quarantined"]) == (1, 1)
+
+
+def test_killed_in_the_middle_and_started_again_it_is_byte_equal(ray_here: None, tmp_path: Path) -> None:
+    """SIGKILL of the driver while shards are being written (a process of its own on this module's Ray)."""
+    settings: dict[str, Any] = {"image_size": 64, "shard_images": 4, "val_fraction": 0.1}
+    whole = corpus.run(recipe(tmp_path / "whole", "generated:400", **settings))
+    wanted = recipe(tmp_path / "torn", "generated:400", **settings)
+    kill_in_the_middle("corpus", wanted, tmp_path / "torn" / "corpus" / "train")
+    written = list((tmp_path / "torn" / "corpus" / "train").glob("*.parquet"))
+    assert 0 < len(written) < len(shards.list_shards(whole.path, "train")), "killed in the middle"
+    made = corpus.run(wanted)
+    assert files(made.path) == files(whole.path)
+    assert made.counts == whole.counts
+
+
+def kill_in_the_middle(stage: str, wanted: Recipe, watched: Path) -> None:
+    """Start a stage in a process of its own and SIGKILL it as soon as a shard stands in `watched`."""
+    import ray
+
+    code = (
+        "import sys\nfrom smalti.schema import Recipe\nimport importlib\n"
+        f"importlib.import_module('smalti.workflows.{stage}').run(Recipe.model_validate_json(sys.argv[1]))\n"
+    )
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, wanted.model_dump_json()], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not list(watched.glob("*.parquet")):
+            assert process.poll() is None, process.stderr.read() if process.stderr else ""
+            assert time.monotonic() < deadline, "no shard came"
+            time.sleep(0.005)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (watched.parent / RECORD).exists()
+    time.sleep(1.0)  # its actors end
