@@ -110,6 +110,11 @@ def job_of(recipe: Recipe, parents: dict[str, Artifact], path: str) -> Job:
     )
 
 
+def cores() -> int:
+    """Cores that this process may use. Not OMP_NUM_THREADS: Ray sets that to 1 for the driver of a job."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
 class Evaluator:
     """Measures one part after the other, with the models and rows that they share. Also the Ray actor's body."""
 
@@ -140,12 +145,11 @@ def _measurer(recipe: Recipe, job: Job) -> Callable[[str], dict[str, Any]]:
     """Where measures are taken: here, or in an actor with a GPU."""
     resources = recipe.resources
     if not resources.gpus_per_worker:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-        return Evaluator(job, cores).measure
+        return Evaluator(job, cores()).measure
     import ray
 
     actor_class: Any = ray.remote(Evaluator)
-    options = {"num_cpus": resources.cpus_per_worker, "num_gpus": resources.gpus_per_worker}
+    options = {"num_cpus": resources.cpus_per_worker, "num_gpus": min(1, resources.gpus_per_worker)}
     actor = actor_class.options(**options).remote(job, resources.cpus_per_worker)
 
     def measure(name: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from smalti.errors import DataError
 from smalti.workflows.scores.answers import QuestionOnly, answer_kind, breakdown, normalise, opening, same_answer
 from smalti.workflows.scores.codes import count_scores, histogram
@@ -53,7 +54,9 @@ def test_different_answers_stay_different() -> None:
 
 
 def test_answer_kinds_and_openings() -> None:
-    assert [answer_kind(text) for text in ("Yes", "no.", "12", "3.5", "teal")] == ["yes / no"] * 2 + ["number"] * 2 + ["other"]
+    assert [answer_kind(text) for text in ("Yes", "no.", "12", "3.5", "teal")] == ["yes / no"] * 2 + ["number"] * 2 + [
+        "other"
+    ]
     assert opening("What colour is it?") == "what colour"
     assert opening("Why?") == "why"
 
@@ -61,7 +64,10 @@ def test_answer_kinds_and_openings() -> None:
 def test_question_only_gives_the_most_frequent_answer_of_the_question() -> None:
     guesser = QuestionOnly()
     assert guesser.answer("anything?") is None
-    guesser.learn([("What color?", "red"), ("what color", "Red."), ("What color?", "blue"), ("Is it?", "yes")] + [("Is?", "no")] * 9)
+    guesser.learn(
+        [("What color?", "red"), ("what color", "Red."), ("What color?", "blue"), ("Is it?", "yes")]
+        + [("Is?", "no")] * 9
+    )
     assert guesser.answer("WHAT COLOR?") == "red"
     assert guesser.answer("Is it?") == "yes"
     assert guesser.answer("never seen") == "no"  # the most frequent answer of all
@@ -276,7 +282,10 @@ def test_a_score_that_is_not_finite_is_refused(bad: Score) -> None:
 
 
 def test_baselines_are_filled_where_both_were_measured() -> None:
-    scores = {"qa/accuracy": Score(0.9, 5, baseline={"question_only": 0.6}).as_json(), "codes/vrr": Score(0.3, 5).as_json()}
+    scores = {
+        "qa/accuracy": Score(0.9, 5, baseline={"question_only": 0.6}).as_json(),
+        "codes/vrr": Score(0.3, 5).as_json(),
+    }
     merged = merge_baselines(scores, {"pixel_codes": {"qa/accuracy": {"value": 0.7}, "other": {"value": 1.0}}})
     assert merged["qa/accuracy"]["baseline"] == {"question_only": 0.6, "pixel_codes": 0.7}
     assert merged["codes/vrr"]["baseline"] == {}
