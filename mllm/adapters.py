@@ -53,8 +53,8 @@ class Adapter(nn.Module):
         """Multiply the last layers, and so the output, by `factor`."""
         for module in self.modules():
             if isinstance(module, nn.Sequential):
-                module[-1].weight.mul_(factor)
-                module[-1].bias.mul_(factor)
+                for parameter in module[-1].parameters():
+                    parameter.mul_(factor)
 
 
 class DualAdapter(Adapter):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
@@ -45,9 +46,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
     )
     tokenizer.train_from_iterator(texts, trainer)
     trained = json.loads(tokenizer.to_str())["model"]
+    merges: Any = [tuple(merge) for merge in trained["merges"]]
     return Qwen2Tokenizer(
         vocab=trained["vocab"],
-        merges=[tuple(merge) for merge in trained["merges"]],
+        merges=merges,
         unk_token=EOS,  # never met: every byte is known; without one transformers would add a token
         bos_token=BOS,
         eos_token=EOS,

@@ -167,9 +167,10 @@ class _Decoder:
 
     last_RH: Tensor
 
-    def __init__(self, lm: nn.Module, rows: Sequence[Sequence[int]], pad: int) -> None:
-        self.causal_lm: Any = lm.lm if isinstance(lm, UnifiedModel) else lm
-        self.embed = lm.inputs_embeds if isinstance(lm, UnifiedModel) else self.causal_lm.get_input_embeddings()
+    def __init__(self, lm: Any, rows: Sequence[Sequence[int]], pad: int) -> None:
+        unified = isinstance(lm, UnifiedModel)
+        self.causal_lm = lm.lm if unified else lm
+        self.embed = lm.inputs_embeds if unified else lm.get_input_embeddings()
         self.device = next(lm.parameters()).device
         if any(not row for row in rows):
             raise VocabularyError("An empty prompt cannot be continued: it must hold at least one token.")

@@ -55,7 +55,8 @@ def test_batched_cached_drawing_equals_two_separate_passes(tiny, sampling: Sampl
 def test_guidance_matters_and_the_empty_prompt_is_its_own_condition(tiny) -> None:
     prompts = [tiny.text.caption_prompt(prompt) for prompt in PROMPTS]
     plain, strong = (
-        draw(tiny.model, tiny.vocabulary, prompts, tokens=T, sampling=Sampling(cfg=cfg, temperature=0.0)) for cfg in (1, 9)
+        draw(tiny.model, tiny.vocabulary, prompts, tokens=T, sampling=Sampling(cfg=cfg, temperature=0.0))
+        for cfg in (1, 9)
     )
     assert not torch.equal(plain, strong)
     assert torch.equal(plain[1], strong[1])

@@ -44,7 +44,9 @@ def test_gradients_equal_finite_differences_in_float64() -> None:
     hidden, weight, bias, labels, weights = problem(n=7, d=3, v=5, dtype=torch.float64)
 
     def total(*inputs: torch.Tensor) -> torch.Tensor:
-        return chunked_cross_entropy(inputs[0], inputs[1], labels, 2, bias_V=inputs[2], weights_N=weights.double()).total
+        return chunked_cross_entropy(
+            inputs[0], inputs[1], labels, 2, bias_V=inputs[2], weights_N=weights.double()
+        ).total
 
     inputs = [hidden, weight, bias]
     grads = torch.autograd.grad(total(*inputs), inputs)

@@ -29,7 +29,9 @@ def make_batch(tiny, *, batch: int = 3, length: int = 20, seed: int = 0) -> dict
 
 
 def full_logits(model: UnifiedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    return model.lm(inputs_embeds=model.inputs_embeds(batch["input_ids"]), attention_mask=batch["attention_mask"]).logits
+    return model.lm(
+        inputs_embeds=model.inputs_embeds(batch["input_ids"]), attention_mask=batch["attention_mask"]
+    ).logits
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -123,7 +123,10 @@ def test_text(tiny, builder) -> None:
 def test_kinds_follow_what_a_row_holds(builder) -> None:
     assert builder.kinds_for(ROW) == ("caption_to_image", "image_to_caption", "qa")
     assert builder.kinds_for({"codes": CODES, "caption": None, "label": None, "qa": None}) == ("caption_to_image",)
-    assert builder.kinds_for({**ROW, "qa": [{"question": "why?", "answer": None}]}) == ("caption_to_image", "image_to_caption")
+    assert builder.kinds_for({**ROW, "qa": [{"question": "why?", "answer": None}]}) == (
+        "caption_to_image",
+        "image_to_caption",
+    )
     assert builder.kinds_for({"text": "hello"}) == ("text",)
     assert builder.kinds_for({"text": " "}) == ()
     assert caption_of({"caption": "  ", "label": "a  cat"}) == "a cat"

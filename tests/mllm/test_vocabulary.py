@@ -21,7 +21,9 @@ TEXTS = ["a blue circle", "is it red?"] * 3
 @given(num_text=st.integers(1, 200_000), num_codes=st.integers(1, 500_000), data=st.data())
 def test_ids_and_codes_are_inverse(num_text: int, num_codes: int, data: st.DataObject) -> None:
     first = num_text + 4
-    vocabulary = VisualVocabulary(num_text, first, num_codes, num_text, num_text + 1, num_text + 2, num_text + 3, 0, 0, None)
+    vocabulary = VisualVocabulary(
+        num_text, first, num_codes, num_text, num_text + 1, num_text + 2, num_text + 3, 0, 0, None
+    )
     codes = torch.tensor(data.draw(st.lists(st.integers(0, num_codes - 1), min_size=1, max_size=20)))
     ids = vocabulary.to_ids(codes)
     assert torch.equal(vocabulary.to_codes(ids), codes)
@@ -74,7 +76,9 @@ def test_padding_token_is_the_end_token_where_there_is_none() -> None:
 
 def test_codes_outside_are_named_with_their_source() -> None:
     vocabulary = VisualVocabulary.extend(train_bpe(TEXTS, 280), 10)
-    with pytest.raises(VocabularyError, match=r"tokens/train/00003 holds visual ids up to 12, but this model has 10 visual codes"):
+    with pytest.raises(
+        VocabularyError, match=r"tokens/train/00003 holds visual ids up to 12, but this model has 10 visual codes"
+    ):
         vocabulary.to_ids(torch.tensor([3, 12]), "tokens/train/00003")
     with pytest.raises(VocabularyError, match="-1"):
         vocabulary.to_ids(torch.tensor([-1]))
