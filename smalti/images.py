@@ -12,7 +12,7 @@ import struct
 import zlib
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageChops, ImageCms
 
 from smalti.errors import ImageError
 
@@ -44,19 +44,18 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, min_size: int = 1) -> I
     `too_small` (a side below `min_size`).
     """
     image = _open(data, max_pixels, min_size)
-    orientation = _orientation(image)
     _load(image)
-    return _turn(_to_rgb(image), orientation)
+    return _turn(_to_rgb(image), _orientation(image))
 
 
 def probe(data: bytes, *, max_pixels: int = MAX_PIXELS, min_size: int = 1) -> tuple[int, int]:
     """(width, height) after the EXIF turn, once every pixel was decoded; raises as `decode` does."""
     image = _open(data, max_pixels, min_size)
-    orientation = _orientation(image)
-    width, height = image.size
     _load(image)
-    _to_rgb(image) if image.mode in ("F", "LAB") else None
-    return (height, width) if orientation >= 5 else (width, height)
+    if image.mode in ("F", "LAB"):
+        _to_rgb(image)  # not every such image can be
+    width, height = image.size
+    return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
 def to_pixels(data: bytes, size: int, *, max_pixels: int = MAX_PIXELS, min_size: int = 1) -> np.ndarray:
@@ -65,9 +64,9 @@ def to_pixels(data: bytes, size: int, *, max_pixels: int = MAX_PIXELS, min_size:
     A JPEG is decoded at the smallest scale (1/2, 1/4, 1/8) that still covers `size`. Raises as `decode` does.
     """
     image = _open(data, max_pixels, min_size)
-    orientation = _orientation(image)
     image.draft(None, (size, size))
     _load(image)
+    orientation = _orientation(image)
     image = _to_rgb(image)
     width, height = image.size
     side = min(width, height)
@@ -135,7 +134,10 @@ def _because(error: Exception | None) -> str:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 to 8; 1 when there is none or the EXIF block is damaged (the pixels are still good)."""
+    """EXIF orientation of a loaded image, 1 to 8; 1 when there is none or the EXIF block is damaged (the pixels are good).
+
+    Only after `_load`: Pillow decodes a PNG to look for its EXIF, and turns a TIFF itself when it decodes.
+    """
     try:
         value = image.getexif().get(_ORIENTATION, 1)
     except _DECODER_ERRORS:
@@ -154,7 +156,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         if image.mode.startswith("I;16") or image.mode in ("I", "F"):
             return _deep_to_rgb(image)
         if image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
-            image = ImageOps.invert(image)
+            image = ImageChops.invert(image)
         if image.mode == "LAB":
             lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
             turned = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")

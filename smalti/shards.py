@@ -117,6 +117,7 @@ def write_shard(artifact_path: str, key: str, table: pa.Table) -> Receipt:
         compression={name: "none" if name in plain else "zstd" for name in packed.schema.names},
         use_dictionary=[name for name in packed.schema.names if name not in plain],
         write_statistics=False,
+        use_compliant_nested_type=False,
         row_group_size=max(1, packed.num_rows),
     )
     data = sink.getvalue()

@@ -13,7 +13,11 @@ def recipe_options(parser: argparse.ArgumentParser) -> None:
         "recipe", metavar="RECIPE", help="a YAML file or URL, or the name of a recipe that comes with smalti"
     )
     parser.add_argument(
-        "overrides", metavar="key=value", nargs="*", default=[], help="dotted keys of the recipe with other values, such as seed=1"
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        default=[],
+        help="dotted keys of the recipe with other values, such as seed=1",
     )
     parser.add_argument(
         "--smoke",

@@ -113,8 +113,14 @@ def test_an_unknown_key_without_a_likely_one_lists_those_there_are() -> None:
 BROKEN = {  # ten kinds of broken recipe: text, what the complaint must name
     "unknown": ("tokenizer: {pixle: {codes: 3}}", "'tokenizer.pixle'"),
     "ill-typed": ("seed: soon", "seed: expected an integer, found 'soon' (text)"),
-    "out of range": ("mllm: {train: {zero_stage: 7}}", "mllm.train.zero_stage: expected an integer ≥ 0 and ≤ 3, found 7"),
-    "no such choice": ("mllm: {train: {schedule: linear}}", "mllm.train.schedule: expected one of 'cosine', 'constant'"),
+    "out of range": (
+        "mllm: {train: {zero_stage: 7}}",
+        "mllm.train.zero_stage: expected an integer ≥ 0 and ≤ 3, found 7",
+    ),
+    "no such choice": (
+        "mllm: {train: {schedule: linear}}",
+        "mllm.train.schedule: expected one of 'cosine', 'constant'",
+    ),
     "switch": ("tokenizer: {guidance: yes}", "tokenizer.guidance: expected true or false, found 'yes'"),
     "section": ("corpus: 5", "corpus: expected a section with keys such as source"),
     "null": ("corpus:", "corpus: expected a section"),
@@ -124,8 +130,14 @@ BROKEN = {  # ten kinds of broken recipe: text, what the complaint must name
     "text as number": ("name: 1.10", "name: expected text, found 1.1 (a number)"),
     "optional section": ("encoder: {train: {layres: 3}}", "did you mean 'encoder.train.layers'?"),
     "both encoders": ("encoder: {pretrained: x, train: {}}", "encoder.pretrained and encoder.train are both set"),
-    "baseline key": ("baselines: {flat: {tokenizer.guidanc: false}}", "baselines.flat: unknown key 'tokenizer.guidanc'"),
-    "baseline value": ("baselines: {flat: {tokenizer: {guidance: 3}}}", "baselines.flat: tokenizer.guidance: expected true"),
+    "baseline key": (
+        "baselines: {flat: {tokenizer.guidanc: false}}",
+        "baselines.flat: unknown key 'tokenizer.guidanc'",
+    ),
+    "baseline value": (
+        "baselines: {flat: {tokenizer: {guidance: 3}}}",
+        "baselines.flat: tokenizer.guidance: expected true",
+    ),
     "yaml": ("seed: [1\n", "line 2"),
     "tabs": ("corpus:\n\tsource: a\n", "line 2"),
     "twice": ("seed: 1\nname: a\nseed: 2\n", "line 3, column 1: this is not valid YAML: key 'seed' stands twice"),
@@ -222,7 +234,9 @@ def test_integers_stay_integers(value: int) -> None:
     assert recipe_yaml.parse(f"{value:_}", "x") == value
 
 
-@pytest.mark.parametrize("text", ["off", "no", "yes", "on", "12:30", "2024-01-01", "010", "1__0", "_1", "0x", "1e", "e5", "."])
+@pytest.mark.parametrize(
+    "text", ["off", "no", "yes", "on", "12:30", "2024-01-01", "010", "1__0", "_1", "0x", "1e", "e5", "."]
+)
 def test_what_yaml_1_1_would_turn_into_something_else_is_text(text: str) -> None:
     assert recipe_yaml.parse(text, "x") == text
 
