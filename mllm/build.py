@@ -40,8 +40,11 @@ _CODES = "code_vectors"
 class VisualTokenizer(Protocol):
     """What the language model's side needs of a visual tokenizer."""
 
-    num_codes: int
-    embed_splits: tuple[int, ...]
+    @property
+    def num_codes(self) -> int: ...
+
+    @property
+    def embed_splits(self) -> tuple[int, ...]: ...
 
     def code_vectors(self) -> Tensor: ...
 
