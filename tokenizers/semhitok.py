@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -264,7 +263,7 @@ class SemHiTok(nn.Module):
                 VitSize.model_validate(config["decoder_size"]),
             )
             pixel.load_state_dict(_under("pixel.", tensors))
-        except (KeyError, TypeError, IndexError, ValidationError) as error:
+        except (KeyError, TypeError, IndexError, ValueError, ConfigError) as error:
             raise ArtifactError(f"{source}/{CONFIG_NAME} is not a SemHiTok config: {error!r}.") from error
         except (OSError, SafetensorError, RuntimeError) as error:
             raise ArtifactError(

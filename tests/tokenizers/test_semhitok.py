@@ -388,6 +388,8 @@ def test_what_is_no_tokenizer_is_told(make_tokenizer: Make, tmp_path: Path) -> N
         ({k: v for k, v in good.items() if k != "grid"}, "grid"),
         (good | {"tokenizer": {"guidence": True}}, "guidence"),
         (good | {"num_semantic": 11}, "do not fit"),
+        (good | {"encoder_layer": 9}, "layer=9"),
+        (good | {"grid": [64, 64]}, "finer"),
     ):
         config.write_text(json.dumps(broken))
         with pytest.raises(ArtifactError, match=said):
