@@ -17,7 +17,6 @@ from smalti.tokenizers.quantizers import Float32Buffers
 from smalti.tokenizers.subcodes import FlatCodebook, SubCodebooks
 from smalti.tokenizers.vit import PixelDecoder, VitEncoder
 
-
 NEEDS_SEMANTIC = "a guided pixel tokenizer needs the semantic codes of its patches"
 
 
