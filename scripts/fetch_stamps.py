@@ -21,7 +21,7 @@ INSIDE = "usr/share/tuxpaint/stamps"
 LICENCE = f"usr/share/doc/{PACKAGE}/copyright"
 
 
-class NotToBeHad(Exception):
+class NotToBeHadError(Exception):
     """Why the stamps cannot be fetched here."""
 
 
@@ -29,15 +29,15 @@ def fetch(folder: Path) -> Path:
     """The package's file in `folder`, its bytes checked."""
     missing = [name for name in ("apt-get", "dpkg-deb") if shutil.which(name) is None]
     if missing:
-        raise NotToBeHad(f"{' and '.join(missing)} not found: this needs Debian or Ubuntu")
+        raise NotToBeHadError(f"{' and '.join(missing)} not found: this needs Debian or Ubuntu")
     done = subprocess.run(["apt-get", "download", f"{PACKAGE}={VERSION}"], cwd=folder, capture_output=True, text=True)
     files = sorted(folder.glob("*.deb"))
     if done.returncode or not files:
-        raise NotToBeHad((done.stderr.strip().splitlines() or ["apt-get gave no reason"])[-1])
+        raise NotToBeHadError((done.stderr.strip().splitlines() or ["apt-get gave no reason"])[-1])
     with open(files[0], "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != SHA256:
-        raise NotToBeHad(f"{files[0].name} has sha256 {digest}, expected {SHA256}")
+        raise NotToBeHadError(f"{files[0].name} has sha256 {digest}, expected {SHA256}")
     return files[0]
 
 
@@ -74,7 +74,7 @@ def main() -> int:
             count = convert(folder / "all" / INSIDE, made)
             shutil.copyfile(folder / "all" / LICENCE, made / "LICENCE")
             made.rename(TARGET)
-    except (NotToBeHad, OSError, subprocess.CalledProcessError) as error:
+    except (NotToBeHadError, OSError, subprocess.CalledProcessError) as error:
         print(f"stamps could not be fetched ({error}); nothing depends on them", file=sys.stderr)
         return 1
     print(f"stamps: {count} images in {TARGET}")

@@ -121,7 +121,7 @@ def test_other_settings_in_the_same_place_are_refused_by_name(place: str) -> Non
     assert "new: absent there, 1 here" in told
     assert "train.lr" not in told
     assert "Set another `out`" in told
-    with pytest.raises(ArtifactError, match='kind: "?corpus"? there, "?features"? here'):
+    with pytest.raises(ArtifactError, match=r'kind: "?corpus"? there, "?features"? here'):
         begin(place, "features", CONFIG, {})
 
 
