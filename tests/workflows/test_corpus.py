@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
-import signal
 import struct
-import subprocess
-import sys
-import time
 import zlib
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -25,14 +20,6 @@ from smalti.artifact import RECORD, Artifact
 from smalti.errors import DataError
 from smalti.schema import Recipe
 from smalti.workflows import corpus
-from smalti.workflows.ray_session import ensure_ray
-
-
-@pytest.fixture(scope="module")
-def ray_here() -> Iterator[None]:
-    """One local Ray for this module."""
-    with ensure_ray(Recipe.model_validate({"resources": {"readers": 2}})):
-        yield
 
 
 @pytest.fixture
@@ -163,20 +150,13 @@ def test_nothing_usable_is_an_error_that_lists_the_reasons(inline: None, tmp_pat
         corpus.run(recipe(tmp_path / "out2", str(tmp_path / "none")))
 
 
-def test_the_result_is_the_same_for_any_number_of_readers(ray_here: None, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"image_size": 16, "shard_images": 7, "val_fraction": 0.3}
-    one = corpus.run(recipe(tmp_path / "1", "generated:50", **settings, readers=1))
-    two = corpus.run(recipe(tmp_path / "2", "generated:50", **settings, readers=2))
-    assert files(one.path) == files(two.path)
-    assert one.fingerprint == two.fingerprint
-    assert one.counts["train"] + one.counts["val"] == 50
-    assert one.counts["val"] > 0
-    assert {row["image_id"] for row in rows(one, "val")} == {
-        row["image_id"]
-        for split in ("train", "val")
-        for row in rows(one, split)
-        if corpus.is_held_out(row["image_id"], 0.3)
-    }
+def test_the_split_is_a_function_of_the_image(inline: None, tmp_path: Path) -> None:
+    made = corpus.run(recipe(tmp_path, "generated:50", image_size=16, val_fraction=0.3))
+    held_out = {row["image_id"] for row in rows(made, "val")}
+    assert 5 <= len(held_out) <= 25
+    everything = held_out | {row["image_id"] for row in rows(made, "train")}
+    assert held_out == {one for one in everything if corpus.is_held_out(one, 0.3)}
+    assert len(everything) == 50
 
 
 def test_an_image_of_the_published_test_split_is_never_trained_on(inline: None, tmp_path: Path) -> None:
@@ -222,41 +202,3 @@ def test_a_source_that_changes_between_two_tries_starts_over(inline: None, tmp_p
     (source / "good.png").write_bytes(picture(1))
     made = corpus.run(wanted)
     assert (made.counts["train"], made.counts["quarantined"]) == (1, 1)
-
-
-def test_killed_in_the_middle_and_started_again_it_is_byte_equal(ray_here: None, tmp_path: Path) -> None:
-    """SIGKILL of the driver while shards are being written (a process of its own on this module's Ray)."""
-    settings: dict[str, Any] = {"image_size": 64, "shard_images": 4, "val_fraction": 0.1}
-    whole = corpus.run(recipe(tmp_path / "whole", "generated:400", **settings))
-    wanted = recipe(tmp_path / "torn", "generated:400", **settings)
-    kill_in_the_middle("corpus", wanted, tmp_path / "torn" / "corpus" / "train")
-    written = list((tmp_path / "torn" / "corpus" / "train").glob("*.parquet"))
-    assert 0 < len(written) < len(shards.list_shards(whole.path, "train")), "killed in the middle"
-    made = corpus.run(wanted)
-    assert files(made.path) == files(whole.path)
-    assert made.counts == whole.counts
-
-
-def kill_in_the_middle(stage: str, wanted: Recipe, watched: Path) -> None:
-    """Start a stage in a process of its own and SIGKILL it as soon as a shard stands in `watched`."""
-    import ray
-
-    code = (
-        "import sys\nfrom smalti.schema import Recipe\nimport importlib\n"
-        f"importlib.import_module('smalti.workflows.{stage}').run(Recipe.model_validate_json(sys.argv[1]))\n"
-    )
-    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, wanted.model_dump_json()], env=environment, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while not list(watched.glob("*.parquet")):
-            assert process.poll() is None, process.stderr.read() if process.stderr else ""
-            assert time.monotonic() < deadline, "no shard came"
-            time.sleep(0.005)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert not (watched.parent / RECORD).exists()
-    time.sleep(1.0)  # its actors end

@@ -338,3 +338,29 @@ def test_texts_and_pairs() -> None:
     assert read_pairs({"question": ["a", "b"], "answer": ["c", "d"]}) == (("a", "c"), ("b", "d"))
     with pytest.raises(ValueError, match="without an answer"):
         read_pairs({"question": "a"})
+
+
+def test_sources_on_an_object_store() -> None:
+    import fsspec
+
+    fs = fsspec.filesystem("memory")
+    try:
+        fs.pipe_file("/smalti-sources/in/a/0.png", picture(0))
+        fs.pipe_file("/smalti-sources/in/b/1.png", picture(1))
+        samples, _ = collect("memory://smalti-sources/in")
+        assert sorted((one.key, one.label) for one in samples) == [("a/0.png", "a"), ("b/1.png", "b")]
+        stream = io.BytesIO()
+        pq.write_table(pa.table({"image": [picture(2)]}), stream)
+        fs.pipe_file("/smalti-sources/p/x.parquet", stream.getvalue())
+        assert len(collect("memory://smalti-sources/p/*.parquet")[0]) == 1
+        assert len(collect("memory://smalti-sources/p")[0]) == 1
+        stream = io.BytesIO()
+        with tarfile.open(fileobj=stream, mode="w") as tar:
+            info = tarfile.TarInfo("k.png")
+            info.size = len(picture(3))
+            tar.addfile(info, io.BytesIO(picture(3)))
+        fs.pipe_file("/smalti-sources/t/x-0.tar", stream.getvalue())
+        samples, lost = collect("memory://smalti-sources/t/x-{0..0}.tar")
+        assert ([one.key for one in samples], lost) == (["k"], [])
+    finally:
+        fs.rm("/smalti-sources", recursive=True)
