@@ -290,6 +290,10 @@ def test_baselines_are_filled_where_both_were_measured() -> None:
     assert merged["qa/accuracy"]["baseline"] == {"question_only": 0.6, "pixel_codes": 0.7}
     assert merged["codes/vrr"]["baseline"] == {}
     assert "other" not in merged
+    same = merge_baselines(
+        {"zero_shot/accuracy": Score(0.9, 5).as_json()}, {"x": {"zero_shot/accuracy": {"value": 0.9}}}
+    )
+    assert same["zero_shot/accuracy"]["baseline"] == {}  # the run shares the encoder
     assert scores["qa/accuracy"]["baseline"] == {"question_only": 0.6}  # the record itself is left alone
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from smalti.progress import Progress
 from smalti.workflows.scores.answers import normalise
 from smalti.workflows.scores.heldout import HeldOut, choose
 from smalti.workflows.scores.models import Models
@@ -22,6 +23,7 @@ from smalti.workflows.scores.zero_shot import ZeroShot, by_class, no_text_tower
 MOST_PROMPTS = 256
 PROMPTS_WITHOUT_LABELS = 16
 SHOWN = 48
+DRAWN_AT_ONCE = 64  # fixed: the seeds of a drawing follow from its place among these
 
 
 @dataclass(frozen=True)
@@ -83,11 +85,15 @@ def named_label(text: str, labels: list[str]) -> str | None:
 def draw(prompts: list[Prompt], data: HeldOut, models: Models) -> Tensor:
     """Drawn images, float (n, 3, S, S) in [-1, 1] on the CPU."""
     settings, drawn = data.job.evaluate, []
-    texts = [prompt.text for prompt in prompts]
     sampling = settings.sampling.model_dump()
-    codes_BT = models.language.draw_codes(texts, **sampling, seed=data.job.seed, batch_size=settings.batch_size)
-    for start in range(0, len(texts), settings.batch_size):
-        drawn.append(models.tokenizer.decode(codes_BT[start : start + settings.batch_size]).cpu())
+    with Progress(len(prompts), "drawings", "evaluation: drawing") as progress:
+        for start in range(0, len(prompts), DRAWN_AT_ONCE):
+            texts = [prompt.text for prompt in prompts[start : start + DRAWN_AT_ONCE]]
+            seed = data.job.seed + start
+            codes_BT = models.language.draw_codes(texts, **sampling, seed=seed, batch_size=settings.batch_size)
+            for first in range(0, len(texts), settings.batch_size):
+                drawn.append(models.tokenizer.decode(codes_BT[first : first + settings.batch_size]).cpu())
+            progress.update(len(texts))
     return torch.cat(drawn)
 
 
@@ -128,7 +134,7 @@ def _judge_on_held_out(data: HeldOut, models: Models) -> tuple[float | None, flo
         return None, None, 0
     real: list[bool] = []
     rebuilt: list[bool] = []
-    for batch, bhwc in data.batches(rows):
+    for batch, bhwc in data.batches(rows, "judge on held-out images"):
         right = [row.label for row in batch]
         codes_BT = models.to_codes(np.stack([row.codes for row in batch]))
         for hits, pixels in ((real, to_model(bhwc)), (rebuilt, models.tokenizer.decode(codes_BT))):

@@ -18,6 +18,7 @@ import pyarrow as pa
 from smalti import shards
 from smalti.errors import DataError
 from smalti.images import to_pixels
+from smalti.progress import Progress
 from smalti.schema import EvaluateSection
 
 MOST_SHARDS = 32
@@ -144,19 +145,20 @@ class HeldOut:
                 out[place] = to_pixels(table["image"][index].as_py(), size, max_pixels=self.job.max_pixels)
         return out
 
-    def batches(self, rows: Sequence[Row]) -> Iterator[tuple[list[Row], np.ndarray]]:
-        """The rows in batches of `evaluate.batch_size`, each with its pixels.
+    def batches(self, rows: Sequence[Row], what: str) -> Iterator[tuple[list[Row], np.ndarray]]:
+        """The rows in batches of `evaluate.batch_size`, each with its pixels; progress is shown as `what`.
 
         Rows lie in the order of shards, so a shard's bytes are read once for all of its batches.
         """
         size = self.job.evaluate.batch_size
-        for key in dict.fromkeys(row.key for row in rows):
-            inside = [row for row in rows if row.key == key]
-            for start in range(0, len(inside), 8 * size):
-                group = inside[start : start + 8 * size]
-                pixels = self.pixels(group)
-                for inner in range(0, len(group), size):
-                    yield group[inner : inner + size], pixels[inner : inner + size]
+        with Progress(len(rows), "images", f"evaluation: {what}") as progress:
+            for key in dict.fromkeys(row.key for row in rows):
+                inside = [row for row in rows if row.key == key]
+                pixels = self.pixels(inside)
+                for start in range(0, len(inside), size):
+                    batch = inside[start : start + size]
+                    yield batch, pixels[start : start + size]
+                    progress.update(len(batch))
 
     @cached_property
     def training_texts(self) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smalti.progress import Progress
 from smalti.workflows.scores.pixels import to_model
 
 BATCH = 64
@@ -77,16 +78,18 @@ def train_judge(bhwc: np.ndarray, labels: Sequence[str], *, seed: int, device: s
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=1e-5)
     order = torch.empty(0, dtype=torch.int64)
     judge.train()
-    for _ in range(steps):
-        while len(order) < BATCH:
-            order = torch.cat([order, torch.randperm(len(labels), generator=generator)])
-        chosen, order = order[:BATCH], order[BATCH:]
-        pixels = _augment(to_model(bhwc[chosen.numpy()]), generator).to(device)
-        loss = F.cross_entropy(judge(pixels), targets[chosen].to(device))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    with Progress(steps, "steps", "evaluation: training the judge") as progress:
+        for _ in range(steps):
+            while len(order) < BATCH:
+                order = torch.cat([order, torch.randperm(len(labels), generator=generator)])
+            chosen, order = order[:BATCH], order[BATCH:]
+            pixels = _augment(to_model(bhwc[chosen.numpy()]), generator).to(device)
+            loss = F.cross_entropy(judge(pixels), targets[chosen].to(device))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            progress.update()
     return judge.eval()
 
 

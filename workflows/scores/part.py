@@ -19,6 +19,7 @@ from smalti import storage
 from smalti.errors import DataError
 
 PARTS, PICTURES = "parts", "pictures"
+NOT_OF_THE_CODES = {"zero_shot/accuracy", "drawing/judge_accuracy", "retrieval/t2i_r1", "retrieval/i2t_r1"}
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,14 @@ def share(hits: Any) -> float:
 
 
 def merge_baselines(scores: dict[str, Any], others: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Scores as JSON with the values that other runs reached added under `baseline.<name of the run>`."""
+    """Scores as JSON with the values that other runs reached added under `baseline.<name of the run>`.
+
+    A measure of the encoder or of the judge alone is left out where it is equal: the run shares them.
+    """
     merged = {}
     for key, score in scores.items():
         beside = {name: run[key]["value"] for name, run in others.items() if key in run}
+        if key in NOT_OF_THE_CODES:
+            beside = {name: value for name, value in beside.items() if value != score["value"]}
         merged[key] = score | {"baseline": score.get("baseline", {}) | beside}
     return merged

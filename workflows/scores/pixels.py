@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LONGEST_SIDE = 384  # of a picture in the report
+LONGEST_SIDE = 256  # of a picture in the report
 
 
 def to_model(bhwc_uint8: np.ndarray) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from smalti.progress import Progress
 from smalti.workflows.scores.answers import QuestionOnly, answer_kind, breakdown, opening, same_answer
 from smalti.workflows.scores.heldout import HeldOut, Question
 from smalti.workflows.scores.models import Models
@@ -41,10 +42,20 @@ def measure_questions(data: HeldOut, models: Models) -> Part:
 
 
 def ask(questions: list[Question], models: Models) -> list[str]:
-    """The model's answers, in the order of the questions."""
-    codes_BT = models.to_codes(np.stack([one.row.codes for one in questions]))
-    texts = [one.question for one in questions]
-    return models.language.ask_codes(codes_BT, texts, ANSWER_TOKENS, models.job.evaluate.batch_size)
+    """The model's answers, in the order of the questions; those of like length are asked together."""
+    size = models.job.evaluate.batch_size
+    order = sorted(range(len(questions)), key=lambda index: (len(questions[index].question), index))
+    answers = [""] * len(questions)
+    with Progress(len(questions), "questions", "evaluation: questions") as progress:
+        for start in range(0, len(order), size):
+            chosen = order[start : start + size]
+            codes_BT = models.to_codes(np.stack([questions[index].row.codes for index in chosen]))
+            texts = [questions[index].question for index in chosen]
+            found = models.language.ask_codes(codes_BT, texts, ANSWER_TOKENS, size)
+            for index, answer in zip(chosen, found, strict=True):
+                answers[index] = answer
+            progress.update(len(chosen))
+    return answers
 
 
 def _examples(data: HeldOut, part: Part, given: list[str], hits: list[bool]) -> list[dict[str, object]]:

@@ -25,7 +25,7 @@ def measure_reconstruction(data: HeldOut, models: Models) -> Part:
     shown = {row.image_id for row in _spread_rows(data.images, SHOWN)}
     part = Part()
     grid: list[dict[str, object]] = []
-    for rows, bhwc in data.batches(data.images):
+    for rows, bhwc in data.batches(data.images, "reconstruction"):
         truth_BCHW = to_model(bhwc).to(data.job.device)
         codes_BT = models.to_codes(np.stack([row.codes for row in rows]))
         pictures = {"input": bhwc}

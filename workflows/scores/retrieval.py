@@ -32,7 +32,7 @@ def measure_retrieval(data: HeldOut, models: Models) -> Part:
     texts_CE = embed_texts(models, texts)
     chunks = [
         F.normalize(models.encoder.pooled(fit(to_model(bhwc).to(data.job.device), models.encoder.image_size)), dim=-1)
-        for _, bhwc in data.batches(rows)
+        for _, bhwc in data.batches(rows, "retrieval")
     ]
     owner_B = torch.tensor([texts.index(caption) for caption in captions])
     scores_BC = (torch.cat(chunks) @ texts_CE.T).cpu()

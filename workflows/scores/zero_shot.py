@@ -68,7 +68,7 @@ def measure_zero_shot(data: HeldOut, models: Models) -> Part:
         return Part(skipped="no held-out image has one of the training labels")
     classifier = ZeroShot(models)
     given: list[str] = []
-    for _, bhwc in data.batches(rows):
+    for _, bhwc in data.batches(rows, "zero-shot"):
         given += classifier.classify(to_model(bhwc).to(data.job.device))
     right = [row.label or "" for row in rows]
     hits = [one == other for one, other in zip(given, right, strict=True)]
