@@ -7,7 +7,7 @@ Unlike YAML 1.1 (PyYAML's default), `1e-4` is a number, `off`, `no` and `on` are
 from __future__ import annotations
 
 import re
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -23,7 +23,7 @@ _FLOAT = re.compile(
 class _Loader(yaml.SafeLoader):
     """SafeLoader with the scalars of YAML 1.2."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - as the base declares it
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
