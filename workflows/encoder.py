@@ -40,12 +40,9 @@ def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
             "or encoder.train to train one on the corpus."
         )
     corpus = find_artifact(recipe, "corpus")
-    config = {
-        "train": section.train.model_dump(mode="json"),
-        "image_size": recipe.corpus.image_size,
-        "seed": recipe.seed,
-    }
-    config["train"]["train"] = result_settings(config["train"]["train"])
+    settings = section.train.model_dump(mode="json")
+    settings["train"] = result_settings(settings["train"])
+    config = {"train": settings, "image_size": recipe.corpus.image_size, "seed": recipe.seed}
     body = _train(section.train, corpus)
     return run_stage(recipe, "encoder", "encoder", config, {"corpus": corpus}, body, tracker=tracker)
 

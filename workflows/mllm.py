@@ -24,7 +24,7 @@ TEXT_ROWS = 10_000  # a shard of text
 def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
     """The mllm artifact: `model/` (see `smalti.mllm.build`), `text_tokenizer/`, and `text/` shards of text-only data.
 
-    Counts: rows (images trained on), texts, parameters of nothing else: sizes stand in `model/config.json`.
+    Counts: rows (images trained on), texts, steps.
     Errors: ConfigError for sections that do not fit, DataError for token shards without a usable row.
     """
     check(recipe)
@@ -129,7 +129,9 @@ def write_texts(run: StageRun) -> tuple[list[str], list[int]]:
     source = run.recipe.mllm.text_source
     assert source is not None
     folder = storage.join(run.path, "text")
-    keys, sizes, held = [], [], []
+    keys: list[str] = []
+    sizes: list[int] = []
+    held: list[str] = []
 
     def flush() -> None:
         keys.append(shards.shard_key("train", len(keys)))

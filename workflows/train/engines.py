@@ -8,7 +8,10 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sys
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,12 +23,28 @@ if TYPE_CHECKING:
     from smalti.schema import Train
 
 
+@contextmanager
+def _without(package: str) -> Iterator[None]:
+    """Within, `package` does not import, unless it is imported already."""
+    hidden = package not in sys.modules
+    if hidden:
+        sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules[package]
+
+
 def prepare_process(use_gpu: bool, num_threads: int) -> None:
     """Settings of a worker process; call before DeepSpeed is imported for the first time."""
     if not use_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
         torch.set_num_threads(num_threads)
-    import deepspeed.ops
+    with _without(
+        "mlflow"
+    ):  # DeepSpeed's autotuner would import all of it (a second of start-up); rank 0 logs elsewhere
+        import deepspeed.ops
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)

@@ -45,11 +45,13 @@ def fit(task: str, settings: Mapping[str, Any], train: Train, run: StageRun, *, 
 
 
 def _run(task: str, settings: Mapping[str, Any], train: Train, run: StageRun, seed: int) -> None:
-    for key, value in QUIET.items():
-        os.environ.setdefault(key, value)
     import ray
     from ray.train import TrainingFailedError
 
+    for key, value in QUIET.items():
+        os.environ.setdefault(key, value)
+    if len(ray.nodes()) == 1:  # an actor that waits for a node's notice: of no use when it is the driver's own node
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     resources = run.recipe.resources
     board = ray.remote(num_cpus=0)(Board).remote()
     job = Job(

@@ -9,8 +9,6 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import os
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +18,8 @@ import torch
 from torch import Tensor
 
 from smalti import storage
-from smalti.errors import ConfigError, SmaltiError, TrainingError
+from smalti.errors import SmaltiError, TrainingError
+from smalti.workflows.train import checkpoints
 from smalti.workflows.train import engines as ds
 from smalti.workflows.train.collectives import Collectives
 from smalti.workflows.train.data import Feed
@@ -30,15 +29,14 @@ from smalti.workflows.train.task import Batch, Context, Metrics, Task, seed_of
 if TYPE_CHECKING:
     from smalti.schema import Train
 
-STATE_FILE = "loop.json"
-TASK_FILE = "task.pt"
 HISTORY_FILE = "history.jsonl"
 DONE_FILE = "trained.json"
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker is told: plain values that travel. `task` is `module:Class` or a class, made with `settings`."""
+    """What a worker is told: plain values that travel. `task` is `module:Class` or a class, made with `settings`;
+    `board` the handle of the Board actor; not `resumable`: no checkpoints are written or looked for."""
 
     task: str | type[Task]
     settings: dict[str, Any]
@@ -47,7 +45,8 @@ class Job:
     path: str
     cpus: int
     gpus: float
-    board: Any  # handle of the Board actor
+    board: Any
+    resumable: bool = True
 
     def make_task(self) -> Task:
         if not isinstance(self.task, str):
@@ -88,10 +87,12 @@ class Meter:
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     """Entry point of a Ray Train worker. Returns {"metrics", "fatal"}.
 
-    A SmaltiError is told to the board and raised, which ends the other workers; Ray then starts the group once more,
-    and it returns at once with that error as `fatal`: what the user must mend is not tried again and again.
+    What the user must mend (a SmaltiError) is not tried again and again. Where every worker meets it in the same place
+    it is returned as `fatal`. Otherwise it is told to the board and raised, which ends the other workers; Ray starts
+    the group once more, and that returns it at once.
     """
     import ray
+    import ray.train
 
     job: Job = config["job"]
     fatal = ray.get(job.board.fatal.remote())
@@ -101,8 +102,14 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     try:
         return {"metrics": Loop(job).run(), "fatal": None}
     except SmaltiError as error:
+        if isinstance(error, NotFinite) or ray.train.get_context().get_world_size() == 1:
+            return {"metrics": {}, "fatal": error}
         ray.get(job.board.fail.remote(error))
         raise
+
+
+class NotFinite(TrainingError):
+    """The loss is NaN or infinite; all workers find out in the same step."""
 
 
 class Loop:
@@ -219,7 +226,7 @@ class Loop:
             torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MIN)
         first = int(bad)
         if first <= step:
-            raise TrainingError(
+            raise NotFinite(
                 f"the loss of step {first + 1} of {self.train.steps} is not a finite number (batch of "
                 f"{self.train.batch_size}, rate {ds.learning_rate(self.train, first):.3g}, {self.train.precision}). "
                 f"The newest checkpoint is from before it. Lower train.lr={self.train.lr:g}, lengthen "
@@ -251,55 +258,24 @@ class Loop:
 
     def _checkpoint(self, done: int) -> None:
         """Save everything that a resumed run needs; a barrier of all workers."""
-        import ray.train
-
-        with tempfile.TemporaryDirectory(prefix="smalti-checkpoint-") as folder:
-            for name, engine in self.engines.items():
-                engine.save_checkpoint(os.path.join(folder, name), tag="engine")
-            if self.rank == 0:
-                torch.save(self.task.state_dict(), os.path.join(folder, TASK_FILE))
-                state = {"step": done, "world_size": self.world_size, "history": self.history}
-                with open(os.path.join(folder, STATE_FILE), "w") as out:
-                    json.dump(state, out)
-                self._write_history()
-            self.collectives.barrier()
-            checkpoint = ray.train.Checkpoint.from_directory(folder)
-            ray.train.report({"step": done}, checkpoint=checkpoint, checkpoint_dir_name=f"step-{done:09d}")
-
-    def _write_history(self) -> None:
-        lines = "".join(json.dumps(row) + "\n" for row in self.history)
-        storage.write_atomic(storage.join(self.job.path, HISTORY_FILE), lines.encode())
+        if self.rank == 0:
+            self._write_history()
+        if self.job.resumable:
+            checkpoints.save(self.engines, self.task, {"step": done, "history": self.history}, self.collectives)
 
     def _resume(self) -> int:
         """Load the newest checkpoint, if any; returns the number of steps done."""
-        import ray.train
-
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
+        state = checkpoints.load(self.engines, self.task, self.collectives) if self.job.resumable else None
+        if state is None:
             return 0
-        with checkpoint.as_directory() as folder:
-            with open(os.path.join(folder, STATE_FILE)) as file:
-                state = json.load(file)
-            self._check_world(state["world_size"])
-            for name, engine in self.engines.items():
-                loaded, _ = engine.load_checkpoint(os.path.join(folder, name), tag="engine")
-                if loaded is None:
-                    raise TrainingError(f"checkpoint {checkpoint.path} holds no engine {name!r}; remove that folder")
-            task_state = torch.load(os.path.join(folder, TASK_FILE), map_location=self.device, weights_only=True)
-            self.task.load_state_dict(task_state)
         self.history = state["history"]
         if self.rank == 0:
             self.job.board.resumed.remote(state["step"])
         return int(state["step"])
 
-    def _check_world(self, saved: int) -> None:
-        sharded = any(engine.zero_optimization_stage() > 0 for engine in self.engines.values())
-        if sharded and saved != self.world_size:
-            raise ConfigError(
-                f"the checkpoint was written by {saved} workers under ZeRO-{self.train.zero_stage}, whose optimizer "
-                f"states are cut by worker, and resources.workers is {self.world_size}. Set resources.workers={saved} "
-                f"to go on, or remove {storage.join(self.job.path, 'checkpoints')} to begin again."
-            )
+    def _write_history(self) -> None:
+        lines = "".join(json.dumps(row) + "\n" for row in self.history)
+        storage.write_atomic(storage.join(self.job.path, HISTORY_FILE), lines.encode())
 
     # The end
 

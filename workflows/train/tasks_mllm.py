@@ -95,6 +95,8 @@ class MllmTask(Task):
             uncond_probability=section.uncond_probability,
             questions_per_image=section.questions_per_image,
             max_length=section.max_length,
+            dense=section.dense,
+            isolate_questions=section.isolate_questions,
         )
         weights = self.builder.weights
         self.text_share = weights["text"] / sum(weights.values()) if self.text else 0.0

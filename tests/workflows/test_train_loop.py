@@ -1,0 +1,141 @@
+"""The training loop on Ray Train: worker counts, ZeRO, resuming, errors. A run starts in about ten seconds."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from smalti.errors import ConfigError, DataError, TrainingError
+from smalti.schema import Recipe, Resources
+
+TOY = Path(__file__).with_name("toy_training.py")
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def toy():
+    spec = importlib.util.spec_from_file_location("toy_training", TOY)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["toy_training"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["toy_training"]
+
+
+@pytest.fixture(scope="module")
+def session():
+    from smalti.workflows.ray_session import ensure_ray
+
+    with ensure_ray(Recipe(resources=Resources(workers=2))):
+        yield
+
+
+@pytest.fixture(scope="module")
+def reference(session, toy, tmp_path_factory) -> Path:
+    """One worker, no ZeRO: what the other ways of running must come to."""
+    path = tmp_path_factory.mktemp("reference")
+    assert toy.train(str(path)) == {"calls": 48.0}
+    return path
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    engines = torch.load(path / "final.pt", weights_only=True)
+    return {f"{engine}.{name}": t for engine, state in engines.items() for name, t in state.items()}
+
+
+def distance(a: Path, b: Path) -> float:
+    one, other = weights(a), weights(b)
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def history(path: Path) -> list[dict]:
+    return [json.loads(line) for line in (path / "history.jsonl").read_text().splitlines()]
+
+
+def test_a_run_learns_and_leaves_history_and_no_checkpoints(reference) -> None:
+    rows = history(reference)
+    assert [row["step"] for row in rows] == [4, 8, 12, 16, 20, 24]
+    assert rows[-1]["loss"] < rows[0]["loss"] / 2
+    assert "critic" not in rows[0] and "critic" in rows[-1]
+    assert not (reference / "checkpoints").exists()
+    assert weights(reference)["model.mean"].abs().max() > 0
+
+
+def test_a_finished_run_is_not_run_again(reference, toy, monkeypatch) -> None:
+    monkeypatch.setattr("smalti.workflows.train.launch._run", lambda *a: pytest.fail("trained again"))
+    assert toy.train(str(reference)) == {"calls": 48.0}
+
+
+@pytest.mark.parametrize("changes", [{}, {"zero_stage": 3}], ids=["zero0", "zero3"])
+def test_two_workers_come_to_what_one_does(reference, toy, tmp_path, changes) -> None:
+    toy.train(str(tmp_path), workers=2, **changes)
+    assert distance(tmp_path, reference) < 1e-5
+    for ours, theirs in zip(history(tmp_path), history(reference), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+def test_accumulation_and_zero_2_come_to_the_same(reference, toy, tmp_path) -> None:
+    assert toy.train(str(tmp_path), workers=2, micro_batch_size=2, zero_stage=2)["calls"] == 96.0
+    assert distance(tmp_path, reference) < 1e-5
+
+
+def test_a_killed_worker_is_restarted_from_the_checkpoint(reference, toy, tmp_path) -> None:
+    flag = tmp_path / "flag"
+    flag.touch()
+    toy.train(str(tmp_path / "run"), settings={"die_at": 13, "flag": str(flag)})
+    assert not flag.exists()
+    assert distance(tmp_path / "run", reference) == 0
+    assert history(tmp_path / "run") == history(reference)
+
+
+def test_a_broken_shard_is_one_clear_error_and_not_tried_over_and_over(session, toy, tmp_path) -> None:
+    with pytest.raises(DataError, match="train/00001 is torn"):
+        toy.train(str(tmp_path), workers=2, settings={"broken": True})
+
+
+def test_a_loss_that_is_no_number_ends_the_run_before_a_checkpoint(session, toy, tmp_path) -> None:
+    with pytest.raises(TrainingError, match=r"loss of step 8 of 24 is not a finite number"):
+        toy.train(str(tmp_path), settings={"nan_at": 7})
+    assert not list((tmp_path / "checkpoints").glob("step-*"))
+
+
+def test_a_batch_that_workers_cannot_share_fails_before_anything_starts(toy, tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"train.batch_size=7 .* resources.workers=2"):
+        toy.train(str(tmp_path), workers=2, batch_size=7)
+
+
+def test_a_killed_driver_goes_on_and_ends_with_the_same_model(toy, tmp_path) -> None:
+    """SIGKILL between checkpoints; the same command again. In processes with Ray of their own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": ""}
+
+    def command(path: Path, slow_s: float) -> subprocess.Popen:
+        arguments = [sys.executable, str(TOY), str(path), str(slow_s)]
+        return subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, start_new_session=True, text=True)
+
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    killed = command(broken, 0.4)
+    until = time.monotonic() + 120
+    while not (broken / "checkpoints" / "step-000000008").exists():
+        assert killed.poll() is None and time.monotonic() < until
+        time.sleep(0.1)
+    time.sleep(1.0)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not (broken / "final.pt").exists()
+    for path in (broken, whole):
+        run = command(path, 0.0)
+        _, told = run.communicate(timeout=200)
+        assert run.returncode == 0, told
+    assert distance(broken, whole) == 0
+    assert history(broken) == history(whole)

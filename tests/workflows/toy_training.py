@@ -1,0 +1,168 @@
+"""A small task with two engines, a codebook that follows all ranks' statistics, and dropout; and runs of it.
+
+Also a script: `python toy_training.py PATH` trains with slow steps, for the tests that kill it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from smalti.errors import DataError
+from smalti.schema import Recipe, Resources, Train
+from smalti.tracking import NullTracker
+from smalti.workflows.train.task import Task
+
+SIZES = [7, 5, 9, 20]
+TRAIN = Train(steps=24, batch_size=8, lr=1e-2, warmup=3, checkpoint_every=8, log_every=4, max_failures=2)
+
+
+class Rows:
+    sizes = SIZES
+
+    def __init__(self, broken: bool = False) -> None:
+        self.broken = broken
+
+    def read(self, shard: int, row: int):
+        if self.broken and (shard, row) == (1, 2):
+            raise DataError("shard train/00001 is torn: make the corpus again.")
+        return f"train/{shard:05d}", {"x": shard * 100 + row}
+
+
+class Net(nn.Module):
+    """A regression with a running mean of its hidden units; dropout draws from the step's seed."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Dropout(dropout))
+        self.head = nn.Linear(32, 1)
+        self.register_buffer("mean", torch.zeros(32))
+
+    def forward(self, x):
+        hidden = self.body(x)
+        return self.head(hidden), hidden.detach().mean(0)
+
+
+class Toy(Task):
+    def __init__(self, slow_s=0.0, broken=False, nan_at=-1, die_at=-1, dropout=0.0, flag=""):
+        self.slow_s, self.broken, self.nan_at, self.die_at = slow_s, broken, nan_at, die_at
+        self.dropout, self.flag = dropout, flag
+
+    def source(self):
+        return Rows(self.broken)
+
+    def setup(self, context):
+        super().setup(context)
+        self.net, self.critic = Net(self.dropout), nn.Sequential(nn.Linear(1, 8), nn.GELU(), nn.Linear(8, 1))
+        self.moved: list[torch.Tensor] = []
+        self.calls = 0
+
+    def modules(self):
+        return {"model": self.net, "discriminator": self.critic}
+
+    def zero_stage(self, name):
+        return 0 if name == "discriminator" else super().zero_stage(name)
+
+    def make_batch(self, rows):
+        x = np.stack([row.random(self.context.seed).standard_normal(8) for row in rows])
+        y = [[row.values["x"] / 300.0] for row in rows]
+        return {"x": torch.tensor(x, dtype=torch.float32), "y": torch.tensor(y, dtype=torch.float32)}
+
+    def begin_step(self, step, engines, read):
+        time.sleep(self.slow_s)
+        flag = Path(self.flag or "/nonexistent")
+        if step == self.die_at and self.context.collectives.rank == 0 and flag.exists():
+            flag.unlink()
+            os.kill(os.getpid(), 9)
+
+    def loss(self, name, engines, batch, step, share):
+        self.calls += 1
+        if name == "discriminator":
+            if step < 10:  # the second engine starts late, as a GAN's does
+                return None
+            loss = (engines[name](self.out) - batch["y"]).pow(2).mean()
+            return loss, {"critic": loss.detach()}
+        out, moved = engines[name](batch["x"])
+        self.out = out.detach()
+        self.moved.append(moved)
+        loss = (out - batch["y"]).pow(2).mean()
+        if step == self.nan_at:
+            loss = loss * float("nan")
+        return loss, {"loss": loss.detach()}
+
+    def after_step(self, step, engines):
+        c = self.context.collectives
+        mean = c.all_reduce(torch.stack(self.moved).mean(0)) / c.world_size
+        self.moved.clear()
+        self.net.mean.lerp_(mean, 0.1)
+        return {"moved": mean.norm()}
+
+    def pictures(self, engines):
+        return {"square": np.zeros((4, 4, 3), np.uint8)}
+
+    def state_dict(self):
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state):
+        self.calls = state["calls"]
+
+    def save(self, path, weights):
+        torch.save(weights, os.path.join(path, "final.pt"))
+        return {"calls": float(self.calls)}
+
+
+class FakeRun:
+    """What `fit` needs of a stage at work; keeps what was logged."""
+
+    def __init__(self, path: str, workers: int = 1) -> None:
+        self.path, self.tracker, self.lines = path, NullTracker(), []
+        self.recipe = Recipe(resources=Resources(workers=workers))
+        os.makedirs(path, exist_ok=True)
+
+    def log(self, message: str) -> None:
+        self.lines.append(message)
+
+    def progress(self, total: int, unit: str):
+        from smalti.progress import Progress
+
+        return Progress(total, unit, "toy")
+
+
+def train(path: str, *, workers: int = 1, settings=None, **changes) -> dict[str, float]:
+    """Train the toy into `path`; Ray must run."""
+    from smalti.workflows.train.launch import fit
+
+    by_value()
+    run = FakeRun(path, workers)
+    return fit(sys.modules[Toy.__module__].Toy, settings or {}, TRAIN.model_copy(update=changes), run, seed=3)
+
+
+def by_value() -> None:
+    """Let workers get this module's classes, which they cannot import."""
+    import ray
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[Toy.__module__])
+
+
+def load_by_path(path: str):
+    """This file as a module (tests are no package)."""
+    spec = importlib.util.spec_from_file_location("toy_training", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["toy_training"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+if __name__ == "__main__":
+    from smalti.workflows.ray_session import ensure_ray
+
+    with ensure_ray(Recipe()):
+        train(sys.argv[1], settings={"slow_s": float(sys.argv[2]), "dropout": 0.5})
