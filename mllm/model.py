@@ -90,7 +90,7 @@ class UnifiedModel(nn.Module):
         """Mean next-token loss over the batch's labels, visual labels weighing `image_loss_weight`, and its parts.
 
         batch: `input_ids`, `labels` (IGNORE where nothing is predicted), `attention_mask`, all int64 (B, L), padded on the
-        right; optional `answer_mask` bool (B, L); optional `loss_weight`, a scalar that the weighted sum is divided by in
+        right; optional `answer_mask` bool (B, L); optional `position_ids` and `segment_ids` (see `segment_mask`); optional `loss_weight`, a scalar that the weighted sum is divided by in
         place of this batch's own `loss_weight(labels)`. To average correctly over micro-batches and ranks of unequal label
         counts, give each of them the global batch's total weight divided by their number.
 
@@ -98,10 +98,12 @@ class UnifiedModel(nn.Module):
         (their counts, to weigh means by), and with `answer_mask` `answer_accuracy` and `tokens_answer`. A mean over
         no token is 0 beside a count of 0.
         """
+        embeds_BLH = self.inputs_embeds(batch["input_ids"])
+        mask = batch["attention_mask"]
+        if "segment_ids" in batch:
+            mask = segment_mask(batch["segment_ids"], embeds_BLH.dtype)
         hidden_BLH = self.backbone(
-            inputs_embeds=self.inputs_embeds(batch["input_ids"]),
-            attention_mask=batch["attention_mask"],
-            use_cache=False,
+            inputs_embeds=embeds_BLH, attention_mask=mask, position_ids=batch.get("position_ids"), use_cache=False
         ).last_hidden_state
         labels_N = batch["labels"][:, 1:].reshape(-1)
         total, losses_N, correct_N = self.lm.get_output_embeddings()(
@@ -142,6 +144,20 @@ class UnifiedModel(nn.Module):
             metrics["answer_accuracy"] = correct_N[where_N].sum() / count.clamp_min(1)
             metrics["tokens_answer"] = count
         return metrics
+
+
+def segment_mask(segments_BL: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive attention mask (B, 1, L, L): causal, and within segment k > 0 only it and the shared segment 0 are seen.
+
+    Segment −1 is padding, which sees itself alone (a row without any key would be NaN).
+    """
+    length = segments_BL.shape[1]
+    query_BL1, key_B1L = segments_BL[:, :, None], segments_BL[:, None, :]
+    seen_BLL = ((key_B1L == query_BL1) | (key_B1L == 0)) & (query_BL1 >= 0)
+    seen_BLL &= torch.ones(length, length, dtype=torch.bool, device=segments_BL.device).tril()
+    seen_BLL |= torch.eye(length, dtype=torch.bool, device=segments_BL.device)
+    mask_BLL = torch.zeros(seen_BLL.shape, dtype=dtype, device=segments_BL.device)
+    return mask_BLL.masked_fill_(~seen_BLL, torch.finfo(dtype).min)[:, None]
 
 
 _NEUTRAL = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}

@@ -32,6 +32,8 @@ class TokenSequence:
     ids: np.ndarray  # int64 (L,)
     labels: np.ndarray  # int64 (L,)
     answers: np.ndarray  # bool (L,): tokens of answers
+    segments: np.ndarray  # int64 (L,): 0 what all of the sequence sees, k > 0 what only the k-th segment sees
+    positions: np.ndarray  # int64 (L,): each segment goes on where the shared part ended
     num_cut: int = 0  # text tokens left out so that the image fits max_length
 
 
@@ -40,6 +42,8 @@ class SequenceBuilder:
 
     dense: every token is predicted (captions, questions and codes included), which is what teaches a small model to look;
     else only what is asked for: the image of a caption, the caption of an image, the answers.
+    isolate_questions: the questions of one sequence see the image and themselves, never each other (an earlier answer gives
+    the next one away), so that each is trained as it is asked: alone.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class SequenceBuilder:
         questions_per_image: int = 1,
         max_length: int = 2048,
         dense: bool = True,
+        isolate_questions: bool = True,
     ) -> None:
         self.text = TextEncoder(hf_tokenizer, vocabulary)
         self.vocabulary = vocabulary
@@ -60,6 +65,7 @@ class SequenceBuilder:
         self.questions_per_image = questions_per_image
         self.max_length = max_length
         self.dense = dense
+        self.isolate_questions = isolate_questions
         if not any(self.weights.values()):
             raise ConfigError("Every weight of mllm.mixture is 0, so there is nothing to train on. Set one above 0.")
 
@@ -126,6 +132,8 @@ class SequenceBuilder:
             if nth > 0 and parts.length + length + 1 > self.max_length:
                 parts.num_cut += length
                 continue
+            if self.isolate_questions:
+                parts.begin_segment()
             parts.add_cut(question, room=len(answer) + len(self.text.line_end) + 1, predicted=self.dense)
             parts.add_cut(answer, room=len(self.text.line_end) + 1, answer=True)
             parts.add_cut(self.text.line_end, room=1)
@@ -163,7 +171,17 @@ class _Parts:
         self.ids: list[int] = []
         self.labels: list[int] = []
         self.answers: list[bool] = []
+        self.segments: list[int] = []
+        self.positions: list[int] = []
+        self.segment = self.next_position = self.shared_length = 0
         self.num_cut = 0
+
+    def begin_segment(self) -> None:
+        """What follows sees the shared part (all before the first segment) and itself, not the other segments."""
+        if self.segment == 0:
+            self.shared_length = self.length
+        self.segment += 1
+        self.next_position = self.shared_length
 
     @property
     def length(self) -> int:
@@ -173,6 +191,9 @@ class _Parts:
         self.ids.extend(ids)
         self.labels.extend(ids if predicted else [IGNORE] * len(ids))
         self.answers.extend([answer] * len(ids))
+        self.segments.extend([self.segment] * len(ids))
+        self.positions.extend(range(self.next_position, self.next_position + len(ids)))
+        self.next_position += len(ids)
 
     def add_cut(self, ids: Sequence[int], room: int, predicted: bool = True, answer: bool = False) -> None:
         """Add as much of `ids` as leaves `room` positions free."""
@@ -181,13 +202,16 @@ class _Parts:
         self.add(ids[:fits], predicted, answer)
 
     def sequence(self) -> TokenSequence:
-        if self.labels:
-            self.labels[0] = IGNORE  # nothing stands before the first token
+        for place in range(len(self.ids)):
+            if place == 0 or self.segments[place] > max(1, self.segments[place - 1]):
+                self.labels[place] = IGNORE  # the token before it is nothing that it follows
         return TokenSequence(
             self.kind,
             np.array(self.ids, dtype=np.int64),
             np.array(self.labels, dtype=np.int64),
             np.array(self.answers, dtype=bool),
+            np.array(self.segments, dtype=np.int64),
+            np.array(self.positions, dtype=np.int64),
             self.num_cut,
         )
 
@@ -204,7 +228,8 @@ def questions_of(row: Row) -> list[tuple[str, str]]:
 
 
 def collate(sequences: Sequence[TokenSequence], pad: int) -> dict[str, Tensor]:
-    """A batch for `UnifiedModel`: input_ids, labels, attention_mask int64 and answer_mask bool, (B, longest), right-padded."""
+    """A batch for `UnifiedModel`, right-padded to (B, longest): input_ids, labels, attention_mask int64, answer_mask bool; and
+    where a sequence has segments, position_ids and segment_ids int64 (padding: segment −1)."""
     longest = max(len(sequence.ids) for sequence in sequences)
     ids_BL = torch.full((len(sequences), longest), pad, dtype=torch.int64)
     labels_BL = torch.full_like(ids_BL, IGNORE)
@@ -216,7 +241,19 @@ def collate(sequences: Sequence[TokenSequence], pad: int) -> dict[str, Tensor]:
         labels_BL[b, :length] = torch.from_numpy(sequence.labels)
         answers_BL[b, :length] = torch.from_numpy(sequence.answers)
         mask_BL[b, :length] = 1
-    return {"input_ids": ids_BL, "labels": labels_BL, "attention_mask": mask_BL, "answer_mask": answers_BL}
+    batch = {"input_ids": ids_BL, "labels": labels_BL, "attention_mask": mask_BL, "answer_mask": answers_BL}
+    if any(sequence.segments.any() for sequence in sequences):
+        batch |= _segmented(sequences, longest)
+    return batch
+
+
+def _segmented(sequences: Sequence[TokenSequence], longest: int) -> dict[str, Tensor]:
+    positions_BL = torch.zeros((len(sequences), longest), dtype=torch.int64)
+    segments_BL = torch.full_like(positions_BL, -1)
+    for b, sequence in enumerate(sequences):
+        positions_BL[b, : len(sequence.ids)] = torch.from_numpy(sequence.positions)
+        segments_BL[b, : len(sequence.ids)] = torch.from_numpy(sequence.segments)
+    return {"position_ids": positions_BL, "segment_ids": segments_BL}
 
 
 def _where(row: Row) -> str:

@@ -8,6 +8,7 @@ import torch
 
 from smalti.errors import ConfigError, VocabularyError
 from smalti.mllm.losses import IGNORE
+from smalti.mllm.model import segment_mask
 from smalti.mllm.sequences import SequenceBuilder, caption_of, collate, questions_of
 from smalti.schema import Mixture
 
@@ -211,3 +212,44 @@ def test_collate_pads_on_the_right(tiny, builder) -> None:
         assert batch["attention_mask"][row].tolist() == [1] * length + [0] * (longest - length)
         assert (batch["labels"][row, length:] == IGNORE).all()
         assert (batch["input_ids"][row, length:] == tiny.vocabulary.pad).all()
+
+
+def test_isolated_questions_are_answered_as_if_alone(tiny) -> None:
+    """Losses of a sequence with three segments are those of the three questions asked one by one."""
+    builder = SequenceBuilder(tiny.hf_tokenizer, tiny.vocabulary, questions_per_image=3)
+    packed = builder.build("qa", ROW, rng())
+    assert packed.segments.max() == 3 and packed.num_cut == 0
+    logits = logits_of(tiny, collate([packed, builder.build("image_to_caption", ROW, rng())], tiny.vocabulary.pad))[0]
+    shared = packed.segments == 0
+    for segment in (1, 2, 3):
+        here = packed.segments == segment
+        alone = torch.from_numpy(packed.ids[shared | here])[None]
+        expected = tiny.model.lm.get_output_embeddings()(
+            tiny.model.backbone(inputs_embeds=tiny.model.inputs_embeds(alone)).last_hidden_state
+        )[0]
+        torch.testing.assert_close(logits[torch.from_numpy(shared | here)], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_segment_does_not_follow_from_the_one_before(tiny) -> None:
+    packed = SequenceBuilder(tiny.hf_tokenizer, tiny.vocabulary, questions_per_image=3).build("qa", ROW, rng())
+    starts = [int(np.flatnonzero(packed.segments == segment)[0]) for segment in (1, 2, 3)]
+    assert packed.labels[starts[0]] == packed.ids[starts[0]]
+    assert [int(packed.labels[start]) for start in starts[1:]] == [IGNORE, IGNORE]
+    assert len({int(packed.positions[start]) for start in starts}) == 1
+
+
+def test_chained_questions_see_each_other_when_asked_for(tiny) -> None:
+    chained = SequenceBuilder(tiny.hf_tokenizer, tiny.vocabulary, questions_per_image=3, isolate_questions=False)
+    packed = chained.build("qa", ROW, rng())
+    assert not packed.segments.any() and packed.positions.tolist() == list(range(len(packed.ids)))
+    assert "segment_ids" not in collate([packed], tiny.vocabulary.pad)
+
+
+@torch.no_grad()
+def logits_of(tiny, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    hidden = tiny.model.backbone(
+        inputs_embeds=tiny.model.inputs_embeds(batch["input_ids"]),
+        attention_mask=segment_mask(batch["segment_ids"], torch.float32),
+        position_ids=batch["position_ids"],
+    ).last_hidden_state
+    return tiny.model.lm.get_output_embeddings()(hidden)
