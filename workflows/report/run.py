@@ -64,14 +64,19 @@ def curves(facts: Facts) -> str:
 
 
 def _metrics(history: list[dict[str, Any]]) -> list[str]:
-    """The metrics worth a chart: at least two numbers, the losses first; at most `MOST_CURVES`."""
+    """The metrics worth a chart: at least two numbers, the losses and qualities first; at most `MOST_CURVES`."""
     seen: dict[str, int] = {}
     for row in history:
         if "step" in row:
             for name, value in row.items():
                 seen[name] = seen.get(name, 0) + _is_number(value)
     names = [name for name, count in seen.items() if count > 1 and name not in NO_CURVE and not name.endswith("_s")]
-    return sorted(names, key=lambda name: (name != "loss", "loss" not in name, name == "lr", name))[:MOST_CURVES]
+    telling = ("loss", "psnr", "accuracy", "perplexity")
+
+    def rank(name: str) -> tuple[bool, bool, bool, str]:
+        return name != "loss", not any(word in name for word in telling), name == "lr", name
+
+    return sorted(names, key=rank)[:MOST_CURVES]
 
 
 def _is_number(value: Any) -> bool:
