@@ -27,7 +27,7 @@ def draw_slowly(tiny, prompt: list[int], sampling: Sampling, uniform: torch.Tens
     v, codes = tiny.vocabulary, []
     for t in range(T):
         drawn = [v.first_visual + code for code in codes]
-        conditional, unconditional = visual_logits(tiny, prompt + drawn), visual_logits(tiny, [v.bos, v.boi] + drawn)
+        conditional, unconditional = visual_logits(tiny, prompt + drawn), visual_logits(tiny, [v.bos, v.boi, *drawn])
         guided = unconditional + sampling.cfg * (conditional - unconditional)
         codes.append(int(choose(guided[None], sampling, uniform[t : t + 1])))
     return codes

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from smalti.errors import VocabularyError
-from smalti.mllm.adapters import DualAdapter, SingleAdapter
+from smalti.mllm.adapters import SingleAdapter
 from smalti.mllm.bpe import train_bpe
 from smalti.mllm.losses import IGNORE
 from smalti.mllm.model import UnifiedModel, check_supported
