@@ -102,13 +102,13 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     try:
         return {"metrics": Loop(job).run(), "fatal": None}
     except SmaltiError as error:
-        if isinstance(error, NotFinite) or ray.train.get_context().get_world_size() == 1:
+        if isinstance(error, NotFiniteError) or ray.train.get_context().get_world_size() == 1:
             return {"metrics": {}, "fatal": error}
         ray.get(job.board.fail.remote(error))
         raise
 
 
-class NotFinite(TrainingError):
+class NotFiniteError(TrainingError):
     """The loss is NaN or infinite; all workers find out in the same step."""
 
 
@@ -226,7 +226,7 @@ class Loop:
             torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MIN)
         first = int(bad)
         if first <= step:
-            raise NotFinite(
+            raise NotFiniteError(
                 f"the loss of step {first + 1} of {self.train.steps} is not a finite number (batch of "
                 f"{self.train.batch_size}, rate {ds.learning_rate(self.train, first):.3g}, {self.train.precision}). "
                 f"The newest checkpoint is from before it. Lower train.lr={self.train.lr:g}, lengthen "

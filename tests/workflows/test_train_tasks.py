@@ -1,0 +1,289 @@
+"""The real tasks: two workers (and ZeRO-3, and bf16) against one, on tiny models. All runs of a worker count share a group."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from smalti import shards
+from smalti.schema import (
+    DecoderStage,
+    EncoderTrain,
+    Gan,
+    LanguageModel,
+    Loss,
+    Mixture,
+    MllmSection,
+    Perceptual,
+    PixelStage,
+    Recipe,
+    Resources,
+    SemanticStage,
+    TokenizerSection,
+    Train,
+    VitSize,
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+SIZE, GRID, DIM, K, M = 16, (4, 4), 16, 6, 3
+TRAIN = Train(steps=6, batch_size=8, lr=3e-3, warmup=1, log_every=2)
+VIT = VitSize(dim=16, layers=1, heads=2)
+SEMANTIC = SemanticStage(dim=5, decoder_dim=16, decoder_layers=1, decoder_heads=2, decay=0.8, train=TRAIN)
+PIXEL = PixelStage(codes=M, dim=4, encoder=VIT, decoder=VIT, init_steps=2, semantic_only_decoder=True)
+ENCODER = EncoderTrain(
+    patch_size=4,
+    hidden_size=DIM,
+    layers=1,
+    heads=2,
+    text_layers=1,
+    text_vocab_size=270,
+    augment_shift=1,
+    augment_flip=True,
+)
+LOSS = Loss(l1=0.2, gan=Gan(weight=0.1, start_step=3, channels=8, layers=1, lr=1e-3))
+TASKS = "smalti.workflows.train.tasks_"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A corpus of 21 images in three shards, and everything that the tasks read."""
+    root = tmp_path_factory.mktemp("made")
+    rng = np.random.default_rng(0)
+    for index, count in enumerate((8, 6, 7)):
+        write_images(root / "corpus", shards.shard_key("train", index), count, rng)
+    write_images(root / "corpus", shards.shard_key("val", 0), 3, rng)
+    make_models(root)
+    return root
+
+
+def write_images(corpus: Path, key: str, count: int, rng: np.random.Generator) -> None:
+    def png() -> bytes:
+        colour = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1)
+        data = io.BytesIO()
+        Image.fromarray(colour).save(data, "png")
+        return data.getvalue()
+
+    rows = [
+        {
+            "image_id": f"{key}-{n}",
+            "image": png(),
+            "width": SIZE,
+            "height": SIZE,
+            "caption": None if n == 1 else f"a thing of kind {n % 3}",
+            "label": None if n == 1 else f"kind {n % 3}",
+            "source": "made",
+            "qa": [{"question": "what kind?", "answer": str(n % 3)}] * (n % 3),
+        }
+        for n in range(count)
+    ]
+    shards.write_shard(str(corpus), key, pa.Table.from_pylist(rows, shards.CORPUS))
+
+
+def make_models(root: Path) -> None:
+    """Encoder, centroids, semantic and pixel weights, a whole tokenizer, token shards, text tokenizers."""
+    from smalti.mllm.bpe import train_bpe
+    from smalti.tokenizers.encoders import VisionEncoder
+    from smalti.tokenizers.semhitok import PixelTokenizer, SemanticTokenizer, SemHiTok
+    from smalti.tokenizers.siglip import build_siglip
+
+    torch.manual_seed(0)
+    build_siglip(ENCODER, SIZE, 270, 0, 2).save_pretrained(root / "encoder")
+    save_file({"centroids": torch.randn(K, DIM)}, root / "centroids.safetensors")
+    encoder = VisionEncoder.from_pretrained(str(root / "encoder"))
+    semantic = SemanticTokenizer(DIM, SEMANTIC, K, GRID)
+    semantic.init_from(torch.randn(K, DIM))
+    pixel = PixelTokenizer(PIXEL, semantic.codes, SIZE, GRID, K * M)
+    save_file(semantic.state_dict(), root / "semantic.safetensors")
+    save_file(pixel.state_dict(), root / "pixel.safetensors")
+    SemHiTok(TokenizerSection(semantic=SEMANTIC, pixel=PIXEL), pixel, semantic, encoder).save_pretrained(
+        root / "tokenizer"
+    )
+    for name in ("encode", "mllm"):
+        train_bpe(["a thing of kind 0 1 2", "what kind?"] * 3, 270).save_pretrained(root / name / "text_tokenizer")
+    rng, schema = np.random.default_rng(1), shards.token_schema((16,))
+    for key in shards.list_shards(str(root / "corpus")):
+        table = shards.read_shard(str(root / "corpus"), key)
+        columns = {name: table.column(name) for name in ("image_id", "caption", "label", "qa")}
+        columns["codes"] = shards.list_column(rng.integers(0, K * M, (table.num_rows, 16), dtype=np.int32))
+        shards.write_shard(str(root / "tokens"), key, pa.table([columns[n] for n in schema.names], schema))
+
+
+def jobs(root: Path) -> dict[str, tuple[str, dict, Train]]:
+    """name → task, settings, training."""
+    keys = shards.list_shards(str(root / "corpus"), "train")
+    rows = {"keys": keys, "sizes": [8, 6, 7]}
+    images = {"corpus": str(root / "corpus"), "image_size": SIZE, "max_pixels": 10**6, "layer": -1, **rows}
+    with_encoder = images | {"encoder": str(root / "encoder")}
+    guided = (SEMANTIC, K, DIM, str(root / "semantic.safetensors"))
+    pixel = {"stage": PIXEL, "loss": LOSS, "grid": GRID, "num_codes": K * M, "semantic": guided, **with_encoder}
+    perceptual = Loss(perceptual=Perceptual(kind="encoder", weight=0.5))
+    flat_stage = PIXEL.model_copy(update={"semantic_only_decoder": False})
+    semantic = {"stage": SEMANTIC, "num_codes": K, "grid": GRID, "dim": DIM, **with_encoder}
+    encoder = {k: v for k, v in images.items() if k != "layer"} | {"sizes": [7, 5, 6]}
+    section = MllmSection(
+        config=LanguageModel(hidden_size=16, layers=1, heads=2, kv_heads=2, intermediate_size=32, text_vocab_size=270),
+        mixture=Mixture(caption_to_image=1, image_to_caption=1, qa=1),
+        max_length=64,
+        loss_chunk=32,
+        image_loss_weight=0.5,
+    )
+    tokens = {"tokenizer": str(root / "tokenizer"), "tokens": str(root / "tokens"), "path": str(root / "mllm"), **rows}
+    return {
+        "encoder": (
+            f"{TASKS}encoder:EncoderTask",
+            {"encoder": ENCODER, "path": str(root / "encode"), **encoder},
+            TRAIN,
+        ),
+        "semantic": (
+            f"{TASKS}semantic:SemanticTask",
+            semantic | {"centroids": str(root / "centroids.safetensors")},
+            TRAIN,
+        ),
+        "pixel": (f"{TASKS}pixel:PixelTask", pixel, TRAIN),
+        "flat": (f"{TASKS}pixel:PixelTask", pixel | {"semantic": None, "stage": flat_stage, "loss": perceptual}, TRAIN),
+        "decoder": (
+            f"{TASKS}pixel:PixelTask",
+            pixel | {"decoder": DecoderStage(decoder=VIT).decoder, "start": str(root / "pixel.safetensors")},
+            TRAIN,
+        ),
+        "mllm": (f"{TASKS}mllm:MllmTask", tokens | {"section": section}, TRAIN),
+    }
+
+
+def run_all(config) -> dict[str, float]:
+    """In a worker: every job in turn; how far the ranks' weights and buffers are apart afterwards."""
+    from smalti.workflows.train import engines
+    from smalti.workflows.train.loop import Loop
+
+    apart = {}
+    for name, job in config["jobs"].items():
+        engines.prepare_process(False, 1)
+        loop = Loop(job)
+        loop.run()
+        worst = 0.0
+        for engine in loop.engines.values():
+            whole = engines.full_weights(engine, on_this_rank=True)
+            for tensor in whole.values():
+                worst = max(worst, float((loop.collectives.broadcast(tensor) - tensor).abs().float().max()))
+        apart[name] = float(loop.collectives.all_reduce(torch.tensor(worst)))
+    return apart
+
+
+def fit(root: Path, workers: int, wanted: dict[str, tuple[str, dict, Train]], out: Path) -> dict[str, float]:
+    import ray
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from smalti.workflows.train.board import Board
+    from smalti.workflows.train.loop import Job
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    board = ray.remote(num_cpus=0)(Board).remote()
+    made = {}
+    for name, (task, settings, train) in wanted.items():
+        (out / name).mkdir(parents=True)
+        made[name] = Job(task, settings, train, 5, str(out / name), 1, 0, board, resumable=False)
+    trainer = TorchTrainer(
+        run_all,
+        train_loop_config={"jobs": made},
+        torch_config=TorchConfig(backend="gloo"),
+        scaling_config=ScalingConfig(num_workers=workers),
+        run_config=RunConfig(name="all", storage_path=str(out / "ray")),
+    )
+    return trainer.fit().return_value
+
+
+@pytest.fixture(scope="module")
+def results(place, tmp_path_factory) -> dict[str, tuple[Path, dict[str, float]]]:
+    """Folders of the runs: `one` (one worker), `two` (two), and in `two` variants under ZeRO and bf16."""
+    from smalti.workflows.ray_session import ensure_ray
+
+    plain = jobs(place)
+    more = dict(plain)
+    for name in ("encoder", "semantic", "pixel", "mllm"):
+        task, settings, train = plain[name]
+        more[f"{name}-zero3"] = (task, settings, train.model_copy(update={"zero_stage": 3}))
+    for name, stage in (("semantic", 0), ("pixel", 1), ("mllm", 3)):
+        task, settings, train = plain[name]
+        more[f"{name}-bf16"] = (task, settings, train.model_copy(update={"zero_stage": stage, "precision": "bf16"}))
+    task, settings, train = plain["mllm"]
+    more["mllm-micro"] = (task, settings, train.model_copy(update={"micro_batch_size": 1}))
+    folder = tmp_path_factory.mktemp("runs")
+    with ensure_ray(Recipe(resources=Resources(workers=2))):
+        return {
+            "one": (folder / "one", fit(place, 1, plain, folder / "one")),
+            "two": (folder / "two", fit(place, 2, more, folder / "two")),
+        }
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    (file,) = [f for f in folder.rglob("*.safetensors") if "text_tokenizer" not in f.parts]
+    return load_file(file)
+
+
+def distance(a: Path, b: Path) -> float:
+    one, other = tensors(a), tensors(b)
+    assert one.keys() == other.keys()
+    return max(float((one[n].float() - other[n].float()).abs().max()) for n in one)
+
+
+NAMES = ["encoder", "semantic", "pixel", "flat", "decoder", "mllm"]
+ZERO3 = ["encoder", "semantic", "pixel", "mllm"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_workers_come_to_what_one_does(results, name) -> None:
+    assert distance(results["one"][0] / name, results["two"][0] / name) < 2e-5
+
+
+@pytest.mark.parametrize("name", ZERO3)
+def test_zero_3_comes_to_the_same_whole_weights(results, name) -> None:
+    assert distance(results["one"][0] / name, results["two"][0] / f"{name}-zero3") < 2e-5
+
+
+def test_accumulation_of_unequal_token_counts_comes_to_the_same(results) -> None:
+    assert distance(results["one"][0] / "mllm", results["two"][0] / "mllm-micro") < 2e-5
+
+
+def test_all_ranks_end_alike(results) -> None:
+    """EMA codebooks, k-means starts and both engines of the GAN among them: bit for bit."""
+    apart = results["two"][1]
+    assert set(NAMES) < set(apart) and set(apart.values()) == {0.0}
+
+
+@pytest.mark.parametrize("name", ["semantic-bf16", "pixel-bf16", "mllm-bf16"])
+def test_bf16_stays_near_float32(results, name) -> None:
+    plain = results["one"][0] / name.removesuffix("-bf16")
+    far = distance(plain, results["two"][0] / name)
+    assert 0 < far < 0.1 or name == "semantic-bf16"
+    assert all(t.dtype in (torch.float32, torch.int64) for t in tensors(results["two"][0] / name).values())
+
+
+def test_the_semantic_codebook_and_encoder_are_untouched_by_the_pixel_phase(results, place) -> None:
+    """The decoder phase leaves all but the decoder as it was, bit for bit; the pixel phase owns no semantic weight."""
+    before, after = load_file(place / "pixel.safetensors"), tensors(results["one"][0] / "decoder")
+    assert not any(name.startswith("semantic_codes") for name in tensors(results["one"][0] / "pixel"))
+    for name, tensor in before.items():
+        same = torch.equal(tensor, after[name])
+        assert same != name.startswith("decoder.") or same, name
+    assert any(not torch.equal(before[n], after[n]) for n in before if n.startswith("decoder."))
+
+
+def test_the_results_load_as_what_they_are(results) -> None:
+    from transformers import AutoTokenizer, SiglipModel
+
+    from smalti.mllm.build import load_unified
+
+    folder, _ = results["two"]
+    SiglipModel.from_pretrained(folder / "encoder-zero3" / "model")
+    AutoTokenizer.from_pretrained(folder / "encoder" / "model")
+    model, _ = load_unified(str(folder / "mllm-zero3" / "model"))
+    assert model.vocabulary.num_codes == K * M
