@@ -45,7 +45,7 @@ def load_recipe(path: str | None, overrides: Sequence[str] = (), *, base: Mappin
 
 
 def with_overrides(recipe: Recipe, overrides: Mapping[str, Any], *, where: str = "override") -> Recipe:
-    """A copy of `recipe` with dotted keys set; a mapping given for a section is merged into it."""
+    """A copy of `recipe` with dotted keys set; a mapping given for a section is merged into it, `{}` empties it."""
     data = dump(recipe)
     origins: Origins = {}
     for key, value in overrides.items():
@@ -180,9 +180,8 @@ def _set(data: dict[str, Any], dotted: str, value: Any, *, where: str) -> None:
             below = node[name] = {}
         node = below
     current = node.get(last)
-    node[last] = (
-        merge(current, value) if isinstance(current, dict) and isinstance(value, Mapping) else copy.deepcopy(value)
-    )
+    merges = isinstance(current, dict) and isinstance(value, Mapping) and value
+    node[last] = merge(current, value) if merges else copy.deepcopy(value)
 
 
 def _validated(data: dict[str, Any], origins: Origins, where: str) -> Recipe:
