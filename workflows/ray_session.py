@@ -38,6 +38,7 @@ def ensure_ray(recipe: Recipe) -> Iterator[None]:
     import ray
 
     if ray.is_initialized():
+        quiet_ray_data()
         yield
         return
     if os.environ.get("RAY_ADDRESS"):

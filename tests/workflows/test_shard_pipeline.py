@@ -1,0 +1,99 @@
+"""The shard pipeline: every item once, with and without a stage of readers, through errors and lost actors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from smalti import shards
+from smalti.errors import DataError, ImageError
+from smalti.schema import Resources
+from smalti.workflows.ray_session import quiet_ray_data
+from smalti.workflows.shard_pipeline import run_shards, standing
+
+
+@pytest.fixture(scope="module")
+def ray_here() -> Iterator[None]:
+    """A local Ray that believes it has a GPU: the split pipeline runs, nothing computes on one."""
+    import ray
+
+    ray.init(address="local", num_cpus=3, num_gpus=1, log_to_driver=False, logging_level="ERROR")
+    quiet_ray_data()
+    yield
+    ray.shutdown()
+
+
+def worker_class(folder: str = "") -> Any:
+    """A worker that squares; made here, so that it travels by value. It dies once at item 5 when given a folder."""
+
+    class Square:
+        def __init__(self, offset: int) -> None:
+            self.offset = offset
+
+        def read(self, item: int) -> tuple[int, bytes]:
+            if item == -1:
+                raise ImageError("cannot read", "broken")
+            return item, bytes(1000)
+
+        def work(self, loaded: tuple[int, bytes]) -> int:
+            import os
+            import signal
+            from pathlib import Path
+
+            item, data = loaded
+            marker = Path(folder) / "died"
+            if folder and item == 5 and not marker.exists():
+                marker.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            if item == -2:
+                raise ValueError("a bug")
+            return item * item + self.offset + len(data) - 1000
+
+    return Square
+
+
+def results(items: list[int], gpus: float, folder: str = "") -> list[int]:
+    resources = Resources(actors=2, gpus_per_worker=gpus, readers=1)
+    return sorted(run_shards(items, worker_class(folder), (7,), resources))
+
+
+@pytest.mark.parametrize("gpus", [0, 0.5])
+def test_every_item_once(ray_here: None, gpus: float) -> None:
+    assert results(list(range(9)), gpus) == sorted(n * n + 7 for n in range(9))
+
+
+@pytest.mark.parametrize("gpus", [0, 0.5])
+def test_a_users_error_comes_as_it_was(ray_here: None, gpus: float) -> None:
+    with pytest.raises(ImageError, match="cannot read") as caught:
+        results([1, -1], gpus)
+    assert caught.value.reason == "broken"
+
+
+def test_a_bug_is_not_swallowed(ray_here: None) -> None:
+    with pytest.raises(Exception, match="a bug"):
+        results([-2], 0)
+
+
+def test_the_shard_of_a_lost_actor_is_done_again(ray_here: None, tmp_path: Path) -> None:
+    assert results(list(range(9)), 0, str(tmp_path)) == sorted(n * n + 7 for n in range(9))
+    assert (tmp_path / "died").exists()
+
+
+def test_nothing_to_do_starts_nothing() -> None:
+    assert list(run_shards([], worker_class(), (0,), Resources())) == []
+
+
+def test_standing_shards_and_torn_ones(tmp_path: Path) -> None:
+    assert standing(str(tmp_path), "train/00000") is None
+    receipt = shards.write_shard(str(tmp_path), "train/00000", pa.table({"a": [1, 2]}))
+    assert standing(str(tmp_path), "train/00000") == receipt
+    path = tmp_path / "train" / "00000.parquet"
+    path.write_bytes(path.read_bytes()[:20])
+    assert standing(str(tmp_path), "train/00000") is None
+    assert not path.exists()
+    with pytest.raises(DataError):
+        shards.shard_rows(str(tmp_path), "train/00000")
