@@ -92,7 +92,7 @@ class ContrastiveModel(nn.Module):
         texts all images, and what came from elsewhere takes no gradient here.
         """
         image_BE = F.normalize(self.model.vision_model(pixel_values=pixels_BCHW).pooler_output.float(), dim=-1)
-        text_BE = F.normalize(self.model.text_model(input_ids=input_ids_BL).pooler_output.float(), dim=-1)
+        text_BE = self._text(input_ids_BL)
         scale, bias = self.model.logit_scale, self.model.logit_bias
         if gather is None:
             same = same_rows(input_ids_BL, input_ids_BL)
@@ -114,3 +114,8 @@ class ContrastiveModel(nn.Module):
             "bias": bias.detach().mean(),
         }
         return loss, metrics
+
+    def _text(self, input_ids_BL: Tensor) -> Tensor:
+        """Unit embeddings (B, E) of texts; one that repeats in the batch is embedded once."""
+        unique_UL, places_B = input_ids_BL.unique(dim=0, return_inverse=True)
+        return F.normalize(self.model.text_model(input_ids=unique_UL).pooler_output.float(), dim=-1)[places_B]
