@@ -107,9 +107,6 @@ class PixelTask(ImageTask):
         """The discriminator is small, and is looked at from outside its engine: whole on every worker."""
         return 0 if name == "discriminator" else super().zero_stage(name)
 
-    def make_batch(self, rows: Any) -> Batch:
-        return super().make_batch(rows)
-
     def semantic_ids(self, batch: Batch) -> Tensor | None:
         """Semantic codes of a batch: int64 (B, N); computed once a row."""
         if self.semantic is None:
@@ -134,23 +131,24 @@ class PixelTask(ImageTask):
         vectors, ids = [], []
         engines["model"].eval()
         with torch.no_grad():
-            for ahead in range(step, step + steps):
-                for batch in read(ahead):
-                    semantic_ids = self.semantic_ids(batch)
-                    p_BND, *_ = engines["model"](to_unit(batch["pixels"]), semantic_ids, vectors_only=True)
-                    vectors.append(p_BND.float().flatten(0, 1))
-                    ids.append(
-                        torch.zeros_like(p_BND[..., 0], dtype=torch.int64).flatten()
-                        if semantic_ids is None
-                        else semantic_ids.flatten()
-                    )
-        vectors_TD, ids_T = collectives.all_gather(torch.cat(vectors)), collectives.all_gather(torch.cat(ids))
+            for ahead in range(step, step + steps):  # gathered step by step: the order of one worker's batches
+                parts = [self._vectors(engines["model"], batch) for batch in read(ahead)]
+                vectors.append(collectives.all_gather(torch.cat([p for p, _ in parts])))
+                ids.append(collectives.all_gather(torch.cat([i for _, i in parts])))
+        vectors_TD, ids_T = torch.cat(vectors), torch.cat(ids)
         codebook = self.tokenizer.codebook
         fresh = type(codebook)(*self._codebook_sizes())
         if collectives.rank == 0:
             fresh.init_from(vectors_TD.cpu(), ids_T.cpu(), self.context.generator(step))
         codes = collectives.broadcast(fresh.codes.detach().to(self.context.device))
         set_parameter(engines["model"], codebook.codes, codes)
+
+    def _vectors(self, engine: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The pixel encoder's vectors of a batch (T, D), and the semantic code of each (zeros without guidance)."""
+        semantic_ids = self.semantic_ids(batch)
+        p_BND, *_ = engine(to_unit(batch["pixels"]), semantic_ids, vectors_only=True)
+        p_TD = p_BND.float().flatten(0, 1)
+        return p_TD, p_TD.new_zeros(len(p_TD), dtype=torch.int64) if semantic_ids is None else semantic_ids.flatten()
 
     def _codebook_sizes(self) -> tuple[int, ...]:
         if self.semantic is None:
