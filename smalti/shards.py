@@ -9,9 +9,10 @@ lists value by value, binaries by copying (`bench` goal 10). `read_shard` gives 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -128,25 +129,29 @@ def write_shard(artifact_path: str, key: str, table: pa.Table) -> Receipt:
 def read_shard(artifact_path: str, key: str, columns: Sequence[str] | None = None) -> pa.Table:
     """The rows of a shard, or some of its columns; `DataError` when it is missing, torn, or lacks a column."""
     path = shard_path(artifact_path, key)
-    with storage.open_read(path) as file:
-        try:
-            parquet = pq.ParquetFile(file)
-            missing = sorted(set(columns or ()) - set(parquet.schema_arrow.names))
-            if missing:
-                have = ", ".join(parquet.schema_arrow.names)
-                raise DataError(f"{path} has no column {', '.join(missing)}; it has {have}")
-            table = parquet.read(columns=None if columns is None else list(columns), use_threads=False)
-        except (pa.ArrowException, OSError, EOFError) as error:
-            raise _torn(path, error) from error
+    with _opened(path) as parquet:
+        missing = sorted(set(columns or ()) - set(parquet.schema_arrow.names))
+        if missing:
+            have = ", ".join(parquet.schema_arrow.names)
+            raise DataError(f"{path} has no column {', '.join(missing)}; it has {have}")
+        table = parquet.read(columns=None if columns is None else list(columns), use_threads=False)
     return _unpack(table)
 
 
 def shard_rows(artifact_path: str, key: str) -> int:
     """Rows of a shard, read from its footer alone; `DataError` when it is missing or torn."""
-    path = shard_path(artifact_path, key)
+    with _opened(shard_path(artifact_path, key)) as parquet:
+        return int(parquet.metadata.num_rows)
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[pq.ParquetFile]:
+    """The Parquet file at `path`, mapped into memory when it is local; what its reader complains of comes as `DataError`."""
     with storage.open_read(path) as file:
         try:
-            return int(pq.ParquetFile(file).metadata.num_rows)
+            source = pa.memory_map(storage.local_path(path)) if storage.is_local(path) else file
+            with pq.ParquetFile(source) as parquet:
+                yield parquet
         except (pa.ArrowException, OSError, EOFError) as error:
             raise _torn(path, error) from error
 
