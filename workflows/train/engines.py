@@ -153,11 +153,13 @@ def full_weights(engine: Any, *, on_this_rank: bool) -> dict[str, torch.Tensor] 
 
 @torch.no_grad()
 def set_parameter(engine: Any, parameter: nn.Parameter, value: torch.Tensor) -> None:
-    """Give a trained parameter a new value (whole, the same on every rank) under any ZeRO stage; momenta start anew."""
+    """Give a trained parameter a new value (whole, the same on every rank) under any ZeRO stage; its moments become 0."""
     stage = engine.zero_optimization_stage()
     if stage == 0:
         parameter.copy_(value)
-        engine.optimizer.state.pop(parameter, None)
+        for name, moment in engine.optimizer.state.get(parameter, {}).items():
+            if name != "step":  # one count for all parameters under ZeRO, so it stays here too
+                moment.zero_()
         return
     import deepspeed
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
