@@ -170,7 +170,10 @@ def _dotted(data: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 
 def _set(data: dict[str, Any], dotted: str, value: Any, *, where: str) -> None:
-    """Set a dotted key in nested data; sections on the way that are absent or null are made."""
+    """Set a dotted key in nested data; sections on the way that are absent or null are made.
+
+    A mapping merges into what stands there, an empty one replaces it: `baselines={}` takes all baselines away.
+    """
     problem = _SCHEMA.unknown(dotted)
     if problem is not None:
         raise ConfigError(f"{where}: {problem}")
@@ -182,8 +185,10 @@ def _set(data: dict[str, Any], dotted: str, value: Any, *, where: str) -> None:
             below = node[name] = {}
         node = below
     current = node.get(last)
-    merges = isinstance(current, dict) and isinstance(value, Mapping) and value
-    node[last] = merge(current, value) if merges else copy.deepcopy(value)
+    if isinstance(current, dict) and isinstance(value, Mapping) and value:
+        node[last] = merge(current, value)
+    else:
+        node[last] = copy.deepcopy(value)
 
 
 def _validated(data: dict[str, Any], origins: Origins, where: str) -> Recipe:

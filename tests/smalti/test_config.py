@@ -217,6 +217,8 @@ def test_with_overrides_merges_sections_and_checks() -> None:
     assert other.corpus.image_size == recipe.corpus.image_size
     assert recipe.tokenizer.guidance
     assert with_overrides(recipe, {"encoder.train": None}).encoder.train is None
+    flat = with_overrides(recipe, {"baselines.flat": {"tokenizer.guidance": False}})
+    assert with_overrides(flat, {"baselines": {}}).baselines == {}
     with pytest.raises(ConfigError, match=r"did you mean 'corpus\.limit'"):
         with_overrides(recipe, {"corpus.limt": 5})
 
