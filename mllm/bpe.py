@@ -11,10 +11,10 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
 
 from smalti.errors import ConfigError
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
 SPECIALS = (PAD, BOS, EOS)

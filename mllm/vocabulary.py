@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tokenizers import AddedToken
 from torch import Tensor
 
 from smalti.errors import VocabularyError
+from tokenizers import AddedToken
 
 IMAGE_START = "<start_of_image>"
 IMAGE_END = "<end_of_image>"

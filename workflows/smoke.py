@@ -107,7 +107,9 @@ def _model(recipe: Recipe, out: str) -> dict[str, Any]:
 
 def _words() -> list[str]:
     """Text enough for a byte-level BPE of some hundred tokens."""
-    return [f"a {colour} {shape}" for colour in ("red", "green", "blue") for shape in ("circle", "rectangle", "triangle")]
+    return [
+        f"a {colour} {shape}" for colour in ("red", "green", "blue") for shape in ("circle", "rectangle", "triangle")
+    ]
 
 
 def _tiny_siglip(path: str) -> str:
@@ -123,7 +125,7 @@ def _tiny_siglip(path: str) -> str:
     tokenizer = train_bpe(_words(), 300)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = build_siglip(size, 32, len(tokenizer), pad_id=tokenizer.pad_token_id, eos_id=tokenizer.eos_token_id)
+        model = build_siglip(size, 32, len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id)
     with atomic_local_dir(path) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

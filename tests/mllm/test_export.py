@@ -8,7 +8,6 @@ import sys
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from smalti.errors import VocabularyError
@@ -19,6 +18,7 @@ from smalti.mllm.prompts import TextEncoder
 from smalti.mllm.vocabulary import VisualVocabulary
 from smalti.schema import LanguageModel, MllmSection, Sampling
 from smalti.tokenizers.loading import load_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 ELSEWHERE = """
 import json, sys

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from smalti.config import find_recipe, load_recipe, recipes_folder
 from smalti.workflows.chain import baseline_recipe, stages_of
 
@@ -63,7 +64,7 @@ def test_a_whole_run_leaves_every_artifact_and_the_report(unbroken: Path) -> Non
         assert record["fingerprint"]
     report = json.loads((unbroken / "report.json").read_text())
     assert {"name", "version", "recipe", "machine", "started", "seconds", "stages", "scores"} <= set(report)
-    assert all(0 < entry["n"] for entry in report["scores"].values())
+    assert all(entry["n"] > 0 for entry in report["scores"].values())
     assert "pixel_codes" in report["scores"]["qa/accuracy"]["baseline"]
     assert (unbroken / "mlflow.db").is_file()
 
@@ -72,7 +73,11 @@ def test_a_whole_run_leaves_every_artifact_and_the_report(unbroken: Path) -> Non
 def test_the_same_command_again_skips_every_stage(unbroken: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in unbroken.glob("*/artifact.json")}
     done = subprocess.run(
-        command("semhitok-quickstart", unbroken.with_name("out")), cwd=ROOT, env=environment(), capture_output=True, text=True
+        command("semhitok-quickstart", unbroken.with_name("out")),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert {path: path.stat().st_mtime_ns for path in before} == before

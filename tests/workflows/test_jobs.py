@@ -81,5 +81,5 @@ def test_the_documented_command_runs_the_paper_recipe_small(head: dict[str, str]
     done = subprocess.run(command, env=head, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     report = json.loads((tmp_path / "semhitok-smoke" / "report.json").read_text())
-    assert [stage["name"] for stage in report["stages"]][0] == "corpus"
+    assert next(stage["name"] for stage in report["stages"]) == "corpus"
     assert report["scores"]["reconstruction/psnr"]["n"] > 0
