@@ -90,13 +90,17 @@ def test_accumulation_and_zero_2_come_to_the_same(reference, toy, tmp_path) -> N
     assert distance(tmp_path, reference) < 1e-5
 
 
-def test_a_killed_worker_is_restarted_from_the_checkpoint(reference, toy, tmp_path) -> None:
+@pytest.mark.parametrize("zero", [0, 3])
+def test_a_killed_worker_is_restarted_from_the_checkpoint(reference, toy, tmp_path, zero) -> None:
+    """Rank 0 dies at step 13, with a checkpoint at 8; the buffers and both engines come back too."""
     flag = tmp_path / "flag"
     flag.touch()
-    toy.train(str(tmp_path / "run"), settings={"die_at": 13, "flag": str(flag)})
+    settings = {"die_at": 13, "flag": str(flag)}
+    toy.train(str(tmp_path / "run"), workers=2 if zero else 1, zero_stage=zero, settings=settings)
     assert not flag.exists()
-    assert distance(tmp_path / "run", reference) == 0
-    assert history(tmp_path / "run") == history(reference)
+    assert distance(tmp_path / "run", reference) <= (1e-5 if zero else 0)
+    for ours, theirs in zip(history(tmp_path / "run"), history(reference), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4 if zero else 0)
 
 
 def test_a_broken_shard_is_one_clear_error_and_not_tried_over_and_over(session, toy, tmp_path) -> None:
@@ -115,16 +119,16 @@ def test_a_batch_that_workers_cannot_share_fails_before_anything_starts(toy, tmp
         toy.train(str(tmp_path), workers=2, batch_size=7)
 
 
-def test_a_killed_driver_goes_on_and_ends_with_the_same_model(toy, tmp_path) -> None:
-    """SIGKILL between checkpoints; the same command again. In processes with Ray of their own."""
+def test_a_killed_driver_goes_on_and_ends_with_the_same_model(session, toy, tmp_path) -> None:
+    """SIGKILL between checkpoints; the same command again. In processes with a Ray of their own; dropout draws too."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": ""}
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
 
-    def command(path: Path, slow_s: float) -> subprocess.Popen:
-        arguments = [sys.executable, str(TOY), str(path), str(slow_s)]
+    def command(slow_s: float) -> subprocess.Popen:
+        arguments = [sys.executable, str(TOY), str(broken), str(slow_s)]
         return subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, start_new_session=True, text=True)
 
-    broken, whole = tmp_path / "broken", tmp_path / "whole"
-    killed = command(broken, 0.4)
+    killed = command(0.4)
     until = time.monotonic() + 120
     while not (broken / "checkpoints" / "step-000000008").exists():
         assert killed.poll() is None and time.monotonic() < until
@@ -133,9 +137,10 @@ def test_a_killed_driver_goes_on_and_ends_with_the_same_model(toy, tmp_path) -> 
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
     assert not (broken / "final.pt").exists()
-    for path in (broken, whole):
-        run = command(path, 0.0)
-        _, told = run.communicate(timeout=200)
-        assert run.returncode == 0, told
+    again = command(0.0)
+    _, told = again.communicate(timeout=200)
+    assert again.returncode == 0, told
+    assert "going on after step" in told
+    toy.train(str(whole), settings={"dropout": 0.5})
     assert distance(broken, whole) == 0
     assert history(broken) == history(whole)

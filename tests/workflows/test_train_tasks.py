@@ -109,6 +109,9 @@ def make_models(root: Path) -> None:
     )
     for name in ("encode", "mllm"):
         train_bpe(["a thing of kind 0 1 2", "what kind?"] * 3, 270).save_pretrained(root / name / "text_tokenizer")
+    for index, count in enumerate((5, 4)):
+        lines = pa.table({"text": [f"line {n} about nothing" for n in range(count)]})
+        shards.write_shard(str(root / "mllm" / "text"), shards.shard_key("train", index), lines)
     rng, schema = np.random.default_rng(1), shards.token_schema((16,))
     for key in shards.list_shards(str(root / "corpus")):
         table = shards.read_shard(str(root / "corpus"), key)
@@ -131,12 +134,19 @@ def jobs(root: Path) -> dict[str, tuple[str, dict, Train]]:
     encoder = {k: v for k, v in images.items() if k != "layer"} | {"sizes": [7, 5, 6]}
     section = MllmSection(
         config=LanguageModel(hidden_size=16, layers=1, heads=2, kv_heads=2, intermediate_size=32, text_vocab_size=270),
-        mixture=Mixture(caption_to_image=1, image_to_caption=1, qa=1),
+        mixture=Mixture(caption_to_image=1, image_to_caption=1, qa=1, text=1),
         max_length=64,
         loss_chunk=32,
         image_loss_weight=0.5,
     )
-    tokens = {"tokenizer": str(root / "tokenizer"), "tokens": str(root / "tokens"), "path": str(root / "mllm"), **rows}
+    texts = (shards.list_shards(str(root / "mllm" / "text")), [5, 4])
+    tokens = {
+        "text": texts,
+        "tokenizer": str(root / "tokenizer"),
+        "tokens": str(root / "tokens"),
+        "path": str(root / "mllm"),
+        **rows,
+    }
     return {
         "encoder": (
             f"{TASKS}encoder:EncoderTask",

@@ -122,17 +122,13 @@ class FakeRun:
     """What `fit` needs of a stage at work; keeps what was logged."""
 
     def __init__(self, path: str, workers: int = 1) -> None:
-        self.path, self.tracker, self.lines = path, NullTracker(), []
+        self.name, self.path, self.tracker, self.lines = "toy", path, NullTracker(), []
         self.recipe = Recipe(resources=Resources(workers=workers))
         os.makedirs(path, exist_ok=True)
 
     def log(self, message: str) -> None:
         self.lines.append(message)
-
-    def progress(self, total: int, unit: str):
-        from smalti.progress import Progress
-
-        return Progress(total, unit, "toy")
+        print(message, file=sys.stderr)
 
 
 def train(path: str, *, workers: int = 1, settings=None, **changes) -> dict[str, float]:

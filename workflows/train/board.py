@@ -16,7 +16,7 @@ class Board:
     def __init__(self) -> None:
         self._metrics: list[tuple[int, dict[str, float]]] = []
         self._pictures: list[tuple[int, str, np.ndarray]] = []
-        self._resumed: list[int] = []
+        self._started: list[int] = []
         self._fatal: SmaltiError | None = None
 
     def metrics(self, step: int, numbers: dict[str, float]) -> None:
@@ -25,8 +25,9 @@ class Board:
     def picture(self, step: int, name: str, picture: np.ndarray) -> None:
         self._pictures.append((step, name, picture))
 
-    def resumed(self, step: int) -> None:
-        self._resumed.append(step)
+    def started(self, step: int) -> None:
+        """The workers are ready and go on after `step` steps; said again by a restarted group."""
+        self._started.append(step)
 
     def fail(self, error: SmaltiError) -> None:
         self._fatal = self._fatal or error
@@ -36,6 +37,6 @@ class Board:
 
     def take(self) -> tuple[list[Any], list[Any], list[int]]:
         """Everything since the last call."""
-        taken = (self._metrics, self._pictures, self._resumed)
-        self._metrics, self._pictures, self._resumed = [], [], []
+        taken = (self._metrics, self._pictures, self._started)
+        self._metrics, self._pictures, self._started = [], [], []
         return taken

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
+import time
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from smalti import storage
 from smalti.errors import SmaltiError, TrainingError
+from smalti.progress import Progress
 from smalti.workflows.train.board import Board
 from smalti.workflows.train.engines import accumulation
 from smalti.workflows.train.loop import DONE_FILE, Job, train_worker
@@ -105,6 +108,8 @@ class Watch:
         self.board, self.train, self.run = board, train, run
         self.stop = threading.Event()
         self.error: BaseException | None = None
+        self.progress: Progress | None = None
+        self.began = time.monotonic()
         self.thread = threading.Thread(target=self._watch, name="watch", daemon=True)
 
     def __enter__(self) -> Watch:
@@ -119,39 +124,36 @@ class Watch:
 
     def _watch(self) -> None:
         try:
-            shown = 0
-            with self.run.progress(self.train.steps, "steps") as progress:
+            with ExitStack() as stack:
                 while True:
                     ending = self.stop.is_set()
-                    shown = self._show(progress, shown)
+                    self._show(stack)
                     if ending:
                         return
                     self.stop.wait(POLL_S)
         except BaseException as error:  # raised in the driver's thread when the trainer is done
+            self.run.log(f"progress and metrics stop here: {error}")
             self.error = error
 
-    def _show(self, progress: Any, shown: int) -> int:
+    def _show(self, stack: ExitStack) -> None:
+        """Pass on what the board holds; the bar opens when the workers are ready, so that its rate is theirs."""
         import ray
 
-        metrics, pictures, resumed = ray.get(self.board.take.remote())
-        for step in resumed:
-            self.run.log(f"going on after step {step:,}")
-            shown = self._advance(progress, shown, step, {})
+        metrics, pictures, started = ray.get(self.board.take.remote())
+        for step in started:
+            ready_s = time.monotonic() - self.began
+            where = f", going on after step {step:,}" if step else ""
+            self.run.log(f"{self.run.recipe.resources.workers} worker(s) ready after {ready_s:.0f} s{where}")
+            if self.progress is None:
+                self.progress = stack.enter_context(Progress(self.train.steps, "steps", self.run.name, done=step))
         for step, numbers in metrics:
             self.run.tracker.metrics(numbers, step=step)
             told = {"loss": f"{numbers['loss']:.4g}"} if "loss" in numbers else {}
-            told["samples/s"] = f"{numbers['samples_per_s']:.0f}"
-            shown = self._advance(progress, shown, step, told)
+            if self.progress is not None:  # a restarted group repeats steps; the bar never runs backwards
+                rate = f"{numbers['samples_per_s']:.0f}"
+                self.progress.update(max(0, step - self.progress.count), **told, **{"samples/s": rate})
         for step, name, picture in pictures:
             self.run.tracker.image(name, picture, step=step)
-        return shown
-
-    @staticmethod
-    def _advance(progress: Any, shown: int, step: int, told: dict[str, str]) -> int:
-        """A restarted group repeats steps; the bar never runs backwards."""
-        if step > shown:
-            progress.update(step - shown, **told)
-        return max(shown, step)
 
 
 def _one_error(error: Exception, board: Any, run: StageRun) -> SmaltiError:
@@ -169,9 +171,9 @@ def _one_error(error: Exception, board: Any, run: StageRun) -> SmaltiError:
     told = f"{type(first).__name__}: {first}".strip().splitlines()
     lines = [told[0]] if len(told) == 1 else [told[0], told[-1]]
     return TrainingError(
-        f"training in {run.path} failed after {run.recipe.resources.workers} worker(s) were restarted as often as "
-        f"train.max_failures allows: {' … '.join(lines)}\n"
-        f"The same command goes on from the newest checkpoint in {storage.join(run.path, CHECKPOINTS)}."
+        f"Training in {run.path} failed, and failed again after restarts (train.max_failures): {' … '.join(lines)}\n"
+        f"Ray's logs of the workers lie under /tmp/ray/session_latest/logs on their machines. The same command goes on "
+        f"from the newest checkpoint in {storage.join(run.path, CHECKPOINTS)}."
     )
 
 

@@ -146,6 +146,8 @@ class Loop:
             threads=self.job.cpus,
         )
         start = self._resume()
+        if self.rank == 0:
+            self.job.board.started.remote(start)
         self.clock = (time.monotonic(), start)
         for step, batches in self.feed.steps(start, self.train.steps):
             self._step(step, batches)
@@ -269,8 +271,6 @@ class Loop:
         if state is None:
             return 0
         self.history = state["history"]
-        if self.rank == 0:
-            self.job.board.resumed.remote(state["step"])
         return int(state["step"])
 
     def _write_history(self) -> None:
@@ -281,6 +281,8 @@ class Loop:
 
     def _finish(self) -> dict[str, float]:
         """Gather whole weights; rank 0 writes the final model, the history, and the mark that all of it stands."""
+        import ray
+
         for engine in self.engines.values():
             engine.eval()
         weights: dict[str, dict[str, Tensor]] = {}
@@ -294,5 +296,6 @@ class Loop:
             self._write_history()
             final = {"steps": self.train.steps, "metrics": dict(numbers), "history": self.history[-1:]}
             storage.write_json(storage.join(self.job.path, DONE_FILE), final)
+            ray.get(self.job.board.fatal.remote())  # calls arrive in order: after this one all that was told is there
         self.collectives.barrier()
         return dict(numbers)

@@ -1,0 +1,237 @@
+"""Parts of the training side that need no Ray: schedules, readers, batches, memory, texts."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from smalti import shards
+from smalti.errors import ConfigError, DataError
+from smalti.schema import Mixture, Train
+from smalti.workflows.encoder import prompts_of
+from smalti.workflows.mllm import check, read_texts
+from smalti.workflows.train.collectives import Collectives
+from smalti.workflows.train.data import Feed, ImageRows, ShardRows, TokenRows, shard_index
+from smalti.workflows.train.engines import accumulation, deepspeed_config, learning_rate
+from smalti.workflows.train.loop import Meter
+from smalti.workflows.train.order import Order
+from smalti.workflows.train.pixels import RowMemory, picture_grid, to_bytes, to_unit
+from smalti.workflows.train.task import Row, seed_of
+
+
+def test_learning_rate_warms_up_and_follows_the_cosine() -> None:
+    train = Train(steps=100, lr=2.0, warmup=10, min_lr=0.1)
+    rates = [learning_rate(train, step) for step in range(100)]
+    assert 0 < rates[0] < rates[9] < 2.0 and rates[10] == 2.0
+    assert rates[55] == pytest.approx(2.0 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 0.5))))
+    assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] > 0.2
+    fraction = Train(steps=100, lr=2.0, warmup=0.1, schedule="constant")
+    assert [learning_rate(fraction, step) for step in (10, 50, 99)] == [2.0, 2.0, 2.0]
+    assert learning_rate(Train(steps=3, lr=2.0, warmup=0), 0) == 2.0
+    assert learning_rate(train, 10, peak=0.5) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "world", "expected"), [(8, None, 1, (8, 1)), (8, 2, 2, (2, 2)), (8, 99, 2, (4, 1))]
+)
+def test_batches_are_cut_for_workers_and_accumulation(batch, micro, world, expected) -> None:
+    train = Train(batch_size=batch, micro_batch_size=micro)
+    assert accumulation(train, world) == expected
+    config = deepspeed_config(train, world)
+    cut = config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
+    assert config["train_batch_size"] == cut * world
+
+
+@pytest.mark.parametrize(("micro", "world", "told"), [(None, 3, "resources.workers=3"), (3, 2, "micro_batch_size=3")])
+def test_batches_that_do_not_divide_name_the_keys(micro, world, told) -> None:
+    with pytest.raises(ConfigError, match=told):
+        accumulation(Train(batch_size=8, micro_batch_size=micro), world)
+
+
+def test_meter_weighs_by_counts_and_leaves_out_what_counted_nothing() -> None:
+    meter = Meter(torch.device("cpu"))
+    meter.add({"a": 1.0, "b": (torch.tensor(2.0), torch.tensor(3.0)), "c": (torch.tensor(9.0), torch.tensor(0.0))})
+    meter.add({"a": 3.0, "b": (torch.tensor(6.0), torch.tensor(1.0)), "c": (torch.tensor(9.0), torch.tensor(0.0))})
+    assert meter.take(Collectives()) == {"a": 2.0, "b": 3.0}
+    assert meter.take(Collectives()) == {}
+
+
+def write(place: Path, sizes: list[int]) -> tuple[list[str], list[int]]:
+    for index, size in enumerate(sizes):
+        table = pa.table({"n": [100 * index + row for row in range(size)], "pad": [bytes(1000)] * size})
+        shards.write_shard(str(place), shards.shard_key("train", index), table)
+    return shard_index(str(place), "train")
+
+
+def test_rows_are_read_with_bounded_memory(tmp_path) -> None:
+    keys, sizes = write(tmp_path, [5, 4, 6])
+    assert sizes == [5, 4, 6]
+    rows = ShardRows(str(tmp_path), keys, sizes, cache_bytes=9_000)
+    for shard, row in [(0, 4), (1, 3), (2, 5), (0, 0)]:
+        assert rows.read(shard, row)[1]["n"] == 100 * shard + row
+        assert rows._bytes <= 9_000 and rows._bytes == sum(size for _, size, _ in rows._tables.values())
+
+
+def test_a_shard_that_changed_meanwhile_is_an_error(tmp_path) -> None:
+    keys, sizes = write(tmp_path, [5])
+    shards.write_shard(str(tmp_path), keys[0], pa.table({"n": [1]}))
+    with pytest.raises(DataError, match=r"holds 1 rows .* but 5"):
+        ShardRows(str(tmp_path), keys, sizes).read(0, 0)
+
+
+def test_an_empty_split_is_an_error(tmp_path) -> None:
+    with pytest.raises(DataError, match="no rows in its 'train' split"):
+        shard_index(str(tmp_path), "train")
+
+
+def png(colour: tuple[int, int, int]) -> bytes:
+    data = io.BytesIO()
+    Image.new("RGB", (9, 7), colour).save(data, "png")
+    return data.getvalue()
+
+
+def test_image_rows_decode_once_and_name_what_is_damaged(tmp_path, monkeypatch) -> None:
+    table = pa.table({"image_id": ["good", "bad"], "image": [png((255, 0, 10)), png((1, 2, 3))[:40]]})
+    shards.write_shard(str(tmp_path), "train/00000", table)
+    rows = ImageRows(str(tmp_path), ["train/00000"], [2], 4, max_pixels=100, text=())
+    _, values = rows.read(0, 0)
+    assert values["pixels"].shape == (4, 4, 3) and tuple(values["pixels"][0, 0]) == (255, 0, 10)
+    monkeypatch.setattr("smalti.images.to_pixels", lambda *a, **k: pytest.fail("decoded twice"))
+    assert rows.read(0, 0)[1] is values
+    monkeypatch.undo()
+    with pytest.raises(DataError, match="image bad in shard train/00000"):
+        rows.read(0, 1)
+
+
+def test_token_rows_give_codes(tmp_path) -> None:
+    codes = np.arange(12, dtype=np.int32).reshape(2, 6)
+    columns = [["a", "b"], shards.list_column(codes), [None, "c"], [None, None], [[], []]]
+    schema = shards.token_schema((6,))
+    by_name = dict(zip(["image_id", "codes", "caption", "label", "qa"], columns, strict=True))
+    shards.write_shard(str(tmp_path), "train/00000", pa.table([by_name[n] for n in schema.names], schema))
+    _, values = TokenRows(str(tmp_path), ["train/00000"], [2]).read(0, 1)
+    assert values["codes"].tolist() == [6, 7, 8, 9, 10, 11] and values["caption"] == "c"
+
+
+class Numbers:
+    sizes = (6, 6)
+
+    def read(self, shard: int, row: int):
+        if (shard, row) == (1, 3):
+            raise DataError("row 1/3 is broken")
+        return f"train/{shard:05d}", {"n": shard * 10 + row}
+
+
+def feed(source, **changes) -> Feed:
+    settings = {"batch_size": 4, "micro": 2, "rank": 0, "world_size": 1, "threads": 2} | changes
+    return Feed(source, Order([6, 6], 0), lambda rows: {"n": [row.values["n"] for row in rows]}, **settings)
+
+
+def test_the_feed_gives_every_step_in_order_cut_into_micro_batches() -> None:
+    class Whole(Numbers):
+        def read(self, shard, row):
+            return f"train/{shard:05d}", {"n": shard * 10 + row}
+
+    ours = feed(Whole())
+    steps = list(ours.steps(0, 3))
+    assert [step for step, _ in steps] == [0, 1, 2]
+    assert all([len(b["n"]) for b in batches] == [2, 2] for _, batches in steps)
+    assert sorted(n for _, batches in steps for b in batches for n in b["n"]) == [*range(6), *range(10, 16)]
+    assert ours.at(1) == steps[1][1]
+    halves = [feed(Whole(), rank=rank, world_size=2, threads=1).at(2) for rank in range(2)]
+    assert [n for half in halves for b in half for n in b["n"]] == [n for b in steps[2][1] for n in b["n"]]
+
+
+def test_an_error_while_reading_reaches_the_loop() -> None:
+    with pytest.raises(DataError, match="row 1/3 is broken"):
+        list(feed(Numbers()).steps(0, 3))
+
+
+def test_a_sample_draws_the_same_numbers_wherever_it_is_read() -> None:
+    row = Row(17, 0, "train/00003", 4, {})
+    assert row.random(1).random() == Row(17, 5, "other", 0, {}).random(1).random()
+    assert row.random(1).random() != row.random(2).random()
+    assert seed_of(1, 2, 3) == seed_of(1, 2, 3) != seed_of(1, 3, 2)
+    assert seed_of(-5, 2) >= 0
+
+
+def test_row_memory_computes_once_and_keeps_nothing_that_does_not_fit() -> None:
+    asked: list[list[int]] = []
+
+    def compute(missing: list[int]) -> torch.Tensor:
+        asked.append(missing)
+        return torch.tensor([[float(i)] for i in missing])
+
+    memory = RowMemory(10)
+    places = [("a", 0), ("a", 1)]
+    assert memory.get(places, compute).tolist() == [[0.0], [1.0]]
+    assert memory.get([("a", 1), ("b", 0), ("a", 0)], compute).tolist() == [[1.0], [1.0], [0.0]]
+    assert asked == [[0, 1], [1]]
+    small = RowMemory(10, limit_bytes=39)
+    for _ in range(2):
+        assert small.get(places, compute).tolist() == [[0.0], [1.0]]
+    assert asked[2:] == [[0, 1], [0, 1]] and not small._kept
+
+
+def test_pixels_pass_both_ways_and_grids_stand_side_by_side() -> None:
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
+    assert np.array_equal(to_bytes(to_unit(pixels)), pixels.permute(0, 2, 3, 1).numpy())
+    grid = picture_grid([to_unit(pixels), to_unit(pixels)])
+    assert grid.shape == (34, 34, 3) and (grid[16:18] == 255).all() and np.array_equal(grid[:16, :16], grid[18:, 18:])
+
+
+def test_prompts_are_the_commonest_text_of_each_label() -> None:
+    texts = Counter({("a red ball", "ball"): 2, ("a ball", "ball"): 3, ("a cat", "cat"): 1, ("nothing", ""): 9})
+    assert prompts_of(texts) == {"ball": "a ball", "cat": "a cat"}
+
+
+@pytest.mark.parametrize("ending", ["txt", "jsonl", "parquet"])
+def test_texts_are_read_from_every_format(tmp_path, ending) -> None:
+    texts = ["one line", "", "Größe ×2"]
+    file = tmp_path / f"texts.{ending}"
+    if ending == "txt":
+        file.write_text("\n".join(texts))
+    elif ending == "jsonl":
+        file.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    else:
+        pq.write_table(pa.table({"text": texts}), file)
+    assert list(read_texts(str(file))) == ["one line", "Größe ×2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.csv", "x", "expected a .txt"),
+        ("a.jsonl", '{"text": "x"}\nnope', "line 2 is no JSON"),
+        ("a.jsonl", '{"txt": "x"}', 'no string field "text"'),
+    ],
+)
+def test_texts_that_cannot_be_read_say_where(tmp_path, name, content, told) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=told):
+        list(read_texts(str(tmp_path / name)))
+
+
+def test_a_mixture_that_cannot_be_trained_is_refused_at_once() -> None:
+    from smalti.schema import LanguageModel, MllmSection, Recipe
+
+    def recipe(**settings) -> Recipe:
+        return Recipe(mllm=MllmSection(**settings))
+
+    with pytest.raises(ConfigError, match=r"neither mllm.pretrained nor mllm.config"):
+        check(recipe())
+    with pytest.raises(ConfigError, match=r"mllm.text_source is not set"):
+        check(recipe(config=LanguageModel(), mixture=Mixture(text=1.0)))
+    with pytest.raises(ConfigError, match="no kind with images"):
+        check(recipe(config=LanguageModel(), mixture=Mixture(caption_to_image=0, image_to_caption=0, qa=0, text=1)))
+    check(recipe(config=LanguageModel()))
