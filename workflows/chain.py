@@ -20,6 +20,7 @@ from smalti.storage import join
 from smalti.tracking import Tracker
 from smalti.workflows.mlflow_tracking import flatten, open_tracker
 from smalti.workflows.ray_session import ensure_ray
+from smalti.workflows.stage import find_artifact
 
 STAGES = ("corpus", "encoder", "features", "codebook", "tokenizer", "tokens", "mllm", "export", "evaluate")
 _GUIDANCE_ONLY = ("features", "codebook")  # they make the semantic codebook
@@ -28,16 +29,20 @@ _GUIDANCE_ONLY = ("features", "codebook")  # they make the semantic codebook
 def run_recipe(recipe: Recipe, *, only: str | None = None) -> list[Artifact]:
     """Run every stage of the recipe in order, or `only` one; returns the artifacts, finished or found.
 
-    A whole run ends with `<out>/report.html` and `<out>/report.json`. Errors of a stage propagate as `SmaltiError`;
+    The evaluation ends with `<out>/report.html` and `<out>/report.json`. Errors of a stage propagate as `SmaltiError`;
     the same command goes on where it stopped.
     """
     started = time.time()
     with ensure_ray(recipe), _run_of(open_tracker(recipe)) as tracker:
-        if only:
+        if only and only != "evaluate":
             return [_stage(only)(recipe, tracker)]
-        artifacts = [_stage(name)(recipe, tracker) for name in stages_of(recipe)[:-1]]
-        for name in recipe.baselines:
-            _run_baseline(recipe, name, tracker)
+        before = stages_of(recipe)[:-1]
+        if only:
+            artifacts = [find_artifact(recipe, name) for name in before]
+        else:
+            artifacts = [_stage(name)(recipe, tracker) for name in before]
+            for name in recipe.baselines:
+                _run_baseline(recipe, name, tracker)
         artifacts.append(_stage("evaluate")(recipe, tracker))
     finish(recipe, artifacts, started)
     return artifacts
@@ -91,4 +96,3 @@ def _run_baseline(recipe: Recipe, name: str, tracker: Tracker) -> None:
 def _stage(name: str) -> Any:
     """The `run(recipe, tracker)` of a stage; its room is loaded when it is needed."""
     return importlib.import_module(f"smalti.workflows.{name}").run
-
