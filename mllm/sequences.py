@@ -42,6 +42,7 @@ class SequenceBuilder:
 
     dense: every token is predicted (captions, questions and codes included), which is what teaches a small model to look;
     else only what is asked for: the image of a caption, the caption of an image, the answers.
+    dense_images: of a dense sequence the codes of an image to be understood too.
     isolate_questions: the questions of one sequence see the image and themselves, never each other (an earlier answer gives
     the next one away), so that each is trained as it is asked: alone.
     """
@@ -56,6 +57,7 @@ class SequenceBuilder:
         questions_per_image: int = 1,
         max_length: int = 2048,
         dense: bool = True,
+        dense_images: bool = True,
         isolate_questions: bool = True,
     ) -> None:
         self.text = TextEncoder(hf_tokenizer, vocabulary)
@@ -64,7 +66,7 @@ class SequenceBuilder:
         self.uncond_probability = uncond_probability
         self.questions_per_image = questions_per_image
         self.max_length = max_length
-        self.dense = dense
+        self.dense, self.dense_images = dense, dense_images
         self.isolate_questions = isolate_questions
         if not any(self.weights.values()):
             raise ConfigError("Every weight of mllm.mixture is 0, so there is nothing to train on. Set one above 0.")
@@ -145,7 +147,8 @@ class SequenceBuilder:
         parts = _Parts(kind, self.max_length)
         parts.add(self.text.begin(), predicted=self.dense)
         parts.add([self.vocabulary.und_start], predicted=self.dense)
-        parts.add([*image, self.vocabulary.und_end], predicted=self.dense)
+        parts.add(image, predicted=self.dense and self.dense_images)
+        parts.add([self.vocabulary.und_end], predicted=self.dense)
         return parts
 
     def _image(self, row: Row) -> list[int]:

@@ -242,6 +242,7 @@ class MllmSection(Section):
     questions_per_image: Positive = Field(1, description="question-answer pairs chained in one sequence")
     max_length: Positive = 2048
     dense: bool = Field(True, description="predict captions, questions and codes too, not only what is asked for")
+    dense_images: bool = Field(True, description="with dense: predict the codes of images to be understood as well")
     isolate_questions: bool = Field(True, description="chained questions do not see each other, only the image")
     loss_chunk: Positive = Field(4096, description="positions whose logits are held at once")
     image_loss_weight: Weight = Field(1.0, description="weight of the loss on visual tokens")

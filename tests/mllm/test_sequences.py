@@ -253,3 +253,13 @@ def logits_of(tiny, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         position_ids=batch["position_ids"],
     ).last_hidden_state
     return tiny.model.lm.get_output_embeddings()(hidden)
+
+
+def test_codes_of_a_seen_image_need_not_be_predicted(tiny) -> None:
+    builder = SequenceBuilder(tiny.hf_tokenizer, tiny.vocabulary, dense_images=False)
+    seen = builder.build("image_to_caption", ROW, rng())
+    visual = tiny.vocabulary.is_visual(torch.from_numpy(seen.ids)).numpy()
+    assert visual.sum() == len(CODES) and (seen.labels[visual] == IGNORE).all()
+    assert (seen.labels[~visual][1:] == seen.ids[~visual][1:]).all()
+    drawn = builder.build("caption_to_image", ROW, rng(3))
+    assert (drawn.labels[1:] == drawn.ids[1:]).all()

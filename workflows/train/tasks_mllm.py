@@ -96,6 +96,7 @@ class MllmTask(Task):
             questions_per_image=section.questions_per_image,
             max_length=section.max_length,
             dense=section.dense,
+            dense_images=section.dense_images,
             isolate_questions=section.isolate_questions,
         )
         weights = self.builder.weights
