@@ -69,6 +69,7 @@ def build_unified(
             visual_tokenizer.code_vectors(),
             vocabulary,
             image_loss_weight=section.image_loss_weight,
+            answer_loss_weight=section.answer_loss_weight,
             loss_chunk=section.loss_chunk,
             seed=seed,
         )
@@ -149,6 +150,7 @@ def save_unified(path: str, model: UnifiedModel, hf_tokenizer: Any, state: Mappi
         "splits": list(model.adapter.splits),
         "adapter_hidden": model.adapter.hidden,
         "image_loss_weight": model.image_loss_weight,
+        "answer_loss_weight": model.answer_loss_weight,
         "loss_chunk": model.loss_chunk,
     }
     with open(os.path.join(path, SETTINGS), "w", encoding="utf-8") as file:
@@ -173,6 +175,7 @@ def load_unified(path: str) -> tuple[UnifiedModel, Any]:
         tensors.pop(_CODES),
         vocabulary,
         image_loss_weight=settings["image_loss_weight"],
+        answer_loss_weight=settings["answer_loss_weight"],
         loss_chunk=settings["loss_chunk"],
     )
     try:

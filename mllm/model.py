@@ -40,6 +40,7 @@ class UnifiedModel(nn.Module):
         vocabulary: VisualVocabulary,
         *,
         image_loss_weight: float = 1.0,
+        answer_loss_weight: float = 1.0,
         loss_chunk: int = 4096,
         seed: int = 0,
     ) -> None:
@@ -53,7 +54,8 @@ class UnifiedModel(nn.Module):
         self.lm = causal_lm
         self.adapter = adapter
         self.vocabulary = vocabulary
-        self.image_loss_weight, self.loss_chunk = image_loss_weight, loss_chunk
+        self.image_loss_weight, self.answer_loss_weight = image_loss_weight, answer_loss_weight
+        self.loss_chunk = loss_chunk
         self.register_buffer("code_vectors_VC", code_vectors_VC.detach().float().clone(), persistent=False)
         if not is_fitted(causal_lm, vocabulary):
             fit_vocabulary(causal_lm, vocabulary, torch.Generator().manual_seed(seed))
@@ -87,11 +89,12 @@ class UnifiedModel(nn.Module):
         return embeds_BLH.masked_scatter(visual_BL[..., None], vectors_NH)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean next-token loss over the batch's labels, visual labels weighing `image_loss_weight`, and its parts.
+        """Mean next-token loss over the batch's labels, visual ones weighing `image_loss_weight` and those of answers
+        `answer_loss_weight`, and its parts.
 
         batch: `input_ids`, `labels` (IGNORE where nothing is predicted), `attention_mask`, all int64 (B, L), padded on the
         right; optional `answer_mask` bool (B, L); optional `position_ids` and `segment_ids` (see `segment_mask`); optional `loss_weight`, a scalar that the weighted sum is divided by in
-        place of this batch's own `loss_weight(labels)`. To average correctly over micro-batches and ranks of unequal label
+        place of this batch's own `loss_weight(batch)`. To average correctly over micro-batches and ranks of unequal label
         counts, give each of them the global batch's total weight divided by their number.
 
         Metrics (detached, float32, 0-d): `loss_text` and `loss_image` (unweighted means), `tokens_text` and `tokens_image`
@@ -106,11 +109,11 @@ class UnifiedModel(nn.Module):
             inputs_embeds=embeds_BLH, attention_mask=mask, position_ids=batch.get("position_ids"), use_cache=False
         ).last_hidden_state
         labels_N = batch["labels"][:, 1:].reshape(-1)
-        total, losses_N, correct_N = self.lm.get_output_embeddings()(
-            hidden_BLH[:, :-1].flatten(0, 1), labels_N, self._weights(labels_N), self.loss_chunk
-        )
-        divisor = batch["loss_weight"] if "loss_weight" in batch else self.loss_weight(batch["labels"])
         answers = batch["answer_mask"][:, 1:].reshape(-1) if "answer_mask" in batch else None
+        total, losses_N, correct_N = self.lm.get_output_embeddings()(
+            hidden_BLH[:, :-1].flatten(0, 1), labels_N, self._weights(labels_N, answers), self.loss_chunk
+        )
+        divisor = batch["loss_weight"] if "loss_weight" in batch else self.loss_weight(batch)
         return total / divisor.clamp_min(1e-6), self._metrics(labels_N, losses_N, correct_N, answers)
 
     @property
@@ -118,15 +121,18 @@ class UnifiedModel(nn.Module):
         """The language model without its head."""
         return self.lm.base_model
 
-    def loss_weight(self, labels_BL: Tensor) -> Tensor:
-        """Summed weight of the labels that count (the first position predicts nothing): a 0-d float32 tensor."""
-        return self._weights(labels_BL[:, 1:]).sum()
+    def loss_weight(self, batch: Batch) -> Tensor:
+        """Summed weight of a batch's labels that count (the first position predicts nothing): a 0-d float32 tensor."""
+        answers = batch["answer_mask"][:, 1:] if "answer_mask" in batch else None
+        return self._weights(batch["labels"][:, 1:], answers).sum()
 
-    def _weights(self, labels: Tensor) -> Tensor:
+    def _weights(self, labels: Tensor, answers: Tensor | None) -> Tensor:
         weights = (labels != IGNORE).float()
-        if self.image_loss_weight == 1.0:
-            return weights
-        return weights.masked_fill(self.vocabulary.is_visual(labels), self.image_loss_weight)
+        if self.image_loss_weight != 1.0:
+            weights = weights.masked_fill(self.vocabulary.is_visual(labels), self.image_loss_weight)
+        if self.answer_loss_weight != 1.0 and answers is not None:
+            weights = weights.masked_fill((labels != IGNORE) & answers.bool(), self.answer_loss_weight)
+        return weights
 
     def _metrics(
         self, labels_N: Tensor, losses_N: Tensor, correct_N: Tensor, answers_N: Tensor | None

@@ -246,6 +246,7 @@ class MllmSection(Section):
     isolate_questions: bool = Field(True, description="chained questions do not see each other, only the image")
     loss_chunk: Positive = Field(4096, description="positions whose logits are held at once")
     image_loss_weight: Weight = Field(1.0, description="weight of the loss on visual tokens")
+    answer_loss_weight: Weight = Field(1.0, description="weight of the loss on the tokens of answers")
     text_source: str | None = Field(
         None, description="text-only data: a .txt (one a line), .jsonl or .parquet with `text`"
     )

@@ -75,21 +75,22 @@ def test_scales_of_text_and_visual_inputs_match(tiny) -> None:
     torch.testing.assert_close(visual, text, rtol=0.05, atol=0)
 
 
-@pytest.mark.parametrize("image_weight", [1.0, 0.25, 0.0])
-def test_loss_is_the_weighted_mean_over_full_logits(tiny, image_weight: float) -> None:
+@pytest.mark.parametrize(("image_weight", "answer_weight"), [(1.0, 1.0), (0.25, 1.0), (0.0, 10.0)])
+def test_loss_is_the_weighted_mean_over_full_logits(tiny, image_weight: float, answer_weight: float) -> None:
     model, batch = tiny.model, make_batch(tiny)
-    model.image_loss_weight, model.loss_chunk = image_weight, 7
+    model.image_loss_weight, model.answer_loss_weight, model.loss_chunk = image_weight, answer_weight, 7
     loss, metrics = model(batch)
     logits, labels = full_logits(model, batch)[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
     losses = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
     image, text = tiny.vocabulary.is_visual(labels), (labels != IGNORE) & ~tiny.vocabulary.is_visual(labels)
-    weights = text.float() + image_weight * image.float()
+    answers = batch["answer_mask"][:, 1:].flatten() & text
+    weights = text.float() + image_weight * image.float() + (answer_weight - 1) * answers.float()
     torch.testing.assert_close(loss, (losses * weights).sum() / weights.sum())
     torch.testing.assert_close(metrics["loss_text"], losses[text].mean())
     torch.testing.assert_close(metrics["loss_image"], losses[image].mean())
     assert metrics["tokens_text"] == text.sum()
     assert metrics["tokens_image"] == image.sum()
-    answers = batch["answer_mask"][:, 1:].flatten() & (labels != IGNORE)
+    assert answers.any()
     right = (logits.argmax(-1) == labels)[answers].float().mean()
     torch.testing.assert_close(metrics["answer_accuracy"], right)
 
@@ -97,11 +98,11 @@ def test_loss_is_the_weighted_mean_over_full_logits(tiny, image_weight: float) -
 def test_two_micro_batches_with_a_shared_weight_equal_one_batch(tiny) -> None:
     """Rows of unequal label counts, summed as gradient accumulation and ranks do: mean of the parts' losses."""
     model, batch = tiny.model, make_batch(tiny, batch=4)
-    model.image_loss_weight = 0.5
+    model.image_loss_weight, model.answer_loss_weight = 0.5, 3.0
     model(batch)[0].backward()
     whole = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    share = model.loss_weight(batch["labels"]) / 2
+    share = model.loss_weight(batch) / 2
     for rows in (slice(0, 1), slice(1, 4)):
         part = {name: tensor[rows] for name, tensor in batch.items()}
         (model({**part, "loss_weight": share})[0] / 2).backward()

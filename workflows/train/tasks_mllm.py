@@ -129,7 +129,7 @@ class MllmTask(Task):
 
     def totals(self, batch: Batch) -> Tensor:
         """Summed weight of the labels of a micro batch: float32 (1,)."""
-        return self.model.loss_weight(batch["labels"])[None]
+        return self.model.loss_weight(batch)[None]
 
     def loss(
         self, name: str, engines: Mapping[str, Any], batch: Batch, step: int, share: Tensor | None
