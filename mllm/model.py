@@ -93,7 +93,7 @@ class UnifiedModel(nn.Module):
         `answer_loss_weight`, and its parts.
 
         batch: `input_ids`, `labels` (IGNORE where nothing is predicted), `attention_mask`, all int64 (B, L), padded on the
-        right; optional `answer_mask` bool (B, L); optional `position_ids` and `segment_ids` (see `segment_mask`); optional `loss_weight`, a scalar that the weighted sum is divided by in
+        right; optional `answer_mask` bool (B, L); optional `position_ids`, `document_ids` and `segment_ids` (see `visible_mask`); optional `loss_weight`, a scalar that the weighted sum is divided by in
         place of this batch's own `loss_weight(batch)`. To average correctly over micro-batches and ranks of unequal label
         counts, give each of them the global batch's total weight divided by their number.
 
@@ -103,8 +103,8 @@ class UnifiedModel(nn.Module):
         """
         embeds_BLH = self.inputs_embeds(batch["input_ids"])
         mask = batch["attention_mask"]
-        if "segment_ids" in batch:
-            mask = segment_mask(batch["segment_ids"], embeds_BLH.dtype)
+        if "document_ids" in batch:
+            mask = visible_mask(batch["document_ids"], batch["segment_ids"], embeds_BLH.dtype)
         hidden_BLH = self.backbone(
             inputs_embeds=embeds_BLH, attention_mask=mask, position_ids=batch.get("position_ids"), use_cache=False
         ).last_hidden_state
@@ -152,14 +152,16 @@ class UnifiedModel(nn.Module):
         return metrics
 
 
-def segment_mask(segments_BL: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive attention mask (B, 1, L, L): causal, and within segment k > 0 only it and the shared segment 0 are seen.
+def visible_mask(documents_BL: Tensor, segments_BL: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive attention mask (B, 1, L, L): causal, and only within a document; there segment k > 0 sees itself and what
+    is shared (segment 0), not the other segments.
 
-    Segment −1 is padding, which sees itself alone (a row without any key would be NaN).
+    Document −1 is padding, which sees itself alone (a row without any key would be NaN).
     """
     length = segments_BL.shape[1]
-    query_BL1, key_B1L = segments_BL[:, :, None], segments_BL[:, None, :]
-    seen_BLL = ((key_B1L == query_BL1) | (key_B1L == 0)) & (query_BL1 >= 0)
+    queries_BL1, keys_B1L = segments_BL[:, :, None], segments_BL[:, None, :]
+    seen_BLL = (documents_BL[:, :, None] == documents_BL[:, None, :]) & (documents_BL >= 0)[:, :, None]
+    seen_BLL &= (keys_B1L == queries_BL1) | (keys_B1L == 0)
     seen_BLL &= torch.ones(length, length, dtype=torch.bool, device=segments_BL.device).tril()
     seen_BLL |= torch.eye(length, dtype=torch.bool, device=segments_BL.device)
     mask_BLL = torch.zeros(seen_BLL.shape, dtype=dtype, device=segments_BL.device)

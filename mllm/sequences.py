@@ -231,32 +231,53 @@ def questions_of(row: Row) -> list[tuple[str, str]]:
 
 
 def collate(sequences: Sequence[TokenSequence], pad: int) -> dict[str, Tensor]:
-    """A batch for `UnifiedModel`, right-padded to (B, longest): input_ids, labels, attention_mask int64, answer_mask bool; and
-    where a sequence has segments, position_ids and segment_ids int64 (padding: segment −1)."""
+    """A batch for `UnifiedModel`, right-padded to (B, L), L the longest sequence: input_ids, labels, attention_mask int64,
+    answer_mask bool.
+
+    Short sequences share a row (`best_fit`), so B may be below their number. Where a row is shared or a sequence has
+    segments there are also position_ids, document_ids and segment_ids int64 (padding: document −1); see `visible_mask`.
+    """
     longest = max(len(sequence.ids) for sequence in sequences)
-    ids_BL = torch.full((len(sequences), longest), pad, dtype=torch.int64)
-    labels_BL = torch.full_like(ids_BL, IGNORE)
-    mask_BL = torch.zeros_like(ids_BL)
-    answers_BL = torch.zeros_like(ids_BL, dtype=torch.bool)
-    for b, sequence in enumerate(sequences):
-        length = len(sequence.ids)
-        ids_BL[b, :length] = torch.from_numpy(sequence.ids)
-        labels_BL[b, :length] = torch.from_numpy(sequence.labels)
-        answers_BL[b, :length] = torch.from_numpy(sequence.answers)
-        mask_BL[b, :length] = 1
-    batch = {"input_ids": ids_BL, "labels": labels_BL, "attention_mask": mask_BL, "answer_mask": answers_BL}
-    if any(sequence.segments.any() for sequence in sequences):
-        batch |= _segmented(sequences, longest)
+    rows = best_fit([len(sequence.ids) for sequence in sequences], longest)
+    fills = {"input_ids": pad, "labels": IGNORE, "attention_mask": 0, "position_ids": 0, "segment_ids": 0}
+    batch = {name: torch.full((len(rows), longest), fill, dtype=torch.int64) for name, fill in fills.items()}
+    batch["document_ids"] = torch.full((len(rows), longest), -1, dtype=torch.int64)
+    batch["answer_mask"] = torch.zeros((len(rows), longest), dtype=torch.bool)
+    for b, members in enumerate(rows):
+        start = 0
+        for document, sequence in enumerate(sequences[member] for member in members):
+            place = (b, slice(start, start + len(sequence.ids)))
+            batch["input_ids"][place] = torch.from_numpy(sequence.ids)
+            batch["labels"][place] = torch.from_numpy(sequence.labels)
+            batch["answer_mask"][place] = torch.from_numpy(sequence.answers)
+            batch["position_ids"][place] = torch.from_numpy(sequence.positions)
+            batch["segment_ids"][place] = torch.from_numpy(sequence.segments)
+            batch["attention_mask"][place] = 1
+            batch["document_ids"][place] = document
+            start += len(sequence.ids)
+    if len(rows) == len(sequences) and not batch["segment_ids"].any():
+        for name in ("position_ids", "document_ids", "segment_ids"):
+            del batch[name]
     return batch
 
 
-def _segmented(sequences: Sequence[TokenSequence], longest: int) -> dict[str, Tensor]:
-    positions_BL = torch.zeros((len(sequences), longest), dtype=torch.int64)
-    segments_BL = torch.full_like(positions_BL, -1)
-    for b, sequence in enumerate(sequences):
-        positions_BL[b, : len(sequence.ids)] = torch.from_numpy(sequence.positions)
-        segments_BL[b, : len(sequence.ids)] = torch.from_numpy(sequence.segments)
-    return {"position_ids": positions_BL, "segment_ids": segments_BL}
+def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
+    """Which sequences share a row of `room` places: the longest first, each into the fullest row that it still fits.
+
+    Every index stands in exactly one row; deterministic.
+    """
+    rows: list[list[int]] = []
+    left: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        fitting = [row for row in range(len(rows)) if left[row] >= lengths[index]]
+        if fitting:
+            row = min(fitting, key=lambda r: (left[r], r))
+            rows[row].append(index)
+            left[row] -= lengths[index]
+        else:
+            rows.append([index])
+            left.append(room - lengths[index])
+    return rows
 
 
 def _where(row: Row) -> str:

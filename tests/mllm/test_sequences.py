@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from smalti.errors import ConfigError, VocabularyError
 from smalti.mllm.losses import IGNORE
-from smalti.mllm.model import segment_mask
-from smalti.mllm.sequences import SequenceBuilder, caption_of, collate, questions_of
+from smalti.mllm.model import visible_mask
+from smalti.mllm.sequences import SequenceBuilder, best_fit, caption_of, collate, questions_of
 from smalti.schema import Mixture
 
 CODES = np.array([3, 0, 23, 7], dtype=np.int32)
@@ -205,7 +207,7 @@ def test_collate_pads_on_the_right(tiny, builder) -> None:
     batch = collate([one, two], tiny.vocabulary.pad)
     longest = max(len(one.ids), len(two.ids))
     assert batch["input_ids"].shape == (2, longest)
-    for row, built in enumerate((one, two)):
+    for row, built in enumerate((two, one)):  # the longest first
         length = len(built.ids)
         assert batch["input_ids"][row, :length].tolist() == built.ids.tolist()
         assert batch["labels"][row, :length].tolist() == built.labels.tolist()
@@ -214,20 +216,48 @@ def test_collate_pads_on_the_right(tiny, builder) -> None:
         assert (batch["input_ids"][row, length:] == tiny.vocabulary.pad).all()
 
 
-def test_isolated_questions_are_answered_as_if_alone(tiny) -> None:
-    """Losses of a sequence with three segments are those of the three questions asked one by one."""
+def test_packed_sequences_and_isolated_questions_are_computed_as_if_alone(tiny) -> None:
+    """Every document of a packed batch, and every question of one, has the logits that it has by itself."""
     builder = SequenceBuilder(tiny.hf_tokenizer, tiny.vocabulary, questions_per_image=3)
-    packed = builder.build("qa", ROW, rng())
-    assert packed.segments.max() == 3 and packed.num_cut == 0
-    logits = logits_of(tiny, collate([packed, builder.build("image_to_caption", ROW, rng())], tiny.vocabulary.pad))[0]
-    shared = packed.segments == 0
-    for segment in (1, 2, 3):
-        here = packed.segments == segment
-        alone = torch.from_numpy(packed.ids[shared | here])[None]
-        expected = tiny.model.lm.get_output_embeddings()(
-            tiny.model.backbone(inputs_embeds=tiny.model.inputs_embeds(alone)).last_hidden_state
-        )[0]
-        torch.testing.assert_close(logits[torch.from_numpy(shared | here)], expected, atol=1e-5, rtol=1e-5)
+    kinds = ["caption_to_image", "qa", "image_to_caption", "caption_to_image", "qa"]
+    sequences = [builder.build(kind, ROW, rng(seed)) for seed, kind in enumerate(kinds)]
+    batch = collate(sequences, tiny.vocabulary.pad)
+    assert len(batch["input_ids"]) < len(sequences)
+    logits = logits_of(tiny, batch)
+    found = 0
+    for sequence in sequences:
+        row, start = place_of(batch, sequence)
+        own = logits[row, start : start + len(sequence.ids)]
+        for segment in range(int(sequence.segments.max()) + 1):
+            here = torch.from_numpy((sequence.segments == 0) | (sequence.segments == segment))
+            alone = torch.from_numpy(sequence.ids)[here][None]
+            inputs = tiny.model.inputs_embeds(alone)
+            expected = tiny.model.lm.get_output_embeddings()(
+                tiny.model.backbone(inputs_embeds=inputs).last_hidden_state
+            )
+            torch.testing.assert_close(own[here], expected[0], atol=1e-5, rtol=1e-5)
+            found += 1
+    assert found == 3 + 2 * 4
+
+
+def place_of(batch: dict[str, torch.Tensor], sequence) -> tuple[int, int]:
+    """Where a sequence lies in a packed batch: its document begins there with its ids."""
+    for row in range(len(batch["input_ids"])):
+        for document in range(int(batch["document_ids"][row].max()) + 1):
+            places = (batch["document_ids"][row] == document).nonzero().flatten()
+            if batch["input_ids"][row, places].tolist() == sequence.ids.tolist():
+                assert batch["labels"][row, places].tolist() == sequence.labels.tolist()
+                return row, int(places[0])
+    raise AssertionError("a sequence is lost")
+
+
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60))
+def test_best_fit_keeps_every_sequence_and_no_row_is_overfull(lengths: list[int]) -> None:
+    rows = best_fit(lengths, max(lengths))
+    assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
+    filled = [sum(lengths[index] for index in row) for row in rows]
+    assert max(filled) <= max(lengths)
+    assert all(a + b > max(lengths) for n, a in enumerate(filled) for b in filled[n + 1 :])
 
 
 def test_a_segment_does_not_follow_from_the_one_before(tiny) -> None:
@@ -249,7 +279,7 @@ def test_chained_questions_see_each_other_when_asked_for(tiny) -> None:
 def logits_of(tiny, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     hidden = tiny.model.backbone(
         inputs_embeds=tiny.model.inputs_embeds(batch["input_ids"]),
-        attention_mask=segment_mask(batch["segment_ids"], torch.float32),
+        attention_mask=visible_mask(batch["document_ids"], batch["segment_ids"], torch.float32),
         position_ids=batch["position_ids"],
     ).last_hidden_state
     return tiny.model.lm.get_output_embeddings()(hidden)
