@@ -18,6 +18,7 @@ from smalti.errors import VocabularyError
 from smalti.mllm.model import UnifiedModel
 from smalti.mllm.prompts import UNCONDITIONAL
 from smalti.mllm.vocabulary import DELIMITERS, VisualVocabulary, visual_token
+from smalti.tokenizers.encoders import quiet
 
 FORMAT = 1
 SETTINGS = "smalti.json"
@@ -81,7 +82,8 @@ def export_language_model(
     name = next(name for name, module in lm.named_modules() if module is embed)
     rows_VH = swapped_rows(model, dtype, chunk)
     state[f"{name}.weight"] = rows_VH
-    lm.save_pretrained(out_dir, state_dict=state, max_shard_size=MAX_FILE)
+    with quiet():
+        lm.save_pretrained(out_dir, state_dict=state, max_shard_size=MAX_FILE)
     _record_dtype(os.path.join(out_dir, "config.json"), dtype)
     hf_tokenizer.save_pretrained(out_dir)
     _check_tokenizer(model.vocabulary, hf_tokenizer, out_dir)

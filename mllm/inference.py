@@ -25,6 +25,7 @@ from smalti.mllm.prompts import TextEncoder
 from smalti.mllm.vocabulary import VisualVocabulary
 from smalti.schema import Sampling
 from smalti.storage import exists, join, local_copy, read_json
+from smalti.tokenizers.encoders import quiet
 
 
 class VisualModel:
@@ -51,7 +52,8 @@ class VisualModel:
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         settings = read_json(join(export_dir, SETTINGS))
         with local_copy(export_dir) as folder:
-            lm = AutoModelForCausalLM.from_pretrained(folder).eval().to(target)
+            with quiet():
+                lm = AutoModelForCausalLM.from_pretrained(folder).eval().to(target)
             model = cls(
                 lm, AutoTokenizer.from_pretrained(folder), settings, os.path.join(folder, settings["visual_tokenizer"])
             )

@@ -19,6 +19,7 @@ from smalti import storage
 from smalti.artifact import Artifact
 from smalti.errors import SmaltiError
 from smalti.schema import Recipe
+from smalti.tokenizers.encoders import quiet
 from smalti.tracking import Tracker
 from smalti.workflows.scores.codes import measure_codes
 from smalti.workflows.scores.drawing import measure_drawing
@@ -125,7 +126,7 @@ class Evaluator:
 
     def measure(self, name: str) -> dict[str, Any]:
         """Take one measure, write its part, return the part's JSON."""
-        with _torch_threads(self.threads), _no_loading_bars():
+        with _torch_threads(self.threads), quiet():
             return save_part(self.job.path, name, MEASURES[name](self.data, self.models))
 
 
@@ -139,20 +140,6 @@ def _torch_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _no_loading_bars() -> Iterator[None]:
-    """Models load without transformers' own bars, which would cut into the progress lines."""
-    from transformers.utils import logging
-
-    before = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if before:
-            logging.enable_progress_bar()
 
 
 def _measurer(recipe: Recipe, job: Job) -> Callable[[str], dict[str, Any]]:
