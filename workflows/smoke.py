@@ -6,11 +6,13 @@ in the output folder and loaded from there like any other. Kinds, losses, phases
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from smalti.config import with_overrides
 from smalti.schema import EncoderTrain, Recipe
 from smalti.storage import atomic_local_dir, exists, join
+from smalti.workflows.ray_session import ensure_ray
 
 _TRAIN = {"steps": 3, "batch_size": 4, "micro_batch_size": None, "warmup": 0, "checkpoint_every": 2, "log_every": 1}
 _VIT = {"dim": 16, "layers": 1, "heads": 2}
@@ -21,8 +23,35 @@ def shrink(recipe: Recipe) -> Recipe:
     """The same recipe at toy size, in `<out>-smoke`; makes the tiny stand-ins for pretrained models there."""
     out = recipe.out.rstrip("/") + "-smoke"
     values: dict[str, Any] = {"out": out, "name": f"{recipe.name}-smoke", "share": []}
-    values |= _data(recipe) | _tokenizer(recipe) | _model(recipe, out)
+    values |= _data(recipe) | _tokenizer(recipe) | _model(recipe, out) | _resources(recipe)
     return with_overrides(recipe, values)
+
+
+def _resources(recipe: Recipe) -> dict[str, Any]:
+    """At most two workers, with a GPU each where the recipe wants one and Ray sees as many."""
+    workers = min(recipe.resources.workers, 2)
+    gpus = recipe.resources.gpus_per_worker
+    if gpus and _gpus_in_sight(recipe) < workers * gpus:
+        gpus = 0
+    return {
+        "resources.workers": workers,
+        "resources.gpus_per_worker": gpus,
+        "resources.cpus_per_worker": 1,
+        "resources.actors": 1,
+        "resources.readers": 1,
+    }
+
+
+def _gpus_in_sight(recipe: Recipe) -> float:
+    """GPUs of the cluster that this process belongs to, else of this machine."""
+    if os.environ.get("RAY_ADDRESS"):
+        import ray
+
+        with ensure_ray(recipe):
+            return ray.cluster_resources().get("GPU", 0)
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def _data(recipe: Recipe) -> dict[str, Any]:

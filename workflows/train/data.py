@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from smalti import images, shards
@@ -136,7 +135,7 @@ class ImageRows(ShardRows):
 class TokenRows(ShardRows):
     """Rows of a token artifact; `codes` is int32 (T,)."""
 
-    def prepare(self, table: pa.Table) -> np.ndarray:
+    def prepare(self, table: pa.Table) -> Any:
         return shards.codes(table)
 
     def read(self, shard: int, row: int) -> tuple[str, Mapping[str, Any]]:

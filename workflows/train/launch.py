@@ -56,7 +56,7 @@ def _run(task: str, settings: Mapping[str, Any], train: Train, run: StageRun, se
     if len(ray.nodes()) == 1:  # an actor that waits for a node's notice: of no use when it is the driver's own node
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     resources = run.recipe.resources
-    board = ray.remote(num_cpus=0)(Board).remote()
+    board: Any = ray.remote(num_cpus=0)(Board).remote()
     job = Job(
         task=task,
         settings=dict(settings),
@@ -87,8 +87,9 @@ def _trainer(job: Job, workers: int) -> Any:
 
     use_gpu = job.gpus > 0
     wanted: dict[str, float] = {"CPU": job.cpus} | ({"GPU": job.gpus} if use_gpu else {})
+    worker: Any = train_worker
     return TorchTrainer(
-        train_worker,
+        worker,
         train_loop_config={"job": job},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=wanted),

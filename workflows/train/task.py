@@ -43,7 +43,8 @@ class Row:
 class Source(Protocol):
     """Rows on storage. `sizes[s]` is the number of rows of shard s; `read` must be safe to call from threads."""
 
-    sizes: Sequence[int]
+    @property
+    def sizes(self) -> Sequence[int]: ...
 
     def read(self, shard: int, row: int) -> tuple[str, Mapping[str, Any]]:
         """(shard's key, what the row holds)."""

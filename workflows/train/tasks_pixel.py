@@ -197,9 +197,8 @@ class PixelTask(ImageTask):
         if not len(self.shown):
             return {}
         pixels = self.shown.to(self.context.device)
-        batch = {"pixels": pixels, "places": [("pictures", i) for i in range(len(pixels))]}
         ids = None if self.semantic is None else self.semantic.encode(self.features(pixels))
-        rebuilt, _, _, semantic_only = engines["model"](to_unit(batch["pixels"]), ids, True)
+        rebuilt, _, _, semantic_only = engines["model"](to_unit(pixels), ids, True)
         columns = [to_unit(pixels), rebuilt] + ([] if semantic_only is None else [semantic_only])
         return {"reconstruction": picture_grid(columns)}
 
