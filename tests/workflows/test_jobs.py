@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -35,11 +36,16 @@ def head() -> Iterator[dict[str, str]]:
     token = folder / "token"
     token.write_text(secrets.token_hex(32))
     env = {key: value for key, value in os.environ.items() if key not in BARE}
+    env["PATH"] = f"{Path(RAY).parent}{os.pathsep}{env['PATH']}"  # as in an activated environment: jobs call `python`
     env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
-    gcs, dashboard, agent = _free_port(), _free_port(), _free_port()
+    gcs, dashboard, agent, client_server = (_free_port() for _ in range(4))
     command = [RAY, "start", "--head", "--block", f"--port={gcs}", "--dashboard-host=127.0.0.1", "--num-cpus=2"]
     command += [f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}", f"--temp-dir={folder}"]
-    command += ["--object-store-memory=150000000", "--node-ip-address=127.0.0.1", "--ray-client-server-port=0"]
+    command += [
+        "--object-store-memory=150000000",
+        "--node-ip-address=127.0.0.1",
+        f"--ray-client-server-port={client_server}",
+    ]
     with (folder / "head.log").open("w") as log:
         process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True, cwd=folder)
     client = env | {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
@@ -47,11 +53,12 @@ def head() -> Iterator[dict[str, str]]:
         _wait_for_jobs_api(client, process, folder / "head.log")
         yield client
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        process.terminate()  # `ray start --block` ends what it started
         try:
             process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         shutil.rmtree(folder, ignore_errors=True)
 
 

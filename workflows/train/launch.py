@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from smalti import storage
@@ -69,7 +71,7 @@ def _run(task: str, settings: Mapping[str, Any], train: Train, run: StageRun, se
     )
     watch = Watch(board, train, run)
     try:
-        with watch:
+        with watch, _interruptible():
             result = _trainer(job, resources.workers).fit()
     except TrainingFailedError as error:
         raise _one_error(error, board, run) from error
@@ -100,6 +102,21 @@ def _trainer(job: Job, workers: int) -> Any:
             failure_config=FailureConfig(max_failures=max(1, job.train.max_failures)),
         ),
     )
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C ends a training as it ends everything else, by KeyboardInterrupt: Ray Train's own handler aborts the run
+    by SystemExit, and would stay in place afterwards."""
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        raise KeyboardInterrupt from error
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, before)
 
 
 class Watch:
