@@ -29,10 +29,13 @@ _GUIDANCE_ONLY = ("features", "codebook")  # they make the semantic codebook
 def run_recipe(recipe: Recipe, *, only: str | None = None) -> list[Artifact]:
     """Run every stage of the recipe in order, or `only` one; returns the artifacts, finished or found.
 
-    The evaluation ends with `<out>/report.html` and `<out>/report.json`. Errors of a stage propagate as `SmaltiError`;
+    The evaluation ends with `<out>/report.html` and `<out>/report.json`. What can be known to be wrong with the
+    recipe is said before the first stage. Errors of a stage propagate as `SmaltiError`;
     the same command goes on where it stopped.
     """
     started = time.time()
+    if only is None:
+        importlib.import_module("smalti.workflows.mllm").check(recipe)  # now, not hours later
     with ensure_ray(recipe), _run_of(open_tracker(recipe)) as tracker:
         if only and only != "evaluate":
             return [_stage(only)(recipe, tracker)]

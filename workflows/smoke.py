@@ -11,7 +11,7 @@ from typing import Any
 
 from smalti.config import with_overrides
 from smalti.schema import EncoderTrain, Recipe
-from smalti.storage import atomic_local_dir, exists, join
+from smalti.storage import atomic_local_dir, exists, join, write_atomic
 from smalti.workflows.ray_session import ensure_ray
 
 _TRAIN = {"steps": 3, "batch_size": 4, "micro_batch_size": None, "warmup": 0, "checkpoint_every": 2, "log_every": 1}
@@ -120,6 +120,8 @@ def _tokenizer(recipe: Recipe) -> dict[str, Any]:
 def _model(recipe: Recipe, out: str) -> dict[str, Any]:
     values: dict[str, Any] = {"mllm.max_length": 128, "mllm.loss_chunk": 64, "mllm.adapter_hidden": None}
     values |= _train("mllm.train", recipe.mllm.train)
+    if recipe.mllm.mixture.text:
+        values["mllm.text_source"] = _some_text(join(out, "stand-ins", "text.txt"))
     if recipe.encoder.train:
         tiny = {"patch_size": 32 // _NUM_PATCHES_A_SIDE, "hidden_size": 16, "layers": 1, "heads": 2, "text_layers": 1}
         values |= {f"encoder.train.{key}": value for key, value in tiny.items()}
@@ -139,6 +141,12 @@ def _words() -> list[str]:
     return [
         f"a {colour} {shape}" for colour in ("red", "green", "blue") for shape in ("circle", "rectangle", "triangle")
     ]
+
+
+def _some_text(path: str) -> str:
+    """A file of text, a line each."""
+    write_atomic(path, "\n".join(_words()).encode())
+    return path
 
 
 def _tiny_siglip(path: str) -> str:

@@ -53,12 +53,10 @@ def head() -> Iterator[dict[str, str]]:
         _wait_for_jobs_api(client, process, folder / "head.log")
         yield client
     finally:
-        process.terminate()  # `ray start --block` ends what it started
-        try:
-            process.wait(30)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+        for ending in (signal.SIGTERM, signal.SIGKILL):  # the head and all that it started are one group of their own
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, ending)
+                process.wait(5)
         shutil.rmtree(folder, ignore_errors=True)
 
 
