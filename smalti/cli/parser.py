@@ -44,7 +44,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
             "run",
             "every stage of a recipe in order; what is done is skipped",
             (
-                "smalti run recipes/semhitok-256.yaml corpus.source=/data/images out=/data/semhitok",
+                "smalti run recipes/semhitok-256.yaml corpus.source=/data/images mllm.mixture.text=0 out=/data/semhitok",
                 "smalti run recipes/semhitok-256.yaml --smoke",
             ),
             stages.run,
