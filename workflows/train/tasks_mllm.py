@@ -1,4 +1,4 @@
-"""Training the unified language model on token shards and text (PAPERS §1).
+"""Training the unified language model on token shards and text (arXiv 2503.06764).
 
 Axes: B sequences of this worker, L positions, T codes of an image, V visual codes, C width of a code vector.
 """

@@ -1,4 +1,4 @@
-"""Training SemHiTok's pixel codebooks and decoder (PAPERS §1, stages P and D).
+"""Training SemHiTok's pixel codebooks and decoder (arXiv 2503.06764, stages P and D).
 
 Axis letters: B images, N patches, D pixel code width, H W pixels.
 """

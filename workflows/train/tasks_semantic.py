@@ -1,4 +1,4 @@
-"""Training SemHiTok's semantic codebook on the features of the frozen encoder (PAPERS §1, stage S).
+"""Training SemHiTok's semantic codebook on the features of the frozen encoder (arXiv 2503.06764, stage S).
 
 Axis letters: B images, N patches, C feature width, K codes, H W pixels.
 """
