@@ -27,6 +27,7 @@ from smalti.tracking import Tracker
 from smalti.workflows.ray_session import ensure_ray
 from smalti.workflows.shard_pipeline import run_shards, standing
 from smalti.workflows.sources import Group, Lost, Sample, find_groups
+from smalti.workflows.sources.base import printable
 from smalti.workflows.stage import StageRun, run_stage
 
 ID_DIGITS = 32  # hex digits of a sha256: 128 bits
@@ -177,14 +178,15 @@ class IndexGroup:
 
     def row(self, found: Sample | Lost) -> dict[str, Any]:
         """The index row of one sample, decoded whole to see that it can be used."""
+        key = printable(found.key)
         if isinstance(found, Lost):
-            return {"key": found.key, "reason": found.reason, "detail": found.detail}
+            return {"key": key, "reason": found.reason, "detail": printable(found.detail)}
         try:
             width, height = images.probe(found.data, max_pixels=self.max_pixels, min_size=self.min_size)
         except ImageError as error:
-            return {"key": found.key, "reason": error.reason, "detail": str(error)}
+            return {"key": key, "reason": error.reason, "detail": str(error)}
         return {
-            "key": found.key,
+            "key": key,
             "start": found.locator[0],
             "extent": found.locator[1],
             "image_id": image_id(found.data),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zlib
 from collections.abc import Iterator
@@ -202,3 +203,16 @@ def test_a_source_that_changes_between_two_tries_starts_over(inline: None, tmp_p
     (source / "good.png").write_bytes(picture(1))
     made = corpus.run(wanted)
     assert (made.counts["train"], made.counts["quarantined"]) == (1, 1)
+
+
+def test_names_and_texts_that_are_no_unicode_do_not_stop_the_run(inline: None, tmp_path: Path) -> None:
+    """File names of another encoding on disk, and halves of surrogate pairs in JSON."""
+    source = tmp_path / "in"
+    source.mkdir()
+    with open(os.fsencode(source) + b"/caf\xe9.png", "wb") as file:
+        file.write(picture(1))
+    (source / "ok.png").write_bytes(picture(2))
+    (source / "metadata.jsonl").write_text('{"file_name": "ok.png", "text": "\\ud83d"}')
+    made = corpus.run(recipe(tmp_path / "out", str(source), val_fraction=0.0))
+    found = {row["source"].rpartition("::")[2]: row["caption"] for row in rows(made, "train")}
+    assert found == {"caf?.png": None, "ok.png": "?"}

@@ -7,7 +7,10 @@ shards can be written after duplicates and the split are known, without holding 
 
 from __future__ import annotations
 
+import codecs
+import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,6 +18,7 @@ from typing import Any, Protocol
 
 import fsspec
 
+from smalti import storage
 from smalti.errors import DataError
 
 IMAGE_SUFFIXES = frozenset(
@@ -81,16 +85,29 @@ def clean_text(value: Any) -> str | None:
         return next((text for text in map(clean_text, value) if text), None)
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
-    if isinstance(value, bytes):
-        value = value.decode("utf-8", errors="replace")
-    return " ".join(str(value).split()) or None
+    text = as_text(value) if isinstance(value, bytes) else str(value)
+    return printable(" ".join(text.split())) or None
+
+
+def as_text(data: bytes) -> str:
+    """A text file's content: UTF-8, or UTF-16 where its byte order mark says so; what does not decode is marked."""
+    sixteen = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode("utf-16" if sixteen else "utf-8-sig", errors="replace")
+
+
+def printable(text: str) -> str:
+    """`text` as UTF-8 can hold it: halves of surrogate pairs (in JSON, in file names of another encoding) become `?`."""
+    return text.encode("utf-8", errors="replace").decode()
 
 
 def read_pairs(record: Mapping[str, Any]) -> Pairs:
-    """Question-answer pairs of a record: `qa` as a list of {question, answer} or of two texts, and `question` with
-    `answer` (texts, or lists of one length). Errors: ValueError when they cannot be read so."""
+    """Question-answer pairs of a record: `qa` as a list (or the JSON text of one) of {question, answer} or of two texts,
+    and `question` with `answer` (texts, or lists of one length). Errors: ValueError when they cannot be read so."""
     found: list[tuple[Any, Any]] = []
-    for item in record.get("qa") or []:
+    listed = record.get("qa")
+    if isinstance(listed, str):
+        listed = json.loads(listed) if listed.strip() else []
+    for item in listed or []:
         if isinstance(item, Mapping):
             found.append((item.get("question"), item.get("answer")))
         elif isinstance(item, list | tuple) and len(item) == 2:
@@ -131,11 +148,53 @@ def filesystem(path: str) -> tuple[Any, str]:
     return fs, inside
 
 
+def list_files(root: str) -> tuple[list[str], list[Lost]]:
+    """Relative paths of the unhidden files below a folder, sorted, and the folders in it that cannot be read.
+
+    On a local disk links to folders are followed; a folder met again (a circle of links) is not read twice.
+    """
+    fs, inside = filesystem(root)
+    if storage.is_local(root):
+        names, errors = _walk(inside)
+    else:
+        names, errors = [path[len(inside.rstrip("/")) + 1 :] for path in fs.find(inside)], []
+    lost = [Lost(os.path.relpath(str(one.filename), inside), "unreadable", str(one)) for one in errors]
+    return sorted(name for name in names if not is_hidden(name)), lost
+
+
+def _walk(root: str) -> tuple[list[str], list[OSError]]:
+    names: list[str] = []
+    errors: list[OSError] = []
+    seen: set[str] = set()
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=errors.append):
+        folders.sort()
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        names += [os.path.relpath(os.path.join(folder, file), root) for file in files]
+    return names, errors
+
+
+def find_files(source: str, accepts: Callable[[str], bool], kind: str) -> list[str]:
+    """Files of a kind that a path, a pattern, or a folder names. Errors: DataError when there are none."""
+    fs, inside = filesystem(source)
+    if not fs.isdir(inside):
+        return expand(source)
+    paths = [storage.join(source, name) for name in list_files(source)[0] if accepts(name)]
+    if not paths:
+        raise DataError(f"corpus.source: no {kind} lies in {source}. Name files, or set corpus.format.")
+    return paths
+
+
 def expand(pattern: str) -> list[str]:
     """Files that a path, glob or brace pattern (`{00000..00012}`, `{a,b}`) names, sorted within each alternative.
 
-    Errors: DataError when a pattern or a plain path names nothing.
+    A file of that very name comes before what it could mean as a pattern. Errors: DataError when nothing is named.
     """
+    if storage.exists(pattern):
+        return [pattern]
     found: list[str] = []
     for path in _braces(pattern):
         fs, inside = filesystem(path)

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import posixpath
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,9 +21,11 @@ from smalti.workflows.sources.base import (
     Pairs,
     ReadBytes,
     Sample,
+    as_text,
     clean_text,
     filesystem,
-    is_hidden,
+    list_files,
+    printable,
     read_pairs,
     suffix,
 )
@@ -58,14 +61,14 @@ class FolderGroup:
         yield from self.lost
         fs, inside = filesystem(self.root)
         for index, entry in enumerate(self.entries):
+            caption = entry.caption
             try:
                 data = fs.cat_file(f"{inside}/{entry.path}")
+                if caption is None and entry.text is not None:
+                    caption = clean_text(fs.cat_file(f"{inside}/{entry.text}"))
             except (PermissionError, FileNotFoundError) as error:
                 yield Lost(entry.path, "unreadable", f"{type(error).__name__}: {error}")
                 continue
-            caption = entry.caption
-            if caption is None and entry.text is not None:
-                caption = clean_text(fs.cat_file(f"{inside}/{entry.text}").decode("utf-8-sig", errors="replace"))
             yield Sample(entry.path, (index, 0), data, caption or entry.label, entry.label, entry.qa)
 
     @contextmanager
@@ -90,18 +93,16 @@ def folder_groups(source: str, section: CorpusSection, seed: int) -> list[Folder
     fs, inside = filesystem(root)
     if not fs.isdir(inside):
         raise DataError(f"corpus.source: {source} is not a folder. Name a folder of images, or set corpus.format.")
-    skip = len(inside.rstrip("/")) + 1
-    names = [path[skip:] for path in fs.find(inside)]
-    names = [name for name in names if not is_hidden(name)]
+    names, lost = list_files(root)
     images = {name for name in names if suffix(name) in IMAGE_SUFFIXES}
-    lost = [
+    lost += [
         Lost(name, "not_an_image", f"the suffix {suffix(name)!r} is none of an image that can be read")
-        for name in sorted(set(names) - images)
-        if suffix(name) not in SIDECARS
+        for name in names
+        if name not in images and suffix(name) not in SIDECARS
     ]
-    said = _Metadata(section)
-    for name in sorted(names):
-        if name.rsplit("/", 1)[-1] in METADATA:
+    said = _Metadata(section, root)
+    for name in names:
+        if name.rsplit("/", 1)[-1].lower() in METADATA:
             said.read(name, fs.cat_file(f"{inside}/{name}"))
     lost += said.lost + [
         Lost(name, "missing", f"{where} names it, and it is not there")
@@ -109,13 +110,12 @@ def folder_groups(source: str, section: CorpusSection, seed: int) -> list[Folder
         if name not in images
     ]
     labels = _class_labels(images)
-    files = set(names)
+    texts = {name[:-4]: name for name in names if suffix(name) == ".txt"}
     entries = []
-    for name in sorted(images, key=lambda name: hashlib.sha256(name.encode()).digest()):
-        text = name[: -len(suffix(name))] + ".txt"
+    for name in sorted(images, key=lambda name: hashlib.sha256(name.encode(errors="surrogateescape")).digest()):
         entry = said.entries.get(name, Entry(name))
         label = entry.label if entry.label is not None else labels.get(name)
-        entries.append(replace(entry, text=text if text in files else None, label=label))
+        entries.append(replace(entry, text=texts.get(name[: -len(suffix(name))]), label=label))
     size = section.shard_images
     groups = [FolderGroup(root, tuple(entries[i : i + size])) for i in range(0, len(entries), size)]
     return [*groups, FolderGroup(root, (), tuple(lost))] if lost else groups
@@ -126,7 +126,7 @@ def _class_labels(images: set[str]) -> dict[str, str]:
     parents = {name: name.rsplit("/", 2)[-2] for name in images if "/" in name}
     if len(parents) < len(images) or len(set(parents.values())) < 2:
         return {}
-    return {name: " ".join(parent.replace("_", " ").split()) for name, parent in parents.items()}
+    return {name: " ".join(printable(parent).replace("_", " ").split()) for name, parent in parents.items()}
 
 
 @dataclass
@@ -134,6 +134,7 @@ class _Metadata:
     """What the metadata files say: image path → entry; rows that cannot be read are lost."""
 
     section: CorpusSection
+    root: str
     entries: dict[str, Entry] = field(default_factory=dict)
     where: dict[str, str] = field(default_factory=dict)
     lost: list[Lost] = field(default_factory=list)
@@ -141,31 +142,55 @@ class _Metadata:
     def read(self, name: str, data: bytes) -> None:
         """Take in one metadata file; its `file_name`s are relative to its own folder."""
         folder = name.rsplit("/", 1)[0] + "/" if "/" in name else ""
-        text = data.decode("utf-8-sig", errors="replace")
-        rows: Iterator[tuple[int, Any]]
-        if name.endswith(".csv"):
-            table = csv.DictReader(io.StringIO(text))
-            if table.fieldnames is None or "file_name" not in table.fieldnames:
-                raise DataError(f"{name} has no column file_name; it has {table.fieldnames}. Name the images there.")
-            rows = enumerate(table, 2)
-        else:
-            rows = ((number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip())
-        for number, row in rows:
+        text = as_text(data).replace("\r\n", "\n").replace("\r", "\n")
+        for number, row in self._table(name, text) if suffix(name) == ".csv" else _lines(text):
             where = f"{name}:{number}"
             try:
-                record = json.loads(row) if isinstance(row, str) else row
-                self._add(folder, where, record)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                if isinstance(row, csv.Error):
+                    raise row
+                self._add(folder, where, json.loads(row) if isinstance(row, str) else row)
+            except KeyError as error:
+                self.lost.append(Lost(where, "bad_metadata", f"the row has no {error}"))
+            except (ValueError, TypeError, AttributeError, csv.Error) as error:
                 self.lost.append(Lost(where, "bad_metadata", f"{type(error).__name__}: {error}"))
+
+    def _table(self, name: str, text: str) -> Iterator[tuple[int, dict[str, Any] | csv.Error]]:
+        """(last line, row) of each row of a CSV; a row that is none, as the error that says why."""
+        table = csv.DictReader(io.StringIO(text), skipinitialspace=True, strict=True)
+        try:
+            heads = [head.strip() for head in table.fieldnames or []]
+        except csv.Error as error:
+            raise DataError(
+                f"{self.root}/{name}: its first line, the names of the columns, is no CSV: {error}."
+            ) from error
+        if "file_name" not in heads:
+            raise DataError(
+                f"{self.root}/{name} has no column file_name; it has {', '.join(heads) or 'none at all'}. "
+                "Name the images there, with commas between the columns."
+            )
+        table.fieldnames = heads
+        while True:
+            try:
+                row: dict[str, Any] | csv.Error = next(table)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                row = error
+            yield table.reader.line_num, row
 
     def _add(self, folder: str, where: str, record: dict[str, Any]) -> None:
         """One row; a second row on the same image adds its questions and fills what is empty."""
-        if isinstance(record.get("qa"), str):
-            record = record | {"qa": json.loads(record["qa"]) if record["qa"].strip() else []}
-        path = folder + str(record["file_name"]).replace("\\", "/").removeprefix("./")
+        if not record["file_name"]:
+            raise ValueError("file_name is empty")
+        path = posixpath.normpath(folder + str(record["file_name"]).replace("\\", "/"))
         old = self.entries.get(path, Entry(path))
         caption = clean_text(record.get(self.section.caption_column)) or clean_text(record.get("text"))
         label = clean_text(record.get(self.section.label_column))
         qa = old.qa + read_pairs(record)
         self.entries[path] = replace(old, caption=old.caption or caption, label=old.label or label, qa=qa)
         self.where.setdefault(path, where)
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """(number, line) of each line that is not blank; JSON may hold U+2028 and the like, which end no line of a file."""
+    return ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
