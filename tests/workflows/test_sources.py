@@ -217,6 +217,76 @@ def test_brace_patterns_and_globs(tmp_path: Path) -> None:
         collect(str(tmp_path / "part-{00000..00003}.tar"))
 
 
+def test_tar_counts_what_is_no_sample(tmp_path: Path) -> None:
+    """Dots in names make one key of two pictures; a name twice; formats that cannot be read; links."""
+    members = [
+        ("Shot at 10.22.33.png", picture(1)),
+        ("Shot at 10.45.01.png", picture(2)),
+        ("twice.png", picture(3)),
+        ("twice.png", picture(4)),
+        ("phone.heic", b"x"),
+        ("noext", b"x"),
+    ]
+    path = write_tar(tmp_path / "x.tar", members)
+    with tarfile.open(path, "a") as tar:
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "twice.png"
+        tar.addfile(link)
+    samples, lost = collect(str(path))
+    assert [(one.key, one.data) for one in samples] == [("Shot at 10", picture(1)), ("twice", picture(3))]
+    assert [(one.key, one.reason) for one in lost] == [
+        ("Shot at 10", "second_image"),
+        ("twice", "second_image"),
+        ("phone", "no_image"),
+        ("noext", "no_image"),
+        ("link", "no_image"),
+    ]
+    assert "10.45.01.png" in lost[0].detail
+    assert lost[-1].detail == "members: png (a link)"
+
+
+def test_tar_damage_behind_the_last_member_is_told(tmp_path: Path) -> None:
+    """The checksum of a compressed tar, and a second archive behind the first, are looked at too."""
+    plain = write_tar(tmp_path / "x.tar", [("a.png", picture(1))]).read_bytes()
+    packed = bytearray(gzip.compress(plain))
+    packed[-8] ^= 1
+    (tmp_path / "sum.tar.gz").write_bytes(packed)
+    (tmp_path / "two.tar").write_bytes(plain + write_tar(tmp_path / "y.tar", [("b.png", picture(2))]).read_bytes())
+    for name in ("sum.tar.gz", "two.tar"):
+        samples, lost = collect(str(tmp_path / name))
+        assert [one.key for one in samples] == ["a"]
+        assert [one.reason for one in lost] == ["truncated_tar"]
+
+
+@pytest.mark.parametrize("suffix", ["gz", "bz2", "xz"])
+def test_a_tar_that_is_not_compressed_as_its_name_says_is_lost(tmp_path: Path, suffix: str) -> None:
+    path = write_tar(tmp_path / f"x.tar.{suffix}", [("a.png", picture(1))])
+    samples, lost = collect(str(path))
+    assert (samples, [one.reason for one in lost]) == ([], ["truncated_tar"])
+
+
+def test_paths_that_look_like_patterns(tmp_path: Path) -> None:
+    for folder in ("[x] y", "{z}"):
+        (tmp_path / folder).mkdir()
+        write_tar(tmp_path / folder / "t.tar", [("a.png", picture(1))])
+        (tmp_path / folder / "._t.tar").write_bytes(b"litter")
+        assert [one.key for one in collect(str(tmp_path / folder / "t.tar"))[0]] == ["a"]
+        samples, lost = collect(str(tmp_path / folder))
+        assert ([one.key for one in samples], lost) == (["a"], [])
+
+
+def test_relative_sources_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An actor of a cluster stands in another folder than the command."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "0.png").write_bytes(picture(0))
+    write_tar(tmp_path / "x.tar", [("a.png", picture(1))])
+    pq.write_table(pa.table({"image": [picture(2)]}), tmp_path / "x.parquet")
+    monkeypatch.chdir(tmp_path)
+    groups = find_groups(["in", "./*.tar", "x.parquet"], SECTION, 0)
+    monkeypatch.chdir("/")
+    assert [one.key for group in groups for one in group.samples()] == ["0.png", "a", "0:0"]
+
+
 def test_split_name() -> None:
     assert split_name("./a.b/c.Left.PNG") == ("a.b/c", "left.png")
 
@@ -256,6 +326,18 @@ def test_parquet_columns_are_named_in_errors(tmp_path: Path) -> None:
         collect(path, CorpusSection(image_column="jpg", caption_column="tags"))
     samples, _ = collect(path, CorpusSection(image_column="jpg", caption_column="alt"))
     assert [one.caption for one in samples] == ["x"]
+
+
+def test_parquet_of_other_writers(tmp_path: Path) -> None:
+    """Views (polars), text that is not UTF-8, upper-case names, questions as JSON text."""
+    raw = pa.array([b"caf\xe9", b"good"], pa.binary())
+    captions = pa.Array.from_buffers(pa.string(), 2, raw.buffers())
+    image = pa.array([picture(1), picture(2)], pa.binary_view())
+    table = pa.table({"image": image, "caption": captions, "qa": ["", '[["q", "a"]]']})
+    pq.write_table(table, tmp_path / "X.PARQUET")
+    samples, lost = collect(str(tmp_path))
+    assert [(one.key, one.caption, one.qa) for one in samples] == [("0:1", "good", (("q", "a"),))]
+    assert [(one.key, one.reason) for one in lost] == [("0:0", "bad_metadata")]
 
 
 def test_torn_parquet_is_lost(tmp_path: Path) -> None:

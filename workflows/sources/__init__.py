@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from smalti import storage
 from smalti.errors import DataError
 from smalti.schema import CorpusSection
-from smalti.workflows.sources.base import IMAGE_SUFFIXES, Group, Locator, Lost, Pairs, Sample, filesystem, suffix
+from smalti.workflows.sources.base import (
+    IMAGE_SUFFIXES,
+    Group,
+    Locator,
+    Lost,
+    Pairs,
+    Sample,
+    filesystem,
+    list_files,
+    suffix,
+)
 from smalti.workflows.sources.easy_vqa import easy_vqa_groups
 from smalti.workflows.sources.folder import folder_groups
 from smalti.workflows.sources.generated import generated_groups
-from smalti.workflows.sources.parquet import parquet_groups
+from smalti.workflows.sources.parquet import is_parquet, parquet_groups
 from smalti.workflows.sources.webdataset import is_tar, tar_groups
 
 __all__ = ["SOURCES", "Group", "Locator", "Lost", "Pairs", "Sample", "detect", "find_groups"]
@@ -22,6 +33,7 @@ SOURCES: dict[str, Callable[[str, CorpusSection, int], Sequence[Group]]] = {
     "easy-vqa": easy_vqa_groups,
     "generated": generated_groups,
 }
+FILES = ("folder", "webdataset", "parquet")
 
 
 def find_groups(source: str | list[str] | None, section: CorpusSection, seed: int) -> list[Group]:
@@ -34,7 +46,8 @@ def find_groups(source: str | list[str] | None, section: CorpusSection, seed: in
     groups: list[Group] = []
     for one in sources:
         kind = detect(one) if section.format == "auto" else section.format
-        groups += SOURCES[kind](one, section, seed)
+        place = storage.absolute(one) if kind in FILES else one  # actors may stand in another folder
+        groups += SOURCES[kind](place, section, seed)
     return groups
 
 
@@ -45,7 +58,7 @@ def detect(source: str) -> str:
             return name
     if is_tar(source):
         return "webdataset"
-    if source.lower().endswith((".parquet", ".pq")):
+    if is_parquet(source):
         return "parquet"
     fs, inside = filesystem(source)
     if not fs.isdir(inside):
@@ -53,14 +66,14 @@ def detect(source: str) -> str:
             f"corpus.source: {source} is neither a folder nor a .tar or .parquet file or pattern. "
             "Check the path, or set corpus.format."
         )
-    return _detect_folder(source, fs.find(inside))
+    return _detect_folder(source, list_files(source)[0])
 
 
 def _detect_folder(source: str, names: list[str]) -> str:
     """Images win over Parquet, Parquet over tars; a folder with two of them is unclear."""
     kinds = {
         "folder": any(suffix(name) in IMAGE_SUFFIXES for name in names),
-        "parquet": any(suffix(name) in (".parquet", ".pq") for name in names),
+        "parquet": any(is_parquet(name) for name in names),
         "webdataset": any(is_tar(name) for name in names),
     }
     found = [kind for kind, there in kinds.items() if there]

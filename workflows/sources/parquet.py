@@ -13,10 +13,20 @@ import pyarrow.parquet as pq
 
 from smalti.errors import DataError
 from smalti.schema import CorpusSection
-from smalti.workflows.sources.base import Locator, Lost, ReadBytes, Sample, clean_text, expand, filesystem, read_pairs
+from smalti.workflows.sources.base import (
+    Locator,
+    Lost,
+    ReadBytes,
+    Sample,
+    clean_text,
+    filesystem,
+    find_files,
+    read_pairs,
+)
 
 ROWS_A_BATCH = 128
 DEFAULT_CAPTION, DEFAULT_LABEL = "caption", "label"
+BYTES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
 
 
 @dataclass(frozen=True)
@@ -46,7 +56,7 @@ class ParquetGroup:
                 row = 0
                 try:
                     for batch in file.iter_batches(ROWS_A_BATCH, row_groups=[number], columns=columns):
-                        for record in batch.to_pylist():
+                        for record in _records(batch):
                             yield self._sample(f"{number}:{row}", (number, row), record)
                             row += 1
                 except (pa.ArrowException, OSError) as error:
@@ -70,7 +80,9 @@ class ParquetGroup:
 
             yield read
 
-    def _sample(self, key: str, locator: Locator, record: dict[str, Any]) -> Sample | Lost:
+    def _sample(self, key: str, locator: Locator, record: dict[str, Any] | UnicodeDecodeError) -> Sample | Lost:
+        if isinstance(record, UnicodeDecodeError):
+            return Lost(key, "bad_metadata", f"a text is not UTF-8: {record}")
         image = record[self.image]
         data = image.get("bytes") if isinstance(image, dict) else image
         if data is None:
@@ -87,6 +99,15 @@ class ParquetGroup:
         return Sample(key, locator, bytes(data), caption, clean_text(label), qa)
 
 
+def _records(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
+    """Each row; the error in place of one whose text is not UTF-8 (not every writer looks)."""
+    for row in range(len(batch)):
+        try:
+            yield batch.slice(row, 1).to_pylist()[0]
+        except UnicodeDecodeError as error:
+            yield error
+
+
 @contextmanager
 def _open(path: str) -> Iterator[pq.ParquetFile]:
     fs, inside = filesystem(path)
@@ -99,15 +120,13 @@ def parquet_groups(source: str, section: CorpusSection, seed: int) -> list[Parqu
 
     Errors: DataError when a column is missing (it names those there) or the image column cannot hold an image.
     """
-    fs, inside = filesystem(source) if "{" not in source else (None, "")
-    if fs is not None and fs.isdir(inside):
-        paths = [str(fs.unstrip_protocol(path)).removeprefix("file://") for path in sorted(fs.find(inside))]
-        paths = [path for path in paths if path.endswith((".parquet", ".pq"))]
-        if not paths:
-            raise DataError(f"corpus.source: no Parquet file lies in {source}. Name files, or set corpus.format.")
-    else:
-        paths = expand(source)
+    paths = find_files(source, is_parquet, "Parquet file")
     return [group for path in paths for group in _file_groups(path, section)]
+
+
+def is_parquet(path: str) -> bool:
+    """Whether a name is a Parquet file's."""
+    return path.lower().endswith((".parquet", ".pq"))
 
 
 def _file_groups(path: str, section: CorpusSection) -> list[ParquetGroup]:
@@ -141,7 +160,7 @@ def _check_image(path: str, schema: pa.Schema, name: str) -> None:
         )
     kind = schema.field(name).type
     inner = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
-    if not (pa.types.is_binary(inner) or pa.types.is_large_binary(inner) or pa.types.is_fixed_size_binary(inner)):
+    if not any(test(inner) for test in BYTES):
         raise DataError(
             f"{path}: column {name!r} is {kind}; expected encoded image bytes (binary) or a struct {{bytes, path}}. "
             f"The columns are {', '.join(f'{field.name}: {field.type}' for field in schema)}."

@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, cast
 
-import fsspec
+from fsspec.compression import available_compressions
+from fsspec.utils import infer_compression
 
 from smalti.errors import DataError
 from smalti.schema import CorpusSection
@@ -28,8 +29,8 @@ from smalti.workflows.sources.base import (
     ReadBytes,
     Sample,
     clean_text,
-    expand,
     filesystem,
+    find_files,
     is_hidden,
     read_pairs,
 )
@@ -37,6 +38,7 @@ from smalti.workflows.sources.base import (
 WINDOW = 256  # keys that wait for more members
 BLOCK = 512
 BROKEN = (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
+BZ2_COMPLAINT = "Invalid data stream"  # comes as a bare OSError
 TEXTS = ("txt", "caption", "text", "json", "cls")
 
 
@@ -62,6 +64,11 @@ class TailReader:
             except BROKEN as error:
                 self._error = error
                 break
+            except OSError as error:
+                if str(error) != BZ2_COMPLAINT:
+                    raise
+                self._error = tarfile.ReadError(str(error))
+                break
             if not part:
                 break
             parts.append(part)
@@ -83,10 +90,11 @@ class TailReader:
 
 @dataclass
 class _Members:
-    """What has come of one key: texts by extension, and images as (extension, locator, bytes)."""
+    """What has come of one key: texts by extension, images as (extension, locator, bytes), extensions of the rest."""
 
     images: list[tuple[str, Locator, bytes]] = field(default_factory=list)
     texts: dict[str, bytes] = field(default_factory=dict)
+    others: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -108,22 +116,22 @@ class TarGroup:
             walk = _TarWalk(TailReader(stream))
             for name, offset, data in walk.members():
                 key, extension = split_name(name)
-                if extension not in TEXTS and not is_image(extension):
-                    continue
                 members = waiting.setdefault(key, _Members())
-                if is_image(extension):
+                if is_image(extension) and data is not None:
                     members.images.append((extension, (offset, len(data)), data))
-                else:
+                elif extension in TEXTS and data is not None:
                     members.texts[extension] = data
+                else:
+                    members.others.add(f"{extension} (a link)" if data is None else extension)
                 if len(waiting) > WINDOW:
-                    yield self._sample(*waiting.popitem(last=False))
+                    yield from self._samples(*waiting.popitem(last=False))
             torn = walk.torn
         if torn is not None and walk.torn_member is not None:
             key = split_name(walk.torn_member)[0]
             if waiting.pop(key, None) is not None:
                 yield Lost(key, "truncated_tar", f"its member {walk.torn_member} is cut off")
         for key, members in waiting.items():
-            yield self._sample(key, members)
+            yield from self._samples(key, members)
         if torn is not None:
             yield Lost(walk.torn_member or "", "truncated_tar", torn)
 
@@ -139,15 +147,25 @@ class TarGroup:
 
     @contextmanager
     def _open(self) -> Iterator[BinaryIO]:
-        compression = "gzip" if self.path.endswith(".tgz") else "infer"
-        with fsspec.open(self.path, "rb", compression=compression) as stream:
+        fs, inside = filesystem(self.path)
+        with fs.open(inside, "rb", compression=compression_of(self.path)) as stream:
             yield cast(BinaryIO, stream)
 
-    def _sample(self, key: str, members: _Members) -> Sample | Lost:
-        """The sample of a key, or why there is none. Of several images the one with a plain extension comes first."""
+    def _samples(self, key: str, members: _Members) -> Iterator[Sample | Lost]:
+        """The sample of a key, or why there is none. Of several images the first with the plainest extension is taken;
+        a mask beside it (`a.mask.png`) is no image of its own, another as plain is one, and lost."""
         if not members.images:
-            return Lost(key, "no_image", f"members: {', '.join(sorted(members.texts))}")
-        _, locator, data = min(members.images, key=lambda image: image[0].count("."))
+            there = sorted(members.others.union(members.texts))
+            yield Lost(key, "no_image", f"members: {', '.join(name or 'one without extension' for name in there)}")
+            return
+        fewest = min(extension.count(".") for extension, _, _ in members.images)
+        (taken, locator, data), *more = [image for image in members.images if image[0].count(".") == fewest]
+        yield self._sample(key, locator, data, members)
+        for extension, _, _ in more:
+            told = f"{key}.{extension} has the key of {key}.{taken}; a key ends at the first dot of the name"
+            yield Lost(key, "second_image", told)
+
+    def _sample(self, key: str, locator: Locator, data: bytes, members: _Members) -> Sample | Lost:
         record: dict[str, Any] = {}
         try:
             if "json" in members.texts:
@@ -171,16 +189,19 @@ class _TarWalk:
         self.torn: str | None = None
         self.torn_member: str | None = None
 
-    def members(self) -> Iterator[tuple[str, int, bytes]]:
-        """(name, offset of the data, data) of each regular, unhidden file."""
+    def members(self) -> Iterator[tuple[str, int, bytes | None]]:
+        """(name, offset of the data, data) of each unhidden file; no data for a link, which a stream cannot follow."""
         name: str | None = None
         try:
             with tarfile.open(fileobj=cast(Any, self.stream), mode="r|") as tar:
                 while (info := tar.next()) is not None:
                     tar.members.clear()  # type: ignore[attr-defined]  # else every header stays in memory
-                    name = info.name
-                    if not info.isreg() or is_hidden(info.name.removeprefix("./")):
+                    if info.isdir() or is_hidden(info.name.removeprefix("./")):
                         continue
+                    if not info.isreg():
+                        yield info.name, info.offset_data, None
+                        continue
+                    name = info.name
                     file = tar.extractfile(info)
                     assert file is not None
                     data = file.read()
@@ -189,6 +210,10 @@ class _TarWalk:
                     yield info.name, info.offset_data, data
                     name = None
                 end = self.stream.block(tar.offset)
+                while rest := self.stream.read(tarfile.RECORDSIZE):  # a compressed stream checks itself at its end
+                    if rest.strip(b"\0"):
+                        self.torn = "more follows after the archive's end marker, and is not read"
+                        break
         except BROKEN as error:
             self.torn, self.torn_member = f"the archive breaks off: {error}", name
             return
@@ -209,16 +234,19 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def tar_groups(source: str, section: CorpusSection, seed: int) -> list[TarGroup]:
-    """A group for each tar that a path, pattern or folder names."""
-    fs, inside = filesystem(source) if "{" not in source else (None, "")
-    if fs is not None and fs.isdir(inside):
-        paths = [str(fs.unstrip_protocol(path)).removeprefix("file://") for path in sorted(fs.find(inside))]
-        paths = [path for path in paths if is_tar(path)]
-        if not paths:
-            raise DataError(f"corpus.source: no tar lies in {source}. Name tars, or set corpus.format.")
-    else:
-        paths = expand(source)
+    """A group for each tar that a path, pattern or folder names. Errors: DataError, also for an unknown compression."""
+    paths = find_files(source, is_tar, "tar")
+    for path in paths:
+        compression_of(path)
     return [TarGroup(path, section.caption_column, section.label_column) for path in paths]
+
+
+def compression_of(path: str) -> str | None:
+    """fsspec's name of the compression that a file's name tells. Errors: DataError when a package for it is missing."""
+    name = path.lower()
+    if name.endswith(".zst") and "zstd" not in available_compressions():
+        raise DataError(f"corpus.source: reading {path} needs the package zstandard. Run `pip install zstandard`.")
+    return "gzip" if name.endswith(".tgz") else infer_compression(name)
 
 
 def is_tar(path: str) -> bool:
