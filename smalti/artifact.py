@@ -117,6 +117,11 @@ class Workspace:
         storage.remove(storage.join(self.path, PARTIAL))
         return artifact
 
+    def abandon(self) -> None:
+        """Take the partial record away when nothing else was made here: the next try may have another config."""
+        if storage.list_names(self.path) == [PARTIAL]:
+            storage.remove(storage.join(self.path, PARTIAL))
+
     def _partial(self, seconds: float) -> dict[str, Any]:
         return {
             "kind": self.kind,

@@ -91,7 +91,11 @@ class _Build:
         tree = self.flat() if self.section.coarse == 1 else self.two_level()
         for number in range(self.section.polish):
             tree = self.step(f"polish-{number:03d}", tree)
-        tree, replaced = clustering.distinct(self.parts, tree, self.workers)
+        try:
+            tree, replaced = clustering.distinct(self.parts, tree, self.workers)
+        except DataError:
+            storage.remove(self.work)  # no try with these settings ends otherwise: others may stand here
+            raise
         if replaced:
             self.run.log(f"{replaced} codes repeated another one and were put on other vectors")
         if not bool(torch.isfinite(tree.codes).all()):

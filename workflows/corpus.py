@@ -61,8 +61,11 @@ def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
 
 def stage_config(recipe: Recipe) -> dict[str, Any]:
     """What the corpus depends on. `image_size` is used on reading only, except by generated pictures."""
-    config = recipe.corpus.model_dump(mode="json", exclude={"image_size"})
-    if "generated" in f"{recipe.corpus.format} {recipe.corpus.source} {recipe.corpus.val_source}":
+    section = recipe.corpus
+    config = section.model_dump(mode="json", exclude={"image_size"})
+    given = [section.source, section.val_source]
+    names = [name for one in given for name in ([one] if isinstance(one, str) else one or [])]
+    if section.format == "generated" or any(name.partition(":")[0] == "generated" for name in names):
         config |= {"image_size": recipe.corpus.image_size, "seed": recipe.seed}
     return config
 
@@ -106,11 +109,17 @@ def _same_listing(run: StageRun, groups: Mapping[str, list[Group]]) -> None:
     path = storage.join(run.path, "index", LISTING)
     if storage.exists(path) and storage.read_json(path) == {"listing": digest.hexdigest()}:
         return
-    if run.resumed and storage.exists(path):
-        run.log("the source has changed since the interrupted try: starting over")
-        for folder in ("index", "train", "val", "quarantine"):
-            storage.remove(storage.join(run.path, folder))
+    if run.resumed:
+        if storage.exists(path):
+            run.log("the source has changed since the interrupted try: starting over")
+        _clear(run.path)
     storage.write_json(path, {"listing": digest.hexdigest()})
+
+
+def _clear(path: str) -> None:
+    """Take away all that the stage has made."""
+    for folder in ("index", "train", "val", "quarantine"):
+        storage.remove(storage.join(path, folder))
 
 
 # ---- first pass: look at every image -------------------------------------------------------------------------------
@@ -320,22 +329,30 @@ class WriteShard:
         return shards.write_shard(self.path, key, pa.concat_tables(tables).combine_chunks())
 
     def table(self, source: str, number: int, group: Group, rows: list[int]) -> pa.Table:
-        """Corpus rows of one group. Errors: DataError when the source gives other bytes than at the first pass."""
+        """Corpus rows of one group. Errors: DataError when the source gives other bytes than at the first pass, or none."""
         index = shards.read_shard(self.path, index_key(source, number)).take(pa.array(np.array(rows, np.int64)))
         columns = {name: index.column(name).to_pylist() for name in ("key", "start", "extent", "image_id")}
         data = []
-        with group.reader() as read:
-            for key, start, extent, identity in zip(*columns.values(), strict=True):
-                data.append(read((start, extent)))
-                if image_id(data[-1]) != identity:
-                    raise DataError(
-                        f"{group.source}::{key} has changed while the corpus was made. "
-                        "Leave the source alone while it is read, and run the command again."
-                    )
+        try:
+            with group.reader() as read:
+                for key, start, extent, identity in zip(*columns.values(), strict=True):
+                    data.append(read((start, extent)))
+                    if image_id(data[-1]) != identity:
+                        raise self.changed(f"{group.source}::{key}")
+        except (FileNotFoundError, pa.ArrowException) as error:
+            raise self.changed(group.source) from error
         named = [f"{group.source}::{key}" for key in columns["key"]]
         arrays = {"image": pa.array(data, pa.binary()), "source": pa.array(named, pa.string())}
         return pa.table(
             [arrays.get(name, index[name] if name in INDEX.names else None) for name in CORPUS.names], CORPUS
+        )
+
+    def changed(self, what: str) -> DataError:
+        """The error of a source that is another one now. The listing goes, so that the next try starts over."""
+        storage.remove(storage.join(self.path, "index", LISTING))
+        return DataError(
+            f"{what} has changed while the corpus was made. "
+            "Leave the source alone while it is read, and run the command again."
         )
 
 
@@ -354,7 +371,9 @@ def _check(run: StageRun, plan: Plan, counts: dict[str, int]) -> None:
             f" {examples + '. ' if examples else ''}See {run.path}/quarantine, or set corpus.source."
         )
     if not counts["train"]:
-        raise DataError(f"No image is left to train on: all {counts['val']:,} are held out. Lower corpus.val_fraction.")
+        _clear(run.path)
+        mend = "Name another corpus.val_source" if section.val_source else "Lower corpus.val_fraction"
+        raise DataError(f"No image is left to train on: all {counts['val']:,} are held out. {mend}.")
     if not counts["val"] and (section.val_source or section.val_fraction):
         run.log("no image is held out: raise corpus.val_fraction, or name a corpus.val_source")
     if counts["quarantined"]:

@@ -120,7 +120,8 @@ def captioned(corpus: Artifact) -> tuple[list[str], list[int], Counter[tuple[str
     if not texts:
         raise DataError(
             f"No training image of {corpus.path} has a caption or a label, and encoder.train learns from image-text pairs. "
-            "Give the images captions (a .txt beside each, metadata.jsonl) or folders as labels, or set encoder.pretrained."
+            "Give the images captions (a .txt beside each, metadata.jsonl) or folders as labels and remove that corpus, "
+            "or set encoder.pretrained."
         )
     return keys, sizes, texts
 

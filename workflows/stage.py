@@ -9,13 +9,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from smalti import artifact, storage
 from smalti.artifact import Artifact, Workspace
-from smalti.errors import ArtifactError
+from smalti.errors import ArtifactError, SmaltiError
 from smalti.progress import Progress
 from smalti.progress import log as log_line
 from smalti.tracking import Tracker
@@ -165,6 +165,8 @@ def _make(
         tracker.finish()
     except BaseException:
         _finish_failed(tracker, name)
+        with suppress(SmaltiError):  # a store that is down as well must not hide the first error
+            place.abandon()
         raise
     told = ", ".join(f"{value:,} {key}" for key, value in counts.items() if "/" not in key)
     run.log(f"finished in {result.seconds:.1f} s" + (f": {told}" if told else ""))

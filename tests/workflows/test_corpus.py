@@ -216,3 +216,48 @@ def test_names_and_texts_that_are_no_unicode_do_not_stop_the_run(inline: None, t
     made = corpus.run(recipe(tmp_path / "out", str(source), val_fraction=0.0))
     found = {row["source"].rpartition("::")[2]: row["caption"] for row in rows(made, "train")}
     assert found == {"caf?.png": None, "ok.png": "?"}
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_an_image_that_changes_between_the_passes_is_told_and_the_next_try_mends_it(
+    inline: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: bool
+) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    for number in range(6):
+        (source / f"{number}.png").write_bytes(picture(number))
+    wanted = recipe(tmp_path / "out", str(source), val_fraction=0.0, shard_images=2)
+    written = corpus.WriteShard.work
+
+    def work(self: corpus.WriteShard, item: Any) -> shards.Receipt:
+        if item[0] == "train/00001":
+            path = Path(source, shards.read_shard(self.path, "index/train/00001", ["key"]).column("key")[0].as_py())
+            path.unlink() if gone else path.write_bytes(picture(99))
+        return written(self, item)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus.WriteShard, "work", work)
+        with pytest.raises(DataError, match=r"has changed while the corpus was made"):
+            corpus.run(wanted)
+    made = corpus.run(wanted)
+    assert made.counts["found"] == (5 if gone else 6)
+    assert all(Path(row["source"].replace("::", "/")).read_bytes() == row["image"] for row in rows(made, "train"))
+
+
+def test_settings_that_gave_nothing_do_not_bar_the_right_ones(inline: None, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="neither a folder nor"):
+        corpus.run(recipe(tmp_path, str(tmp_path / "nowhere")))
+    with pytest.raises(DataError, match=r"all 20 are held out\. Lower corpus\.val_fraction"):
+        corpus.run(recipe(tmp_path, "generated:20", image_size=16, val_fraction=1.0))
+    with pytest.raises(DataError, match=r"Name another corpus\.val_source"):
+        corpus.run(recipe(tmp_path, "generated:20", image_size=16, val_source="generated:20"))
+    made = corpus.run(recipe(tmp_path, "generated:20", image_size=16, val_fraction=0.0))
+    assert made.counts["train"] == 20
+
+
+def test_only_generated_pictures_depend_on_seed_and_size(tmp_path: Path) -> None:
+    def depends(source: Any, **section: Any) -> bool:
+        return "seed" in corpus.stage_config(recipe(tmp_path, source, **section))
+
+    assert depends("generated") and depends(["/a", "generated:5"]) and depends("/a", val_source="generated:5:val")
+    assert not depends("/data/ai-generated/x") and not depends(["/generated/a.tar"], val_source="generated.tar")

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from smalti import shards
 from smalti.artifact import RECORD, Artifact
+from smalti.config import with_overrides
 from smalti.errors import ConfigError, DataError
 from smalti.schema import EncoderTrain, PixelStage, Recipe, SemanticStage, TokenizerSection, VitSize
 from smalti.workflows import codebook, corpus, encoder, features, tokens
@@ -292,6 +293,8 @@ def test_planted_clusters_are_found_and_too_few_distinct_vectors_are_told(tmp_pa
         run_stage(wanted, "features", "features", {}, {}, plant)
         with pytest.raises(DataError, match=r"codebook.size=9, but the features hold only 8 distinct vectors"):
             codebook.run(wanted)
+        mended = with_overrides(wanted, {"codebook.size": 8})
+        assert codebook.run(mended).counts["codes"] == 8, "the size that the error names works in the same place"
 
 
 def test_codebook_sizes_that_cannot_be(base: Path, siglip: str, tmp_path: Path) -> None:

@@ -92,6 +92,15 @@ def test_a_failure_propagates_and_the_next_try_goes_on(tmp_path: Path, capsys: p
     assert "going on" in capsys.readouterr().err
 
 
+def test_a_failure_before_anything_was_made_leaves_the_place_to_other_settings(tmp_path: Path) -> None:
+    def refuses(run: StageRun) -> dict[str, int]:
+        raise DataError("set a to 2")
+
+    with pytest.raises(DataError, match="set a to 2"):
+        run_stage(recipe(tmp_path), "thing", "thing", {"a": 1}, {}, refuses)
+    assert run_stage(recipe(tmp_path), "thing", "thing", {"a": 2}, {}, body).config == {"a": 2}
+
+
 def test_parents_change_the_fingerprint_and_nested_names_nest(tmp_path: Path) -> None:
     first = run_stage(recipe(tmp_path), "a", "a", {}, {}, body)
     other = run_stage(recipe(tmp_path / "b"), "a", "a", {"x": 1}, {}, body)
