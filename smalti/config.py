@@ -78,8 +78,10 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not equals or not key or any(not part for part in key.split(".")):
         raise ConfigError(f"override {text!r}: expected key=value, such as tokenizer.pixel.codes=8")
     if _SCHEMA.takes_raw_text(key):
-        value = recipe_yaml.parse(raw, f"override {text!r}") if raw.strip()[:1] in ("'", '"') else raw
-        return key, None if raw in ("null", "~", "") and _SCHEMA.takes_null(key) else value
+        bare = raw.strip()
+        listed = bare.startswith("[") and bare.endswith("]") and _SCHEMA.takes(key, list)
+        value = recipe_yaml.parse(raw, f"override {text!r}") if listed or bare[:1] in ("'", '"') else raw
+        return key, None if raw in ("null", "~", "") and _SCHEMA.takes(key, type(None)) else value
     return key, recipe_yaml.parse(raw, f"override {text!r}")
 
 

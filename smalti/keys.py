@@ -64,11 +64,11 @@ class Schema:
         return alike[:1] or [key for key in self.keys if key.rsplit(".", 1)[-1] == leaf][:3]
 
     def takes_raw_text(self, dotted: str) -> bool:
-        """True when the key takes text and neither numbers, switches nor lists: then `name=007` means the text `007`."""
+        """True when the key takes text (or a list) and neither numbers nor switches: `name=007` means the text `007`."""
         field = self._field(dotted)
         if field is None:
             return False
-        kinds = {_base(branch) for branch in _branches(field.annotation)} - {type(None)}
+        kinds = {_base(branch) for branch in _branches(field.annotation)} - {type(None), list}
         texts = [
             b
             for b in _branches(field.annotation)
@@ -76,10 +76,10 @@ class Schema:
         ]
         return bool(kinds) and all(kind is str for kind in kinds - {Literal}) and (Literal not in kinds or bool(texts))
 
-    def takes_null(self, dotted: str) -> bool:
-        """True when the key may be null."""
+    def takes(self, dotted: str, kind: Any) -> bool:
+        """True when the key may be of a kind, such as `list`, or null (`NoneType`)."""
         field = self._field(dotted)
-        return field is not None and _has(field.annotation, type(None))
+        return field is not None and _has(field.annotation, kind)
 
     def explain(self, error: Mapping[str, Any]) -> tuple[str, str]:
         """(dotted key, text) of one pydantic error; tags that unions put into its place are left out."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
@@ -20,7 +20,7 @@ Weight = Annotated[float, Field(ge=0.0)]
 class Section(BaseModel):
     """Base of every section: frozen, no unknown keys, no silent conversion (an int may stand for a float)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Train(Section):
@@ -320,6 +320,13 @@ class Recipe(Section):
     )
     resources: Resources = Resources()
     tracking: Tracking = Tracking()
+
+    @field_validator("out")
+    @classmethod
+    def _some_folder(cls, out: str) -> str:
+        if not out.strip():
+            raise ValueError("expected the path of a folder, found empty text")
+        return out
 
     @model_validator(mode="after")
     def _one_encoder(self) -> Recipe:

@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 the run failed, with one clear message; 2 bad arguments or
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import tempfile
@@ -20,6 +21,8 @@ DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # where the terminal is not UTF-8, `→` is no reason to fail
     try:
         arguments = parse(argv)
     except SystemExit as stop:  # argparse: 0 after --help and --version, 2 after a complaint

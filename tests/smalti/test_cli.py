@@ -316,3 +316,10 @@ def test_a_closed_pipe_is_no_error(root: Path, tmp_path: Path) -> None:
     command = f"{sys.executable} -m smalti show {tmp_path} --json | head -1"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], cwd=root, capture_output=True, text=True)
     assert done.stderr == ""
+
+
+def test_help_on_a_terminal_without_unicode(root: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-m", "smalti", "--help"], cwd=root, env=environment, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"smalti COMMAND ?" in done.stdout

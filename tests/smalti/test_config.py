@@ -185,6 +185,36 @@ def test_extends_in_a_circle(tmp_path: Path) -> None:
     assert "circle: b.yaml → a.yaml → b.yaml" in complaint(path=path)
 
 
+@pytest.mark.parametrize(
+    ("raw", "read"),
+    [
+        ("/data/my set #2", "/data/my set #2"),
+        ("*.tar", "*.tar"),
+        ("{a,b}.tar", "{a,b}.tar"),
+        ("[ab].tar", "[ab].tar"),
+        ("2024", "2024"),
+        ("a: b", "a: b"),
+        ("[a, 'b c']", ["a", "b c"]),
+        ("'[a]'", "[a]"),
+        ("null", None),
+        ("", None),
+    ],
+)
+def test_paths_are_taken_as_typed(raw: str, read: Any) -> None:
+    assert load_recipe(None, [f"corpus.source={raw}"]).corpus.source == read
+
+
+@pytest.mark.parametrize("raw", [".inf", "-.inf", ".nan"])
+def test_numbers_that_no_record_can_hold_are_refused(raw: str) -> None:
+    assert "mllm.train.lr: expected a number > 0, found" in complaint([f"mllm.train.lr={raw}"])
+    assert "evaluate.goals" in complaint([f"evaluate.goals.x={raw}"])
+
+
+@pytest.mark.parametrize("raw", ["", " "])
+def test_an_empty_out_is_no_folder(raw: str) -> None:
+    assert "out: expected the path of a folder, found empty text" in complaint([f"out={raw}"])
+
+
 @pytest.mark.parametrize("text", ["seed", "=1", "a..b=1", ".a=1", "a.=1"])
 def test_what_is_no_override(text: str) -> None:
     assert "expected key=value" in complaint([text])
