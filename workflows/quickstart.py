@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from smalti.config import find_recipe, load_recipe, with_overrides
+from smalti.config import find_recipe, load_recipe, parse_override, with_overrides
 from smalti.errors import ConfigError, DataError
 from smalti.progress import log
 from smalti.schema import Recipe
@@ -24,12 +24,16 @@ def run(out: str, images: str | None = None, overrides: Sequence[str] = ()) -> N
     ConfigError when it does not exist, DataError when fewer than 16 of its images can be used.
     """
     recipe = load_recipe(find_recipe(RECIPE), [f"out={out}", *overrides])
+    given = {parse_override(text)[0] for text in overrides}
+    if images is not None and "corpus.source" in given:
+        raise ConfigError("--images and corpus.source= both name the images; keep one")
     log(f"smalti quickstart: {'easy-vqa' if images is None else images} → {recipe.out}")
     log("the chain: corpus → encoder → features → codebook → tokenizer → tokens → mllm → export → evaluation")
     if images is not None:
         if not exists(images):
             raise ConfigError(f"--images {images}: there is no such folder. Name one that holds images.")
-        recipe = _own_images(with_overrides(recipe, _corpus_of(images)))
+        own = {key: value for key, value in _corpus_of(images).items() if key not in given}
+        recipe = _own_images(with_overrides(recipe, own))
     run_recipe(recipe)
 
 
@@ -53,7 +57,8 @@ def _own_images(recipe: Recipe) -> Recipe:
     if num_images < MIN_IMAGES or not corpus.counts.get("val"):
         raise DataError(
             f"{recipe.corpus.source} gave {num_images} training and {corpus.counts.get('val', 0)} held-out images; "
-            f"the quickstart needs at least {MIN_IMAGES} and 1. Add images; {corpus.path} tells what was left out."
+            f"the quickstart needs at least {MIN_IMAGES} and 1. Add images and remove {corpus.path}, whose quarantine tells "
+            "what was left out."
         )
     size = recipe.codebook.size
     while size > 16 and size * VECTORS_A_CODE > num_images * _patches(recipe):
