@@ -32,6 +32,7 @@ _MENDS = {
     errno.EPERM: "this user may not do that there: set another `out`, or mend the permissions",
     errno.EROFS: "that file system is read-only: set another `out`",
     errno.ENOTDIR: "a file stands where a folder is needed: move it, or set another path",
+    errno.EEXIST: "a file stands where a folder is needed: move it, or set another path",
     errno.EISDIR: "a folder stands where a file is needed: move it, or set another path",
     errno.ENOENT: "there is nothing at that path: check its spelling",
     errno.EMFILE: "too many files are open: raise `ulimit -n`",

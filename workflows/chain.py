@@ -14,6 +14,7 @@ from typing import Any
 
 from smalti.artifact import Artifact
 from smalti.config import dump, with_overrides
+from smalti.errors import ConfigError
 from smalti.progress import log
 from smalti.schema import Recipe
 from smalti.storage import join
@@ -34,8 +35,7 @@ def run_recipe(recipe: Recipe, *, only: str | None = None) -> list[Artifact]:
     the same command goes on where it stopped.
     """
     started = time.time()
-    if only is None:
-        importlib.import_module("smalti.workflows.mllm").check(recipe)  # now, not hours later
+    _check(recipe, only)
     with ensure_ray(recipe), _run_of(open_tracker(recipe)) as tracker:
         if only and only != "evaluate":
             return [_stage(only)(recipe, tracker)]
@@ -49,6 +49,16 @@ def run_recipe(recipe: Recipe, *, only: str | None = None) -> list[Artifact]:
         artifacts.append(_stage("evaluate")(recipe, tracker))
     finish(recipe, artifacts, started)
     return artifacts
+
+
+def _check(recipe: Recipe, only: str | None) -> None:
+    """ConfigError for what the recipe alone shows to be wrong: now, not hours later."""
+    if only in (None, "corpus") and not recipe.corpus.source:
+        raise ConfigError(
+            "corpus.source is not set. Name a folder of images, WebDataset tars, Parquet files, or easy-vqa:train."
+        )
+    for name in ("encoder", "codebook", "mllm") if only is None else ():
+        importlib.import_module(f"smalti.workflows.{name}").check(recipe)
 
 
 @contextmanager

@@ -48,6 +48,16 @@ def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
     return run_stage(recipe, "codebook", "codebook", config, parents, _body(parents["features"]), tracker=tracker)
 
 
+def check(recipe: Recipe) -> None:
+    """ConfigError when there are more cells than codes."""
+    section = recipe.codebook
+    if section.coarse > section.size and recipe.tokenizer.guidance:
+        raise ConfigError(
+            f"codebook.coarse={section.coarse} cells for codebook.size={section.size} codes; every cell needs one. "
+            "Lower codebook.coarse."
+        )
+
+
 def load_centroids(artifact: Artifact) -> Tensor:
     """The codes of a codebook artifact: float32 (K, C)."""
     return load_tensors(storage.read_bytes(storage.join(artifact.path, CENTROIDS)))["centroids"]
@@ -56,11 +66,7 @@ def load_centroids(artifact: Artifact) -> Tensor:
 def _body(features: Artifact) -> Any:
     def body(run: StageRun) -> dict[str, int]:
         section = run.recipe.codebook
-        if section.coarse > section.size:
-            raise ConfigError(
-                f"codebook.coarse={section.coarse} cells for codebook.size={section.size} codes; every cell needs one. "
-                "Lower codebook.coarse."
-            )
+        check(run.recipe)
         parts = clustering.chunks(features.path, "train")
         num_vectors = sum(rows for chunk in parts for _, rows in chunk.parts)
         if num_vectors < section.size:

@@ -106,7 +106,7 @@ def _same_listing(run: StageRun, groups: Mapping[str, list[Group]]) -> None:
         digest.update(split.encode())
         for group in members:
             digest.update(repr(group).encode())
-    path = storage.join(run.path, "index", LISTING)
+    path = storage.join(run.path, LISTING)
     if storage.exists(path) and storage.read_json(path) == {"listing": digest.hexdigest()}:
         return
     if run.resumed:
@@ -118,8 +118,8 @@ def _same_listing(run: StageRun, groups: Mapping[str, list[Group]]) -> None:
 
 def _clear(path: str) -> None:
     """Take away all that the stage has made."""
-    for folder in ("index", "train", "val", "quarantine"):
-        storage.remove(storage.join(path, folder))
+    for name in (LISTING, "index", "train", "val", "quarantine"):
+        storage.remove(storage.join(path, name))
 
 
 # ---- first pass: look at every image -------------------------------------------------------------------------------
@@ -349,7 +349,7 @@ class WriteShard:
 
     def changed(self, what: str) -> DataError:
         """The error of a source that is another one now. The listing goes, so that the next try starts over."""
-        storage.remove(storage.join(self.path, "index", LISTING))
+        storage.remove(storage.join(self.path, LISTING))
         return DataError(
             f"{what} has changed while the corpus was made. "
             "Leave the source alone while it is read, and run the command again."

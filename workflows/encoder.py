@@ -30,21 +30,27 @@ def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
 
     Errors: ConfigError when neither is set; ArtifactError when the pretrained one cannot be loaded.
     """
+    check(recipe)
     section = recipe.encoder
     if section.pretrained:
         name = resolve(section.pretrained)
         return run_stage(recipe, "encoder", "encoder", {"pretrained": name}, {}, _record(name), tracker=tracker)
-    if section.train is None:
-        raise ConfigError(
-            "No encoder is set. Set encoder.pretrained to a SigLIP directory or hub name (google/siglip-base-patch16-256), "
-            "or encoder.train to train one on the corpus."
-        )
+    assert section.train is not None
     corpus = find_artifact(recipe, "corpus")
     settings = section.train.model_dump(mode="json")
     settings["train"] = result_settings(settings["train"])
     config = {"train": settings, "image_size": recipe.corpus.image_size, "seed": recipe.seed}
     body = _train(section.train, corpus)
     return run_stage(recipe, "encoder", "encoder", config, {"corpus": corpus}, body, tracker=tracker)
+
+
+def check(recipe: Recipe) -> None:
+    """ConfigError when no encoder is named and none is to be trained."""
+    if not recipe.encoder.pretrained and recipe.encoder.train is None:
+        raise ConfigError(
+            "No encoder is set. Set encoder.pretrained to a SigLIP directory or hub name (google/siglip-base-patch16-256), "
+            "or encoder.train to train one on the corpus."
+        )
 
 
 def encoder_path(artifact: Artifact) -> str:

@@ -165,3 +165,10 @@ def test_temporary_names_are_not_listed(tmp_path: Path) -> None:
     (tmp_path / storage._temp_name("x").lstrip("/")).write_text("")
     (tmp_path / "x").write_text("")
     assert storage.list_names(str(tmp_path)) == ["x"]
+
+
+def test_a_file_in_the_place_of_a_folder_is_told(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"")
+    for path in (tmp_path / "x", tmp_path / "x" / "y"):
+        with pytest.raises(DataError, match="a file stands where a folder is needed"):
+            storage.make_dirs(str(path))
