@@ -27,7 +27,7 @@ from smalti.tracking import Tracker
 from smalti.workflows.ray_session import ensure_ray
 from smalti.workflows.shard_pipeline import run_shards, standing
 from smalti.workflows.sources import Group, Lost, Sample, find_groups
-from smalti.workflows.sources.base import printable
+from smalti.workflows.sources.base import printable, unreadable
 from smalti.workflows.stage import StageRun, run_stage
 
 ID_DIGITS = 32  # hex digits of a sha256: 128 bits
@@ -180,7 +180,10 @@ class IndexGroup:
         split, number, group = item
         key = index_key(split, number)
         if standing(self.path, key) is None:
-            rows = [self.row(found) for found in group.samples()]
+            try:
+                rows = [self.row(found) for found in group.samples()]
+            except OSError as error:
+                raise unreadable(group.source, error) from error
             shards.write_shard(self.path, key, pa.Table.from_pylist(rows, INDEX))
         reasons = shards.read_shard(self.path, key, ["reason"]).column("reason").to_pylist()
         return number, len(reasons), sum(reason is not None for reason in reasons)

@@ -180,7 +180,10 @@ def _beating(place: Workspace, started: float) -> Iterator[None]:
 
     def beat() -> None:
         while not stop.wait(BEAT_S):
-            place.beat(time.monotonic() - started)
+            try:
+                place.beat(time.monotonic() - started)
+            except SmaltiError as error:  # the work itself may still go well
+                log_line(f"{place.kind}: the time worked could not be noted: {error}")
 
     thread = threading.Thread(target=beat, daemon=True, name="stage-beat")
     thread.start()

@@ -261,3 +261,11 @@ def test_only_generated_pictures_depend_on_seed_and_size(tmp_path: Path) -> None
 
     assert depends("generated") and depends(["/a", "generated:5"]) and depends("/a", val_source="generated:5:val")
     assert not depends("/data/ai-generated/x") and not depends(["/generated/a.tar"], val_source="generated.tar")
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.parquet"])
+def test_what_the_system_does_not_let_be_read_is_one_clear_error(inline: None, tmp_path: Path, name: str) -> None:
+    """A pattern that names a folder; the same error stands for permissions and devices."""
+    (tmp_path / name).mkdir()
+    with pytest.raises(DataError, match=rf"cannot be read .*{name}.* Check its permissions"):
+        corpus.run(recipe(tmp_path / "out", f"{tmp_path}/*{name[1:]}"))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from smalti import storage
-from smalti.artifact import Artifact
+from smalti.artifact import Artifact, Workspace
 from smalti.errors import ArtifactError, DataError
 from smalti.schema import Recipe
 from smalti.tracking import NullTracker
+from smalti.workflows import stage
 from smalti.workflows.stage import StageRun, find_artifact, run_stage
 
 
@@ -133,3 +135,22 @@ def test_relative_out_is_absolute_in_the_artifact(tmp_path: Path, monkeypatch: p
     made = run_stage(recipe(Path("rel")), "thing", "thing", {}, {}, body)
     assert made.path == str(tmp_path / "rel" / "thing")
     assert Artifact.load(made.path).fingerprint == made.fingerprint
+
+
+def test_time_that_cannot_be_noted_is_told_and_the_work_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = threading.Event()
+
+    def full(self: Workspace, seconds: float) -> None:
+        told.set()
+        raise DataError("the disk is full")
+
+    def works(run: StageRun) -> dict[str, int]:
+        monkeypatch.setattr(Workspace, "beat", full)
+        assert told.wait(30)
+        return {"things": 1}
+
+    monkeypatch.setattr(stage, "BEAT_S", 0.01)
+    assert run_stage(recipe(tmp_path), "thing", "thing", {}, {}, works).counts == {"things": 1}
+    assert "the time worked could not be noted: the disk is full" in capsys.readouterr().err

@@ -17,6 +17,7 @@ from smalti.workflows.sources.base import (
     filesystem,
     list_files,
     suffix,
+    unreadable,
 )
 from smalti.workflows.sources.easy_vqa import easy_vqa_groups
 from smalti.workflows.sources.folder import folder_groups
@@ -47,7 +48,10 @@ def find_groups(source: str | list[str] | None, section: CorpusSection, seed: in
     for one in sources:
         kind = detect(one) if section.format == "auto" else section.format
         place = storage.absolute(one) if kind in FILES else one  # actors may stand in another folder
-        groups += SOURCES[kind](place, section, seed)
+        try:
+            groups += SOURCES[kind](place, section, seed)
+        except OSError as error:
+            raise unreadable(one, error) from error
     return groups
 
 

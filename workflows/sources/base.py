@@ -148,6 +148,11 @@ def filesystem(path: str) -> tuple[Any, str]:
     return fs, inside
 
 
+def unreadable(source: str, error: OSError) -> DataError:
+    """The error of a source that the system does not let be read."""
+    return DataError(f"corpus.source: {source} cannot be read ({error}). Check its permissions and the device.")
+
+
 def list_files(root: str) -> tuple[list[str], list[Lost]]:
     """Relative paths of the unhidden files below a folder, sorted, and the folders in it that cannot be read.
 
