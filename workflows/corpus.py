@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,15 +19,16 @@ import pyarrow as pa
 from smalti import images, shards, storage
 from smalti.artifact import Artifact
 from smalti.errors import DataError, ImageError
-from smalti.progress import Progress
+from smalti.progress import Progress, log
 from smalti.schema import Recipe
 from smalti.shards import CORPUS, QA, QUARANTINE
 from smalti.tracking import Tracker
+from smalti.workflows.corpus_layout import Plan, index_key, lay_out
 from smalti.workflows.ray_session import ensure_ray
 from smalti.workflows.shard_pipeline import run_shards, standing
 from smalti.workflows.sources import Group, Lost, Sample, find_groups
 from smalti.workflows.sources.base import printable, unreadable
-from smalti.workflows.stage import StageRun, run_stage
+from smalti.workflows.stage import StageRun, run_stage, stage_path
 
 ID_DIGITS = 32  # hex digits of a sha256: 128 bits
 QUARANTINE_ROWS = 10_000
@@ -56,18 +56,26 @@ def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
     Counts: images, train, val, quarantined, over_limit, found (their sum), and `quarantined/<reason>`.
     Errors: DataError when the source cannot be found, or when a split that was asked for has no usable image.
     """
-    return run_stage(recipe, "corpus", "corpus", stage_config(recipe), {}, _body, tracker=tracker)
+    stood = Artifact.find(stage_path(recipe, "corpus")) is not None
+    made = run_stage(recipe, "corpus", "corpus", stage_config(recipe), {}, _body, tracker=tracker)
+    if stood:
+        _tell_of_change(recipe, made)
+    return made
 
 
 def stage_config(recipe: Recipe) -> dict[str, Any]:
     """What the corpus depends on. `image_size` is used on reading only, except by generated pictures."""
     section = recipe.corpus
     config = section.model_dump(mode="json", exclude={"image_size"})
-    given = [section.source, section.val_source]
-    names = [name for one in given for name in ([one] if isinstance(one, str) else one or [])]
-    if section.format == "generated" or any(name.partition(":")[0] == "generated" for name in names):
+    if section.format == "generated" or any(one.partition(":")[0] == "generated" for one in sources_of(recipe)):
         config |= {"image_size": recipe.corpus.image_size, "seed": recipe.seed}
     return config
+
+
+def sources_of(recipe: Recipe) -> list[str]:
+    """Every source that the recipe names."""
+    given = [recipe.corpus.source, recipe.corpus.val_source]
+    return [name for one in given for name in ([one] if isinstance(one, str) else one or [])]
 
 
 def image_id(data: bytes) -> str:
@@ -75,18 +83,9 @@ def image_id(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:ID_DIGITS]
 
 
-def is_held_out(identity: str, fraction: float) -> bool:
-    """Whether an image belongs to the held-out split: a pure function of its id."""
-    return int(identity[:13], 16) / 16**13 < fraction
-
-
 def _body(run: StageRun) -> dict[str, int]:
     recipe, section = run.recipe, run.recipe.corpus
-    sources = {"val": section.val_source} if section.val_source else {}
-    groups = {
-        split: find_groups(source, section, recipe.seed)
-        for split, source in {**sources, "train": section.source}.items()
-    }
+    groups = _groups(recipe)
     _same_listing(run, groups)
     with ensure_ray(recipe):
         _make_index(run, groups)
@@ -99,21 +98,50 @@ def _body(run: StageRun) -> dict[str, int]:
     return counts
 
 
-def _same_listing(run: StageRun, groups: Mapping[str, list[Group]]) -> None:
-    """Start over when the source lists other files than at the try that is gone on with."""
+def _groups(recipe: Recipe) -> dict[str, list[Group]]:
+    """The groups of each source, the held-out one first."""
+    section = recipe.corpus
+    sources = {"val": section.val_source} if section.val_source else {}
+    every = {**sources, "train": section.source}
+    return {split: find_groups(source, section, recipe.seed) for split, source in every.items()}
+
+
+def _listing(groups: Mapping[str, list[Group]]) -> dict[str, str]:
+    """What the sources list, in short: files and what metadata says of them, not their bytes."""
     digest = hashlib.sha256()
     for split, members in groups.items():
         digest.update(split.encode())
         for group in members:
             digest.update(repr(group).encode())
-    path = storage.join(run.path, LISTING)
-    if storage.exists(path) and storage.read_json(path) == {"listing": digest.hexdigest()}:
+    return {"listing": digest.hexdigest()}
+
+
+def _tell_of_change(recipe: Recipe, made: Artifact) -> None:
+    """A line when a finished corpus is of other files than the source lists now: its fingerprint is of settings alone.
+
+    Looked at on this machine's disks only, where it is cheap; a source that is gone is no change.
+    """
+    path = storage.join(made.path, LISTING)
+    if not all(storage.is_local(name) for name in sources_of(recipe)) or not storage.exists(path):
+        return
+    try:
+        changed = storage.read_json(path) != _listing(_groups(recipe))
+    except DataError:
+        return
+    if changed:
+        log(f"corpus: the source lists other files now than when this was made; remove {made.path} to make it again")
+
+
+def _same_listing(run: StageRun, groups: Mapping[str, list[Group]]) -> None:
+    """Start over when the source lists other files than at the try that is gone on with."""
+    listing, path = _listing(groups), storage.join(run.path, LISTING)
+    if storage.exists(path) and storage.read_json(path) == listing:
         return
     if run.resumed:
         if storage.exists(path):
             run.log("the source has changed since the interrupted try: starting over")
         _clear(run.path)
-    storage.write_json(path, {"listing": digest.hexdigest()})
+    storage.write_json(path, listing)
 
 
 def _clear(path: str) -> None:
@@ -208,88 +236,6 @@ class IndexGroup:
             "label": found.label,
             "qa": [{"question": question, "answer": answer} for question, answer in found.qa],
         }
-
-
-def index_key(split: str, number: int) -> str:
-    """`index/train/00012`: the index of group 12 of the source of `train`."""
-    return f"index/{shards.shard_key(split, number)}"
-
-
-# ---- the layout: duplicates, split, shards -------------------------------------------------------------------------
-
-
-class SeenIds:
-    """The ids met so far, 16 bytes each, in one set: fine up to some tens of millions of images."""
-
-    def __init__(self) -> None:
-        self._where: dict[bytes, str] = {}
-
-    def first(self, identity: str, where: str) -> str | None:
-        """None for an id that is new (it is kept with `where`), else where it was met first."""
-        raw = bytes.fromhex(identity)
-        earlier = self._where.setdefault(raw, where)
-        return None if earlier is where else earlier
-
-
-@dataclass
-class Plan:
-    """Which rows of which index go where: (source split, group, row) each, in order."""
-
-    rows: dict[str, list[tuple[str, int, int]]] = field(default_factory=lambda: {"train": [], "val": []})
-    quarantine: list[dict[str, str]] = field(default_factory=list)
-    over_limit: int = 0
-    found: int = 0
-
-    def counts(self) -> dict[str, int]:
-        train, val = len(self.rows["train"]), len(self.rows["val"])
-        counts = {"images": train + val, "train": train, "val": val, "quarantined": len(self.quarantine)}
-        counts |= {"over_limit": self.over_limit, "found": self.found}
-        reasons = Counter(row["reason"] for row in self.quarantine)
-        return counts | {f"quarantined/{reason}": count for reason, count in sorted(reasons.items())}
-
-    def pieces(self, split: str, size: int) -> Iterator[tuple[str, list[tuple[str, int, list[int]]]]]:
-        """(shard key, [(source split, group, rows)]) of each shard of a split."""
-        rows = self.rows[split]
-        for number, start in enumerate(range(0, len(rows), size)):
-            parts: list[tuple[str, int, list[int]]] = []
-            for source, group, row in rows[start : start + size]:
-                if not parts or parts[-1][:2] != (source, group):
-                    parts.append((source, group, []))
-                parts[-1][2].append(row)
-            yield shards.shard_key(split, number), parts
-
-
-def lay_out(path: str, groups: Mapping[str, list[Group]], recipe: Recipe, by_hash: bool) -> Plan:
-    """The plan that the indexes give. `by_hash`: the source of `train` feeds the held-out split too.
-
-    The first of equal images stays; a held-out source comes first, so that an image that lies in both is dropped from
-    training. Reading stops where every split that a source feeds has `limit` images.
-    """
-    section, plan, seen = recipe.corpus, Plan(), SeenIds()
-    limit = section.limit
-    for source, members in groups.items():
-        fed = ["train", "val"] if by_hash and section.val_fraction else [source]
-        for number, group in enumerate(members):
-            if limit is not None and all(len(plan.rows[split]) >= limit for split in fed):
-                break
-            table = shards.read_shard(path, index_key(source, number), ["key", "image_id", "reason", "detail"])
-            for row, (key, identity, reason, detail) in enumerate(zip(*table.to_pydict().values(), strict=True)):
-                if limit is not None and all(len(plan.rows[split]) >= limit for split in fed):
-                    break
-                plan.found += 1
-                where = f"{group.source}::{key}"
-                if reason is None and (first := seen.first(identity, where)) is not None:
-                    reason, detail = "duplicate", f"the same bytes as {first}"
-                if reason is not None:
-                    lost = {"source": group.source, "key": key, "reason": reason, "detail": detail}
-                    plan.quarantine.append(lost)
-                    continue
-                split = "val" if by_hash and is_held_out(identity, section.val_fraction) else source
-                if limit is not None and len(plan.rows[split]) >= limit:
-                    plan.over_limit += 1
-                else:
-                    plan.rows[split].append((source, number, row))
-    return plan
 
 
 # ---- second pass: shards -------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from smalti import shards
 from smalti.artifact import RECORD, Artifact
 from smalti.errors import DataError
 from smalti.schema import Recipe
-from smalti.workflows import corpus
+from smalti.workflows import corpus, corpus_layout
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def test_the_split_is_a_function_of_the_image(inline: None, tmp_path: Path) -> N
     held_out = {row["image_id"] for row in rows(made, "val")}
     assert 5 <= len(held_out) <= 25
     everything = held_out | {row["image_id"] for row in rows(made, "train")}
-    assert held_out == {one for one in everything if corpus.is_held_out(one, 0.3)}
+    assert held_out == {one for one in everything if corpus_layout.is_held_out(one, 0.3)}
     assert len(everything) == 50
 
 
@@ -269,3 +269,20 @@ def test_what_the_system_does_not_let_be_read_is_one_clear_error(inline: None, t
     (tmp_path / name).mkdir()
     with pytest.raises(DataError, match=rf"cannot be read .*{name}.* Check its permissions"):
         corpus.run(recipe(tmp_path / "out", f"{tmp_path}/*{name[1:]}"))
+
+
+def test_a_finished_corpus_whose_source_changed_is_told_of(
+    inline: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "0.png").write_bytes(picture(0))
+    wanted = recipe(tmp_path / "out", str(source), val_fraction=0.0)
+    told = "the source lists other files now"
+    made = corpus.run(wanted)
+    assert corpus.run(wanted) == made and told not in capsys.readouterr().err
+    (source / "0.txt").write_text("a caption that came later")
+    assert corpus.run(wanted) == made
+    assert f"{told} than when this was made; remove {made.path}" in capsys.readouterr().err
+    source.rename(tmp_path / "gone")
+    assert corpus.run(wanted) == made and told not in capsys.readouterr().err
