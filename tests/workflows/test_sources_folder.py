@@ -20,8 +20,8 @@ def picture(number: int) -> bytes:
     return stream.getvalue()
 
 
-def collect(source: Path) -> tuple[list[Sample], list[Lost]]:
-    found = [one for group in find_groups(str(source), CorpusSection(), 0) for one in group.samples()]
+def collect(source: Path, **section: str) -> tuple[list[Sample], list[Lost]]:
+    found = [one for group in find_groups(str(source), CorpusSection(**section), 0) for one in group.samples()]
     return [one for one in found if isinstance(one, Sample)], [one for one in found if isinstance(one, Lost)]
 
 
@@ -122,3 +122,30 @@ def test_csv_metadata_without_its_columns_is_told_with_its_path(tmp_path: Path, 
     (tmp_path / "metadata.csv").write_text(text)
     with pytest.raises(DataError, match=f"{tmp_path}/metadata.csv"):
         collect(tmp_path)
+
+
+def test_names_are_joined_however_their_accents_are_written(tmp_path: Path) -> None:
+    """A file system may take `é` apart into two characters, and metadata holds it as one."""
+    apart, whole = "cafe\u0301.png", "caf\u00e9.png"
+    for folder in ("listed", "beside"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / apart).write_bytes(picture(len(folder)))
+    (tmp_path / "listed" / "metadata.csv").write_text(f"file_name,text,label\n{whole},from metadata,x\n")
+    (tmp_path / "beside" / whole.replace("png", "txt")).write_text("from beside")
+    samples, lost = collect(tmp_path)
+    assert sorted((one.key, one.caption) for one in samples) == [
+        (f"beside/{apart}", "from beside"),
+        (f"listed/{apart}", "from metadata"),
+    ]
+    assert not lost
+
+
+def test_a_column_that_no_metadata_file_has_is_told(tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(picture(0))
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png", "alt": "a cat", "kind": "cat"}')
+    samples, _ = collect(tmp_path, caption_column="alt", label_column="kind")
+    assert [(one.caption, one.label) for one in samples] == [("a cat", "cat")]
+    with pytest.raises(
+        DataError, match=r"no column 'capton' \(corpus\.caption_column\); they have alt, file_name, kind"
+    ):
+        collect(tmp_path, caption_column="capton")

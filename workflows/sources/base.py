@@ -178,7 +178,8 @@ def _walk(root: str) -> tuple[list[str], list[OSError]]:
             folders.clear()
             continue
         seen.add(real)
-        names += [os.path.relpath(os.path.join(folder, file), root) for file in files]
+        inside = os.path.relpath(folder, root)
+        names += files if inside == os.curdir else [f"{inside}/{file}" for file in files]
     return names, errors
 
 

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import posixpath
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -104,21 +105,28 @@ def folder_groups(source: str, section: CorpusSection, seed: int) -> list[Folder
     for name in names:
         if name.rsplit("/", 1)[-1].lower() in METADATA:
             said.read(name, fs.cat_file(f"{inside}/{name}"))
+    said.check()
+    there = {_composed(name) for name in images}
     lost += said.lost + [
         Lost(name, "missing", f"{where} names it, and it is not there")
         for name, where in said.where.items()
-        if name not in images
+        if name not in there
     ]
     labels = _class_labels(images)
-    texts = {name[:-4]: name for name in names if suffix(name) == ".txt"}
+    texts = {_composed(name[:-4]): name for name in names if suffix(name) == ".txt"}
     entries = []
     for name in sorted(images, key=lambda name: hashlib.sha256(name.encode(errors="surrogateescape")).digest()):
-        entry = said.entries.get(name, Entry(name))
+        entry = replace(said.entries.get(_composed(name), Entry(name)), path=name)
         label = entry.label if entry.label is not None else labels.get(name)
-        entries.append(replace(entry, text=texts.get(name[: -len(suffix(name))]), label=label))
+        entries.append(replace(entry, text=texts.get(_composed(name[: -len(suffix(name))])), label=label))
     size = section.shard_images
     groups = [FolderGroup(root, tuple(entries[i : i + size])) for i in range(0, len(entries), size)]
     return [*groups, FolderGroup(root, (), tuple(lost))] if lost else groups
+
+
+def _composed(name: str) -> str:
+    """A name in Unicode's composed form: some systems take names apart (`e` and an accent), the metadata does not."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _class_labels(images: set[str]) -> dict[str, str]:
@@ -138,6 +146,18 @@ class _Metadata:
     entries: dict[str, Entry] = field(default_factory=dict)
     where: dict[str, str] = field(default_factory=dict)
     lost: list[Lost] = field(default_factory=list)
+    columns: set[str] = field(default_factory=set)
+
+    def check(self) -> None:
+        """Errors: DataError when a column that the recipe names stands in no metadata file, where there is one."""
+        for key in ("caption_column", "label_column"):
+            name = getattr(self.section, key)
+            default = CorpusSection.model_fields[key].default
+            if self.columns and name != default and name not in self.columns:
+                raise DataError(
+                    f"The metadata files of {self.root} have no column {name!r} (corpus.{key}); they have "
+                    f"{', '.join(sorted(self.columns))}."
+                )
 
     def read(self, name: str, data: bytes) -> None:
         """Take in one metadata file; its `file_name`s are relative to its own folder."""
@@ -180,9 +200,10 @@ class _Metadata:
 
     def _add(self, folder: str, where: str, record: dict[str, Any]) -> None:
         """One row; a second row on the same image adds its questions and fills what is empty."""
+        self.columns |= {str(name) for name in record if name is not None}
         if not record["file_name"]:
             raise ValueError("file_name is empty")
-        path = posixpath.normpath(folder + str(record["file_name"]).replace("\\", "/"))
+        path = _composed(posixpath.normpath(folder + str(record["file_name"]).replace("\\", "/")))
         old = self.entries.get(path, Entry(path))
         caption = clean_text(record.get(self.section.caption_column)) or clean_text(record.get("text"))
         label = clean_text(record.get(self.section.label_column))
