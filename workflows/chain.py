@@ -14,7 +14,7 @@ from typing import Any
 
 from smalti.artifact import Artifact
 from smalti.config import dump, with_overrides
-from smalti.errors import ConfigError
+from smalti.errors import ConfigError, DataError
 from smalti.progress import log
 from smalti.schema import Recipe
 from smalti.storage import join
@@ -43,7 +43,11 @@ def run_recipe(recipe: Recipe, *, only: str | None = None) -> list[Artifact]:
         if only:
             artifacts = [find_artifact(recipe, name) for name in before]
         else:
-            artifacts = [_stage(name)(recipe, tracker) for name in before]
+            artifacts = []
+            for name in before:
+                artifacts.append(_stage(name)(recipe, tracker))
+                if name == "corpus":
+                    _check_held_out(artifacts[0])
             for name in recipe.baselines:
                 _run_baseline(recipe, name, tracker)
         artifacts.append(_stage("evaluate")(recipe, tracker))
@@ -59,6 +63,15 @@ def _check(recipe: Recipe, only: str | None) -> None:
         )
     for name in ("encoder", "codebook", "mllm") if only is None else ():
         importlib.import_module(f"smalti.workflows.{name}").check(recipe)
+
+
+def _check_held_out(corpus: Artifact) -> None:
+    """DataError when nothing is held out: the evaluation at the end of the chain would fail, after all the training."""
+    if not corpus.counts.get("val"):
+        raise DataError(
+            f"{corpus.path} holds out no image, and the evaluation at the end needs some. Raise corpus.val_fraction or name "
+            f"a corpus.val_source, and remove {corpus.path}; or run the stages one by one."
+        )
 
 
 @contextmanager

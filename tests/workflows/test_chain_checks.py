@@ -1,13 +1,16 @@
-"""What the recipe alone shows to be wrong is told before the first stage, and before Ray starts."""
+"""What the recipe alone shows to be wrong is told before the first stage, and before Ray starts; what
+the corpus shows, before the first training."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from smalti.config import load_recipe
-from smalti.errors import ConfigError
+from smalti.errors import ConfigError, DataError
+from smalti.workflows import chain, corpus
 from smalti.workflows.chain import run_recipe
 
 WRONG = {
@@ -31,3 +34,18 @@ def test_a_stage_alone_needs_its_own_keys_only(tmp_path: Path) -> None:
     recipe = load_recipe("semhitok-quickstart", [f"out={tmp_path}/out", "corpus.source=null"])
     with pytest.raises(ConfigError, match=r"corpus\.source is not set"):
         run_recipe(recipe, only="corpus")
+
+
+def test_a_corpus_that_holds_nothing_out_ends_the_chain_before_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chain, "ensure_ray", lambda recipe: nullcontext())
+    monkeypatch.setattr(corpus, "ensure_ray", lambda recipe: nullcontext())
+    monkeypatch.setattr(
+        corpus, "run_shards", lambda items, worker, args, resources, model: map(worker(*args).work, items)
+    )
+    own = ["corpus.source=generated:4", "corpus.format=auto", "corpus.val_source=null", "corpus.val_fraction=0"]
+    recipe = load_recipe("semhitok-quickstart", [f"out={tmp_path}/out", "tracking.uri=off", *own])
+    with pytest.raises(DataError, match=rf"holds out no image.*remove {tmp_path}/out/corpus"):
+        run_recipe(recipe)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["corpus"]
