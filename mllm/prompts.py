@@ -64,10 +64,12 @@ class TextEncoder:
 
     def _encode(self, text: str) -> tuple[int, ...]:
         ids = self._ids(text)
-        while hit := next((i for i in ids if i in self.reserved), None):
+        while (hit := next((i for i in ids if i in self.reserved), None)) is not None:
             token = self.hf_tokenizer.convert_ids_to_tokens(hit)
             broken = text.replace(token, f"{token[:1]} {token[1:]}")
-            if broken == text:  # the id came from something else than its own literal, such as an unknown character
+            if (
+                broken == text or token in broken
+            ):  # not its own literal (an unknown character), or one that no space breaks
                 return tuple(i for i in ids if i not in self.reserved)
             text, ids = broken, self._ids(broken)
         return tuple(ids)
