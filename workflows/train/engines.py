@@ -166,8 +166,9 @@ def set_parameter(engine: Any, parameter: nn.Parameter, value: torch.Tensor) -> 
 
     value = value.to(parameter.device, torch.float32)
     safe_set_full_fp32_param(parameter, value)
-    for name in ("exp_avg", "exp_avg_sq"):
-        safe_set_full_optimizer_state(parameter, torch.zeros_like(value), name)
+    if engine.global_steps:  # before the first step there are no moments yet
+        for name in ("exp_avg", "exp_avg_sq"):
+            safe_set_full_optimizer_state(parameter, torch.zeros_like(value), name)
     if stage < 3:
         parameter.copy_(value)
     else:
