@@ -5,7 +5,7 @@ Axis letters: B batch, N tokens, C feature width, H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from smalti.errors import ConfigError
 from smalti.schema import Gan, Loss
+
+LastLayer = Tensor | Callable[[Tensor], Tensor]
+"""The decoder's last weight, or what turns a gradient on the rebuilt images into the gradient on that weight."""
 
 
 def distill_loss(rebuilt_BNC: Tensor, target_BNC: Tensor, kind: str) -> Tensor:
@@ -36,11 +39,26 @@ def hinge_generator(fake_logits: Tensor) -> Tensor:
     return -fake_logits.float().mean()
 
 
-def adaptive_weight(nll: Tensor, gan: Tensor, last_layer: Tensor, low: float = 0.0, high: float = 1e4) -> Tensor:
-    """‖∇nll‖ / (‖∇gan‖ + 1e-4) on the decoder's last layer, clamped (VQGAN): detached scalar."""
-    nll_grad = torch.autograd.grad(nll, last_layer, retain_graph=True)[0]
-    gan_grad = torch.autograd.grad(gan, last_layer, retain_graph=True)[0]
-    return (nll_grad.float().norm() / (gan_grad.float().norm() + 1e-4)).clamp(low, high).detach()
+def adaptive_weight(
+    nll: Tensor,
+    gan: Tensor,
+    last_layer: LastLayer,
+    low: float = 0.0,
+    high: float = 1e4,
+    rebuilt: Tensor | None = None,
+) -> Tensor:
+    """‖∇nll‖ / (‖∇gan‖ + 1e-4) on the decoder's last layer, clamped (VQGAN): detached scalar.
+
+    rebuilt: the images that both losses come from, where `last_layer` is a function of the gradient on them.
+    """
+
+    def norm(loss: Tensor) -> Tensor:
+        if isinstance(last_layer, Tensor):
+            return torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float().norm()
+        assert rebuilt is not None
+        return last_layer(torch.autograd.grad(loss, rebuilt, retain_graph=True)[0]).float().norm()
+
+    return (norm(nll) / (norm(gan) + 1e-4)).clamp(low, high).detach()
 
 
 @contextmanager
@@ -111,14 +129,16 @@ class PixelLoss(nn.Module):
         target_BCHW: Tensor,
         *,
         discriminator: nn.Module | None = None,
-        last_layer: Tensor | None = None,
+        last_layer: LastLayer | None = None,
         step: int = 0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss (float32 scalar) and its detached parts.
 
         discriminator: adds the adversarial part once `gan.start_step` is reached; its weights take no gradient here.
-        last_layer: the decoder's last weight, needed for `gan.adaptive`. step: 0-based optimizer step.
+        last_layer: the decoder's last weight, or the way to a gradient on it that leaves hooks on `rebuilt` alone;
+        needed for `gan.adaptive`. step: 0-based optimizer step.
         """
+        rebuilt_BCHW = rebuilt_BCHW.view_as(rebuilt_BCHW)  # gradients taken here do not run hooks of what was given
         rebuilt, target = rebuilt_BCHW.float(), target_BCHW.float()
         l1, l2 = F.l1_loss(rebuilt, target), F.mse_loss(rebuilt, target)
         loss = self.config.l1 * l1 + self.config.l2 * l2
@@ -134,7 +154,7 @@ class PixelLoss(nn.Module):
             if self.config.gan.adaptive:
                 if last_layer is None:
                     raise ValueError("gan.adaptive needs the decoder's last layer")
-                weight = weight * adaptive_weight(loss, gan, last_layer)
+                weight = weight * adaptive_weight(loss, gan, last_layer, rebuilt=rebuilt_BCHW)
             loss = loss + weight * gan
             metrics |= {"gan": gan.detach(), "gan_weight": weight}
         metrics["pixel_loss"] = loss.detach()

@@ -45,6 +45,25 @@ def test_adaptive_weight_is_the_ratio_of_gradient_norms() -> None:
     assert float(adaptive_weight((3 * w).sum(), (w * 1e-9).sum(), w, high=10.0)) == 10
 
 
+def test_adaptive_weight_through_a_function_runs_no_hook_of_the_images(pixels: Tensor) -> None:
+    """An engine's hooks on its outputs are made for one backward: the two gradients must not run them."""
+    discriminator, layer, ran = PatchGAN(8), nn.Conv2d(3, 3, 1), []
+    loss_of = PixelLoss(Loss(gan=Gan(weight=0.5, start_step=0, adaptive=True)))
+    made = layer(pixels)
+    rebuilt = made.view_as(made)
+    rebuilt.register_hook(lambda gradient: ran.append(1))
+
+    def gradient(of_images: Tensor) -> Tensor:
+        return torch.autograd.grad(made, layer.weight, of_images, retain_graph=True)[0]
+
+    loss, metrics = loss_of(rebuilt, pixels, discriminator=discriminator, last_layer=gradient)
+    assert not ran
+    _, plain = loss_of(layer(pixels), pixels, discriminator=discriminator, last_layer=layer.weight)
+    torch.testing.assert_close(metrics["gan_weight"], plain["gan_weight"])
+    loss.backward()
+    assert ran == [1]
+
+
 def test_pixel_loss_weights_its_parts(pixels: Tensor) -> None:
     rebuilt = pixels + 0.5
     loss, metrics = PixelLoss(Loss(l1=0.2, l2=1.0))(rebuilt, pixels)

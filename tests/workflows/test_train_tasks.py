@@ -51,6 +51,8 @@ ENCODER = EncoderTrain(
 )
 LOSS = Loss(l1=0.2, gan=Gan(weight=0.1, start_step=3, channels=8, layers=1, lr=1e-3))
 TASKS = "smalti.workflows.train.tasks_"
+NAMES = ["encoder", "semantic", "pixel", "flat", "adaptive", "decoder", "mllm"]
+ZERO3 = ["encoder", "semantic", "pixel", "flat", "mllm"]
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +131,9 @@ def jobs(root: Path) -> dict[str, tuple[str, dict, Train]]:
     guided = (SEMANTIC, K, DIM, str(root / "semantic.safetensors"))
     pixel = {"stage": PIXEL, "loss": LOSS, "grid": GRID, "num_codes": K * M, "semantic": guided, **with_encoder}
     perceptual = Loss(perceptual=Perceptual(kind="encoder", weight=0.5))
-    flat_stage = PIXEL.model_copy(update={"semantic_only_decoder": False})
+    flat_stage = PIXEL.model_copy(update={"semantic_only_decoder": False, "init_steps": 0})
+    adaptive = LOSS.model_copy(update={"gan": LOSS.gan.model_copy(update={"adaptive": True, "start_step": 1})})
+    at_once = PIXEL.model_copy(update={"init_steps": 0})
     semantic = {"stage": SEMANTIC, "num_codes": K, "grid": GRID, "dim": DIM, **with_encoder}
     encoder = {k: v for k, v in images.items() if k != "layer"} | {"sizes": [7, 5, 6]}
     section = MllmSection(
@@ -160,6 +164,7 @@ def jobs(root: Path) -> dict[str, tuple[str, dict, Train]]:
         ),
         "pixel": (f"{TASKS}pixel:PixelTask", pixel, TRAIN),
         "flat": (f"{TASKS}pixel:PixelTask", pixel | {"semantic": None, "stage": flat_stage, "loss": perceptual}, TRAIN),
+        "adaptive": (f"{TASKS}pixel:PixelTask", pixel | {"stage": at_once, "loss": adaptive}, TRAIN),
         "decoder": (
             f"{TASKS}pixel:PixelTask",
             pixel | {"decoder": DecoderStage(decoder=VIT).decoder, "start": str(root / "pixel.safetensors")},
@@ -219,12 +224,14 @@ def results(place, tmp_path_factory) -> dict[str, tuple[Path, dict[str, float]]]
 
     plain = jobs(place)
     more = dict(plain)
-    for name in ("encoder", "semantic", "pixel", "mllm"):
+    for name in ZERO3:
         task, settings, train = plain[name]
         more[f"{name}-zero3"] = (task, settings, train.model_copy(update={"zero_stage": 3}))
     for name, stage in (("semantic", 0), ("pixel", 1), ("mllm", 3)):
         task, settings, train = plain[name]
         more[f"{name}-bf16"] = (task, settings, train.model_copy(update={"zero_stage": stage, "precision": "bf16"}))
+    task, settings, train = plain["adaptive"]
+    more["adaptive-zero2"] = (task, settings, train.model_copy(update={"zero_stage": 2}))
     task, settings, train = plain["mllm"]
     more["mllm-micro"] = (task, settings, train.model_copy(update={"micro_batch_size": 1}))
     folder = tmp_path_factory.mktemp("runs")
@@ -253,10 +260,6 @@ def history(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
 
 
-NAMES = ["encoder", "semantic", "pixel", "flat", "decoder", "mllm"]
-ZERO3 = ["encoder", "semantic", "pixel", "mllm"]
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_two_workers_come_to_what_one_does(results, name) -> None:
     assert distance(results["one"][0] / name, results["two"][0] / name) < 2e-5
@@ -265,6 +268,12 @@ def test_two_workers_come_to_what_one_does(results, name) -> None:
 @pytest.mark.parametrize("name", ZERO3)
 def test_zero_3_comes_to_the_same_whole_weights(results, name) -> None:
     assert distance(results["one"][0] / name, results["two"][0] / f"{name}-zero3") < 2e-5
+
+
+def test_an_adaptive_gan_and_codebooks_from_the_first_step_come_to_the_same_under_zero_2(results) -> None:
+    assert distance(results["one"][0] / "adaptive", results["two"][0] / "adaptive-zero2") < 2e-5
+    weights = [row["gan_weight"] for row in history(results["one"][0] / "adaptive")]
+    assert len(set(weights)) == len(weights) > 1, "it adapts"
 
 
 def test_accumulation_of_unequal_token_counts_comes_to_the_same(results) -> None:

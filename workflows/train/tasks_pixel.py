@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,10 @@ INIT_VECTORS = 1 << 22
 
 
 class PixelModule(nn.Module):
-    """A PixelTokenizer whose outputs are a plain tuple, as DeepSpeed's hooks want them."""
+    """A PixelTokenizer whose outputs are a plain tuple, as DeepSpeed's hooks want them. `made`: the rebuilt images of
+    the last forward before those hooks, through which a gradient can be taken beside the engine's backward."""
+
+    made: Tensor | None = None
 
     def __init__(self, tokenizer: PixelTokenizer) -> None:
         super().__init__()
@@ -46,7 +50,8 @@ class PixelModule(nn.Module):
             p_BND = self.tokenizer.encode_vectors(pixels)
             return p_BND, p_BND.new_zeros(()), None, None
         out = self.tokenizer(pixels, semantic_ids, quantize)
-        return out.pixels, out.vq_loss, out.codes, out.semantic_only
+        self.made = out.pixels
+        return out.pixels.view_as(out.pixels), out.vq_loss, out.codes, out.semantic_only
 
 
 class PixelTask(ImageTask):
@@ -168,9 +173,10 @@ class PixelTask(ImageTask):
             rebuilt,
             target,
             discriminator=engines["discriminator"].module if watching else None,
-            last_layer=self.tokenizer.last_layer if self.loss_config.gan.adaptive else None,
+            last_layer=partial(self._last_layer_gradient, engines[name].module),
             step=step,
         )
+        engines[name].module.made = None
         self.rebuilt = rebuilt.detach() if watching else None
         metrics["psnr"] = -10 * torch.log10(metrics["l2"] / 4)
         if self.decoder_size is None:
@@ -183,6 +189,12 @@ class PixelTask(ImageTask):
                 loss = loss + other
                 metrics["psnr_semantic_only"] = -10 * torch.log10(parts["l2"] / 4)
         return loss, metrics | {"loss": loss.detach()}
+
+    def _last_layer_gradient(self, module: PixelModule, gradient_BCHW: Tensor) -> Tensor:
+        """The gradient on the decoder's last weight of a gradient on the rebuilt images; mean over the workers."""
+        collectives, weight = self.context.collectives, self.tokenizer.last_layer
+        (own,) = torch.autograd.grad(module.made, weight, gradient_BCHW, retain_graph=True)
+        return collectives.all_reduce(own) / collectives.world_size
 
     def _discriminator_loss(self, engines: Mapping[str, Any], batch: Batch, step: int) -> tuple[Tensor, Metrics] | None:
         if self.rebuilt is None or not gan_active(self.loss_config.gan, step):
