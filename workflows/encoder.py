@@ -14,7 +14,7 @@ from smalti.artifact import Artifact
 from smalti.errors import ConfigError, DataError
 from smalti.schema import EncoderTrain, Recipe
 from smalti.tracking import Tracker
-from smalti.workflows.features import batches, load_pixels
+from smalti.workflows.features import batches, load_pixels, open_encoder
 from smalti.workflows.ray_session import ensure_ray
 from smalti.workflows.stage import StageRun, find_artifact, run_stage
 
@@ -72,9 +72,7 @@ def resolve(pretrained: str) -> str:
 
 def _record(name: str) -> Any:
     def body(run: StageRun) -> dict[str, int]:
-        from smalti.tokenizers.encoders import VisionEncoder
-
-        encoder = VisionEncoder.from_pretrained(name, run.recipe.encoder.layer)
+        encoder = open_encoder(name, run.recipe.encoder.layer)
         rows, columns = encoder.grid
         run.log(f"{name}: {encoder.image_size} px, {rows}x{columns} patches of {encoder.dim} features")
         return {"image_size": encoder.image_size, "patches": rows * columns, "dim": encoder.dim}

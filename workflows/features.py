@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pyarrow as pa
 
 from smalti import images, shards, storage
 from smalti.artifact import Artifact
-from smalti.errors import ConfigError, DataError, ImageError
+from smalti.errors import ArtifactError, ConfigError, DataError, ImageError
 from smalti.schema import Recipe
 from smalti.tracking import Tracker
 from smalti.workflows.ray_session import ensure_ray
@@ -73,13 +74,17 @@ def actor_device(gpus: float, cpus: int) -> Any:
 
 
 def open_encoder(path_or_name: str, layer: int) -> Any:
-    """The frozen vision encoder of a local folder, a URL (copied first) or a hub name."""
+    """The frozen vision encoder of a local folder, a URL (copied first) or a hub name; that of a URL with its text side
+    loaded, where it has one, since the copy does not stay."""
     from smalti.tokenizers.encoders import VisionEncoder
 
     if storage.is_local(path_or_name):
-        return VisionEncoder.from_pretrained(path_or_name, layer)
+        return VisionEncoder.from_pretrained(storage.local_path(path_or_name), layer)
     with storage.local_copy(path_or_name) as folder:
-        return VisionEncoder.from_pretrained(folder, layer)
+        encoder = VisionEncoder.from_pretrained(folder, layer)
+        with suppress(ArtifactError):
+            encoder.prompt_embeddings(["a"])
+        return encoder
 
 
 class FeatureShard:

@@ -11,6 +11,7 @@ from smalti.errors import ConfigError
 from smalti.schema import Recipe
 from smalti.tracking import Tracker
 from smalti.workflows.encoder import encoder_path, result_settings
+from smalti.workflows.features import open_encoder
 from smalti.workflows.ray_session import ensure_ray
 from smalti.workflows.stage import StageRun, find_artifact, run_stage
 
@@ -58,13 +59,12 @@ class Phases:
     """The phases of one tokenizer; each returns its artifact, found or made."""
 
     def __init__(self, run: StageRun, parents: Mapping[str, Artifact]) -> None:
-        from smalti.tokenizers.encoders import VisionEncoder
         from smalti.workflows.train.data import shard_index
 
         self.run, self.recipe, self.parents = run, run.recipe, dict(parents)
         self.section = run.recipe.tokenizer
         self.encoder = encoder_path(parents["encoder"])
-        encoder = VisionEncoder.from_pretrained(self.encoder, self.recipe.encoder.layer)
+        encoder = open_encoder(self.encoder, self.recipe.encoder.layer)
         if encoder.image_size != self.recipe.corpus.image_size:
             raise ConfigError(
                 f"corpus.image_size={self.recipe.corpus.image_size}, but the encoder {self.encoder} reads "
@@ -151,11 +151,10 @@ class Phases:
 
     def assemble(self, semantic: Artifact | None, pixel: Artifact, decoder: Artifact | None) -> dict[str, int]:
         """Put the phases together as one SemHiTok and write it at the root of the artifact."""
-        from smalti.tokenizers.encoders import VisionEncoder
         from smalti.tokenizers.semhitok import PixelTokenizer, SemanticTokenizer, SemHiTok
         from smalti.workflows.train.tasks_semantic import read_tensors
 
-        encoder = None if semantic is None else VisionEncoder.from_pretrained(self.encoder, self.recipe.encoder.layer)
+        encoder = None if semantic is None else open_encoder(self.encoder, self.recipe.encoder.layer)
         codes = model = None
         if semantic is not None:
             model = SemanticTokenizer(self.dim, self.section.semantic, self.recipe.codebook.size, self.grid)

@@ -35,9 +35,9 @@ class Models:
     @cached_property
     def encoder(self) -> VisionEncoder:
         """The frozen encoder with its text tower, where it has one."""
-        from smalti.tokenizers.encoders import VisionEncoder
+        from smalti.workflows.features import open_encoder
 
-        return VisionEncoder.from_pretrained(self.job.encoder, layer=self.job.encoder_layer).to(self.job.device)
+        return open_encoder(self.job.encoder, self.job.encoder_layer).to(self.job.device)
 
     @cached_property
     def language(self) -> VisualModel:

@@ -17,6 +17,7 @@ from smalti.schema import SemanticStage
 from smalti.tokenizers.encoders import VisionEncoder
 from smalti.tokenizers.quantizers import EMAStats
 from smalti.tokenizers.semhitok import SemanticTokenizer
+from smalti.workflows.features import open_encoder
 from smalti.workflows.train.data import ImageRows
 from smalti.workflows.train.pixels import RowMemory, places_of, stack_pixels, to_unit
 from smalti.workflows.train.task import Batch, Context, Metrics, Row, Source, Task
@@ -49,12 +50,7 @@ class ImageTask(Task):
         self.memory = RowMemory(sum(self.sizes))
         self.encoder: VisionEncoder | None = None
         if self.encoder_path is not None:
-            with (
-                storage.local_copy(self.encoder_path)
-                if storage.exists(self.encoder_path)
-                else _as_is(self.encoder_path) as p
-            ):
-                self.encoder = VisionEncoder.from_pretrained(p, self.layer).to(context.device)
+            self.encoder = open_encoder(self.encoder_path, self.layer).to(context.device)
 
     def make_batch(self, rows: Sequence[Row]) -> Batch:
         """pixels uint8 (B, 3, H, W), and where the rows lie."""
@@ -65,18 +61,6 @@ class ImageTask(Task):
         assert self.encoder is not None
         with torch.no_grad():
             return self.encoder(to_unit(pixels))
-
-
-class _as_is:
-    """A context that hands out a hub name unchanged."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> str:
-        return self.name
-
-    def __exit__(self, *exc: object) -> None: ...
 
 
 class SemanticTask(ImageTask):
