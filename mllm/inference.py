@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -52,11 +53,8 @@ class VisualModel:
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         settings = read_json(join(export_dir, SETTINGS))
         with local_copy(export_dir) as folder:
-            with quiet():
-                lm = AutoModelForCausalLM.from_pretrained(folder).eval().to(target)
-            model = cls(
-                lm, AutoTokenizer.from_pretrained(folder), settings, os.path.join(folder, settings["visual_tokenizer"])
-            )
+            lm, hf_tokenizer = _load(folder, export_dir)
+            model = cls(lm.to(target), hf_tokenizer, settings, os.path.join(folder, settings["visual_tokenizer"]))
             if folder != export_dir:
                 model.visual_tokenizer  # noqa: B018 (the local copy of a URL is gone after this block)
         return model
@@ -158,6 +156,23 @@ class VisualModel:
         pixels_BCHW = self.visual_tokenizer.decode(codes_BT.to(self.device)).float().cpu()
         pixels = pixels_BCHW.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
         return [Image.fromarray(array) for array in pixels]
+
+
+def _load(folder: str, export_dir: str) -> tuple[Any, Any]:
+    """Language model, in eval mode, and tokenizer. ArtifactError: missing, torn or incomplete ones."""
+    try:
+        with quiet():
+            lm, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+            hf_tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        told = (str(error).splitlines() or [repr(error)])[0].rstrip(".")
+        raise ArtifactError(f"{export_dir} holds no whole language model ({told}). Export it again.") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ArtifactError(
+            f"{export_dir} lacks {len(missing)} weights of its language model, the first {missing[0]}. Export it again."
+        )
+    return lm.eval(), hf_tokenizer
 
 
 def _batches(total: int, size: int) -> Iterator[slice]:

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from smalti.errors import ArtifactError, VocabularyError
 from smalti.mllm.export import export
@@ -76,4 +77,19 @@ def test_folders_that_are_no_export(folder: str, tmp_path) -> None:
     file = tmp_path / "moved" / "smalti.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "num_codes": 9}))
     with pytest.raises(VocabularyError, match="mixed from two exports"):
+        VisualModel.from_pretrained(folder)
+
+
+def test_torn_and_incomplete_weights_are_told(folder: str, tmp_path) -> None:
+    file = tmp_path / "moved" / "model.safetensors"
+    whole = load_file(file)
+    save_file({name: tensor for name, tensor in whole.items() if name != "lm_head.weight"}, file, {"format": "pt"})
+    with pytest.raises(ArtifactError, match=r"lacks 1 weights of its language model, the first lm_head\.weight"):
+        VisualModel.from_pretrained(folder)
+    for torn in (file.read_bytes()[:100], b""):
+        file.write_bytes(torn)
+        with pytest.raises(ArtifactError, match="no whole language model"):
+            VisualModel.from_pretrained(folder)
+    file.unlink()
+    with pytest.raises(ArtifactError, match="no whole language model"):
         VisualModel.from_pretrained(folder)
