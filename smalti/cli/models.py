@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from smalti import images, storage
-from smalti.errors import ArtifactError, DataError, ImageError
+from smalti.errors import ConfigError, DataError, ImageError
 from smalti.progress import log
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def _image_format(path: str) -> str:
     Image.init()
     name = Image.registered_extensions().get(suffix)
     if name is None or name not in Image.SAVE:
-        raise ArtifactError(f"--out {path}: pictures are written as .png, .jpg or .webp; give the file such an ending")
+        raise ConfigError(f"--out {path}: pictures are written as .png, .jpg or .webp; give the file such an ending")
     return name
 
 

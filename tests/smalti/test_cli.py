@@ -238,7 +238,7 @@ def test_generate_writes_one_image_or_a_grid_and_its_parts(tmp_path: Path, capsy
     assert sorted(path.name for path in out.parent.iterdir()) == ["x-1.png", "x-2.png", "x-3.png", "x.png"]
     assert Image.open(out).size == (18, 18)
     assert np.asarray(Image.open(out.with_name("x-3.png"))).max() == 2
-    assert main(["generate", "m", "p", "--out", str(tmp_path / "x.doc")]) == 1
+    assert main(["generate", "m", "p", "--out", str(tmp_path / "x.doc")]) == 2
     assert "give the file such an ending" in capsys.readouterr().err
 
 
