@@ -304,7 +304,7 @@ class Recipe(Section):
     name: str = "smalti"
     system: Literal["semhitok"] = "semhitok"
     out: str = "out"
-    seed: int = 0
+    seed: int = Field(0, description="0 or above")
     share: list[str] = Field([], description="other outputs whose stages are used where their fingerprint is the same")
     corpus: CorpusSection = CorpusSection()
     encoder: EncoderSection = EncoderSection()
@@ -338,4 +338,27 @@ class Recipe(Section):
     def _guided_parts(self) -> Recipe:
         if self.tokenizer.pixel.semantic_only_decoder and not self.tokenizer.guidance:
             raise ValueError("tokenizer.pixel.semantic_only_decoder needs tokenizer.guidance: true; set it to false")
+        return self
+
+    @model_validator(mode="after")
+    def _seed_counts(self) -> Recipe:
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}, expected 0 or above: NumPy's generators take no negative seed")
+        return self
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Recipe:
+        tokenizer, siglip, qwen2 = self.tokenizer, self.encoder.train, self.mllm.config
+        semantic, pixel, decoder = tokenizer.semantic, tokenizer.pixel, tokenizer.decoder
+        sizes = {"tokenizer.semantic": (semantic.decoder_dim, semantic.decoder_heads, "decoder_dim", "decoder_heads")}
+        vits = {"pixel.encoder": pixel.encoder, "pixel.decoder": pixel.decoder}
+        vits |= {"decoder.decoder": decoder.decoder} if decoder else {}
+        sizes |= {f"tokenizer.{name}": (vit.dim, vit.heads, "dim", "heads") for name, vit in vits.items()}
+        if siglip:
+            sizes["encoder.train"] = (siglip.hidden_size, siglip.heads, "hidden_size", "heads")
+        if qwen2:
+            sizes["mllm.config"] = (qwen2.hidden_size, qwen2.heads, "hidden_size", "heads")
+        for section, (width, heads, key, by) in sizes.items():
+            if width % heads:
+                raise ValueError(f"{section}.{key}={width} does not split over {section}.{by}={heads}; set a multiple")
         return self

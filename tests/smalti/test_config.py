@@ -130,6 +130,21 @@ BROKEN = {  # ten kinds of broken recipe: text, what the complaint must name
     "text as number": ("name: 1.10", "name: expected text, found 1.1 (a number)"),
     "optional section": ("encoder: {train: {layres: 3}}", "did you mean 'encoder.train.layers'?"),
     "both encoders": ("encoder: {pretrained: x, train: {}}", "encoder.pretrained and encoder.train are both set"),
+    "negative seed": ("seed: -1", "seed=-1, expected 0 or above"),
+    "heads of a ViT": (
+        "tokenizer: {pixel: {decoder: {dim: 100}}}",
+        "tokenizer.pixel.decoder.dim=100 does not split over tokenizer.pixel.decoder.heads=12",
+    ),
+    "heads of the semantic decoder": (
+        "tokenizer: {semantic: {decoder_heads: 7}}",
+        "tokenizer.semantic.decoder_dim=768 does not split over tokenizer.semantic.decoder_heads=7",
+    ),
+    "heads of a larger decoder": (
+        "tokenizer: {decoder: {decoder: {dim: 1000, heads: 16}}}",
+        "tokenizer.decoder.decoder.dim=1000 does not split",
+    ),
+    "heads of a SigLIP": ("encoder: {train: {heads: 3}}", "encoder.train.hidden_size=128 does not split"),
+    "heads of a Qwen2": ("mllm: {config: {heads: 3}}", "mllm.config.hidden_size=256 does not split"),
     "baseline key": (
         "baselines: {flat: {tokenizer.guidanc: false}}",
         "baselines.flat: unknown key 'tokenizer.guidanc'",
