@@ -23,7 +23,7 @@ class PatchGAN(nn.Module):
             parts += [nn.Conv2d(width, wider, 4, stride, 1, bias=False), _norm(wider), nn.LeakyReLU(0.2)]
             width = wider
         self.body = nn.Sequential(*parts, nn.Conv2d(width, 1, 4, 1, 1))
-        self.min_size = 2**layers * 3
+        self.min_size = smallest_image(layers)
         self.apply(_init)
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
@@ -36,6 +36,11 @@ class PatchGAN(nn.Module):
                 f"PatchGAN needs images of at least {self.min_size} px, got {tuple(pixels_BCHW.shape[-2:])}"
             )
         return self.body(self.first(pixels_BCHW.to(self.first.weight.dtype)))
+
+
+def smallest_image(layers: int) -> int:
+    """Pixels a side that leave a discriminator of so many layers at least one logit."""
+    return 2**layers * 3
 
 
 def _norm(channels: int) -> nn.GroupNorm:

@@ -61,8 +61,11 @@ def _check(recipe: Recipe, only: str | None) -> None:
         raise ConfigError(
             "corpus.source is not set. Name a folder of images, WebDataset tars, Parquet files, or easy-vqa:train."
         )
-    for name in ("encoder", "codebook", "mllm") if only is None else ():
-        importlib.import_module(f"smalti.workflows.{name}").check(recipe)
+    if only is not None:
+        return
+    for variant in (recipe, *(baseline_recipe(recipe, name) for name in recipe.baselines)):
+        for name in ("encoder", "codebook", "tokenizer", "mllm"):
+            importlib.import_module(f"smalti.workflows.{name}").check(variant)
 
 
 def _check_held_out(corpus: Artifact) -> None:

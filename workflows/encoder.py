@@ -65,6 +65,16 @@ def result_settings(train: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in train.items() if key not in about}
 
 
+def check_batch(section: str, train: Any, recipe: Recipe) -> None:
+    """ConfigError, with the section's name, unless the workers can share a batch evenly."""
+    from smalti.workflows.train.engines import accumulation
+
+    try:
+        accumulation(train, recipe.resources.workers)
+    except ConfigError as error:
+        raise ConfigError(f"{section}: {error}") from error
+
+
 def resolve(pretrained: str) -> str:
     """A local directory as an absolute path; a URL or hub name as it is."""
     return os.path.abspath(pretrained) if os.path.isdir(pretrained) else pretrained

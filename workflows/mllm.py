@@ -14,7 +14,7 @@ from smalti.artifact import Artifact
 from smalti.errors import ConfigError, DataError
 from smalti.schema import Recipe
 from smalti.tracking import Tracker
-from smalti.workflows.encoder import resolve, result_settings
+from smalti.workflows.encoder import check_batch, resolve, result_settings
 from smalti.workflows.ray_session import ensure_ray
 from smalti.workflows.stage import StageRun, find_artifact, run_stage
 
@@ -38,7 +38,7 @@ def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
 
 
 def check(recipe: Recipe) -> None:
-    """ConfigError for what would only show after hours: no model, two models, text without a source."""
+    """ConfigError for what would only show after hours: no model, two models, text without a source, odd batches."""
     section = recipe.mllm
     if bool(section.pretrained) == bool(section.config):
         found = (
@@ -50,6 +50,7 @@ def check(recipe: Recipe) -> None:
         raise ConfigError("mllm.mixture has no kind with images. Set caption_to_image, image_to_caption or qa above 0.")
     if weights.text and not section.text_source:
         raise ConfigError("mllm.mixture.text is above 0, but mllm.text_source is not set. Set it, or set text to 0.")
+    check_batch("mllm", section.train, recipe)
 
 
 def _body(parents: dict[str, Artifact]) -> Any:

@@ -7,10 +7,10 @@ from typing import Any
 
 from smalti import storage
 from smalti.artifact import Artifact
-from smalti.errors import ConfigError
+from smalti.errors import ArtifactError, ConfigError
 from smalti.schema import Recipe
 from smalti.tracking import Tracker
-from smalti.workflows.encoder import encoder_path, result_settings
+from smalti.workflows.encoder import check_batch, encoder_path, result_settings
 from smalti.workflows.features import open_encoder
 from smalti.workflows.ray_session import ensure_ray
 from smalti.workflows.stage import StageRun, find_artifact, run_stage
@@ -25,10 +25,55 @@ def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
     Parents: corpus, encoder, codebook; without guidance the corpus alone, and the encoder for the patch grid (and a
     perceptual loss). Counts: num_codes, tokens an image.
     """
+    check(recipe)
     names = ("corpus", "encoder", "codebook") if recipe.tokenizer.guidance else ("corpus", "encoder")
     parents = {name: find_artifact(recipe, name) for name in names}
     config = settings_of(recipe)
     return run_stage(recipe, "tokenizer", "tokenizer", config, parents, _body(parents), tracker=tracker)
+
+
+def check(recipe: Recipe) -> None:
+    """Raises for what would only show after hours: batches that workers cannot share, losses that cannot be computed.
+
+    ConfigError names the key; ArtifactError: weights that are not there.
+    """
+    section = recipe.tokenizer
+    phases: dict[str, Any] = {"pixel": section.pixel}
+    phases |= {"semantic": section.semantic} if section.guidance else {}
+    phases |= {"decoder": section.decoder} if section.decoder else {}
+    for name, phase in phases.items():
+        check_batch(f"tokenizer.{name}", phase.train, recipe)
+        if name != "semantic":
+            _check_loss(f"tokenizer.{name}", phase, recipe.corpus.image_size)
+
+
+def _check_loss(key: str, phase: Any, image_size: int) -> None:
+    from smalti.tokenizers.lpips import MIN_SIZE
+    from smalti.tokenizers.patchgan import smallest_image
+
+    perceptual, gan = phase.loss.perceptual, phase.loss.gan
+    if perceptual.kind == "lpips" and perceptual.weight:
+        where = f"{key}.loss.perceptual.weights"
+        if not perceptual.weights:
+            raise ConfigError(f"{key}.loss.perceptual.kind=lpips needs {where}, a file made by lpips.convert.")
+        if not storage.exists(perceptual.weights):
+            raise ArtifactError(
+                f"{where}={perceptual.weights} does not exist. `make setup` fetches LPIPS-VGG16 weights into .data/, which "
+                "a Ray job does not carry along: on a cluster set a URL or a path that all machines see."
+            )
+        if image_size < MIN_SIZE:
+            raise ConfigError(
+                f"{key}.loss.perceptual.kind=lpips needs images of at least {MIN_SIZE} px, but corpus.image_size={image_size}."
+            )
+    if gan.weight and image_size < smallest_image(gan.layers):
+        raise ConfigError(
+            f"{key}.loss.gan.layers={gan.layers} needs images of at least {smallest_image(gan.layers)} px, but "
+            f"corpus.image_size={image_size}. Set fewer layers."
+        )
+    if gan.weight and gan.adaptive and phase.train.zero_stage == 3:
+        raise ConfigError(
+            f"{key}.loss.gan.adaptive reads the decoder's last weight whole: set {key}.train.zero_stage below 3."
+        )
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:

@@ -1,0 +1,62 @@
+"""What the tokenizer stage refuses before any stage has run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from smalti.config import load_recipe
+from smalti.errors import ArtifactError, ConfigError
+from smalti.schema import Recipe
+from smalti.workflows.chain import run_recipe
+from smalti.workflows.tokenizer import check
+
+CHAIN = ["mllm.config={}", "encoder.train={}", "corpus.source=generated:4", "tracking.uri=off"]
+
+
+def recipe(*overrides: str) -> Recipe:
+    return load_recipe(None, [*CHAIN, *overrides])
+
+
+WRONG = {
+    "no weights": (["tokenizer.pixel.loss.perceptual.kind=lpips"], "tokenizer.pixel.loss.perceptual.weights"),
+    "small for the GAN": (
+        ["corpus.image_size=16", "tokenizer.pixel.loss.gan.weight=0.5"],
+        "tokenizer.pixel.loss.gan.layers=3 needs images of at least 24 px",
+    ),
+    "adaptive under ZeRO-3": (
+        ["tokenizer.decoder={train: {zero_stage: 3}, loss: {gan: {weight: 0.5, adaptive: true}}}"],
+        "tokenizer.decoder.loss.gan.adaptive",
+    ),
+    "batch of a phase": (["tokenizer.semantic.train.batch_size=5", "resources.workers=2"], "tokenizer.semantic: "),
+    "batch of the model": (["mllm.train.batch_size=5", "resources.workers=2"], "mllm: train.batch_size=5"),
+    "of a baseline": (
+        ["baselines={flat: {tokenizer.pixel.train.batch_size: 7}}", "resources.workers=2"],
+        "tokenizer.pixel: train.batch_size=7",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_recipe_that_would_fail_after_hours_fails_before_the_first_stage(tmp_path: Path, kind: str) -> None:
+    overrides, named = WRONG[kind]
+    with pytest.raises(ConfigError, match=named.replace(".", r"\.")):
+        run_recipe(recipe(*overrides, f"out={tmp_path / 'out'}"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_not_there_are_told_with_their_key(tmp_path: Path) -> None:
+    weights = tmp_path / "lpips.safetensors"
+    given = recipe(f"tokenizer.pixel.loss.perceptual={{kind: lpips, weights: {weights}}}")
+    with pytest.raises(ArtifactError, match=r"tokenizer\.pixel\.loss\.perceptual\.weights=.* does not exist"):
+        check(given)
+    weights.touch()
+    check(given)
+    with pytest.raises(ConfigError, match=r"at least 16 px, but corpus\.image_size=8"):
+        check(recipe(f"tokenizer.pixel.loss.perceptual={{kind: lpips, weights: {weights}}}", "corpus.image_size=8"))
+
+
+def test_what_is_not_used_is_not_asked_for() -> None:
+    check(recipe("tokenizer.guidance=false", "tokenizer.semantic.train.batch_size=5", "resources.workers=2"))
+    check(recipe("tokenizer.pixel.loss.perceptual={kind: lpips, weight: 0.0}"))
