@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
@@ -31,6 +31,7 @@ from smalti.mllm.adapters import ADAPTERS, Adapter
 from smalti.mllm.model import UnifiedModel, fit_shapes
 from smalti.mllm.vocabulary import VisualVocabulary
 from smalti.schema import LanguageModel, MllmSection
+from smalti.tokenizers.encoders import quiet
 
 FORMAT = 1
 WEIGHTS, SETTINGS = "unified.safetensors", "unified.json"
@@ -88,11 +89,21 @@ def load_language_model(section: MllmSection, hf_tokenizer: Any) -> Any:
             "Neither mllm.pretrained nor mllm.config is set: give a folder or hub name, or the sizes of a model."
         )
     try:
-        return AutoModelForCausalLM.from_pretrained(section.pretrained, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+        with quiet():
+            causal_lm, report = AutoModelForCausalLM.from_pretrained(
+                section.pretrained, dtype=torch.float32, output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
             f"mllm.pretrained={section.pretrained!r} could not be loaded as a causal language model: {error}"
         ) from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ConfigError(
+            f"mllm.pretrained={section.pretrained!r} lacks {len(missing)} weights of {type(causal_lm).__name__}, the first "
+            f"{missing[0]}; expected a whole causal language model. Copy it again."
+        )
+    return causal_lm
 
 
 def load_text_tokenizer(pretrained: str) -> Any:

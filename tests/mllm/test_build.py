@@ -6,11 +6,12 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from smalti.errors import ArtifactError, ConfigError, TrainingError
 from smalti.mllm.bpe import train_bpe
-from smalti.mllm.build import build_unified, load_text_tokenizer, load_unified, save_unified
+from smalti.mllm.build import build_unified, load_language_model, load_text_tokenizer, load_unified, save_unified
 from smalti.schema import LanguageModel, MllmSection
 from smalti.tokenizers.loading import load_tokenizer
 
@@ -58,14 +59,18 @@ def test_weights_handed_in_are_what_is_saved(make_unified, tmp_path) -> None:
         save_unified(str(tmp_path), model, hf_tokenizer, state)
 
 
+def make_tiny_qwen2(*, tied: bool, vocab_size: int = 20, **more: object) -> Qwen2ForCausalLM:
+    config = Qwen2Config(
+        vocab_size=vocab_size, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=tied, **more,
+    )  # fmt: skip
+    return Qwen2ForCausalLM(config)
+
+
 def test_from_a_published_folder_with_padding_and_a_tied_head(tmp_path, visual_tokenizer_dir) -> None:
     hf_tokenizer = train_bpe(["a blue circle"] * 3, 280)
     num_text = len(hf_tokenizer)
-    config = Qwen2Config(
-        vocab_size=num_text + 10, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, tie_word_embeddings=True, eos_token_id=[7, 8],
-    )  # fmt: skip
-    published = Qwen2ForCausalLM(config)
+    published = make_tiny_qwen2(tied=True, vocab_size=num_text + 10, eos_token_id=[7, 8])
     published.save_pretrained(tmp_path)
     hf_tokenizer.chat_template = "{{ messages }}"
     hf_tokenizer.save_pretrained(tmp_path)
@@ -76,6 +81,21 @@ def test_from_a_published_folder_with_padding_and_a_tied_head(tmp_path, visual_t
     assert len(head) == num_text + 4 + 24
     assert set(model.lm.generation_config.eos_token_id) == {7, 8, loaded.eos_token_id}
     assert loaded.chat_template == "{{ messages }}"
+
+
+def test_a_torn_or_incomplete_language_model_is_told(tmp_path) -> None:
+    section = MllmSection(pretrained=str(tmp_path))
+    make_tiny_qwen2(tied=False).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = load_file(file)
+    save_file({k: v for k, v in whole.items() if "up_proj" not in k}, file, {"format": "pt"})
+    with pytest.raises(
+        ConfigError, match=r"lacks 1 weights of Qwen2ForCausalLM, the first model\.layers\.0\.mlp\.up_proj"
+    ):
+        load_language_model(section, None)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ConfigError, match="could not be loaded"):
+        load_language_model(section, None)
 
 
 def test_sections_that_cannot_be_built(tmp_path, visual_tokenizer_dir) -> None:
