@@ -214,7 +214,10 @@ def fit(root: Path, workers: int, wanted: dict[str, tuple[str, dict, Train]], ou
         scaling_config=ScalingConfig(num_workers=workers),
         run_config=RunConfig(name="all", storage_path=str(out / "ray")),
     )
-    return trainer.fit().return_value
+    apart = trainer.fit().return_value
+    _, pictures, _ = ray.get(board.take.remote())
+    np.savez(out / "pictures.npz", *[picture for _, _, picture in pictures])
+    return apart
 
 
 @pytest.fixture(scope="module")
@@ -268,6 +271,17 @@ def test_two_workers_come_to_what_one_does(results, name) -> None:
 @pytest.mark.parametrize("name", ZERO3)
 def test_zero_3_comes_to_the_same_whole_weights(results, name) -> None:
     assert distance(results["one"][0] / name, results["two"][0] / f"{name}-zero3") < 2e-5
+
+
+def test_every_pixel_phase_ends_with_a_picture_under_zero_3_too(results, place) -> None:
+    """Three held-out images in a row each: input, rebuilt, and from semantic codes alone where there is guidance."""
+    for folder, jobs_of in ((results["one"][0], NAMES), (results["two"][0], list(results["two"][1]))):
+        drawing = [name for name in jobs_of if name.startswith(("pixel", "flat", "adaptive", "decoder"))]
+        shapes = [picture.shape for picture in np.load(folder / "pictures.npz").values()]
+        columns = [2 if name.startswith("flat") else 3 for name in drawing]
+        assert sorted(shapes) == sorted((3 * (SIZE + 2) - 2, n * (SIZE + 2) - 2, 3) for n in columns)
+    one, two = (next(iter(np.load(results[n][0] / "pictures.npz").values())).astype(int) for n in ("one", "two"))
+    assert np.abs(one - two).max() <= 1
 
 
 def test_an_adaptive_gan_and_codebooks_from_the_first_step_come_to_the_same_under_zero_2(results) -> None:

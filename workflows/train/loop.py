@@ -216,7 +216,7 @@ class Loop:
             self._check_finite(step)
         if done % train.log_every == 0 or last:
             self._log(done)
-        if self.rank == 0 and (last or (train.image_every and done % train.image_every == 0)):
+        if last or (train.image_every and done % train.image_every == 0):
             self._pictures(done)
         if saving:
             self._checkpoint(done)
@@ -246,14 +246,17 @@ class Loop:
             self.job.board.metrics.remote(done, {**metrics, "samples_per_s": rate})
 
     def _pictures(self, done: int) -> None:
-        if any(engine.zero_optimization_stage() == 3 for engine in self.engines.values()):
-            return  # the weights of one rank are not whole
+        """Show what the task draws. Rank 0 draws; under ZeRO-3, where no rank has whole weights, all draw the same."""
+        together = any(engine.zero_optimization_stage() == 3 for engine in self.engines.values())
+        if self.rank and not together:
+            return
         state = torch.get_rng_state()
         for engine in self.engines.values():
             engine.eval()
         with torch.no_grad():
-            for name, picture in self.task.pictures(self.engines).items():
-                self.job.board.picture.remote(done, name, picture)
+            pictures = self.task.pictures(self.engines)
+        for name, picture in pictures.items() if self.rank == 0 else ():
+            self.job.board.picture.remote(done, name, picture)
         torch.set_rng_state(state)
 
     # Checkpoints

@@ -122,7 +122,8 @@ class Task:
         return {}
 
     def pictures(self, engines: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """HWC uint8 pictures by name, made on rank 0 only: no collectives here, so never under ZeRO-3."""
+        """HWC uint8 pictures by name. Made on rank 0 alone (no collectives of one's own here); under ZeRO-3 on every
+        rank, in step: from the same inputs."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
