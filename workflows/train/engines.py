@@ -167,6 +167,8 @@ def set_parameter(engine: Any, parameter: nn.Parameter, value: torch.Tensor) -> 
     value = value.to(parameter.device, torch.float32)
     safe_set_full_fp32_param(parameter, value)
     if engine.global_steps:  # before the first step there are no moments yet
+        if stage < 3:  # those of a loaded checkpoint are else linked to their parameters in the next step only
+            engine.optimizer._lazy_init_hp_params_optimizer_state()
         for name in ("exp_avg", "exp_avg_sq"):
             safe_set_full_optimizer_state(parameter, torch.zeros_like(value), name)
     if stage < 3:
