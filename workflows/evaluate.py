@@ -35,7 +35,7 @@ from smalti.workflows.stage import StageRun, find_artifact, run_stage, stage_pat
 
 STAGE = "evaluation"
 PARENTS = ("corpus", "encoder", "tokenizer", "tokens", "export")
-FORMAT = 1  # raise when a measure changes its meaning: finished evaluations are then not taken for new ones
+FORMAT = 2  # raise when a measure changes its meaning: finished evaluations are then not taken for new ones
 
 MEASURES: dict[str, Callable[[HeldOut, Models], Part]] = {
     "reconstruction": measure_reconstruction,
@@ -108,6 +108,7 @@ def job_of(recipe: Recipe, parents: dict[str, Artifact], path: str) -> Job:
         seed=recipe.seed,
         evaluate=recipe.evaluate,
         device="cuda" if recipe.resources.gpus_per_worker else "cpu",
+        own_encoder=not parents["encoder"].config.get("pretrained"),
     )
 
 

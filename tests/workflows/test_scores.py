@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from smalti.errors import DataError
+from smalti.schema import EvaluateSection
 from smalti.workflows.scores.answers import QuestionOnly, answer_kind, breakdown, normalise, opening, same_answer
 from smalti.workflows.scores.codes import count_scores, histogram
-from smalti.workflows.scores.drawing import named_label
-from smalti.workflows.scores.heldout import choose, spread
+from smalti.workflows.scores.drawing import named_label, prompts_of
+from smalti.workflows.scores.heldout import HeldOut, Job, choose, spread
 from smalti.workflows.scores.judge import Judge, train_judge, training_steps
 from smalti.workflows.scores.part import Part, Score, load_part, merge_baselines, png, save_part
 from smalti.workflows.scores.patches import cut_patches, gallery, in_context
@@ -95,6 +96,25 @@ def test_named_label_is_the_longest_in_the_prompt() -> None:
 
 
 # --- samples -----------------------------------------------------------------------------------------------------
+
+
+def told_of(rows: list[tuple[str | None, str]], own_encoder: bool) -> HeldOut:
+    """A job whose training split has these (caption, label) rows."""
+    data = HeldOut(Job("", "", "", "", "", -1, None, 8, 1, 0, EvaluateSection(), own_encoder=own_encoder))
+    vars(data).update(training_texts=[{"caption": caption, "label": label} for caption, label in rows])
+    return data
+
+
+def test_a_label_is_drawn_and_recognised_by_the_text_that_was_trained_with() -> None:
+    rows = [("red ball!", "red_ball"), (None, "cat"), ("Tom asleep", "dog"), ("a wet nose", "dog"), ("at home", "dog")]
+    data = told_of([*rows, (None, "grey_mouse")], own_encoder=True)
+    wanted = {"red_ball": "red ball!", "cat": "cat", "dog": "a photo of a dog", "grey_mouse": "grey_mouse"}
+    assert data.captions_of_labels == data.zero_shot_sentences == wanted
+    assert {prompt.label: prompt.text for prompt in prompts_of(data)} == wanted
+    other = told_of([*rows, (None, "grey_mouse")], own_encoder=False)
+    assert other.captions_of_labels == wanted
+    photos = {"cat": "a photo of a cat", "grey_mouse": "a photo of a grey mouse"}
+    assert other.zero_shot_sentences == wanted | photos
 
 
 def test_samples_are_seeded_sorted_and_without_repeats() -> None:

@@ -18,6 +18,7 @@ import pyarrow as pa
 from smalti import shards
 from smalti.errors import DataError
 from smalti.images import to_pixels
+from smalti.mllm.prompts import clean
 from smalti.progress import Progress
 from smalti.schema import EvaluateSection
 
@@ -41,6 +42,7 @@ class Job:
     seed: int
     evaluate: EvaluateSection
     device: str = "cpu"
+    own_encoder: bool = True  # trained in this chain, on the corpus's texts
 
 
 @dataclass(frozen=True)
@@ -179,12 +181,20 @@ class HeldOut:
     @cached_property
     def captions_of_labels(self) -> dict[str, str]:
         """The sentence that stands for each label: its most frequent training caption where that caption covers at
-        least half of the label's captioned rows (made captions), else `a photo of a <label>` (people's captions)."""
+        least half of the label's captioned rows (made captions), else `a photo of a <label>` (people's captions).
+        A label without a single caption stands for itself: that is the text that models here are trained with."""
         counts: dict[str, Counter[str]] = {label: Counter() for label in self.labels}
         for text in self.training_texts:
             if text["label"] in counts and text["caption"]:
                 counts[text["label"]][text["caption"]] += 1
-        return {label: _sentence(label, counter) for label, counter in counts.items()}
+        return {label: _sentence(label, counter) if counter else clean(label) for label, counter in counts.items()}
+
+    @cached_property
+    def zero_shot_sentences(self) -> dict[str, str]:
+        """The same for the encoder; one from elsewhere gets `a photo of a <label>` for a label without captions."""
+        if self.job.own_encoder:
+            return self.captions_of_labels
+        return {k: _photo(k) if text == clean(k) else text for k, text in self.captions_of_labels.items()}
 
     def labelled_training_pixels(self, most: int, size: int) -> tuple[np.ndarray, list[str]]:
         """uint8 (n, size, size, 3) and labels of a seeded sample of the labelled training images."""
@@ -202,8 +212,9 @@ class HeldOut:
 
 
 def _sentence(label: str, captions: Counter[str]) -> str:
-    if captions:
-        caption = min(captions, key=lambda text: (-captions[text], text))
-        if captions[caption] * 2 >= captions.total():
-            return caption
+    caption = min(captions, key=lambda text: (-captions[text], text))
+    return caption if captions[caption] * 2 >= captions.total() else _photo(label)
+
+
+def _photo(label: str) -> str:
     return f"a photo of a {label.replace('_', ' ')}"

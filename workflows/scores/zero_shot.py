@@ -21,7 +21,7 @@ class ZeroShot:
 
     def __init__(self, models: Models) -> None:
         self.encoder = models.encoder
-        sentences = models.data.captions_of_labels
+        sentences = models.data.zero_shot_sentences
         self.labels = list(sentences)
         self.texts_LE = embed_texts(models, list(sentences.values()))
 
@@ -73,7 +73,7 @@ def measure_zero_shot(data: HeldOut, models: Models) -> Part:
     right = [row.label or "" for row in rows]
     hits = [one == other for one, other in zip(given, right, strict=True)]
     score = Score(share(hits), len(rows), baseline={"most_frequent": most_frequent_share(data, rows)})
-    table = {"classes": by_class(right, hits), "sentences": dict(list(data.captions_of_labels.items())[:200])}
+    table = {"classes": by_class(right, hits), "sentences": dict(list(data.zero_shot_sentences.items())[:200])}
     return Part({"zero_shot/accuracy": score}, {"zero_shot": table})
 
 
