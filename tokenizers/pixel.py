@@ -59,8 +59,9 @@ class PixelTokenizer(Float32Buffers):
         self.semantic_only_decoder: PixelDecoder | None = None
         self.codebook: SubCodebooks | FlatCodebook
         if semantic_codes is not None:
-            self.register_buffer("semantic_codes", semantic_codes.detach().float().clone(), persistent=False)
-            self.semantic_scale = float(semantic_codes.float().square().mean().clamp(min=1e-12).rsqrt())
+            semantic_codes = semantic_codes.detach().float().clone()
+            self.register_buffer("semantic_codes", semantic_codes, persistent=False)
+            self.semantic_scale = float(semantic_codes.square().mean().clamp(min=1e-12).rsqrt())
             self.codebook = SubCodebooks(len(semantic_codes), stage.codes, stage.dim, stage.beta)
             if stage.semantic_only_decoder:
                 self.semantic_only_decoder = PixelDecoder(image_size, grid, stage.decoder, (semantic_codes.shape[1],))

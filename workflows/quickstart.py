@@ -60,18 +60,26 @@ def _own_images(recipe: Recipe) -> Recipe:
             f"the quickstart needs at least {MIN_IMAGES} and 1. Add images and remove {corpus.path}, whose quarantine tells "
             "what was left out."
         )
+    return fitted(recipe, num_images)
+
+
+def fitted(recipe: Recipe, num_images: int) -> Recipe:
+    """The recipe with codes and batches for so few images; batches go evenly among the workers."""
     size = recipe.codebook.size
     while size > 16 and size * VECTORS_A_CODE > num_images * _patches(recipe):
         size //= 2
     sections = ("encoder.train.train", "tokenizer.semantic.train", "tokenizer.pixel.train", "mllm.train")
-    batches = {f"{section}.batch_size": min(_batch(recipe, section), num_images) for section in sections}
+    workers = recipe.resources.workers
+    most = max(workers, num_images // workers * workers)
+    batches = {f"{section}.batch_size": min(_batch(recipe, section), most) for section in sections}
     return with_overrides(recipe, {"codebook.size": size, **batches})
 
 
 def _patches(recipe: Recipe) -> int:
-    """Patches an image, by the numbers of the encoder that the recipe trains."""
+    """Patches of an image that the codebook is made from."""
     assert recipe.encoder.train is not None
-    return (recipe.corpus.image_size // recipe.encoder.train.patch_size) ** 2
+    total = (recipe.corpus.image_size // recipe.encoder.train.patch_size) ** 2
+    return total if recipe.features.patches == "all" else min(total, recipe.features.patches)
 
 
 def _batch(recipe: Recipe, section: str) -> int:

@@ -11,9 +11,11 @@ import pytest
 from PIL import Image
 
 from smalti.artifact import Artifact
+from smalti.config import find_recipe, load_recipe
 from smalti.errors import ConfigError, DataError
 from smalti.schema import Recipe
-from smalti.workflows import corpus, quickstart
+from smalti.workflows import corpus, mllm, quickstart, tokenizer
+from smalti.workflows.encoder import check_batch
 
 
 @pytest.fixture
@@ -56,8 +58,8 @@ def test_sizes_fit_the_folder_and_what_was_asked_for_stays(chain: list[Recipe], 
     num_train = Artifact.load(str(tmp_path / "out" / "corpus")).counts["train"]
     assert (recipe.corpus.source, recipe.corpus.val_source, recipe.corpus.val_fraction) == (images, None, 0.3)
     assert recipe.mllm.train.batch_size == 4
-    assert recipe.tokenizer.semantic.train.batch_size == num_train
-    assert recipe.codebook.size * quickstart.VECTORS_A_CODE <= num_train * 64
+    assert recipe.tokenizer.semantic.train.batch_size == num_train // 2 * 2
+    assert recipe.codebook.size * quickstart.VECTORS_A_CODE <= num_train * 16
     assert recipe.baselines == {}
 
 
@@ -73,3 +75,19 @@ def test_what_cannot_be_is_told_and_can_be_mended(chain: list[Recipe], tmp_path:
     with pytest.raises(DataError, match=rf"gave \d+ training .* needs at least 16 .* remove {out}/corpus"):
         quickstart.run(out, pictures(tmp_path / "few", 12), [OFF, "corpus.val_fraction=0.3"])
     assert not chain
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_any_number_of_images_gives_batches_that_the_workers_can_share(workers: int) -> None:
+    recipe = load_recipe(find_recipe(quickstart.RECIPE), [f"resources.workers={workers}"])
+    if workers == 3:  # whatever the recipe's own sizes are
+        sections = ("encoder.train", "tokenizer.semantic", "tokenizer.pixel", "mllm")
+        recipe = load_recipe(None, [f"{section}.train.batch_size=48" for section in sections], base=recipe.model_dump())
+    for num_images in (quickstart.MIN_IMAGES, 17, 25, 31, 33, 63, 65, 1000):
+        fits = quickstart.fitted(recipe, num_images)
+        tokenizer.check(fits)
+        mllm.check(fits)
+        assert fits.encoder.train
+        check_batch("encoder.train", fits.encoder.train.train, fits)
+        assert fits.tokenizer.semantic.train.batch_size <= num_images
+    assert fits.tokenizer.semantic.train.batch_size == recipe.tokenizer.semantic.train.batch_size
