@@ -36,6 +36,8 @@ from smalti.tokenizers.encoders import quiet
 FORMAT = 1
 WEIGHTS, SETTINGS = "unified.safetensors", "unified.json"
 _CODES = "code_vectors"
+UNREADABLE = (OSError, ValueError, RuntimeError, SafetensorError)
+"""What transformers raises for a folder without a whole model."""
 
 
 class VisualTokenizer(Protocol):
@@ -89,21 +91,25 @@ def load_language_model(section: MllmSection, hf_tokenizer: Any) -> Any:
             "Neither mllm.pretrained nor mllm.config is set: give a folder or hub name, or the sizes of a model."
         )
     try:
-        with quiet():
-            causal_lm, report = AutoModelForCausalLM.from_pretrained(
-                section.pretrained, dtype=torch.float32, output_loading_info=True
-            )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        causal_lm, missing = load_causal_lm(section.pretrained, dtype=torch.float32)
+    except UNREADABLE as error:
         raise ConfigError(
             f"mllm.pretrained={section.pretrained!r} could not be loaded as a causal language model: {error}"
         ) from error
-    missing = sorted(report["missing_keys"])
     if missing:
         raise ConfigError(
             f"mllm.pretrained={section.pretrained!r} lacks {len(missing)} weights of {type(causal_lm).__name__}, the first "
             f"{missing[0]}; expected a whole causal language model. Copy it again."
         )
     return causal_lm
+
+
+def load_causal_lm(path_or_name: str, **options: Any) -> tuple[Any, list[str]]:
+    """A causal language model of a folder or hub name, and the weights that it lacks. Errors: one of `UNREADABLE`."""
+    kind: Any = AutoModelForCausalLM
+    with quiet():
+        causal_lm, report = kind.from_pretrained(path_or_name, output_loading_info=True, **options)
+    return causal_lm, sorted(report["missing_keys"])
 
 
 def load_text_tokenizer(pretrained: str) -> Any:

@@ -14,19 +14,18 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from smalti.errors import ArtifactError, VocabularyError
 from smalti.images import to_pixels
+from smalti.mllm.build import UNREADABLE, load_causal_lm
 from smalti.mllm.export import SETTINGS
 from smalti.mllm.generation import answer, draw, sample_seed
 from smalti.mllm.prompts import TextEncoder
 from smalti.mllm.vocabulary import VisualVocabulary
 from smalti.schema import Sampling
 from smalti.storage import exists, join, local_copy, read_json
-from smalti.tokenizers.encoders import quiet
 
 
 class VisualModel:
@@ -161,13 +160,11 @@ class VisualModel:
 def _load(folder: str, export_dir: str) -> tuple[Any, Any]:
     """Language model, in eval mode, and tokenizer. ArtifactError: missing, torn or incomplete ones."""
     try:
-        with quiet():
-            lm, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-            hf_tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        lm, missing = load_causal_lm(folder)
+        hf_tokenizer = AutoTokenizer.from_pretrained(folder)
+    except UNREADABLE as error:
         told = (str(error).splitlines() or [repr(error)])[0].rstrip(".")
         raise ArtifactError(f"{export_dir} holds no whole language model ({told}). Export it again.") from error
-    missing = sorted(report["missing_keys"])
     if missing:
         raise ArtifactError(
             f"{export_dir} lacks {len(missing)} weights of its language model, the first {missing[0]}. Export it again."

@@ -193,6 +193,7 @@ class PixelTask(ImageTask):
     def _last_layer_gradient(self, module: PixelModule, gradient_BCHW: Tensor) -> Tensor:
         """The gradient on the decoder's last weight of a gradient on the rebuilt images; mean over the workers."""
         collectives, weight = self.context.collectives, self.tokenizer.last_layer
+        assert module.made is not None
         (own,) = torch.autograd.grad(module.made, weight, gradient_BCHW, retain_graph=True)
         return collectives.all_reduce(own) / collectives.world_size
 
