@@ -7,7 +7,6 @@ import json
 import os
 import re
 import selectors
-import signal
 import subprocess
 import sys
 import time
