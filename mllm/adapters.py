@@ -13,37 +13,46 @@ from torch import Tensor, nn
 
 from smalti.errors import ConfigError
 
+VARIANCE_FLOOR = 1e-4
+"""Added to the codebook's variances, as a share of the largest: a direction that no code uses is not blown up."""
+
 
 class Adapter(nn.Module):
-    """Base: standardises code vectors by the codebook's own mean and deviation, then `project`s them to H.
+    """Base: whitens code vectors by the codebook's own mean and covariance, then `project`s them to H.
 
-    Codebooks come at any scale (k-means centroids, unit vectors); the two buffers make the MLPs see about unit variance.
+    Codebooks come at any scale, and the codes that images use most lie close together (the tints of plain ground): along
+    the few directions of most variance they look alike. Whitened, each part of a code vector has about unit variance in
+    every direction, so the MLPs tell neighbours apart from the start.
     """
 
     shift_C: Tensor
-    scale_C: Tensor
+    whiten_CC: Tensor
 
     def __init__(self, splits: Sequence[int], hidden: int, out: int) -> None:
         super().__init__()
         self.splits, self.hidden, self.out = tuple(splits), hidden, out
         self.register_buffer("shift_C", torch.zeros(sum(splits)))
-        self.register_buffer("scale_C", torch.ones(sum(splits)))
+        self.register_buffer("whiten_CC", torch.eye(sum(splits)))
 
     @torch.no_grad()
     def fit(self, codes_VC: Tensor) -> None:
-        """Set the standardisation from the whole codebook: a mean for each column, one deviation for each split."""
+        """Set shift and whitening (ZCA, each part of the code vector by itself) from the whole codebook."""
+        self.whiten_CC.zero_()
         start = 0
         for width in self.splits:
-            part = codes_VC[:, start : start + width].float()
-            self.shift_C[start : start + width] = part.mean(0)
-            spread = (part - part.mean(0)).pow(2).mean().sqrt().clamp_min(1e-6)
-            self.scale_C[start : start + width] = 1 / spread
+            place = slice(start, start + width)
+            mean_W, covariance_WW = _moments(codes_VC[:, place])
+            values_W, vectors_WW = torch.linalg.eigh(covariance_WW)
+            floor = (values_W.max() * VARIANCE_FLOOR).clamp_min(1e-12)
+            self.shift_C[place] = mean_W.to(self.shift_C)
+            block_WW = (vectors_WW * (values_W.clamp_min(0) + floor).rsqrt()) @ vectors_WW.T
+            self.whiten_CC[place, place] = block_WW.to(self.whiten_CC)
             start += width
 
     def forward(self, codes_NC: Tensor) -> Tensor:
         """(…, C) code vectors → (…, H)."""
         dtype = next(self.parameters()).dtype
-        return self.project(((codes_NC - self.shift_C) * self.scale_C).to(dtype))
+        return self.project(((codes_NC - self.shift_C) @ self.whiten_CC).to(dtype))
 
     def project(self, codes_NC: Tensor) -> Tensor:
         raise NotImplementedError
@@ -91,3 +100,13 @@ ADAPTERS: dict[str, type[Adapter]] = {"dual": DualAdapter, "single": SingleAdapt
 
 def _mlp(width: int, hidden: int, out: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, out))
+
+
+def _moments(codes_VW: Tensor, chunk: int = 65_536) -> tuple[Tensor, Tensor]:
+    """Mean (W,) and covariance (W, W) of the rows, in float64."""
+    mean_W = codes_VW.mean(0, dtype=torch.float64)
+    total_WW = mean_W.new_zeros(len(mean_W), len(mean_W))
+    for part_VW in codes_VW.split(chunk):
+        centred_VW = part_VW.double() - mean_W
+        total_WW += centred_VW.T @ centred_VW
+    return mean_W, total_WW / len(codes_VW)

@@ -36,6 +36,8 @@ from smalti.tokenizers.encoders import quiet
 FORMAT = 1
 WEIGHTS, SETTINGS = "unified.safetensors", "unified.json"
 _CODES = "code_vectors"
+SMALL_EMBEDDING_GAIN, SMALL_BLOCK_GAIN, SMALL_HEAD_GAIN = 10.0, 0.1, 3.0
+"""Starting scales of a model from numbers, beside those of `initializer_range`: see `_from_numbers`, `start_visual`."""
 UNREADABLE = (OSError, ValueError, RuntimeError, SafetensorError)
 """What transformers raises for a folder without a whole model."""
 
@@ -76,7 +78,7 @@ def build_unified(
             loss_chunk=section.loss_chunk,
             seed=seed,
         )
-    model.match_scales()
+    model.start_visual(SMALL_HEAD_GAIN if section.config else 1.0)
     return model
 
 
@@ -85,7 +87,7 @@ def load_language_model(section: MllmSection, hf_tokenizer: Any) -> Any:
     if section.pretrained and section.config:
         raise ConfigError("mllm.pretrained and mllm.config are both set; keep one.")
     if section.config:
-        return Qwen2ForCausalLM(_qwen2_config(section.config, section.max_length, hf_tokenizer))
+        return _from_numbers(_qwen2_config(section.config, section.max_length, hf_tokenizer))
     if not section.pretrained:
         raise ConfigError(
             "Neither mllm.pretrained nor mllm.config is set: give a folder or hub name, or the sizes of a model."
@@ -118,6 +120,19 @@ def load_text_tokenizer(pretrained: str) -> Any:
         return AutoTokenizer.from_pretrained(pretrained)
     except (OSError, ValueError) as error:
         raise ConfigError(f"mllm.pretrained={pretrained!r} has no tokenizer that loads: {error}") from error
+
+
+def _from_numbers(config: Qwen2Config) -> Qwen2ForCausalLM:
+    """A Qwen2 with random weights in which a token is, at first, passed on nearly as it is: wide embeddings, and blocks
+    that add little to them. With a head that starts as the embedding does, repeating a code is there from the first step
+    (most patches of a plain ground repeat their neighbour) and need not be learned code by code."""
+    causal_lm = Qwen2ForCausalLM(config)
+    with torch.no_grad():
+        causal_lm.get_input_embeddings().weight.mul_(SMALL_EMBEDDING_GAIN)
+        for name, parameter in causal_lm.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter.mul_(SMALL_BLOCK_GAIN)
+    return causal_lm
 
 
 def _qwen2_config(size: LanguageModel, max_length: int, hf_tokenizer: Any) -> Qwen2Config:

@@ -66,13 +66,25 @@ class UnifiedModel(nn.Module):
         return self.lm.config
 
     @torch.no_grad()
-    def match_scales(self, sample: int = 1024) -> None:
-        """Fit the adapter's standardisation to the codebook and its output to the text embedding's root mean square."""
+    def start_visual(self, head_gain: float = 1.0, chunk: int = 65_536) -> None:
+        """Start the visual side from the codebook, at the scales of the text side.
+
+        The adapter is fitted to the code vectors and its output scaled to the root mean square of the text embedding. The
+        head's visual rows start as the adapter's outputs, as a tied embedding would have them, at `head_gain` times the
+        root mean square of its text rows: codes that lie close begin alike in the output as well, and what is learned of
+        one counts for its neighbours. Random rows would each have to be learned by themselves.
+        """
         self.adapter.fit(self.code_vectors_VC)
-        rows = torch.linspace(0, len(self.code_vectors_VC) - 1, min(sample, len(self.code_vectors_VC))).long()
-        visual = self.adapter(self.code_vectors_VC[rows]).float().pow(2).mean().sqrt()
-        text = self.lm.get_input_embeddings().weight[: self.vocabulary.num_text].float().pow(2).mean().sqrt()
-        self.adapter.scale_output(float(text / visual.clamp_min(1e-12)))
+        embed, head = self.lm.get_input_embeddings().weight, self.lm.get_output_embeddings()
+        sample = torch.linspace(0, len(self.code_vectors_VC) - 1, min(4096, len(self.code_vectors_VC))).long()
+        scale = _rms(self.adapter(self.code_vectors_VC[sample])).clamp_min(1e-12)
+        wanted = _rms(embed[: self.vocabulary.num_text])
+        self.adapter.scale_output(float(wanted / scale))
+        factor = head_gain * _rms(head.weight[: self.vocabulary.num_text]) / wanted.clamp_min(1e-12)
+        for start in range(0, self.vocabulary.num_codes, chunk):
+            rows = self.adapter(self.code_vectors_VC[start : start + chunk]) * factor
+            first = self.vocabulary.first_visual + start
+            head.weight[first : first + len(rows)] = rows.to(head.weight.dtype)
 
     def inputs_embeds(self, ids_BL: Tensor) -> Tensor:
         """Token ids (any in the flat vocabulary) → (B, L, H): embedding rows for text, adapter outputs for visual ids.
@@ -150,6 +162,11 @@ class UnifiedModel(nn.Module):
             metrics["answer_accuracy"] = correct_N[where_N].sum() / count.clamp_min(1)
             metrics["tokens_answer"] = count
         return metrics
+
+
+def _rms(x: Tensor) -> Tensor:
+    """Root mean square of all elements, in float32."""
+    return x.float().pow(2).mean().sqrt()
 
 
 def visible_mask(documents_BL: Tensor, segments_BL: Tensor, dtype: torch.dtype) -> Tensor:

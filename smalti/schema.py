@@ -71,7 +71,7 @@ class EncoderTrain(Section):
     """A SigLIP pretrained on the corpus's image-text pairs (sigmoid loss, arXiv 2303.15343)."""
 
     patch_size: Positive = 8
-    hidden_size: Positive = 128
+    hidden_size: Annotated[int, Field(ge=4)] = 128
     layers: Positive = 4
     heads: Positive = 4
     mlp_ratio: Positive = 4

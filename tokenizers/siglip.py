@@ -15,6 +15,7 @@ from transformers import SiglipConfig, SiglipModel
 
 from smalti.errors import ConfigError
 from smalti.schema import EncoderTrain
+from smalti.tokenizers.vit import sincos_positions
 
 START_SCALE = math.log(10.0)
 START_BIAS = -10.0
@@ -25,7 +26,9 @@ def build_siglip(
 ) -> SiglipModel:
     """A SiglipModel with these sizes and random weights; scale t′ = log 10 and bias −10 as in the paper.
 
-    Weights follow torch's global seed. ConfigError: sizes that do not divide.
+    Positions start as 2-D sine-cosine codes and are trained like all else: a small model that first has to find out
+    which patches are neighbours stays long where it tells colours but no shapes. Weights follow torch's global seed.
+    ConfigError: sizes that do not divide.
     """
     if image_size % config.patch_size:
         raise ConfigError(
@@ -55,6 +58,9 @@ def build_siglip(
     with torch.no_grad():
         model.logit_scale.fill_(START_SCALE)
         model.logit_bias.fill_(START_BIAS)
+        side = image_size // config.patch_size
+        positions = model.vision_model.embeddings.position_embedding.weight
+        positions.copy_(sincos_positions((side, side), config.hidden_size))
     return model
 
 

@@ -65,7 +65,7 @@ def make_tiny() -> Callable[..., Tiny]:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = UnifiedModel(lm, DualAdapter((6, 3), 16, 32), 5 * torch.randn(NUM_CODES, 9), vocabulary)
-        model.match_scales()
+        model.start_visual()
         return Tiny(model.eval(), hf_tokenizer, vocabulary, TextEncoder(hf_tokenizer, vocabulary), original)
 
     return make

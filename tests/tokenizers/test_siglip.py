@@ -35,6 +35,10 @@ def test_starts_with_the_papers_scale_and_bias_and_the_sizes_asked_for() -> None
     model = build_siglip(SMALL, 32, vocab_size=11, pad_token_id=0, eos_token_id=1)
     assert float(model.logit_scale.detach()) == pytest.approx(math.log(10))
     assert float(model.logit_bias.detach()) == -10
+    positions = model.vision_model.embeddings.position_embedding.weight.detach().view(4, 4, 24)
+    assert torch.equal(positions[:, 0, :12], positions[:, 3, :12]), "the first half codes the row"
+    assert torch.equal(positions[1, :, 12:], positions[2, :, 12:]), "the second half codes the column"
+    assert len(positions.view(16, 24).unique(dim=0)) == 16
     vision, text = model.config.vision_config, model.config.text_config
     assert (vision.image_size, vision.patch_size, vision.hidden_size, vision.num_hidden_layers) == (32, 8, 24, 1)
     assert (text.vocab_size, text.max_position_embeddings, text.pad_token_id) == (11, 4, 0)
