@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.smalti-set-up
 EXTRAS ?= cpu,quickstart,dev
+# A file of tests stays on one worker (it shares a Ray session); tests/conftest.py puts the longest files first.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 SOURCES := smalti tokenizers mllm workflows tune scripts tests bench
 
 .PHONY: help setup data quickstart test check format bench lock clean
@@ -29,13 +31,13 @@ quickstart: $(STAMP)  ## the whole chain, small, on this machine
 	$(BIN)/python -m smalti quickstart
 
 test: $(STAMP)  ## all tests
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: $(STAMP)  ## lint, format, types and all tests: what CI runs
 	$(BIN)/ruff check $(wildcard $(SOURCES))
 	$(BIN)/ruff format --check $(wildcard $(SOURCES))
 	$(BIN)/python scripts/typecheck.py
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 format: $(STAMP)  ## mend what ruff can mend
 	$(BIN)/ruff check --fix $(wildcard $(SOURCES))

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smalti.errors import VocabularyError
@@ -70,9 +71,9 @@ class UnifiedModel(nn.Module):
         """Start the visual side from the codebook, at the scales of the text side.
 
         The adapter is fitted to the code vectors and its output scaled to the root mean square of the text embedding. The
-        head's visual rows start as the adapter's outputs, as a tied embedding would have them, at `head_gain` times the
-        root mean square of its text rows: codes that lie close begin alike in the output as well, and what is learned of
-        one counts for its neighbours. Random rows would each have to be learned by themselves.
+        head's visual rows start as the directions of the adapter's outputs, much as a tied embedding would have them, all at
+        `head_gain` times the root mean square of its text rows: codes that lie close begin alike in the output as well, and
+        what is learned of one counts for its neighbours. Random rows would each have to be learned by themselves.
         """
         self.adapter.fit(self.code_vectors_VC)
         embed, head = self.lm.get_input_embeddings().weight, self.lm.get_output_embeddings()
@@ -80,9 +81,9 @@ class UnifiedModel(nn.Module):
         scale = _rms(self.adapter(self.code_vectors_VC[sample])).clamp_min(1e-12)
         wanted = _rms(embed[: self.vocabulary.num_text])
         self.adapter.scale_output(float(wanted / scale))
-        factor = head_gain * _rms(head.weight[: self.vocabulary.num_text]) / wanted.clamp_min(1e-12)
+        size = head_gain * _rms(head.weight[: self.vocabulary.num_text]) * head.in_features**0.5
         for start in range(0, self.vocabulary.num_codes, chunk):
-            rows = self.adapter(self.code_vectors_VC[start : start + chunk]) * factor
+            rows = F.normalize(self.adapter(self.code_vectors_VC[start : start + chunk]).float(), dim=-1) * size
             first = self.vocabulary.first_visual + start
             head.weight[first : first + len(rows)] = rows.to(head.weight.dtype)
 

@@ -44,6 +44,26 @@ def test_scale_of_the_codebook_does_not_matter_once_fitted() -> None:
     torch.testing.assert_close(adapter(scaled), expected, rtol=1e-3, atol=1e-4)
 
 
+def test_each_part_of_the_codebook_is_whitened() -> None:
+    """Planted: strongly correlated channels, tiny ones, a shift; then no direction of a part stands out."""
+    torch.manual_seed(0)
+    mix = torch.randn(6, 6) * torch.tensor([1.0, 1.0, 0.5, 0.5, 0.3, 0.3])
+    codes = torch.cat([torch.randn(4000, 6) @ mix + 3, 1e-2 * torch.randn(4000, 3)], -1)
+    adapter = DualAdapter((6, 3), 16, 32)
+    adapter.fit(codes)
+    white = (codes - adapter.shift_C) @ adapter.whiten_CC
+    for part in white.split((6, 3), -1):
+        torch.testing.assert_close(torch.cov(part.T), torch.eye(part.shape[1]), atol=0.05, rtol=0)
+    assert not adapter.whiten_CC[:6, 6:].any()
+
+
+def test_a_direction_that_no_code_uses_is_not_blown_up() -> None:
+    codes = torch.randn(500, 4) * torch.tensor([1.0, 1.0, 1.0, 0.0])
+    adapter = SingleAdapter((4,), 8, 8)
+    adapter.fit(codes)
+    assert adapter.whiten_CC.abs().max() < 1.01 * (codes.var(0)[:3].max() * 1e-4).rsqrt()
+
+
 def test_constant_codebook_gives_finite_output() -> None:
     adapter = SingleAdapter((4,), 8, 8)
     adapter.fit(torch.ones(10, 4))

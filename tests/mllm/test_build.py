@@ -11,7 +11,14 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from smalti.errors import ArtifactError, ConfigError, TrainingError
 from smalti.mllm.bpe import train_bpe
-from smalti.mllm.build import build_unified, load_language_model, load_text_tokenizer, load_unified, save_unified
+from smalti.mllm.build import (
+    SMALL_HEAD_GAIN,
+    build_unified,
+    load_language_model,
+    load_text_tokenizer,
+    load_unified,
+    save_unified,
+)
 from smalti.schema import LanguageModel, MllmSection
 from smalti.tokenizers.loading import load_tokenizer
 
@@ -127,3 +134,28 @@ def test_half_written_torn_or_foreign_folders_are_refused(make_unified, tmp_path
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ArtifactError, match="torn"):
         load_unified(str(tmp_path))
+
+
+def test_visual_rows_of_the_head_start_as_the_adapters_outputs(visual_tokenizer_dir: str) -> None:
+    visual = load_tokenizer(visual_tokenizer_dir)
+    size = LanguageModel(hidden_size=32, layers=2, heads=4, kv_heads=2, intermediate_size=64, text_vocab_size=290)
+    model = build_unified(MllmSection(config=size, max_length=64), train_bpe([], 290), visual, seed=3)
+    vocabulary, head = model.vocabulary, model.lm.get_output_embeddings().weight.detach()
+    visual_rows = head[vocabulary.first_visual : vocabulary.size]
+    outputs = model.adapter(model.code_vectors_VC).detach()
+    rms = lambda x: float(x.detach().pow(2).mean().sqrt())  # noqa: E731
+    ways = [torch.nn.functional.normalize(x, dim=-1) for x in (visual_rows, outputs)]
+    torch.testing.assert_close(*ways, rtol=1e-4, atol=1e-4)
+    assert rms(outputs) == pytest.approx(rms(model.lm.get_input_embeddings().weight[: vocabulary.num_text]), rel=1e-3)
+    assert rms(visual_rows) == pytest.approx(SMALL_HEAD_GAIN * rms(head[: vocabulary.num_text]), rel=1e-3)
+
+
+def test_a_model_from_numbers_starts_by_repeating_the_code_it_was_given(visual_tokenizer_dir: str) -> None:
+    visual = load_tokenizer(visual_tokenizer_dir)
+    size = LanguageModel(hidden_size=32, layers=2, heads=4, kv_heads=2, intermediate_size=64, text_vocab_size=290)
+    model = build_unified(MllmSection(config=size, max_length=64), train_bpe([], 290), visual, seed=3)
+    ids = torch.arange(model.vocabulary.num_codes)[:, None] + model.vocabulary.first_visual
+    with torch.no_grad():
+        hidden = model.backbone(inputs_embeds=model.inputs_embeds(ids)).last_hidden_state[:, -1]
+        logits = model.lm.get_output_embeddings()(hidden)
+    assert (logits.argmax(-1) == ids[:, 0]).float().mean() > 0.9
