@@ -126,7 +126,7 @@ def _from_numbers(config: Qwen2Config) -> Qwen2ForCausalLM:
     """A Qwen2 with random weights in which a token is, at first, passed on nearly as it is: wide embeddings, and blocks
     that add little to them. With a head that starts as the embedding does, repeating a code is there from the first step
     (most patches of a plain ground repeat their neighbour) and need not be learned code by code."""
-    causal_lm = Qwen2ForCausalLM(config)
+    causal_lm: Any = Qwen2ForCausalLM(config)
     with torch.no_grad():
         causal_lm.get_input_embeddings().weight.mul_(SMALL_EMBEDDING_GAIN)
         for name, parameter in causal_lm.named_parameters():
