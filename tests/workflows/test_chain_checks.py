@@ -16,7 +16,10 @@ from smalti.workflows.chain import run_recipe
 WRONG = {
     "no source": (["corpus.source=null"], "corpus.source is not set"),
     "no encoder": (["encoder.train=null"], "No encoder is set"),
-    "more cells than codes": (["codebook.coarse=600"], r"codebook\.coarse=600 cells for codebook\.size=512"),
+    "more cells than codes": (
+        ["codebook.size=512", "codebook.coarse=600"],
+        r"codebook\.coarse=600 cells for codebook\.size=512",
+    ),
     "no model": (["mllm.config=null"], "neither mllm.pretrained nor mllm.config"),
 }
 
