@@ -35,6 +35,8 @@ def ensure_ray(recipe: Recipe) -> Iterator[None]:
     """
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
+    if not recipe.resources.gpus_per_worker:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers loads DeepSpeed, which warns where it must guess
     import ray
 
     if ray.is_initialized():

@@ -38,7 +38,9 @@ def _without(package: str) -> Iterator[None]:
 
 def prepare_process(use_gpu: bool, num_threads: int) -> None:
     """Settings of a worker process; call before DeepSpeed is imported for the first time."""
-    if not use_gpu:
+    if use_gpu:
+        os.environ.pop("DS_ACCELERATOR", None)  # set by a run without GPUs in the process that started Ray
+    else:
         os.environ["DS_ACCELERATOR"] = "cpu"
         torch.set_num_threads(num_threads)
     with _without(
