@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from smalti import shards, storage
 from smalti.artifact import Artifact
 from smalti.errors import ConfigError, DataError
-from smalti.schema import Recipe
+from smalti.schema import MllmSection, Recipe
 from smalti.tracking import Tracker
 from smalti.workflows.encoder import check_batch, resolve, result_settings
 from smalti.workflows.ray_session import ensure_ray
@@ -62,7 +62,7 @@ def _body(parents: dict[str, Artifact]) -> Any:
         make_text_tokenizer(run, tokens)
         keys, sizes = usable(run, tokens)
         settings = {
-            "section": section,
+            "section": placed(section),
             "tokenizer": parents["tokenizer"].path,
             "tokens": tokens,
             "keys": keys,
@@ -93,6 +93,11 @@ def usable(run: StageRun, tokens: str) -> tuple[list[str], list[int]]:
             "Set mllm.mixture.caption_to_image above 0, which needs none, or give the corpus captions or questions."
         )
     return keys, sizes
+
+
+def placed(section: MllmSection) -> MllmSection:
+    """The section as workers can use it: they stand in other folders, so a local model goes by its absolute path."""
+    return section.model_copy(update={"pretrained": resolve(section.pretrained)}) if section.pretrained else section
 
 
 def make_text_tokenizer(run: StageRun, tokens: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from smalti import storage
 from smalti.artifact import Artifact
 from smalti.errors import ArtifactError, ConfigError
-from smalti.schema import Recipe
+from smalti.schema import Loss, Recipe
 from smalti.tracking import Tracker
 from smalti.workflows.encoder import check_batch, encoder_path, result_settings
 from smalti.workflows.features import open_encoder
@@ -100,6 +100,15 @@ def _body(parents: Mapping[str, Artifact]) -> Any:
     return body
 
 
+def placed(loss: Loss) -> Loss:
+    """The loss as workers can use it: they stand in other folders, so local LPIPS weights go by their absolute path."""
+    perceptual = loss.perceptual
+    if not perceptual.weights:
+        return loss
+    found = perceptual.model_copy(update={"weights": storage.absolute(perceptual.weights)})
+    return loss.model_copy(update={"perceptual": found})
+
+
 class Phases:
     """The phases of one tokenizer; each returns its artifact, found or made."""
 
@@ -169,7 +178,7 @@ class Phases:
             given = (self.section.semantic, self.recipe.codebook.size, self.dim, weights)
         own = {
             "stage": self.section.pixel,
-            "loss": loss,
+            "loss": placed(loss),
             "grid": self.grid,
             "num_codes": self.num_codes,
             "semantic": given,

@@ -8,9 +8,10 @@ import pytest
 
 from smalti.config import load_recipe
 from smalti.errors import ArtifactError, ConfigError
-from smalti.schema import Recipe
+from smalti.schema import Loss, MllmSection, Perceptual, Recipe
+from smalti.workflows import mllm
 from smalti.workflows.chain import run_recipe
-from smalti.workflows.tokenizer import check
+from smalti.workflows.tokenizer import check, placed
 
 CHAIN = ["mllm.config={}", "encoder.train={}", "corpus.source=generated:4", "tracking.uri=off"]
 
@@ -60,3 +61,18 @@ def test_weights_that_are_not_there_are_told_with_their_key(tmp_path: Path) -> N
 def test_what_is_not_used_is_not_asked_for() -> None:
     check(recipe("tokenizer.guidance=false", "tokenizer.semantic.train.batch_size=5", "resources.workers=2"))
     check(recipe("tokenizer.pixel.loss.perceptual={kind: lpips, weight: 0.0}"))
+
+
+def test_local_files_of_a_recipe_are_found_by_workers_that_stand_in_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here" / "model").mkdir(parents=True)
+    (tmp_path / "here" / "lpips.safetensors").write_bytes(b"")
+    monkeypatch.chdir(tmp_path / "here")
+    loss = placed(Loss(perceptual=Perceptual(kind="lpips", weights="lpips.safetensors")))
+    model = mllm.placed(MllmSection(pretrained="model"))
+    monkeypatch.chdir(tmp_path)
+    assert loss.perceptual.weights and Path(loss.perceptual.weights).is_file()
+    assert model.pretrained and Path(model.pretrained).is_dir()
+    assert placed(Loss(perceptual=Perceptual(weights="s3://b/l"))).perceptual.weights == "s3://b/l"
+    assert mllm.placed(MllmSection(pretrained="Qwen/Qwen2.5-7B-Instruct")).pretrained == "Qwen/Qwen2.5-7B-Instruct"
