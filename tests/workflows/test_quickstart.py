@@ -60,7 +60,7 @@ def test_sizes_fit_the_folder_and_what_was_asked_for_stays(chain: list[Recipe], 
     assert recipe.mllm.train.batch_size == 4
     assert recipe.tokenizer.semantic.train.batch_size == num_train // 2 * 2
     assert recipe.codebook.size * quickstart.VECTORS_A_CODE <= num_train * 16
-    assert recipe.baselines == {}
+    assert recipe.baselines == {} and recipe.evaluate.goals == {}
 
 
 def test_what_cannot_be_is_told_and_can_be_mended(chain: list[Recipe], tmp_path: Path) -> None:
