@@ -51,8 +51,11 @@ class Adapter(nn.Module):
 
     def forward(self, codes_NC: Tensor) -> Tensor:
         """(…, C) code vectors → (…, H)."""
-        dtype = next(self.parameters()).dtype
-        return self.project(((codes_NC - self.shift_C) @ self.whiten_CC).to(dtype))
+        with torch.autocast(
+            codes_NC.device.type, enabled=False
+        ):  # rounded first, what whitening brings out would drown
+            white_NC = (codes_NC.float() - self.shift_C.float()) @ self.whiten_CC.float()
+        return self.project(white_NC.to(next(self.parameters()).dtype))
 
     def project(self, codes_NC: Tensor) -> Tensor:
         raise NotImplementedError

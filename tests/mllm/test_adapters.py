@@ -57,6 +57,20 @@ def test_each_part_of_the_codebook_is_whitened() -> None:
     assert not adapter.whiten_CC[:6, 6:].any()
 
 
+def test_whitening_stays_float32_under_autocast() -> None:
+    """Codes far from the origin that differ along one thin direction only: in bfloat16 they would all be one."""
+    torch.manual_seed(0)
+    codes = torch.randn(500, 4) @ torch.randn(4, 4) * 0.02 + 10
+    adapter = SingleAdapter((4,), 8, 8)
+    adapter.fit(codes)
+    seen = []
+    adapter.project = lambda white: seen.append(white) or white  # type: ignore[method-assign]
+    expected = adapter(codes)
+    with torch.autocast("cpu", torch.bfloat16):
+        adapter(codes)
+    assert torch.equal(seen[1], expected)
+
+
 def test_a_direction_that_no_code_uses_is_not_blown_up() -> None:
     codes = torch.randn(500, 4) * torch.tensor([1.0, 1.0, 1.0, 0.0])
     adapter = SingleAdapter((4,), 8, 8)
