@@ -51,9 +51,7 @@ class Adapter(nn.Module):
 
     def forward(self, codes_NC: Tensor) -> Tensor:
         """(…, C) code vectors → (…, H)."""
-        with torch.autocast(
-            codes_NC.device.type, enabled=False
-        ):  # rounded first, what whitening brings out would drown
+        with torch.autocast(codes_NC.device.type, enabled=False):  # in bf16, rounding would drown the thin directions
             white_NC = (codes_NC.float() - self.shift_C.float()) @ self.whiten_CC.float()
         return self.project(white_NC.to(next(self.parameters()).dtype))
 

@@ -58,7 +58,7 @@ def test_each_part_of_the_codebook_is_whitened() -> None:
 
 
 def test_whitening_stays_float32_under_autocast() -> None:
-    """Codes far from the origin that differ along one thin direction only: in bfloat16 they would all be one."""
+    """Codes far from the origin that differ by little, and in some directions by less."""
     torch.manual_seed(0)
     codes = torch.randn(500, 4) @ torch.randn(4, 4) * 0.02 + 10
     adapter = SingleAdapter((4,), 8, 8)
