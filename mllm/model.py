@@ -106,7 +106,8 @@ class UnifiedModel(nn.Module):
         `answer_loss_weight`, and its parts.
 
         batch: `input_ids`, `labels` (IGNORE where nothing is predicted), `attention_mask`, all int64 (B, L), padded on the
-        right; optional `answer_mask` bool (B, L); optional `position_ids`, `document_ids` and `segment_ids` (see `visible_mask`); optional `loss_weight`, a scalar that the weighted sum is divided by in
+        right; optional `answer_mask` bool (B, L); optional `position_ids`, `document_ids` and `segment_ids` (see `visible_mask`); optional `image_loss_weight` and
+        `answer_loss_weight`, scalars in place of the model's own; optional `loss_weight`, a scalar that the weighted sum is divided by in
         place of this batch's own `loss_weight(batch)`. To average correctly over micro-batches and ranks of unequal label
         counts, give each of them the global batch's total weight divided by their number.
 
@@ -124,7 +125,7 @@ class UnifiedModel(nn.Module):
         labels_N = batch["labels"][:, 1:].reshape(-1)
         answers = batch["answer_mask"][:, 1:].reshape(-1) if "answer_mask" in batch else None
         total, losses_N, correct_N = self.lm.get_output_embeddings()(
-            hidden_BLH[:, :-1].flatten(0, 1), labels_N, self._weights(labels_N, answers), self.loss_chunk
+            hidden_BLH[:, :-1].flatten(0, 1), labels_N, self._weights(batch, labels_N, answers), self.loss_chunk
         )
         divisor = batch["loss_weight"] if "loss_weight" in batch else self.loss_weight(batch)
         return total / divisor.clamp_min(1e-6), self._metrics(labels_N, losses_N, correct_N, answers)
@@ -137,14 +138,14 @@ class UnifiedModel(nn.Module):
     def loss_weight(self, batch: Batch) -> Tensor:
         """Summed weight of a batch's labels that count (the first position predicts nothing): a 0-d float32 tensor."""
         answers = batch["answer_mask"][:, 1:] if "answer_mask" in batch else None
-        return self._weights(batch["labels"][:, 1:], answers).sum()
+        return self._weights(batch, batch["labels"][:, 1:], answers).sum()
 
-    def _weights(self, labels: Tensor, answers: Tensor | None) -> Tensor:
-        weights = (labels != IGNORE).float()
-        if self.image_loss_weight != 1.0:
-            weights = weights.masked_fill(self.vocabulary.is_visual(labels), self.image_loss_weight)
-        if self.answer_loss_weight != 1.0 and answers is not None:
-            weights = weights.masked_fill((labels != IGNORE) & answers.bool(), self.answer_loss_weight)
+    def _weights(self, batch: Batch, labels: Tensor, answers: Tensor | None) -> Tensor:
+        image = batch.get("image_loss_weight", self.image_loss_weight)
+        weights = torch.where(self.vocabulary.is_visual(labels), image, (labels != IGNORE).float())
+        if answers is not None:
+            answer = batch.get("answer_loss_weight", self.answer_loss_weight)
+            weights = torch.where((labels != IGNORE) & answers.bool(), answer, weights)
         return weights
 
     def _metrics(

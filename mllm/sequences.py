@@ -62,13 +62,13 @@ class SequenceBuilder:
     ) -> None:
         self.text = TextEncoder(hf_tokenizer, vocabulary)
         self.vocabulary = vocabulary
-        self.weights: dict[Kind, float] = {kind: getattr(mixture, kind) for kind in KINDS}
+        self.mixture = mixture
         self.uncond_probability = uncond_probability
         self.questions_per_image = questions_per_image
         self.max_length = max_length
         self.dense, self.dense_images = dense, dense_images
         self.isolate_questions = isolate_questions
-        if not any(self.weights.values()):
+        if not any(getattr(mixture, kind) for kind in KINDS):
             raise ConfigError("Every weight of mllm.mixture is 0, so there is nothing to train on. Set one above 0.")
 
     def kinds_for(self, row: Row) -> tuple[Kind, ...]:
@@ -82,12 +82,13 @@ class SequenceBuilder:
             kinds.append("qa")
         return tuple(kinds)
 
-    def sample_kind(self, row: Row, rng: np.random.Generator) -> Kind | None:
-        """One of the row's kinds by the mixture's weights; None where the mixture wants none of them."""
-        kinds = [kind for kind in self.kinds_for(row) if self.weights[kind] > 0]
+    def sample_kind(self, row: Row, rng: np.random.Generator, mixture: Mixture | None = None) -> Kind | None:
+        """One of the row's kinds by the weights of `mixture` (default: the builder's); None where it wants none of them."""
+        mixture = mixture or self.mixture
+        kinds = [kind for kind in self.kinds_for(row) if getattr(mixture, kind) > 0]
         if not kinds:
             return None
-        weights = np.array([self.weights[kind] for kind in kinds])
+        weights = np.array([getattr(mixture, kind) for kind in kinds])
         return kinds[int(np.searchsorted(np.cumsum(weights), rng.random() * weights.sum(), side="right"))]
 
     def build(self, kind: Kind, row: Row, rng: np.random.Generator) -> TokenSequence:

@@ -32,6 +32,7 @@ class Train(Section):
         None, description="samples a worker and forward; default: no accumulation"
     )
     lr: Rate = Field(1e-4, description="peak learning rate")
+    optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: for linear layers; AdamW for the rest")
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), strict=False)
     weight_decay: Weight = 0.0
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -46,6 +47,15 @@ class Train(Section):
     image_every: NonNegative = Field(0, description="steps between logged pictures; 0: only at the end")
     max_failures: NonNegative = Field(3, description="worker failures survived before the run fails")
     data_window: Positive = Field(16, description="shards within which rows are shuffled")
+
+    @model_validator(mode="after")
+    def _muon_sees_matrices(self) -> Train:
+        if self.optimizer == "muon" and self.zero_stage:
+            raise ValueError(
+                f"optimizer: muon needs whole matrices, which zero_stage={self.zero_stage} cuts up; "
+                "set zero_stage: 0, or optimizer: adamw"
+            )
+        return self
 
 
 class CorpusSection(Section):
@@ -230,6 +240,15 @@ class Mixture(Section):
     text: Weight = 0.0
 
 
+class MllmStage(Section):
+    """From a step on, another mixture or other weights of the loss; what is not named stays as `mllm` has it."""
+
+    from_step: Positive
+    mixture: Mixture | None = None
+    image_loss_weight: Weight | None = None
+    answer_loss_weight: Weight | None = None
+
+
 class MllmSection(Section):
     """The unified language model."""
 
@@ -250,7 +269,31 @@ class MllmSection(Section):
     text_source: str | None = Field(
         None, description="text-only data: a .txt (one a line), .jsonl or .parquet with `text`"
     )
+    stages: list[MllmStage] = Field([], description="what changes on the way, by from_step")
     train: Train = Train()
+
+    @model_validator(mode="after")
+    def _stages_in_order(self) -> MllmSection:
+        steps = [stage.from_step for stage in self.stages]
+        if steps != sorted(set(steps)) or any(step >= self.train.steps for step in steps):
+            raise ValueError(
+                f"stages start at steps {steps}; expected rising steps below train.steps={self.train.steps}"
+            )
+        return self
+
+    def stage_at(self, step: int) -> MllmStage:
+        """Mixture and weights of a step (from 0): those of the last stage that has begun, else the section's own."""
+        begun = [stage for stage in self.stages if stage.from_step <= step]
+        own = {name: getattr(self, name) for name in ("mixture", "image_loss_weight", "answer_loss_weight")}
+        named = begun[-1].model_dump(exclude_none=True, exclude={"mixture"}) if begun else {"from_step": 1}
+        mixture = {"mixture": begun[-1].mixture} if begun and begun[-1].mixture else {}
+        return MllmStage(**(own | named | mixture))
+
+    @property
+    def whole_mixture(self) -> Mixture:
+        """Of each kind the largest weight that it has at any step."""
+        every = [self.mixture, *(stage.mixture for stage in self.stages if stage.mixture)]
+        return Mixture(**{kind: max(getattr(one, kind) for one in every) for kind in Mixture.model_fields})
 
 
 class ExportSection(Section):

@@ -45,10 +45,12 @@ def check(recipe: Recipe) -> None:
             "both mllm.pretrained and mllm.config" if section.pretrained else "neither mllm.pretrained nor mllm.config"
         )
         raise ConfigError(f"The recipe sets {found}; set one: a folder or hub name, or the numbers of a small Qwen2.")
-    weights = section.mixture
-    if not any((weights.caption_to_image, weights.image_to_caption, weights.qa)):
-        raise ConfigError("mllm.mixture has no kind with images. Set caption_to_image, image_to_caption or qa above 0.")
-    if weights.text and not section.text_source:
+    for mixture in [section.mixture, *(stage.mixture for stage in section.stages if stage.mixture)]:
+        if not any((mixture.caption_to_image, mixture.image_to_caption, mixture.qa)):
+            raise ConfigError(
+                "mllm.mixture has no kind with images. Set caption_to_image, image_to_caption or qa above 0."
+            )
+    if section.whole_mixture.text and not section.text_source:
         raise ConfigError("mllm.mixture.text is above 0, but mllm.text_source is not set. Set it, or set text to 0.")
     check_batch("mllm", section.train, recipe)
 
@@ -58,7 +60,7 @@ def _body(parents: dict[str, Artifact]) -> Any:
         from smalti.workflows.train.launch import fit
 
         section, tokens = run.recipe.mllm, parents["tokens"].path
-        text = write_texts(run) if section.mixture.text else None
+        text = write_texts(run) if section.whole_mixture.text else None
         make_text_tokenizer(run, tokens)
         keys, sizes = usable(run, tokens)
         settings = {
@@ -82,7 +84,7 @@ def usable(run: StageRun, tokens: str) -> tuple[list[str], list[int]]:
     from smalti.workflows.train.data import shard_index
     from smalti.workflows.train.tasks_mllm import usable_rows
 
-    mixture = run.recipe.mllm.mixture
+    mixture = run.recipe.mllm.whole_mixture
     if mixture.caption_to_image:
         return shard_index(tokens, "train")
     keys = shards.list_shards(tokens, "train")
@@ -124,7 +126,7 @@ def _texts(run: StageRun, tokens: str) -> Iterator[str]:
             for question, answer in questions_of(row):
                 yield question
                 yield answer
-    if run.recipe.mllm.mixture.text:
+    if run.recipe.mllm.whole_mixture.text:
         folder = storage.join(run.path, "text")
         for key in shards.list_shards(folder, "train"):
             yield from shards.read_shard(folder, key).column("text").to_pylist()

@@ -120,7 +120,9 @@ def _tokenizer(recipe: Recipe) -> dict[str, Any]:
 def _model(recipe: Recipe, out: str) -> dict[str, Any]:
     values: dict[str, Any] = {"mllm.max_length": 128, "mllm.loss_chunk": 64, "mllm.adapter_hidden": None}
     values |= _train("mllm.train", recipe.mllm.train)
-    if recipe.mllm.mixture.text:
+    begun = enumerate(recipe.mllm.stages[: _TRAIN["steps"] - 1], 1)
+    values["mllm.stages"] = [stage.model_dump(exclude_none=True) | {"from_step": step} for step, stage in begun]
+    if recipe.mllm.whole_mixture.text:
         values["mllm.text_source"] = _some_text(join(out, "stand-ins", "text.txt"))
     if recipe.encoder.train:
         tiny = {"patch_size": 32 // _NUM_PATCHES_A_SIDE, "hidden_size": 16, "layers": 1, "heads": 2, "text_layers": 1}

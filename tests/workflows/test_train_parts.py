@@ -17,7 +17,7 @@ from PIL import Image
 
 from smalti import shards
 from smalti.errors import ConfigError, DataError
-from smalti.schema import Mixture, Train
+from smalti.schema import MllmSection, MllmStage, Mixture, Train
 from smalti.workflows.encoder import prompts_of
 from smalti.workflows.mllm import check, read_texts
 from smalti.workflows.train.collectives import Collectives
@@ -220,6 +220,22 @@ def test_texts_that_cannot_be_read_say_where(tmp_path, name, content, told) -> N
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=told):
         list(read_texts(str(tmp_path / name)))
+
+
+def test_stages_of_the_language_model_name_their_steps() -> None:
+    mixture, train = Mixture(qa=3), Train(steps=10)
+    section = MllmSection(
+        answer_loss_weight=5,
+        train=train,
+        stages=[MllmStage(from_step=2, answer_loss_weight=0), MllmStage(from_step=6, mixture=mixture)],
+    )
+    found = [section.stage_at(step) for step in (0, 1, 2, 5, 6, 9)]
+    assert [stage.answer_loss_weight for stage in found] == [5, 5, 0, 0, 5, 5], "what is not named is the section's"
+    assert [stage.mixture for stage in found] == [Mixture()] * 4 + [mixture] * 2
+    assert section.whole_mixture == mixture
+    for steps in ([6, 2], [2, 2], [10]):
+        with pytest.raises(ValueError, match="rising steps below train.steps=10"):
+            MllmSection(train=train, stages=[MllmStage(from_step=step) for step in steps])
 
 
 def test_a_mixture_that_cannot_be_trained_is_refused_at_once() -> None:

@@ -21,6 +21,7 @@ from smalti.schema import (
     Gan,
     LanguageModel,
     Loss,
+    MllmStage,
     Mixture,
     MllmSection,
     Perceptual,
@@ -227,6 +228,8 @@ def results(place, tmp_path_factory) -> dict[str, tuple[Path, dict[str, float]]]
 
     plain = jobs(place)
     more = dict(plain)
+    task, settings, train = plain["flat"]
+    more["flat-muon"] = (task, settings, train.model_copy(update={"optimizer": "muon"}))
     for name in ZERO3:
         task, settings, train = plain[name]
         more[f"{name}-zero3"] = (task, settings, train.model_copy(update={"zero_stage": 3}))
@@ -318,6 +321,40 @@ def test_the_semantic_codebook_and_encoder_are_untouched_by_the_pixel_phase(resu
         same = torch.equal(tensor, after[name])
         assert same != name.startswith("decoder.") or same, name
     assert any(not torch.equal(before[n], after[n]) for n in before if n.startswith("decoder."))
+
+
+def test_a_stage_of_the_language_model_begins_at_its_step(place) -> None:
+    """Kinds and weights of a batch are those of the stage that its step lies in; rows of no use to a stage still serve."""
+    from smalti.mllm.sequences import questions_of
+    from smalti.workflows.train.collectives import Collectives
+    from smalti.workflows.train.task import Context, Row
+    from smalti.workflows.train.tasks_mllm import MllmTask
+
+    _, settings, train = jobs(place)["mllm"]
+    later = MllmStage(from_step=2, mixture=Mixture(caption_to_image=0, image_to_caption=0, qa=1), answer_loss_weight=7)
+    section = settings["section"].model_copy(
+        update={"mixture": Mixture(caption_to_image=1, image_to_caption=0, qa=0), "stages": [later], "train": train}
+    )
+    task = MllmTask(**settings | {"section": section, "text": None})
+    task.setup(Context(torch.device("cpu"), Collectives(), 5, train))
+    source = task.source()
+    assert sum(source.sizes) == 21
+
+    def batch(step: int) -> dict[str, torch.Tensor]:
+        first = step * train.batch_size
+        read = [source.read(0, n) for n in range(train.batch_size)]
+        return task.make_batch([Row(first + n, 0, key, n, values) for n, (key, values) in enumerate(read)])
+
+    with_questions = sum(bool(questions_of(source.read(0, n)[1])) for n in range(train.batch_size))
+    assert 0 < with_questions < train.batch_size
+    for step, asked, weight in ((0, 0, 1.0), (1, 0, 1.0), (2, with_questions, 7.0), (9, with_questions, 7.0)):
+        made = batch(step)
+        starts = made["input_ids"] == task.model.vocabulary.und_start
+        assert int(starts.sum()) == asked, step
+        assert float(made["answer_loss_weight"]) == weight and float(made["image_loss_weight"]) == 0.5
+    early, late = batch(1), batch(2)
+    late_plain = {name: value for name, value in late.items() if not name.endswith("_loss_weight")}
+    assert task.totals(late) > task.totals(late_plain) and task.totals(early) == task.totals(dict(early))
 
 
 def test_the_results_load_as_what_they_are(results) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from smalti.errors import ConfigError
+from smalti.workflows.train.optimizers import build_optimizer
 
 if TYPE_CHECKING:
     from smalti.schema import Train
@@ -105,17 +106,6 @@ def deepspeed_config(train: Train, world_size: int, *, zero_stage: int | None = 
     if train.precision == "bf16":
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     return config
-
-
-def build_optimizer(module: nn.Module, train: Train, lr: float, device: torch.device) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; weight decay on matrices only (no biases, norms or scales)."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    if not trained:
-        raise ValueError(f"{type(module).__name__} has no trainable parameter")
-    matrices, rest = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": train.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=lr, betas=train.betas, fused=True)
 
 
 def build_engine(module: nn.Module, train: Train, *, lr: float, zero_stage: int, world_size: int, device: torch.device):

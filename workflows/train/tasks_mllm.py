@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
@@ -99,31 +100,36 @@ class MllmTask(Task):
             dense_images=section.dense_images,
             isolate_questions=section.isolate_questions,
         )
-        weights = self.builder.weights
-        self.text_share = weights["text"] / sum(weights.values()) if self.text else 0.0
         if self.text:
             self.texts = ShardRows(storage.join(self.path, TEXT), *self.text)
             self.text_order = Order(self.text[1], context.seed + 1)
 
     def source(self) -> Source:
         rows = UsableRows(self.tokens, self.keys, self.sizes)
-        rows.mixture = self.section.mixture
+        rows.mixture = self.section.whole_mixture
         return rows
 
     def modules(self) -> dict[str, nn.Module]:
         return {"model": self.model}
 
     def make_batch(self, rows: Sequence[Row]) -> Batch:
-        """`smalti.mllm.sequences.collate` of a sequence a row; a row's place may go to a text, by the mixture's weight."""
-        return collate([self._sequence(row) for row in rows], self.model.vocabulary.pad)
+        """`smalti.mllm.sequences.collate` of a sequence a row, by mixture and weights of the stage that the step lies in;
+        a row's place may go to a text, by the mixture's weight."""
+        stage = self.section.stage_at(rows[0].index // self.section.train.batch_size)
+        batch = collate([self._sequence(row, stage.mixture) for row in rows], self.model.vocabulary.pad)
+        weights = {"image_loss_weight": stage.image_loss_weight, "answer_loss_weight": stage.answer_loss_weight}
+        return batch | {name: torch.tensor(value) for name, value in weights.items()}
 
-    def _sequence(self, row: Row) -> TokenSequence:
+    def _sequence(self, row: Row, mixture: Mixture) -> TokenSequence:
         rng = row.random(self.context.seed)
-        if rng.random() < self.text_share:
+        share = mixture.text / sum(mixture.model_dump().values()) if self.text else 0.0
+        if rng.random() < share:
             place = self.text_order.batch(row.index, 1)
             _, values = self.texts.read(int(place.shard[0]), int(place.row[0]))
             return self.builder.build("text", values, rng)
-        kind = self.builder.sample_kind(row.values, rng)
+        kind = self.builder.sample_kind(row.values, rng, mixture)
+        if kind is None:  # a row that this stage has no use for, but another one has
+            kind = self.builder.sample_kind(row.values, rng, self.section.whole_mixture)
         assert kind is not None, "rows that no kind wants are left out of the source"
         return self.builder.build(kind, row.values, rng)
 
