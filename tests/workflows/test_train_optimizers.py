@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from smalti.config import load_recipe
 from smalti.errors import ConfigError
 from smalti.mllm.losses import LossHead
-from smalti.config import load_recipe
 from smalti.schema import Train
 from smalti.workflows.train.optimizers import build_optimizer, hidden_matrices
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from smalti import shards
 from smalti.errors import ConfigError, DataError
-from smalti.schema import MllmSection, MllmStage, Mixture, Train
+from smalti.schema import Mixture, MllmSection, MllmStage, Train
 from smalti.workflows.encoder import prompts_of
 from smalti.workflows.mllm import check, read_texts
 from smalti.workflows.train.collectives import Collectives
