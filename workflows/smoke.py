@@ -14,7 +14,15 @@ from smalti.schema import EncoderTrain, Recipe
 from smalti.storage import atomic_local_dir, exists, join, write_atomic
 from smalti.workflows.ray_session import ensure_ray
 
-_TRAIN = {"steps": 3, "batch_size": 4, "micro_batch_size": None, "warmup": 0, "checkpoint_every": 2, "log_every": 1}
+_STEPS = 3
+_TRAIN = {
+    "steps": _STEPS,
+    "batch_size": 4,
+    "micro_batch_size": None,
+    "warmup": 0,
+    "checkpoint_every": 2,
+    "log_every": 1,
+}
 _VIT = {"dim": 16, "layers": 1, "heads": 2}
 _NUM_PATCHES_A_SIDE = 4
 
@@ -120,7 +128,7 @@ def _tokenizer(recipe: Recipe) -> dict[str, Any]:
 def _model(recipe: Recipe, out: str) -> dict[str, Any]:
     values: dict[str, Any] = {"mllm.max_length": 128, "mllm.loss_chunk": 64, "mllm.adapter_hidden": None}
     values |= _train("mllm.train", recipe.mllm.train)
-    begun = enumerate(recipe.mllm.stages[: _TRAIN["steps"] - 1], 1)
+    begun = zip(range(1, _STEPS), recipe.mllm.stages, strict=False)
     values["mllm.stages"] = [stage.model_dump(exclude_none=True) | {"from_step": step} for step, stage in begun]
     if recipe.mllm.whole_mixture.text:
         values["mllm.text_source"] = _some_text(join(out, "stand-ins", "text.txt"))

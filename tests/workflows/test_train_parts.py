@@ -234,7 +234,7 @@ def test_stages_of_the_language_model_name_their_steps() -> None:
     assert [stage.mixture for stage in found] == [Mixture()] * 4 + [mixture] * 2
     assert section.whole_mixture == mixture
     for steps in ([6, 2], [2, 2], [10]):
-        with pytest.raises(ValueError, match="rising steps below train.steps=10"):
+        with pytest.raises(ValueError, match=r"rising steps below train\.steps=10"):
             MllmSection(train=train, stages=[MllmStage(from_step=step) for step in steps])
 
 

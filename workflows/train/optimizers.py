@@ -35,7 +35,7 @@ def build_optimizer(module: nn.Module, train: Train, lr: float, device: torch.de
     return torch.optim.AdamW(groups, lr=lr, betas=train.betas, fused=True)
 
 
-def hidden_matrices(module: nn.Module) -> list[nn.Parameter]:
+def hidden_matrices(module: nn.Module) -> list[torch.Tensor]:
     """Trainable weights of linear layers, but for a vocabulary's head, whose rows are looked up one by one."""
     layers = [m for m in module.modules() if isinstance(m, nn.Linear) and not isinstance(m, LossHead)]
     return [layer.weight for layer in layers if layer.weight.requires_grad]

@@ -116,7 +116,8 @@ class MllmTask(Task):
         """`smalti.mllm.sequences.collate` of a sequence a row, by mixture and weights of the stage that the step lies in;
         a row's place may go to a text, by the mixture's weight."""
         stage = self.section.stage_at(rows[0].index // self.section.train.batch_size)
-        batch = collate([self._sequence(row, stage.mixture) for row in rows], self.model.vocabulary.pad)
+        mixture = stage.mixture or self.section.mixture
+        batch = collate([self._sequence(row, mixture) for row in rows], self.model.vocabulary.pad)
         weights = {"image_loss_weight": stage.image_loss_weight, "answer_loss_weight": stage.answer_loss_weight}
         return batch | {name: torch.tensor(value) for name, value in weights.items()}
 
