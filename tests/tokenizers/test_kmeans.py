@@ -141,3 +141,11 @@ def test_allocation_takes_the_largest_remainders() -> None:
     assert allocate(7, [40, 40, 20]) == [3, 3, 1]
     assert allocate(5, [1000, 1, 1]) == [3, 1, 1]
     assert allocate(6, [4, 1, 1, 0]) == [4, 1, 1, 0]
+
+
+def test_distance_to_one_vector_in_blocks_is_the_plain_one_bit_for_bit() -> None:
+    x_NC = torch.randn(3000, 70, generator=torch.Generator().manual_seed(3))
+    assert len(x_NC) * 70 > 2 * module.BLOCK_NUMBERS
+    found = module._to_one(x_NC, x_NC[11])
+    assert torch.equal(found, (x_NC - x_NC[11]).square().sum(-1))
+    assert found[11] == 0
