@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import smalti
-from smalti.cli import doctor, models, show, stages
+from smalti.cli import doctor, models, plan, show, stages
 
 Adder = Callable[[argparse.ArgumentParser], None]
 
@@ -89,6 +89,17 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         ),
     ),
     "look around": (
+        Command(
+            "plan",
+            "memory, hours and bytes of a recipe's k-means at any size, on any number of devices",
+            (
+                "smalti plan recipes/semhitok-256.yaml codebook.size=500000 codebook.coarse=1000 --gpus 8 --gpu h100",
+                "smalti plan recipes/semhitok-quickstart.yaml",
+            ),
+            plan.run,
+            plan.options,
+            {"rest": "overrides"},
+        ),
         Command(
             "show",
             "what an artifact holds: its record, counts and parents",

@@ -8,7 +8,7 @@ from smalti.config import load_recipe
 from smalti.errors import ConfigError
 
 
-def recipe_options(parser: argparse.ArgumentParser) -> None:
+def recipe_options(parser: argparse.ArgumentParser, smoke: bool = True) -> None:
     parser.add_argument(
         "recipe", metavar="RECIPE", help="a YAML file or URL, or the name of a recipe that comes with smalti"
     )
@@ -19,11 +19,12 @@ def recipe_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="dotted keys of the recipe with other values, such as seed=1",
     )
-    parser.add_argument(
-        "--smoke",
-        action="store_true",
-        help="shrink every size to seconds, on generated images: the same code, end to end",
-    )
+    if smoke:
+        parser.add_argument(
+            "--smoke",
+            action="store_true",
+            help="shrink every size to seconds, on generated images: the same code, end to end",
+        )
 
 
 def quickstart_options(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from smalti.cli import main
+from smalti.errors import ConfigError
+from smalti.schema import CodebookSection
+from smalti.workflows.plan import Rates, plan_codebook
+from smalti.workflows.plan.base import cpu_rates, gpu_rates
+
+RATES = Rates("box", flops=1e12, read=1e9, memory=16e9, origin="stated")
+N, C = 150_000_000, 1152
+
+
+def test_two_level_counts_passes_flops_and_bytes() -> None:
+    """By hand, for 150M x 1152 in 1,000 cells with one polish: five readings of 345.6 GB and one writing."""
+    section = CodebookSection(size=500_000, coarse=1_000, iterations=10, polish=1)
+    plan = plan_codebook(section, N, C, RATES, 8)
+    data = 150e6 * 1152 * 2
+    assert sum(phase.read for phase in plan.phases) == 5 * data
+    assert sum(phase.written for phase in plan.phases) == data
+    work = {phase.name: phase.flops for phase in plan.phases}
+    assert work["cells"] == 2 * 256_000 * 1_000 * 1152 * 10
+    assert work["sorting"] == 2 * 150e6 * 1_000 * 1152
+    assert work["codes"] == 2 * 150e6 * 500 * 1152 * 10
+    assert work["polish 1"] == work["scores"] == 2 * 150e6 * (1_000 + 4 * 500) * 1152
+    flat = plan_codebook(CodebookSection(size=500_000, iterations=10), N, C, RATES, 8)
+    assert flat.phases[1].flops == pytest.approx(10 * 173e15, rel=0.01), "173 PFLOP an iteration"
+    assert flat.seconds > 300 * plan.seconds
+
+
+def test_hours_fall_with_devices_where_work_is_shared() -> None:
+    section = CodebookSection(size=500_000, coarse=1_000)
+    one, eight = (plan_codebook(section, N, C, RATES, num) for num in (1, 8))
+    for before, after in zip(one.phases, eight.phases, strict=True):
+        ratio = before.seconds(RATES, 1)[0] / after.seconds(RATES, 8)[0]
+        assert ratio == pytest.approx(1 if before.devices == 1 else 8)
+    assert one.phases[0].seconds(RATES, 1) == (pytest.approx(345.6), "bytes")
+
+
+def test_what_cannot_fit_is_refused_with_the_mend() -> None:
+    small = Rates("box", 1e12, 1e9, 2e9, "stated")
+    with pytest.raises(ConfigError, match=r"the driver in a pass needs 6\.9 GB .* box has 2\.0 GB.*codebook\.size"):
+        plan_codebook(CodebookSection(size=500_000, coarse=1_000, polish=1), N, C, small, 8).check()
+    with pytest.raises(ConfigError, match=r"a task in a cell needs .*codebook\.coarse higher"):
+        plan_codebook(CodebookSection(size=4_000, coarse=4), N, C, small, 8).check()
+    plan_codebook(CodebookSection(size=4_000, coarse=1_000), N, C, small, 8).check()
+
+
+def test_rates_say_where_they_come_from() -> None:
+    assert "ASSUMED" in gpu_rates("h100").origin
+    assert gpu_rates("h100").flops == pytest.approx(0.45 * 989e12)
+    with pytest.raises(ConfigError, match="--gpu h1000 is not known; there are a100, h100, h200 and cpu"):
+        gpu_rates("h1000")
+    measured = cpu_rates(64)
+    assert measured.origin.startswith("measured")
+    assert measured.flops > 1e8
+    assert measured.read > 1e6
+
+
+def test_the_command_prints_the_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    asked = ["plan", "semhitok-256", f"out={tmp_path}", "codebook.size=500000", "codebook.coarse=1000", "--gpu", "h100"]
+    assert main([*asked, "--gpus", "8"]) == 0
+    text = capsys.readouterr().out
+    assert "N = 150,000,000 vectors x C = 1,152 -> K = 500,000 codes in P = 1,000 cells" in text
+    assert "2·N·P·C" in text
+    assert "8 x h100" in text
+    assert "ASSUMED" in text
+    assert main([*asked, "--gpus", "0"]) == 2
+    assert "at least 1" in capsys.readouterr().err

@@ -1,0 +1,8 @@
+"""What a stage would cost at another size and on other machines, before it runs: a file a stage, its formulas printed."""
+
+from __future__ import annotations
+
+from smalti.workflows.plan.base import Phase, Plan, Rates
+from smalti.workflows.plan.codebook import plan_codebook
+
+__all__ = ["Phase", "Plan", "Rates", "plan_codebook"]

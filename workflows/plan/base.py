@@ -1,0 +1,156 @@
+"""Phases with their work, devices with their rates, and the table that both give."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from smalti import shards
+from smalti.errors import ConfigError
+from smalti.tokenizers import kmeans
+from smalti.workflows.clustering import Chunk
+
+ASSUMED_FRACTION = 0.45  # of the bf16 peak, the goal of code assignment on a GPU
+ASSUMED_READ = 1e9  # bytes a second and GPU from the store
+GPUS = {  # bf16 peak without sparsity in FLOP/s, memory in bytes: the makers' data sheets
+    "a100": (312e12, 80e9),
+    "h100": (989e12, 80e9),
+    "h200": (989e12, 141e9),
+}
+MEASURE_S = 0.5
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one device does in a second, and where the figures come from."""
+
+    device: str
+    flops: float
+    read: float
+    memory: float
+    origin: str
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Part of a stage: FLOPs, bytes read and written, and how many devices can share it (0: all)."""
+
+    name: str
+    formula: str
+    flops: float = 0.0
+    read: float = 0.0
+    written: float = 0.0
+    devices: int = 0
+
+    def seconds(self, rates: Rates, num: int) -> tuple[float, str]:
+        """Seconds on `num` devices, and what bounds them (`FLOPs` or `bytes`): reading overlaps with computing."""
+        shared = min(num, self.devices) if self.devices else num
+        compute = self.flops / (rates.flops * shared)
+        transfer = (self.read + self.written) / (rates.read * shared)
+        return max(compute, transfer), "FLOPs" if compute >= transfer else "bytes"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The phases of a stage on `num` devices. `memory` holds (who, bytes, formula, mend) of the largest needs."""
+
+    title: str
+    phases: Sequence[Phase]
+    memory: Sequence[tuple[str, float, str, str]]
+    rates: Rates
+    num: int
+
+    @property
+    def seconds(self) -> float:
+        return sum(phase.seconds(self.rates, self.num)[0] for phase in self.phases)
+
+    def check(self) -> None:
+        """ConfigError when a process needs more memory than a device has."""
+        for who, size, formula, mend in self.memory:
+            if size > self.rates.memory:
+                raise ConfigError(
+                    f"{self.title}: {who} needs {size / 1e9:,.1f} GB ({formula}), and {self.rates.device} has "
+                    f"{self.rates.memory / 1e9:,.1f} GB. {mend}"
+                )
+
+    def lines(self) -> list[str]:
+        """The plan as text, a line each."""
+        found = [self.title, ""]
+        found.append(f"  {'phase':<14}{'read':>10}{'written':>10}{'FLOPs':>10}{'hours':>9}  bound by")
+        for phase in self.phases:
+            seconds, bound = phase.seconds(self.rates, self.num)
+            sizes = f"{size_text(phase.read):>10}{size_text(phase.written):>10}{phase.flops:>10.2g}"
+            found.append(f"  {phase.name:<14}{sizes}{seconds / 3600:>9.3g}  {bound}; {phase.formula}")
+        read, written = (sum(getattr(phase, name) for phase in self.phases) for name in ("read", "written"))
+        flops = sum(phase.flops for phase in self.phases)
+        total = f"{size_text(read):>10}{size_text(written):>10}{flops:>10.2g}{self.seconds / 3600:>9.3g}"
+        found += [f"  {'total':<14}{total}", ""]
+        found += [f"  memory of {who}: {size_text(size)} ({formula})" for who, size, formula, _ in self.memory]
+        found.append(
+            f"  {self.num} x {self.rates.device}, each {self.rates.flops:.3g} FLOP/s and {size_text(self.rates.read)}/s: "
+            f"{self.rates.origin}"
+        )
+        return found
+
+
+def size_text(size: float) -> str:
+    """`346 GB`."""
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        if size >= unit:
+            return f"{size / unit:.3g} {name}"
+    return f"{size / 1e3:.3g} kB" if size else "0"
+
+
+def gpu_rates(name: str) -> Rates:
+    """Assumed rates of a GPU. ConfigError: one that is not in the list."""
+    if name not in GPUS:
+        raise ConfigError(f"--gpu {name} is not known; there are {', '.join(GPUS)} and cpu (measured on this machine)")
+    peak, memory = GPUS[name]
+    origin = f"ASSUMED, {ASSUMED_FRACTION:.0%} of the bf16 peak {peak / 1e12:.0f} TFLOP/s and {ASSUMED_READ / 1e9:g} GB/s of the store"
+    return Rates(name, ASSUMED_FRACTION * peak, ASSUMED_READ, memory, origin)
+
+
+def cpu_rates(width: int) -> Rates:
+    """Rates of one core of this machine, measured now in about two seconds: nearest-code search, and a shard read.
+
+    CPU-seconds count, so that other work on the machine does not. A shard is read warm, as a pass over features does it.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        flops, read = _search_rate(width), _read_rate(width)
+    finally:
+        torch.set_num_threads(threads)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (os.cpu_count() or 1)
+    return Rates("core of this machine", flops, read, memory, "measured now, one thread; shards read warm")
+
+
+def _search_rate(width: int, rows: int = 4096, codes: int = 1024) -> float:
+    generator = torch.Generator().manual_seed(0)
+    x_NC, c_KC = torch.randn(rows, width, generator=generator), torch.randn(codes, width, generator=generator)
+    kmeans.assign(x_NC[:256], c_KC)
+    started, calls = time.process_time(), 0
+    while time.process_time() - started < MEASURE_S:
+        kmeans.assign(x_NC, c_KC)
+        calls += 1
+    return 2.0 * rows * codes * width * calls / (time.process_time() - started)
+
+
+def _read_rate(width: int, rows: int = 16_384) -> float:
+    x_NC = np.random.default_rng(0).standard_normal((rows, width), dtype=np.float32).astype(np.float16)
+    columns = [pa.array(["x"] * rows), pa.array(np.arange(rows, dtype=np.int32)), shards.list_column(x_NC)]
+    with tempfile.TemporaryDirectory() as folder:
+        shards.write_shard(folder, "train/00000", pa.table(columns, shards.feature_schema(width)))
+        chunk = Chunk(folder, (("train/00000", rows),))
+        started, calls = time.process_time(), 0
+        while time.process_time() - started < MEASURE_S:
+            list(chunk.vectors())
+            calls += 1
+        return x_NC.nbytes * calls / (time.process_time() - started)
