@@ -83,6 +83,14 @@ def perplexity(counts_K: Tensor) -> float:
     return math.exp(entropy(counts_K))
 
 
+def imbalance(counts_K: Tensor) -> float:
+    """K·Σp²: 1 when all codes occur equally often, K when only one does. ValueError: nothing was counted."""
+    total = float(counts_K.sum())
+    if total <= 0:
+        raise ValueError("the imbalance of 0 codes")
+    return float((counts_K.double() / total).square().sum()) * len(counts_K)
+
+
 def dct_matrix(size: int) -> Tensor:
     """Orthonormal DCT-II matrix: float64 (size, size); row k is the k-th cosine."""
     places = torch.arange(size, dtype=torch.float64)

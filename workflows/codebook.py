@@ -20,15 +20,18 @@ from smalti.artifact import Artifact
 from smalti.errors import ConfigError, DataError
 from smalti.schema import Recipe
 from smalti.tokenizers import kmeans
-from smalti.tokenizers.metrics import entropy, perplexity, usage
+from smalti.tokenizers.metrics import entropy, imbalance, perplexity, usage
 from smalti.tracking import Tracker
 from smalti.workflows import clustering
 from smalti.workflows.clustering import Chunk, PassStats, Tree
+from smalti.workflows.code_sizes import sizes_picture
 from smalti.workflows.ray_session import ensure_ray
 from smalti.workflows.stage import StageRun, find_artifact, run_stage
 
 CENTROIDS = "centroids.safetensors"
 TREE = "tree.safetensors"
+COUNTS = "counts.safetensors"
+PICTURE = "sizes.png"
 WORK = "work"
 SAMPLE_MIN = 65_536
 SAMPLE_A_CELL = 256
@@ -38,10 +41,12 @@ FINE_VECTORS = 262_144  # vectors in a task of the second level, unless one cell
 
 def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
     """The codebook artifact: `centroids.safetensors` (`centroids`, float32 (K, C)) and `tree.safetensors` (`cells`
-    (K1, C), `cell_of` int64 (K,)); codes lie in the order of their cells.
+    (K1, C), `cell_of` int64 (K,)); codes lie in the order of their cells. Beside them `counts.safetensors`, vectors of
+    each code (`train` and, where some are held out, `val`, int64 (K,)), and `sizes.png`, their distribution.
 
-    Scores, each for train and val vectors: distortion (mean squared distance), entropy (nats), perplexity, usage, and
-    the number of vectors they were counted on. Errors: ConfigError, DataError (too few vectors, or distinct ones).
+    Scores, each for train and val vectors: distortion (mean squared distance), entropy (nats), perplexity, usage,
+    imbalance (K·Σp²) and the number of vectors they were counted on. Errors: ConfigError, DataError (too few vectors,
+    or distinct ones).
     """
     parents = {"features": find_artifact(recipe, "features")}
     config = recipe.codebook.model_dump(mode="json") | {"seed": recipe.seed}
@@ -194,19 +199,25 @@ class _Build:
 
 
 def _score(run: StageRun, features: Artifact, parts: Sequence[Chunk], tree: Tree, workers: int) -> None:
-    """Fill the stage's scores, one pass over all vectors, and one over the held-out ones."""
+    """Fill the stage's scores and keep the counts, one pass over all vectors, and one over the held-out ones."""
+    counted: dict[str, Tensor] = {}
     for split, members in (("train", parts), ("val", clustering.chunks(features.path, "val"))):
         if not members:
             run.log(f"no {split} vectors: their scores are left out")
             continue
         stats: PassStats = clustering.full_pass(members, tree, workers, sums=False)
+        counted[split] = stats.counts
         run.scores |= {
             f"distortion/{split}": stats.distortion,
             f"entropy/{split}": entropy(stats.counts),
             f"perplexity/{split}": perplexity(stats.counts),
             f"usage/{split}": usage(stats.counts),
+            f"imbalance/{split}": imbalance(stats.counts),
             f"vectors/{split}": int(stats.counts.sum()),
         }
+    storage.write_atomic(storage.join(run.path, COUNTS), save_tensors(counted))
+    picture = sizes_picture(counted["train"], "training vectors of a code")
+    storage.write_atomic(storage.join(run.path, PICTURE), picture)
     shown = {key: f"{value:.4g}" for key, value in run.scores.items() if not key.startswith(("vectors", "entropy"))}
     run.log(", ".join(f"{key} {value}" for key, value in shown.items()))
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from smalti.tokenizers.metrics import code_counts, dct, entropy, perplexity, psnr, ssim, usage, vrr
+from smalti.tokenizers.metrics import code_counts, dct, entropy, imbalance, perplexity, psnr, ssim, usage, vrr
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -92,3 +92,11 @@ def test_vrr_needs_codes_that_repeat() -> None:
         vrr(torch.randn(4, 1, 2, 2), torch.arange(4))
     with pytest.raises(ValueError, match="alike"):
         vrr(torch.ones(4, 1, 2, 2), torch.zeros(4, dtype=torch.int64))
+
+
+def test_imbalance_of_even_and_single_codes() -> None:
+    assert imbalance(torch.tensor([3, 3, 3, 3])) == pytest.approx(1)
+    assert imbalance(torch.tensor([0, 9, 0, 0])) == pytest.approx(4)
+    assert imbalance(torch.tensor([3, 1])) == pytest.approx(2 * (9 + 1) / 16)
+    with pytest.raises(ValueError, match="0 codes"):
+        imbalance(torch.tensor([0, 0]))

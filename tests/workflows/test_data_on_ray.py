@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from smalti import shards
@@ -262,6 +263,9 @@ def test_flat_codebook_scores_are_those_of_a_plain_search(base: Path, siglip: st
         assert made.scores[f"entropy/{split}"] == pytest.approx(float(-(share * share.log()).sum()), rel=1e-6)
         assert made.scores[f"usage/{split}"] == pytest.approx(float((counts > 0).double().mean()))
         assert made.scores[f"vectors/{split}"] == len(vectors)
+        assert made.scores[f"imbalance/{split}"] == pytest.approx(float(12 * (counts / len(vectors)).square().sum()))
+        assert load_file(Path(made.path) / "counts.safetensors")[split].tolist() == counts.tolist()
+    assert Image.open(Path(made.path) / "sizes.png").size == (640, 320)
     spread = float((vectors - vectors.mean(0)).square().sum(-1).mean())
     assert made.scores["distortion/val"] < 0.8 * spread
 
