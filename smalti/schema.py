@@ -114,6 +114,7 @@ class CodebookSection(Section):
 
     size: Positive = Field(16_384, description="K, codes")
     coarse: Positive = Field(1, description="K1, cells of the first level; 1 is flat k-means")
+    split: Literal["proportional", "equal"] = Field("proportional", description="how the cells share K")
     iterations: Positive = Field(10, description="Lloyd iterations at each level")
     polish: NonNegative = Field(0, description="tree-restricted Lloyd passes over all vectors")
     sample: Positive | None = Field(

@@ -172,3 +172,29 @@ def allocate(total: int, cell_sizes: Sequence[int]) -> list[int]:
         missing -= sign
         heapq.heappush(heap, (need + 1, i))
     return [share.get(i, 0) for i in range(len(cell_sizes))]
+
+
+def share_equally(total: int, cell_sizes: Sequence[int]) -> list[int]:
+    """Share `total` centroids equally among the cells that hold vectors (within one); the sum is exactly `total`.
+
+    A cell gets no more than its vectors as long as all cells together have `total`; what it leaves goes to the others.
+    ValueError: as `allocate`.
+    """
+    open_cells = [i for i, size in enumerate(cell_sizes) if size > 0]
+    vectors = sum(cell_sizes[i] for i in open_cells)
+    if not open_cells or total < len(open_cells):
+        raise ValueError(
+            f"{total} centroids for {len(open_cells)} cells that hold vectors; at least one each is needed"
+        )
+    share, missing = [0] * len(cell_sizes), total
+    if vectors >= total:
+        by_size = sorted(open_cells, key=lambda i: cell_sizes[i])
+        full = 0
+        while full < len(by_size) and cell_sizes[by_size[full]] * (len(by_size) - full) <= missing:
+            share[by_size[full]] = cell_sizes[by_size[full]]
+            missing -= share[by_size[full]]
+            full += 1
+        open_cells = sorted(by_size[full:])
+    for place, i in enumerate(open_cells):
+        share[i] = missing // len(open_cells) + (place < missing % len(open_cells))
+    return share

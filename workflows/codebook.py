@@ -1,7 +1,7 @@
 """Stage `codebook`: two-level k-means over the feature shards, of any size K and number of cells K1.
 
-The cells are k-means of a seeded sample; each vector goes to its nearest cell; a cell gets its part of K in proportion
-to its vectors, and k-means of its own. `polish` adds Lloyd passes over all vectors, each searched in the nearest cells.
+The cells are k-means of a seeded sample; each vector goes to its nearest cell; a cell gets its part of K (in proportion
+to its vectors, or the same as every other), and k-means of its own. `polish` adds Lloyd passes over all vectors, each searched in the nearest cells.
 With K1 = 1 it is flat k-means over all vectors. Exactly K distinct codes come out, or a clear error.
 """
 
@@ -149,7 +149,8 @@ class _Build:
         names = storage.join(self.work, "cells")
         self.run.log(f"sorting the vectors into {len(cells_PC)} cells")
         sizes_P = clustering.write_cells(self.parts, cells_PC, names, self.workers)
-        shares = kmeans.allocate(self.section.size, sizes_P.tolist())
+        divide = {"proportional": kmeans.allocate, "equal": kmeans.share_equally}[self.section.split]
+        shares = divide(self.section.size, sizes_P.tolist())
         codes_KC = self.fine(names, sizes_P.tolist(), shares, cells_PC.shape[1])
         cell_of_K = torch.repeat_interleave(torch.arange(len(shares)), torch.tensor(shares))
         tree = Tree(cells_PC, codes_KC, cell_of_K)

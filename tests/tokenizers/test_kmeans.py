@@ -149,3 +149,13 @@ def test_distance_to_one_vector_in_blocks_is_the_plain_one_bit_for_bit() -> None
     found = module._to_one(x_NC, x_NC[11])
     assert torch.equal(found, (x_NC - x_NC[11]).square().sum(-1))
     assert found[11] == 0
+
+
+def test_equal_shares_are_equal_up_to_what_small_cells_hold() -> None:
+    assert module.share_equally(12, [100, 100, 0, 100]) == [4, 4, 0, 4]
+    assert module.share_equally(11, [100, 100, 100]) == [4, 4, 3]
+    assert module.share_equally(12, [100, 2, 100]) == [5, 2, 5], "what a small cell cannot use goes to the others"
+    assert module.share_equally(6, [1, 2, 3]) == [1, 2, 3]
+    assert module.share_equally(8, [1, 2, 3]) == [3, 3, 2], "more codes than vectors: equal again"
+    with pytest.raises(ValueError, match="2 centroids for 3 cells"):
+        module.share_equally(2, [5, 5, 5])

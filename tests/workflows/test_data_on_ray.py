@@ -301,6 +301,12 @@ def test_planted_clusters_are_found_and_too_few_distinct_vectors_are_told(tmp_pa
         assert codebook.run(mended).counts["codes"] == 8, "the size that the error names works in the same place"
 
 
+def test_an_equal_split_gives_every_cell_as_many_codes(base: Path, siglip: str, tmp_path: Path) -> None:
+    made = codebook.run(shared(base, tmp_path, siglip, codebook={"split": "equal", "iterations": 2, "polish": 0}))
+    assert made.counts["replaced"] == 0
+    assert torch.bincount(load_file(Path(made.path) / "tree.safetensors")["cell_of"]).tolist() == [5, 5, 5, 5]
+
+
 def test_codebook_sizes_that_cannot_be(base: Path, siglip: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"codebook\.coarse=30 cells for codebook\.size=20"):
         codebook.run(shared(base, tmp_path / "a", siglip, codebook={"coarse": 30}))
