@@ -15,7 +15,7 @@ from smalti.errors import ArtifactError, ConfigError, DataError, ImageError
 from smalti.schema import Recipe
 from smalti.tracking import Tracker
 from smalti.workflows.ray_session import ensure_ray
-from smalti.workflows.shard_pipeline import run_shards, standing
+from smalti.workflows.shard_pipeline import refuse_foreign, run_shards, standing_for
 from smalti.workflows.stage import StageRun, find_artifact, run_stage
 
 
@@ -96,7 +96,7 @@ class FeatureShard:
         self.encoder: Any = None
 
     def read(self, key: str) -> tuple[str, shards.Receipt | None, Any, Any]:
-        done = standing(self.out, key)
+        done = standing_for(self.out, self.corpus, key)
         if done is not None:
             return key, done, None, None
         section = self.recipe.corpus
@@ -162,6 +162,7 @@ def _body(parents: dict[str, Artifact]) -> Any:
                 f"Set features.patches to at most {total}, or to all."
             )
         keys = shards.list_shards(corpus.path)
+        refuse_foreign(run.path, keys)
         counts = {"images": 0, "vectors": 0, "train": 0, "val": 0, "dim": model.dim}
         args = (run.path, corpus.path, encoder, recipe, model.image_size)
         del model

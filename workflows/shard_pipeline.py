@@ -14,7 +14,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from smalti import storage
 from smalti.errors import DataError, SmaltiError
 from smalti.schema import Resources
-from smalti.shards import Receipt, shard_path, shard_rows
+from smalti.shards import Receipt, list_shards, read_shard, shard_path, shard_rows
 
 Item = TypeVar("Item")
 SHARDS_IN_FLIGHT = 2  # an actor finds its next shard waiting
@@ -112,3 +112,33 @@ def standing(artifact_path: str, key: str) -> Receipt | None:
     except DataError:
         storage.remove(path)
         return None
+
+
+def standing_for(artifact_path: str, corpus_path: str, key: str) -> Receipt | None:
+    """As `standing`, of a shard made of exactly the images of the corpus shard `key`, in their order.
+
+    One of other images (a corpus made again of changed files has the same fingerprint), or without ids that can be read,
+    is taken away, so that it is made again. Errors: DataError on the corpus shard.
+    """
+    receipt = standing(artifact_path, key)
+    if receipt is None:
+        return None
+    wanted = read_shard(corpus_path, key, ["image_id"]).column("image_id").to_pylist()
+    try:
+        found = read_shard(artifact_path, key, ["image_id"]).column("image_id").unique().to_pylist()
+    except DataError:
+        found = None
+    if found == wanted:
+        return receipt
+    storage.remove(shard_path(artifact_path, key))
+    return None
+
+
+def refuse_foreign(artifact_path: str, keys: Sequence[str]) -> None:
+    """Errors: DataError when shards lie in the artifact that are none of `keys`: the next stage would read them too."""
+    foreign = sorted(set(list_shards(artifact_path)) - set(keys))
+    if foreign:
+        raise DataError(
+            f"{artifact_path} holds {len(foreign):,} shards that the corpus has not, the first is "
+            f"{shard_path(artifact_path, foreign[0])}. They are of another run: move them away, and run the command again."
+        )

@@ -14,7 +14,7 @@ from smalti.schema import Recipe
 from smalti.tracking import Tracker
 from smalti.workflows.features import actor_device, batches, load_pixels
 from smalti.workflows.ray_session import ensure_ray
-from smalti.workflows.shard_pipeline import run_shards, standing
+from smalti.workflows.shard_pipeline import refuse_foreign, run_shards, standing_for
 from smalti.workflows.stage import StageRun, find_artifact, run_stage
 
 CARRIED = ["image_id", "caption", "label", "qa"]
@@ -35,7 +35,7 @@ class EncodeShard:
         self.tokenizer: Any = None
 
     def read(self, key: str) -> tuple[str, shards.Receipt | None, Any, Any]:
-        done = standing(self.out, key)
+        done = standing_for(self.out, self.corpus, key)
         if done is not None:
             return key, done, None, None
         return key, None, *load_pixels(self.corpus, key, self.image_size, self.recipe.corpus.max_pixels, CARRIED)
@@ -80,8 +80,10 @@ def _body(parents: dict[str, Artifact]) -> Any:
         args = (run.path, corpus.path, tokenizer, recipe, model.image_size)
         counts = {"images": 0, "train": 0, "val": 0, "num_codes": model.num_codes}
         del model
+        keys = shards.list_shards(corpus.path)
+        refuse_foreign(run.path, keys)
         with ensure_ray(recipe), run.progress(corpus.counts["images"], "images") as bar:
-            for receipt in run_shards(shards.list_shards(corpus.path), EncodeShard, args, recipe.resources):
+            for receipt in run_shards(keys, EncodeShard, args, recipe.resources):
                 bar.update(receipt.rows)
                 counts["images"] += receipt.rows
                 counts[receipt.key.split("/")[0]] += receipt.rows

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 
-from smalti import storage
+from smalti import shards, storage
 from smalti.errors import ArtifactError
 from smalti.mllm.bpe import train_bpe
 from smalti.schema import EncoderSection, EncoderTrain, Recipe
@@ -15,7 +16,8 @@ from smalti.tokenizers.encoders import VisionEncoder
 from smalti.tokenizers.siglip import build_siglip
 from smalti.workflows.encoder import encoder_path
 from smalti.workflows.encoder import run as run_encoder
-from smalti.workflows.features import open_encoder
+from smalti.workflows.features import FeatureShard, open_encoder
+from smalti.workflows.sources.generated import draw
 
 
 @pytest.fixture
@@ -54,3 +56,34 @@ def test_a_vision_tower_alone_in_an_object_store_reads_images(siglip: Path, memo
     assert encoder(torch.rand(1, 3, 16, 16)).shape == (1, 4, 16)
     with pytest.raises(ArtifactError):
         encoder.prompt_embeddings(["a"])
+
+
+def corpus_shard(path: str, name: str, num: int) -> None:
+    rows = [
+        {"image_id": f"{name}{index}", "image": draw(0, name, index, 16)[0], "width": 16, "height": 16}
+        for index in range(num)
+    ]
+    shards.write_shard(path, "train/00000", pa.Table.from_pylist(rows, shards.CORPUS))
+
+
+def test_a_restart_keeps_what_stands_and_makes_again_what_is_torn_or_of_other_images(
+    siglip: Path, tmp_path: Path
+) -> None:
+    corpus, out, key = str(tmp_path / "corpus"), str(tmp_path / "out"), "train/00000"
+    worker = FeatureShard(out, corpus, str(siglip), Recipe(), 16)
+    file = tmp_path / "out" / "train" / "00000.parquet"
+    corpus_shard(corpus, "old", 3)
+    receipt, num_images = worker.work(worker.read(key))
+    whole, written = file.read_bytes(), file.stat().st_mtime_ns
+    assert (receipt.rows, num_images) == (3 * 4, 3)
+
+    assert worker.work(worker.read(key)) == (receipt, 3)
+    assert file.stat().st_mtime_ns == written, "what stands is not written again"
+
+    file.write_bytes(whole[: len(whole) // 2])
+    assert worker.work(worker.read(key)) == (receipt, 3)
+    assert file.read_bytes() == whole, "made again, byte for byte"
+
+    corpus_shard(corpus, "new", 2)
+    assert worker.work(worker.read(key))[1] == 2
+    assert shards.read_shard(out, key).column("image_id").unique().to_pylist() == ["new0", "new1"]

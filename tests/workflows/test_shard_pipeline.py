@@ -13,7 +13,7 @@ from smalti import shards
 from smalti.errors import DataError, ImageError
 from smalti.schema import Resources
 from smalti.workflows.ray_session import quiet_ray_data
-from smalti.workflows.shard_pipeline import run_shards, standing
+from smalti.workflows.shard_pipeline import refuse_foreign, run_shards, standing, standing_for
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +97,24 @@ def test_standing_shards_and_torn_ones(tmp_path: Path) -> None:
     assert not path.exists()
     with pytest.raises(DataError):
         shards.shard_rows(str(tmp_path), "train/00000")
+
+
+def test_a_shard_of_other_images_is_made_again(tmp_path: Path) -> None:
+    corpus, out, key = str(tmp_path / "corpus"), str(tmp_path / "out"), "train/00000"
+    shards.write_shard(corpus, key, pa.table({"image_id": ["a", "b"]}))
+    receipt = shards.write_shard(out, key, pa.table({"image_id": ["a", "a", "b", "b"]}))
+    assert standing_for(out, corpus, key) == receipt
+    for other in ({"image_id": ["b", "a"]}, {"image_id": ["a"]}, {"image_id": ["a", "b", "c"]}, {"what": [1, 2]}):
+        shards.write_shard(out, key, pa.table(other))
+        assert standing_for(out, corpus, key) is None
+        assert not (tmp_path / "out" / "train" / "00000.parquet").exists()
+    assert standing_for(out, corpus, key) is None
+
+
+def test_shards_that_the_corpus_has_not_are_refused(tmp_path: Path) -> None:
+    refuse_foreign(str(tmp_path), ["train/00000"])
+    shards.write_shard(str(tmp_path), "train/00000", pa.table({"a": [1]}))
+    (tmp_path / "train" / "00001.parquet.tmp").write_bytes(b"half")
+    refuse_foreign(str(tmp_path), ["train/00000", "train/00001"])
+    with pytest.raises(DataError, match=r"1 shards that the corpus has not.*train/00000\.parquet"):
+        refuse_foreign(str(tmp_path), ["train/00001"])
