@@ -71,6 +71,11 @@ class CorpusSection(Section):
     shard_images: Positive = 1000
     min_size: Positive = Field(8, description="images with a shorter side below this are quarantined")
     max_pixels: Positive = Field(64_000_000, description="larger images are refused as decompression bombs")
+    max_bytes: Positive = Field(200_000_000, description="longer image files are quarantined, unread where that can be")
+    max_aspect: float | None = Field(
+        None, ge=1, description="images with a longer side above this many times the shorter are quarantined"
+    )
+    require_caption: bool = Field(False, description="quarantine images without a caption")
     caption_column: str = "caption"
     label_column: str = "label"
     image_column: str = "image"

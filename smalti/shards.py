@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -111,19 +112,19 @@ def write_shard(artifact_path: str, key: str, table: pa.Table) -> Receipt:
     """Write `table` as the shard `key`, whole or not at all; an existing one is replaced."""
     packed = _pack(table)
     plain = [field.name for field in packed.schema if _is_plain(field)]
-    sink = pa.BufferOutputStream()
-    pq.write_table(
-        packed,
-        sink,
-        compression={name: "none" if name in plain else "zstd" for name in packed.schema.names},
-        use_dictionary=[name for name in packed.schema.names if name not in plain],
-        write_statistics=False,
-        use_compliant_nested_type=False,
-        row_group_size=max(1, packed.num_rows),
-    )
-    data = sink.getvalue()
-    storage.write_atomic(shard_path(artifact_path, key), memoryview(data))
-    return Receipt(key, table.num_rows, data.size)
+    path = shard_path(artifact_path, key)
+    with storage.atomic_file(path) as temp:
+        pq.write_table(
+            packed,
+            temp,
+            compression={name: "none" if name in plain else "zstd" for name in packed.schema.names},
+            use_dictionary=[name for name in packed.schema.names if name not in plain],
+            write_statistics=False,
+            use_compliant_nested_type=False,
+            row_group_size=max(1, packed.num_rows),
+        )
+        size = os.path.getsize(temp)
+    return Receipt(key, table.num_rows, size)
 
 
 def read_shard(artifact_path: str, key: str, columns: Sequence[str] | None = None) -> pa.Table:
@@ -166,6 +167,16 @@ def codes(table: pa.Table) -> np.ndarray:
     flat = _matrix(table, "codes")
     shape = (table.schema.metadata or {}).get(_SHAPE)
     return flat.reshape(len(flat), *json.loads(shape)) if shape else flat
+
+
+def bytes_column(data: Sequence[bytes]) -> pa.ChunkedArray:
+    """A binary column of byte strings, without a copy of them."""
+    lengths = [np.array([0, len(one)], np.int32) for one in data]
+    chunks = [
+        pa.Array.from_buffers(pa.binary(), 1, [None, pa.py_buffer(ends), pa.py_buffer(one)])
+        for ends, one in zip(lengths, data, strict=True)
+    ]
+    return pa.chunked_array(chunks, pa.binary())
 
 
 def list_column(matrix: np.ndarray) -> pa.FixedSizeListArray:

@@ -173,15 +173,33 @@ def write_atomic(path: str, data: bytes | bytearray | memoryview) -> None:
                 fs.makedirs(folder, exist_ok=True)
             fs.pipe_file(key, bytes(data))
             return
-        local = local_path(path)
-        os.makedirs(os.path.dirname(local) or ".", exist_ok=True)
-        temp = _temp_name(local)
+        with atomic_file(path) as temp, open(temp, "wb") as file:
+            file.write(data)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str) -> Iterator[str]:
+    """A local file to write; when the block ends well it becomes the file `path`, as with `write_atomic`.
+
+    For what is too large to hold twice: to a URL it is sent in parts from the local disk.
+    """
+    with _told("write", path), contextlib.ExitStack() as stack:
+        if is_local(path):
+            local = local_path(path)
+            os.makedirs(os.path.dirname(local) or ".", exist_ok=True)
+            temp = _temp_name(local)
+        else:
+            temp = os.path.join(stack.enter_context(tempfile.TemporaryDirectory(prefix="smalti-")), "file")
         try:
-            with open(temp, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temp, local)
+            yield temp
+            if is_local(path):
+                with open(temp, "rb") as file:
+                    os.fsync(file.fileno())
+                os.replace(temp, local)
+            else:
+                fs, key = _remote(path)
+                fs.makedirs(posixpath.dirname(key), exist_ok=True)
+                fs.put_file(temp, key)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(temp)

@@ -1,53 +1,43 @@
 """Stage `corpus`: images from any source, verified, without duplicates, split, in shards; the rest in quarantine.
 
 Two passes over the source, both on Ray. The first looks at every image (decoded whole once) and writes an index without
-pixels, a file a group of input. From the index the driver drops duplicates, splits and lays out the shards: a pure
-function of the source, so that neither the number of tasks nor an interruption shows in the result. The second pass
-fetches the bytes again and writes the shards.
+pixels, a file a group of input (`corpus_index`). From the indexes duplicates are found by a shuffle over files
+(`corpus_dedup`), and the shards are laid out from counts (`corpus_layout`): a pure function of the source, so that
+neither the number of tasks nor an interruption shows in the result. The second pass fetches the bytes again and writes
+the shards. This process holds a few numbers a group and a shard, never the images' ids.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from smalti import images, shards, storage
+from smalti import shards, storage
 from smalti.artifact import Artifact
-from smalti.errors import DataError, ImageError
+from smalti.errors import DataError
 from smalti.progress import Progress, log
-from smalti.schema import Recipe
-from smalti.shards import CORPUS, QA, QUARANTINE
+from smalti.schema import CorpusSection, Recipe
+from smalti.shards import CORPUS, QUARANTINE
 from smalti.tracking import Tracker
-from smalti.workflows.corpus_layout import Plan, index_key, lay_out
+from smalti.workflows import corpus_dedup
+from smalti.workflows.corpus_dedup import FindDuplicates, GroupCounts, MarkGroups, Place, marks_key
+from smalti.workflows.corpus_index import IndexGroup, image_id, read_rows
+from smalti.workflows.corpus_layout import Part, Plan, lay_out, rows_of
 from smalti.workflows.ray_session import ensure_ray
 from smalti.workflows.shard_pipeline import run_shards, standing
-from smalti.workflows.sources import Group, Lost, Sample, find_groups
-from smalti.workflows.sources.base import printable, unreadable
+from smalti.workflows.sources import Group, find_groups
 from smalti.workflows.stage import StageRun, run_stage, stage_path
 
-ID_DIGITS = 32  # hex digits of a sha256: 128 bits
 QUARANTINE_ROWS = 10_000
 LISTING = "listing.json"
-INDEX = pa.schema(
-    [
-        ("key", pa.string()),
-        ("start", pa.int64()),
-        ("extent", pa.int64()),
-        ("image_id", pa.string()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("caption", pa.string()),
-        ("label", pa.string()),
-        ("qa", QA),
-        ("reason", pa.string()),
-        ("detail", pa.string()),
-    ]
-)
+WORK = ("index", "ids", "copies", "gifts", "marks")  # folders that the finished artifact does not keep
+INLINE_ROWS = 100_000  # so few are sorted out in this process: an actor takes longer to start
 
 
 def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
@@ -78,23 +68,16 @@ def sources_of(recipe: Recipe) -> list[str]:
     return [name for one in given for name in ([one] if isinstance(one, str) else one or [])]
 
 
-def image_id(data: bytes) -> str:
-    """Id of an image: 32 hex digits of the sha256 of its encoded bytes."""
-    return hashlib.sha256(data).hexdigest()[:ID_DIGITS]
-
-
 def _body(run: StageRun) -> dict[str, int]:
-    recipe, section = run.recipe, run.recipe.corpus
-    groups = _groups(recipe)
+    groups = _groups(run.recipe)
     _same_listing(run, groups)
-    with ensure_ray(recipe):
-        _make_index(run, groups)
-        plan = lay_out(run.path, groups, recipe, by_hash=not section.val_source)
-        _write_quarantine(run.path, plan)
-        _write_shards(run, groups, plan)
+    with ensure_ray(run.recipe):
+        places, plan = _look_and_plan(run, groups)
+        _write_shards(run, groups, places, plan)
     counts = plan.counts()
-    _check(run, plan, counts)
-    storage.remove(storage.join(run.path, "index"))
+    _check(run, counts)
+    for name in WORK:
+        storage.remove(storage.join(run.path, name))
     return counts
 
 
@@ -146,118 +129,145 @@ def _same_listing(run: StageRun, groups: Mapping[str, list[Group]]) -> None:
 
 def _clear(path: str) -> None:
     """Take away all that the stage has made."""
-    for name in (LISTING, "index", "train", "val", "quarantine"):
+    for name in (LISTING, *WORK, "train", "val", "quarantine"):
         storage.remove(storage.join(path, name))
 
 
-# ---- first pass: look at every image -------------------------------------------------------------------------------
+# ---- first pass: look at every image, find duplicates, plan ----------------------------------------------------------
 
 
-def _make_index(run: StageRun, groups: Mapping[str, list[Group]]) -> None:
-    """Write the index of every group; with a limit, only until it is reached for certain."""
-    items = {
-        split: [(split, number, group) for number, group in enumerate(members)] for split, members in groups.items()
-    }
-    total = sum(map(len, items.values()))
+def _look_and_plan(run: StageRun, groups: Mapping[str, list[Group]]) -> tuple[list[Place], Plan]:
+    """The groups that were looked at, in order, and the plan. With a limit, only as many as it needs for certain."""
+    section = run.recipe.corpus
+    total = sum(map(len, groups.values()))
     run.log(f"looking at every image: {total:,} groups of input")
+    done: dict[str, dict[int, tuple[int, int]]] = {split: {} for split in groups}
+    need = section.limit
     with run.progress(total, "groups") as bar:
-        if run.recipe.corpus.limit is None:
-            for _ in _index(run, [item for members in items.values() for item in members], bar):
-                pass
-            return
-        for split, members in items.items():
-            done: dict[int, int] = {}
-            for number, usable in _index(run, members, bar):
-                done[number] = usable
-                if _limit_reached(run, split, done, groups):
-                    break
+        while True:
+            first = {split: _index(run, split, members, done[split], need, bar) for split, members in groups.items()}
+            places = [Place(split, n, groups[split][n].source) for split, count in first.items() for n in range(count)]
+            plan = _plan(run, places, sum(done[one.split][one.number][0] for one in places))
+            if need is None or _enough(plan, groups, first, section):
+                return places, plan
+            need *= 2
 
 
-def _index(run: StageRun, items: list[tuple[str, int, Group]], bar: Progress) -> Iterator[tuple[int, int]]:
-    """(group, images that can be used) of each group indexed, in the order of completion."""
-    section, tally = run.recipe.corpus, Counter[str]()
-    args = (run.path, section.max_pixels, section.min_size)
-    for number, rows, lost in run_shards(items, IndexGroup, args, run.recipe.resources, model=False):
-        tally.update({"found": rows, "unusable": lost})
-        bar.update(1, **tally)
-        yield number, rows - lost
+def _enough(plan: Plan, groups: Mapping[str, list[Group]], first: Mapping[str, int], section: CorpusSection) -> bool:
+    """Whether every split has `limit` images, or no group is left that could feed it."""
+    limit = section.limit or 0
+    for split, members in groups.items():
+        fed = ["train", "val"] if "val" not in groups and section.val_fraction else [split]
+        if first[split] < len(members) and any(plan.total(name) < limit for name in fed):
+            return False
+    return True
 
 
-def _limit_reached(run: StageRun, split: str, done: dict[int, int], groups: Mapping[str, list[Group]]) -> bool:
-    """Whether the groups indexed so far, up to the first that is missing, fill every split that this source feeds."""
-    section, limit = run.recipe.corpus, run.recipe.corpus.limit or 0
-    prefix = next(number for number in range(len(done) + 1) if number not in done)
-    if sum(done[number] for number in range(prefix)) < limit:
-        return False
-    part = {split: groups[split][:prefix]} | ({"val": groups["val"]} if split != "val" and "val" in groups else {})
-    plan = lay_out(run.path, dict(sorted(part.items(), reverse=True)), run.recipe, by_hash="val" not in groups)
-    fed = [split] if split == "val" or "val" in groups or not section.val_fraction else ["train", "val"]
-    return all(len(plan.rows[name]) >= limit for name in fed)
+def _index(
+    run: StageRun,
+    split: str,
+    members: Sequence[Group],
+    done: dict[int, tuple[int, int]],
+    need: int | None,
+    bar: Progress,
+) -> int:
+    """Look at groups until the first ones hold `need` usable images; how many groups that takes.
+
+    `done` (group → rows, usable ones) is filled with all that were looked at, which may be more.
+    """
+    items = [(split, number, group) for number, group in enumerate(members) if number not in done]
+    tally = Counter[str]()
+    if need is None or _first_with(done, need) is None:
+        for number, rows, lost in _each(run, items, IndexGroup, (run.path, run.recipe.corpus)):
+            done[number] = (rows, rows - lost)
+            tally.update({"found": rows, "unusable": lost})
+            bar.update(1, **tally)
+            if need is not None and _first_with(done, need) is not None:
+                break
+    return len(members) if need is None else _first_with(done, need) or len(members)
 
 
-class IndexGroup:
-    """Actor: one group of input in, its index on disk out; returns (group, rows, how many are lost)."""
+def _first_with(done: Mapping[int, tuple[int, int]], need: int) -> int | None:
+    """How many of the first groups hold `need` usable images; None while one that may be needed is missing."""
+    usable = 0
+    for number in range(len(done)):
+        if number not in done:
+            return None
+        usable += done[number][1]
+        if usable >= need:
+            return number + 1
+    return None
 
-    def __init__(self, path: str, max_pixels: int, min_size: int) -> None:
-        self.path, self.max_pixels, self.min_size = path, max_pixels, min_size
 
-    def read(self, item: tuple[str, int, Group]) -> tuple[str, int, Group]:
-        return item
+def _plan(run: StageRun, places: list[Place], rows: int) -> Plan:
+    """Find the duplicates among some groups, and lay out the shards."""
+    section = run.recipe.corpus
+    by_hash = not section.val_source
+    corpus_dedup.clear(run.path)
+    ranges = corpus_dedup.buckets(rows) if places else []
+    small = rows <= INLINE_ROWS
+    for _ in _each(run, ranges, FindDuplicates, (run.path, places), inline=small):
+        pass
+    marked: dict[int, GroupCounts] = {}
+    args = (run.path, places, ranges, section.val_fraction if by_hash else None)
+    for found in _each(run, list(corpus_dedup.spans(len(places))), MarkGroups, args, inline=small):
+        marked.update(found)
+    counts = [marked[number] for number in range(len(places))]
+    return lay_out(run.path, places, counts, section.limit, by_hash=by_hash and section.val_fraction > 0)
 
-    def work(self, item: tuple[str, int, Group]) -> tuple[int, int, int]:
-        split, number, group = item
-        key = index_key(split, number)
-        if standing(self.path, key) is None:
-            try:
-                rows = [self.row(found) for found in group.samples()]
-            except OSError as error:
-                raise unreadable(group.source, error) from error
-            shards.write_shard(self.path, key, pa.Table.from_pylist(rows, INDEX))
-        reasons = shards.read_shard(self.path, key, ["reason"]).column("reason").to_pylist()
-        return number, len(reasons), sum(reason is not None for reason in reasons)
 
-    def row(self, found: Sample | Lost) -> dict[str, Any]:
-        """The index row of one sample, decoded whole to see that it can be used."""
-        key = printable(found.key)
-        if isinstance(found, Lost):
-            return {"key": key, "reason": found.reason, "detail": printable(found.detail)}
-        try:
-            width, height = images.probe(found.data, max_pixels=self.max_pixels, min_size=self.min_size)
-        except ImageError as error:
-            return {"key": key, "reason": error.reason, "detail": str(error)}
-        return {
-            "key": key,
-            "start": found.locator[0],
-            "extent": found.locator[1],
-            "image_id": image_id(found.data),
-            "width": width,
-            "height": height,
-            "caption": found.caption,
-            "label": found.label,
-            "qa": [{"question": question, "answer": answer} for question, answer in found.qa],
-        }
+def _each(run: StageRun, items: Sequence[Any], worker: type, args: tuple[Any, ...], inline: bool = False) -> Iterator:
+    """The result of each item, on Ray or in this process."""
+    if not inline:
+        yield from run_shards(items, worker, args, run.recipe.resources, model=False)
+        return
+    here = worker(*args)
+    for item in items:
+        yield here.work(here.read(item))
 
 
 # ---- second pass: shards -------------------------------------------------------------------------------------------
 
 
-def _write_quarantine(path: str, plan: Plan) -> None:
-    for number, start in enumerate(range(0, len(plan.quarantine), QUARANTINE_ROWS)):
-        table = pa.Table.from_pylist(plan.quarantine[start : start + QUARANTINE_ROWS], QUARANTINE)
-        shards.write_shard(path, shards.shard_key("quarantine", number), table)
-
-
-def _write_shards(run: StageRun, groups: Mapping[str, list[Group]], plan: Plan) -> None:
-    """Write every shard of the plan that is not there yet."""
+def _write_shards(run: StageRun, groups: Mapping[str, list[Group]], places: list[Place], plan: Plan) -> None:
+    """Write every shard of the plan that is not there yet, and the quarantine."""
+    quarantine = WriteQuarantine(run.path, places)
+    for item in plan.pieces("quarantine", QUARANTINE_ROWS):
+        quarantine.work(item)
     size = run.recipe.corpus.shard_images
     items = [
-        (key, [(source, number, groups[source][number], rows) for source, number, rows in parts])
+        (key, [(places[place], groups[places[place].split][places[place].number], rows) for place, *rows in parts])
         for split in shards.SPLITS
         for key, parts in plan.pieces(split, size)
     ]
     with run.progress(plan.counts()["images"], "images") as bar:
-        for receipt in run_shards(items, WriteShard, (run.path,), run.recipe.resources, model=False):
+        for receipt in _each(run, items, WriteShard, (run.path,)):
             bar.update(receipt.rows)
+
+
+class WriteQuarantine:
+    """Some lost rows in, their quarantine shard on disk out; returns its receipt."""
+
+    def __init__(self, path: str, places: list[Place]) -> None:
+        self.path, self.places = path, places
+
+    def work(self, item: tuple[str, list[Part]]) -> shards.Receipt:
+        key, parts = item
+        return shards.write_shard(self.path, key, pa.concat_tables([self.table(*part) for part in parts]))
+
+    def table(self, number: int, start: int, end: int) -> pa.Table:
+        place = self.places[number]
+        rows = rows_of(self.path, place, "quarantine", start, end)
+        index = read_rows(self.path, place.split, place.number, rows, ["key", "reason", "detail"])
+        marks = shards.read_shard(self.path, marks_key(place.split, place.number), ["first"]).take(pa.array(rows))
+        first = pc.binary_join_element_wise("the same bytes as ", marks["first"], "")
+        arrays = {
+            "source": pa.array([place.source] * len(rows), pa.string()),
+            "key": index["key"],
+            "reason": pc.coalesce(index["reason"], "duplicate"),
+            "detail": pc.coalesce(index["detail"], first),
+        }
+        return pa.table([arrays[name] for name in QUARANTINE.names], QUARANTINE)
 
 
 class WriteShard:
@@ -266,20 +276,25 @@ class WriteShard:
     def __init__(self, path: str) -> None:
         self.path = path
 
-    def read(self, item: tuple[str, list[tuple[str, int, Group, list[int]]]]) -> Any:
+    def read(self, item: tuple[str, list[tuple[Place, Group, list[int]]]]) -> Any:
         return item
 
-    def work(self, item: tuple[str, list[tuple[str, int, Group, list[int]]]]) -> shards.Receipt:
+    def work(self, item: tuple[str, list[tuple[Place, Group, list[int]]]]) -> shards.Receipt:
         key, parts = item
         done = standing(self.path, key)
         if done is not None:
             return done
-        tables = [self.table(source, number, group, rows) for source, number, group, rows in parts]
-        return shards.write_shard(self.path, key, pa.concat_tables(tables).combine_chunks())
+        split = key.partition("/")[0]
+        tables = [
+            self.table(place, group, rows_of(self.path, place, split, start, end))
+            for place, group, (start, end) in parts
+        ]
+        return shards.write_shard(self.path, key, pa.concat_tables(tables))
 
-    def table(self, source: str, number: int, group: Group, rows: list[int]) -> pa.Table:
+    def table(self, place: Place, group: Group, rows: np.ndarray) -> pa.Table:
         """Corpus rows of one group. Errors: DataError when the source gives other bytes than at the first pass, or none."""
-        index = shards.read_shard(self.path, index_key(source, number)).take(pa.array(np.array(rows, np.int64)))
+        index = read_rows(self.path, place.split, place.number, rows)
+        marks = shards.read_shard(self.path, marks_key(place.split, place.number), ["qa"]).take(pa.array(rows))
         columns = {name: index.column(name).to_pylist() for name in ("key", "start", "extent", "image_id")}
         data = []
         try:
@@ -291,10 +306,9 @@ class WriteShard:
         except (FileNotFoundError, pa.ArrowException) as error:
             raise self.changed(group.source) from error
         named = [f"{group.source}::{key}" for key in columns["key"]]
-        arrays = {"image": pa.array(data, pa.binary()), "source": pa.array(named, pa.string())}
-        return pa.table(
-            [arrays.get(name, index[name] if name in INDEX.names else None) for name in CORPUS.names], CORPUS
-        )
+        arrays = {"image": shards.bytes_column(data), "source": pa.array(named, pa.string())}
+        arrays["qa"] = pc.coalesce(marks["qa"], index["qa"])
+        return pa.table([arrays[name] if name in arrays else index[name] for name in CORPUS.names], CORPUS)
 
     def changed(self, what: str) -> DataError:
         """The error of a source that is another one now. The listing goes, so that the next try starts over."""
@@ -305,16 +319,19 @@ class WriteShard:
         )
 
 
-def _check(run: StageRun, plan: Plan, counts: dict[str, int]) -> None:
+def _check(run: StageRun, counts: dict[str, int]) -> None:
     """Nothing vanished; and each split that was asked for holds an image. Tells what lies in quarantine."""
     kept = sum(shards.shard_rows(run.path, key) for key in shards.list_shards(run.path))
     assert kept == counts["images"], f"{kept} rows in shards, {counts['images']} planned"
-    assert kept + counts["quarantined"] + counts["over_limit"] == counts["found"], counts
+    gone = counts["quarantined"] + counts["over_limit"] + counts.get("merged", 0)
+    assert kept + gone == counts["found"], counts
     reasons = [f"{count:,} {name.partition('/')[2]}" for name, count in counts.items() if "/" in name]
     told = ", ".join(reasons) or "none"
     section = run.recipe.corpus
     if not counts["images"]:
-        examples = "; ".join(f"{row['key']}: {row['detail']}" for row in plan.quarantine[:3])
+        lost = shards.list_shards(run.path, "quarantine")[:1]
+        rows = [row for key in lost for row in shards.read_shard(run.path, key).slice(0, 3).to_pylist()]
+        examples = "; ".join(f"{row['key']}: {row['detail']}" for row in rows)
         raise DataError(
             f"The corpus has 0 usable images of {counts['found']:,} found in {section.source} (unusable: {told})."
             f" {examples + '. ' if examples else ''}See {run.path}/quarantine, or set corpus.source."

@@ -1,17 +1,23 @@
-"""Where each image of a corpus goes: duplicates, the split, the shards; from the index of what was found.
+"""Where each image of a corpus goes: the split and the shards, by prefix sums over the counts of the groups.
 
-A pure function of the index, so that neither the number of tasks nor an interruption shows in the result.
+A pure function of the marks (`corpus_dedup`), so that neither the number of tasks nor an interruption shows in the
+result. What is held here is a few numbers a group; rows stay in the files.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from smalti import shards
-from smalti.schema import Recipe
-from smalti.workflows.sources import Group
+from smalti.workflows.corpus_dedup import DUPLICATE, LOST, TRAIN, VAL, GroupCounts, Place, count_marks, marks_key
+from smalti.workflows.corpus_index import index_key
+
+MARK_OF = {"train": (TRAIN,), "val": (VAL,), "quarantine": (LOST, DUPLICATE)}
+Part = tuple[int, int, int]  # place, and the range of its rows of a kind: first and end
 
 
 def is_held_out(identity: str, fraction: float) -> bool:
@@ -19,80 +25,84 @@ def is_held_out(identity: str, fraction: float) -> bool:
     return int(identity[:13], 16) / 16**13 < fraction
 
 
-def index_key(split: str, number: int) -> str:
-    """`index/train/00012`: the index of group 12 of the source of `train`."""
-    return f"index/{shards.shard_key(split, number)}"
-
-
-class SeenIds:
-    """The ids met so far, 16 bytes each, in one set: fine up to some tens of millions of images."""
-
-    def __init__(self) -> None:
-        self._where: dict[bytes, str] = {}
-
-    def first(self, identity: str, where: str) -> str | None:
-        """None for an id that is new (it is kept with `where`), else where it was met first."""
-        raw = bytes.fromhex(identity)
-        earlier = self._where.setdefault(raw, where)
-        return None if earlier is where else earlier
-
-
 @dataclass
 class Plan:
-    """Which rows of which index go where: (source split, group, row) each, in order."""
+    """How many rows of which group go where, in order; `parts` of `train`, `val` and `quarantine`."""
 
-    rows: dict[str, list[tuple[str, int, int]]] = field(default_factory=lambda: {"train": [], "val": []})
-    quarantine: list[dict[str, str]] = field(default_factory=list)
+    parts: dict[str, list[Part]] = field(default_factory=lambda: {name: [] for name in MARK_OF})
+    reasons: Counter[str] = field(default_factory=Counter)
     over_limit: int = 0
+    merged: int = 0
     found: int = 0
 
+    def total(self, name: str) -> int:
+        """Rows that go to a split, or to `quarantine`."""
+        return sum(end - start for _, start, end in self.parts[name])
+
     def counts(self) -> dict[str, int]:
-        train, val = len(self.rows["train"]), len(self.rows["val"])
-        counts = {"images": train + val, "train": train, "val": val, "quarantined": len(self.quarantine)}
+        train, val = self.total("train"), self.total("val")
+        counts = {"images": train + val, "train": train, "val": val, "quarantined": self.total("quarantine")}
         counts |= {"over_limit": self.over_limit, "found": self.found}
-        reasons = Counter(row["reason"] for row in self.quarantine)
-        return counts | {f"quarantined/{reason}": count for reason, count in sorted(reasons.items())}
+        if self.merged:
+            counts["merged"] = self.merged
+        return counts | {f"quarantined/{reason}": count for reason, count in sorted(self.reasons.items()) if count}
 
-    def pieces(self, split: str, size: int) -> Iterator[tuple[str, list[tuple[str, int, list[int]]]]]:
-        """(shard key, [(source split, group, rows)]) of each shard of a split."""
-        rows = self.rows[split]
-        for number, start in enumerate(range(0, len(rows), size)):
-            parts: list[tuple[str, int, list[int]]] = []
-            for source, group, row in rows[start : start + size]:
-                if not parts or parts[-1][:2] != (source, group):
-                    parts.append((source, group, []))
-                parts[-1][2].append(row)
-            yield shards.shard_key(split, number), parts
+    def pieces(self, name: str, size: int) -> Iterator[tuple[str, list[Part]]]:
+        """(shard key, its parts) of each shard of a split or of the quarantine, of `size` rows."""
+        number, room = 0, size
+        parts: list[Part] = []
+        for place, start, end in self.parts[name]:
+            while start < end:
+                taken = min(room, end - start)
+                parts.append((place, start, start + taken))
+                start, room = start + taken, room - taken
+                if not room:
+                    yield shards.shard_key(name, number), parts
+                    number, room, parts = number + 1, size, []
+        if parts:
+            yield shards.shard_key(name, number), parts
 
 
-def lay_out(path: str, groups: Mapping[str, list[Group]], recipe: Recipe, by_hash: bool) -> Plan:
-    """The plan that the indexes give. `by_hash`: the source of `train` feeds the held-out split too.
+def lay_out(
+    path: str, places: Sequence[Place], marked: Sequence[GroupCounts], limit: int | None, by_hash: bool
+) -> Plan:
+    """The plan that the counts of the groups give. `by_hash`: the source of `train` feeds the held-out split too.
 
-    The first of equal images stays; a held-out source comes first, so that an image that lies in both is dropped from
-    training. Reading stops where every split that a source feeds has `limit` images.
+    Reading stops where every split that a source feeds has `limit` images: the group in which that happens is looked
+    at row by row.
     """
-    section, plan, seen = recipe.corpus, Plan(), SeenIds()
-    limit = section.limit
-    for source, members in groups.items():
-        fed = ["train", "val"] if by_hash and section.val_fraction else [source]
-        for number, group in enumerate(members):
-            if limit is not None and all(len(plan.rows[split]) >= limit for split in fed):
-                break
-            table = shards.read_shard(path, index_key(source, number), ["key", "image_id", "reason", "detail"])
-            for row, (key, identity, reason, detail) in enumerate(zip(*table.to_pydict().values(), strict=True)):
-                if limit is not None and all(len(plan.rows[split]) >= limit for split in fed):
-                    break
-                plan.found += 1
-                where = f"{group.source}::{key}"
-                if reason is None and (first := seen.first(identity, where)) is not None:
-                    reason, detail = "duplicate", f"the same bytes as {first}"
-                if reason is not None:
-                    lost = {"source": group.source, "key": key, "reason": reason, "detail": detail}
-                    plan.quarantine.append(lost)
-                    continue
-                split = "val" if by_hash and is_held_out(identity, section.val_fraction) else source
-                if limit is not None and len(plan.rows[split]) >= limit:
-                    plan.over_limit += 1
-                else:
-                    plan.rows[split].append((source, number, row))
+    plan = Plan()
+    full = {"train": 0, "val": 0}
+    for number, (place, counts) in enumerate(zip(places, marked, strict=True)):
+        fed = ("train", "val") if by_hash else (place.split,)
+        if limit is not None:
+            left = {split: limit - full[split] for split in fed}
+            if all(room <= 0 for room in left.values()):
+                continue
+            if all(counts.kept[split] >= room for split, room in left.items()):
+                counts = _until_full(path, place, left)
+        for split in fed:
+            here = counts.kept[split] if limit is None else min(counts.kept[split], max(0, limit - full[split]))
+            plan.parts[split].append((number, 0, here))
+            plan.over_limit += counts.kept[split] - here
+            full[split] += here
+        plan.parts["quarantine"].append((number, 0, sum(counts.reasons.values())))
+        plan.reasons.update(counts.reasons)
+        plan.merged += counts.merged
+        plan.found += counts.rows
     return plan
+
+
+def _until_full(path: str, place: Place, left: dict[str, int]) -> GroupCounts:
+    """Counts of a group's rows up to the one with which every split has what is left for it."""
+    marks = shards.read_shard(path, marks_key(place.split, place.number), ["mark"]).column("mark").to_numpy()
+    last = [int(np.flatnonzero(marks == MARK_OF[split][0])[room - 1]) for split, room in left.items() if room > 0]
+    end = max(last) + 1
+    index = shards.read_shard(path, index_key(place.split, place.number), ["reason"])
+    return count_marks(marks[:end], index.column("reason").slice(0, end))
+
+
+def rows_of(path: str, place: Place, name: str, start: int, end: int) -> np.ndarray:
+    """Row numbers in a group's index (int64) of its rows `start` to `end` - 1 of a split, or of the quarantine."""
+    marks = shards.read_shard(path, marks_key(place.split, place.number), ["mark"]).column("mark").to_numpy()
+    return np.flatnonzero(np.isin(marks, MARK_OF[name]))[start:end]
