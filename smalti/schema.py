@@ -65,7 +65,7 @@ class CorpusSection(Section):
     val_source: str | list[str] | None = Field(
         None, description="held-out images (a published split); else val_fraction"
     )
-    format: Literal["auto", "folder", "webdataset", "parquet", "easy-vqa", "generated"] = "auto"
+    format: Literal["auto", "folder", "webdataset", "parquet", "arrow", "jsonl", "easy-vqa", "generated"] = "auto"
     image_size: Positive = Field(256, description="pixels a side after resize and centre crop (on reading)")
     val_fraction: Fraction = Field(0.02, description="share held out by a hash of image_id; unused with val_source")
     shard_images: Positive = 1000

@@ -158,12 +158,24 @@ def test_tar_groups_members_by_key_in_any_order(tmp_path: Path) -> None:
     assert [(one.key, one.reason) for one in lost] == [("00/d", "no_image")]
 
 
-def test_tar_window_is_bounded_and_nothing_is_silent(tmp_path: Path) -> None:
-    members = [(f"{number:05d}.png", picture(number)) for number in range(WINDOW + 10)]
-    members.append(("00000.txt", b"too late"))
-    samples, lost = collect(str(write_tar(tmp_path / "x.tar", members)))
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("order", ["images first", "texts first", "one too late"])
+def test_tar_takes_members_in_any_order(tmp_path: Path, order: str, packed: bool) -> None:
+    """Further apart than the window: archives that sort by extension."""
+    images = [(f"{number:05d}.png", picture(number)) for number in range(WINDOW + 10)]
+    texts = [(f"{number:05d}.txt", f"text {number}".encode()) for number in range(WINDOW + 10)]
+    alone = [("alone.txt", b"no image")]
+    members = {
+        "images first": images + texts + alone,
+        "texts first": alone + texts + images,
+        "one too late": [*images, texts[0], *alone],
+    }[order]
+    name = "x.tar.gz" if packed else "x.tar"
+    samples, lost = collect(str(write_tar(tmp_path / name, members, "w:gz" if packed else "w")))
     assert [one.key for one in samples] == [f"{number:05d}" for number in range(WINDOW + 10)]
-    assert [(one.key, one.reason) for one in lost] == [("00000", "no_image")]
+    texted = 1 if order == "one too late" else len(samples)
+    assert [one.caption for one in samples[:texted]] == [f"text {number}" for number in range(texted)]
+    assert [(one.key, one.reason) for one in lost] == [("alone", "no_image")]
 
 
 @pytest.mark.parametrize("cut", ["member", "header", "marker"])

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from smalti import storage
 from smalti.errors import DataError
 from smalti.schema import CorpusSection
+from smalti.workflows.sources.arrow import arrow_groups, is_arrow
 from smalti.workflows.sources.base import (
     IMAGE_SUFFIXES,
     Group,
@@ -16,12 +17,14 @@ from smalti.workflows.sources.base import (
     Sample,
     filesystem,
     list_files,
+    side_tables,
     suffix,
     unreadable,
 )
 from smalti.workflows.sources.easy_vqa import easy_vqa_groups
 from smalti.workflows.sources.folder import folder_groups
 from smalti.workflows.sources.generated import generated_groups
+from smalti.workflows.sources.jsonl import is_jsonl, jsonl_groups
 from smalti.workflows.sources.parquet import is_parquet, parquet_groups
 from smalti.workflows.sources.webdataset import is_tar, tar_groups
 
@@ -31,10 +34,12 @@ SOURCES: dict[str, Callable[[str, CorpusSection, int], Sequence[Group]]] = {
     "folder": folder_groups,
     "webdataset": tar_groups,
     "parquet": parquet_groups,
+    "arrow": arrow_groups,
+    "jsonl": jsonl_groups,
     "easy-vqa": easy_vqa_groups,
     "generated": generated_groups,
 }
-FILES = ("folder", "webdataset", "parquet")
+FILES = ("folder", "webdataset", "parquet", "arrow", "jsonl")
 
 
 def find_groups(source: str | list[str] | None, section: CorpusSection, seed: int) -> list[Group]:
@@ -64,21 +69,29 @@ def detect(source: str) -> str:
         return "webdataset"
     if is_parquet(source):
         return "parquet"
+    if is_arrow(source):
+        return "arrow"
+    if is_jsonl(source):
+        return "jsonl"
     fs, inside = filesystem(source)
     if not fs.isdir(inside):
         raise DataError(
-            f"corpus.source: {source} is neither a folder nor a .tar or .parquet file or pattern. "
+            f"corpus.source: {source} is neither a folder nor a .tar, .parquet, .arrow or .jsonl file or pattern. "
             "Check the path, or set corpus.format."
         )
     return _detect_folder(source, list_files(source)[0])
 
 
 def _detect_folder(source: str, names: list[str]) -> str:
-    """Images win over Parquet, Parquet over tars; a folder with two of them is unclear."""
+    """What kind lies in a folder; two of them are unclear. The tables of what img2dataset fetched, beside its tars or
+    folders, are no data."""
+    tables = side_tables(names)
+    data = [name for name in names if name not in tables]
     kinds = {
-        "folder": any(suffix(name) in IMAGE_SUFFIXES for name in names),
-        "parquet": any(is_parquet(name) for name in names),
-        "webdataset": any(is_tar(name) for name in names),
+        "folder": any(suffix(name) in IMAGE_SUFFIXES for name in data),
+        "parquet": any(is_parquet(name) for name in data),
+        "webdataset": any(is_tar(name) for name in data),
+        "arrow": any(is_arrow(name) for name in data),
     }
     found = [kind for kind, there in kinds.items() if there]
     if len(found) > 1:

@@ -11,12 +11,15 @@ import codecs
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol, cast
 
 import fsspec
+from fsspec.compression import compr
 
 from smalti import storage
 from smalti.errors import DataError
@@ -142,10 +145,50 @@ def is_hidden(path: str) -> bool:
     )
 
 
+def side_tables(names: Iterable[str]) -> set[str]:
+    """Names that img2dataset's tables would have beside these tars and folders: `00000.tar` or `00000/` → `00000.parquet`."""
+    shards = {name[:-4] for name in names if name.endswith(".tar")}
+    shards |= {name.rsplit("/", 1)[0] for name in names if "/" in name}
+    return {shard + ".parquet" for shard in shards}
+
+
 def filesystem(path: str) -> tuple[Any, str]:
     """The fsspec file system of a path or URL, and the path in it."""
     fs, inside = fsspec.core.url_to_fs(path)
     return fs, inside
+
+
+@contextmanager
+def open_seekable(path: str, compression: str | None = None) -> Iterator[BinaryIO]:
+    """A file of any file system, to be read at any place. What a server gives only from its beginning (HTTP without byte
+    ranges) is copied to the local disk first."""
+    fs, inside = filesystem(path)
+    with ExitStack() as stack:
+        stream = stack.enter_context(fs.open(inside, "rb"))
+        if path.startswith(("http://", "https://")) and not _has_ranges(stream):
+            copy = stack.enter_context(tempfile.TemporaryFile())
+            shutil.copyfileobj(stack.enter_context(fs.open(inside, "rb", block_size=0)), copy)
+            copy.seek(0)
+            stream = copy
+        if compression is not None:
+            stream = stack.enter_context(compr[compression](stream, mode="rb"))
+        yield cast(BinaryIO, stream)
+
+
+def _has_ranges(stream: Any) -> bool:
+    """Whether a server gives the last byte of a file alone."""
+    try:
+        stream.seek(max(0, stream.size - 1))
+        stream.read(1)
+        stream.seek(0)
+    except (ValueError, TypeError, AttributeError):  # fsspec's answers to a server without ranges, or without a length
+        return False
+    return True
+
+
+def too_large(key: str, size: int, limit: int) -> Lost:
+    """The loss of a member whose bytes are not even read."""
+    return Lost(key, "too_large", f"{size:,} bytes, and corpus.max_bytes is {limit:,}")
 
 
 def unreadable(source: str, error: OSError) -> DataError:

@@ -28,7 +28,9 @@ from smalti.workflows.sources.base import (
     list_files,
     printable,
     read_pairs,
+    side_tables,
     suffix,
+    too_large,
 )
 
 SIDECARS = frozenset([".txt", ".json", ".jsonl", ".csv", ".md", ".yaml", ".yml", ".html"])
@@ -53,6 +55,7 @@ class FolderGroup:
     root: str
     entries: tuple[Entry, ...]
     lost: tuple[Lost, ...] = ()
+    max_bytes: int = 200_000_000
 
     @property
     def source(self) -> str:
@@ -64,6 +67,10 @@ class FolderGroup:
         for index, entry in enumerate(self.entries):
             caption = entry.caption
             try:
+                size = fs.size(f"{inside}/{entry.path}")
+                if size is not None and size > self.max_bytes:
+                    yield too_large(entry.path, size, self.max_bytes)
+                    continue
                 data = fs.cat_file(f"{inside}/{entry.path}")
                 if caption is None and entry.text is not None:
                     caption = clean_text(fs.cat_file(f"{inside}/{entry.text}"))
@@ -96,10 +103,11 @@ def folder_groups(source: str, section: CorpusSection, seed: int) -> list[Folder
         raise DataError(f"corpus.source: {source} is not a folder. Name a folder of images, or set corpus.format.")
     names, lost = list_files(root)
     images = {name for name in names if suffix(name) in IMAGE_SUFFIXES}
+    tables = side_tables(names)
     lost += [
         Lost(name, "not_an_image", f"the suffix {suffix(name)!r} is none of an image that can be read")
         for name in names
-        if name not in images and suffix(name) not in SIDECARS
+        if name not in images and suffix(name) not in SIDECARS and name not in tables
     ]
     said = _Metadata(section, root)
     for name in names:
@@ -112,7 +120,7 @@ def folder_groups(source: str, section: CorpusSection, seed: int) -> list[Folder
         for name, where in said.where.items()
         if name not in there
     ]
-    labels = _class_labels(images)
+    labels = {} if tables.intersection(names) else _class_labels(images)  # img2dataset's folders are no classes
     texts = {_composed(name[:-4]): name for name in names if suffix(name) == ".txt"}
     entries = []
     for name in sorted(images, key=lambda name: hashlib.sha256(name.encode(errors="surrogateescape")).digest()):
@@ -120,7 +128,9 @@ def folder_groups(source: str, section: CorpusSection, seed: int) -> list[Folder
         label = entry.label if entry.label is not None else labels.get(name)
         entries.append(replace(entry, text=texts.get(_composed(name[: -len(suffix(name))])), label=label))
     size = section.shard_images
-    groups = [FolderGroup(root, tuple(entries[i : i + size])) for i in range(0, len(entries), size)]
+    groups = [
+        FolderGroup(root, tuple(entries[i : i + size]), (), section.max_bytes) for i in range(0, len(entries), size)
+    ]
     return [*groups, FolderGroup(root, (), tuple(lost))] if lost else groups
 
 

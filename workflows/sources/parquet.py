@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +19,15 @@ from smalti.workflows.sources.base import (
     ReadBytes,
     Sample,
     clean_text,
-    filesystem,
     find_files,
+    open_seekable,
     read_pairs,
 )
 
 ROWS_A_BATCH = 128
+BUFFER_BYTES = 1 << 20  # read in parts: a row group may be larger than memory
+IMG2DATASET = frozenset(["key", "status"])  # its Parquet output names the image column by the format
+IMG2DATASET_IMAGES = ("jpg", "png", "webp")
 DEFAULT_CAPTION, DEFAULT_LABEL = "caption", "label"
 BYTES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
 
@@ -56,7 +59,7 @@ class ParquetGroup:
                 row = 0
                 try:
                     for batch in file.iter_batches(ROWS_A_BATCH, row_groups=[number], columns=columns):
-                        for record in _records(batch):
+                        for record in records(batch):
                             yield self._sample(f"{number}:{row}", (number, row), record)
                             row += 1
                 except (pa.ArrowException, OSError) as error:
@@ -68,17 +71,9 @@ class ParquetGroup:
     @contextmanager
     def reader(self) -> Iterator[ReadBytes]:
         with _open(self.path) as file:
-            held: dict[int, pa.ChunkedArray] = {}
-
-            def read(locator: Locator) -> bytes:
-                number, row = locator
-                if number not in held:
-                    held.clear()
-                    held[number] = file.read_row_group(number, columns=[self.image]).column(0)
-                value = held[number][row].as_py()
-                return value["bytes"] if isinstance(value, dict) else value
-
-            yield read
+            yield Batches(
+                lambda number: file.iter_batches(ROWS_A_BATCH, row_groups=[number], columns=[self.image])
+            ).value
 
     def _sample(self, key: str, locator: Locator, record: dict[str, Any] | UnicodeDecodeError) -> Sample | Lost:
         if isinstance(record, UnicodeDecodeError):
@@ -99,7 +94,27 @@ class ParquetGroup:
         return Sample(key, locator, bytes(data), caption, clean_text(label), qa)
 
 
-def _records(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
+class Batches:
+    """Values of one column by (part, row), holding one batch; reading on is cheap, going back starts the part again."""
+
+    def __init__(self, batches: Callable[[int], Iterator[pa.RecordBatch]]) -> None:
+        self.batches = batches
+        self.part, self.start, self.held = -1, 0, pa.array([])
+        self.rest: Iterator[pa.RecordBatch] = iter(())
+
+    def value(self, locator: Locator) -> bytes:
+        """The image bytes at (part, row)."""
+        part, row = locator
+        if part != self.part or row < self.start:
+            self.part, self.start, self.held, self.rest = part, 0, pa.array([]), self.batches(part)
+        while row >= self.start + len(self.held):
+            self.start += len(self.held)
+            self.held = next(self.rest).column(0)
+        value = self.held[row - self.start].as_py()
+        return value["bytes"] if isinstance(value, dict) else value
+
+
+def records(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
     """Each row; the error in place of one whose text is not UTF-8 (not every writer looks)."""
     for row in range(len(batch)):
         try:
@@ -110,8 +125,7 @@ def _records(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | UnicodeDecodeEr
 
 @contextmanager
 def _open(path: str) -> Iterator[pq.ParquetFile]:
-    fs, inside = filesystem(path)
-    with fs.open(inside, "rb") as stream, pq.ParquetFile(stream) as file:
+    with open_seekable(path) as stream, pq.ParquetFile(stream, buffer_size=BUFFER_BYTES) as file:
         yield file
 
 
@@ -135,9 +149,10 @@ def _file_groups(path: str, section: CorpusSection) -> list[ParquetGroup]:
             schema, sizes = file.schema_arrow, [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
     except pa.ArrowException as error:
         return [ParquetGroup(path, (), section.image_column, None, None, torn=f"no Parquet footer: {error}")]
-    _check_image(path, schema, section.image_column)
-    caption = _column(path, schema, section.caption_column, "caption_column", DEFAULT_CAPTION, "text")
-    label = _column(path, schema, section.label_column, "label_column", DEFAULT_LABEL, None)
+    image = image_column(schema, section.image_column)
+    check_image(path, schema, image)
+    caption = pick_column(path, schema, section.caption_column, "caption_column", DEFAULT_CAPTION, "text")
+    label = pick_column(path, schema, section.label_column, "label_column", DEFAULT_LABEL, None)
     pairs = tuple(name for name in ("qa", "question", "answer") if name in schema.names)
     groups: list[ParquetGroup] = []
     numbers: list[int] = []
@@ -146,13 +161,21 @@ def _file_groups(path: str, section: CorpusSection) -> list[ParquetGroup]:
         numbers.append(number)
         rows += size
         if rows >= section.shard_images or number == len(sizes) - 1:
-            names = _class_names(schema, label)
-            groups.append(ParquetGroup(path, tuple(numbers), section.image_column, caption, label, pairs, names))
+            names = class_names(schema, label)
+            groups.append(ParquetGroup(path, tuple(numbers), image, caption, label, pairs, names))
             numbers, rows = [], 0
     return groups
 
 
-def _check_image(path: str, schema: pa.Schema, name: str) -> None:
+def image_column(schema: pa.Schema, name: str) -> str:
+    """The column to look for: `name`; where it is the default and is not there, the one of img2dataset's output."""
+    default = CorpusSection.model_fields["image_column"].default
+    if name not in schema.names and name == default and IMG2DATASET.issubset(schema.names):
+        return next((one for one in IMG2DATASET_IMAGES if one in schema.names), name)
+    return name
+
+
+def check_image(path: str, schema: pa.Schema, name: str) -> None:
     if name not in schema.names:
         raise DataError(
             f"{path} has no column {name!r} with images; its columns are {', '.join(schema.names)}. "
@@ -167,7 +190,7 @@ def _check_image(path: str, schema: pa.Schema, name: str) -> None:
         )
 
 
-def _column(path: str, schema: pa.Schema, name: str, key: str, default: str, other: str | None) -> str | None:
+def pick_column(path: str, schema: pa.Schema, name: str, key: str, default: str, other: str | None) -> str | None:
     """The column to use: the one named; when the default is not there, `other` or none."""
     if name in schema.names:
         return name
@@ -176,7 +199,7 @@ def _column(path: str, schema: pa.Schema, name: str, key: str, default: str, oth
     return other if other in schema.names else None
 
 
-def _class_names(schema: pa.Schema, label: str | None) -> tuple[str, ...]:
+def class_names(schema: pa.Schema, label: str | None) -> tuple[str, ...]:
     """Class names that Hugging Face's `datasets` keeps in the schema's metadata; empty without."""
     raw = (schema.metadata or {}).get(b"huggingface")
     if raw is None or label is None:

@@ -1,7 +1,7 @@
 """WebDataset tars: streamed, never extracted; members that share a key make a sample.
 
-A member's key is its path up to the first dot of its name. Members of one sample usually follow each other, but any
-order within a window is taken. A tar without its end marker is truncated: what came before is kept, the loss is told.
+A member's key is its path up to the first dot of its name. Members of one sample usually follow each other; any other
+order is taken too (see `_Far`). A tar without its end marker is truncated: what came before is kept, the loss is told.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import tarfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, cast
 
@@ -29,10 +29,11 @@ from smalti.workflows.sources.base import (
     ReadBytes,
     Sample,
     clean_text,
-    filesystem,
     find_files,
     is_hidden,
+    open_seekable,
     read_pairs,
+    too_large,
 )
 
 WINDOW = 256  # keys that wait for more members
@@ -95,6 +96,7 @@ class _Members:
     images: list[tuple[str, Locator, bytes]] = field(default_factory=list)
     texts: dict[str, bytes] = field(default_factory=dict)
     others: set[str] = field(default_factory=set)
+    large: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ class TarGroup:
     path: str
     caption_column: str = "caption"
     label_column: str = "label"
+    max_bytes: int = 200_000_000
 
     @property
     def source(self) -> str:
@@ -111,27 +114,32 @@ class TarGroup:
 
     def samples(self) -> Iterator[Sample | Lost]:
         waiting: OrderedDict[str, _Members] = OrderedDict()
+        far = _Far(self)
         torn: str | None = None
         with self._open() as stream:
-            walk = _TarWalk(TailReader(stream))
-            for name, offset, data in walk.members():
+            walk = _TarWalk(TailReader(stream), self.max_bytes)
+            for name, offset, size, data in walk.members():
                 key, extension = split_name(name)
                 members = waiting.setdefault(key, _Members())
-                if is_image(extension) and data is not None:
+                if is_image(extension) and size > self.max_bytes:
+                    yield too_large(name, size, self.max_bytes)
+                    members.large = True
+                elif is_image(extension) and data is not None:
                     members.images.append((extension, (offset, len(data)), data))
                 elif extension in TEXTS and data is not None:
                     members.texts[extension] = data
                 else:
-                    members.others.add(f"{extension} (a link)" if data is None else extension)
+                    members.others.add(f"{extension} (a link)" if data is None and not size else extension)
                 if len(waiting) > WINDOW:
-                    yield from self._samples(*waiting.popitem(last=False))
+                    far.passed = True
+                    yield from self._samples(*waiting.popitem(last=False), far)
             torn = walk.torn
         if torn is not None and walk.torn_member is not None:
             key = split_name(walk.torn_member)[0]
             if waiting.pop(key, None) is not None:
                 yield Lost(key, "truncated_tar", f"its member {walk.torn_member} is cut off")
         for key, members in waiting.items():
-            yield from self._samples(key, members)
+            yield from self._samples(key, members, far)
         if torn is not None:
             yield Lost(walk.torn_member or "", "truncated_tar", torn)
 
@@ -147,14 +155,16 @@ class TarGroup:
 
     @contextmanager
     def _open(self) -> Iterator[BinaryIO]:
-        fs, inside = filesystem(self.path)
-        with fs.open(inside, "rb", compression=compression_of(self.path)) as stream:
-            yield cast(BinaryIO, stream)
+        with open_seekable(self.path, compression_of(self.path)) as stream:
+            yield stream
 
-    def _samples(self, key: str, members: _Members) -> Iterator[Sample | Lost]:
+    def _samples(self, key: str, members: _Members, far: _Far) -> Iterator[Sample | Lost]:
         """The sample of a key, or why there is none. Of several images the first with the plainest extension is taken;
         a mask beside it (`a.mask.png`) is no image of its own, another as plain is one, and lost."""
+        far.complete(key, members)
         if not members.images:
+            if members.large or (members.texts and far.has_image(key)):
+                return  # counted already, or counted where the image lies
             there = sorted(members.others.union(members.texts))
             yield Lost(key, "no_image", f"members: {', '.join(name or 'one without extension' for name in there)}")
             return
@@ -181,16 +191,74 @@ class TarGroup:
         return Sample(key, locator, data, caption, label, qa)
 
 
+class _Far:
+    """Members that lie further from their key's others than the window: a tar may hold all images, then all texts.
+
+    The first key that is not complete within the window makes the tar's headers be read once; kept are, for each key, the
+    places of its texts (their bytes where the tar is compressed, and a place cannot be gone to) and whether it has an
+    image. Until then it costs nothing.
+    """
+
+    def __init__(self, group: TarGroup) -> None:
+        self.group = group
+        self.texts: dict[str, list[tuple[str, Locator, bytes | None]]] | None = None
+        self.images: set[str] = set()
+        self.passed = False  # whether the window was full
+
+    def complete(self, key: str, members: _Members) -> None:
+        """Add the texts of a key that lie elsewhere."""
+        if self.passed and self.texts is None and bool(members.images) != bool(members.texts):
+            self._scan()
+        far = [one for one in (self.texts or {}).get(key, ()) if one[0] not in members.texts]
+        if not far or not members.images:
+            return
+        with self.group.reader() as read:
+            for extension, locator, data in far:
+                members.texts[extension] = read(locator) if data is None else data
+
+    def has_image(self, key: str) -> bool:
+        """Whether an image of a key lies anywhere in the tar."""
+        return key in self.images
+
+    def _scan(self) -> None:
+        self.texts = {}
+        with self.group._open() as stream:
+            if compression_of(self.group.path) is None:
+                found = _headers(stream)
+            else:
+                found = _TarWalk(TailReader(stream), self.group.max_bytes).members()
+            for name, offset, size, data in found:
+                key, extension = split_name(name)
+                if is_image(extension):
+                    self.images.add(key)
+                elif extension in TEXTS and size <= self.group.max_bytes:
+                    self.texts.setdefault(key, []).append((extension, (offset, size), data))
+
+
+def _headers(stream: BinaryIO) -> Iterator[tuple[str, int, int, bytes | None]]:
+    """(name, offset of the data, its size, None) of each whole file in a plain tar: only the headers are read."""
+    last: tarfile.TarInfo | None = None
+    with suppress(*BROKEN), tarfile.open(fileobj=stream, mode="r:") as tar:
+        while (info := tar.next()) is not None:
+            tar.members.clear()  # type: ignore[attr-defined]
+            if last is not None:
+                yield last.name, last.offset_data, last.size, None
+            last = info if info.isreg() else None
+        if last is not None:
+            yield last.name, last.offset_data, last.size, None
+
+
 class _TarWalk:
     """Members of a tar stream in order; `torn` says afterwards what is wrong with its end, `torn_member` where."""
 
-    def __init__(self, stream: TailReader) -> None:
-        self.stream = stream
+    def __init__(self, stream: TailReader, max_bytes: int) -> None:
+        self.stream, self.max_bytes = stream, max_bytes
         self.torn: str | None = None
         self.torn_member: str | None = None
 
-    def members(self) -> Iterator[tuple[str, int, bytes | None]]:
-        """(name, offset of the data, data) of each unhidden file; no data for a link, which a stream cannot follow."""
+    def members(self) -> Iterator[tuple[str, int, int, bytes | None]]:
+        """(name, offset of the data, its size, data) of each unhidden file; no data for a link, which a stream cannot
+        follow, and none of more than `max_bytes`."""
         name: str | None = None
         try:
             with tarfile.open(fileobj=cast(Any, self.stream), mode="r|") as tar:
@@ -198,8 +266,8 @@ class _TarWalk:
                     tar.members.clear()  # type: ignore[attr-defined]  # else every header stays in memory
                     if info.isdir() or is_hidden(info.name.removeprefix("./")):
                         continue
-                    if not info.isreg():
-                        yield info.name, info.offset_data, None
+                    if not info.isreg() or info.size > self.max_bytes:
+                        yield info.name, info.offset_data, info.size, None
                         continue
                     name = info.name
                     file = tar.extractfile(info)
@@ -207,7 +275,7 @@ class _TarWalk:
                     data = file.read()
                     if len(data) < info.size:
                         raise tarfile.ReadError("unexpected end of data")
-                    yield info.name, info.offset_data, data
+                    yield info.name, info.offset_data, info.size, data
                     name = None
                 end = self.stream.block(tar.offset)
                 while rest := self.stream.read(tarfile.RECORDSIZE):  # a compressed stream checks itself at its end
@@ -238,7 +306,7 @@ def tar_groups(source: str, section: CorpusSection, seed: int) -> list[TarGroup]
     paths = find_files(source, is_tar, "tar")
     for path in paths:
         compression_of(path)
-    return [TarGroup(path, section.caption_column, section.label_column) for path in paths]
+    return [TarGroup(path, section.caption_column, section.label_column, section.max_bytes) for path in paths]
 
 
 def compression_of(path: str) -> str | None:

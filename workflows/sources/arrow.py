@@ -1,0 +1,127 @@
+"""Arrow files, and the folders that Hugging Face's `datasets` saves (`save_to_disk`): read with pyarrow alone."""
+
+from __future__ import annotations
+
+import json
+import posixpath
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from smalti import storage
+from smalti.errors import DataError
+from smalti.schema import CorpusSection
+from smalti.workflows.sources.base import Lost, ReadBytes, Sample, filesystem, find_files, open_seekable
+from smalti.workflows.sources.parquet import (
+    DEFAULT_CAPTION,
+    DEFAULT_LABEL,
+    Batches,
+    ParquetGroup,
+    check_image,
+    class_names,
+    image_column,
+    pick_column,
+    records,
+)
+
+STATE, SPLITS = "state.json", "dataset_dict.json"
+
+
+@dataclass(frozen=True)
+class ArrowGroup(ParquetGroup):
+    """One Arrow file (IPC stream or file format); `row_groups` is not used."""
+
+    def samples(self) -> Iterator[Sample | Lost]:
+        if self.torn is not None:
+            yield Lost("", "torn_file", self.torn)
+            return
+        columns = [name for name in (self.image, self.caption, self.label, *self.pairs) if name is not None]
+        row = 0
+        try:
+            with _batches(self.path) as batches:
+                for batch in batches:
+                    for record in records(batch.select(columns)):
+                        yield self._sample(str(row), (0, row), record)
+                        row += 1
+        except (pa.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            yield Lost(str(row), "torn_file", f"the file breaks off, rows may be missing: {error}")
+
+    @contextmanager
+    def reader(self) -> Iterator[ReadBytes]:
+        with open_seekable(self.path) as stream:
+
+            def again(part: int) -> Iterator[pa.RecordBatch]:
+                stream.seek(0)
+                return (batch.select([self.image]) for batch in _read(stream))
+
+            yield Batches(again).value
+
+
+@contextmanager
+def _batches(path: str) -> Iterator[Iterator[pa.RecordBatch]]:
+    with open_seekable(path) as stream:
+        yield _read(stream)
+
+
+def _read(stream: object) -> Iterator[pa.RecordBatch]:
+    """Batches of an IPC stream, or of a file in the file format."""
+    try:
+        reader = pa.ipc.open_stream(stream)
+    except pa.ArrowInvalid:
+        stream.seek(0)  # type: ignore[attr-defined]
+        file = pa.ipc.open_file(stream)
+        yield from (file.get_batch(number) for number in range(file.num_record_batches))
+        return
+    yield from reader
+
+
+def _schema(path: str) -> pa.Schema:
+    with open_seekable(path) as stream:
+        try:
+            return pa.ipc.open_stream(stream).schema
+        except pa.ArrowInvalid:
+            stream.seek(0)
+            return pa.ipc.open_file(stream).schema
+
+
+def is_arrow(path: str) -> bool:
+    """Whether a name is an Arrow file's."""
+    return path.lower().endswith(".arrow")
+
+
+def arrow_groups(source: str, section: CorpusSection, seed: int) -> list[ArrowGroup]:
+    """A group for each Arrow file that a path, pattern or folder names; of a saved dataset, those that it lists.
+
+    Errors: DataError when the folder holds several splits, or a column is missing.
+    """
+    return [_group(path, section) for path in _files(source)]
+
+
+def _files(source: str) -> list[str]:
+    fs, inside = filesystem(source)
+    if fs.isdir(inside) and fs.exists(posixpath.join(inside, SPLITS)):
+        splits = storage.read_json(storage.join(source, SPLITS)).get("splits", [])
+        raise DataError(
+            f"corpus.source: {source} holds the splits {', '.join(splits)}. Name one: {source}/{splits[0]}."
+        )
+    if fs.isdir(inside) and fs.exists(posixpath.join(inside, STATE)):
+        state = json.loads(fs.cat_file(posixpath.join(inside, STATE)))
+        return [storage.join(source, posixpath.basename(one["filename"])) for one in state.get("_data_files", [])]
+    return find_files(source, is_arrow, "Arrow file")
+
+
+def _group(path: str, section: CorpusSection) -> ArrowGroup:
+    try:
+        schema = _schema(path)
+    except pa.ArrowException as error:
+        return ArrowGroup(path, (), section.image_column, None, None, torn=f"no Arrow file: {error}")
+    image = image_column(schema, section.image_column)
+    check_image(path, schema, image)
+    caption = pick_column(path, schema, section.caption_column, "caption_column", DEFAULT_CAPTION, "text")
+    label = pick_column(path, schema, section.label_column, "label_column", DEFAULT_LABEL, None)
+    pairs = tuple(name for name in ("qa", "question", "answer") if name in schema.names)
+    return ArrowGroup(path, (), image, caption, label, pairs, class_names(schema, label))
