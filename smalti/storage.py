@@ -35,6 +35,7 @@ _MENDS = {
     errno.EEXIST: "a file stands where a folder is needed: move it, or set another path",
     errno.EISDIR: "a folder stands where a file is needed: move it, or set another path",
     errno.ENOENT: "there is nothing at that path: check its spelling",
+    errno.EFBIG: "files of that size are not allowed there: raise `ulimit -f`, or set another `out`",
     errno.EMFILE: "too many files are open: raise `ulimit -n`",
 }
 

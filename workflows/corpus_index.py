@@ -1,8 +1,8 @@
 """First pass of stage `corpus`: every image decoded once, and what is known of it on disk, without its pixels.
 
 A group of input leaves two files. Its index (`index/train/00012.parquet`) has a row for each thing found, in order. Its
-ids (`ids/train/00012.arrow`) have those of the usable images, sorted, one Arrow batch for each prefix of an id, so that
-`corpus_dedup` reads one prefix of all groups without the rest. Rows are written as they come: a group of a million
+ids (`ids/train/00012.arrow`) have those of the usable images, sorted, in batches by their prefix, so that `corpus_dedup`
+reads some prefixes of all groups without the rest. Rows are written as they come: a group of a million
 images holds a few thousand of them in memory.
 """
 
@@ -27,7 +27,8 @@ from smalti.workflows.sources.base import printable, unreadable
 
 ID_DIGITS = 32  # hex digits of a sha256: 128 bits
 INDEX_ROWS = 4096  # rows held while an index is written, and a row group of it
-PREFIXES = 128  # batches of an ids file: the first 7 bits of an id
+PREFIXES = 128  # values of the first 7 bits of an id
+IDS_A_BATCH = 1024  # fewer in a batch of an ids file would not pay
 INDEX = pa.schema(
     [
         ("key", pa.string()),
@@ -165,11 +166,11 @@ def ids_of(table: pa.Table, first: int) -> pa.Table:
 
 
 def write_ids(path: str, parts: list[pa.Table]) -> None:
-    """Write ids sorted, equal ones by their row, in `PREFIXES` batches."""
+    """Write ids sorted, equal ones by their row, in batches of equal ranges of prefixes: 1 to `PREFIXES` of them."""
     table = pa.concat_tables(parts) if parts else IDS.empty_table()
     table = table.sort_by([("high", "ascending"), ("low", "ascending"), ("row", "ascending")]).combine_chunks()
-    prefix = table.column("high").to_numpy() >> np.uint64(64 - (PREFIXES - 1).bit_length())
-    ends = np.searchsorted(prefix, np.arange(PREFIXES + 1, dtype=np.uint64))
+    count = min(PREFIXES, 1 << (len(table) // IDS_A_BATCH).bit_length())
+    ends = np.searchsorted(_prefixes(table), np.arange(count + 1) * (PREFIXES // count))
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, IDS) as writer:
         for start, end in pairwise(ends):
@@ -181,7 +182,17 @@ def write_ids(path: str, parts: list[pa.Table]) -> None:
 _EMPTY = pa.RecordBatch.from_pylist([], IDS)
 
 
+def _prefixes(table: pa.Table) -> np.ndarray:
+    """The first 7 bits of each id: int64."""
+    high = table.column("high").to_numpy()
+    return (high >> np.uint64(64 - (PREFIXES - 1).bit_length())).astype(np.int64)
+
+
 def read_ids(path: str, first: int, last: int) -> pa.Table:
     """The ids of the prefixes `first` to `last` - 1, sorted."""
     with storage.open_read(path) as stream, pa.ipc.open_file(stream) as file:
-        return pa.Table.from_batches([file.get_batch(number) for number in range(first, last)], IDS)
+        step = PREFIXES // file.num_record_batches
+        numbers = range(first // step, -(-last // step))
+        table = pa.Table.from_batches([file.get_batch(number) for number in numbers], IDS)
+    start, end = np.searchsorted(_prefixes(table), [first, last])
+    return table.slice(start, end - start)

@@ -6,12 +6,13 @@ its parents and a body. The body writes under `StageRun.path` and returns counts
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 from smalti import artifact, storage
 from smalti.artifact import Artifact, Workspace
@@ -19,6 +20,7 @@ from smalti.errors import ArtifactError, SmaltiError
 from smalti.progress import Progress
 from smalti.progress import log as log_line
 from smalti.tracking import Tracker
+from smalti.workflows.lock import holding
 from smalti.workflows.mlflow_tracking import open_tracker
 
 if TYPE_CHECKING:
@@ -80,6 +82,24 @@ def find_artifact(recipe: Recipe, name: str) -> Artifact:
     return found
 
 
+P = ParamSpec("P")
+
+
+def _alone(stage: Callable[Concatenate[Recipe, str, P], Artifact]) -> Callable[Concatenate[Recipe, str, P], Artifact]:
+    """`stage` with its place held against other runs while it makes something; what is finished is only read."""
+
+    @functools.wraps(stage)
+    def held(recipe: Recipe, name: str, /, *args: P.args, **more: P.kwargs) -> Artifact:
+        path = stage_path(recipe, name)
+        if Artifact.find(path) is not None:
+            return stage(recipe, name, *args, **more)
+        with holding(path):
+            return stage(recipe, name, *args, **more)
+
+    return held
+
+
+@_alone
 def run_stage(
     recipe: Recipe,
     name: str,

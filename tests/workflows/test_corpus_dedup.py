@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from smalti import shards
-from smalti.workflows import corpus_dedup
+from smalti.workflows import corpus_dedup, corpus_index
 from smalti.workflows.corpus_dedup import DUPLICATE, MERGED, FindDuplicates, MarkGroups, Place, marks_key
 from smalti.workflows.corpus_index import INDEX, halves, ids_of, ids_path, read_ids, read_rows, write_ids
 from smalti.workflows.corpus_layout import is_held_out
@@ -88,12 +88,17 @@ def test_the_split_by_hash_is_the_same_for_numbers_and_digits() -> None:
         assert found == [is_held_out(name, fraction) for name in names]
 
 
-def test_ids_are_read_by_prefix_and_rows_by_number(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ids_a_batch", [1, 50, 1024])
+def test_ids_are_read_by_prefix_and_rows_by_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ids_a_batch: int
+) -> None:
+    monkeypatch.setattr(corpus_index, "IDS_A_BATCH", ids_a_batch)
     place = Place("train", 0, "t")
     write_group(str(tmp_path), place, list(range(300)))
     path = ids_path(str(tmp_path), "train", 0)
     half = read_ids(path, 0, 64)["high"].to_numpy()
     assert half.max() < 2**63 and (np.diff(half.astype(np.float64)) >= 0).all()
     assert len(half) + len(read_ids(path, 64, 128)) == 300
+    assert sum(len(read_ids(path, number, number + 1)) for number in range(128)) == 300
     rows = np.array([3, 4, 250])
     assert read_rows(str(tmp_path), "train", 0, rows, ["key"])["key"].to_pylist() == ["k3", "k4", "k250"]

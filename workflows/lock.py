@@ -1,0 +1,68 @@
+"""One run at a time in a place: two that wrote the same artifact would count and remove each other's files."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from smalti import storage
+from smalti.errors import ArtifactError, DataError
+from smalti.progress import log
+
+
+def lock_path(path: str) -> str:
+    """The lock of an artifact's folder: `.<name>.lock` beside it."""
+    folder, _, name = storage.local_path(path).rstrip("/").rpartition("/")
+    return f"{folder}/.{name}.lock"
+
+
+@contextmanager
+def holding(path: str) -> Iterator[None]:
+    """Hold the folder `path` against other runs; the system frees it when the process ends, however that happens.
+
+    Object stores have no locks: there nothing is held. Errors: ArtifactError when another run holds it.
+    """
+    if not storage.is_local(path):
+        yield
+        return
+    name = lock_path(path)
+    storage.make_dirs(os.path.dirname(name))
+    file = _take(name, path)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            os.remove(name)
+        os.close(file)
+
+
+def _take(name: str, path: str) -> int:
+    """The locked file. One that another run has just removed is left for a new one."""
+    while True:
+        try:
+            file = os.open(name, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise DataError(
+                f"cannot write {name}: {error.strerror}. Set another `out`, or mend its permissions"
+            ) from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(file, 1000).decode(errors="replace").strip() or "not told"
+            os.close(file)
+            raise ArtifactError(
+                f"Another run is making {path} (its process: {holder}). Wait for it, stop it, or set another `out`."
+            ) from error
+        except OSError as error:
+            log(f"{path} cannot be locked on this file system ({error.strerror}): let no second run write there")
+            return file
+        with suppress(FileNotFoundError):
+            if os.fstat(file).st_ino == os.stat(name).st_ino:
+                os.truncate(file, 0)
+                os.write(file, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+                return file
+        os.close(file)
