@@ -131,6 +131,15 @@ def kill_in_the_middle(stage: str, wanted: Recipe, watched: Path) -> None:
 # ---- the same bytes, whatever happens ------------------------------------------------------------------------------
 
 
+def test_duplicates_sorted_out_on_ray_come_to_the_same(
+    base: Path, tmp_path: Path, siglip: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As large corpora do it; small ones are sorted out in the driver."""
+    monkeypatch.setattr(corpus, "INLINE_ROWS", -1)
+    corpus.run(recipe(tmp_path, siglip))
+    assert files(tmp_path / "corpus") == files(base / "corpus")
+
+
 def test_corpus_killed_and_started_again_with_more_readers_is_byte_equal(base: Path, tmp_path: Path) -> None:
     wanted = recipe(tmp_path, resources={"readers": 2})
     kill_in_the_middle("corpus", wanted, tmp_path / "corpus" / "train")
