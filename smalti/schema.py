@@ -125,6 +125,12 @@ class CodebookSection(Section):
     sample: Positive | None = Field(
         None, description="vectors the coarse level sees; default 256 a coarse cell, at least 65,536"
     )
+    cell_vectors: Positive = Field(500_000, description="vectors of a cell that its k-means sees, drawn if it has more")
+    seeding: Literal["auto", "plusplus", "random"] = Field("auto", description="auto: k-means++ up to 512 centroids")
+    spherical: bool = Field(False, description="vectors and codes on the unit sphere: cosine instead of distance")
+    duplicates: Literal["replace", "drop"] = Field(
+        "replace", description="codes that repeat another or are not finite: put on other vectors, or left out"
+    )
 
 
 class SemanticStage(Section):

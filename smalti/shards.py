@@ -145,6 +145,19 @@ def shard_rows(artifact_path: str, key: str) -> int:
         return int(parquet.metadata.num_rows)
 
 
+def vector_shape(artifact_path: str, key: str) -> tuple[int, int]:
+    """Rows of a feature shard and the width of its vectors, from its footer; `DataError` when it has no vectors."""
+    path = shard_path(artifact_path, key)
+    with _opened(path) as parquet:
+        names = parquet.schema_arrow.names
+        field = parquet.schema_arrow.field("vector") if "vector" in names else None
+        packed = (field.metadata or {}).get(_PACKED) if field is not None else None
+        if field is None or (packed is None and not pa.types.is_fixed_size_list(field.type)):
+            have = f"a column 'vector' of {field.type}" if field is not None else f"columns {', '.join(names)}"
+            raise DataError(f"{path} has {have}, where vectors are wanted: remove it and make the features again")
+        return int(parquet.metadata.num_rows), int(packed or field.type.list_size)
+
+
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[pq.ParquetFile]:
     """The Parquet file at `path`, mapped into memory when it is local; what its reader complains of comes as `DataError`."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from smalti.tokenizers.quantizers import search
 
+Seeding = Literal["auto", "plusplus", "random"]
+"""How centroids start; `auto`: by k-means++ up to `PLUSPLUS_MAX` of them."""
 SUM_ROWS = 1 << 15
 """Rows turned into float64 at once when sums are taken."""
 BLOCK_NUMBERS = 1 << 16
@@ -25,6 +28,16 @@ PLUSPLUS_MAX = 512
 def assign(x_NC: Tensor, c_KC: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
     """Nearest centroid of every vector and its squared distance: int64 (N,), float32 (N,). See `quantizers.search`."""
     return search(x_NC, c_KC, chunk)
+
+
+def by_plusplus(seeding: Seeding, num: int) -> bool:
+    """Whether `num` centroids are seeded by k-means++."""
+    return seeding == "plusplus" or (seeding == "auto" and num <= PLUSPLUS_MAX)
+
+
+def seed(x_NC: Tensor, num: int, generator: torch.Generator | None = None, seeding: Seeding = "auto") -> Tensor:
+    """`num` first centroids: (num, C)."""
+    return (seed_plusplus if by_plusplus(seeding, num) else seed_random)(x_NC, num, generator)
 
 
 def seed_random(x_NC: Tensor, num: int, generator: torch.Generator | None = None) -> Tensor:
@@ -108,21 +121,31 @@ def reseed_empty(c_KC: Tensor, counts_K: Tensor, x_NC: Tensor, distance_N: Tenso
 
     Only vectors at a positive distance are used, each once and no two alike, so duplicates stay empty.
     """
+    places, rows = fresh_for_empty(counts_K, x_NC, distance_N)
+    if len(places):
+        c_KC = c_KC.clone()
+        c_KC[places] = rows
+    return c_KC, len(places)
+
+
+def fresh_for_empty(counts_K: Tensor, x_NC: Tensor, distance_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Which centroids `reseed_empty` moves, and where to: int64 (E,), float32 (E, C)."""
     empty = (counts_K == 0).nonzero().flatten()
-    if not len(empty):
-        return c_KC, 0
     far = distance_N.sort(descending=True, stable=True).indices[: 4 * len(empty)]
     far = far[distance_N[far] > 0]
     if len(far):
         _, first = _first_of_each(x_NC[far])
         far = far[first.sort().values][: len(empty)]
-    c_KC = c_KC.clone()
-    c_KC[empty[: len(far)]] = x_NC[far].float()
-    return c_KC, len(far)
+    return empty[: len(far)], x_NC[far].float()
 
 
 def kmeans(
-    x_NC: Tensor, num: int, iterations: int, generator: torch.Generator | None = None, spherical: bool = False
+    x_NC: Tensor,
+    num: int,
+    iterations: int,
+    generator: torch.Generator | None = None,
+    spherical: bool = False,
+    seeding: Seeding = "auto",
 ) -> Tensor:
     """Centroids of the vectors by Lloyd's iterations: float32 (num, C), finite.
 
@@ -136,8 +159,7 @@ def kmeans(
         raise ValueError("k-means of vectors with NaN or Inf")
     if spherical:
         x_NC = F.normalize(x_NC, dim=-1)
-    seed = seed_plusplus if num <= PLUSPLUS_MAX else seed_random
-    c_KC = seed(x_NC, num, generator)
+    c_KC = seed(x_NC, num, generator, seeding)
     for _ in range(iterations):
         ids_N, distance_N = assign(x_NC, c_KC)
         sums_KC, counts_K = lloyd_stats(x_NC, ids_N, num)

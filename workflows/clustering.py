@@ -1,45 +1,88 @@
 """k-means over feature shards on Ray: the passes that the stage `codebook` is made of.
 
 Axis letters: N vectors, C their width, K codes, P cells of the first level. The vectors are cut into chunks (whole
-shards) by their number alone; a chunk is a task; partial sums are float64 and added in the order of the chunks. So the
-result does not depend on how many tasks run at once. A pass over the data is what costs: each function says how many.
+shards) by their number alone; a chunk is a task. Sums are float64, added in the order of the chunks by tasks that own a
+range of codes each: the driver holds the codes and one range. So the result does not depend on how many tasks run at
+once. A pass over the data is what costs: each function says how many.
 """
 
 from __future__ import annotations
 
-import io
+import itertools
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from smalti import shards, storage
 from smalti.errors import DataError, SmaltiError
 from smalti.tokenizers import kmeans
 
-MAX_CHUNKS = 64
-CHUNK_VECTORS = 65_536  # at least, so that a task is worth its start
+CHUNK_VECTORS = 262_144  # of a task: what a lost task costs
+SAMPLE_CHUNK_VECTORS = 16_384  # of a task of the first level: its sample is small
+BLOCK_VECTORS = 65_536  # in float32 at once
+RANGE_NUMBERS = 1 << 25  # numbers in a range of codes: 268 MB of sums
+FOLD = 8  # chunks that a task adds to the sums of a range
 PROBES = 4  # cells searched for a vector
 FAR_A_CHUNK = 256  # candidates for codes without a vector
+FAR_KEPT = 16_384  # of all chunks
+FOOTER_THREADS = 16
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some whole shards of a features artifact: (key, rows) each."""
+    """Some whole shards of a features artifact: (key, rows) each. With `gpus` its vectors come on the GPU; `spherical`
+    ones come on the unit sphere."""
 
     path: str
     parts: tuple[tuple[str, int], ...]
+    width: int = 0
+    spherical: bool = False
+    gpus: float = 0.0
+
+    @property
+    def device(self) -> str:
+        """Where its task computes."""
+        return "cuda" if self.gpus else "cpu"
+
+    @property
+    def rows(self) -> int:
+        """Vectors in it."""
+        return sum(count for _, count in self.parts)
 
     def vectors(self) -> Iterator[tuple[str, Tensor]]:
-        """(key, float32 (n, C)) of each shard. Errors: DataError, a vector that is not finite."""
-        for key, _ in self.parts:
-            x_NC = torch.from_numpy(shards.vectors(shards.read_shard(self.path, key, ["vector"])).astype(np.float32))
-            if not bool(torch.isfinite(x_NC.sum())):  # one sum tells: float16 cannot overflow it
-                raise DataError(f"{shards.shard_path(self.path, key)} holds NaN or Inf. Make the features again.")
-            yield key, x_NC
+        """(key of the first shard, float32 (n, C)) of shards that together have `BLOCK_VECTORS`, or are the last.
+
+        Errors: DataError, a vector that is not finite.
+        """
+        first, waiting, held = "", [], 0
+        for key, rows in self.parts:
+            first = first or key
+            waiting.append(self._finite(key))
+            held += rows
+            if held >= BLOCK_VECTORS:
+                yield first, self._block(waiting)
+                first, waiting, held = "", [], 0
+        if waiting:
+            yield first, self._block(waiting)
+
+    def _finite(self, key: str) -> Tensor:
+        x_NC = torch.from_numpy(shards.vectors(shards.read_shard(self.path, key, ["vector"])).astype(np.float32))
+        if not bool(torch.isfinite(x_NC.sum())):  # one sum tells: float16 cannot overflow it
+            raise DataError(f"{shards.shard_path(self.path, key)} holds NaN or Inf. Make the features again.")
+        return x_NC
+
+    def _block(self, waiting: list[Tensor]) -> Tensor:
+        x_NC = (waiting[0] if len(waiting) == 1 else torch.cat(waiting)).to(self.device)
+        return F.normalize(x_NC, dim=-1) if self.spherical else x_NC
 
 
 @dataclass(frozen=True)
@@ -53,6 +96,19 @@ class Tree:
     def with_codes(self, codes_KC: Tensor) -> Tree:
         return replace(self, codes=codes_KC)
 
+    def shared(self) -> Any:
+        """A reference for tasks, which map it into their memory: one copy a machine. See `of_shared`."""
+        import ray
+
+        return ray.put((self.cells.numpy(), self.codes.numpy(), self.cell_of.numpy()))
+
+    @classmethod
+    def of_shared(cls, arrays: tuple[np.ndarray, ...], device: str) -> Tree:
+        """The tree in a task, not to be written to."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            return cls(*(torch.from_numpy(array).to(device) for array in arrays))
+
 
 @dataclass
 class PassStats:
@@ -60,7 +116,6 @@ class PassStats:
 
     counts: Tensor
     distance_sum: float = 0.0
-    sums: Tensor | None = None
     far: Tensor = field(default_factory=lambda: torch.empty(0))
     far_distance: Tensor = field(default_factory=lambda: torch.empty(0))
 
@@ -69,36 +124,59 @@ class PassStats:
         """Mean squared distance of a vector to its code."""
         return self.distance_sum / max(1, int(self.counts.sum()))
 
+    def add(self, counts_K: Tensor, distance: float, far_NC: Tensor, far_N: Tensor) -> None:
+        """Take in what a chunk found; of equally far vectors the first come first."""
+        self.counts += counts_K
+        self.distance_sum += distance
+        distances = torch.cat([self.far_distance, far_N])
+        order = torch.argsort(distances, descending=True, stable=True)[:FAR_KEPT]
+        self.far = (torch.cat([self.far, far_NC]) if len(self.far) else far_NC)[order]
+        self.far_distance = distances[order]
 
-def chunks(path: str, split: str) -> list[Chunk]:
-    """The shards of a split in at most `MAX_CHUNKS` chunks of about the same number of vectors, in order."""
-    rows = [(key, shards.shard_rows(path, key)) for key in shards.list_shards(path, split)]
-    target = max(CHUNK_VECTORS, -(-sum(count for _, count in rows) // MAX_CHUNKS))
+
+def chunks(
+    path: str, split: str, target: int | None = None, *, spherical: bool = False, gpus: float = 0.0
+) -> list[Chunk]:
+    """The shards of a split in chunks of about `target` vectors (default `CHUNK_VECTORS`), in order, from their footers.
+
+    Errors: DataError, a shard whose vectors have another width than those of most shards.
+    """
+    keys = shards.list_shards(path, split)
+    with ThreadPoolExecutor(FOOTER_THREADS) as threads:
+        shapes = list(threads.map(lambda key: shards.vector_shape(path, key), keys))
+    width = Counter(shape[1] for shape in shapes).most_common(1)[0][0] if shapes else 0
     found: list[list[tuple[str, int]]] = [[]]
-    for part in rows:
-        if sum(count for _, count in found[-1]) >= target:
+    for key, (rows, own) in zip(keys, shapes, strict=True):
+        if own != width:
+            raise DataError(
+                f"{shards.shard_path(path, key)} holds vectors of {own} numbers, where the other shards of {path} hold "
+                f"{width}. Remove {path} and make the features again with one encoder."
+            )
+        if sum(count for _, count in found[-1]) + rows > (target or CHUNK_VECTORS) and found[-1]:
             found.append([])
-        found[-1].append(part)
-    return [Chunk(path, tuple(parts)) for parts in found if parts]
+        found[-1].append((key, rows))
+    return [Chunk(path, tuple(parts), width, spherical, gpus) for parts in found if parts]
 
 
 def in_order(
-    task: Callable[..., Any], items: Sequence[tuple[Any, ...]], workers: int, gpus: float = 0
+    task: Callable[..., Any], items: Sequence[tuple[Any, ...]], workers: int, gpus: float = 0, left: int = 0
 ) -> Iterator[Any]:
     """`task(*item)` for each item as Ray tasks, at most `workers` at once; results in the order of the items.
 
-    A SmaltiError of a task is raised here as it was.
+    With `left`, a task returns a tuple of 1 + left objects: the first comes here, the others as references. A SmaltiError
+    of a task is raised here as it was.
     """
     import ray
     from ray.exceptions import RayTaskError
 
-    remote = ray.remote(num_cpus=1, num_gpus=gpus)(task)
+    remote = ray.remote(num_cpus=1, num_gpus=gpus, num_returns=1 + left)(task)
     waiting: list[Any] = []
     for number in range(len(items)):
         while len(waiting) < min(len(items), number + workers):
             waiting.append(remote.remote(*items[len(waiting)]))
+        mine = waiting[number]
         try:
-            yield ray.get(waiting[number])
+            yield (ray.get(mine[0]), *mine[1:]) if left else ray.get(mine)
         except RayTaskError as error:
             raise (error.cause if isinstance(error.cause, SmaltiError) else error) from None
         waiting[number] = None
@@ -130,28 +208,77 @@ def assign(x_NC: Tensor, tree: Tree) -> tuple[Tensor, Tensor]:
     return ids_N, best_N
 
 
-def full_pass(parts: Sequence[Chunk], tree: Tree, workers: int, *, sums: bool) -> PassStats:
-    """Assign every vector: counts, distances, the farthest vectors and, if asked, the sums. One pass."""
-    import ray
+class RangeSums:
+    """Sums of the vectors of each code, a range of codes an object: added in the order of the chunks, by tasks."""
 
-    num, width = tree.codes.shape
-    shared = ray.put(tree)
-    total = PassStats(torch.zeros(num, dtype=torch.int64))
-    total.sums = torch.zeros(num, width, dtype=torch.float64) if sums else None
-    far: list[tuple[Tensor, Tensor]] = []
-    for counts_K, distance, used, used_sums, far_NC, far_N in in_order(
-        _chunk_stats, [(chunk, shared, sums) for chunk in parts], workers
-    ):
-        total.counts += counts_K
-        total.distance_sum += distance
-        if total.sums is not None:
-            total.sums[used] += used_sums
-        far.append((far_NC, far_N))
-    if far:
-        distances = torch.cat([one[1] for one in far])
-        order = torch.argsort(distances, descending=True, stable=True)
-        total.far, total.far_distance = torch.cat([one[0] for one in far])[order], distances[order]
+    def __init__(self, num: int, width: int) -> None:
+        self.width, step = width, max(1, RANGE_NUMBERS // max(1, width))
+        self.bounds = [(low, min(num, low + step)) for low in range(0, num, step)]
+        self.totals: list[Any] = [None] * len(self.bounds)
+        self.waiting: list[Sequence[Any]] = []
+
+    def add(self, references: Sequence[Any]) -> None:
+        """The next chunk's parts, one a range: (codes counted from the range's first, their sums)."""
+        self.waiting.append(references)
+        if len(self.waiting) == FOLD:
+            self._fold()
+
+    def _fold(self) -> None:
+        import ray
+
+        before = [total for total in self.totals if total is not None]
+        if before:  # no more than two rounds of parts are held by the store
+            ray.wait(before, num_returns=len(before))
+        remote = ray.remote(num_cpus=1)(_add_up)
+        self.totals = [
+            remote.remote(total, high - low, self.width, *(parts[place] for parts in self.waiting))
+            for place, ((low, high), total) in enumerate(zip(self.bounds, self.totals, strict=True))
+        ]
+        self.waiting = []
+
+    def ranges(self) -> Iterator[tuple[slice, Tensor]]:
+        """(codes, float64 (codes, C)) of each range that a chunk added to, one at a time."""
+        import ray
+
+        if self.waiting:
+            self._fold()
+        for (low, high), total in zip(self.bounds, self.totals, strict=True):
+            if total is not None:
+                yield slice(low, high), torch.tensor(ray.get(total))
+
+
+def _add_up(total: np.ndarray | None, rows: int, width: int, *parts: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """Task of `RangeSums`."""
+    sums_KC = np.zeros((rows, width)) if total is None else total.copy()
+    for used, sums in parts:
+        sums_KC[used] += sums
+    return sums_KC
+
+
+def full_pass(parts: Sequence[Chunk], tree: Tree, workers: int, *, sums: RangeSums | None = None) -> PassStats:
+    """Assign every vector: counts, distances, the farthest vectors and, if given, the sums. One pass."""
+    shared = tree.shared()
+    total = PassStats(torch.zeros(len(tree.codes), dtype=torch.int64))
+    bounds = sums.bounds if sums is not None else []
+    items = [(chunk, shared, bounds) for chunk in parts]
+    for found in in_order(_chunk_pass, items, workers, parts[0].gpus if parts else 0, len(bounds)):
+        if sums is not None:
+            sums.add(found[1:])
+        total.add(*(found[0] if sums is not None else found))
     return total
+
+
+def _chunk_pass(chunk: Chunk, shared: tuple[np.ndarray, ...], bounds: Sequence[tuple[int, int]]) -> tuple[Any, ...]:
+    """Task of `full_pass`: (counts, sum of distances, far vectors, their distances), then each range's part."""
+    tree = Tree.of_shared(shared, chunk.device)
+    counts_K, distance, used, used_sums, far_NC, far_N = _chunk_stats(chunk, tree, bool(bounds))
+    found = counts_K.cpu(), distance, far_NC.cpu(), far_N.cpu()
+    if not bounds:
+        return found
+    used, values = used.cpu().numpy(), used_sums.cpu().numpy()
+    edges = np.searchsorted(used, [low for low, _ in bounds] + [bounds[-1][1]])
+    pieces = [slice(start, end) for start, end in itertools.pairwise(edges)]
+    return found, *((used[piece] - low, values[piece]) for piece, (low, _) in zip(pieces, bounds, strict=True))
 
 
 def _chunk_stats(chunk: Chunk, tree: Tree, sums: bool) -> tuple[Any, ...]:
@@ -179,14 +306,17 @@ def _chunk_stats(chunk: Chunk, tree: Tree, sums: bool) -> tuple[Any, ...]:
 def lloyd(parts: Sequence[Chunk], tree: Tree, workers: int) -> tuple[Tree, PassStats, int]:
     """One Lloyd iteration over all vectors: (tree with moved codes, stats before the move, codes re-seeded). One pass.
 
-    Codes without a vector go to the vectors farthest from theirs.
+    Codes without a vector go to the vectors farthest from theirs. The tree's codes are written over: a second matrix of
+    K codes is never held.
     """
-    stats = full_pass(parts, tree, workers, sums=True)
-    assert stats.sums is not None
-    moved = kmeans.move(tree.codes, stats.sums, stats.counts)
-    moved, reseeded = kmeans.reseed_empty(moved, stats.counts, stats.far, stats.far_distance)
-    stats.sums = None
-    return place(tree.with_codes(moved), stats.counts == 0), stats, reseeded
+    sums = RangeSums(*tree.codes.shape)
+    stats = full_pass(parts, tree, workers, sums=sums)
+    spherical = any(chunk.spherical for chunk in parts)
+    for codes, sums_KC in sums.ranges():
+        tree.codes[codes] = kmeans.move(tree.codes[codes], sums_KC, stats.counts[codes], spherical)
+    places, rows = kmeans.fresh_for_empty(stats.counts, stats.far, stats.far_distance)
+    tree.codes[places] = rows
+    return place(tree, stats.counts == 0), stats, len(places)
 
 
 def place(tree: Tree, which_K: Tensor) -> Tree:
@@ -198,141 +328,33 @@ def place(tree: Tree, which_K: Tensor) -> Tree:
     return replace(tree, cell_of=cell_of_K)
 
 
-def sample(parts: Sequence[Chunk], num: int, seed: int, workers: int) -> Tensor:
-    """A seeded sample of at most `num` vectors, each shard in proportion to its size: float32 (n, C). One pass."""
-    rows = [count for chunk in parts for _, count in chunk.parts]
+def sample(parts: Sequence[Chunk], num: int, seed: int, workers: int, folder: str) -> list[Chunk]:
+    """A seeded sample of about `num` vectors in `folder`, a shard a chunk in proportion to its size, in chunks. One pass.
+
+    Shards that stand in the folder are kept.
+    """
+    rows = [chunk.rows for chunk in parts]
     total = sum(rows)
     quotas = rows if num >= total else kmeans.allocate(max(num, sum(count > 0 for count in rows)), rows)
-    items, at = [], 0
-    for chunk in parts:
-        items.append((chunk, tuple(quotas[at : at + len(chunk.parts)]), seed, at))
-        at += len(chunk.parts)
-    return torch.cat(list(in_order(_chunk_sample, items, workers)))
+    items = [
+        (chunk, quota, seed, number, folder) for number, (chunk, quota) in enumerate(zip(parts, quotas, strict=True))
+    ]
+    for _ in in_order(_chunk_sample, items, workers):
+        pass
+    return chunks(folder, "train", SAMPLE_CHUNK_VECTORS, spherical=parts[0].spherical, gpus=parts[0].gpus)
 
 
-def _chunk_sample(chunk: Chunk, quotas: tuple[int, ...], seed: int, first: int) -> Tensor:
+def _chunk_sample(chunk: Chunk, quota: int, seed: int, number: int, folder: str) -> None:
     """Task of `sample`."""
-    taken = []
-    for offset, ((_, x_NC), quota) in enumerate(zip(chunk.vectors(), quotas, strict=True)):
-        rng = np.random.default_rng([abs(seed), first + offset])
-        taken.append(x_NC[torch.from_numpy(np.sort(rng.permutation(len(x_NC))[:quota]))])
-    return torch.cat(taken)
-
-
-# ---- cells: the vectors of each cell together ----------------------------------------------------------------------
-
-
-def write_cells(parts: Sequence[Chunk], cells_PC: Tensor, folder: str, workers: int) -> Tensor:
-    """Write every shard's vectors sorted by their nearest cell; returns the cells' sizes, int64 (P,). One pass.
-
-    A file a shard: float16 rows in `<folder>/<split>-<number>.bin`, where each cell starts in `….npy`. Files that
-    stand are kept.
-    """
-    import ray
-
-    sizes_P = torch.zeros(len(cells_PC), dtype=torch.int64)
-    shared = ray.put(cells_PC)
-    for part in in_order(_chunk_cells, [(chunk, shared, folder) for chunk in parts], workers):
-        sizes_P += part
-    return sizes_P
-
-
-def _chunk_cells(chunk: Chunk, cells_PC: Tensor, folder: str) -> Tensor:
-    """Task of `write_cells`."""
-    sizes_P = torch.zeros(len(cells_PC), dtype=torch.int64)
-    for key, rows in chunk.parts:
-        name = storage.join(folder, key.replace("/", "-"))
-        if not storage.exists(f"{name}.npy"):
-            _, x_NC = next(Chunk(chunk.path, ((key, rows),)).vectors())
-            ids_N, _ = kmeans.assign(x_NC, cells_PC)
-            sorted_NC = x_NC[torch.argsort(ids_N, stable=True)].to(torch.float16)  # exact: they came as float16
-            counts_P = torch.bincount(ids_N, minlength=len(cells_PC))
-            storage.write_atomic(f"{name}.bin", sorted_NC.numpy().tobytes())
-            storage.write_atomic(f"{name}.npy", _npy(np.concatenate([[0], np.cumsum(counts_P.numpy())])))
-        sizes_P += torch.from_numpy(np.diff(_starts(name)))
-    return sizes_P
-
-
-def read_cells(names: Sequence[str], first: int, last: int, width: int) -> tuple[Tensor, list[Tensor]]:
-    """Sizes (last − first,) and vectors, float32 (n, C), of the cells first … last − 1, in the order of the files."""
-    pieces: list[list[np.ndarray]] = [[] for _ in range(first, last)]
-    for name in names:
-        starts = _starts(name)
-        low, high = int(starts[first]), int(starts[last])
-        with storage.open_read(f"{name}.bin") as file:
-            file.seek(low * width * 2)
-            rows = np.frombuffer(file.read((high - low) * width * 2), np.float16).reshape(-1, width)
-        if len(rows) != high - low:
-            raise DataError(f"{name}.bin is shorter than its index says. Remove its folder and run the stage again.")
-        for cell in range(first, last):
-            pieces[cell - first].append(rows[starts[cell] - low : starts[cell + 1] - low])
-    vectors = [torch.from_numpy(np.concatenate(parts).astype(np.float32)) for parts in pieces]
-    return torch.tensor([len(x) for x in vectors]), vectors
-
-
-def fine(names: Sequence[str], first: int, shares: Sequence[int], width: int, iterations: int, seed: int) -> Tensor:
-    """Codes of some cells, `shares[i]` in cell first + i, one after the other: float32 (sum, C). A task."""
-    _, vectors = read_cells(names, first, first + len(shares), width)
-    found = [torch.empty(0, width)]
-    for offset, (num, x_NC) in enumerate(zip(shares, vectors, strict=True)):
-        if num:
-            generator = torch.Generator().manual_seed(_mix(seed, first + offset))
-            found.append(kmeans.kmeans(x_NC, num, iterations, generator))
-    return torch.cat(found)
-
-
-def _mix(seed: int, cell: int) -> int:
-    return int(np.random.SeedSequence([abs(seed), cell]).generate_state(1, np.uint64)[0] >> 1)
-
-
-def _npy(array: np.ndarray) -> bytes:
-    stream = io.BytesIO()
-    np.save(stream, array)
-    return stream.getvalue()
-
-
-def _starts(name: str) -> np.ndarray:
-    return np.load(io.BytesIO(storage.read_bytes(f"{name}.npy")), allow_pickle=False)
-
-
-# ---- distinct codes ------------------------------------------------------------------------------------------------
-
-
-def repeated(codes_KC: Tensor) -> Tensor:
-    """Which codes repeat an earlier one exactly: bool (K,)."""
-    _, inverse = torch.unique(codes_KC, dim=0, return_inverse=True)
-    first = torch.full((int(inverse.max()) + 1,), len(codes_KC))
-    first.scatter_reduce_(0, inverse, torch.arange(len(codes_KC)), "amin")
-    return first[inverse] != torch.arange(len(codes_KC))
-
-
-def distinct(parts: Sequence[Chunk], tree: Tree, workers: int) -> tuple[Tree, int]:
-    """The tree with every repeated code replaced by a vector that is no code yet; and how many were replaced.
-
-    The farthest vectors are taken first. Errors: DataError when there are fewer distinct vectors than codes.
-    """
-    again_K = repeated(tree.codes)
-    missing = int(again_K.sum())
-    if not missing:
-        return tree, 0
-    known = {row.tobytes() for row in tree.codes.numpy()}
-    fresh: list[Tensor] = []
-    stats = full_pass(parts, tree, workers, sums=False)
-    vectors: Iterator[Tensor] = iter(stats.far)
-    for source in (vectors, (x for chunk in parts for _, x_NC in chunk.vectors() for x in x_NC)):
-        for x_C in source:
-            if len(fresh) == missing:
-                break
-            name = x_C.numpy().tobytes()
-            if name not in known:
-                known.add(name)
-                fresh.append(x_C)
-    if len(fresh) < missing:
-        num = int((~again_K).sum()) + len(fresh)
-        raise DataError(
-            f"codebook.size={len(again_K)}, but the features hold only {num} distinct vectors. "
-            f"Set codebook.size to at most {num}, or use more images or patches."
-        )
-    codes_KC = tree.codes.clone()
-    codes_KC[again_K] = torch.stack(fresh)
-    return place(tree.with_codes(codes_KC), again_K), missing
+    key = shards.shard_key("train", number)
+    if storage.exists(shards.shard_path(folder, key)):
+        return
+    chosen = np.sort(np.random.default_rng([abs(seed), number]).permutation(chunk.rows)[:quota])
+    taken, start = [], 0
+    for _, x_NC in replace(chunk, spherical=False, gpus=0.0).vectors():
+        mine = chosen[(chosen >= start) & (chosen < start + len(x_NC))] - start
+        taken.append(x_NC.numpy()[mine].astype(np.float16))  # exact: they came as float16
+        start += len(x_NC)
+    vectors = shards.list_column(np.concatenate(taken))
+    schema = pa.schema([shards.feature_schema(chunk.width).field("vector")])
+    shards.write_shard(folder, key, pa.table([vectors], schema))

@@ -2,12 +2,13 @@
 
 The cells are k-means of a seeded sample; each vector goes to its nearest cell; a cell gets its part of K (in proportion
 to its vectors, or the same as every other), and k-means of its own. `polish` adds Lloyd passes over all vectors, each searched in the nearest cells.
-With K1 = 1 it is flat k-means over all vectors. Exactly K distinct codes come out, or a clear error.
+With K1 = 1 it is flat k-means over all vectors. Exactly K distinct codes come out, or a clear error; with
+`codebook.duplicates: drop`, as many as are distinct.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from smalti.schema import Recipe
 from smalti.tokenizers import kmeans
 from smalti.tokenizers.metrics import entropy, imbalance, perplexity, usage
 from smalti.tracking import Tracker
-from smalti.workflows import clustering
+from smalti.workflows import cells, clustering, distinct
 from smalti.workflows.clustering import Chunk, PassStats, Tree
 from smalti.workflows.code_sizes import sizes_picture
 from smalti.workflows.ray_session import ensure_ray
@@ -33,6 +34,7 @@ TREE = "tree.safetensors"
 COUNTS = "counts.safetensors"
 PICTURE = "sizes.png"
 WORK = "work"
+SAMPLED = "sampled_cells.json"
 SAMPLE_MIN = 65_536
 SAMPLE_A_CELL = 256
 SEEDS_A_CODE = 4  # vectors looked at for each seed of flat k-means
@@ -72,8 +74,8 @@ def _body(features: Artifact) -> Any:
     def body(run: StageRun) -> dict[str, int]:
         section = run.recipe.codebook
         check(run.recipe)
-        parts = clustering.chunks(features.path, "train")
-        num_vectors = sum(rows for chunk in parts for _, rows in chunk.parts)
+        parts, held_out = _chunks(run.recipe, features.path)
+        num_vectors = sum(chunk.rows for chunk in parts)
         if num_vectors < section.size:
             raise DataError(
                 f"codebook.size={section.size}, but {features.path} holds only {num_vectors} training vectors. "
@@ -82,12 +84,24 @@ def _body(features: Artifact) -> Any:
         workers = max(run.recipe.resources.readers, run.recipe.resources.actors)
         with ensure_ray(run.recipe):
             tree, counts = _Build(run, parts, workers).tree()
-            _score(run, features, parts, tree, workers)
+            _score(run, {"train": parts, "val": held_out}, tree, workers)
         _save(run.path, tree)
         storage.remove(storage.join(run.path, WORK))
         return {"codes": len(tree.codes), "cells": len(tree.cells), "vectors": num_vectors, **counts}
 
     return body
+
+
+def _chunks(recipe: Recipe, path: str) -> tuple[list[Chunk], list[Chunk]]:
+    """Chunks of the train and val vectors. Errors: DataError, shards of different widths."""
+    how = {"spherical": recipe.codebook.spherical, "gpus": recipe.resources.gpus_per_worker}
+    parts, held_out = (clustering.chunks(path, split, **how) for split in ("train", "val"))
+    if parts and held_out and parts[0].width != held_out[0].width:
+        raise DataError(
+            f"{path}: train vectors have {parts[0].width} numbers, val vectors {held_out[0].width}. "
+            f"Remove {path} and make the features again with one encoder."
+        )
+    return parts, held_out
 
 
 class _Build:
@@ -99,46 +113,68 @@ class _Build:
         self.work = storage.join(run.path, WORK)
 
     def tree(self) -> tuple[Tree, dict[str, int]]:
-        tree = self.flat() if self.section.coarse == 1 else self.two_level()
-        for number in range(self.section.polish):
-            tree = self.step(f"polish-{number:03d}", tree)
+        if self.section.coarse == 1:
+            tree = self.iterate("lloyd", self.parts, self.seeds, self.section.iterations)
+        else:
+            tree = self.iterate("polish", self.parts, self.two_level, self.section.polish)
+        counts = {"replaced": 0, "dropped": 0, "sampled_cells": self.noted_sampled()}
+        bad_K = distinct.unusable(tree.codes)
+        if bool(bad_K.any()):
+            tree, counts = self.mended(tree, bad_K, counts)
+        order = torch.argsort(tree.cell_of, stable=True)
+        return Tree(tree.cells, tree.codes[order], tree.cell_of[order]), counts
+
+    def mended(self, tree: Tree, bad_K: Tensor, counts: dict[str, int]) -> tuple[Tree, dict[str, int]]:
+        """Codes that repeat another one or are not finite put on other vectors or dropped, as the recipe says."""
+        num = int(bad_K.sum())
+        what = f"{num} codes repeated another one or were not finite"
+        if self.section.duplicates == "drop":
+            tree = distinct.without(tree, bad_K)
+            self.run.log(
+                f"{what} and were dropped: {len(tree.codes)} are left (a tokenizer wants codebook.size to say so)"
+            )
+            return tree, counts | {"dropped": num}
         try:
-            tree, replaced = clustering.distinct(self.parts, tree, self.workers)
+            tree = distinct.replaced(self.parts, tree, bad_K, self.workers)
         except DataError:
             storage.remove(self.work)  # no try with these settings ends otherwise: others may stand here
             raise
-        if replaced:
-            self.run.log(f"{replaced} codes repeated another one and were put on other vectors")
-        if not bool(torch.isfinite(tree.codes).all()):
-            raise DataError("k-means gave codes that are NaN or Inf: the features are too large for float32.")
-        order = torch.argsort(tree.cell_of, stable=True)
-        return Tree(tree.cells, tree.codes[order], tree.cell_of[order]), {"replaced": replaced}
+        self.run.log(f"{what} and were put on other vectors")
+        return tree, counts | {"replaced": num}
 
-    def flat(self) -> Tree:
-        """Lloyd's iterations over all vectors, from seeds drawn from a sample."""
-        num, seeds = self.section.size, self.kept("seeds")
-        if seeds is None:
-            wanted = max(self.section.sample or SAMPLE_MIN, SEEDS_A_CODE * num)
-            x_NC = clustering.sample(self.parts, wanted, self.seed, self.workers)
-            draw = kmeans.seed_plusplus if num <= kmeans.PLUSPLUS_MAX else kmeans.seed_random
-            codes_KC = draw(x_NC, num, torch.Generator().manual_seed(self.seed)).float()
-            seeds = Tree(x_NC.mean(0, keepdim=True), codes_KC, torch.zeros(num, dtype=torch.int64))
-            self.keep("seeds", seeds)
-        tree = seeds
-        for number in range(self.section.iterations):
-            tree = self.step(f"lloyd-{number:03d}", tree)
-        return tree
+    def seeds(self) -> Tree:
+        """Where flat k-means over all vectors starts."""
+        wanted = max(self.section.sample or SAMPLE_MIN, SEEDS_A_CODE * self.section.size)
+        return self.seeds_of(self.sampled(wanted), self.section.size)
 
-    def step(self, name: str, tree: Tree) -> Tree:
-        """One Lloyd pass over all vectors, unless it was made before."""
-        done = self.kept(name)
+    def sampled(self, wanted: int) -> list[Chunk]:
+        return clustering.sample(self.parts, wanted, self.seed, self.workers, storage.join(self.work, "sample"))
+
+    def seeds_of(self, sample: Sequence[Chunk], num: int) -> Tree:
+        """`num` codes drawn from a sample, in one cell; kept."""
+        done = self.kept("seeds")
         if done is not None:
             return done
-        moved, stats, reseeded = clustering.lloyd(self.parts, tree, self.workers)
-        self.run.log(f"{name}: distortion {stats.distortion:.5g} before it, {reseeded} codes re-seeded")
-        self.run.tracker.metrics({"distortion": stats.distortion}, step=int(name.rpartition("-")[2]))
-        self.keep(name, moved)
-        return moved
+        x_NC = torch.cat([x_NC for chunk in sample for _, x_NC in chunk.vectors()])
+        codes_KC = kmeans.seed(x_NC, num, torch.Generator().manual_seed(self.seed), self.section.seeding).float().cpu()
+        seeds = Tree(x_NC.mean(0, keepdim=True).cpu(), codes_KC, torch.zeros(num, dtype=torch.int64))
+        self.keep("seeds", seeds)
+        return seeds
+
+    def iterate(self, name: str, parts: Sequence[Chunk], first: Callable[[], Tree], steps: int) -> Tree:
+        """Lloyd passes over the parts, from `first()` or from the last pass that was kept."""
+        last = max((n for n in range(steps) if storage.exists(self.file(f"{name}-{n:03d}"))), default=-1)
+        tree = first() if last < 0 else self.kept(f"{name}-{last:03d}")
+        assert tree is not None
+        for number in range(last + 1, steps):
+            tree, stats, reseeded = clustering.lloyd(parts, tree, self.workers)
+            step = f"{name}-{number:03d}"
+            self.run.log(f"{step}: distortion {stats.distortion:.5g} before it, {reseeded} codes re-seeded")
+            metric = "distortion_of_cells" if name == "coarse" else "distortion"
+            self.run.tracker.metrics({metric: stats.distortion}, step=number)
+            self.keep(step, tree)
+            storage.remove(self.file(f"{name}-{number - 1:03d}"))
+        return tree
 
     def two_level(self) -> Tree:
         """Cells from a sample, then k-means in each cell."""
@@ -146,67 +182,82 @@ class _Build:
         if done is not None:
             return done
         cells_PC = self.cells()
-        names = storage.join(self.work, "cells")
+        names, codes = storage.join(self.work, "cells"), storage.join(self.work, "codes")
         self.run.log(f"sorting the vectors into {len(cells_PC)} cells")
-        sizes_P = clustering.write_cells(self.parts, cells_PC, names, self.workers)
+        sizes = cells.write_cells(self.parts, cells_PC, names, self.workers).tolist()
         divide = {"proportional": kmeans.allocate, "equal": kmeans.share_equally}[self.section.split]
-        shares = divide(self.section.size, sizes_P.tolist())
-        codes_KC = self.fine(names, sizes_P.tolist(), shares, cells_PC.shape[1])
+        shares = divide(self.section.size, sizes)
+        sampled = sum(size > self.section.cell_vectors for size in sizes)
+        if sampled:
+            self.run.log(
+                f"{sampled} cells hold more than codebook.cell_vectors={self.section.cell_vectors:,} vectors: their codes "
+                "come from a sample of so many"
+            )
+        self.fine(names, codes, sizes, shares)
+        codes_KC = cells.load_codes(codes, shares, cells_PC.shape[1])
         cell_of_K = torch.repeat_interleave(torch.arange(len(shares)), torch.tensor(shares))
         tree = Tree(cells_PC, codes_KC, cell_of_K)
+        storage.write_json(storage.join(self.work, SAMPLED), sampled)
         self.keep("fine", tree)
         storage.remove(names)
+        storage.remove(codes)
         return tree
 
+    def noted_sampled(self) -> int:
+        path = storage.join(self.work, SAMPLED)
+        return int(storage.read_json(path)) if storage.exists(path) else 0
+
     def cells(self) -> Tensor:
-        """Centroids of the first level: float32 (K1, C)."""
+        """Centroids of the first level by Lloyd over a sample: float32 (K1, C)."""
         done = self.kept("cells")
         if done is not None:
             return done.cells
         num = self.section.coarse
-        wanted = self.section.sample or max(SAMPLE_MIN, SAMPLE_A_CELL * num)
-        x_NC = clustering.sample(self.parts, max(wanted, num), self.seed, self.workers)
-        self.run.log(f"{num} cells from {len(x_NC):,} sampled vectors")
-        cells_PC = kmeans.kmeans(x_NC, num, self.section.iterations, torch.Generator().manual_seed(self.seed))
+        sample = self.sampled(max(self.section.sample or max(SAMPLE_MIN, SAMPLE_A_CELL * num), num))
+        self.run.log(f"{num} cells from {sum(chunk.rows for chunk in sample):,} sampled vectors")
+        cells_PC = self.iterate("coarse", sample, lambda: self.seeds_of(sample, num), self.section.iterations).codes
         self.keep("cells", Tree(cells_PC, torch.empty(0, cells_PC.shape[1]), torch.empty(0, dtype=torch.int64)))
+        storage.remove(storage.join(self.work, "sample"))
         return cells_PC
 
-    def fine(self, folder: str, sizes: list[int], shares: list[int], width: int) -> Tensor:
-        """Codes of all cells in order, a task for some neighbouring cells: float32 (K, C)."""
-        names = [storage.join(folder, key.replace("/", "-")) for chunk in self.parts for key, _ in chunk.parts]
+    def fine(self, folder: str, codes: str, sizes: list[int], shares: list[int]) -> None:
+        """Codes of all cells, a task for some neighbouring cells."""
+        names = [cells.cell_file(folder, chunk) for chunk in self.parts]
+        section, chunk = self.section, self.parts[0]
+        how = (section.seeding, section.spherical, chunk.gpus)
+        settings = cells.CellSettings(chunk.width, section.iterations, self.seed, section.cell_vectors, *how)
         items, first = [], 0
         for last in range(1, len(sizes) + 1):
             if last == len(sizes) or sum(sizes[first : last + 1]) > FINE_VECTORS:
-                items.append((names, first, shares[first:last], width, self.section.iterations, self.seed))
+                items.append((names, codes, first, shares[first:last], settings))
                 first = last
-        found = []
         with self.run.progress(sum(shares), "codes") as bar:
-            for codes_KC in clustering.in_order(clustering.fine, items, self.workers):
-                found.append(codes_KC)
-                bar.update(len(codes_KC))
-        return torch.cat(found)
+            for made in clustering.in_order(cells.fine, items, self.workers, chunk.gpus):
+                bar.update(made)
+
+    def file(self, name: str) -> str:
+        return storage.join(self.work, f"{name}.safetensors")
 
     def kept(self, name: str) -> Tree | None:
-        path = storage.join(self.work, f"{name}.safetensors")
-        if not storage.exists(path):
+        if not storage.exists(self.file(name)):
             return None
-        loaded = load_tensors(storage.read_bytes(path))
+        loaded = load_tensors(storage.read_bytes(self.file(name)))
         return Tree(loaded["cells"], loaded["codes"], loaded["cell_of"])
 
     def keep(self, name: str, tree: Tree) -> None:
         tensors = {"cells": tree.cells, "codes": tree.codes, "cell_of": tree.cell_of}
         data = save_tensors({key: value.contiguous() for key, value in tensors.items()})
-        storage.write_atomic(storage.join(self.work, f"{name}.safetensors"), data)
+        storage.write_atomic(self.file(name), data)
 
 
-def _score(run: StageRun, features: Artifact, parts: Sequence[Chunk], tree: Tree, workers: int) -> None:
+def _score(run: StageRun, splits: dict[str, list[Chunk]], tree: Tree, workers: int) -> None:
     """Fill the stage's scores and keep the counts, one pass over all vectors, and one over the held-out ones."""
     counted: dict[str, Tensor] = {}
-    for split, members in (("train", parts), ("val", clustering.chunks(features.path, "val"))):
+    for split, members in splits.items():
         if not members:
             run.log(f"no {split} vectors: their scores are left out")
             continue
-        stats: PassStats = clustering.full_pass(members, tree, workers, sums=False)
+        stats: PassStats = clustering.full_pass(members, tree, workers)
         counted[split] = stats.counts
         run.scores |= {
             f"distortion/{split}": stats.distortion,

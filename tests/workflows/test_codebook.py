@@ -1,0 +1,203 @@
+"""The stage codebook on 5,000 planted vectors: SIGKILL at every phase, bad shards, its settings."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from smalti import shards
+from smalti.artifact import RECORD, Artifact
+from smalti.errors import DataError
+from smalti.schema import Recipe
+from smalti.workflows import cells, clustering, codebook, distinct
+from smalti.workflows.clustering import Tree
+from smalti.workflows.ray_session import ensure_ray
+from smalti.workflows.stage import StageRun, run_stage
+
+SHARDS, ROWS, DIM = 10, 500, 8
+MOMENTS = ("sample/train/*.parquet", "coarse-001.safetensors", "cells/*.npy", "codes/*.npy", "polish-000.safetensors")
+CHILD = """
+import sys
+from smalti.schema import Recipe
+from smalti.workflows import clustering, codebook
+clustering.CHUNK_VECTORS = 1_000
+codebook.run(Recipe.model_validate_json(sys.argv[1]))
+"""
+
+
+def recipe(out: Path, workers: int = 1, **section: Any) -> Recipe:
+    section = {"size": 60, "coarse": 5, "iterations": 3, "polish": 2} | section
+    given = {"out": str(out), "tracking": {"uri": "off"}, "codebook": section, "resources": {"actors": workers}}
+    return Recipe.model_validate(given)
+
+
+def write(folder: str, key: str, x_NC: np.ndarray) -> None:
+    columns = [["x"] * len(x_NC), list(range(len(x_NC))), shards.list_column(x_NC.astype(np.float16))]
+    shards.write_shard(folder, key, pa.table(columns, shards.feature_schema(x_NC.shape[1])))
+
+
+def plant(run: StageRun) -> dict[str, int]:
+    """Vectors around 40 centres, the last shard of ten held out."""
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(40, DIM)) * 3
+    for number in range(SHARDS):
+        x_NC = centres[rng.integers(40, size=ROWS)] + 0.3 * rng.normal(size=(ROWS, DIM))
+        write(run.path, shards.shard_key("train", number) if number < SHARDS - 1 else "val/00000", x_NC)
+    return {"vectors": SHARDS * ROWS}
+
+
+def planted(out: Path, workers: int = 1, **section: Any) -> Recipe:
+    wanted = recipe(out, workers, **section)
+    run_stage(wanted, "features", "features", {}, {}, plant)
+    return wanted
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_here() -> Iterator[None]:
+    with ensure_ray(recipe(Path("unused"), workers=2)):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five chunks."""
+    monkeypatch.setattr(clustering, "CHUNK_VECTORS", 1_000)
+
+
+def files(folder: str | Path) -> dict[str, bytes]:
+    found = (path for path in sorted(Path(folder).rglob("*")) if path.is_file() and path.name != RECORD)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+def kill_when(wanted: Recipe, pattern: str) -> dict[Path, int]:
+    """Run the stage in a process of its own and SIGKILL it when the file stands; what stands then, and since when."""
+    import ray
+
+    work = Path(wanted.out) / "codebook" / "work"
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    process = subprocess.Popen([sys.executable, "-c", CHILD, wanted.model_dump_json()], env=environment)
+    try:
+        deadline = time.monotonic() + 200
+        while not list(work.glob(pattern)):
+            assert process.poll() is None, f"it ended before {pattern} stood"
+            assert time.monotonic() < deadline, f"{pattern} did not come"
+            time.sleep(0.001)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    time.sleep(0.5)  # its tasks end with it
+    return {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
+
+
+@pytest.mark.timeout(400)
+def test_a_kill_in_every_phase_ends_with_the_same_bytes_and_nothing_is_made_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clustering, "RANGE_NUMBERS", 7 * DIM)
+    monkeypatch.setattr(clustering, "FOLD", 2)
+    whole = codebook.run(planted(tmp_path / "whole", workers=2))
+    torn = planted(tmp_path / "torn")
+    stood: dict[Path, int] = {}
+    for pattern in MOMENTS:
+        stands = kill_when(torn, pattern)
+        assert all(stands[path] == since for path, since in stood.items() if path in stands), pattern
+        stood = stands
+    assert not (Path(torn.out) / "codebook" / RECORD).exists()
+    made = codebook.run(torn)
+    assert files(made.path) == files(whole.path)
+    assert (made.scores, made.counts) == (whole.scores, whole.counts)
+    assert made.scores["distortion/val"] < 2 * 0.09 * DIM, "the planted noise"
+
+
+def test_ranges_added_in_tasks_are_the_sums_of_a_loop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(clustering, "RANGE_NUMBERS", 7 * DIM)
+    monkeypatch.setattr(clustering, "FOLD", 2)
+    parts = clustering.chunks(str(Path(planted(tmp_path).out) / "features"), "train")
+    assert [chunk.rows for chunk in parts] == [1000, 1000, 1000, 1000, 500]
+    x_NC = torch.cat([x_NC for chunk in parts for _, x_NC in chunk.vectors()])
+    codes_KC = x_NC[:20].clone()
+    sums = clustering.RangeSums(20, DIM)
+    clustering.full_pass(parts, Tree(x_NC[:1], codes_KC, torch.zeros(20, dtype=torch.int64)), 2, sums=sums)
+    found = torch.cat([rows for _, rows in sums.ranges()])
+    ids_N = torch.cdist(x_NC.double(), codes_KC.double()).argmin(1)
+    expected = torch.stack([x_NC[ids_N == code].double().sum(0) for code in range(20)])
+    assert len(sums.bounds) == 3
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_large_cells_are_sampled_and_it_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    made = codebook.run(planted(tmp_path, cell_vectors=300, polish=0))
+    assert made.counts["sampled_cells"] == 5
+    assert "5 cells hold more than codebook.cell_vectors=300 vectors" in capfd.readouterr().err
+    assert made.scores["distortion/val"] < 2 * 0.09 * DIM
+
+
+def test_a_sample_of_a_cell_is_among_its_vectors_and_the_same_for_any_files(tmp_path: Path) -> None:
+    parts = clustering.chunks(str(Path(planted(tmp_path).out) / "features"), "train")
+    centres_PC = next(parts[0].vectors())[1][:3]
+    for chunk in parts:
+        cells._chunk_cells(chunk, centres_PC, str(tmp_path / "cells"))
+    names = [cells.cell_file(str(tmp_path / "cells"), chunk) for chunk in parts]
+    every, some = (
+        cells.read_cells(names, 0, 3, cells.CellSettings(DIM, iterations=1, seed=3, bound=bound))
+        for bound in (9999, 40)
+    )
+    assert sum(len(x_NC) for x_NC in every) == 4500
+    for whole_NC, drawn_NC in zip(every, some, strict=True):
+        assert len(drawn_NC) == 40
+        assert {tuple(row) for row in drawn_NC.tolist()} <= {tuple(row) for row in whole_NC.tolist()}
+    alone = cells.read_cells(names, 1, 2, cells.CellSettings(DIM, iterations=1, seed=3, bound=40))
+    assert torch.equal(alone[0], some[1]), "read alone or with its neighbours"
+
+
+@pytest.mark.parametrize("coarse", [1, 5])
+def test_spherical_codes_are_unit_vectors_and_random_seeds_do(tmp_path: Path, coarse: int) -> None:
+    made = codebook.run(planted(tmp_path, coarse=coarse, spherical=True, seeding="random", polish=1))
+    codes_KC = codebook.load_centroids(made)
+    torch.testing.assert_close(codes_KC.norm(dim=-1), torch.ones(60))
+    assert made.scores["distortion/val"] < 0.1, "2 − 2·cosine"
+
+
+def test_codes_that_repeat_or_are_not_finite_are_dropped_and_k_says_so(tmp_path: Path) -> None:
+    def few(run: StageRun) -> dict[str, int]:
+        rng = np.random.default_rng(0)
+        write(run.path, "train/00000", np.repeat(rng.normal(size=(8, 6)), 25, 0))
+        return {"vectors": 200}
+
+    wanted = recipe(tmp_path, size=12, coarse=2, duplicates="drop")
+    run_stage(wanted, "features", "features", {}, {}, few)
+    made = codebook.run(wanted)
+    assert (made.counts["codes"], made.counts["dropped"], made.counts["replaced"]) == (8, 4, 0)
+    assert codebook.load_centroids(made).shape == (8, 6)
+    codes_KC = torch.tensor([[1.0, 0.0], [1.0, -0.0], [float("nan"), 0], [2.0, 0.0], [float("inf"), 0]])
+    assert distinct.unusable(codes_KC).tolist() == [False, True, True, False, True]
+
+
+@pytest.mark.parametrize("bad", ["width", "nan", "val"])
+def test_a_bad_shard_is_named(tmp_path: Path, bad: str) -> None:
+    wanted = planted(tmp_path)
+    folder = str(Path(wanted.out) / "features")
+    x_NC = np.zeros((ROWS, DIM + (bad == "width") + (bad == "val")))
+    x_NC[3, 2] = np.nan if bad == "nan" else 0
+    write(folder, "val/00000" if bad == "val" else "train/00004", x_NC)
+    message = {
+        "width": r"train/00004.parquet holds vectors of 9 numbers, where the other shards .* hold 8",
+        "nan": r"train/00004.parquet holds NaN or Inf",
+        "val": r"train vectors have 8 numbers, val vectors 9",
+    }[bad]
+    with pytest.raises(DataError, match=message):
+        codebook.run(wanted)
+    assert Artifact.find(str(Path(wanted.out) / "codebook")) is None
+    if bad != "nan":
+        assert not (Path(wanted.out) / "codebook" / "work").exists(), "told before any work"
