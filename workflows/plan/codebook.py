@@ -32,9 +32,10 @@ def plan_codebook(section: CodebookSection, vectors: int, width: int, rates: Rat
 def _two_level(section: CodebookSection, vectors: int, width: int) -> list[Phase]:
     cells, turns, data = section.coarse, section.iterations, float(HALF * vectors * width)
     sample = _sample(section, vectors)
+    tasks = -(-sample // clustering.SAMPLE_CHUNK_VECTORS)
     return [
         Phase("sample", "every shard is read once", read=data),
-        Phase("cells", "2·S·P·C a Lloyd iteration, by one device", 2.0 * sample * cells * width * turns, devices=1),
+        Phase("cells", "2·S·P·C a Lloyd iteration", 2.0 * sample * cells * width * turns, devices=tasks),
         Phase("sorting", "2·N·P·C", 2.0 * vectors * cells * width, data, data),
         Phase("codes", "2·N·(K/P)·C a Lloyd iteration", 2.0 * vectors * section.size / cells * width * turns, data),
     ]
@@ -71,7 +72,14 @@ def _memory(section: CodebookSection, vectors: int, width: int) -> list[tuple[st
         ),
     ]
     if section.coarse > 1:
-        cell = vectors / section.coarse
+        cell = min(vectors / section.coarse, section.cell_vectors)
         size = cell * (SINGLE + HALF) * width + DOUBLE * section.size / section.coarse * width
-        needs.append(("a task in a cell", size, "(4 + 2)·(N/P)·C + 8·(K/P)·C", "Set codebook.coarse higher."))
+        needs.append(
+            (
+                "a task in a cell",
+                size,
+                "(4 + 2)·(N/P)·C + 8·(K/P)·C",
+                "Set codebook.coarse higher, or codebook.cell_vectors lower.",
+            )
+        )
     return needs
