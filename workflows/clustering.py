@@ -58,6 +58,10 @@ class Chunk:
         """Vectors in it."""
         return sum(count for _, count in self.parts)
 
+    def on_cpu(self) -> Chunk:
+        """The same for a process without a GPU, such as the driver."""
+        return replace(self, gpus=0.0)
+
     def vectors(self) -> Iterator[tuple[str, Tensor]]:
         """(key of the first shard, float32 (n, C)) of shards that together have `BLOCK_VECTORS`, or are the last.
 
@@ -271,7 +275,8 @@ def full_pass(parts: Sequence[Chunk], tree: Tree, workers: int, *, sums: RangeSu
 def _chunk_pass(chunk: Chunk, shared: tuple[np.ndarray, ...], bounds: Sequence[tuple[int, int]]) -> tuple[Any, ...]:
     """Task of `full_pass`: (counts, sum of distances, far vectors, their distances), then each range's part."""
     tree = Tree.of_shared(shared, chunk.device)
-    counts_K, distance, used, used_sums, far_NC, far_N = _chunk_stats(chunk, tree, bool(bounds))
+    with torch.device(chunk.device):
+        counts_K, distance, used, used_sums, far_NC, far_N = _chunk_stats(chunk, tree, bool(bounds))
     found = counts_K.cpu(), distance, far_NC.cpu(), far_N.cpu()
     if not bounds:
         return found
@@ -351,7 +356,7 @@ def _chunk_sample(chunk: Chunk, quota: int, seed: int, number: int, folder: str)
         return
     chosen = np.sort(np.random.default_rng([abs(seed), number]).permutation(chunk.rows)[:quota])
     taken, start = [], 0
-    for _, x_NC in replace(chunk, spherical=False, gpus=0.0).vectors():
+    for _, x_NC in replace(chunk.on_cpu(), spherical=False).vectors():
         mine = chosen[(chosen >= start) & (chosen < start + len(x_NC))] - start
         taken.append(x_NC.numpy()[mine].astype(np.float16))  # exact: they came as float16
         start += len(x_NC)

@@ -155,9 +155,9 @@ class _Build:
         done = self.kept("seeds")
         if done is not None:
             return done
-        x_NC = torch.cat([x_NC for chunk in sample for _, x_NC in chunk.vectors()])
-        codes_KC = kmeans.seed(x_NC, num, torch.Generator().manual_seed(self.seed), self.section.seeding).float().cpu()
-        seeds = Tree(x_NC.mean(0, keepdim=True).cpu(), codes_KC, torch.zeros(num, dtype=torch.int64))
+        x_NC = torch.cat([x_NC for chunk in sample for _, x_NC in chunk.on_cpu().vectors()])
+        codes_KC = kmeans.seed(x_NC, num, torch.Generator().manual_seed(self.seed), self.section.seeding).float()
+        seeds = Tree(x_NC.mean(0, keepdim=True), codes_KC, torch.zeros(num, dtype=torch.int64))
         self.keep("seeds", seeds)
         return seeds
 

@@ -37,7 +37,7 @@ def replaced(parts: Sequence[Chunk], tree: Tree, bad_K: Tensor, workers: int) ->
     known = {_name(row) for row in kept.codes}
     fresh: list[Tensor] = []
     vectors: Iterator[Tensor] = iter(full_pass(parts, kept, workers).far if len(kept.codes) else ())
-    for source in (vectors, (x for chunk in parts for _, x_NC in chunk.vectors() for x in x_NC.cpu())):
+    for source in (vectors, (x for chunk in parts for _, x_NC in chunk.on_cpu().vectors() for x in x_NC)):
         for x_C in source:
             if len(fresh) == missing:
                 break
