@@ -94,8 +94,8 @@ def _body(features: Artifact) -> Any:
 
 def _chunks(recipe: Recipe, path: str) -> tuple[list[Chunk], list[Chunk]]:
     """Chunks of the train and val vectors. Errors: DataError, shards of different widths."""
-    how = {"spherical": recipe.codebook.spherical, "gpus": recipe.resources.gpus_per_worker}
-    parts, held_out = (clustering.chunks(path, split, **how) for split in ("train", "val"))
+    spherical, gpus = recipe.codebook.spherical, recipe.resources.gpus_per_worker
+    parts, held_out = (clustering.chunks(path, split, spherical=spherical, gpus=gpus) for split in ("train", "val"))
     if parts and held_out and parts[0].width != held_out[0].width:
         raise DataError(
             f"{path}: train vectors have {parts[0].width} numbers, val vectors {held_out[0].width}. "
