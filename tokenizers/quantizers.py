@@ -45,11 +45,11 @@ def search(z_MD: Tensor, codes_KD: Tensor, chunk: int | None = None) -> tuple[Te
         scores_M = torch.empty(len(z_MD), dtype=torch.float32, device=z_MD.device)
         for start in range(0, len(z_MD), rows):
             part = slice(start, start + rows)
-            scores_M[part], ids_M[part] = _best_score(z_MD[part], codes_KD, half_norms_K)
+            scores_M[part], ids_M[part] = best_score(z_MD[part], codes_KD, half_norms_K)
         return ids_M, (2 * scores_M + z_MD.square().sum(-1)).clamp_(min=0)
 
 
-def _best_score(z_MD: Tensor, codes_KD: Tensor, half_norms_K: Tensor) -> tuple[Tensor, Tensor]:
+def best_score(z_MD: Tensor, codes_KD: Tensor, half_norms_K: Tensor) -> tuple[Tensor, Tensor]:
     """Lowest ‖c‖²/2 − z·c of every row, and its code."""
     best: tuple[Tensor, Tensor] | None = None
     for start in range(0, len(codes_KD), CODE_BLOCK):

@@ -1,0 +1,108 @@
+"""CodeIndex against full distances: exact, through the tree, in bfloat16, with a bounded scratch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from smalti.tokenizers import quantizers
+from smalti.tokenizers.code_index import CodeIndex
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def tree_index(num: int = 600, cells: int = 12, dim: int = 8) -> CodeIndex:
+    """Random codes, each in the cell that is nearest to it; the last cell holds none."""
+    codes, centres = drawn(num, dim, seed=1), drawn(cells, dim, seed=2)
+    centres = torch.cat([centres, torch.full((1, dim), 100.0)])
+    return CodeIndex(codes, centres, torch.cdist(codes, centres).argmin(-1))
+
+
+def test_exact_search_finds_what_the_full_matrix_of_distances_says() -> None:
+    index, x = tree_index(), drawn(300, 8)
+    full = torch.cdist(x.double(), index.codes.double())
+    ids, distance = index.exact(x)
+    assert ids.dtype == torch.int64 and torch.equal(ids, full.argmin(-1))
+    torch.testing.assert_close(distance.double(), full.amin(-1).square(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_tree_with_every_cell_is_exact() -> None:
+    index, x = tree_index(), drawn(300, 8)
+    for found, wanted in zip(index.tree(x, 99), index.exact(x), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_the_tree_searches_the_nearest_cells_only() -> None:
+    index, x = tree_index(), drawn(200, 8)
+    probed = torch.cdist(x, index.cells).topk(3, largest=False).indices
+    allowed = (probed[:, :, None] == index.cell_of).any(1)
+    distance = torch.cdist(x, index.codes).masked_fill(~allowed, float("inf"))
+    assert torch.equal(index.tree(x, 3)[0], distance.argmin(-1))
+
+
+def test_ties_take_the_lowest_code_also_across_cells() -> None:
+    codes = torch.tensor([[9.0, 9.0], [1.0, 0.0], [-1.0, 0.0], [1.0, 0.0]])
+    index = CodeIndex(codes, torch.tensor([[-2.0, 0.0], [2.0, 0.0]]), torch.tensor([1, 1, 0, 0]))
+    x = torch.tensor([[0.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])
+    for found in (index.exact(x), index.exact(x, torch.bfloat16), index.tree(x, 2)):
+        assert found[0].tolist() == [1, 1, 2]
+
+
+def test_no_matrix_of_scores_is_larger_than_the_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    index, x = tree_index(), drawn(300, 8)
+    wanted, sizes = index.exact(x)[0], []
+    inner = quantizers.best_score
+
+    def watched(z: Tensor, codes: Tensor, half_norms: Tensor) -> tuple[Tensor, Tensor]:
+        sizes.append(len(z) * min(len(codes), quantizers.CODE_BLOCK))
+        return inner(z, codes, half_norms)
+
+    monkeypatch.setattr(quantizers, "best_score", watched)
+    monkeypatch.setattr(quantizers, "SCRATCH_SCORES", 2048)
+    monkeypatch.setattr(quantizers, "CODE_BLOCK", 64)
+    assert torch.equal(index.exact(x)[0], wanted) and len(sizes) == -(-300 // 32)
+    assert torch.equal(index.exact(x, torch.bfloat16)[0], wanted)
+    assert torch.equal(index.tree(x, 12)[0], wanted)
+    assert max(sizes) <= 2048
+
+
+def test_recall_is_that_of_the_search_grows_with_the_cells_and_ends_at_one() -> None:
+    index, x = tree_index(), drawn(300, 8)
+    recalls, wanted = index.recalls(x), index.exact(x)[0]
+    assert len(recalls) == len(index.cells) and bool((recalls.diff() >= 0).all()) and float(recalls[-1]) == 1
+    for num in (1, 2, 5):
+        assert float(recalls[num - 1]) == float((index.tree(x, num)[0] == wanted).double().mean())
+
+
+@pytest.mark.parametrize("asked", [0.2, 0.8, 0.97, 1.0])
+def test_the_cells_chosen_are_the_fewest_that_reach_the_recall(asked: float) -> None:
+    index, x = tree_index(), drawn(300, 8)
+    num, reached = index.cells_for(x, asked)
+    assert reached >= asked
+    assert num == 1 or float(index.recalls(x)[num - 2]) < asked
+
+
+def test_bfloat16_scores_with_rescoring_equal_float32() -> None:
+    index, x = CodeIndex(drawn(3000, 32, seed=1)), drawn(400, 32)
+    ids, distance = index.exact(x, torch.bfloat16)
+    wanted, wanted_distance = index.exact(x)
+    assert torch.equal(ids, wanted)
+    torch.testing.assert_close(distance, wanted_distance)
+    rough = (index.codes.bfloat16().float().square().sum(-1) / 2 - x.bfloat16() @ index.codes.bfloat16().T).argmin(-1)
+    assert not torch.equal(rough, wanted)  # without rescoring it would not be
+
+
+def test_no_vectors_give_no_codes_and_what_does_not_fit_is_refused() -> None:
+    index = tree_index()
+    assert index.tree(drawn(0, 8), 2)[0].shape == index.exact(drawn(0, 8), torch.bfloat16)[0].shape == (0,)
+    with pytest.raises(ValueError, match="do not fit codes"):
+        CodeIndex(drawn(4, 8), drawn(2, 7), torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(ValueError, match="names cell 5 of 2"):
+        CodeIndex(drawn(4, 8), drawn(2, 8), torch.full((4,), 5))
+    with pytest.raises(ValueError, match="0 cells"):
+        index.tree(drawn(1, 8), 0)
+    with pytest.raises(ValueError, match="is asked for"):
+        index.cells_for(drawn(9, 8), 1.5)

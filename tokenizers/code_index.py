@@ -1,0 +1,156 @@
+"""Nearest codes of many vectors: exactly, or through the tree that k-means left.
+
+Axis letters: N vectors, C their width, K codes, P cells, B candidates of a vector.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from smalti.tokenizers import quantizers
+
+CANDIDATES = 16
+"""Codes of each vector that are scored again in float32 after a search in another precision."""
+
+
+class CodeIndex:
+    """Codes (K, C) and, for the tree search, cells (P, C) and the cell of each code, int64 (K,).
+
+    The codes lie sorted by cell and their half-norms beside them, so that a cell is one GEMM against contiguous rows.
+    Results lie on the codes' device, where the vectors must lie too. ValueError: shapes that do not go together.
+    """
+
+    def __init__(self, codes_KC: Tensor, cells_PC: Tensor | None = None, cell_of_K: Tensor | None = None) -> None:
+        if codes_KC.ndim != 2 or not len(codes_KC):
+            raise ValueError(f"CodeIndex wants codes (K, C) with K >= 1, got {tuple(codes_KC.shape)}")
+        self.codes = codes_KC.float()
+        if cells_PC is None or cell_of_K is None:
+            cells_PC, cell_of_K = self.codes.mean(0, keepdim=True), codes_KC.new_zeros(len(codes_KC), dtype=torch.int64)
+        if cell_of_K.shape != (len(codes_KC),) or cells_PC.shape[1:] != codes_KC.shape[1:]:
+            raise ValueError(
+                f"CodeIndex: cells {tuple(cells_PC.shape)} and cell_of {tuple(cell_of_K.shape)} "
+                f"do not fit codes {tuple(codes_KC.shape)}; want (P, C) and (K,)"
+            )
+        sizes_P = torch.bincount(cell_of_K, minlength=len(cells_PC))
+        if len(sizes_P) > len(cells_PC):
+            raise ValueError(f"CodeIndex: cell_of names cell {len(sizes_P) - 1} of {len(cells_PC)}")
+        full = sizes_P > 0
+        self.cells = cells_PC[full].float()  # a cell without codes is never searched
+        self.cell_of = (full.cumsum(0) - 1)[cell_of_K]
+        self._order = torch.argsort(cell_of_K, stable=True)
+        self._sorted = self.codes[self._order]
+        self._half_norms = self._sorted.square().sum(-1) / 2
+        self._cell_half_norms = self.cells.square().sum(-1) / 2
+        self._starts = [0, *sizes_P[full].cumsum(0).tolist()]
+
+    def exact(self, x_NC: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Code of each vector and its squared distance: int64 (N,), float32 (N,). Ties take the lowest code.
+
+        With another dtype (bfloat16) the scores are taken in it, and the best `CANDIDATES` of them again in float32:
+        exact unless that many codes lie within its rounding.
+        """
+        if dtype == torch.float32:
+            return quantizers.search(x_NC, self.codes)
+        x_NC = x_NC.float()
+        half_norms_K = self.codes.square().sum(-1) / 2
+        low_KC, low_NC = self.codes.to(dtype), x_NC.to(dtype)
+        ids_N, scores_N = _empty(x_NC)
+        for rows in _blocks(len(x_NC), max(x_NC.shape[1] * CANDIDATES, min(len(low_KC), quantizers.CODE_BLOCK))):
+            found_NB = _candidates(low_NC[rows], low_KC, half_norms_K)
+            dots_NB = torch.einsum("nc,nbc->nb", x_NC[rows], self.codes[found_NB])
+            scores_N[rows], place_N = (half_norms_K[found_NB] - dots_NB).min(-1)
+            ids_N[rows] = found_NB.gather(1, place_N[:, None])[:, 0]
+        return ids_N, _distance(x_NC, scores_N)
+
+    def tree(self, x_NC: Tensor, num_cells: int) -> tuple[Tensor, Tensor]:
+        """As `exact`, among the codes of the `num_cells` cells nearest to each vector (all that hold codes, if fewer).
+
+        The vectors that probe a cell are scored together. ValueError: `num_cells` below 1.
+        """
+        if num_cells < 1:
+            raise ValueError(f"a search in {num_cells} cells; at least 1 is needed")
+        if len(self.cells) == 1:
+            return self.exact(x_NC)
+        x_NC = x_NC.float()
+        probed = self._probe(x_NC, min(num_cells, len(self.cells)))
+        width = probed.shape[1]
+        pairs = torch.argsort(probed.flatten(), stable=True) // width
+        ends = torch.bincount(probed.flatten(), minlength=len(self.cells)).cumsum(0).tolist()
+        ids_N, scores_N = _empty(x_NC)
+        for cell, (first, last) in enumerate(zip([0, *ends], ends, strict=False)):
+            codes = slice(self._starts[cell], self._starts[cell + 1])
+            num_codes = min(codes.stop - codes.start, quantizers.CODE_BLOCK)
+            for block in _blocks(last - first, max(num_codes, x_NC.shape[1])):
+                rows = pairs[first:last][block]
+                score, local = quantizers.best_score(x_NC[rows], self._sorted[codes], self._half_norms[codes])
+                found = self._order[codes][local]
+                best, known = scores_N[rows], ids_N[rows]
+                closer = (score < best) | ((score == best) & (found < known))
+                scores_N[rows], ids_N[rows] = torch.where(closer, score, best), torch.where(closer, found, known)
+        return ids_N, _distance(x_NC, scores_N)
+
+    def recalls(self, x_NC: Tensor) -> Tensor:
+        """Share of the vectors whose nearest code lies in their 1, 2, … nearest cells: float64 (cells with codes,).
+
+        So `recalls(x)[n - 1]` is the recall@1 of `tree(x, n)` against `exact(x)`. ValueError: no vectors.
+        """
+        if not len(x_NC):
+            raise ValueError("recall on 0 vectors")
+        x_NC, num = x_NC.float(), len(self.cells)
+        home_N = self.cell_of[self.exact(x_NC)[0]]
+        ranks_P = torch.zeros(num, dtype=torch.int64, device=x_NC.device)
+        for rows in _blocks(len(x_NC), num):
+            ranks = (self._probe(x_NC[rows], num) == home_N[rows, None]).int().argmax(-1)
+            ranks_P += torch.bincount(ranks, minlength=num)
+        return ranks_P.cumsum(0).double() / len(x_NC)
+
+    def cells_for(self, x_NC: Tensor, recall: float) -> tuple[int, float]:
+        """Fewest cells that reach a recall on these vectors, and the recall that they reach.
+
+        ValueError: a recall outside (0, 1], or no vectors.
+        """
+        if not 0 < recall <= 1:
+            raise ValueError(f"a recall of {recall} is asked for; want one in (0, 1]")
+        recalls = self.recalls(x_NC)
+        num = int((recalls >= recall).int().argmax())
+        return num + 1, float(recalls[num])
+
+    def _probe(self, x_NC: Tensor, num: int) -> Tensor:
+        """The nearest cells of each vector, nearest first: int64 (N, num)."""
+        probed = torch.empty(len(x_NC), num, dtype=torch.int64, device=x_NC.device)
+        for rows in _blocks(len(x_NC), len(self.cells)):
+            scores = torch.addmm(self._cell_half_norms, x_NC[rows], self.cells.T, alpha=-1)
+            probed[rows] = scores.topk(num, largest=False).indices
+        return probed
+
+
+def _candidates(low_NC: Tensor, low_KC: Tensor, half_norms_K: Tensor) -> Tensor:
+    """The best `CANDIDATES` codes by scores of low precision, lowest id first: int64 (N, B)."""
+    scores = low_NC.new_empty(len(low_NC), 0, dtype=torch.float32)
+    ids = scores.to(torch.int64)
+    for start in range(0, len(low_KC), quantizers.CODE_BLOCK):
+        block = slice(start, start + quantizers.CODE_BLOCK)
+        part = half_norms_K[block] - (low_NC @ low_KC[block].T).float()
+        part, place = part.topk(min(CANDIDATES, part.shape[1]), largest=False)
+        scores, ids = torch.cat([scores, part], 1), torch.cat([ids, place + start], 1)
+        scores, place = scores.topk(min(CANDIDATES, scores.shape[1]), largest=False)
+        ids = ids.gather(1, place)
+    return ids.sort(-1).values
+
+
+def _blocks(num: int, width: int) -> list[slice]:
+    """Rows in slices of which each has at most `quantizers.SCRATCH_SCORES` numbers when a row has `width`."""
+    rows = max(1, quantizers.SCRATCH_SCORES // max(1, width))
+    return [slice(at, min(num, at + rows)) for at in range(0, num, rows)]
+
+
+def _empty(x_NC: Tensor) -> tuple[Tensor, Tensor]:
+    ids_N = torch.full((len(x_NC),), -1, dtype=torch.int64, device=x_NC.device)
+    return ids_N, torch.full((len(x_NC),), math.inf, dtype=torch.float32, device=x_NC.device)
+
+
+def _distance(x_NC: Tensor, scores_N: Tensor) -> Tensor:
+    return (2 * scores_N + x_NC.square().sum(-1)).clamp_(min=0)
