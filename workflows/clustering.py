@@ -25,6 +25,7 @@ from torch import Tensor
 from smalti import shards, storage
 from smalti.errors import DataError, SmaltiError
 from smalti.tokenizers import kmeans
+from smalti.tokenizers.code_index import CodeIndex
 
 CHUNK_VECTORS = 262_144  # of a task: what a lost task costs
 SAMPLE_CHUNK_VECTORS = 16_384  # of a task of the first level: its sample is small
@@ -186,30 +187,12 @@ def in_order(
         waiting[number] = None
 
 
-def assign(x_NC: Tensor, tree: Tree) -> tuple[Tensor, Tensor]:
+def assign(x_NC: Tensor, index: CodeIndex) -> tuple[Tensor, Tensor]:
     """Code of each vector and its squared distance: int64 (N,), float32 (N,).
 
     Exact with one cell; else among the codes of the `PROBES` nearest cells. Ties take the lowest code.
     """
-    if len(tree.cells) == 1:
-        return kmeans.assign(x_NC, tree.codes)
-    order_K = torch.argsort(tree.cell_of, stable=True)
-    sizes_P = torch.bincount(tree.cell_of, minlength=len(tree.cells))
-    starts_P = torch.cumsum(sizes_P, 0) - sizes_P
-    full = (sizes_P > 0).nonzero().flatten()
-    cells = tree.cells[full]
-    scores = torch.addmm(cells.square().sum(-1) / 2, x_NC, cells.T, alpha=-1)
-    probed_NB = full[scores.topk(min(PROBES, len(full)), largest=False).indices]
-    best_N = torch.full((len(x_NC),), float("inf"))
-    ids_N = torch.full((len(x_NC),), len(tree.codes))
-    for cell in probed_NB.unique().tolist():
-        rows = (probed_NB == cell).any(-1).nonzero().flatten()
-        members = order_K[starts_P[cell] : starts_P[cell] + sizes_P[cell]]
-        local, distance = kmeans.assign(x_NC[rows], tree.codes[members])
-        found = members[local]
-        closer = (distance < best_N[rows]) | ((distance == best_N[rows]) & (found < ids_N[rows]))
-        best_N[rows[closer]], ids_N[rows[closer]] = distance[closer], found[closer]
-    return ids_N, best_N
+    return index.tree(x_NC, PROBES)
 
 
 class RangeSums:
@@ -289,11 +272,12 @@ def _chunk_pass(chunk: Chunk, shared: tuple[np.ndarray, ...], bounds: Sequence[t
 def _chunk_stats(chunk: Chunk, tree: Tree, sums: bool) -> tuple[Any, ...]:
     """Task of `full_pass`: (counts, sum of distances, codes that were used, their sums, far vectors, distances)."""
     num, width = tree.codes.shape
+    index = CodeIndex(tree.codes, tree.cells, tree.cell_of)
     counts_K = torch.zeros(num, dtype=torch.int64)
     sums_KC = torch.zeros(num, width, dtype=torch.float64) if sums else None
     distance_sum, far_NC, far_N = 0.0, torch.empty(0, width), torch.empty(0)
     for _, x_NC in chunk.vectors():
-        ids_N, distance_N = assign(x_NC, tree)
+        ids_N, distance_N = assign(x_NC, index)
         if sums_KC is not None:
             part_sums, part_counts = kmeans.lloyd_stats(x_NC, ids_N, num)
             sums_KC += part_sums
