@@ -44,7 +44,8 @@ def format_count(value: float) -> str:
 class Progress:
     """Counts `unit`s up to `total` (None: unknown) and shows the rate since the start and the time that is left.
 
-    Units that stood before this process began (a resumed stage) are given as `done`: they count, but not in the rate.
+    Units that stood before this process began (a resumed stage) are given as `done`, or by `stood` where it shows on
+    the way: they count, but not in the rate.
     """
 
     def __init__(
@@ -68,6 +69,12 @@ class Progress:
     ) -> None:
         with self._lock:
             self._show(time.monotonic(), last=True, failed=kind is not None)
+
+    def stood(self, n: int) -> None:
+        """Count `n` units that an earlier process made."""
+        with self._lock:
+            self._before += n
+        self.update(n)
 
     def update(self, n: int = 1, **info: Any) -> None:
         """Count `n` more units; `info` (a loss, a reason) stands at the end of the line until it is given anew."""

@@ -110,8 +110,13 @@ class EncoderSection(Section):
 class FeaturesSection(Section):
     """Patch features of the training and held-out images."""
 
+    source: str | list[str] | None = Field(
+        None, description="images read without a corpus, as corpus.source; split by corpus.val_fraction"
+    )
     patches: Literal["all"] | Positive = Field("all", description="all, or n patches an image, drawn by image_id")
     batch_size: Positive = 64
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the model; bf16: autocast, for GPUs")
+    compile: bool = Field(False, description="torch.compile the model: a minute's start, then faster on GPUs")
 
 
 class CodebookSection(Section):
@@ -230,6 +235,8 @@ class TokensSection(Section):
     """Corpus to token shards."""
 
     batch_size: Positive = 64
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the model; bf16: autocast, for GPUs")
+    compile: bool = Field(False, description="torch.compile the model: a minute's start, then faster on GPUs")
 
 
 class LanguageModel(Section):

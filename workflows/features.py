@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,23 +14,34 @@ import pyarrow as pa
 from smalti import images, shards, storage
 from smalti.artifact import Artifact
 from smalti.errors import ArtifactError, ConfigError, DataError, ImageError
-from smalti.schema import Recipe
+from smalti.schema import FeaturesSection, Recipe, TokensSection
 from smalti.tracking import Tracker
 from smalti.workflows.ray_session import ensure_ray
 from smalti.workflows.shard_pipeline import refuse_foreign, run_shards, standing_for
+from smalti.workflows.shard_tally import HERE, shard_progress
 from smalti.workflows.stage import StageRun, find_artifact, run_stage
 
 
 def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
-    """The features artifact: a shard of patch vectors (float16) for each corpus shard, train and val.
+    """The features artifact: a shard of patch vectors (float16) for each corpus shard, train and val; with
+    `features.source` shards made straight from that source (`feature_source`), and no corpus is needed.
 
     Counts: images, vectors, train, val (vectors of each split), dim. Errors: DataError on a NaN or Inf feature.
     """
-    parents = {name: find_artifact(recipe, name) for name in ("corpus", "encoder")}
     config: dict[str, Any] = {"patches": recipe.features.patches, "layer": recipe.encoder.layer}
     if recipe.features.patches != "all":
         config["seed"] = recipe.seed
-    return run_stage(recipe, "features", "features", config, parents, _body(parents), tracker=tracker)
+    config |= numerics(recipe.features)
+    parents = {"encoder": find_artifact(recipe, "encoder")}
+    if recipe.features.source:
+        from smalti.workflows import feature_source
+
+        config |= feature_source.source_config(recipe)
+        body = partial(feature_source.make, encoder=parents["encoder"])
+    else:
+        parents = {"corpus": find_artifact(recipe, "corpus"), **parents}
+        body = _body(parents)
+    return run_stage(recipe, "features", "features", config, parents, body, tracker=tracker)
 
 
 def choose_patches(identity: str, seed: int, num: int, total: int) -> np.ndarray:
@@ -41,16 +54,18 @@ def choose_patches(identity: str, seed: int, num: int, total: int) -> np.ndarray
 def load_pixels(corpus: str, key: str, size: int, max_pixels: int, columns: list[str]) -> tuple[pa.Table, np.ndarray]:
     """Some columns of a corpus shard and its images as uint8 (rows, size, size, 3). Errors: DataError, an image that
     cannot be decoded any more."""
-    table = shards.read_shard(corpus, key, [*columns, "image"])
+    with HERE.part("read"):
+        table = shards.read_shard(corpus, key, [*columns, "image"])
     pixels = np.empty((table.num_rows, size, size, 3), np.uint8)
-    for row, data in enumerate(table.column("image")):
-        try:
-            pixels[row] = images.to_pixels(data.as_py(), size, max_pixels=max_pixels)
-        except ImageError as error:
-            identity = table.column("image_id")[row].as_py()
-            raise DataError(
-                f"{shards.shard_path(corpus, key)}: image {identity}: {error}. Make the corpus again."
-            ) from error
+    with HERE.part("decode"):
+        for row, data in enumerate(table.column("image")):
+            try:
+                pixels[row] = images.to_pixels(data.as_py(), size, max_pixels=max_pixels)
+            except ImageError as error:
+                identity = table.column("image_id")[row].as_py()
+                raise DataError(
+                    f"{shards.shard_path(corpus, key)}: image {identity}: {error}. Make the corpus again."
+                ) from error
     return table.drop_columns(["image"]), pixels
 
 
@@ -59,7 +74,8 @@ def batches(pixels: np.ndarray, size: int, device: Any) -> Any:
     import torch
 
     for start in range(0, len(pixels), size):
-        part = torch.from_numpy(pixels[start : start + size]).to(device)
+        block = pixels[start : start + size]
+        part = torch.from_numpy(block if block.flags.writeable else block.copy()).to(device)
         yield part.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
@@ -71,6 +87,24 @@ def actor_device(gpus: float, cpus: int) -> Any:
         return torch.device("cuda")
     torch.set_num_threads(cpus)
     return torch.device("cpu")
+
+
+def numerics(section: FeaturesSection | TokensSection) -> dict[str, Any]:
+    """Settings that change the last bits of a stage's result, those that are not the defaults."""
+    return section.model_dump(mode="json", include={"precision", "compile"}, exclude_defaults=True)
+
+
+def as_set(function: Callable[[Any], Any], device: Any, section: FeaturesSection | TokensSection) -> Any:
+    """`function` of pixels, compiled and under bf16 autocast where the section says so."""
+    import torch
+
+    call = torch.compile(function) if section.compile else function
+
+    def run(pixels_BCHW: Any) -> Any:
+        with torch.autocast(device.type, torch.bfloat16, enabled=section.precision == "bf16"):
+            return call(pixels_BCHW)
+
+    return run
 
 
 def open_encoder(path_or_name: str, layer: int) -> Any:
@@ -93,7 +127,7 @@ class FeatureShard:
     def __init__(self, out: str, corpus: str, encoder: str, recipe: Recipe, image_size: int) -> None:
         self.out, self.corpus, self.encoder_dir, self.recipe = out, corpus, encoder, recipe
         self.image_size = image_size
-        self.encoder: Any = None
+        self.featurizer: Featurizer | None = None
 
     def read(self, key: str) -> tuple[str, shards.Receipt | None, Any, Any]:
         done = standing_for(self.out, self.corpus, key)
@@ -106,72 +140,98 @@ class FeatureShard:
         key, done, table, pixels = loaded
         if done is not None:
             return done, shards.shard_rows(self.corpus, key)
-        vectors_BNC = self.encode(pixels)
         ids = table.column("image_id").to_pylist()
-        self.check(vectors_BNC, key, ids)
-        section, total = self.recipe.features, vectors_BNC.shape[1]
-        num = total if section.patches == "all" else min(section.patches, total)
-        every = np.arange(total, dtype=np.int32)
-        chosen_BM = np.stack(
-            [every if num == total else choose_patches(one, self.recipe.seed, num, total) for one in ids]
-        )
-        vectors = np.take_along_axis(vectors_BNC, chosen_BM[:, :, None], axis=1)
-        arrays = [
-            pa.array(np.repeat(np.array(ids, object), num), pa.string()),
-            pa.array(chosen_BM.reshape(-1), pa.int32()),
-            shards.list_column(vectors.reshape(-1, vectors.shape[-1])),
-        ]
-        rows = pa.table(arrays, shards.feature_schema(vectors.shape[-1]))
-        return shards.write_shard(self.out, key, rows), len(ids)
+        if self.featurizer is None:
+            self.featurizer = Featurizer(self.encoder_dir, self.recipe)
+        rows = self.featurizer.rows(pixels, ids, shards.shard_path(self.corpus, key))
+        with HERE.part("write"):
+            return shards.write_shard(self.out, key, rows), len(ids)
 
-    def encode(self, pixels: np.ndarray) -> np.ndarray:
-        """Features of all patches: float16 (images, patches, dim)."""
+
+class Featurizer:
+    """The encoder of a recipe on the actor's device, and what of its features is kept."""
+
+    def __init__(self, encoder_dir: str, recipe: Recipe) -> None:
+        self.encoder_dir, self.recipe = encoder_dir, recipe
+        self.device = actor_device(recipe.resources.gpus_per_worker, recipe.resources.cpus_per_worker)
+        with HERE.part("start"):
+            encoder = open_encoder(encoder_dir, recipe.encoder.layer).to(self.device)
+        self.dim: int = encoder.dim
+        self.encode = as_set(encoder, self.device, recipe.features)
+
+    def rows(self, pixels: np.ndarray, ids: list[str], where: str) -> pa.Table:
+        """Feature rows of images uint8 (B, S, S, 3), all patches or the sampled ones; one batch's features are held.
+
+        Errors: DataError naming the first image with a feature that is not finite in float16; `where` names the file.
+        """
         import torch
 
-        resources = self.recipe.resources
-        device = actor_device(resources.gpus_per_worker, resources.cpus_per_worker)
-        if self.encoder is None:
-            self.encoder = open_encoder(self.encoder_dir, self.recipe.encoder.layer).to(device)
-        with torch.inference_mode():
-            parts = [
-                self.encoder(part).half().cpu() for part in batches(pixels, self.recipe.features.batch_size, device)
-            ]
-        return torch.cat(parts).numpy()
+        size, parts, chosen = self.recipe.features.batch_size, [], []
+        with HERE.part("model"), torch.inference_mode():
+            for start, part in zip(range(0, len(ids), size), batches(pixels, size, self.device), strict=True):
+                names = ids[start : start + size]
+                vectors_BNC = self.encode(part).half().cpu().numpy()
+                self.check(vectors_BNC, names, where)
+                chosen_BM = self.choose(names, vectors_BNC.shape[1])
+                parts.append(np.take_along_axis(vectors_BNC, chosen_BM[:, :, None], axis=1))
+                chosen.append(chosen_BM)
+        patches_BM = np.concatenate(chosen) if chosen else np.empty((0, 0), np.int32)
+        vectors = np.concatenate(parts).reshape(-1, self.dim) if parts else np.empty((0, self.dim), np.float16)
+        arrays = [
+            pa.array(np.repeat(np.array(ids, object), patches_BM.shape[1]), pa.string()),
+            pa.array(patches_BM.reshape(-1), pa.int32()),
+            shards.list_column(vectors),
+        ]
+        return pa.table(arrays, shards.feature_schema(self.dim))
 
-    def check(self, vectors_BNC: np.ndarray, key: str, ids: list[str]) -> None:
+    def choose(self, ids: list[str], total: int) -> np.ndarray:
+        """Patches that are kept of each image: int32 (B, M), sorted."""
+        wanted = self.recipe.features.patches
+        if wanted == "all" or wanted >= total:
+            return np.tile(np.arange(total, dtype=np.int32), (len(ids), 1))
+        return np.stack([choose_patches(one, self.recipe.seed, wanted, total) for one in ids])
+
+    def check(self, vectors_BNC: np.ndarray, ids: list[str], where: str) -> None:
         """Errors: DataError naming the first image with a feature that is not finite in float16."""
         bad = ~np.isfinite(vectors_BNC).all(axis=(1, 2))
         if bad.any():
             raise DataError(
-                f"{shards.shard_path(self.corpus, key)}: {int(bad.sum())} images have features that are NaN, Inf or beyond"
-                f" float16 (65,504), the first is {ids[int(bad.argmax())]}. Check the encoder {self.encoder_dir}, or choose"
-                " another encoder.layer."
+                f"{where}: image {ids[int(bad.argmax())]} has features that are NaN, Inf or beyond float16 (65,504), as "
+                f"{int(bad.sum())} of the {len(ids)} images of its batch. Check the encoder {self.encoder_dir}, or choose "
+                "another encoder.layer."
             )
 
 
 def _body(parents: dict[str, Artifact]) -> Any:
     def body(run: StageRun) -> dict[str, int]:
-        from smalti.workflows.encoder import encoder_path
-
-        recipe, corpus, encoder = run.recipe, parents["corpus"], encoder_path(parents["encoder"])
-        model = open_encoder(encoder, recipe.encoder.layer)
-        total = model.grid[0] * model.grid[1]
-        if recipe.features.patches != "all" and recipe.features.patches > total:
-            raise ConfigError(
-                f"features.patches={recipe.features.patches}, but {encoder} gives {total} patches an image. "
-                f"Set features.patches to at most {total}, or to all."
-            )
+        recipe, corpus = run.recipe, parents["corpus"]
+        encoder, model = open_parent(recipe, parents["encoder"])
         keys = shards.list_shards(corpus.path)
         refuse_foreign(run.path, keys)
         counts = {"images": 0, "vectors": 0, "train": 0, "val": 0, "dim": model.dim}
         args = (run.path, corpus.path, encoder, recipe, model.image_size)
         del model
-        with ensure_ray(recipe), run.progress(corpus.counts["images"], "images") as bar:
-            for receipt, num_images in run_shards(keys, FeatureShard, args, recipe.resources):
-                bar.update(num_images)
+        with ensure_ray(recipe), shard_progress(run, corpus.counts["images"]) as (tally, update):
+            for receipt, num_images in run_shards(keys, FeatureShard, args, recipe.resources, tally=tally):
+                update(num_images)
                 counts["images"] += num_images
                 counts["vectors"] += receipt.rows
                 counts[receipt.key.split("/")[0]] += receipt.rows
         return counts
 
     return body
+
+
+def open_parent(recipe: Recipe, encoder: Artifact) -> tuple[str, Any]:
+    """The encoder's place and the encoder. Errors: ConfigError when the recipe asks for more patches than it gives."""
+    from smalti.workflows.encoder import encoder_path
+
+    path = encoder_path(encoder)
+    model = open_encoder(path, recipe.encoder.layer)
+    total = model.grid[0] * model.grid[1]
+    if recipe.features.patches != "all" and recipe.features.patches > total:
+        raise ConfigError(
+            f"features.patches={recipe.features.patches}, but {path} gives {total} patches an image. "
+            f"Set features.patches to at most {total}, or to all."
+        )
+    return path, model

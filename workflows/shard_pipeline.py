@@ -3,6 +3,9 @@
 A worker's `read` loads and decodes a shard, its `work` computes and writes the result under a name that follows from
 the input's: a retry rewrites one file, and what stands is skipped. Without a GPU one actor call does both; with one,
 CPU tasks read, and the actors that hold the GPU only work. Items and receipts are small; no pixel passes the driver.
+
+A block of Ray Data is one row: the pickle of (kind, value, noted), and beside it the value's first large array, which so
+passes between actors without being copied into the pickle.
 """
 
 from __future__ import annotations
@@ -11,10 +14,13 @@ import pickle
 from collections.abc import Iterator, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
+import pyarrow as pa
+
 from smalti import storage
 from smalti.errors import DataError, SmaltiError
 from smalti.schema import Resources
 from smalti.shards import Receipt, list_shards, read_shard, shard_path, shard_rows
+from smalti.workflows.shard_tally import HERE, Tally
 
 Item = TypeVar("Item")
 SHARDS_IN_FLIGHT = 2  # an actor finds its next shard waiting
@@ -31,9 +37,15 @@ class ShardWorker(Protocol):
 
 
 def run_shards(
-    items: Sequence[Item], worker: type, args: tuple[Any, ...], resources: Resources, *, model: bool = True
+    items: Sequence[Item],
+    worker: type,
+    args: tuple[Any, ...],
+    resources: Resources,
+    *,
+    model: bool = True,
+    tally: Tally | None = None,
 ) -> Iterator[Any]:
-    """Each item's receipt, in the order of completion.
+    """Each item's receipt, in the order of completion; what the workers noted is added to `tally` before it comes.
 
     `worker(*args)` is made once an actor. `model=True`: `resources.actors` actors, each with `cpus_per_worker` CPUs and
     `gpus_per_worker` GPUs; False: `resources.readers` actors of one CPU. A SmaltiError of a worker is raised here as it
@@ -45,61 +57,102 @@ def run_shards(
     if not items:
         return
     DataContext.get_current().target_max_block_size = None  # a block is a shard: never split
-    rows = [{"item": pickle.dumps(item)} for item in items]
+    rows = [{"head": pickle.dumps((ITEM, item, {})), "array": b""} for item in items]
     data: Any = ray.data.from_items(rows, override_num_blocks=len(rows))
     gpus = resources.gpus_per_worker if model else 0
+    given: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "fn_constructor_args": (worker, args)}
     if gpus:
-        readers = ActorPoolStrategy(min_size=1, max_size=resources.readers)
-        data = data.map(_Read, fn_constructor_args=(worker, args), compute=readers, num_cpus=1)
+        readers = ActorPoolStrategy(min_size=1, max_size=resources.readers, initial_size=resources.readers)
+        data = data.map_batches(_Read, compute=readers, num_cpus=1, **given)
     size = resources.actors if model else resources.readers
-    pool = ActorPoolStrategy(min_size=1, max_size=size, max_tasks_in_flight_per_actor=SHARDS_IN_FLIGHT)
-    cpus = resources.cpus_per_worker if model else 1
-    data = data.map(
-        _Work if gpus else _ReadAndWork,
-        fn_constructor_args=(worker, args),
-        compute=pool,
-        num_cpus=cpus,
-        num_gpus=gpus,
+    size = min(size, len(items))
+    pool = ActorPoolStrategy(
+        min_size=1, max_size=size, initial_size=size, max_tasks_in_flight_per_actor=SHARDS_IN_FLIGHT
     )
-    for row in data.iter_rows():
-        result = pickle.loads(row["result"])
+    cpus = resources.cpus_per_worker if model else 1
+    step = _Work if gpus else _ReadAndWork
+    data = data.map_batches(step, compute=pool, num_cpus=cpus, num_gpus=gpus, **given)
+    for table in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        _, result, noted = _unpack(table)
+        if tally is not None:
+            tally.add(noted)
         if isinstance(result, SmaltiError):
             raise result
         yield result
 
 
+ITEM, LOADED, RESULT = "item", "loaded", "result"
+LARGE_BYTES = 2**20  # an array from here on is not copied into the pickle
+
+
+def _pack(kind: str, value: Any, noted: dict[str, float]) -> pa.Table:
+    """A block of Ray Data: `head`, the pickle of all three, and `array`, its first large array, or nothing."""
+    large: list[pa.Buffer] = []
+
+    def stays(found: pickle.PickleBuffer) -> bool:
+        data = found.raw()
+        if large or data.nbytes < LARGE_BYTES:
+            return True
+        large.append(pa.py_buffer(data))
+        return False
+
+    head = pickle.dumps((kind, value, noted), protocol=5, buffer_callback=stays)
+    array = large[0] if large else pa.py_buffer(b"")
+    ends = pa.array([0, array.size], pa.int64()).buffers()[1]
+    column = pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, ends, array])
+    return pa.table({"head": pa.array([head], pa.large_binary()), "array": column})
+
+
+def _unpack(table: pa.Table) -> tuple[str, Any, dict[str, float]]:
+    """(kind, value, noted) of a block; the large array in the value is a read-only view of it."""
+    views = []
+    for name in ("head", "array"):
+        array = table.column(name).chunk(0).cast(pa.large_binary())  # no copy where it is one
+        _, ends, data = array.buffers()
+        start, end = memoryview(ends).cast("B").cast("q")[array.offset : array.offset + 2]
+        views.append(data.slice(start, end - start) if data is not None else pa.py_buffer(b""))
+    kind, value, noted = pickle.loads(views[0], buffers=views[1:])
+    return kind, value, noted
+
+
 class _Caught(Generic[Item]):
-    """Base of the actors: a SmaltiError becomes the row's result, so that the driver raises it as it was."""
+    """Base of the actors: a SmaltiError becomes the block's result, so that the driver raises it as it was."""
 
     def __init__(self, worker: type, args: tuple[Any, ...]) -> None:
+        import ray
+
         self.worker: ShardWorker = worker(*args)
+        if ray.get_runtime_context().was_current_actor_reconstructed:
+            HERE.count("restarts")
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, block: pa.Table) -> pa.Table:
+        kind, value, noted = _unpack(block)
+        if kind == RESULT:  # a reader's error
+            return block
+        HERE.add(noted)
         try:
-            return self.step(row)
+            result = self.step(value)
         except SmaltiError as error:
-            return {"result": pickle.dumps(error), "loaded": b""}
+            result = RESULT, error
+        return _pack(*result, HERE.drain())
 
-    def step(self, row: dict[str, Any]) -> dict[str, Any]:
+    def step(self, value: Any) -> tuple[str, Any]:
         raise NotImplementedError
 
 
 class _ReadAndWork(_Caught[Any]):
-    def step(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {"result": pickle.dumps(self.worker.work(self.worker.read(pickle.loads(row["item"]))))}
+    def step(self, value: Any) -> tuple[str, Any]:
+        return RESULT, self.worker.work(self.worker.read(value))
 
 
 class _Read(_Caught[Any]):
-    def step(self, row: dict[str, Any]) -> dict[str, Any]:
-        loaded = self.worker.read(pickle.loads(row["item"]))
-        return {"result": b"", "loaded": pickle.dumps(loaded, protocol=pickle.HIGHEST_PROTOCOL)}
+    def step(self, value: Any) -> tuple[str, Any]:
+        return LOADED, self.worker.read(value)
 
 
 class _Work(_Caught[Any]):
-    def step(self, row: dict[str, Any]) -> dict[str, Any]:
-        if row["result"]:
-            return {"result": row["result"]}
-        return {"result": pickle.dumps(self.worker.work(pickle.loads(row["loaded"])))}
+    def step(self, value: Any) -> tuple[str, Any]:
+        return RESULT, self.worker.work(value)
 
 
 def standing(artifact_path: str, key: str) -> Receipt | None:
@@ -111,6 +164,7 @@ def standing(artifact_path: str, key: str) -> Receipt | None:
         return Receipt(key, shard_rows(artifact_path, key), storage.size_bytes(path))
     except DataError:
         storage.remove(path)
+        HERE.count("remade")
         return None
 
 
@@ -129,8 +183,10 @@ def standing_for(artifact_path: str, corpus_path: str, key: str) -> Receipt | No
     except DataError:
         found = None
     if found == wanted:
+        HERE.count("kept")
         return receipt
     storage.remove(shard_path(artifact_path, key))
+    HERE.count("remade")
     return None
 
 

@@ -12,9 +12,10 @@ from smalti.artifact import Artifact
 from smalti.errors import DataError
 from smalti.schema import Recipe
 from smalti.tracking import Tracker
-from smalti.workflows.features import actor_device, batches, load_pixels
+from smalti.workflows.features import actor_device, as_set, batches, load_pixels, numerics
 from smalti.workflows.ray_session import ensure_ray
 from smalti.workflows.shard_pipeline import refuse_foreign, run_shards, standing_for
+from smalti.workflows.shard_tally import HERE, shard_progress
 from smalti.workflows.stage import StageRun, find_artifact, run_stage
 
 CARRIED = ["image_id", "caption", "label", "qa"]
@@ -23,7 +24,7 @@ CARRIED = ["image_id", "caption", "label", "qa"]
 def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
     """The tokens artifact: codes int32 of every image, train and val. Counts: images, train, val, codes, num_codes."""
     parents = {name: find_artifact(recipe, name) for name in ("corpus", "tokenizer")}
-    return run_stage(recipe, "tokens", "tokens", {}, parents, _body(parents), tracker=tracker)
+    return run_stage(recipe, "tokens", "tokens", numerics(recipe.tokens), parents, _body(parents), tracker=tracker)
 
 
 class EncodeShard:
@@ -32,7 +33,7 @@ class EncodeShard:
     def __init__(self, out: str, corpus: str, tokenizer: str, recipe: Recipe, image_size: int) -> None:
         self.out, self.corpus, self.tokenizer_dir, self.recipe = out, corpus, tokenizer, recipe
         self.image_size = image_size
-        self.tokenizer: Any = None
+        self.model: Any = None
 
     def read(self, key: str) -> tuple[str, shards.Receipt | None, Any, Any]:
         done = standing_for(self.out, self.corpus, key)
@@ -44,28 +45,37 @@ class EncodeShard:
         key, done, table, pixels = loaded
         if done is not None:
             return done
-        codes = self.encode(pixels)
+        if self.model is None:
+            self.start()
+        with HERE.part("model"):
+            codes = self.encode(pixels)
         schema = shards.token_schema(codes.shape[1:])
         arrays = {name: table.column(name) for name in CARRIED} | {"codes": shards.list_column(codes)}
-        return shards.write_shard(self.out, key, pa.table([arrays[name] for name in schema.names], schema))
+        with HERE.part("write"):
+            return shards.write_shard(self.out, key, pa.table([arrays[name] for name in schema.names], schema))
+
+    def start(self) -> None:
+        """Load the tokenizer onto the actor's device."""
+        from smalti.tokenizers.loading import load_tokenizer
+
+        resources = self.recipe.resources
+        self.device = actor_device(resources.gpus_per_worker, resources.cpus_per_worker)
+        with HERE.part("start"):
+            tokenizer = load_tokenizer(self.tokenizer_dir).to(self.device)
+        self.num_codes = tokenizer.num_codes
+        self.model = as_set(tokenizer.encode, self.device, self.recipe.tokens)
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         """Codes of the images: int32 (images, …). Errors: DataError when the tokenizer gives a code out of its range."""
         import torch
 
-        resources = self.recipe.resources
-        device = actor_device(resources.gpus_per_worker, resources.cpus_per_worker)
-        if self.tokenizer is None:
-            from smalti.tokenizers.loading import load_tokenizer
-
-            self.tokenizer = load_tokenizer(self.tokenizer_dir).to(device)
         size = self.recipe.tokens.batch_size
         with torch.inference_mode():
-            codes = torch.cat([self.tokenizer.encode(part).cpu() for part in batches(pixels, size, device)])
+            codes = torch.cat([self.model(part).cpu() for part in batches(pixels, size, self.device)])
         low, high = int(codes.min()), int(codes.max())
-        if low < 0 or high >= self.tokenizer.num_codes:
+        if low < 0 or high >= self.num_codes:
             raise DataError(
-                f"{self.tokenizer_dir} gave codes from {low} to {high}; expected 0 to {self.tokenizer.num_codes - 1}. "
+                f"{self.tokenizer_dir} gave codes from {low} to {high}; expected 0 to {self.num_codes - 1}. "
                 "The tokenizer is damaged: remove its folder and run the stage `tokenizer` again."
             )
         return codes.to(torch.int32).numpy()
@@ -82,9 +92,9 @@ def _body(parents: dict[str, Artifact]) -> Any:
         del model
         keys = shards.list_shards(corpus.path)
         refuse_foreign(run.path, keys)
-        with ensure_ray(recipe), run.progress(corpus.counts["images"], "images") as bar:
-            for receipt in run_shards(keys, EncodeShard, args, recipe.resources):
-                bar.update(receipt.rows)
+        with ensure_ray(recipe), shard_progress(run, corpus.counts["images"]) as (tally, update):
+            for receipt in run_shards(keys, EncodeShard, args, recipe.resources, tally=tally):
+                update(receipt.rows)
                 counts["images"] += receipt.rows
                 counts[receipt.key.split("/")[0]] += receipt.rows
         return counts

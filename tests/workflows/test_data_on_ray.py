@@ -198,9 +198,9 @@ def test_features_refuse_what_cannot_be(base: Path, siglip: str, tmp_path: Path)
         stage.run(wanted)
     with pytest.raises(ConfigError, match=r"features\.patches=17, but .* gives 16 patches"):
         features.run(wanted)
-    worker = features.FeatureShard(str(tmp_path), str(base / "corpus"), siglip, wanted, 32)
-    with pytest.raises(DataError, match=r"train/00001.parquet: 1 images .* the first is second"):
-        worker.check(np.array([[[1.0]], [[np.inf]]], np.float16), "train/00001", ["first", "second"])
+    worker = features.Featurizer(siglip, wanted)
+    with pytest.raises(DataError, match=r"some/file: image second has features that are NaN.* 1 of the 2 images"):
+        worker.check(np.array([[[1.0]], [[np.inf]]], np.float16), ["first", "second"], "some/file")
 
 
 # ---- tokens --------------------------------------------------------------------------------------------------------

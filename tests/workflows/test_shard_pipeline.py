@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -13,7 +14,8 @@ from smalti import shards
 from smalti.errors import DataError, ImageError
 from smalti.schema import Resources
 from smalti.workflows.ray_session import quiet_ray_data
-from smalti.workflows.shard_pipeline import refuse_foreign, run_shards, standing, standing_for
+from smalti.workflows.shard_pipeline import _pack, _unpack, refuse_foreign, run_shards, standing, standing_for
+from smalti.workflows.shard_tally import Tally
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +58,9 @@ def worker_class(folder: str = "") -> Any:
     return Square
 
 
-def results(items: list[int], gpus: float, folder: str = "") -> list[int]:
+def results(items: list[int], gpus: float, folder: str = "", tally: Tally | None = None) -> list[int]:
     resources = Resources(actors=2, gpus_per_worker=gpus, readers=1)
-    return sorted(run_shards(items, worker_class(folder), (7,), resources))
+    return sorted(run_shards(items, worker_class(folder), (7,), resources, tally=tally))
 
 
 @pytest.mark.parametrize("gpus", [0, 0.5])
@@ -79,8 +81,20 @@ def test_a_bug_is_not_swallowed(ray_here: None) -> None:
 
 
 def test_the_shard_of_a_lost_actor_is_done_again(ray_here: None, tmp_path: Path) -> None:
-    assert results(list(range(9)), 0, str(tmp_path)) == sorted(n * n + 7 for n in range(9))
+    tally = Tally()
+    assert results(list(range(9)), 0, str(tmp_path), tally) == sorted(n * n + 7 for n in range(9))
     assert (tmp_path / "died").exists()
+    assert tally.counted() == {"restarts": 1}
+
+
+def test_a_large_array_travels_beside_the_pickle() -> None:
+    pixels, small = np.arange(2**20, dtype=np.uint8).reshape(4, -1), np.arange(3)
+    block = _pack("loaded", ("key", small, pixels, pixels[:2]), {"seconds/read": 1.5})
+    kind, (key, few, many, _), noted = _unpack(block)
+    assert (kind, key, noted) == ("loaded", "key", {"seconds/read": 1.5})
+    assert many.ctypes.data == pixels.ctypes.data
+    np.testing.assert_array_equal(few, small)
+    assert _unpack(_pack("result", 3, {}))[1] == 3
 
 
 def test_nothing_to_do_starts_nothing() -> None:

@@ -1,0 +1,178 @@
+"""Stage `features` straight from a source of images (`features.source`), without a corpus: a group of input at a time.
+
+A group's images are decoded, encoded and written in shards `train/<group>-<piece>` and `val/<group>-<piece>` of at most
+`corpus.shard_images` images, so that one such block of pixels is held. `groups/<group>.json`, written last, tells what
+came of it: a restart makes only the groups without one, and gives the same bytes. What cannot be used lies in quarantine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from smalti import images, shards, storage
+from smalti.artifact import Artifact
+from smalti.errors import DataError, ImageError
+from smalti.schema import Recipe
+from smalti.workflows.corpus import image_id
+from smalti.workflows.corpus_layout import is_held_out
+from smalti.workflows.features import Featurizer, open_parent
+from smalti.workflows.ray_session import ensure_ray
+from smalti.workflows.shard_pipeline import run_shards
+from smalti.workflows.shard_tally import HERE, shard_progress
+from smalti.workflows.sources import Group, Lost, Sample, find_groups
+from smalti.workflows.sources.base import printable, unreadable
+from smalti.workflows.stage import StageRun
+
+Note = dict[str, Any]
+
+
+def source_config(recipe: Recipe) -> dict[str, Any]:
+    """What features of a source depend on beside the encoder and the patches: how the source is read, and the split."""
+    exclude = {"source", "val_source", "limit", "image_size"}
+    return recipe.corpus.model_dump(mode="json", exclude=exclude) | {
+        "source": recipe.features.source,
+        "seed": recipe.seed,
+    }
+
+
+def make(run: StageRun, encoder: Artifact) -> dict[str, int]:
+    """The body of the stage. Counts: images, vectors, train, val (vectors of each split), dim, groups, quarantined, found.
+
+    Errors: DataError when the source cannot be found or has no image that can be used, or shards of other groups lie there.
+    """
+    recipe = run.recipe
+    path, model = open_parent(recipe, encoder)
+    groups = find_groups(recipe.features.source, recipe.corpus, recipe.seed)
+    _refuse_foreign(run.path, len(groups))
+    counts = Counter({"images": 0, "vectors": 0, "train": 0, "val": 0, "quarantined": 0})
+    args, dim = (run.path, path, recipe, model.image_size), model.dim
+    del model
+    with ensure_ray(recipe), shard_progress(run, len(groups), "groups") as (tally, update):
+        for note in run_shards(list(enumerate(groups)), FeatureGroup, args, recipe.resources, tally=tally):
+            counts.update({"images": note["images"], "quarantined": sum(note["lost"].values())})
+            for key, rows in note["shards"].items():
+                counts.update({"vectors": rows, key.split("/")[0]: rows})
+            counts.update({f"quarantined/{reason}": number for reason, number in note["lost"].items()})
+            update(1, images=counts["images"], quarantined=counts["quarantined"])
+    if not counts["train"]:
+        raise DataError(
+            f"{recipe.features.source} gave no image to train on ({counts['quarantined']:,} in quarantine, "
+            f"{counts['images']:,} held out). See {run.path}/quarantine, or set features.source."
+        )
+    found = counts["images"] + counts["quarantined"]
+    return {**counts, "dim": dim, "groups": len(groups), "found": found}
+
+
+class FeatureGroup:
+    """Actor: one group of input in, its feature shards and its quarantine on disk out; returns the group's note."""
+
+    def __init__(self, out: str, encoder: str, recipe: Recipe, image_size: int) -> None:
+        self.out, self.encoder_dir, self.recipe, self.image_size = out, encoder, recipe, image_size
+        self.featurizer: Featurizer | None = None
+
+    def read(self, item: tuple[int, Group]) -> tuple[int, Group]:
+        """Nothing: the group is read in blocks by `work`, so that its pixels are never held as a whole."""
+        return item
+
+    def work(self, item: tuple[int, Group]) -> Note:
+        number, group = item
+        path = storage.join(self.out, "groups", f"{number:05d}.json")
+        digest = hashlib.sha256(repr(group).encode()).hexdigest()
+        if storage.exists(path):
+            note: Note = storage.read_json(path)
+            if note["group"] == digest:
+                HERE.count("kept")
+                return note
+            self.forget(path, note)
+        note = {"group": digest, "images": 0, "shards": {}, "lost": {}}
+        lost: list[dict[str, str]] = []
+        try:
+            for piece, block in enumerate(self.blocks(group, lost)):
+                note["images"] += len(block)
+                note["shards"] |= self.write(f"{number:05d}-{piece:03d}", block, group.source)
+        except OSError as error:
+            raise unreadable(group.source, error) from error
+        if lost:
+            shards.write_shard(
+                self.out, shards.shard_key("quarantine", number), pa.Table.from_pylist(lost, shards.QUARANTINE)
+            )
+        note["lost"] = dict(Counter(row["reason"] for row in lost))
+        storage.write_json(path, note)
+        return note
+
+    def forget(self, path: str, note: Note) -> None:
+        """Take away what was made of another group under this number."""
+        for key in note["shards"]:
+            storage.remove(shards.shard_path(self.out, key))
+        storage.remove(shards.shard_path(self.out, shards.shard_key("quarantine", int(path[-10:-5]))))
+        storage.remove(path)
+        HERE.count("remade")
+
+    def blocks(self, group: Group, lost: list[dict[str, str]]) -> Iterator[list[tuple[str, np.ndarray]]]:
+        """(image_id, pixels uint8 (S, S, 3)) of the images that can be used, a shard's worth at a time; the rest into
+        `lost`."""
+        block: list[tuple[str, np.ndarray]] = []
+        samples = group.samples()
+        while True:
+            with HERE.part("read"):
+                found = next(samples, None)
+            if found is None:
+                break
+            with HERE.part("decode"):
+                one = self.decode(found)
+            if isinstance(one, Lost):
+                row = {"source": group.source, "key": printable(one.key), "reason": one.reason}
+                lost.append(row | {"detail": printable(one.detail)})
+                continue
+            block.append(one)
+            if len(block) == self.recipe.corpus.shard_images:
+                yield block
+                block = []
+        if block:
+            yield block
+
+    def decode(self, found: Sample | Lost) -> tuple[str, np.ndarray] | Lost:
+        section = self.recipe.corpus
+        if isinstance(found, Lost):
+            return found
+        try:
+            pixels = images.to_pixels(
+                found.data, self.image_size, max_pixels=section.max_pixels, min_size=section.min_size
+            )
+        except ImageError as error:
+            return Lost(found.key, error.reason, str(error))
+        return image_id(found.data), pixels
+
+    def write(self, name: str, block: list[tuple[str, np.ndarray]], where: str) -> dict[str, int]:
+        """Rows written of each shard: the block's images to train on, and those held out."""
+        if self.featurizer is None:
+            self.featurizer = Featurizer(self.encoder_dir, self.recipe)
+        written = {}
+        for split in shards.SPLITS:
+            part = [one for one in block if is_held_out(one[0], self.recipe.corpus.val_fraction) == (split == "val")]
+            if not part:
+                continue
+            pixels = np.stack([pixels for _, pixels in part])
+            rows = self.featurizer.rows(pixels, [identity for identity, _ in part], where)
+            with HERE.part("write"):
+                written[f"{split}/{name}"] = shards.write_shard(self.out, f"{split}/{name}", rows).rows
+        return written
+
+
+def _refuse_foreign(path: str, num_groups: int) -> None:
+    """Errors: DataError when shards lie in the artifact that no group of the source makes."""
+    numbers = {f"{number:05d}" for number in range(num_groups)}
+    foreign: Sequence[str] = [
+        key for key in shards.list_shards(path) if key.split("/")[1].partition("-")[0] not in numbers
+    ]
+    if foreign:
+        raise DataError(
+            f"{path} holds {len(foreign):,} shards that are of no group of the source, the first is "
+            f"{shards.shard_path(path, foreign[0])}. Move them away, and run the command again."
+        )

@@ -1,0 +1,105 @@
+"""What the workers of the shard pipeline tell beside their receipts: seconds by part of the work, and what was done again.
+
+A worker says `with HERE.part("decode"):` and `HERE.count("kept")`; its actor sends what was noted along with each receipt,
+and the driver sums it. Seconds are of all actors together.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from smalti.workflows.stage import StageRun
+
+PARTS = ("start", "read", "decode", "model", "write")  # start: the model is loaded
+COUNTS = {
+    "kept": "shards of an earlier try",
+    "remade": "torn or stale shards made again",
+    "restarts": "lost actors started again",
+}
+
+
+class Tally:
+    """Seconds by part and counts, by name."""
+
+    def __init__(self) -> None:
+        self.noted: dict[str, float] = {}
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Add the wall-clock time of the block to a part of `PARTS`."""
+        assert name in PARTS, name
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.add({f"seconds/{name}": time.monotonic() - started})
+
+    def count(self, name: str) -> None:
+        """One more of a thing of `COUNTS`."""
+        assert name in COUNTS, name
+        self.add({f"retried/{name}": 1})
+
+    def add(self, noted: Mapping[str, float]) -> None:
+        """Add what another tally holds."""
+        for name, value in noted.items():
+            self.noted[name] = self.noted.get(name, 0) + value
+
+    def drain(self) -> dict[str, float]:
+        """What was noted since the last call."""
+        noted, self.noted = self.noted, {}
+        return noted
+
+    def counted(self) -> dict[str, int]:
+        """The counts that are not 0, named as the progress line shows them."""
+        found = {name: int(self.noted.get(f"retried/{name}", 0)) for name in COUNTS}
+        return {name: number for name, number in found.items() if number}
+
+    def scores(self) -> dict[str, float]:
+        """For the artifact's record: `seconds/<part>` of this try, and every `retried/<count>`, 0 too."""
+        parts = {f"seconds/{name}": self.noted.get(f"seconds/{name}") for name in PARTS}
+        counts = {f"retried/{name}": int(self.noted.get(f"retried/{name}", 0)) for name in COUNTS}
+        return {name: round(value, 3) for name, value in parts.items() if value is not None} | counts
+
+    def told(self) -> list[str]:
+        """Lines for people: the share of each part with the slowest named, and what was done again."""
+        parts = {name: self.noted.get(f"seconds/{name}", 0.0) for name in PARTS}
+        total, lines = sum(parts.values()), []
+        if total > 0:
+            order = sorted((name for name in PARTS if parts[name] > 0), key=lambda name: -parts[name])
+            shares = ", ".join(f"{name} {100 * parts[name] / total:.0f} %" for name in order)
+            lines.append(f"{shares} of {total:.1f} worker seconds: {order[0]} is the slowest part")
+        again = [f"{number:,} {COUNTS[name]}" for name, number in self.counted().items()]
+        return [*lines, *([", ".join(again)] if again else [])]
+
+
+HERE = Tally()  # of this process
+
+
+@contextmanager
+def shard_progress(run: StageRun, total: int, unit: str = "images") -> Iterator[tuple[Tally, Callable[..., None]]]:
+    """A tally for `run_shards`, and a function that takes the units of a receipt and what else the line is to show; it
+    shows what was done again too.
+
+    At the end the stage says which part was slowest, and its record gets the seconds and counts as scores.
+    """
+    tally = Tally()
+    with run.progress(total, unit) as bar:
+        kept = 0
+
+        def update(units: int, **info: int) -> None:
+            nonlocal kept
+            found = tally.counted()
+            if found.get("kept", 0) > kept:
+                kept = found["kept"]
+                bar.stood(units)
+                units = 0
+            bar.update(units, **info, **found)
+
+        yield tally, update
+    for line in tally.told():
+        run.log(line)
+    run.scores |= tally.scores()
