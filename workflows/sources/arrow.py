@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import posixpath
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ import pyarrow as pa
 from smalti import storage
 from smalti.errors import DataError
 from smalti.schema import CorpusSection
-from smalti.workflows.sources.base import Lost, ReadBytes, Sample, filesystem, find_files, open_seekable
+from smalti.workflows.sources.base import Lost, ReadBytes, Sample, filesystem, find_files, load_json, open_seekable
 from smalti.workflows.sources.parquet import (
     DEFAULT_CAPTION,
     DEFAULT_LABEL,
@@ -109,9 +108,19 @@ def _files(source: str) -> list[str]:
             f"corpus.source: {source} holds the splits {', '.join(splits)}. Name one: {source}/{splits[0]}."
         )
     if fs.isdir(inside) and fs.exists(posixpath.join(inside, STATE)):
-        state = json.loads(fs.cat_file(posixpath.join(inside, STATE)))
-        return [storage.join(source, posixpath.basename(one["filename"])) for one in state.get("_data_files", [])]
+        return [storage.join(source, name) for name in _listed(source, fs.cat_file(posixpath.join(inside, STATE)))]
     return find_files(source, is_arrow, "Arrow file")
+
+
+def _listed(source: str, state: bytes) -> list[str]:
+    """Names of the files that a saved dataset's state lists."""
+    try:
+        return [posixpath.basename(one["filename"]) for one in load_json(state)["_data_files"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{source}/{STATE} does not list the dataset's files ({type(error).__name__}: {error}). Save the dataset "
+            f"again, or name its files: {source}/*.arrow."
+        ) from error
 
 
 def _group(path: str, section: CorpusSection) -> ArrowGroup:
@@ -124,4 +133,4 @@ def _group(path: str, section: CorpusSection) -> ArrowGroup:
     caption = pick_column(path, schema, section.caption_column, "caption_column", DEFAULT_CAPTION, "text")
     label = pick_column(path, schema, section.label_column, "label_column", DEFAULT_LABEL, None)
     pairs = tuple(name for name in ("qa", "question", "answer") if name in schema.names)
-    return ArrowGroup(path, (), image, caption, label, pairs, class_names(schema, label))
+    return ArrowGroup(path, (), image, caption, label, pairs, class_names(path, schema, label))

@@ -103,13 +103,21 @@ def printable(text: str) -> str:
     return text.encode("utf-8", errors="replace").decode()
 
 
+def load_json(text: str | bytes) -> Any:
+    """The value that a JSON text holds. Errors: ValueError for any text that is none, one nested too deep included."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("the JSON is nested too deep") from error
+
+
 def read_pairs(record: Mapping[str, Any]) -> Pairs:
     """Question-answer pairs of a record: `qa` as a list (or the JSON text of one) of {question, answer} or of two texts,
     and `question` with `answer` (texts, or lists of one length). Errors: ValueError when they cannot be read so."""
     found: list[tuple[Any, Any]] = []
     listed = record.get("qa")
     if isinstance(listed, str):
-        listed = json.loads(listed) if listed.strip() else []
+        listed = load_json(listed) if listed.strip() else []
     for item in listed or []:
         if isinstance(item, Mapping):
             found.append((item.get("question"), item.get("answer")))
@@ -137,8 +145,10 @@ def suffix(path: str) -> str:
 
 
 def is_hidden(path: str) -> bool:
-    """Whether a relative path is an operating system's litter: dot files and folders, `__MACOSX`, `Thumbs.db`."""
-    parts = path.split("/")
+    """Whether a relative path is an operating system's litter: dot files and folders, `__MACOSX`, `Thumbs.db`.
+
+    The `.` and `..` of a path are no names: what an archive holds under `../` is read as any other member."""
+    parts = [part for part in path.split("/") if part not in (".", "..")] or [path]
     return any(part.startswith((".", "__MACOSX")) for part in parts) or parts[-1].lower() in (
         "thumbs.db",
         "desktop.ini",

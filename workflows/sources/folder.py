@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 import posixpath
 import unicodedata
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from smalti.workflows.sources.base import (
     clean_text,
     filesystem,
     list_files,
+    load_json,
     printable,
     read_pairs,
     side_tables,
@@ -178,7 +178,7 @@ class _Metadata:
             try:
                 if isinstance(row, csv.Error):
                     raise row
-                self._add(folder, where, json.loads(row) if isinstance(row, str) else row)
+                self._add(folder, where, load_json(row) if isinstance(row, str) else row)
             except KeyError as error:
                 self.lost.append(Lost(where, "bad_metadata", f"the row has no {error}"))
             except (ValueError, TypeError, AttributeError, csv.Error) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from smalti.workflows.sources.base import (
     clean_text,
     expand,
     filesystem,
+    load_json,
     open_seekable,
     read_pairs,
     too_large,
@@ -58,7 +58,7 @@ class JsonLinesGroup:
 
             def read(locator: Locator) -> bytes:
                 stream.seek(locator[0])
-                fs, inside = filesystem(self._where(json.loads(_text(stream.read(locator[1])))))
+                fs, inside = filesystem(self._where(load_json(_text(stream.read(locator[1])))))
                 return fs.cat_file(inside)
 
             yield read
@@ -71,7 +71,7 @@ class JsonLinesGroup:
 
     def _sample(self, key: str, locator: Locator, line: bytes) -> Sample | Lost:
         try:
-            record = json.loads(_text(line))
+            record = load_json(_text(line))
             if not isinstance(record, dict):
                 raise ValueError("it is no object")
             place, qa = self._where(record), read_pairs(record)

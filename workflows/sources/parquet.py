@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from smalti.workflows.sources.base import (
     Sample,
     clean_text,
     find_files,
+    load_json,
     open_seekable,
     read_pairs,
 )
@@ -161,7 +161,7 @@ def _file_groups(path: str, section: CorpusSection) -> list[ParquetGroup]:
         numbers.append(number)
         rows += size
         if rows >= section.shard_images or number == len(sizes) - 1:
-            names = class_names(schema, label)
+            names = class_names(path, schema, label)
             groups.append(ParquetGroup(path, tuple(numbers), image, caption, label, pairs, names))
             numbers, rows = [], 0
     return groups
@@ -199,10 +199,19 @@ def pick_column(path: str, schema: pa.Schema, name: str, key: str, default: str,
     return other if other in schema.names else None
 
 
-def class_names(schema: pa.Schema, label: str | None) -> tuple[str, ...]:
-    """Class names that Hugging Face's `datasets` keeps in the schema's metadata; empty without."""
+def class_names(path: str, schema: pa.Schema, label: str | None) -> tuple[str, ...]:
+    """Class names that Hugging Face's `datasets` keeps in the schema's metadata; empty without.
+
+    Errors: DataError when the metadata is there and is not as `datasets` writes it.
+    """
     raw = (schema.metadata or {}).get(b"huggingface")
     if raw is None or label is None:
         return ()
-    feature = json.loads(raw).get("info", {}).get("features", {}).get(label)
+    try:
+        feature = load_json(raw).get("info", {}).get("features", {}).get(label)
+    except (ValueError, AttributeError) as error:
+        raise DataError(
+            f"{path}: the metadata `huggingface` of its schema cannot be read ({type(error).__name__}: {error}), and it "
+            f"names the classes of the column {label!r}. Write the file again, or without that metadata."
+        ) from error
     return tuple(feature.get("names") or ()) if isinstance(feature, dict) else ()

@@ -7,7 +7,6 @@ order is taken too (see `_Far`). A tar without its end marker is truncated: what
 from __future__ import annotations
 
 import gzip
-import json
 import lzma
 import tarfile
 import zlib
@@ -31,6 +30,7 @@ from smalti.workflows.sources.base import (
     clean_text,
     find_files,
     is_hidden,
+    load_json,
     open_seekable,
     read_pairs,
     too_large,
@@ -179,7 +179,7 @@ class TarGroup:
         record: dict[str, Any] = {}
         try:
             if "json" in members.texts:
-                loaded = json.loads(members.texts["json"])
+                loaded = load_json(members.texts["json"])
                 record = loaded if isinstance(loaded, dict) else {}
             qa = read_pairs(record)
         except (ValueError, TypeError) as error:
