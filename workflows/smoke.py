@@ -71,6 +71,7 @@ def _data(recipe: Recipe) -> dict[str, Any]:
         "corpus.shard_images": 16,
         "corpus.limit": None,
         "features.batch_size": 8,
+        "features.source": None,
         "tokens.batch_size": 8,
         "codebook.size": 16,
         "codebook.coarse": min(recipe.codebook.coarse, 4),
