@@ -163,8 +163,14 @@ def side_tables(names: Iterable[str]) -> set[str]:
 
 
 def filesystem(path: str) -> tuple[Any, str]:
-    """The fsspec file system of a path or URL, and the path in it."""
-    fs, inside = fsspec.core.url_to_fs(path)
+    """The fsspec file system of a path or URL, and the path in it. Errors: DataError, a scheme that nothing here reads."""
+    try:
+        fs, inside = fsspec.core.url_to_fs(path)
+    except (ValueError, ImportError) as error:
+        raise DataError(
+            f"{path} cannot be opened: {error}. Install the package that reads it (s3fs for s3://, gcsfs for gs://), or "
+            "name a local path."
+        ) from error
     return fs, inside
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from smalti import storage
+from smalti.errors import DataError
 from smalti.schema import CorpusSection
 from smalti.workflows.sources.base import (
     Locator,
@@ -85,7 +86,7 @@ class JsonLinesGroup:
             data = fs.cat_file(inside)
         except FileNotFoundError:
             return Lost(key, "missing", f"line {key} names {place}, and it is not there")
-        except (IsADirectoryError, PermissionError, ValueError, ImportError) as error:
+        except (IsADirectoryError, PermissionError, ValueError, DataError) as error:
             return Lost(key, "unreadable", f"{place}: {type(error).__name__}: {error}")
         caption = clean_text(record.get(self.caption)) or clean_text(record.get("text"))
         return Sample(key, locator, data, caption, clean_text(record.get(self.label)), qa)
