@@ -81,6 +81,23 @@ def read_rows(path: str, split: str, number: int, rows: np.ndarray, columns: lis
     return table.take(pa.array(within))
 
 
+def look(found: Sample, section: CorpusSection) -> tuple[int, int]:
+    """Width and height of an image that the section wants, decoded whole. Errors: ImageError with the reason."""
+    check_file(found, section)
+    width, height = images.probe(found.data, max_pixels=section.max_pixels, min_size=section.min_size)
+    if section.max_aspect is not None and max(width, height) > section.max_aspect * min(width, height):
+        raise ImageError(f"{width} x {height} pixels, and corpus.max_aspect is {section.max_aspect:g}", "aspect")
+    return width, height
+
+
+def check_file(found: Sample, section: CorpusSection) -> None:
+    """What can be told without decoding. Errors: ImageError with the reason."""
+    if len(found.data) > section.max_bytes:
+        raise ImageError(f"{len(found.data):,} bytes, and corpus.max_bytes is {section.max_bytes:,}", "too_large")
+    if section.require_caption and not found.caption:
+        raise ImageError("it has no caption, and corpus.require_caption asks for one", "no_caption")
+
+
 class IndexGroup:
     """Actor: one group of input in, its index and ids on disk out; returns (group, rows, how many are lost)."""
 
@@ -122,7 +139,7 @@ class IndexGroup:
         if isinstance(found, Lost):
             return {"key": key, "reason": found.reason, "detail": printable(found.detail)}
         try:
-            width, height = self.look(found)
+            width, height = look(found, self.section)
         except ImageError as error:
             return {"key": key, "reason": error.reason, "detail": str(error)}
         return {
@@ -136,18 +153,6 @@ class IndexGroup:
             "label": found.label,
             "qa": [{"question": question, "answer": answer} for question, answer in found.qa],
         }
-
-    def look(self, found: Sample) -> tuple[int, int]:
-        """Width and height. Errors: ImageError with the reason why the image is left out."""
-        section = self.section
-        if len(found.data) > section.max_bytes:
-            raise ImageError(f"{len(found.data):,} bytes, and corpus.max_bytes is {section.max_bytes:,}", "too_large")
-        if section.require_caption and not found.caption:
-            raise ImageError("it has no caption, and corpus.require_caption asks for one", "no_caption")
-        width, height = images.probe(found.data, max_pixels=section.max_pixels, min_size=section.min_size)
-        if section.max_aspect is not None and max(width, height) > section.max_aspect * min(width, height):
-            raise ImageError(f"{width} x {height} pixels, and corpus.max_aspect is {section.max_aspect:g}", "aspect")
-        return width, height
 
 
 def _chunks(rows: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:

@@ -19,7 +19,7 @@ from smalti import images, shards, storage
 from smalti.artifact import Artifact
 from smalti.errors import DataError, ImageError
 from smalti.schema import Recipe
-from smalti.workflows.corpus import image_id
+from smalti.workflows.corpus_index import check_file, image_id, look
 from smalti.workflows.corpus_layout import is_held_out
 from smalti.workflows.features import Featurizer, open_parent
 from smalti.workflows.ray_session import ensure_ray
@@ -142,6 +142,7 @@ class FeatureGroup:
         if isinstance(found, Lost):
             return found
         try:
+            check_file(found, section) if section.max_aspect is None else look(found, section)
             pixels = images.to_pixels(
                 found.data, self.image_size, max_pixels=section.max_pixels, min_size=section.min_size
             )

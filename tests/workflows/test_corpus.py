@@ -6,8 +6,6 @@ import io
 import os
 import struct
 import zlib
-from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +19,6 @@ from smalti.artifact import RECORD, Artifact
 from smalti.errors import DataError
 from smalti.schema import Recipe
 from smalti.workflows import corpus, corpus_layout
-
-
-@pytest.fixture
-def inline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stage's workers in this process, one after the other: for what does not depend on Ray."""
-
-    def here(items: Any, worker: Any, args: Any, resources: Any, *, model: bool = True) -> Iterator[Any]:
-        made = worker(*args)
-        for item in items:
-            yield made.work(made.read(item))
-
-    monkeypatch.setattr(corpus, "run_shards", here)
-    monkeypatch.setattr(corpus, "ensure_ray", lambda recipe: nullcontext())
 
 
 def recipe(out: Path, source: Any, **section: Any) -> Recipe:

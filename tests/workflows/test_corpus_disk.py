@@ -7,9 +7,7 @@ import resource
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -33,19 +31,6 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip(f"no tmpfs can be mounted here: {made.stderr.decode().strip()}")
     yield place
     subprocess.run(["umount", str(place)], check=True)
-
-
-@pytest.fixture
-def inline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stage's workers in this process."""
-
-    def here(items: Any, worker: Any, args: Any, resources: Any, *, model: bool = True) -> Iterator[Any]:
-        made = worker(*args)
-        for item in items:
-            yield made.work(made.read(item))
-
-    monkeypatch.setattr(corpus, "run_shards", here)
-    monkeypatch.setattr(corpus, "ensure_ray", lambda recipe: nullcontext())
 
 
 def recipe(out: Path, source: Path) -> Recipe:

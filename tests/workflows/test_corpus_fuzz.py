@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,6 @@ from smalti.artifact import Artifact
 from smalti.errors import SmaltiError
 from smalti.schema import Recipe
 from smalti.workflows import corpus
-
-
-@pytest.fixture
-def inline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stage's workers in this process: what bad input does to them does not depend on Ray."""
-
-    def here(items: Any, worker: Any, args: Any, resources: Any, *, model: bool = True) -> Iterator[Any]:
-        made = worker(*args)
-        for item in items:
-            yield made.work(made.read(item))
-
-    monkeypatch.setattr(corpus, "run_shards", here)
-    monkeypatch.setattr(corpus, "ensure_ray", lambda recipe: nullcontext())
 
 
 def picture(number: int, size: tuple[int, int] = (24, 24), kind: str = "PNG") -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from smalti import images, shards
 from smalti.artifact import RECORD, Artifact
@@ -21,6 +23,8 @@ from smalti.tokenizers.siglip import build_siglip
 from smalti.workflows import encoder, feature_source, features
 from smalti.workflows.corpus import image_id
 from smalti.workflows.corpus_layout import is_held_out
+from smalti.workflows.feature_source import FeatureGroup
+from smalti.workflows.sources import Lost, Sample
 from smalti.workflows.sources.generated import draw
 
 GOOD, PATCHES = 11, 3
@@ -147,3 +151,17 @@ def test_shards_of_no_group_and_sources_without_images_are_refused(source: Path,
     (empty / "a.png").write_bytes(b"nothing")
     with pytest.raises(DataError, match="gave no image to train on"):
         features.run(recipe(tmp_path / "none", empty, siglip))
+
+
+@pytest.mark.parametrize(
+    ("section", "reason"),
+    [({"max_aspect": 2.0}, "aspect"), ({"max_bytes": 20}, "too_large"), ({"require_caption": True}, "no_caption")],
+)
+def test_the_filters_of_the_corpus_hold_for_a_source_too(section: dict[str, object], reason: str) -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (48, 16), "red").save(stream, "PNG")
+    found = Sample("wide", (0, 0), stream.getvalue(), None, None, ())
+    for given, wanted in ((section, reason), ({}, None)):
+        worker = FeatureGroup("out", "encoder", Recipe.model_validate({"corpus": given}), 16)
+        one = worker.decode(found)
+        assert (one.reason if isinstance(one, Lost) else None) == wanted

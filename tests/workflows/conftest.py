@@ -1,0 +1,24 @@
+"""Fixtures of several test files here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+
+from smalti.workflows import corpus
+
+
+@pytest.fixture
+def inline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The corpus stage's workers in this process, one after the other: for what does not depend on Ray."""
+
+    def here(items: Any, worker: Any, args: Any, resources: Any, *, model: bool = True) -> Iterator[Any]:
+        made = worker(*args)
+        for item in items:
+            yield made.work(made.read(item))
+
+    monkeypatch.setattr(corpus, "run_shards", here)
+    monkeypatch.setattr(corpus, "ensure_ray", lambda recipe: nullcontext())
