@@ -1,0 +1,56 @@
+"""The recipe: every key that a YAML file or a `key=value` override may set, with its type, default and meaning.
+
+Models are frozen and strict: an unknown key or a wrong type fails (`smalti.config` turns that into one clear
+`ConfigError`). Sections stand in the order of the chain. Paths may be local or any fsspec URL.
+"""
+
+from smalti.schema.base import Section, Train
+from smalti.schema.data import (
+    CodebookSection,
+    CorpusSection,
+    EncoderSection,
+    EncoderTrain,
+    FeaturesSection,
+    TokensSection,
+)
+from smalti.schema.model import EvaluateSection, ExportSection, LanguageModel, Mixture, MllmSection, MllmStage, Sampling
+from smalti.schema.recipe import Recipe, Resources, Tracking
+from smalti.schema.tokenizer import (
+    DecoderStage,
+    Gan,
+    Loss,
+    Perceptual,
+    PixelStage,
+    SemanticStage,
+    TokenizerSection,
+    VitSize,
+)
+
+__all__ = [
+    "CodebookSection",
+    "CorpusSection",
+    "DecoderStage",
+    "EncoderSection",
+    "EncoderTrain",
+    "EvaluateSection",
+    "ExportSection",
+    "FeaturesSection",
+    "Gan",
+    "LanguageModel",
+    "Loss",
+    "Mixture",
+    "MllmSection",
+    "MllmStage",
+    "Perceptual",
+    "PixelStage",
+    "Recipe",
+    "Resources",
+    "Sampling",
+    "Section",
+    "SemanticStage",
+    "TokenizerSection",
+    "TokensSection",
+    "Tracking",
+    "Train",
+    "VitSize",
+]

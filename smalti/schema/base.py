@@ -1,0 +1,54 @@
+"""What every section of a recipe shares: strict values, and how one model is trained."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0.0)]
+Weight = Annotated[float, Field(ge=0.0)]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, no unknown keys, no silent conversion (an int may stand for a float)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Train(Section):
+    """How one model is trained; the same keys for every training stage."""
+
+    steps: Positive = Field(1000, description="optimizer steps")
+    batch_size: Positive = Field(64, description="samples a step over all workers and accumulation steps")
+    micro_batch_size: Positive | None = Field(
+        None, description="samples a worker and forward; default: no accumulation"
+    )
+    lr: Rate = Field(1e-4, description="peak learning rate")
+    optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: for linear layers; AdamW for the rest")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), strict=False)
+    weight_decay: Weight = 0.0
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: Weight = Field(0.03, description="warmup: below 1 a fraction of the steps, else steps")
+    min_lr: Fraction = Field(0.0, description="end of the cosine as a fraction of lr")
+    clip: Weight = Field(1.0, description="gradient norm bound; 0 is off")
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    checkpoint_every: Positive = Field(500, description="steps between checkpoints")
+    keep: Positive = Field(2, description="newest checkpoints kept")
+    log_every: Positive = Field(20, description="steps between logged metrics")
+    image_every: NonNegative = Field(0, description="steps between logged pictures; 0: only at the end")
+    max_failures: NonNegative = Field(3, description="worker failures survived before the run fails")
+    data_window: Positive = Field(16, description="shards within which rows are shuffled")
+
+    @model_validator(mode="after")
+    def _muon_sees_matrices(self) -> Train:
+        if self.optimizer == "muon" and self.zero_stage:
+            raise ValueError(
+                f"optimizer: muon needs whole matrices, which zero_stage={self.zero_stage} cuts up; "
+                "set zero_stage: 0, or optimizer: adamw"
+            )
+        return self

@@ -1,0 +1,113 @@
+"""Sections of the language model, what is made of it, and how it is measured."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from smalti.schema.base import Fraction, NonNegative, Positive, Section, Train, Weight
+
+
+class LanguageModel(Section):
+    """A Qwen2 made from numbers, for a model trained from nothing."""
+
+    hidden_size: Positive = 256
+    layers: Positive = 4
+    heads: Positive = 4
+    kv_heads: Positive = 4
+    intermediate_size: Positive = 1024
+    text_vocab_size: Positive = Field(1024, description="BPE tokens trained on the corpus's text")
+
+
+class Mixture(Section):
+    """Weights of the kinds of sequence in a batch."""
+
+    caption_to_image: Weight = 1.0
+    image_to_caption: Weight = 1.0
+    qa: Weight = 1.0
+    text: Weight = 0.0
+
+
+class MllmStage(Section):
+    """From a step on, another mixture or other weights of the loss; what is not named stays as `mllm` has it."""
+
+    from_step: Positive
+    mixture: Mixture | None = None
+    image_loss_weight: Weight | None = None
+    answer_loss_weight: Weight | None = None
+
+
+class MllmSection(Section):
+    """The unified language model."""
+
+    pretrained: str | None = None
+    config: LanguageModel | None = None
+    adapter: Literal["dual", "single"] = "dual"
+    adapter_hidden: Positive | None = Field(None, description="hidden width of each adapter MLP; default: the model's")
+    uncond_probability: Fraction = Field(0.1, description="share of prompts replaced by the unconditional text")
+    mixture: Mixture = Mixture()
+    questions_per_image: Positive = Field(1, description="question-answer pairs chained in one sequence")
+    max_length: Positive = 2048
+    dense: bool = Field(True, description="predict captions, questions and codes too, not only what is asked for")
+    dense_images: bool = Field(True, description="with dense: predict the codes of images to be understood as well")
+    isolate_questions: bool = Field(True, description="chained questions do not see each other, only the image")
+    loss_chunk: Positive = Field(4096, description="positions whose logits are held at once")
+    image_loss_weight: Weight = Field(1.0, description="weight of the loss on visual tokens")
+    answer_loss_weight: Weight = Field(1.0, description="weight of the loss on the tokens of answers")
+    text_source: str | None = Field(
+        None, description="text-only data: a .txt (one a line), .jsonl or .parquet with `text`"
+    )
+    stages: list[MllmStage] = Field([], description="what changes on the way, by from_step")
+    train: Train = Train()
+
+    @model_validator(mode="after")
+    def _stages_in_order(self) -> MllmSection:
+        steps = [stage.from_step for stage in self.stages]
+        if steps != sorted(set(steps)) or any(step >= self.train.steps for step in steps):
+            raise ValueError(
+                f"stages start at steps {steps}; expected rising steps below train.steps={self.train.steps}"
+            )
+        return self
+
+    def stage_at(self, step: int) -> MllmStage:
+        """Mixture and weights of a step (from 0): those of the last stage that has begun, else the section's own."""
+        begun = [stage for stage in self.stages if stage.from_step <= step]
+        own = {name: getattr(self, name) for name in ("mixture", "image_loss_weight", "answer_loss_weight")}
+        named = begun[-1].model_dump(exclude_none=True, exclude={"mixture"}) if begun else {"from_step": 1}
+        mixture = {"mixture": begun[-1].mixture} if begun and begun[-1].mixture else {}
+        return MllmStage(**(own | named | mixture))
+
+    @property
+    def whole_mixture(self) -> Mixture:
+        """Of each kind the largest weight that it has at any step."""
+        every = [self.mixture, *(stage.mixture for stage in self.stages if stage.mixture)]
+        return Mixture(**{kind: max(getattr(one, kind) for one in every) for kind in Mixture.model_fields})
+
+
+class ExportSection(Section):
+    """The plain Hugging Face model."""
+
+    dtype: Literal["fp32", "bf16"] = "fp32"
+
+
+class Sampling(Section):
+    """How images are drawn."""
+
+    cfg: Weight = Field(3.0, description="guidance scale s: l = l_u + s (l_c - l_u); 1 is off")
+    temperature: Weight = Field(1.0, description="0 is greedy")
+    top_k: NonNegative = Field(0, description="0 is off")
+    top_p: Fraction = 1.0
+
+
+class EvaluateSection(Section):
+    """What is measured on the held-out split."""
+
+    images: Positive = Field(1000, description="held-out images at most")
+    questions: Positive = Field(2000, description="held-out questions at most (seeded sample)")
+    drawings: NonNegative = Field(1, description="drawings a prompt")
+    prompts: list[str] | None = Field(None, description="prompts to draw; default: a caption of each class")
+    sampling: Sampling = Sampling()
+    vrr_images: Positive = 500
+    goals: dict[str, float] = Field({}, description="score -> value to reach, shown beside it; changes no result")
+    batch_size: Positive = 64

@@ -1,0 +1,95 @@
+"""The whole recipe: sections in the order of the chain, and what holds between them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from smalti.schema.base import Positive, Section, Weight
+from smalti.schema.data import CodebookSection, CorpusSection, EncoderSection, FeaturesSection, TokensSection
+from smalti.schema.model import EvaluateSection, ExportSection, MllmSection
+from smalti.schema.tokenizer import TokenizerSection
+
+
+class Resources(Section):
+    """What a stage may take from the cluster. Never part of a fingerprint: results do not depend on it."""
+
+    workers: Positive = Field(1, description="training workers")
+    gpus_per_worker: Weight = 0
+    cpus_per_worker: Positive = 1
+    actors: Positive = Field(1, description="model actors of features and tokens")
+    readers: Positive = Field(1, description="CPU tasks that read and decode")
+
+
+class Tracking(Section):
+    """MLflow."""
+
+    uri: str | None = Field(None, description="tracking URI; default: sqlite in <out>/mlflow.db; `off`: no tracking")
+    experiment: str = "smalti"
+
+
+class Recipe(Section):
+    """A whole recipe."""
+
+    name: str = "smalti"
+    system: Literal["semhitok"] = "semhitok"
+    out: str = "out"
+    seed: int = Field(0, description="0 or above")
+    share: list[str] = Field([], description="other outputs whose stages are used where their fingerprint is the same")
+    corpus: CorpusSection = CorpusSection()
+    encoder: EncoderSection = EncoderSection()
+    features: FeaturesSection = FeaturesSection()
+    codebook: CodebookSection = CodebookSection()
+    tokenizer: TokenizerSection = TokenizerSection()
+    tokens: TokensSection = TokensSection()
+    mllm: MllmSection = MllmSection()
+    export: ExportSection = ExportSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    baselines: dict[str, dict[str, Any]] = Field(
+        {}, description="name -> overrides: variants run beside it, up to evaluation"
+    )
+    resources: Resources = Resources()
+    tracking: Tracking = Tracking()
+
+    @field_validator("out")
+    @classmethod
+    def _some_folder(cls, out: str) -> str:
+        if not out.strip():
+            raise ValueError("expected the path of a folder, found empty text")
+        return out
+
+    @model_validator(mode="after")
+    def _one_encoder(self) -> Recipe:
+        if self.encoder.pretrained and self.encoder.train:
+            raise ValueError("encoder.pretrained and encoder.train are both set; keep one")
+        return self
+
+    @model_validator(mode="after")
+    def _guided_parts(self) -> Recipe:
+        if self.tokenizer.pixel.semantic_only_decoder and not self.tokenizer.guidance:
+            raise ValueError("tokenizer.pixel.semantic_only_decoder needs tokenizer.guidance: true; set it to false")
+        return self
+
+    @model_validator(mode="after")
+    def _seed_counts(self) -> Recipe:
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}, expected 0 or above: NumPy's generators take no negative seed")
+        return self
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Recipe:
+        tokenizer, siglip, qwen2 = self.tokenizer, self.encoder.train, self.mllm.config
+        semantic, pixel, decoder = tokenizer.semantic, tokenizer.pixel, tokenizer.decoder
+        sizes = {"tokenizer.semantic": (semantic.decoder_dim, semantic.decoder_heads, "decoder_dim", "decoder_heads")}
+        vits = {"pixel.encoder": pixel.encoder, "pixel.decoder": pixel.decoder}
+        vits |= {"decoder.decoder": decoder.decoder} if decoder else {}
+        sizes |= {f"tokenizer.{name}": (vit.dim, vit.heads, "dim", "heads") for name, vit in vits.items()}
+        if siglip:
+            sizes["encoder.train"] = (siglip.hidden_size, siglip.heads, "hidden_size", "heads")
+        if qwen2:
+            sizes["mllm.config"] = (qwen2.hidden_size, qwen2.heads, "hidden_size", "heads")
+        for section, (width, heads, key, by) in sizes.items():
+            if width % heads:
+                raise ValueError(f"{section}.{key}={width} does not split over {section}.{by}={heads}; set a multiple")
+        return self
