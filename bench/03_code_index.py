@@ -1,60 +1,29 @@
-"""Goal 3: 64K codes x 1152, vectors assigned through the training tree, against brute force, faiss IVF and faiss HNSW.
+"""Goal 3: 64K codes × 1152, vectors assigned through the training tree, against brute force, faiss IVF and faiss HNSW.
 
-The number of cells (and each peer's own probes) is chosen on one held-out half for a recall@1 of 0.999 against exact
-search and measured on the other. All sides run on one thread, in turns; the medians of CPU-seconds count.
-`--features PATH` takes the vectors of a features artifact instead of the synthetic ones; `--codes`, `--turns`.
+The codes come from two-level k-means of 4 vectors a code (`bench/two_level.py`). The number of cells searched, and each peer's
+own probes, is chosen on one held-out half for a recall@1 of 0.999 against exact search and measured on the other. One thread, in
+turns, medians of CPU-seconds. `--features PATH [--window 3]` takes real vectors; `--codes`, `--cells` (default √K).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import faiss
-import numpy as np
 import torch
 from torch import Tensor
 
-from bench.machine import machine
-from smalti import shards
-from smalti.tokenizers import kmeans
-from smalti.tokenizers.code_index import CodeIndex
+from bench import vectors
+from bench.machine import medians, report
+from bench.two_level import TwoLevel
 
-WIDTH, RECALL, HELD_OUT, GOALS = 1152, 0.999, 8192, {"brute": 15.0, "ivf": 5.0, "hnsw": 3.0}
-
-
-def synthetic(num: int) -> Tensor:
-    """Vectors near a 24-dimensional surface in 300 clusters of unequal size, with noise: float32 (num, 1152)."""
-    draw = torch.Generator().manual_seed(0)
-    weights = 1 / torch.arange(1, 301).float()
-    centres = torch.randn(300, 24, generator=draw) * 2
-    low = centres[weights.multinomial(num, replacement=True, generator=draw)] + torch.randn(num, 24, generator=draw)
-    return low @ torch.randn(24, WIDTH, generator=draw) / 24**0.5 + 0.1 * torch.randn(num, WIDTH, generator=draw)
-
-
-def stored(path: str) -> Tensor:
-    """The training vectors of a features artifact in random order: float32 (N, C)."""
-    keys = shards.list_shards(path, "train")
-    parts = [shards.vectors(shards.read_shard(path, key, ["vector"])).astype(np.float32) for key in keys]
-    x_NC = torch.from_numpy(np.concatenate(parts))
-    return x_NC[torch.randperm(len(x_NC), generator=torch.Generator().manual_seed(0))]
-
-
-def trained(x_NC: Tensor, num: int) -> CodeIndex:
-    """Codes in cells as the stage makes them: cells from a sample, K shared by cell size, k-means in each cell."""
-    draw = torch.Generator().manual_seed(1)
-    cells = kmeans.kmeans(x_NC[:32_768], max(2, int(num**0.5)), 5, draw)
-    home = kmeans.assign(x_NC, cells)[0]
-    shares = kmeans.allocate(num, torch.bincount(home, minlength=len(cells)).tolist())
-    codes = [kmeans.kmeans(x_NC[home == i], share, 2, draw) for i, share in enumerate(shares) if share]
-    return CodeIndex(torch.cat(codes), cells, torch.repeat_interleave(torch.arange(len(cells)), torch.tensor(shares)))
+WIDTH, RECALL, HELD_OUT, VECTORS_A_CODE = 1152, 0.999, 8_192, 4
+GOALS = {"brute": 15.0, "ivf": 5.0, "hnsw": 3.0}
 
 
 def reaching(search: Callable[[int], Tensor], wanted: Tensor) -> int:
@@ -73,24 +42,19 @@ def reaching(search: Callable[[int], Tensor], wanted: Tensor) -> int:
     return high
 
 
-def cpu_seconds(work: Callable[[], Tensor]) -> float:
-    started = time.process_time()
-    work()
-    return time.process_time() - started
-
-
 def main() -> None:
     options = argparse.ArgumentParser()
-    options.add_argument("--features")
+    vectors.add_options(options)
     options.add_argument("--codes", type=int, default=65_536)
-    options.add_argument("--turns", type=int, default=5)
+    options.add_argument("--cells", type=int)
     asked = options.parse_args()
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
-    x_NC = stored(asked.features) if asked.features else synthetic(3 * asked.codes + 2 * HELD_OUT)
+    x_NC = vectors.chosen(asked, VECTORS_A_CODE * asked.codes + 2 * HELD_OUT, WIDTH)
     held = min(HELD_OUT, len(x_NC) // 8)
     choose, test, train = x_NC[:held], x_NC[held : 2 * held], x_NC[2 * held :]
-    index = trained(train, min(asked.codes, len(train) // 3))
+    num = min(asked.codes, len(train) // VECTORS_A_CODE)
+    index = TwoLevel(num, asked.cells or max(2, round(num**0.5)), iterations=4, sample=65_536).train(train)
     cells, _ = index.cells_for(choose, RECALL)
     codes, width = index.codes.numpy(), index.codes.shape[1]
     ivf = faiss.IndexIVFFlat(faiss.IndexFlatL2(width), width, len(index.cells))
@@ -118,24 +82,21 @@ def main() -> None:
     }
     exact = index.exact(test)[0]
     recalls = {name: float((work() == exact).double().mean()) for name, work in sides.items()}
-    turns = [{name: cpu_seconds(work) for name, work in sides.items()} for _ in range(asked.turns)]
-    seconds = {name: statistics.median(turn[name] for turn in turns) for name in sides}
+    seconds = medians(sides, asked.turns)
     for name, probes in {"tree": cells, "brute": len(codes), "ivf": nprobe, "hnsw": ef}.items():
         print(f"{name}: {seconds[name]:.3f} CPU-s for {len(test)} vectors, {probes} probes, recall {recalls[name]:.4f}")
     ratios = {name: round(seconds[name] / seconds["tree"], 2) for name in GOALS}
-    result = {
-        "goal": 3,
-        "ratio": ratios["brute"],
-        "ratios": ratios,
-        "quality": recalls["tree"],
-        "recalls": recalls,
-        "codes": len(codes),
-        "width": width,
-        "vectors": "features" if asked.features else "synthetic",
-        "met": recalls["tree"] >= RECALL and all(ratios[name] >= goal for name, goal in GOALS.items()),
-        "machine": machine(),
-    }
-    print(json.dumps(result))
+    report(
+        3,
+        ratio=ratios["brute"],
+        quality=recalls["tree"],
+        met=recalls["tree"] >= RECALL and all(ratios[name] >= goal for name, goal in GOALS.items()),
+        ratios=ratios,
+        recalls=recalls,
+        codes=len(codes),
+        width=width,
+        vectors=vectors.told(asked),
+    )
 
 
 if __name__ == "__main__":

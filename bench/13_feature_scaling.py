@@ -7,7 +7,6 @@ whatever the number of workers. An argument: how many shards instead of 16.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import feature_runs
-from bench.machine import machine
+from bench.machine import report
 from smalti.workflows.ray_session import ensure_ray
 
 SHARDS, TURNS, GOAL = 16, 3, 1.7
@@ -38,14 +37,7 @@ def main() -> None:
                 turns.append((one, two))
     ratio = statistics.median(two.rate for _, two in turns) / statistics.median(one.rate for one, _ in turns)
     equal = len({side.digest for turn in turns for side in turn}) == 1
-    result = {
-        "goal": 13,
-        "ratio": round(ratio, 2),
-        "quality": float(equal),
-        "met": bool(equal and ratio >= GOAL),
-        "machine": machine(),
-    }
-    print(json.dumps(result))
+    report(13, ratio=ratio, quality=float(equal), met=bool(equal and ratio >= GOAL))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,10 @@ from torch import Tensor
 
 from smalti.tokenizers import quantizers
 
+PAIRS = 1 << 24
+"""Cells of vectors that a tree search looks at together."""
+ROUNDING = 1e-6
+"""Of a vector's squared norm: the error of a squared distance."""
 CANDIDATES = 16
 """Codes of each vector that are scored again in float32 after a search in another precision."""
 
@@ -41,9 +45,12 @@ class CodeIndex:
         self.cells = cells_PC[full].float()  # a cell without codes is never searched
         self.cell_of = (full.cumsum(0) - 1)[cell_of_K]
         self._order = torch.argsort(cell_of_K, stable=True)
-        self._sorted = self.codes[self._order]
-        self._half_norms = self._sorted.square().sum(-1) / 2
-        self._cell_half_norms = self.cells.square().sum(-1) / 2
+        in_place = bool((cell_of_K.diff() >= 0).all())  # codes that lie in the order of their cells are not copied
+        self._sorted = self.codes if in_place else self.codes[self._order]
+        self._half_norms = _half_norms(self.codes)
+        self._sorted_half_norms = self._half_norms[self._order]
+        self._cell_half_norms = _half_norms(self.cells)
+        self._apart = torch.cdist(self.cells, self.cells)
         self._starts = [0, *sizes_P[full].cumsum(0).tolist()]
 
     def exact(self, x_NC: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -52,79 +59,116 @@ class CodeIndex:
         With another dtype (bfloat16) the scores are taken in it, and the best `CANDIDATES` of them again in float32:
         exact unless that many codes lie within its rounding.
         """
-        if dtype == torch.float32:
-            return quantizers.search(x_NC, self.codes)
-        x_NC = x_NC.float()
-        half_norms_K = self.codes.square().sum(-1) / 2
-        low_KC, low_NC = self.codes.to(dtype), x_NC.to(dtype)
+        x_NC, block = x_NC.float(), min(len(self.codes), quantizers.CODE_BLOCK)
         ids_N, scores_N = _empty(x_NC)
-        for rows in _blocks(len(x_NC), max(x_NC.shape[1] * CANDIDATES, min(len(low_KC), quantizers.CODE_BLOCK))):
-            found_NB = _candidates(low_NC[rows], low_KC, half_norms_K)
+        if dtype == torch.float32:
+            for rows in _blocks(len(x_NC), block):
+                scores_N[rows], ids_N[rows] = quantizers.best_score(x_NC[rows], self.codes, self._half_norms)
+            return ids_N, _distance(x_NC, scores_N)
+        low_KC, low_NC = self.codes.to(dtype), x_NC.to(dtype)
+        for rows in _blocks(len(x_NC), max(x_NC.shape[1] * CANDIDATES, block)):
+            found_NB = _candidates(low_NC[rows], low_KC, self._half_norms)
             dots_NB = torch.einsum("nc,nbc->nb", x_NC[rows], self.codes[found_NB])
-            scores_N[rows], place_N = (half_norms_K[found_NB] - dots_NB).min(-1)
+            scores_N[rows], place_N = (self._half_norms[found_NB] - dots_NB).min(-1)
             ids_N[rows] = found_NB.gather(1, place_N[:, None])[:, 0]
         return ids_N, _distance(x_NC, scores_N)
 
     def tree(self, x_NC: Tensor, num_cells: int) -> tuple[Tensor, Tensor]:
         """As `exact`, among the codes of the `num_cells` cells nearest to each vector (all that hold codes, if fewer).
 
-        The vectors that probe a cell are scored together. ValueError: `num_cells` below 1.
+        Of these cells one is left out where the plane half-way between it and the nearest cell is farther from the vector
+        than the best code found: it holds no nearer code, if every code lies in the cell nearest to it, as k-means leaves
+        them. The vectors that probe a cell are scored together. ValueError: `num_cells` below 1.
         """
         if num_cells < 1:
             raise ValueError(f"a search in {num_cells} cells; at least 1 is needed")
         if len(self.cells) == 1:
             return self.exact(x_NC)
-        x_NC = x_NC.float()
-        probed = self._probe(x_NC, min(num_cells, len(self.cells)))
-        width = probed.shape[1]
-        pairs = torch.argsort(probed.flatten(), stable=True) // width
-        ends = torch.bincount(probed.flatten(), minlength=len(self.cells)).cumsum(0).tolist()
+        x_NC, num = x_NC.float(), min(num_cells, len(self.cells))
         ids_N, scores_N = _empty(x_NC)
+        for rows in _blocks(len(x_NC), num, PAIRS):
+            ids_N[rows], scores_N[rows] = self._search(x_NC[rows], num)
+        return ids_N, _distance(x_NC, scores_N)
+
+    def _search(self, x_NC: Tensor, num: int) -> tuple[Tensor, Tensor]:
+        """Best code of the `num` nearest cells and its score: the nearest cell, then the next 1, 2, 4, … where need be."""
+        probed, planes = self._probe(x_NC, num)
+        ids_N, scores_N = _empty(x_NC)
+        rounding_N = ROUNDING * x_NC.square().sum(-1)
+        first, last = 0, 1
+        while first < num:
+            reach_N = (_distance(x_NC, scores_N) + rounding_N).sqrt_()
+            rows, rank = (planes[:, first:last] <= reach_N[:, None]).nonzero(as_tuple=True)
+            self._score(x_NC, rows, probed[rows, rank + first], ids_N, scores_N)
+            first, last = last, min(num, 2 * last)
+        return ids_N, scores_N
+
+    def _score(self, x_NC: Tensor, rows: Tensor, cells: Tensor, ids_N: Tensor, scores_N: Tensor) -> None:
+        """Compare the vectors `rows` with the codes of `cells`, pair by pair, and keep what is better in place."""
+        rows = rows[torch.argsort(cells, stable=True)]
+        ends = torch.bincount(cells, minlength=len(self.cells)).cumsum(0).tolist()
         for cell, (first, last) in enumerate(zip([0, *ends], ends, strict=False)):
             codes = slice(self._starts[cell], self._starts[cell + 1])
             num_codes = min(codes.stop - codes.start, quantizers.CODE_BLOCK)
             for block in _blocks(last - first, max(num_codes, x_NC.shape[1])):
-                rows = pairs[first:last][block]
-                score, local = quantizers.best_score(x_NC[rows], self._sorted[codes], self._half_norms[codes])
+                mine = rows[first:last][block]
+                score, local = quantizers.best_score(x_NC[mine], self._sorted[codes], self._sorted_half_norms[codes])
                 found = self._order[codes][local]
-                best, known = scores_N[rows], ids_N[rows]
+                best, known = scores_N[mine], ids_N[mine]
                 closer = (score < best) | ((score == best) & (found < known))
-                scores_N[rows], ids_N[rows] = torch.where(closer, score, best), torch.where(closer, found, known)
-        return ids_N, _distance(x_NC, scores_N)
+                scores_N[mine], ids_N[mine] = torch.where(closer, score, best), torch.where(closer, found, known)
+
+    def ranks(self, x_NC: Tensor) -> Tensor:
+        """How many vectors have their nearest code in their 1st, 2nd, … nearest cell: int64 (cells with codes,)."""
+        x_NC, num = x_NC.float(), len(self.cells)
+        home_N = self.cell_of[self.exact(x_NC)[0]]
+        ranks_P = torch.zeros(num, dtype=torch.int64, device=x_NC.device)
+        for rows in _blocks(len(x_NC), num):
+            ranks = (self._probe(x_NC[rows], num)[0] == home_N[rows, None]).int().argmax(-1)
+            ranks_P += torch.bincount(ranks, minlength=num)
+        return ranks_P
 
     def recalls(self, x_NC: Tensor) -> Tensor:
         """Share of the vectors whose nearest code lies in their 1, 2, … nearest cells: float64 (cells with codes,).
 
         So `recalls(x)[n - 1]` is the recall@1 of `tree(x, n)` against `exact(x)`. ValueError: no vectors.
         """
-        if not len(x_NC):
-            raise ValueError("recall on 0 vectors")
-        x_NC, num = x_NC.float(), len(self.cells)
-        home_N = self.cell_of[self.exact(x_NC)[0]]
-        ranks_P = torch.zeros(num, dtype=torch.int64, device=x_NC.device)
-        for rows in _blocks(len(x_NC), num):
-            ranks = (self._probe(x_NC[rows], num) == home_N[rows, None]).int().argmax(-1)
-            ranks_P += torch.bincount(ranks, minlength=num)
-        return ranks_P.cumsum(0).double() / len(x_NC)
+        return recalls_of(self.ranks(x_NC))
 
     def cells_for(self, x_NC: Tensor, recall: float) -> tuple[int, float]:
-        """Fewest cells that reach a recall on these vectors, and the recall that they reach.
+        """Fewest cells that reach a recall on these vectors, and the recall that they reach. See `fewest_cells`."""
+        return fewest_cells(self.ranks(x_NC), recall)
 
-        ValueError: a recall outside (0, 1], or no vectors.
-        """
-        if not 0 < recall <= 1:
-            raise ValueError(f"a recall of {recall} is asked for; want one in (0, 1]")
-        recalls = self.recalls(x_NC)
-        num = int((recalls >= recall).int().argmax())
-        return num + 1, float(recalls[num])
-
-    def _probe(self, x_NC: Tensor, num: int) -> Tensor:
-        """The nearest cells of each vector, nearest first: int64 (N, num)."""
+    def _probe(self, x_NC: Tensor, num: int) -> tuple[Tensor, Tensor]:
+        """The nearest cells of each vector, nearest first, and how far the plane half-way to the nearest one is: int64 and
+        float32 (N, num)."""
         probed = torch.empty(len(x_NC), num, dtype=torch.int64, device=x_NC.device)
+        planes = torch.empty(len(x_NC), num, device=x_NC.device)
         for rows in _blocks(len(x_NC), len(self.cells)):
             scores = torch.addmm(self._cell_half_norms, x_NC[rows], self.cells.T, alpha=-1)
-            probed[rows] = scores.topk(num, largest=False).indices
-        return probed
+            best, probed[rows] = scores.topk(num, largest=False)
+            apart = self._apart[probed[rows, :1], probed[rows]]
+            planes[rows] = (best - best[:, :1]) / apart.clamp(min=torch.finfo(apart.dtype).tiny)
+        return probed, planes
+
+
+def recalls_of(ranks_P: Tensor) -> Tensor:
+    """`CodeIndex.recalls` from `CodeIndex.ranks`, which can be added up over parts of the vectors."""
+    if not int(ranks_P.sum()):
+        raise ValueError("recall on 0 vectors")
+    return ranks_P.cumsum(0).double() / ranks_P.sum()
+
+
+def fewest_cells(ranks_P: Tensor, recall: float) -> tuple[int, float]:
+    """Fewest cells whose search reaches a recall@1, and the recall that they reach, by `CodeIndex.ranks` of a sample.
+
+    ValueError: a recall outside (0, 1], or no vectors.
+    """
+    if not 0 < recall <= 1:
+        raise ValueError(f"a recall of {recall} is asked for; want one in (0, 1]")
+    recalls = recalls_of(ranks_P)
+    num = int((recalls >= recall).int().argmax())
+    return num + 1, float(recalls[num])
 
 
 def _candidates(low_NC: Tensor, low_KC: Tensor, half_norms_K: Tensor) -> Tensor:
@@ -141,10 +185,15 @@ def _candidates(low_NC: Tensor, low_KC: Tensor, half_norms_K: Tensor) -> Tensor:
     return ids.sort(-1).values
 
 
-def _blocks(num: int, width: int) -> list[slice]:
-    """Rows in slices of which each has at most `quantizers.SCRATCH_SCORES` numbers when a row has `width`."""
-    rows = max(1, quantizers.SCRATCH_SCORES // max(1, width))
+def _blocks(num: int, width: int, most: int | None = None) -> list[slice]:
+    """Rows in slices that have at most `most` numbers (`quantizers.SCRATCH_SCORES`) each when a row has `width`."""
+    rows = max(1, (most or quantizers.SCRATCH_SCORES) // max(1, width))
     return [slice(at, min(num, at + rows)) for at in range(0, num, rows)]
+
+
+def _half_norms(c_KC: Tensor) -> Tensor:
+    """‖c‖²/2 of every row, without a second matrix of their size: float32 (K,)."""
+    return torch.cat([c_KC[rows].square().sum(-1) for rows in _blocks(*c_KC.shape)]) / 2
 
 
 def _empty(x_NC: Tensor) -> tuple[Tensor, Tensor]:

@@ -103,10 +103,15 @@ def _to_one(x_NC: Tensor, c_C: Tensor) -> Tensor:
 def lloyd_stats(x_NC: Tensor, ids_N: Tensor, num: int) -> tuple[Tensor, Tensor]:
     """Sum and count of the vectors of each centroid: float64 (num, C), int64 (num,)."""
     sums_KC = torch.zeros(num, x_NC.shape[1], dtype=torch.float64, device=x_NC.device)
+    add_up(sums_KC, x_NC, ids_N)
+    return sums_KC, torch.bincount(ids_N, minlength=num)
+
+
+def add_up(sums_KC: Tensor, x_NC: Tensor, ids_N: Tensor) -> None:
+    """Add each vector to the row of its id, in the order of the vectors: float64 (K, C), changed in place."""
     for start in range(0, len(x_NC), SUM_ROWS):
         part = slice(start, start + SUM_ROWS)
         sums_KC.index_add_(0, ids_N[part], x_NC[part].double())
-    return sums_KC, torch.bincount(ids_N, minlength=num)
 
 
 def move(c_KC: Tensor, sums_KC: Tensor, counts_K: Tensor, spherical: bool = False) -> Tensor:

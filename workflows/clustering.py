@@ -1,14 +1,13 @@
 """k-means over feature shards on Ray: the passes that the stage `codebook` is made of.
 
 Axis letters: N vectors, C their width, K codes, P cells of the first level. The vectors are cut into chunks (whole
-shards) by their number alone; a chunk is a task. Sums are float64, added in the order of the chunks by tasks that own a
-range of codes each: the driver holds the codes and one range. So the result does not depend on how many tasks run at
-once. A pass over the data is what costs: each function says how many.
+shards) by their number alone; a chunk is a task. Sums are added in the order of the chunks (see `code_sums`): the driver
+holds the codes and one range of sums, a task those of the codes that it met. So the result does not depend on how many
+tasks run at once. A pass over the data is what costs: each function says how many.
 """
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -26,15 +25,15 @@ from smalti import shards, storage
 from smalti.errors import DataError, SmaltiError
 from smalti.tokenizers import kmeans
 from smalti.tokenizers.code_index import CodeIndex
+from smalti.workflows.code_sums import RangeSums, UsedSums
 
 CHUNK_VECTORS = 262_144  # of a task: what a lost task costs
 SAMPLE_CHUNK_VECTORS = 16_384  # of a task of the first level: its sample is small
 BLOCK_VECTORS = 65_536  # in float32 at once
-RANGE_NUMBERS = 1 << 25  # numbers in a range of codes: 268 MB of sums
-FOLD = 8  # chunks that a task adds to the sums of a range
-PROBES = 4  # cells searched for a vector
+PROBES = 4  # cells searched for a vector while codes still move
 FAR_A_CHUNK = 256  # candidates for codes without a vector
 FAR_KEPT = 16_384  # of all chunks
+COLUMNS = 64  # of the codes, moved at once
 FOOTER_THREADS = 16
 
 
@@ -100,6 +99,14 @@ class Tree:
 
     def with_codes(self, codes_KC: Tensor) -> Tree:
         return replace(self, codes=codes_KC)
+
+    def in_cell_order(self) -> Tree:
+        """The same with the codes in the order of their cells, as the search wants them; they are moved in place."""
+        order = torch.argsort(self.cell_of, stable=True)
+        for columns in range(0, self.codes.shape[1], COLUMNS):
+            part = slice(columns, columns + COLUMNS)
+            self.codes[:, part] = self.codes[order, part]
+        return replace(self, cell_of=self.cell_of[order])
 
     def shared(self) -> Any:
         """A reference for tasks, which map it into their memory: one copy a machine. See `of_shared`."""
@@ -168,8 +175,8 @@ def in_order(
 ) -> Iterator[Any]:
     """`task(*item)` for each item as Ray tasks, at most `workers` at once; results in the order of the items.
 
-    With `left`, a task returns a tuple of 1 + left objects: the first comes here, the others as references. A SmaltiError
-    of a task is raised here as it was.
+    With `left`, a task yields 1 + left objects: the first comes here, the others as references. A SmaltiError of a task is
+    raised here as it was.
     """
     import ray
     from ray.exceptions import RayTaskError
@@ -187,109 +194,60 @@ def in_order(
         waiting[number] = None
 
 
-def assign(x_NC: Tensor, index: CodeIndex) -> tuple[Tensor, Tensor]:
-    """Code of each vector and its squared distance: int64 (N,), float32 (N,).
-
-    Exact with one cell; else among the codes of the `PROBES` nearest cells. Ties take the lowest code.
-    """
-    return index.tree(x_NC, PROBES)
-
-
-class RangeSums:
-    """Sums of the vectors of each code, a range of codes an object: added in the order of the chunks, by tasks."""
-
-    def __init__(self, num: int, width: int) -> None:
-        self.width, step = width, max(1, RANGE_NUMBERS // max(1, width))
-        self.bounds = [(low, min(num, low + step)) for low in range(0, num, step)]
-        self.totals: list[Any] = [None] * len(self.bounds)
-        self.waiting: list[Sequence[Any]] = []
-
-    def add(self, references: Sequence[Any]) -> None:
-        """The next chunk's parts, one a range: (codes counted from the range's first, their sums)."""
-        self.waiting.append(references)
-        if len(self.waiting) == FOLD:
-            self._fold()
-
-    def _fold(self) -> None:
-        import ray
-
-        before = [total for total in self.totals if total is not None]
-        if before:  # no more than two rounds of parts are held by the store
-            ray.wait(before, num_returns=len(before))
-        remote = ray.remote(num_cpus=1)(_add_up)
-        self.totals = [
-            remote.remote(total, high - low, self.width, *(parts[place] for parts in self.waiting))
-            for place, ((low, high), total) in enumerate(zip(self.bounds, self.totals, strict=True))
-        ]
-        self.waiting = []
-
-    def ranges(self) -> Iterator[tuple[slice, Tensor]]:
-        """(codes, float64 (codes, C)) of each range that a chunk added to, one at a time."""
-        import ray
-
-        if self.waiting:
-            self._fold()
-        for (low, high), total in zip(self.bounds, self.totals, strict=True):
-            if total is not None:
-                yield slice(low, high), torch.tensor(ray.get(total))
-
-
-def _add_up(total: np.ndarray | None, rows: int, width: int, *parts: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """Task of `RangeSums`."""
-    sums_KC = np.zeros((rows, width)) if total is None else total.copy()
-    for used, sums in parts:
-        sums_KC[used] += sums
-    return sums_KC
-
-
-def full_pass(parts: Sequence[Chunk], tree: Tree, workers: int, *, sums: RangeSums | None = None) -> PassStats:
-    """Assign every vector: counts, distances, the farthest vectors and, if given, the sums. One pass."""
+def full_pass(
+    parts: Sequence[Chunk], tree: Tree, workers: int, *, sums: RangeSums | None = None, probes: int = PROBES
+) -> PassStats:
+    """Assign every vector, searched in its `probes` nearest cells: counts, distances, the farthest vectors and, if given,
+    the sums. One pass."""
     shared = tree.shared()
     total = PassStats(torch.zeros(len(tree.codes), dtype=torch.int64))
-    bounds = sums.bounds if sums is not None else []
-    items = [(chunk, shared, bounds) for chunk in parts]
-    for found in in_order(_chunk_pass, items, workers, parts[0].gpus if parts else 0, len(bounds)):
-        if sums is not None:
-            sums.add(found[1:])
-        total.add(*(found[0] if sums is not None else found))
+    gpus = parts[0].gpus if parts else 0
+    if sums is None:
+        for found in in_order(_chunk_pass, [(chunk, shared, probes) for chunk in parts], workers, gpus):
+            total.add(*found)
+        return total
+    items = [(chunk, shared, probes, sums.bounds) for chunk in parts]
+    for found, *references in in_order(_chunk_sums, items, workers, gpus, len(sums.bounds)):
+        sums.add(references)
+        total.add(*found)
     return total
 
 
-def _chunk_pass(chunk: Chunk, shared: tuple[np.ndarray, ...], bounds: Sequence[tuple[int, int]]) -> tuple[Any, ...]:
-    """Task of `full_pass`: (counts, sum of distances, far vectors, their distances), then each range's part."""
+def _chunk_pass(chunk: Chunk, shared: tuple[np.ndarray, ...], probes: int) -> tuple[Any, ...]:
+    """Task of `full_pass`: (counts, sum of distances, far vectors, their distances)."""
     tree = Tree.of_shared(shared, chunk.device)
     with torch.device(chunk.device):
-        counts_K, distance, used, used_sums, far_NC, far_N = _chunk_stats(chunk, tree, bool(bounds))
-    found = counts_K.cpu(), distance, far_NC.cpu(), far_N.cpu()
-    if not bounds:
-        return found
-    used, values = used.cpu().numpy(), used_sums.cpu().numpy()
-    edges = np.searchsorted(used, [low for low, _ in bounds] + [bounds[-1][1]])
-    pieces = [slice(start, end) for start, end in itertools.pairwise(edges)]
-    return found, *((used[piece] - low, values[piece]) for piece, (low, _) in zip(pieces, bounds, strict=True))
+        return _chunk_stats(chunk, tree, probes, None)
 
 
-def _chunk_stats(chunk: Chunk, tree: Tree, sums: bool) -> tuple[Any, ...]:
-    """Task of `full_pass`: (counts, sum of distances, codes that were used, their sums, far vectors, distances)."""
+def _chunk_sums(
+    chunk: Chunk, shared: tuple[np.ndarray, ...], probes: int, bounds: Sequence[tuple[int, int]]
+) -> Iterator[Any]:
+    """Task of `full_pass`: what `_chunk_pass` finds, then each range's part, one at a time."""
+    tree = Tree.of_shared(shared, chunk.device)
+    with torch.device(chunk.device):
+        sums = UsedSums(*tree.codes.shape, chunk.rows)
+        yield _chunk_stats(chunk, tree, probes, sums)
+    for low, high in bounds:
+        yield sums.part(low, high)
+
+
+def _chunk_stats(chunk: Chunk, tree: Tree, probes: int, sums: UsedSums | None) -> tuple[Any, ...]:
     num, width = tree.codes.shape
     index = CodeIndex(tree.codes, tree.cells, tree.cell_of)
     counts_K = torch.zeros(num, dtype=torch.int64)
-    sums_KC = torch.zeros(num, width, dtype=torch.float64) if sums else None
     distance_sum, far_NC, far_N = 0.0, torch.empty(0, width), torch.empty(0)
     for _, x_NC in chunk.vectors():
-        ids_N, distance_N = assign(x_NC, index)
-        if sums_KC is not None:
-            part_sums, part_counts = kmeans.lloyd_stats(x_NC, ids_N, num)
-            sums_KC += part_sums
-        else:
-            part_counts = torch.bincount(ids_N, minlength=num)
-        counts_K += part_counts
+        ids_N, distance_N = index.tree(x_NC, probes)
+        if sums is not None:
+            sums.add(x_NC, ids_N)
+        counts_K += torch.bincount(ids_N, minlength=num)
         distance_sum += float(distance_N.double().sum())
-        far_N, far_NC = torch.cat([far_N, distance_N]), torch.cat([far_NC, x_NC])
+        top = torch.argsort(distance_N, descending=True, stable=True)[:FAR_A_CHUNK]
+        far_N, far_NC = torch.cat([far_N, distance_N[top]]), torch.cat([far_NC, x_NC[top]])
         top = torch.argsort(far_N, descending=True, stable=True)[:FAR_A_CHUNK]
-        far_N, far_NC = far_N[top], far_NC[top].clone()
-    used = counts_K.nonzero().flatten()
-    return counts_K, distance_sum, used, sums_KC[used] if sums_KC is not None else None, far_NC, far_N
+        far_N, far_NC = far_N[top], far_NC[top]
+    return counts_K.cpu(), distance_sum, far_NC.cpu(), far_N.cpu()
 
 
 def lloyd(parts: Sequence[Chunk], tree: Tree, workers: int) -> tuple[Tree, PassStats, int]:
@@ -305,16 +263,14 @@ def lloyd(parts: Sequence[Chunk], tree: Tree, workers: int) -> tuple[Tree, PassS
         tree.codes[codes] = kmeans.move(tree.codes[codes], sums_KC, stats.counts[codes], spherical)
     places, rows = kmeans.fresh_for_empty(stats.counts, stats.far, stats.far_distance)
     tree.codes[places] = rows
-    return place(tree, stats.counts == 0), stats, len(places)
+    return placed(tree), stats, len(places)
 
 
-def place(tree: Tree, which_K: Tensor) -> Tree:
-    """The tree with the chosen codes in the cells that are nearest to them now."""
-    if len(tree.cells) == 1 or not bool(which_K.any()):
+def placed(tree: Tree) -> Tree:
+    """The tree with every code in the cell that is nearest to it now, as the search wants it, in the order of the cells."""
+    if len(tree.cells) == 1:
         return tree
-    cell_of_K = tree.cell_of.clone()
-    cell_of_K[which_K] = kmeans.assign(tree.codes[which_K], tree.cells)[0]
-    return replace(tree, cell_of=cell_of_K)
+    return replace(tree, cell_of=kmeans.assign(tree.codes, tree.cells)[0]).in_cell_order()
 
 
 def sample(parts: Sequence[Chunk], num: int, seed: int, workers: int, folder: str) -> list[Chunk]:

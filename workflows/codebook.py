@@ -23,7 +23,7 @@ from smalti.schema import Recipe
 from smalti.tokenizers import kmeans
 from smalti.tokenizers.metrics import entropy, imbalance, perplexity, usage
 from smalti.tracking import Tracker
-from smalti.workflows import cells, clustering, distinct
+from smalti.workflows import cells, clustering, distinct, recall
 from smalti.workflows.clustering import Chunk, PassStats, Tree
 from smalti.workflows.code_sizes import sizes_picture
 from smalti.workflows.ray_session import ensure_ray
@@ -43,12 +43,13 @@ FINE_VECTORS = 262_144  # vectors in a task of the second level, unless one cell
 
 def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
     """The codebook artifact: `centroids.safetensors` (`centroids`, float32 (K, C)) and `tree.safetensors` (`cells`
-    (K1, C), `cell_of` int64 (K,)); codes lie in the order of their cells. Beside them `counts.safetensors`, vectors of
-    each code (`train` and, where some are held out, `val`, int64 (K,)), and `sizes.png`, their distribution.
+    (K1, C), `cell_of` int64 (K,), and `searched_cells`, how many cells a search must see for `recall`, the share of
+    held-out vectors that find their nearest code so); codes lie in the order of their cells. Beside them
+    `counts.safetensors`, vectors of each code (`train` and, where some are held out, `val`, int64 (K,)), and `sizes.png`.
 
-    Scores, each for train and val vectors: distortion (mean squared distance), entropy (nats), perplexity, usage,
-    imbalance (K·Σp²) and the number of vectors they were counted on. Errors: ConfigError, DataError (too few vectors,
-    or distinct ones).
+    Scores: `recall`, and each for train and val vectors distortion (mean squared distance), entropy (nats), perplexity,
+    usage, imbalance (K·Σp²) and the number of vectors they were counted on. Errors: ConfigError, DataError (too few
+    vectors, or distinct ones).
     """
     parents = {"features": find_artifact(recipe, "features")}
     config = recipe.codebook.model_dump(mode="json") | {"seed": recipe.seed}
@@ -84,10 +85,18 @@ def _body(features: Artifact) -> Any:
         workers = max(run.recipe.resources.readers, run.recipe.resources.actors)
         with ensure_ray(run.recipe):
             tree, counts = _Build(run, parts, workers).tree()
-            _score(run, {"train": parts, "val": held_out}, tree, workers)
-        _save(run.path, tree)
+            probes, found = _searched(run, held_out or parts, tree, workers)
+            run.scores["recall"] = found
+            _score(run, {"train": parts, "val": held_out}, tree, workers, probes)
+        _save(run.path, tree, probes, found)
         storage.remove(storage.join(run.path, WORK))
-        return {"codes": len(tree.codes), "cells": len(tree.cells), "vectors": num_vectors, **counts}
+        return {
+            "codes": len(tree.codes),
+            "cells": len(tree.cells),
+            "searched_cells": probes,
+            "vectors": num_vectors,
+            **counts,
+        }
 
     return body
 
@@ -121,8 +130,7 @@ class _Build:
         bad_K = distinct.unusable(tree.codes)
         if bool(bad_K.any()):
             tree, counts = self.mended(tree, bad_K, counts)
-        order = torch.argsort(tree.cell_of, stable=True)
-        return Tree(tree.cells, tree.codes[order], tree.cell_of[order]), counts
+        return tree.in_cell_order(), counts
 
     def mended(self, tree: Tree, bad_K: Tensor, counts: dict[str, int]) -> tuple[Tree, dict[str, int]]:
         """Codes that repeat another one or are not finite put on other vectors or dropped, as the recipe says."""
@@ -130,9 +138,7 @@ class _Build:
         what = f"{num} codes repeated another one or were not finite"
         if self.section.duplicates == "drop":
             tree = distinct.without(tree, bad_K)
-            self.run.log(
-                f"{what} and were dropped: {len(tree.codes)} are left (a tokenizer wants codebook.size to say so)"
-            )
+            self.run.log(f"{what} and were dropped: {len(tree.codes)} are left")
             return tree, counts | {"dropped": num}
         try:
             tree = distinct.replaced(self.parts, tree, bad_K, self.workers)
@@ -250,14 +256,26 @@ class _Build:
         storage.write_atomic(self.file(name), data)
 
 
-def _score(run: StageRun, splits: dict[str, list[Chunk]], tree: Tree, workers: int) -> None:
+def _searched(run: StageRun, parts: Sequence[Chunk], tree: Tree, workers: int) -> tuple[int, float]:
+    """How many cells the tree search sees to reach `codebook.recall` on vectors drawn from the parts, and what it reaches."""
+    wanted, num = run.recipe.codebook.recall, len(tree.cells)
+    if num == 1:
+        return 1, 1.0
+    folder = storage.join(run.path, WORK, "recall")
+    probes, found, vectors = recall.cells_for(parts, tree, wanted, run.recipe.seed, workers, folder)
+    told = f"of {vectors:,} vectors {found:.2%} find their nearest code in {probes} of {num} cells"
+    run.log(told if probes < num else f"{told}: codebook.recall={wanted} is not reached by fewer, so all are searched")
+    return probes, found
+
+
+def _score(run: StageRun, splits: dict[str, list[Chunk]], tree: Tree, workers: int, probes: int) -> None:
     """Fill the stage's scores and keep the counts, one pass over all vectors, and one over the held-out ones."""
     counted: dict[str, Tensor] = {}
     for split, members in splits.items():
         if not members:
             run.log(f"no {split} vectors: their scores are left out")
             continue
-        stats: PassStats = clustering.full_pass(members, tree, workers)
+        stats: PassStats = clustering.full_pass(members, tree, workers, probes=probes)
         counted[split] = stats.counts
         run.scores |= {
             f"distortion/{split}": stats.distortion,
@@ -274,7 +292,8 @@ def _score(run: StageRun, splits: dict[str, list[Chunk]], tree: Tree, workers: i
     run.log(", ".join(f"{key} {value}" for key, value in shown.items()))
 
 
-def _save(path: str, tree: Tree) -> None:
-    centroids = save_tensors({"centroids": tree.codes.contiguous()})
-    storage.write_atomic(storage.join(path, TREE), save_tensors({"cells": tree.cells, "cell_of": tree.cell_of}))
-    storage.write_atomic(storage.join(path, CENTROIDS), centroids)
+def _save(path: str, tree: Tree, probes: int, found: float) -> None:
+    search = {"searched_cells": torch.tensor(probes), "recall": torch.tensor(found, dtype=torch.float64)}
+    kept = save_tensors({"cells": tree.cells, "cell_of": tree.cell_of, **search})
+    storage.write_atomic(storage.join(path, TREE), kept)
+    storage.write_atomic(storage.join(path, CENTROIDS), save_tensors({"centroids": tree.codes.contiguous()}))

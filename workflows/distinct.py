@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from smalti.errors import DataError
-from smalti.workflows.clustering import Chunk, Tree, full_pass, place
+from smalti.workflows.clustering import Chunk, Tree, full_pass, placed
 
 
 def unusable(codes_KC: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def replaced(parts: Sequence[Chunk], tree: Tree, bad_K: Tensor, workers: int) ->
         )
     codes_KC = tree.codes.clone()
     codes_KC[bad_K] = torch.stack(fresh)
-    return place(tree.with_codes(codes_KC), bad_K)
+    return placed(tree.with_codes(codes_KC))
 
 
 def _name(x_C: Tensor) -> bytes:

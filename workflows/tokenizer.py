@@ -126,7 +126,10 @@ class Phases:
             )
         self.grid, self.dim = encoder.grid, encoder.dim
         self.keys, self.sizes = shard_index(parents["corpus"].path, "train")
-        self.num_codes = self.recipe.codebook.size * self.section.pixel.codes
+        # with codebook.duplicates=drop it may hold fewer codes than the recipe asks for
+        guided = parents.get("codebook")
+        self.semantic_codes = self.recipe.codebook.size if guided is None else guided.counts["codes"]
+        self.num_codes = self.semantic_codes * self.section.pixel.codes
 
     def images(self, needs_encoder: bool) -> dict[str, Any]:
         """Settings that every phase's task shares."""
@@ -145,7 +148,7 @@ class Phases:
         stage = self.section.semantic
         settings = {
             "stage": stage,
-            "num_codes": self.recipe.codebook.size,
+            "num_codes": self.semantic_codes,
             "grid": self.grid,
             "dim": self.dim,
             "centroids": storage.join(self.parents["codebook"].path, CENTROIDS),
@@ -175,7 +178,7 @@ class Phases:
         given = None
         if semantic is not None:
             weights = storage.join(semantic.path, "semantic.safetensors")
-            given = (self.section.semantic, self.recipe.codebook.size, self.dim, weights)
+            given = (self.section.semantic, self.semantic_codes, self.dim, weights)
         own = {
             "stage": self.section.pixel,
             "loss": placed(loss),
@@ -211,7 +214,7 @@ class Phases:
         encoder = None if semantic is None else open_encoder(self.encoder, self.recipe.encoder.layer)
         codes = model = None
         if semantic is not None:
-            model = SemanticTokenizer(self.dim, self.section.semantic, self.recipe.codebook.size, self.grid)
+            model = SemanticTokenizer(self.dim, self.section.semantic, self.semantic_codes, self.grid)
             model.load_state_dict(read_tensors(storage.join(semantic.path, "semantic.safetensors")))
             codes = model.codes
         size = None if self.section.decoder is None else self.section.decoder.decoder

@@ -84,6 +84,9 @@ class CodebookSection(Section):
     cell_vectors: Positive = Field(500_000, description="vectors of a cell that its k-means sees, drawn if it has more")
     seeding: Literal["auto", "plusplus", "random"] = Field("auto", description="auto: k-means++ up to 512 centroids")
     spherical: bool = Field(False, description="vectors and codes on the unit sphere: cosine instead of distance")
+    recall: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.99, description="share of held-out vectors whose nearest code a search of the tree must find"
+    )
     duplicates: Literal["replace", "drop"] = Field(
         "replace", description="codes that repeat another or are not finite: put on other vectors, or left out"
     )

@@ -15,12 +15,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from smalti import shards
 from smalti.artifact import RECORD, Artifact
 from smalti.errors import DataError
 from smalti.schema import Recipe
-from smalti.workflows import cells, clustering, codebook, distinct
+from smalti.tokenizers.code_index import CodeIndex
+from smalti.workflows import cells, clustering, code_sums, codebook, distinct
 from smalti.workflows.clustering import Tree
 from smalti.workflows.ray_session import ensure_ray
 from smalti.workflows.stage import StageRun, run_stage
@@ -104,8 +106,8 @@ def kill_when(wanted: Recipe, pattern: str) -> dict[Path, int]:
 def test_a_kill_in_every_phase_ends_with_the_same_bytes_and_nothing_is_made_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(clustering, "RANGE_NUMBERS", 7 * DIM)
-    monkeypatch.setattr(clustering, "FOLD", 2)
+    monkeypatch.setattr(code_sums, "RANGE_NUMBERS", 7 * DIM)
+    monkeypatch.setattr(code_sums, "FOLD", 2)
     whole = codebook.run(planted(tmp_path / "whole", workers=2))
     torn = planted(tmp_path / "torn")
     stood: dict[Path, int] = {}
@@ -121,19 +123,58 @@ def test_a_kill_in_every_phase_ends_with_the_same_bytes_and_nothing_is_made_twic
 
 
 def test_ranges_added_in_tasks_are_the_sums_of_a_loop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(clustering, "RANGE_NUMBERS", 7 * DIM)
-    monkeypatch.setattr(clustering, "FOLD", 2)
+    monkeypatch.setattr(code_sums, "RANGE_NUMBERS", 7 * DIM)
+    monkeypatch.setattr(code_sums, "FOLD", 2)
     parts = clustering.chunks(str(Path(planted(tmp_path).out) / "features"), "train")
     assert [chunk.rows for chunk in parts] == [1000, 1000, 1000, 1000, 500]
     x_NC = torch.cat([x_NC for chunk in parts for _, x_NC in chunk.vectors()])
     codes_KC = x_NC[:20].clone()
-    sums = clustering.RangeSums(20, DIM)
+    sums = code_sums.RangeSums(20, DIM)
     clustering.full_pass(parts, Tree(x_NC[:1], codes_KC, torch.zeros(20, dtype=torch.int64)), 2, sums=sums)
     found = torch.cat([rows for _, rows in sums.ranges()])
     ids_N = torch.cdist(x_NC.double(), codes_KC.double()).argmin(1)
     expected = torch.stack([x_NC[ids_N == code].double().sum(0) for code in range(20)])
     assert len(sums.bounds) == 3
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_the_sums_of_a_chunk_are_those_of_a_loop_in_a_row_a_code_that_occurs() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x_NC, ids_N = torch.randn(50, DIM, generator=draw), torch.randint(1000, (50,), generator=draw)
+    sums = code_sums.UsedSums(1000, DIM, 50)
+    for rows in (slice(0, 30), slice(30, 50)):
+        sums.add(x_NC[rows], ids_N[rows])
+    used, found = sums.part(100, 900)
+    expected = sorted(code for code in set(ids_N.tolist()) if 100 <= code < 900)
+    assert (used + 100).tolist() == expected
+    for code, row in zip(expected, found, strict=True):
+        np.testing.assert_allclose(row, x_NC[ids_N == code].double().sum(0).numpy(), rtol=1e-12)
+    assert len(sums.sums) == 50, "rows follow the vectors, not the codes"
+
+
+def test_codes_put_in_the_order_of_their_cells_keep_their_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clustering, "COLUMNS", 3)
+    codes_KC, cell_of_K = torch.randn(20, DIM), torch.randint(4, (20,))
+    tree = Tree(torch.randn(4, DIM), codes_KC.clone(), cell_of_K).in_cell_order()
+    order = torch.argsort(cell_of_K, stable=True)
+    assert torch.equal(tree.codes, codes_KC[order])
+    assert torch.equal(tree.cell_of, cell_of_K[order])
+
+
+@pytest.mark.parametrize(("coarse", "asked"), [(5, 0.9), (2, 1.0)])
+def test_the_cells_searched_reach_the_recall_asked_for(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], coarse: int, asked: float
+) -> None:
+    made = codebook.run(planted(tmp_path, coarse=coarse, recall=asked, polish=0))
+    tree = load_file(Path(made.path) / codebook.TREE)
+    index = CodeIndex(codebook.load_centroids(made), tree["cells"], tree["cell_of"])
+    (held_out,) = clustering.chunks(str(tmp_path / "features"), "val")
+    num, reached = index.cells_for(next(held_out.vectors())[1], asked)
+    assert (int(tree["searched_cells"]), float(tree["recall"])) == (num, reached)
+    assert (made.counts["searched_cells"], made.scores["recall"]) == (num, reached)
+    assert reached >= asked
+    told = "codebook.recall=1.0 is not reached by fewer, so all are searched" in capfd.readouterr().err
+    assert told == (num == coarse)
 
 
 def test_large_cells_are_sampled_and_it_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -310,6 +310,35 @@ def test_planted_clusters_are_found_and_too_few_distinct_vectors_are_told(tmp_pa
         assert codebook.run(mended).counts["codes"] == 8, "the size that the error names works in the same place"
 
 
+def test_a_tokenizer_has_as_many_codes_as_the_codebook_that_lost_some(
+    base: Path, siglip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import save_file
+
+    from smalti.tracking import NullTracker
+    from smalti.workflows.tokenizer import Phases
+    from smalti.workflows.train.collectives import Collectives
+    from smalti.workflows.train.task import Context
+    from smalti.workflows.train.tasks_semantic import SemanticTask
+
+    sections: dict[str, Any] = {"codebook": {"size": 20}, "tokenizer": {"semantic": {"decoder_heads": 2, "dim": 8}}}
+    wanted = shared(base, tmp_path, siglip, **sections)
+
+    def seventeen(run: StageRun) -> dict[str, int]:
+        save_file({"centroids": torch.randn(17, DIM)}, Path(run.path) / "centroids.safetensors")
+        return {"codes": 17, "dropped": 3}
+
+    run_stage(wanted, "codebook", "codebook", {}, {}, seventeen)
+    parents = {name: find_artifact(wanted, name) for name in ("corpus", "encoder", "codebook")}
+    phases = Phases(StageRun("tokenizer", "", wanted, NullTracker(), False, ""), parents)
+    monkeypatch.setattr(Phases, "_phase", lambda self, name, task, settings, *rest: settings)
+    settings = phases.semantic()
+    task = SemanticTask(**settings)
+    task.setup(Context(torch.device("cpu"), Collectives(), 0, wanted.tokenizer.semantic.train))
+    assert task.tokenizer.num_codes == 17
+    assert phases.num_codes == 17 * wanted.tokenizer.pixel.codes
+
+
 def test_an_equal_split_gives_every_cell_as_many_codes(base: Path, siglip: str, tmp_path: Path) -> None:
     made = codebook.run(shared(base, tmp_path, siglip, codebook={"split": "equal", "iterations": 2, "polish": 0}))
     assert made.counts["replaced"] == 0

@@ -42,7 +42,7 @@ def test_hours_fall_with_devices_where_work_is_shared() -> None:
 
 def test_what_cannot_fit_is_refused_with_the_mend() -> None:
     small = Rates("box", 1e12, 1e9, 2e9, "stated")
-    with pytest.raises(ConfigError, match=r"the driver in a pass needs 6\.9 GB .* box has 2\.0 GB.*codebook\.size"):
+    with pytest.raises(ConfigError, match=r"the driver in a pass needs 2\.6 GB .* box has 2\.0 GB.*codebook\.size"):
         plan_codebook(CodebookSection(size=500_000, coarse=1_000, polish=1), N, C, small, 8).check()
     with pytest.raises(ConfigError, match=r"a task in a cell needs .*codebook\.coarse higher"):
         plan_codebook(CodebookSection(size=4_000, coarse=4), N, C, small, 8).check()

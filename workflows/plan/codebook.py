@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from smalti.schema import CodebookSection
-from smalti.workflows import clustering
+from smalti.workflows import clustering, code_sums
 from smalti.workflows.codebook import SAMPLE_A_CELL, SAMPLE_MIN, SEEDS_A_CODE
 from smalti.workflows.plan.base import Phase, Plan, Rates
 
@@ -57,13 +57,15 @@ def _sample(section: CodebookSection, vectors: int) -> int:
 
 def _memory(section: CodebookSection, vectors: int, width: int) -> list[tuple[str, float, str, str]]:
     """(who, bytes, formula, mend) of the largest needs of the driver and of a task."""
-    codes = float(section.size * width)
-    passes = codes * (SINGLE + DOUBLE) if section.polish or section.coarse == 1 else codes * SINGLE
-    formula = "codes in float32, sums in float64: 12·K·C" if passes > codes * SINGLE else "codes in float32: 4·K·C"
+    codes = float(SINGLE * section.size * width)
+    moves = section.polish > 0 or section.coarse == 1
+    summed = float(DOUBLE * width)
+    ranges = summed * min(section.size, code_sums.RANGE_NUMBERS // width) if moves else 0.0
+    met = summed * min(section.size, clustering.CHUNK_VECTORS) if moves else 0.0
     smaller = "Set a smaller codebook.size, or features of fewer numbers."
     needs = [
-        ("the driver in a pass", passes, formula, smaller),
-        ("a task in a pass", passes, formula, smaller),
+        ("the driver in a pass", codes + ranges, "4·K·C" + " and a range of sums" * moves, smaller),
+        ("a task in a pass", codes + met, "4·K·C" + f" + 8·min(K, {clustering.CHUNK_VECTORS:,})·C" * moves, smaller),
         (
             "the driver in the sample",
             float(SINGLE * _sample(section, vectors) * width),
