@@ -55,7 +55,7 @@ def main() -> None:
     choose, test, train = x_NC[:held], x_NC[held : 2 * held], x_NC[2 * held :]
     num = min(asked.codes, len(train) // VECTORS_A_CODE)
     index = TwoLevel(num, asked.cells or max(2, round(num**0.5)), iterations=4, sample=65_536).train(train)
-    cells, _ = index.cells_for(choose, RECALL)
+    probes = index.probes_for(choose, RECALL)
     codes, width = index.codes.numpy(), index.codes.shape[1]
     ivf = faiss.IndexIVFFlat(faiss.IndexFlatL2(width), width, len(index.cells))
     ivf.train(codes)
@@ -75,7 +75,7 @@ def main() -> None:
     nprobe = reaching(lambda probes: by_ivf(choose, probes), wanted)
     ef = reaching(lambda probes: by_hnsw(choose, probes), wanted)
     sides: dict[str, Callable[[], Tensor]] = {
-        "tree": lambda: index.tree(test, cells)[0],
+        "tree": lambda: index.tree(test, probes.cells, probes.reach)[0],
         "brute": lambda: index.exact(test)[0],
         "ivf": lambda: by_ivf(test, nprobe),
         "hnsw": lambda: by_hnsw(test, ef),
@@ -83,8 +83,8 @@ def main() -> None:
     exact = index.exact(test)[0]
     recalls = {name: float((work() == exact).double().mean()) for name, work in sides.items()}
     seconds = medians(sides, asked.turns)
-    for name, probes in {"tree": cells, "brute": len(codes), "ivf": nprobe, "hnsw": ef}.items():
-        print(f"{name}: {seconds[name]:.3f} CPU-s for {len(test)} vectors, {probes} probes, recall {recalls[name]:.4f}")
+    for name, seen in {"tree": probes.cells, "brute": len(codes), "ivf": nprobe, "hnsw": ef}.items():
+        print(f"{name}: {seconds[name]:.3f} CPU-s for {len(test)} vectors, {seen} probes, recall {recalls[name]:.4f}")
     ratios = {name: round(seconds[name] / seconds["tree"], 2) for name in GOALS}
     report(
         3,

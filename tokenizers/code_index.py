@@ -6,6 +6,7 @@ Axis letters: N vectors, C their width, K codes, P cells, B candidates of a vect
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +17,32 @@ PAIRS = 1 << 24
 """Cells of vectors that a tree search looks at together."""
 ROUNDING = 1e-6
 """Of a vector's squared norm: the error of a squared distance."""
+TINY = torch.finfo(torch.float32).tiny
 CANDIDATES = 16
 """Codes of each vector that are scored again in float32 after a search in another precision."""
+
+
+class Probes(NamedTuple):
+    """How much of the tree a search sees, `tree(x, cells, reach)`, and the recall@1 that was measured with it."""
+
+    cells: int
+    reach: float
+    recall: float
+
+    @classmethod
+    def reaching(cls, cells_N: Tensor, reach_N: Tensor, recall: float) -> Probes:
+        """The least reach, and with it the fewest cells, that reach a recall on vectors of these `CodeIndex.needs`.
+
+        ValueError: a recall outside (0, 1], or no vectors.
+        """
+        if not 0 < recall <= 1:
+            raise ValueError(f"a recall of {recall} is asked for; want one in (0, 1]")
+        if not len(cells_N):
+            raise ValueError("recall on 0 vectors")
+        wanted = math.ceil(recall * len(cells_N) * (1 - 1e-12))
+        reach = float(reach_N.sort().values[wanted - 1])
+        found_N = reach_N <= reach
+        return cls(int(cells_N[found_N].max()), reach * (1 + 1e-6), float(found_N.double().mean()))
 
 
 class CodeIndex:
@@ -73,12 +98,13 @@ class CodeIndex:
             ids_N[rows] = found_NB.gather(1, place_N[:, None])[:, 0]
         return ids_N, _distance(x_NC, scores_N)
 
-    def tree(self, x_NC: Tensor, num_cells: int) -> tuple[Tensor, Tensor]:
+    def tree(self, x_NC: Tensor, num_cells: int, reach: float = 1.0) -> tuple[Tensor, Tensor]:
         """As `exact`, among the codes of the `num_cells` cells nearest to each vector (all that hold codes, if fewer).
 
         Of these cells one is left out where the plane half-way between it and the nearest cell is farther from the vector
-        than the best code found: it holds no nearer code, if every code lies in the cell nearest to it, as k-means leaves
-        them. The vectors that probe a cell are scored together. ValueError: `num_cells` below 1.
+        than `reach` times the best code of the nearest cell: with 1 it holds no nearer code, if every code lies in the
+        cell nearest to it, as k-means leaves them. The vectors that probe a cell are scored together. ValueError:
+        `num_cells` below 1.
         """
         if num_cells < 1:
             raise ValueError(f"a search in {num_cells} cells; at least 1 is needed")
@@ -86,22 +112,19 @@ class CodeIndex:
             return self.exact(x_NC)
         x_NC, num = x_NC.float(), min(num_cells, len(self.cells))
         ids_N, scores_N = _empty(x_NC)
-        for rows in _blocks(len(x_NC), num, PAIRS):
-            ids_N[rows], scores_N[rows] = self._search(x_NC[rows], num)
+        for block in _blocks(len(x_NC), num, PAIRS):
+            probed, planes, ids_N[block], scores_N[block], near_N = self._nearest_cell(x_NC[block], num)
+            rows, rank = (planes[:, 1:] <= reach * near_N[:, None]).nonzero(as_tuple=True)
+            self._score(x_NC[block], rows, probed[rows, rank + 1], ids_N[block], scores_N[block])
         return ids_N, _distance(x_NC, scores_N)
 
-    def _search(self, x_NC: Tensor, num: int) -> tuple[Tensor, Tensor]:
-        """Best code of the `num` nearest cells and its score: the nearest cell, then the next 1, 2, 4, … where need be."""
+    def _nearest_cell(self, x_NC: Tensor, num: int) -> tuple[Tensor, ...]:
+        """`_probe`'s two, then the best code of each vector's nearest cell, its score and how far it is."""
         probed, planes = self._probe(x_NC, num)
         ids_N, scores_N = _empty(x_NC)
-        rounding_N = ROUNDING * x_NC.square().sum(-1)
-        first, last = 0, 1
-        while first < num:
-            reach_N = (_distance(x_NC, scores_N) + rounding_N).sqrt_()
-            rows, rank = (planes[:, first:last] <= reach_N[:, None]).nonzero(as_tuple=True)
-            self._score(x_NC, rows, probed[rows, rank + first], ids_N, scores_N)
-            first, last = last, min(num, 2 * last)
-        return ids_N, scores_N
+        self._score(x_NC, torch.arange(len(x_NC), device=x_NC.device), probed[:, 0], ids_N, scores_N)
+        near_N = (_distance(x_NC, scores_N) + ROUNDING * x_NC.square().sum(-1)).sqrt()
+        return probed, planes, ids_N, scores_N, near_N
 
     def _score(self, x_NC: Tensor, rows: Tensor, cells: Tensor, ids_N: Tensor, scores_N: Tensor) -> None:
         """Compare the vectors `rows` with the codes of `cells`, pair by pair, and keep what is better in place."""
@@ -118,26 +141,32 @@ class CodeIndex:
                 closer = (score < best) | ((score == best) & (found < known))
                 scores_N[mine], ids_N[mine] = torch.where(closer, score, best), torch.where(closer, found, known)
 
-    def ranks(self, x_NC: Tensor) -> Tensor:
-        """How many vectors have their nearest code in their 1st, 2nd, … nearest cell: int64 (cells with codes,)."""
+    def needs(self, x_NC: Tensor) -> tuple[Tensor, Tensor]:
+        """What `tree` needs to find the nearest code of each vector: cells, int64 (N,), and reach, float32 (N,)."""
         x_NC, num = x_NC.float(), len(self.cells)
         home_N = self.cell_of[self.exact(x_NC)[0]]
-        ranks_P = torch.zeros(num, dtype=torch.int64, device=x_NC.device)
-        for rows in _blocks(len(x_NC), num):
-            ranks = (self._probe(x_NC[rows], num)[0] == home_N[rows, None]).int().argmax(-1)
-            ranks_P += torch.bincount(ranks, minlength=num)
-        return ranks_P
+        cells_N = torch.ones(len(x_NC), dtype=torch.int64, device=x_NC.device)
+        reach_N = torch.zeros(len(x_NC), device=x_NC.device)
+        for block in _blocks(len(x_NC) if num > 1 else 0, num, PAIRS):
+            probed, planes, _, _, near_N = self._nearest_cell(x_NC[block], num)
+            rank_N = (probed == home_N[block, None]).int().argmax(-1)
+            cells_N[block] = rank_N + 1
+            reach_N[block] = planes.gather(1, rank_N[:, None])[:, 0] / near_N.clamp(min=TINY)
+        return cells_N, reach_N
 
     def recalls(self, x_NC: Tensor) -> Tensor:
         """Share of the vectors whose nearest code lies in their 1, 2, … nearest cells: float64 (cells with codes,).
 
         So `recalls(x)[n - 1]` is the recall@1 of `tree(x, n)` against `exact(x)`. ValueError: no vectors.
         """
-        return recalls_of(self.ranks(x_NC))
+        if not len(x_NC):
+            raise ValueError("recall on 0 vectors")
+        cells_N, _ = self.needs(x_NC)
+        return torch.bincount(cells_N - 1, minlength=len(self.cells)).cumsum(0).double() / len(x_NC)
 
-    def cells_for(self, x_NC: Tensor, recall: float) -> tuple[int, float]:
-        """Fewest cells that reach a recall on these vectors, and the recall that they reach. See `fewest_cells`."""
-        return fewest_cells(self.ranks(x_NC), recall)
+    def probes_for(self, x_NC: Tensor, recall: float) -> Probes:
+        """The least reach, and with it the fewest cells, that reach a recall on these vectors. See `Probes.reaching`."""
+        return Probes.reaching(*self.needs(x_NC), recall)
 
     def _probe(self, x_NC: Tensor, num: int) -> tuple[Tensor, Tensor]:
         """The nearest cells of each vector, nearest first, and how far the plane half-way to the nearest one is: int64 and
@@ -148,27 +177,8 @@ class CodeIndex:
             scores = torch.addmm(self._cell_half_norms, x_NC[rows], self.cells.T, alpha=-1)
             best, probed[rows] = scores.topk(num, largest=False)
             apart = self._apart[probed[rows, :1], probed[rows]]
-            planes[rows] = (best - best[:, :1]) / apart.clamp(min=torch.finfo(apart.dtype).tiny)
+            planes[rows] = (best - best[:, :1]) / apart.clamp(min=TINY)
         return probed, planes
-
-
-def recalls_of(ranks_P: Tensor) -> Tensor:
-    """`CodeIndex.recalls` from `CodeIndex.ranks`, which can be added up over parts of the vectors."""
-    if not int(ranks_P.sum()):
-        raise ValueError("recall on 0 vectors")
-    return ranks_P.cumsum(0).double() / ranks_P.sum()
-
-
-def fewest_cells(ranks_P: Tensor, recall: float) -> tuple[int, float]:
-    """Fewest cells whose search reaches a recall@1, and the recall that they reach, by `CodeIndex.ranks` of a sample.
-
-    ValueError: a recall outside (0, 1], or no vectors.
-    """
-    if not 0 < recall <= 1:
-        raise ValueError(f"a recall of {recall} is asked for; want one in (0, 1]")
-    recalls = recalls_of(ranks_P)
-    num = int((recalls >= recall).int().argmax())
-    return num + 1, float(recalls[num])
 
 
 def _candidates(low_NC: Tensor, low_KC: Tensor, half_norms_K: Tensor) -> Tensor:

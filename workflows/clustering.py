@@ -8,6 +8,7 @@ tasks run at once. A pass over the data is what costs: each function says how ma
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -24,13 +25,14 @@ from torch import Tensor
 from smalti import shards, storage
 from smalti.errors import DataError, SmaltiError
 from smalti.tokenizers import kmeans
-from smalti.tokenizers.code_index import CodeIndex
+from smalti.tokenizers.code_index import CodeIndex, Probes
 from smalti.workflows.code_sums import RangeSums, UsedSums
 
 CHUNK_VECTORS = 262_144  # of a task: what a lost task costs
 SAMPLE_CHUNK_VECTORS = 16_384  # of a task of the first level: its sample is small
 BLOCK_VECTORS = 65_536  # in float32 at once
 PROBES = 4  # cells searched for a vector while codes still move
+POLISH = Probes(PROBES, 1.0, math.nan)
 FAR_A_CHUNK = 256  # candidates for codes without a vector
 FAR_KEPT = 16_384  # of all chunks
 COLUMNS = 64  # of the codes, moved at once
@@ -195,10 +197,10 @@ def in_order(
 
 
 def full_pass(
-    parts: Sequence[Chunk], tree: Tree, workers: int, *, sums: RangeSums | None = None, probes: int = PROBES
+    parts: Sequence[Chunk], tree: Tree, workers: int, *, sums: RangeSums | None = None, probes: Probes = POLISH
 ) -> PassStats:
-    """Assign every vector, searched in its `probes` nearest cells: counts, distances, the farthest vectors and, if given,
-    the sums. One pass."""
+    """Assign every vector, by a search of the tree: counts, distances, the farthest vectors and, if given, the sums. One
+    pass."""
     shared = tree.shared()
     total = PassStats(torch.zeros(len(tree.codes), dtype=torch.int64))
     gpus = parts[0].gpus if parts else 0
@@ -213,7 +215,7 @@ def full_pass(
     return total
 
 
-def _chunk_pass(chunk: Chunk, shared: tuple[np.ndarray, ...], probes: int) -> tuple[Any, ...]:
+def _chunk_pass(chunk: Chunk, shared: tuple[np.ndarray, ...], probes: Probes) -> tuple[Any, ...]:
     """Task of `full_pass`: (counts, sum of distances, far vectors, their distances)."""
     tree = Tree.of_shared(shared, chunk.device)
     with torch.device(chunk.device):
@@ -221,24 +223,24 @@ def _chunk_pass(chunk: Chunk, shared: tuple[np.ndarray, ...], probes: int) -> tu
 
 
 def _chunk_sums(
-    chunk: Chunk, shared: tuple[np.ndarray, ...], probes: int, bounds: Sequence[tuple[int, int]]
+    chunk: Chunk, shared: tuple[np.ndarray, ...], probes: Probes, bounds: Sequence[tuple[int, int]]
 ) -> Iterator[Any]:
     """Task of `full_pass`: what `_chunk_pass` finds, then each range's part, one at a time."""
     tree = Tree.of_shared(shared, chunk.device)
     with torch.device(chunk.device):
-        sums = UsedSums(*tree.codes.shape, chunk.rows)
+        sums = UsedSums(len(tree.codes), tree.codes.shape[1], chunk.rows)
         yield _chunk_stats(chunk, tree, probes, sums)
     for low, high in bounds:
         yield sums.part(low, high)
 
 
-def _chunk_stats(chunk: Chunk, tree: Tree, probes: int, sums: UsedSums | None) -> tuple[Any, ...]:
+def _chunk_stats(chunk: Chunk, tree: Tree, probes: Probes, sums: UsedSums | None) -> tuple[Any, ...]:
     num, width = tree.codes.shape
     index = CodeIndex(tree.codes, tree.cells, tree.cell_of)
     counts_K = torch.zeros(num, dtype=torch.int64)
     distance_sum, far_NC, far_N = 0.0, torch.empty(0, width), torch.empty(0)
     for _, x_NC in chunk.vectors():
-        ids_N, distance_N = index.tree(x_NC, probes)
+        ids_N, distance_N = index.tree(x_NC, probes.cells, probes.reach)
         if sums is not None:
             sums.add(x_NC, ids_N)
         counts_K += torch.bincount(ids_N, minlength=num)

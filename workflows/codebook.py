@@ -21,6 +21,7 @@ from smalti.artifact import Artifact
 from smalti.errors import ConfigError, DataError
 from smalti.schema import Recipe
 from smalti.tokenizers import kmeans
+from smalti.tokenizers.code_index import Probes
 from smalti.tokenizers.metrics import entropy, imbalance, perplexity, usage
 from smalti.tracking import Tracker
 from smalti.workflows import cells, clustering, distinct, recall
@@ -43,8 +44,8 @@ FINE_VECTORS = 262_144  # vectors in a task of the second level, unless one cell
 
 def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
     """The codebook artifact: `centroids.safetensors` (`centroids`, float32 (K, C)) and `tree.safetensors` (`cells`
-    (K1, C), `cell_of` int64 (K,), and `searched_cells`, how many cells a search must see for `recall`, the share of
-    held-out vectors that find their nearest code so); codes lie in the order of their cells. Beside them
+    (K1, C), `cell_of` int64 (K,), and `searched_cells` and `reach` for `CodeIndex.tree`, with which `recall` is the share
+    of held-out vectors that find their nearest code); codes lie in the order of their cells. Beside them
     `counts.safetensors`, vectors of each code (`train` and, where some are held out, `val`, int64 (K,)), and `sizes.png`.
 
     Scores: `recall`, and each for train and val vectors distortion (mean squared distance), entropy (nats), perplexity,
@@ -85,15 +86,14 @@ def _body(features: Artifact) -> Any:
         workers = max(run.recipe.resources.readers, run.recipe.resources.actors)
         with ensure_ray(run.recipe):
             tree, counts = _Build(run, parts, workers).tree()
-            probes, found = _searched(run, held_out or parts, tree, workers)
-            run.scores["recall"] = found
+            probes = _probes(run, held_out or parts, tree, workers)
             _score(run, {"train": parts, "val": held_out}, tree, workers, probes)
-        _save(run.path, tree, probes, found)
+        _save(run.path, tree, probes)
         storage.remove(storage.join(run.path, WORK))
         return {
             "codes": len(tree.codes),
             "cells": len(tree.cells),
-            "searched_cells": probes,
+            "searched_cells": probes.cells,
             "vectors": num_vectors,
             **counts,
         }
@@ -256,19 +256,20 @@ class _Build:
         storage.write_atomic(self.file(name), data)
 
 
-def _searched(run: StageRun, parts: Sequence[Chunk], tree: Tree, workers: int) -> tuple[int, float]:
-    """How many cells the tree search sees to reach `codebook.recall` on vectors drawn from the parts, and what it reaches."""
+def _probes(run: StageRun, parts: Sequence[Chunk], tree: Tree, workers: int) -> Probes:
+    """How much of the tree a search sees to reach `codebook.recall` on vectors drawn from the parts."""
     wanted, num = run.recipe.codebook.recall, len(tree.cells)
     if num == 1:
-        return 1, 1.0
+        return Probes(1, 1.0, 1.0)
     folder = storage.join(run.path, WORK, "recall")
-    probes, found, vectors = recall.cells_for(parts, tree, wanted, run.recipe.seed, workers, folder)
-    told = f"of {vectors:,} vectors {found:.2%} find their nearest code in {probes} of {num} cells"
-    run.log(told if probes < num else f"{told}: codebook.recall={wanted} is not reached by fewer, so all are searched")
-    return probes, found
+    probes = recall.probes_for(parts, tree, wanted, run.recipe.seed, workers, folder)
+    told = f"{probes.recall:.2%} of held-out vectors find their nearest code in at most {probes.cells} of {num} cells"
+    run.log(told if probes.cells < num else f"{told}: codebook.recall={wanted} needs all of them")
+    run.scores["recall"] = probes.recall
+    return probes
 
 
-def _score(run: StageRun, splits: dict[str, list[Chunk]], tree: Tree, workers: int, probes: int) -> None:
+def _score(run: StageRun, splits: dict[str, list[Chunk]], tree: Tree, workers: int, probes: Probes) -> None:
     """Fill the stage's scores and keep the counts, one pass over all vectors, and one over the held-out ones."""
     counted: dict[str, Tensor] = {}
     for split, members in splits.items():
@@ -292,8 +293,12 @@ def _score(run: StageRun, splits: dict[str, list[Chunk]], tree: Tree, workers: i
     run.log(", ".join(f"{key} {value}" for key, value in shown.items()))
 
 
-def _save(path: str, tree: Tree, probes: int, found: float) -> None:
-    search = {"searched_cells": torch.tensor(probes), "recall": torch.tensor(found, dtype=torch.float64)}
+def _save(path: str, tree: Tree, probes: Probes) -> None:
+    search = {
+        "searched_cells": torch.tensor(probes.cells),
+        "reach": torch.tensor(probes.reach, dtype=torch.float64),
+        "recall": torch.tensor(probes.recall, dtype=torch.float64),
+    }
     kept = save_tensors({"cells": tree.cells, "cell_of": tree.cell_of, **search})
     storage.write_atomic(storage.join(path, TREE), kept)
     storage.write_atomic(storage.join(path, CENTROIDS), save_tensors({"centroids": tree.codes.contiguous()}))

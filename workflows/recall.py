@@ -1,4 +1,4 @@
-"""How many cells of the tree a search must see to find the nearest code, by vectors drawn from the features.
+"""How much of the tree a search must see to find the nearest code, by vectors drawn from the features.
 
 Axis letters as in `clustering`.
 """
@@ -11,28 +11,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from smalti.tokenizers.code_index import CodeIndex, fewest_cells
+from smalti.tokenizers.code_index import CodeIndex, Probes
 from smalti.workflows.clustering import Chunk, Tree, in_order, sample
 
 VECTORS = 4_096  # drawn; each is compared with all K codes
 TASK_VECTORS = 512
 
 
-def cells_for(
-    parts: Sequence[Chunk], tree: Tree, recall: float, seed: int, workers: int, folder: str
-) -> tuple[int, float, int]:
-    """Fewest cells with which the tree search reaches a recall@1 on a seeded sample of the vectors, the recall reached,
-    and the number of vectors. A pass; the sample is kept in `folder`."""
+def probes_for(parts: Sequence[Chunk], tree: Tree, recall: float, seed: int, workers: int, folder: str) -> Probes:
+    """The least search of the tree that reaches a recall@1 on a seeded sample of the vectors. A pass; the sample is kept
+    in `folder`."""
     drawn = sample(parts, VECTORS, seed, workers, folder)
-    num = sum(chunk.rows for chunk in drawn)
-    shared, step = tree.shared(), -(-num // TASK_VECTORS)
+    shared, step = tree.shared(), -(-sum(chunk.rows for chunk in drawn) // TASK_VECTORS)
     items = [(chunk, shared, first, step) for chunk in drawn for first in range(min(step, chunk.rows))]
-    ranks_P = sum(in_order(_ranks, items, workers, parts[0].gpus), torch.zeros(1, dtype=torch.int64))
-    return *fewest_cells(ranks_P, recall), num
+    needs = zip(*in_order(_needs, items, workers, parts[0].gpus), strict=True)
+    return Probes.reaching(*(torch.cat(part) for part in needs), recall)
 
 
-def _ranks(chunk: Chunk, shared: tuple[np.ndarray, ...], first: int, step: int) -> Tensor:
-    """Task of `cells_for`, every `step`-th vector of a chunk: see `CodeIndex.ranks`."""
+def _needs(chunk: Chunk, shared: tuple[np.ndarray, ...], first: int, step: int) -> tuple[Tensor, Tensor]:
+    """Task of `probes_for`, every `step`-th vector of a chunk: see `CodeIndex.needs`."""
     tree = Tree.of_shared(shared, chunk.device)
     x_NC = torch.cat([x_NC for _, x_NC in chunk.vectors()])[first::step]
-    return CodeIndex(tree.codes, tree.cells, tree.cell_of).ranks(x_NC).cpu()
+    cells_N, reach_N = CodeIndex(tree.codes, tree.cells, tree.cell_of).needs(x_NC)
+    return cells_N.cpu(), reach_N.cpu()

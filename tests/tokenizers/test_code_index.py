@@ -78,11 +78,31 @@ def test_recall_is_that_of_the_search_grows_with_the_cells_and_ends_at_one() -> 
 
 
 @pytest.mark.parametrize("asked", [0.2, 0.8, 0.97, 1.0])
-def test_the_cells_chosen_are_the_fewest_that_reach_the_recall(asked: float) -> None:
+def test_the_search_chosen_reaches_the_recall_and_no_smaller_one_does(asked: float) -> None:
     index, x = tree_index(), drawn(300, 8)
-    num, reached = index.cells_for(x, asked)
-    assert reached >= asked
-    assert num == 1 or float(index.recalls(x)[num - 2]) < asked
+    wanted = index.exact(x)[0]
+
+    def recall(cells: int, reach: float) -> float:
+        return float((index.tree(x, cells, reach)[0] == wanted).double().mean())
+
+    cells, reach, reached = index.probes_for(x, asked)
+    assert recall(cells, reach) == reached >= asked
+    assert recall(99, reach) == reached, "the reach alone does it"
+    assert cells == 1 or recall(cells - 1, reach) < reached
+    assert reach == 0 or recall(cells, reach * (1 - 1e-5)) < reached
+
+
+def test_cells_behind_a_far_plane_are_not_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    index, x, pairs = tree_index(cells=60), drawn(300, 8) * 2, []
+    inner = CodeIndex._score
+
+    def watched(self: CodeIndex, x: Tensor, rows: Tensor, *rest: Tensor) -> None:
+        pairs.append(len(rows))
+        inner(self, x, rows, *rest)
+
+    monkeypatch.setattr(CodeIndex, "_score", watched)
+    assert torch.equal(index.tree(x, 99)[0], index.exact(x)[0])
+    assert pairs[0] == 300 and pairs[1] < 300 * (len(index.cells) - 1)
 
 
 def test_bfloat16_scores_with_rescoring_equal_float32() -> None:
@@ -105,4 +125,4 @@ def test_no_vectors_give_no_codes_and_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="0 cells"):
         index.tree(drawn(1, 8), 0)
     with pytest.raises(ValueError, match="is asked for"):
-        index.cells_for(drawn(9, 8), 1.5)
+        index.probes_for(drawn(9, 8), 1.5)

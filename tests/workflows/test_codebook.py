@@ -169,12 +169,14 @@ def test_the_cells_searched_reach_the_recall_asked_for(
     tree = load_file(Path(made.path) / codebook.TREE)
     index = CodeIndex(codebook.load_centroids(made), tree["cells"], tree["cell_of"])
     (held_out,) = clustering.chunks(str(tmp_path / "features"), "val")
-    num, reached = index.cells_for(next(held_out.vectors())[1], asked)
-    assert (int(tree["searched_cells"]), float(tree["recall"])) == (num, reached)
-    assert (made.counts["searched_cells"], made.scores["recall"]) == (num, reached)
-    assert reached >= asked
-    told = "codebook.recall=1.0 is not reached by fewer, so all are searched" in capfd.readouterr().err
-    assert told == (num == coarse)
+    x_NC = next(held_out.vectors())[1]
+    probes = index.probes_for(x_NC, asked)
+    assert (int(tree["searched_cells"]), float(tree["reach"]), float(tree["recall"])) == probes
+    assert (made.counts["searched_cells"], made.scores["recall"]) == (probes.cells, probes.recall)
+    assert probes.recall >= asked
+    distance_N = index.tree(x_NC, probes.cells, probes.reach)[1]
+    assert made.scores["distortion/val"] == pytest.approx(float(distance_N.double().mean()), rel=1e-6)
+    assert ("codebook.recall=1.0 needs all of them" in capfd.readouterr().err) == (probes.cells == coarse)
 
 
 def test_large_cells_are_sampled_and_it_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
