@@ -1,43 +1,33 @@
 """Stage `corpus`: images from any source, verified, without duplicates, split, in shards; the rest in quarantine.
 
-Two passes over the source, both on Ray. The first looks at every image (decoded whole once) and writes an index without
-pixels, a file a group of input (`corpus_index`). From the indexes duplicates are found by a shuffle over files
+Two passes over the source, both on Ray. The first (`corpus_look`) looks at every image (decoded whole once) and writes an
+index without pixels, a file a group of input (`corpus_index`). From the indexes duplicates are found by a shuffle over files
 (`corpus_dedup`), and the shards are laid out from counts (`corpus_layout`): a pure function of the source, so that
-neither the number of tasks nor an interruption shows in the result. The second pass fetches the bytes again and writes
-the shards. This process holds a few numbers a group and a shard, never the images' ids.
+neither the number of tasks nor an interruption shows in the result. The second pass (`corpus_write`) fetches the bytes again
+and writes the shards. This process holds a few numbers a group and a shard, never the images' ids.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from smalti import shards, storage
 from smalti.artifact import Artifact
 from smalti.errors import DataError
-from smalti.progress import Progress, log
-from smalti.schema import CorpusSection, Recipe
-from smalti.shards import CORPUS, QUARANTINE
+from smalti.progress import log
+from smalti.schema import Recipe
 from smalti.tracking import Tracker
-from smalti.workflows import corpus_dedup
-from smalti.workflows.corpus_dedup import FindDuplicates, GroupCounts, MarkGroups, Place, marks_key
-from smalti.workflows.corpus_index import IndexGroup, image_id, read_rows
-from smalti.workflows.corpus_layout import Part, Plan, lay_out, rows_of
+from smalti.workflows.corpus_look import look_and_plan
+from smalti.workflows.corpus_write import LISTING, write_shards
 from smalti.workflows.ray_session import ensure_ray
-from smalti.workflows.shard_pipeline import run_shards, standing
+from smalti.workflows.shard_pipeline import refuse_foreign
+from smalti.workflows.shard_tally import tallied
 from smalti.workflows.sources import Group, find_groups
 from smalti.workflows.stage import StageRun, run_stage, stage_path
 
-QUARANTINE_ROWS = 10_000
-LISTING = "listing.json"
 WORK = ("index", "ids", "copies", "gifts", "marks")  # folders that the finished artifact does not keep
-INLINE_ROWS = 100_000  # so few are sorted out in this process: an actor takes longer to start
 
 
 def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
@@ -69,13 +59,15 @@ def sources_of(recipe: Recipe) -> list[str]:
 
 
 def _body(run: StageRun) -> dict[str, int]:
-    groups = _groups(run.recipe)
-    _same_listing(run, groups)
-    with ensure_ray(run.recipe):
-        places, plan = _look_and_plan(run, groups)
-        _write_shards(run, groups, places, plan)
+    with tallied(run) as tally:
+        with tally.part("list"):
+            groups = _groups(run.recipe)
+            _same_listing(run, groups)
+        with ensure_ray(run.recipe):
+            places, plan = look_and_plan(run, tally, groups)
+            written = write_shards(run, tally, groups, places, plan)
     counts = plan.counts()
-    _check(run, counts)
+    _check(run, counts, written)
     for name in WORK:
         storage.remove(storage.join(run.path, name))
     return counts
@@ -133,195 +125,11 @@ def _clear(path: str) -> None:
         storage.remove(storage.join(path, name))
 
 
-# ---- first pass: look at every image, find duplicates, plan ----------------------------------------------------------
-
-
-def _look_and_plan(run: StageRun, groups: Mapping[str, list[Group]]) -> tuple[list[Place], Plan]:
-    """The groups that were looked at, in order, and the plan. With a limit, only as many as it needs for certain."""
-    section = run.recipe.corpus
-    total = sum(map(len, groups.values()))
-    run.log(f"looking at every image: {total:,} groups of input")
-    done: dict[str, dict[int, tuple[int, int]]] = {split: {} for split in groups}
-    need = section.limit
-    with run.progress(total, "groups") as bar:
-        while True:
-            first = {split: _index(run, split, members, done[split], need, bar) for split, members in groups.items()}
-            places = [Place(split, n, groups[split][n].source) for split, count in first.items() for n in range(count)]
-            plan = _plan(run, places, sum(done[one.split][one.number][0] for one in places))
-            if need is None or _enough(plan, groups, first, section):
-                return places, plan
-            need *= 2
-
-
-def _enough(plan: Plan, groups: Mapping[str, list[Group]], first: Mapping[str, int], section: CorpusSection) -> bool:
-    """Whether every split has `limit` images, or no group is left that could feed it."""
-    limit = section.limit or 0
-    for split, members in groups.items():
-        fed = ["train", "val"] if "val" not in groups and section.val_fraction else [split]
-        if first[split] < len(members) and any(plan.total(name) < limit for name in fed):
-            return False
-    return True
-
-
-def _index(
-    run: StageRun,
-    split: str,
-    members: Sequence[Group],
-    done: dict[int, tuple[int, int]],
-    need: int | None,
-    bar: Progress,
-) -> int:
-    """Look at groups until the first ones hold `need` usable images; how many groups that takes.
-
-    `done` (group → rows, usable ones) is filled with all that were looked at, which may be more.
-    """
-    items = [(split, number, group) for number, group in enumerate(members) if number not in done]
-    tally = Counter[str]()
-    if need is None or _first_with(done, need) is None:
-        for number, rows, lost in _each(run, items, IndexGroup, (run.path, run.recipe.corpus)):
-            done[number] = (rows, rows - lost)
-            tally.update({"found": rows, "unusable": lost})
-            bar.update(1, **tally)
-            if need is not None and _first_with(done, need) is not None:
-                break
-    return len(members) if need is None else _first_with(done, need) or len(members)
-
-
-def _first_with(done: Mapping[int, tuple[int, int]], need: int) -> int | None:
-    """How many of the first groups hold `need` usable images; None while one that may be needed is missing."""
-    usable = 0
-    for number in range(len(done)):
-        if number not in done:
-            return None
-        usable += done[number][1]
-        if usable >= need:
-            return number + 1
-    return None
-
-
-def _plan(run: StageRun, places: list[Place], rows: int) -> Plan:
-    """Find the duplicates among some groups, and lay out the shards."""
-    section = run.recipe.corpus
-    by_hash = not section.val_source
-    corpus_dedup.clear(run.path)
-    ranges = corpus_dedup.buckets(rows) if places else []
-    small = rows <= INLINE_ROWS
-    for _ in _each(run, ranges, FindDuplicates, (run.path, places), inline=small):
-        pass
-    marked: dict[int, GroupCounts] = {}
-    args = (run.path, places, ranges, section.val_fraction if by_hash else None)
-    for found in _each(run, list(corpus_dedup.spans(len(places))), MarkGroups, args, inline=small):
-        marked.update(found)
-    counts = [marked[number] for number in range(len(places))]
-    return lay_out(run.path, places, counts, section.limit, by_hash=by_hash and section.val_fraction > 0)
-
-
-def _each(run: StageRun, items: Sequence[Any], worker: type, args: tuple[Any, ...], inline: bool = False) -> Iterator:
-    """The result of each item, on Ray or in this process."""
-    if not inline:
-        yield from run_shards(items, worker, args, run.recipe.resources, model=False)
-        return
-    here = worker(*args)
-    for item in items:
-        yield here.work(here.read(item))
-
-
-# ---- second pass: shards -------------------------------------------------------------------------------------------
-
-
-def _write_shards(run: StageRun, groups: Mapping[str, list[Group]], places: list[Place], plan: Plan) -> None:
-    """Write every shard of the plan that is not there yet, and the quarantine."""
-    quarantine = WriteQuarantine(run.path, places)
-    for item in plan.pieces("quarantine", QUARANTINE_ROWS):
-        quarantine.work(item)
-    size = run.recipe.corpus.shard_images
-    items = [
-        (key, [(places[place], groups[places[place].split][places[place].number], rows) for place, *rows in parts])
-        for split in shards.SPLITS
-        for key, parts in plan.pieces(split, size)
-    ]
-    with run.progress(plan.counts()["images"], "images") as bar:
-        for receipt in _each(run, items, WriteShard, (run.path,)):
-            bar.update(receipt.rows)
-
-
-class WriteQuarantine:
-    """Some lost rows in, their quarantine shard on disk out; returns its receipt."""
-
-    def __init__(self, path: str, places: list[Place]) -> None:
-        self.path, self.places = path, places
-
-    def work(self, item: tuple[str, list[Part]]) -> shards.Receipt:
-        key, parts = item
-        return shards.write_shard(self.path, key, pa.concat_tables([self.table(*part) for part in parts]))
-
-    def table(self, number: int, start: int, end: int) -> pa.Table:
-        place = self.places[number]
-        rows = rows_of(self.path, place, "quarantine", start, end)
-        index = read_rows(self.path, place.split, place.number, rows, ["key", "reason", "detail"])
-        marks = shards.read_shard(self.path, marks_key(place.split, place.number), ["first"]).take(pa.array(rows))
-        first = pc.binary_join_element_wise("the same bytes as ", marks["first"], "")
-        arrays = {
-            "source": pa.array([place.source] * len(rows), pa.string()),
-            "key": index["key"],
-            "reason": pc.coalesce(index["reason"], "duplicate"),
-            "detail": pc.coalesce(index["detail"], first),
-        }
-        return pa.table([arrays[name] for name in QUARANTINE.names], QUARANTINE)
-
-
-class WriteShard:
-    """Actor: the rows of one shard in, the shard on disk out; returns its receipt."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def read(self, item: tuple[str, list[tuple[Place, Group, list[int]]]]) -> Any:
-        return item
-
-    def work(self, item: tuple[str, list[tuple[Place, Group, list[int]]]]) -> shards.Receipt:
-        key, parts = item
-        done = standing(self.path, key)
-        if done is not None:
-            return done
-        split = key.partition("/")[0]
-        tables = [
-            self.table(place, group, rows_of(self.path, place, split, start, end))
-            for place, group, (start, end) in parts
-        ]
-        return shards.write_shard(self.path, key, pa.concat_tables(tables))
-
-    def table(self, place: Place, group: Group, rows: np.ndarray) -> pa.Table:
-        """Corpus rows of one group. Errors: DataError when the source gives other bytes than at the first pass, or none."""
-        index = read_rows(self.path, place.split, place.number, rows)
-        marks = shards.read_shard(self.path, marks_key(place.split, place.number), ["qa"]).take(pa.array(rows))
-        columns = {name: index.column(name).to_pylist() for name in ("key", "start", "extent", "image_id")}
-        data = []
-        try:
-            with group.reader() as read:
-                for key, start, extent, identity in zip(*columns.values(), strict=True):
-                    data.append(read((start, extent)))
-                    if image_id(data[-1]) != identity:
-                        raise self.changed(f"{group.source}::{key}")
-        except (FileNotFoundError, pa.ArrowException) as error:
-            raise self.changed(group.source) from error
-        named = [f"{group.source}::{key}" for key in columns["key"]]
-        arrays = {"image": shards.bytes_column(data), "source": pa.array(named, pa.string())}
-        arrays["qa"] = pc.coalesce(marks["qa"], index["qa"])
-        return pa.table([arrays[name] if name in arrays else index[name] for name in CORPUS.names], CORPUS)
-
-    def changed(self, what: str) -> DataError:
-        """The error of a source that is another one now. The listing goes, so that the next try starts over."""
-        storage.remove(storage.join(self.path, LISTING))
-        return DataError(
-            f"{what} has changed while the corpus was made. "
-            "Leave the source alone while it is read, and run the command again."
-        )
-
-
-def _check(run: StageRun, counts: dict[str, int]) -> None:
-    """Nothing vanished; and each split that was asked for holds an image. Tells what lies in quarantine."""
-    kept = sum(shards.shard_rows(run.path, key) for key in shards.list_shards(run.path))
+def _check(run: StageRun, counts: dict[str, int], written: Mapping[str, int]) -> None:
+    """Nothing vanished, and nothing else lies there; each split that was asked for holds an image. Tells what lies in
+    quarantine. `written`: the rows of each shard, as the workers told them."""
+    refuse_foreign(run.path, list(written), "the corpus's source has not")
+    kept = sum(written.values())
     assert kept == counts["images"], f"{kept} rows in shards, {counts['images']} planned"
     gone = counts["quarantined"] + counts["over_limit"] + counts.get("merged", 0)
     assert kept + gone == counts["found"], counts

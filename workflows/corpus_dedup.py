@@ -21,6 +21,7 @@ import pyarrow as pa
 from smalti import shards, storage
 from smalti.shards import QA
 from smalti.workflows.corpus_index import PREFIXES, halves, ids_path, index_key, read_ids
+from smalti.workflows.shard_tally import HERE
 
 LOST, TRAIN, VAL, DUPLICATE, MERGED = range(5)  # what a mark says of a row
 IDS_A_BUCKET = 500_000
@@ -78,6 +79,11 @@ class FindDuplicates:
         return item
 
     def work(self, item: tuple[int, int]) -> int:
+        with HERE.part("match"):
+            return self.find(item)
+
+    def find(self, item: tuple[int, int]) -> int:
+        """Write the copies and the gifts of a range; how many copies there are."""
         parts = [read_ids(ids_path(self.path, one.split, one.number), *item) for one in self.places]
         group = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in parts])
         table = pa.concat_tables(parts).combine_chunks()
@@ -128,8 +134,9 @@ class MarkGroups:
         return item
 
     def work(self, item: tuple[int, int]) -> list[tuple[int, GroupCounts]]:
-        copies, gifts = (self.gather(name, *item) for name in ("copies", "gifts"))
-        return [(number, self.mark(number, _of(copies, number), _of(gifts, number))) for number in range(*item)]
+        with HERE.part("match"):
+            copies, gifts = (self.gather(name, *item) for name in ("copies", "gifts"))
+            return [(number, self.mark(number, _of(copies, number), _of(gifts, number))) for number in range(*item)]
 
     def gather(self, name: str, first: int, last: int) -> pa.Table:
         """What all buckets say of the groups `first` to `last` - 1."""

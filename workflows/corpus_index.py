@@ -22,6 +22,7 @@ from smalti.errors import ImageError
 from smalti.schema import CorpusSection
 from smalti.shards import QA
 from smalti.workflows.shard_pipeline import standing
+from smalti.workflows.shard_tally import HERE
 from smalti.workflows.sources import Group, Lost, Sample
 from smalti.workflows.sources.base import printable, unreadable
 
@@ -110,7 +111,9 @@ class IndexGroup:
     def work(self, item: tuple[str, int, Group]) -> tuple[int, int, int]:
         split, number, group = item
         key = index_key(split, number)
-        if standing(self.path, key) is None:
+        if standing(self.path, key) is not None:
+            HERE.count("kept")
+        else:
             try:
                 self.write(split, number, group)
             except OSError as error:
@@ -124,14 +127,23 @@ class IndexGroup:
         ids: list[pa.Table] = []
         count = 0
         with pq.ParquetWriter(sink, INDEX, compression="zstd", use_compliant_nested_type=False) as writer:
-            for rows in _chunks((self.row(found) for found in group.samples()), INDEX_ROWS):
-                table = pa.Table.from_pylist(rows, INDEX)
-                writer.write_table(table, row_group_size=INDEX_ROWS)
-                ids.append(ids_of(table, count))
+            for rows in _chunks(self.rows(group), INDEX_ROWS):
+                with HERE.part("write"):
+                    table = pa.Table.from_pylist(rows, INDEX)
+                    writer.write_table(table, row_group_size=INDEX_ROWS)
+                    ids.append(ids_of(table, count))
                 count += len(rows)
-        write_ids(ids_path(self.path, split, number), ids)
-        index = shards.shard_path(self.path, index_key(split, number))
-        storage.write_atomic(index, memoryview(sink.getvalue()))
+        with HERE.part("write"):
+            write_ids(ids_path(self.path, split, number), ids)
+            index = shards.shard_path(self.path, index_key(split, number))
+            storage.write_atomic(index, memoryview(sink.getvalue()))
+
+    def rows(self, group: Group) -> Iterator[dict[str, Any]]:
+        """The index rows of a group, in order."""
+        for found in HERE.timed("read", group.samples()):
+            with HERE.part("decode"):
+                row = self.row(found)
+            yield row
 
     def row(self, found: Sample | Lost) -> dict[str, Any]:
         """The index row of one sample, decoded whole to see that it can be used."""

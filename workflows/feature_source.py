@@ -118,12 +118,7 @@ class FeatureGroup:
         """(image_id, pixels uint8 (S, S, 3)) of the images that can be used, a shard's worth at a time; the rest into
         `lost`."""
         block: list[tuple[str, np.ndarray]] = []
-        samples = group.samples()
-        while True:
-            with HERE.part("read"):
-                found = next(samples, None)
-            if found is None:
-                break
+        for found in HERE.timed("read", group.samples()):
             with HERE.part("decode"):
                 one = self.decode(found)
             if isinstance(one, Lost):

@@ -190,11 +190,11 @@ def standing_for(artifact_path: str, corpus_path: str, key: str) -> Receipt | No
     return None
 
 
-def refuse_foreign(artifact_path: str, keys: Sequence[str]) -> None:
+def refuse_foreign(artifact_path: str, keys: Sequence[str], whose: str = "the corpus has not") -> None:
     """Errors: DataError when shards lie in the artifact that are none of `keys`: the next stage would read them too."""
     foreign = sorted(set(list_shards(artifact_path)) - set(keys))
     if foreign:
         raise DataError(
-            f"{artifact_path} holds {len(foreign):,} shards that the corpus has not, the first is "
+            f"{artifact_path} holds {len(foreign):,} shards that {whose}, the first is "
             f"{shard_path(artifact_path, foreign[0])}. They are of another run: move them away, and run the command again."
         )

@@ -1,22 +1,24 @@
 """What the workers of the shard pipeline tell beside their receipts: seconds by part of the work, and what was done again.
 
 A worker says `with HERE.part("decode"):` and `HERE.count("kept")`; its actor sends what was noted along with each receipt,
-and the driver sums it. Seconds are of all actors together.
+and the driver sums it. Seconds are of all actors together, and of the driver where it lists a source.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from smalti.workflows.stage import StageRun
 
-PARTS = ("start", "read", "decode", "model", "write")  # start: the model is loaded
+T = TypeVar("T")
+# list: the source's files are found; start: the model is loaded; match: duplicates are found among the ids
+PARTS = ("list", "start", "read", "decode", "match", "model", "write")
 COUNTS = {
-    "kept": "shards of an earlier try",
+    "kept": "shards or groups kept of an earlier try",
     "remade": "torn or stale shards made again",
     "restarts": "lost actors started again",
 }
@@ -37,6 +39,17 @@ class Tally:
             yield
         finally:
             self.add({f"seconds/{name}": time.monotonic() - started})
+
+    def timed(self, name: str, items: Iterable[T]) -> Iterator[T]:
+        """The items, with the time that each takes to come added to a part of `PARTS`."""
+        rest = iter(items)
+        while True:
+            with self.part(name):
+                try:
+                    item = next(rest)
+                except StopIteration:
+                    return
+            yield item
 
     def count(self, name: str) -> None:
         """One more of a thing of `COUNTS`."""
@@ -80,26 +93,43 @@ HERE = Tally()  # of this process
 
 
 @contextmanager
-def shard_progress(run: StageRun, total: int, unit: str = "images") -> Iterator[tuple[Tally, Callable[..., None]]]:
-    """A tally for `run_shards`, and a function that takes the units of a receipt and what else the line is to show; it
-    shows what was done again too.
-
-    At the end the stage says which part was slowest, and its record gets the seconds and counts as scores.
-    """
+def tallied(run: StageRun) -> Iterator[Tally]:
+    """A tally of a whole stage: at the end the stage says which part was slowest, and its record gets the seconds and
+    counts as scores."""
     tally = Tally()
-    with run.progress(total, unit) as bar:
-        kept = 0
-
-        def update(units: int, **info: int) -> None:
-            nonlocal kept
-            found = tally.counted()
-            if found.get("kept", 0) > kept:
-                kept = found["kept"]
-                bar.stood(units)
-                units = 0
-            bar.update(units, **info, **found)
-
-        yield tally, update
+    yield tally
     for line in tally.told():
         run.log(line)
     run.scores |= tally.scores()
+
+
+@contextmanager
+def shown(run: StageRun, tally: Tally, total: int, unit: str = "images") -> Iterator[Callable[..., None]]:
+    """A progress line, and a function that takes the units of a receipt and what else the line is to show.
+
+    It shows what was done again too; and where the units are groups, `images` (all so far) with their rate.
+    """
+    with run.progress(total, unit) as bar:
+        kept, seen, stood, started = tally.counted().get("kept", 0), 0, 0, time.monotonic()
+
+        def update(units: int, **info: float) -> None:
+            nonlocal kept, seen, stood
+            found, images = tally.counted(), int(info.get("images", 0))
+            if found.get("kept", 0) > kept:
+                kept = found["kept"]
+                bar.stood(units)
+                units, stood = 0, stood + images - seen
+            seen = images
+            elapsed_s = time.monotonic() - started
+            if images > stood and elapsed_s > 0:
+                info["images/s"] = (images - stood) / elapsed_s
+            bar.update(units, **info, **found)
+
+        yield update
+
+
+@contextmanager
+def shard_progress(run: StageRun, total: int, unit: str = "images") -> Iterator[tuple[Tally, Callable[..., None]]]:
+    """`tallied` and `shown` of a stage with one pipeline: the tally for `run_shards`, and the line's function."""
+    with tallied(run) as tally, shown(run, tally, total, unit) as update:
+        yield tally, update

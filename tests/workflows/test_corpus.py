@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import os
 import struct
+import tarfile
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -18,7 +21,9 @@ from smalti import shards
 from smalti.artifact import RECORD, Artifact
 from smalti.errors import DataError
 from smalti.schema import Recipe
-from smalti.workflows import corpus, corpus_layout
+from smalti.workflows import corpus, corpus_index, corpus_layout, corpus_look, corpus_write
+from smalti.workflows.sources.parquet import ParquetGroup
+from smalti.workflows.sources.webdataset import TarGroup
 
 
 def recipe(out: Path, source: Any, **section: Any) -> Recipe:
@@ -120,7 +125,7 @@ def test_ten_kinds_of_broken_image_end_in_quarantine_and_the_sum_holds(inline: N
     assert [len(shards.read_shard(made.path, key)) for key in shards.list_shards(made.path, "train")] == [5, 5, 2]
     for row in kept:
         assert (row["width"], row["height"]) == (24, 24)
-        assert row["image_id"] == corpus.image_id(row["image"])
+        assert row["image_id"] == corpus_index.image_id(row["image"])
         assert row["image"] == Path(row["source"].replace("::", "/")).read_bytes(), "encoded bytes are unchanged"
 
 
@@ -162,10 +167,83 @@ def test_limit_counts_what_is_left_out(inline: None, tmp_path: Path, monkeypatch
     split = corpus.run(recipe(tmp_path / "b", "generated:100", val_fraction=0.5, **settings))
     assert (split.counts["train"], split.counts["val"]) == (12, 12)
     assert split.counts["over_limit"] == split.counts["found"] - 24
-    reversed_run = corpus.run_shards
-    monkeypatch.setattr(corpus, "run_shards", lambda items, *rest, **more: reversed_run(items[::-1], *rest, **more))
+    reversed_run = corpus_look.run_shards
+    monkeypatch.setattr(
+        corpus_look, "run_shards", lambda items, *rest, **more: reversed_run(items[::-1], *rest, **more)
+    )
     again = corpus.run(recipe(tmp_path / "c", "generated:100", val_fraction=0.5, **settings))
     assert files(again.path) == files(split.path), "the order in which groups are looked at does not show"
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tar.gz"])
+def test_a_file_that_is_read_in_order_is_opened_once_a_split(
+    inline: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """One row group, or a compressed tar, of many shards: not read up to its place again for each of them."""
+    data = [picture(number) for number in range(40)]
+    path, opened = tmp_path / f"x.{kind}", Counter[str]()
+    if kind == "parquet":
+        pq.write_table(pa.table({"image": data}), path)
+    else:
+        with tarfile.open(path, "w:gz") as tar:
+            for number, one in enumerate(data):
+                info = tarfile.TarInfo(f"{number}.png")
+                info.size = len(one)
+                tar.addfile(info, io.BytesIO(one))
+    group = ParquetGroup if kind == "parquet" else TarGroup
+    reader = group.reader
+
+    def counted(self: Any) -> Any:
+        opened[self.source] += 1
+        return reader(self)
+
+    monkeypatch.setattr(group, "reader", counted)
+    made = corpus.run(recipe(tmp_path / "out", str(path), val_fraction=0.3, shard_images=4))
+    assert len(shards.list_shards(made.path)) >= 10
+    assert opened == {str(path): 2}
+    kept = {split: [row["image"] for row in rows(made, split)] for split in shards.SPLITS}
+    assert sorted(kept["train"] + kept["val"]) == sorted(data)
+    assert all(found == [one for one in data if one in found] for found in kept.values()), "in the order of the file"
+
+
+def test_the_slowest_part_is_named_and_what_was_kept_is_counted(
+    inline: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = recipe(tmp_path, "generated:20", image_size=16, val_fraction=0.0, shard_images=5)
+    write, written = shards.write_shard, []
+
+    def breaks_off(path: str, key: str, table: Any) -> shards.Receipt:
+        if key == "train/00002":
+            raise KeyboardInterrupt
+        written.append(key)
+        return write(path, key, table)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "write_shard", breaks_off)
+        with pytest.raises(KeyboardInterrupt):
+            corpus.run(wanted)
+    made = corpus.run(wanted)
+    assert made.scores["retried/kept"] == 6, "four indexes and two shards"
+    assert {"seconds/list", "seconds/read", "seconds/match", "seconds/write"} <= made.scores.keys()
+    said = capsys.readouterr().err
+    assert "is the slowest part" in said and "6 shards or groups kept of an earlier try" in said
+    assert "images 20" in said and "unusable 0" in said
+
+
+def test_a_shard_that_is_not_of_the_corpus_is_refused(
+    inline: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left by hand: the next stage would read it."""
+    wanted = recipe(tmp_path, "generated:8", image_size=16, val_fraction=0.0, shard_images=4, limit=6)
+    real = corpus.look_and_plan
+
+    def plants(run: Any, *rest: Any) -> Any:
+        shards.write_shard(run.path, "train/00007", pa.table({"a": [1]}))
+        return real(run, *rest)
+
+    monkeypatch.setattr(corpus, "look_and_plan", plants)
+    with pytest.raises(DataError, match=r"1 shards that .*train/00007\.parquet"):
+        corpus.run(wanted)
 
 
 def test_text_rides_along(inline: None, tmp_path: Path) -> None:
@@ -212,16 +290,16 @@ def test_an_image_that_changes_between_the_passes_is_told_and_the_next_try_mends
     for number in range(6):
         (source / f"{number}.png").write_bytes(picture(number))
     wanted = recipe(tmp_path / "out", str(source), val_fraction=0.0, shard_images=2)
-    written = corpus.WriteShard.work
+    written = corpus_write.WriteShards.shard
 
-    def work(self: corpus.WriteShard, item: Any) -> shards.Receipt:
-        if item[0] == "train/00001":
+    def shard(self: corpus_write.WriteShards, key: str, *parts: Any) -> shards.Receipt:
+        if key == "train/00001":
             path = Path(source, shards.read_shard(self.path, "index/train/00001", ["key"]).column("key")[0].as_py())
             path.unlink() if gone else path.write_bytes(picture(99))
-        return written(self, item)
+        return written(self, key, *parts)
 
     with monkeypatch.context() as patch:
-        patch.setattr(corpus.WriteShard, "work", work)
+        patch.setattr(corpus_write.WriteShards, "shard", shard)
         with pytest.raises(DataError, match=r"has changed while the corpus was made"):
             corpus.run(wanted)
     made = corpus.run(wanted)

@@ -22,7 +22,7 @@ from smalti.artifact import RECORD, Artifact
 from smalti.config import with_overrides
 from smalti.errors import ConfigError, DataError
 from smalti.schema import EncoderTrain, PixelStage, Recipe, SemanticStage, TokenizerSection, VitSize
-from smalti.workflows import codebook, corpus, encoder, features, tokens
+from smalti.workflows import codebook, corpus, corpus_look, encoder, features, tokens
 from smalti.workflows.ray_session import ensure_ray
 from smalti.workflows.stage import StageRun, find_artifact, run_stage
 
@@ -135,7 +135,7 @@ def test_duplicates_sorted_out_on_ray_come_to_the_same(
     base: Path, tmp_path: Path, siglip: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As large corpora do it; small ones are sorted out in the driver."""
-    monkeypatch.setattr(corpus, "INLINE_ROWS", -1)
+    monkeypatch.setattr(corpus_look, "INLINE_ROWS", -1)
     corpus.run(recipe(tmp_path, siglip))
     assert files(tmp_path / "corpus") == files(base / "corpus")
 

@@ -21,7 +21,7 @@ from smalti.schema import EncoderTrain, Recipe
 from smalti.tokenizers.encoders import VisionEncoder
 from smalti.tokenizers.siglip import build_siglip
 from smalti.workflows import encoder, feature_source, features
-from smalti.workflows.corpus import image_id
+from smalti.workflows.corpus_index import image_id
 from smalti.workflows.corpus_layout import is_held_out
 from smalti.workflows.feature_source import FeatureGroup
 from smalti.workflows.sources import Lost, Sample

@@ -6,13 +6,23 @@ import posixpath
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import pyarrow as pa
 
 from smalti import storage
 from smalti.errors import DataError
 from smalti.schema import CorpusSection
-from smalti.workflows.sources.base import Lost, ReadBytes, Sample, filesystem, find_files, load_json, open_seekable
+from smalti.workflows.sources.base import (
+    Lost,
+    ReadBytes,
+    Sample,
+    filesystem,
+    find_files,
+    load_json,
+    of_each,
+    open_seekable,
+)
 from smalti.workflows.sources.parquet import (
     DEFAULT_CAPTION,
     DEFAULT_LABEL,
@@ -97,7 +107,7 @@ def arrow_groups(source: str, section: CorpusSection, seed: int) -> list[ArrowGr
 
     Errors: DataError when the folder holds several splits, or a column is missing.
     """
-    return [_group(path, section) for path in _files(source)]
+    return of_each(partial(_group, section=section), _files(source))
 
 
 def _files(source: str) -> list[str]:

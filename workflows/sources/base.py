@@ -13,10 +13,11 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Any, BinaryIO, Protocol, TypeVar, cast
 
 import fsspec
 from fsspec.compression import compr
@@ -45,6 +46,8 @@ IMAGE_SUFFIXES = frozenset(
         ".avif",
     ]
 )
+OPEN_AT_ONCE = 16
+T = TypeVar("T")
 Locator = tuple[int, int]
 ReadBytes = Callable[[Locator], bytes]
 Pairs = tuple[tuple[str, str], ...]
@@ -72,10 +75,16 @@ class Lost:
 
 
 class Group(Protocol):
-    """A unit of reading; `source` names it for people (a path or URL)."""
+    """A unit of reading; `source` names it for people (a path or URL).
+
+    `in_order`: its reader comes to a place only past all that lies before it (a compressed tar, a row group).
+    """
 
     @property
     def source(self) -> str: ...
+
+    @property
+    def in_order(self) -> bool: ...
 
     def samples(self) -> Iterator[Sample | Lost]: ...
 
@@ -240,6 +249,12 @@ def _walk(root: str) -> tuple[list[str], list[OSError]]:
         inside = os.path.relpath(folder, root)
         names += files if inside == os.curdir else [f"{inside}/{file}" for file in files]
     return names, errors
+
+
+def of_each(function: Callable[[str], T], paths: Sequence[str]) -> list[T]:
+    """The function of each path, in order; several at once, since opening a file of a store is waiting."""
+    with ThreadPoolExecutor(OPEN_AT_ONCE) as pool:
+        return list(pool.map(function, paths))
 
 
 def find_files(source: str, accepts: Callable[[str], bool], kind: str) -> list[str]:

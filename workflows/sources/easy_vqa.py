@@ -61,6 +61,10 @@ class EasyVqaGroup:
     images: tuple[tuple[int, str, Pairs], ...]
 
     @property
+    def in_order(self) -> bool:
+        return False
+
+    @property
     def source(self) -> str:
         return f"easy-vqa:{self.split}"
 

@@ -58,6 +58,10 @@ class FolderGroup:
     max_bytes: int = 200_000_000
 
     @property
+    def in_order(self) -> bool:
+        return False
+
+    @property
     def source(self) -> str:
         return self.root
 

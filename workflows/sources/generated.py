@@ -66,6 +66,10 @@ class GeneratedGroup:
     size: int
 
     @property
+    def in_order(self) -> bool:
+        return False
+
+    @property
     def source(self) -> str:
         return f"generated:{self.name}:{self.seed}"
 

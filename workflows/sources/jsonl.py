@@ -41,6 +41,10 @@ class JsonLinesGroup:
     max_bytes: int
 
     @property
+    def in_order(self) -> bool:
+        return False
+
+    @property
     def source(self) -> str:
         return self.path
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -20,6 +21,7 @@ from smalti.workflows.sources.base import (
     clean_text,
     find_files,
     load_json,
+    of_each,
     open_seekable,
     read_pairs,
 )
@@ -44,6 +46,10 @@ class ParquetGroup:
     pairs: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     torn: str | None = None
+
+    @property
+    def in_order(self) -> bool:
+        return True
 
     @property
     def source(self) -> str:
@@ -135,7 +141,7 @@ def parquet_groups(source: str, section: CorpusSection, seed: int) -> list[Parqu
     Errors: DataError when a column is missing (it names those there) or the image column cannot hold an image.
     """
     paths = find_files(source, is_parquet, "Parquet file")
-    return [group for path in paths for group in _file_groups(path, section)]
+    return [group for groups in of_each(partial(_file_groups, section=section), paths) for group in groups]
 
 
 def is_parquet(path: str) -> bool:

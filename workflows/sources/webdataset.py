@@ -109,6 +109,10 @@ class TarGroup:
     max_bytes: int = 200_000_000
 
     @property
+    def in_order(self) -> bool:
+        return compression_of(self.path) is not None
+
+    @property
     def source(self) -> str:
         return self.path
 
