@@ -146,6 +146,33 @@ def size_bytes(path: str) -> int:
         return int(fs.size(key))
 
 
+def stamp(path: str) -> str:
+    """A text that changes when the file at `path` does: its size with its tag or time, as its store tells them."""
+    with _told("look at", path):
+        if is_local(path):
+            found = os.stat(local_path(path))
+            return f"{found.st_size} {found.st_mtime_ns}"
+        fs, key = _remote(path)
+        info = fs.info(key)
+        told = [info.get(name) for name in ("ETag", "etag", "md5Hash", "LastModified", "mtime", "updated", "created")]
+        return " ".join(str(value) for value in [info["size"], *told] if value is not None)
+
+
+def sizes_bytes(directory: str) -> dict[str, int]:
+    """Bytes of each file in `directory` and the folders below, by its path from there; temporary ones are left out."""
+    with _told("list", directory):
+        if is_local(directory):
+            root = local_path(directory)
+            files = [os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names]
+            found = {os.path.relpath(file, root).replace(os.sep, "/"): os.path.getsize(file) for file in files}
+        else:
+            fs, key = _remote(directory)
+            root = fs._strip_protocol(key)
+            listed = fs.find(key, detail=True)
+            found = {posixpath.relpath(name, root): int(info["size"]) for name, info in listed.items()}
+    return {name: size for name, size in found.items() if not name.endswith(_TEMP_SUFFIX)}
+
+
 def read_bytes(path: str) -> bytes:
     """All bytes of a file; `DataError` when there is none."""
     with _told("read", path):
@@ -205,6 +232,35 @@ def atomic_file(path: str) -> Iterator[str]:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(temp)
             raise
+
+
+def put_file(local: str, path: str) -> None:
+    """Bring the local file `local` to `path`, whole or not at all; it may be moved, and need not stand afterwards."""
+    with _told("write", path):
+        if not is_local(path):
+            fs, key = _remote(path)
+            fs.makedirs(posixpath.dirname(key), exist_ok=True)
+            fs.put_file(local, key)
+            return
+        target = local_path(path)
+        os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
+        with open(local, "rb") as file:
+            os.fsync(file.fileno())
+        if os.stat(local).st_dev == os.stat(os.path.dirname(target) or ".").st_dev:
+            os.replace(local, target)
+            return
+    with atomic_file(path) as temp:
+        shutil.copyfile(local, temp)
+
+
+def get_file(path: str, local: str) -> None:
+    """Copy the file `path` to the local name `local`; `DataError` when there is none. A copy cut short may stand there."""
+    with _told("read", path):
+        if is_local(path):
+            shutil.copyfile(local_path(path), local)
+        else:
+            fs, key = _remote(path)
+            fs.get_file(key, local)
 
 
 @contextlib.contextmanager

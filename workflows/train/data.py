@@ -14,9 +14,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from smalti import images, shards
+from smalti import images, shards, storage
 from smalti.errors import DataError, ImageError
 from smalti.workflows.train.order import Order, Samples
+from smalti.workflows.train.shard_cache import ShardCache
 from smalti.workflows.train.task import Batch, Row, Source
 
 TABLE_CACHE_BYTES = 1 << 30
@@ -52,9 +53,15 @@ class ShardRows:
         self.path, self.keys, self.sizes = artifact_path, list(keys), list(sizes)
         self.columns = list(columns) if columns is not None else None
         self.cache_bytes = cache_bytes
+        self.disk: ShardCache | None = None
         self._tables: OrderedDict[int, tuple[pa.Table, int, Any]] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
+
+    def cache_on_disk(self, folder: str, limit_bytes: float) -> None:
+        """Read the shards of a distant artifact through a local folder of at most `limit_bytes`."""
+        if not storage.is_local(self.path):
+            self.disk = ShardCache(folder, limit_bytes)
 
     def table(self, shard: int) -> tuple[pa.Table, Any]:
         """A shard's table and what `prepare` made of it."""
@@ -63,7 +70,8 @@ class ShardRows:
                 self._tables.move_to_end(shard)
                 table, _, prepared = self._tables[shard]
                 return table, prepared
-            table = shards.read_shard(self.path, self.keys[shard], self.columns)
+            read = shards.read_shard if self.disk is None else self.disk.read
+            table = read(self.path, self.keys[shard], self.columns)
             prepared = self.prepare(table)
             found = self.rows_in(table, prepared)
             if found != self.sizes[shard]:
