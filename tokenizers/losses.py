@@ -79,6 +79,14 @@ def gan_active(config: Gan, step: int) -> bool:
     return config.weight > 0 and step >= config.start_step
 
 
+def gan_weight(config: Gan, step: int) -> float:
+    """Weight of the adversarial loss at this step: 0 before `start_step`, then rising evenly to `weight`, which it has
+    from `ramp_steps` steps later on."""
+    if not gan_active(config, step):
+        return 0.0
+    return config.weight * min(1.0, (step - config.start_step + 1) / (config.ramp_steps + 1))
+
+
 class EncoderPerceptual(nn.Module):
     """Perceptual distance in a frozen encoder's features: mean over patches of 1 − cosine, (B,)."""
 
@@ -150,7 +158,7 @@ class PixelLoss(nn.Module):
         if discriminator is not None and gan_active(self.config.gan, step):
             with frozen(discriminator):
                 gan = hinge_generator(discriminator(rebuilt_BCHW))
-            weight = torch.tensor(self.config.gan.weight, device=loss.device)
+            weight = torch.tensor(gan_weight(self.config.gan, step), device=loss.device)
             if self.config.gan.adaptive:
                 if last_layer is None:
                     raise ValueError("gan.adaptive needs the decoder's last layer")

@@ -61,16 +61,17 @@ def encoder_path(artifact: Artifact) -> str:
 def result_settings(train: dict[str, Any]) -> dict[str, Any]:
     """Training settings that the result depends on: not how often it is logged and saved, or how it is cut into pieces
     that add up to the same (`zero_stage`)."""
-    about = {"checkpoint_every", "keep", "log_every", "image_every", "max_failures", "zero_stage"}
+    about = {"checkpoint_every", "keep", "best", "log_every", "image_every", "zero_stage", "check_every"}
+    about |= {"max_failures", "max_preemptions", "max_skipped", "cache_dir", "cache_gb"}
     return {key: value for key, value in train.items() if key not in about}
 
 
 def check_batch(section: str, train: Any, recipe: Recipe) -> None:
     """ConfigError, with the section's name, unless the workers can share a batch evenly."""
-    from smalti.workflows.train.engines import accumulation
+    from smalti.workflows.train.elastic import fitting_workers
 
     try:
-        accumulation(train, recipe.resources.workers)
+        fitting_workers(train, recipe.resources)
     except ConfigError as error:
         raise ConfigError(f"{section}: {error}") from error
 

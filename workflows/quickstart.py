@@ -70,7 +70,7 @@ def fitted(recipe: Recipe, num_images: int) -> Recipe:
     while size > 16 and size * VECTORS_A_CODE > num_images * _patches(recipe):
         size //= 2
     sections = ("encoder.train.train", "tokenizer.semantic.train", "tokenizer.pixel.train", "mllm.train")
-    workers = recipe.resources.workers
+    workers = recipe.resources.max_workers
     most = max(workers, num_images // workers * workers)
     batches = {f"{section}.batch_size": min(_batch(recipe, section), most) for section in sections}
     return with_overrides(recipe, {"codebook.size": size, **batches})

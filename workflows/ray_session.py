@@ -85,7 +85,7 @@ def _start_local(recipe: Recipe) -> None:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     resources = recipe.resources
-    wanted = max(resources.workers * resources.cpus_per_worker, resources.actors, resources.readers)
+    wanted = max(resources.max_workers * resources.cpus_per_worker, resources.actors, resources.readers)
     if wanted > cores:
         log(f"ray: the recipe asks for {wanted} CPUs, this machine has {cores}; they are shared")
     before = os.environ.get("PYTHONPATH")

@@ -37,7 +37,7 @@ def shrink(recipe: Recipe) -> Recipe:
 
 def _resources(recipe: Recipe) -> dict[str, Any]:
     """At most two workers, with a GPU each where the recipe wants one and Ray sees as many."""
-    workers = min(recipe.resources.workers, 2)
+    workers = min(recipe.resources.max_workers, 2)
     gpus = recipe.resources.gpus_per_worker
     if gpus and _gpus_in_sight(recipe) < workers * gpus:
         gpus = 0

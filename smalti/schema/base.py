@@ -38,10 +38,27 @@ class Train(Section):
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     precision: Literal["fp32", "bf16"] = "fp32"
     checkpoint_every: Positive = Field(500, description="steps between checkpoints")
-    keep: Positive = Field(2, description="newest checkpoints kept")
+    keep: Positive = Field(2, description="newest whole checkpoints kept")
+    best: str | None = Field(
+        None, description="metric whose best checkpoint is kept beside the newest; lowest, or highest as max:NAME"
+    )
     log_every: Positive = Field(20, description="steps between logged metrics")
     image_every: NonNegative = Field(0, description="steps between logged pictures; 0: only at the end")
     max_failures: NonNegative = Field(3, description="worker failures survived before the run fails")
+    max_preemptions: Annotated[int, Field(ge=-1)] = Field(
+        -1, description="times that nodes may be taken away before the run fails; -1: any number"
+    )
+    max_skipped: NonNegative = Field(
+        5,
+        description="steps in a row passed over for a loss or gradient that is no finite number; one more ends the run",
+    )
+    check_every: NonNegative = Field(
+        100, description="steps between comparisons of codebooks across the workers; 0: never"
+    )
+    cache_dir: str | None = Field(
+        None, description="local folder for whole shards of a distant artifact; default: read by ranges, nothing kept"
+    )
+    cache_gb: Rate = Field(100.0, description="bound of cache_dir in GB; the least recently used shards leave first")
     data_window: Positive = Field(16, description="shards within which rows are shuffled")
 
     @model_validator(mode="after")

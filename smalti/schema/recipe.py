@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -15,11 +15,30 @@ from smalti.schema.tokenizer import TokenizerSection
 class Resources(Section):
     """What a stage may take from the cluster. Never part of a fingerprint: results do not depend on it."""
 
-    workers: Positive = Field(1, description="training workers")
+    workers: Positive | Annotated[tuple[Positive, Positive], Field(strict=False)] = Field(
+        1, description="training workers; [min, max]: as many as there is room for, changing on the way"
+    )
     gpus_per_worker: Weight = 0
     cpus_per_worker: Positive = 1
     actors: Positive = Field(1, description="model actors of features and tokens")
     readers: Positive = Field(1, description="CPU tasks that read and decode")
+
+    @field_validator("workers")
+    @classmethod
+    def _least_first(cls, workers: int | tuple[int, int]) -> int | tuple[int, int]:
+        if isinstance(workers, tuple) and workers[0] > workers[1]:
+            raise ValueError(f"workers: [min, max] with min above max: {list(workers)}")
+        return workers
+
+    @property
+    def min_workers(self) -> int:
+        """The fewest workers that train."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers that train."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 class Tracking(Section):

@@ -48,6 +48,7 @@ class Gan(Section):
 
     weight: Weight = Field(0.0, description="0 is off")
     start_step: NonNegative = 20_000
+    ramp_steps: NonNegative = Field(0, description="steps over which the weight rises linearly from start_step on")
     adaptive: bool = Field(False, description="scale by the ratio of gradient norms on the decoder's last layer")
     channels: Positive = 64
     layers: Positive = 3

@@ -108,10 +108,15 @@ def test_a_broken_shard_is_one_clear_error_and_not_tried_over_and_over(session, 
         toy.train(str(tmp_path), workers=2, settings={"broken": True})
 
 
-def test_a_loss_that_is_no_number_ends_the_run_before_a_checkpoint(session, toy, tmp_path) -> None:
-    with pytest.raises(TrainingError, match=r"loss of step 8 of 24 is not a finite number"):
-        toy.train(str(tmp_path), settings={"nan_at": 7})
-    assert not list((tmp_path / "checkpoints").glob("step-*"))
+def test_steps_without_a_finite_loss_are_passed_over_and_too_many_end_the_run(session, toy, tmp_path) -> None:
+    """From step 8 on one of two workers meets NaN: two steps are passed over by both, the third ends the run."""
+    told = r"loss or the gradient of steps 8 to 10 of 24 is not a finite number .* train.max_skipped=2 "
+    with pytest.raises(TrainingError, match=told):
+        toy.train(str(tmp_path), workers=2, settings={"nan_from": 7}, max_skipped=2)
+    first, second = history(tmp_path)
+    assert (first["skipped_steps"], second["skipped_steps"]) == (0, 1)
+    assert first["grad_norm"] > 0 and second["loss"] < first["loss"], "what was passed over is in no mean"
+    assert [f.name for f in (tmp_path / "checkpoints").glob("step-*")] == ["step-000000008"]
 
 
 def test_a_batch_that_workers_cannot_share_fails_before_anything_starts(toy, tmp_path) -> None:
@@ -130,7 +135,7 @@ def test_a_killed_driver_goes_on_and_ends_with_the_same_model(session, toy, tmp_
 
     killed = command(0.4)
     until = time.monotonic() + 120
-    while not (broken / "checkpoints" / "step-000000008").exists():
+    while not (broken / "checkpoints" / "step-000000008" / "manifest-00000.json").exists():
         assert killed.poll() is None and time.monotonic() < until
         time.sleep(0.1)
     time.sleep(1.0)

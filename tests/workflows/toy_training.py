@@ -21,7 +21,7 @@ from smalti.tracking import NullTracker
 from smalti.workflows.train.task import Task
 
 SIZES = [7, 5, 9, 20]
-TRAIN = Train(steps=24, batch_size=8, lr=1e-2, warmup=3, checkpoint_every=8, log_every=4, max_failures=2)
+TRAIN = Train(steps=24, batch_size=8, lr=1e-2, warmup=3, checkpoint_every=8, log_every=4, check_every=4, max_failures=2)
 
 
 class Rows:
@@ -51,8 +51,8 @@ class Net(nn.Module):
 
 
 class Toy(Task):
-    def __init__(self, slow_s=0.0, broken=False, nan_at=-1, die_at=-1, dropout=0.0, flag=""):
-        self.slow_s, self.broken, self.nan_at, self.die_at = slow_s, broken, nan_at, die_at
+    def __init__(self, slow_s=0.0, broken=False, nan_from=99, die_at=-1, dropout=0.0, flag=""):
+        self.slow_s, self.broken, self.nan_from, self.die_at = slow_s, broken, nan_from, die_at
         self.dropout, self.flag = dropout, flag
 
     def source(self):
@@ -93,7 +93,7 @@ class Toy(Task):
         self.out = out.detach()
         self.moved.append(moved)
         loss = (out - batch["y"]).pow(2).mean()
-        if step == self.nan_at:
+        if step >= self.nan_from and self.context.collectives.rank == 0:
             loss = loss * float("nan")
         return loss, {"loss": loss.detach()}
 
@@ -103,6 +103,15 @@ class Toy(Task):
         self.moved.clear()
         self.net.mean.lerp_(mean, 0.1)
         return {"moved": mean.norm()}
+
+    def skipped(self, step):
+        self.moved.clear()
+
+    def replicated(self, engines):
+        return {"the running mean": self.net.mean}
+
+    def amount(self, batch):
+        return "numbers", float(batch["x"].numel())
 
     def pictures(self, engines):
         return {"square": np.zeros((4, 4, 3), np.uint8)}
@@ -121,7 +130,7 @@ class Toy(Task):
 class FakeRun:
     """What `fit` needs of a stage at work; keeps what was logged."""
 
-    def __init__(self, path: str, workers: int = 1) -> None:
+    def __init__(self, path: str, workers: int | tuple[int, int] = 1) -> None:
         self.name, self.path, self.tracker, self.lines = "toy", path, NullTracker(), []
         self.recipe = Recipe(resources=Resources(workers=workers))
         os.makedirs(path, exist_ok=True)
@@ -131,12 +140,12 @@ class FakeRun:
         print(message, file=sys.stderr)
 
 
-def train(path: str, *, workers: int = 1, settings=None, **changes) -> dict[str, float]:
+def train(path: str, *, workers: int | tuple[int, int] = 1, settings=None, run=None, **changes) -> dict[str, float]:
     """Train the toy into `path`; Ray must run."""
     from smalti.workflows.train.launch import fit
 
     by_value()
-    run = FakeRun(path, workers)
+    run = run or FakeRun(path, workers)
     return fit(sys.modules[Toy.__module__].Toy, settings or {}, TRAIN.model_copy(update=changes), run, seed=3)
 
 

@@ -16,7 +16,8 @@ class Board:
     def __init__(self) -> None:
         self._metrics: list[tuple[int, dict[str, float]]] = []
         self._pictures: list[tuple[int, str, np.ndarray]] = []
-        self._started: list[int] = []
+        self._started: list[tuple[int, int]] = []
+        self._lines: list[str] = []
         self._fatal: SmaltiError | None = None
 
     def metrics(self, step: int, numbers: dict[str, float]) -> None:
@@ -25,9 +26,13 @@ class Board:
     def picture(self, step: int, name: str, picture: np.ndarray) -> None:
         self._pictures.append((step, name, picture))
 
-    def started(self, step: int) -> None:
-        """The workers are ready and go on after `step` steps; said again by a restarted group."""
-        self._started.append(step)
+    def started(self, step: int, workers: int) -> None:
+        """So many workers are ready and go on after `step` steps; said again by a restarted group."""
+        self._started.append((step, workers))
+
+    def say(self, line: str) -> None:
+        """A line for the person who watches."""
+        self._lines.append(line)
 
     def fail(self, error: SmaltiError) -> None:
         self._fatal = self._fatal or error
@@ -35,8 +40,8 @@ class Board:
     def fatal(self) -> SmaltiError | None:
         return self._fatal
 
-    def take(self) -> tuple[list[Any], list[Any], list[int]]:
+    def take(self) -> tuple[list[Any], list[Any], list[tuple[int, int]], list[str]]:
         """Everything since the last call."""
-        taken = (self._metrics, self._pictures, self._started)
-        self._metrics, self._pictures, self._started = [], [], []
+        taken = (self._metrics, self._pictures, self._started, self._lines)
+        self._metrics, self._pictures, self._started, self._lines = [], [], [], []
         return taken

@@ -1,71 +1,225 @@
-"""Checkpoints of a training run, through Ray Train: engines' states, the task's, and where the loop was."""
+"""Checkpoints of a training run: engines' states, the task's, and where the loop was, in one folder a step.
+
+Each worker writes its files to its own disk, then goes on training while a thread brings them to storage and, last of
+all, a manifest of their names and sizes. A checkpoint is whole when the manifests of all its workers stand and every
+file they name has its size; one that is not was cut short, or damaged later, and is passed over.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
+import re
+import shutil
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from smalti.errors import ConfigError, TrainingError
+from smalti import storage
+from smalti.errors import ConfigError, DataError, TrainingError
+from smalti.workflows.train import universal
 from smalti.workflows.train.collectives import Collectives
 from smalti.workflows.train.task import Task
 
 STATE_FILE = "loop.json"
 TASK_FILE = "task.pt"
 TAG = "engine"
+STEP = re.compile(r"step-(\d{9})$")
+TRIES, PAUSE_S = 3, 2.0
 
 
-def save(engines: Mapping[str, Any], task: Task, state: dict[str, Any], collectives: Collectives) -> None:
-    """Report a checkpoint of all that a resumed run needs; a barrier of all workers. `state["step"]`: steps done.
+@dataclass(frozen=True)
+class Whole:
+    """A whole checkpoint: the step, its folder, its files by worker, and the score it was saved with."""
 
-    The ranks' files merge into one folder; the loop's state comes with rank 0's.
-    """
-    import ray.train
-
-    with tempfile.TemporaryDirectory(prefix="smalti-checkpoint-") as folder:
-        for name, engine in engines.items():
-            engine.save_checkpoint(os.path.join(folder, name), tag=TAG)
-        if collectives.rank == 0:
-            torch.save(task.state_dict(), os.path.join(folder, TASK_FILE))
-            stages = {name: int(engine.zero_optimization_stage()) for name, engine in engines.items()}
-            with open(os.path.join(folder, STATE_FILE), "w") as out:
-                json.dump({**state, "world_size": collectives.world_size, "zero_stages": stages}, out)
-        collectives.barrier()
-        checkpoint = ray.train.Checkpoint.from_directory(folder)
-        ray.train.report(
-            {"step": state["step"]}, checkpoint=checkpoint, checkpoint_dir_name=f"step-{state['step']:09d}"
-        )
+    step: int
+    path: str
+    files: tuple[tuple[str, ...], ...]
+    score: float | None
 
 
-def load(engines: Mapping[str, Any], task: Task, collectives: Collectives) -> dict[str, Any] | None:
-    """Take back the newest checkpoint; its state, or None when there is none.
+def step_folder(step: int) -> str:
+    """Name of the checkpoint after `step` steps."""
+    return f"step-{step:09d}"
 
-    ConfigError: written with other ZeRO stages, or by another number of workers under ZeRO (whose optimizer states are
-    cut by worker). TrainingError: it lacks an engine.
-    """
-    import ray.train
 
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return None
-    with checkpoint.as_directory() as folder:
-        with open(os.path.join(folder, STATE_FILE)) as file:
-            state: dict[str, Any] = json.load(file)
-        _check(state, engines, collectives, checkpoint.path)
-        for name, engine in engines.items():
-            found, _ = engine.load_checkpoint(os.path.join(folder, name), tag=TAG)
-            if found is None:
-                raise TrainingError(f"The checkpoint {checkpoint.path} holds no engine {name!r}; remove that folder.")
+def manifest_name(rank: int) -> str:
+    """Name of a worker's manifest."""
+    return f"manifest-{rank:05d}.json"
+
+
+def look(path: str) -> Whole | str:
+    """The checkpoint in the folder `path`, or what is wrong with it."""
+    sizes = storage.sizes_bytes(path)
+    manifests: list[dict[str, Any]] = []
+    while not manifests or len(manifests) < manifests[0]["world_size"]:
+        name = manifest_name(len(manifests))
+        if name not in sizes:
+            return f"it has no {name}"
+        try:
+            manifests.append(storage.read_json(storage.join(path, name)))
+        except DataError:
+            return f"its {name} is torn"
+    for manifest in manifests:
+        for name, size in manifest["files"].items():
+            if name not in sizes:
+                return f"{name} is missing"
+            if sizes[name] != size:
+                return f"{name} holds {sizes[name]:,} bytes of {size:,}"
+    found = STEP.search(path)
+    assert found is not None
+    files = tuple(tuple(manifest["files"]) for manifest in manifests)
+    return Whole(int(found[1]), path, files, manifests[0]["score"])
+
+
+def newest(folder: str, say: Callable[[str], None]) -> Whole | None:
+    """The newest whole checkpoint in `folder`; a line is said for each newer one that is not whole."""
+    for name in reversed(storage.list_names(folder)):
+        if STEP.search(name):
+            found = look(storage.join(folder, name))
+            if isinstance(found, Whole):
+                return found
+            say(f"checkpoint {storage.join(folder, name)} is passed over: {found}")
+    return None
+
+
+def to_drop(whole: Sequence[Whole], keep: int, best: str | None) -> list[Whole]:
+    """Those of the checkpoints that are neither among the `keep` newest nor the best by score (`max:NAME`: highest)."""
+    kept = sorted(whole, key=lambda c: c.step)[-keep:]
+    scored = [c for c in whole if c.score is not None and math.isfinite(c.score)]
+    if best is not None and scored:
+        sign = -1.0 if best.startswith("max:") else 1.0
+        kept.append(min(scored, key=lambda c: (sign * float(c.score or 0.0), c.step)))
+    return [c for c in whole if c not in kept]
+
+
+class Checkpoints:
+    """The checkpoints of a run in `folder`, seen by one of its workers; all call `save`, `wait` and `load` alike."""
+
+    def __init__(
+        self,
+        folder: str,
+        collectives: Collectives,
+        *,
+        keep: int = 2,
+        best: str | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.folder, self.collectives, self.keep, self.best, self.say = folder, collectives, keep, best, say
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._sending: Future[None] | None = None
+
+    def save(self, engines: Mapping[str, Any], task: Task, state: dict[str, Any]) -> None:
+        """Write a checkpoint of all that a resumed run needs; `state`: "step" (steps done) and "history" at least.
+
+        Returns when it stands on this worker's disk; errors of sending it are raised by the next `save` or `wait`.
+        """
+        self.wait()
+        rank, target = self.collectives.rank, storage.join(self.folder, step_folder(state["step"]))
+        local = tempfile.mkdtemp(prefix="smalti-checkpoint-")
+        try:
+            for name, engine in engines.items():
+                engine.save_checkpoint(os.path.join(local, name), tag=TAG)
+            if rank == 0:
+                torch.save(task.state_dict(), os.path.join(local, TASK_FILE))
+                stages = {name: int(engine.zero_optimization_stage()) for name, engine in engines.items()}
+                with open(os.path.join(local, STATE_FILE), "w") as out:
+                    json.dump({**state, "world_size": self.collectives.world_size, "zero_stages": stages}, out)
+                storage.remove(target)  # what an earlier try left: not whole, or it would have been gone on from
+            self.collectives.barrier()
+        except BaseException:
+            shutil.rmtree(local, ignore_errors=True)
+            raise
+        self._sending = self._thread.submit(self._send, local, target, self._score(state))
+
+    def wait(self) -> None:
+        """Return when this worker's part of the last checkpoint is in storage; raises what went wrong on the way."""
+        if self._sending is not None:
+            sending, self._sending = self._sending, None
+            sending.result()
+
+    def load(self, engines: Mapping[str, Any], task: Task) -> dict[str, Any] | None:
+        """Take back the newest whole checkpoint; its state, or None when there is none.
+
+        ZeRO's optimizer states, which are cut by worker, are cut anew when another number of workers wrote them.
+        ConfigError: written with other ZeRO stages. TrainingError: it lacks an engine.
+        """
         device = next(iter(engines.values())).device
-        task.load_state_dict(torch.load(os.path.join(folder, TASK_FILE), map_location=device, weights_only=True))
-    return state
+        chosen = self._choose(device)
+        if chosen is None:
+            return None
+        path = chosen.path
+        state: dict[str, Any] = storage.read_json(storage.join(path, STATE_FILE))
+        check_stages(state, engines, path)
+        cut = state["world_size"] != self.collectives.world_size
+        with fetched(chosen, None if cut else self.collectives.rank) as folder:
+            for name, engine in engines.items():
+                source = os.path.join(folder, name)
+                if cut and engine.zero_optimization_stage():
+                    universal.load(engine, source, TAG, self.collectives)
+                elif engine.load_checkpoint(source, tag=TAG)[0] is None:
+                    raise TrainingError(f"The checkpoint {path} holds no engine {name!r}; remove that folder.")
+            task.load_state_dict(torch.load(os.path.join(folder, TASK_FILE), map_location=device, weights_only=True))
+            self.collectives.barrier()
+        return state
+
+    def _choose(self, device: torch.device) -> Whole | None:
+        """What worker 0 finds to be the newest whole checkpoint; where it cannot look, all workers get its error."""
+        found: Whole | DataError | None = None
+        if self.collectives.rank == 0:
+            try:
+                found = newest(self.folder, self.say)
+            except DataError as error:
+                found = error
+        found = self.collectives.broadcast_object(found, device)
+        if isinstance(found, DataError):
+            raise found
+        return found
+
+    def _score(self, state: Mapping[str, Any]) -> float | None:
+        """The last logged value of the metric that names the best checkpoint."""
+        name = (self.best or "").removeprefix("max:")
+        values = [row[name] for row in state.get("history", []) if name in row]
+        return float(values[-1]) if values else None
+
+    def _send(self, local: str, target: str, score: float | None) -> None:
+        try:
+            names = sorted(
+                os.path.relpath(os.path.join(parent, file), local).replace(os.sep, "/")
+                for parent, _, files in os.walk(local)
+                for file in files
+            )
+            sizes = {name: os.path.getsize(os.path.join(local, name)) for name in names}
+            for name in names:
+                again(storage.put_file, os.path.join(local, name), storage.join(target, name))
+            manifest = {"world_size": self.collectives.world_size, "score": score, "files": sizes}
+            again(storage.write_json, storage.join(target, manifest_name(self.collectives.rank)), manifest)
+        finally:
+            shutil.rmtree(local, ignore_errors=True)
+        if self.collectives.rank == 0:
+            self._drop()
+
+    def _drop(self) -> None:
+        """Remove what is not to be kept; of those older than the newest whole one also what is not whole."""
+        folders = [storage.join(self.folder, name) for name in storage.list_names(self.folder) if STEP.search(name)]
+        looked = {path: look(path) for path in folders}
+        whole = [found for found in looked.values() if isinstance(found, Whole)]
+        dropped = {found.path for found in to_drop(whole, self.keep, self.best)}
+        last = max((found.path for found in whole), default="")
+        for path, found in looked.items():
+            if path in dropped or (isinstance(found, str) and path < last):
+                storage.remove(path)
 
 
-def _check(state: Mapping[str, Any], engines: Mapping[str, Any], collectives: Collectives, path: str) -> None:
+def check_stages(state: Mapping[str, Any], engines: Mapping[str, Any], path: str) -> None:
+    """ConfigError unless the engines have the ZeRO stages that the checkpoint was written with."""
     stages = {name: int(engine.zero_optimization_stage()) for name, engine in engines.items()}
     if state["zero_stages"] != stages:
         was = max(state["zero_stages"].values())
@@ -73,9 +227,28 @@ def _check(state: Mapping[str, Any], engines: Mapping[str, Any], collectives: Co
             f"The checkpoint {path} was written with train.zero_stage={was}, and now it is {max(stages.values())}. "
             f"Set it back to go on, or remove {os.path.dirname(path)} to begin again."
         )
-    if any(stages.values()) and state["world_size"] != collectives.world_size:
-        raise ConfigError(
-            f"The checkpoint {path} was written by {state['world_size']} workers under ZeRO, whose optimizer states are "
-            f"cut by worker, and resources.workers is {collectives.world_size}. Set resources.workers="
-            f"{state['world_size']} to go on, or remove {os.path.dirname(path)} to begin again."
-        )
+
+
+@contextlib.contextmanager
+def fetched(chosen: Whole, rank: int | None) -> Iterator[str]:
+    """A local folder with the checkpoint's files: all of them where it is local already or `rank` is None, else those
+    that worker `rank` loads (its own, and what worker 0 wrote for all)."""
+    if storage.is_local(chosen.path):
+        yield storage.local_path(chosen.path)
+        return
+    wanted = chosen.files if rank is None else (chosen.files[0], chosen.files[rank])
+    with tempfile.TemporaryDirectory(prefix="smalti-resume-") as folder:
+        for name in sorted({name for files in wanted for name in files}):
+            os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
+            again(storage.get_file, storage.join(chosen.path, name), os.path.join(folder, name))
+        yield folder
+
+
+def again(action: Callable[..., None], *args: Any) -> None:
+    """`action(*args)`, tried again when storage fails for the moment; its DataError after the last try."""
+    for _ in range(TRIES - 1):
+        with contextlib.suppress(DataError):
+            action(*args)
+            return
+        time.sleep(PAUSE_S)
+    action(*args)

@@ -5,6 +5,8 @@ Legend: W workers, B rows.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -50,6 +52,14 @@ class Collectives:
         copy = tensor.clone().contiguous()
         dist.broadcast(copy, source)
         return copy
+
+    def broadcast_object(self, value: Any, device: torch.device) -> Any:
+        """The first worker's value (anything that pickles), on every worker."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, device=device)
+        return box[0]
 
     def barrier(self) -> None:
         """Wait for all workers."""

@@ -12,18 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from smalti import storage
 from smalti.errors import SmaltiError, TrainingError
-from smalti.progress import Progress
+from smalti.progress import Progress, format_count
 from smalti.workflows.train.board import Board
-from smalti.workflows.train.engines import accumulation
-from smalti.workflows.train.loop import DONE_FILE, Job, train_worker
+from smalti.workflows.train.elastic import elastic_trainer, fitting_workers, left_out
+from smalti.workflows.train.loop import CHECKPOINTS, DONE_FILE, Job, train_worker
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from smalti.schema import Train
+    from smalti.schema import Resources, Train
     from smalti.workflows.stage import StageRun
 
-CHECKPOINTS = "checkpoints"
 POLL_S = 0.5
 QUIET = {  # read by Ray Train in the driver and its workers
     "RAY_TRAIN_METRICS_ENABLED": "0",
@@ -41,7 +40,7 @@ def fit(task: str, settings: Mapping[str, Any], train: Train, run: StageRun, *, 
     """
     done_file = storage.join(run.path, DONE_FILE)
     if not storage.exists(done_file):
-        accumulation(train, run.recipe.resources.workers)
+        fitting_workers(train, run.recipe.resources)
         _run(task, settings, train, run, seed)
     checkpoints = storage.join(run.path, CHECKPOINTS)
     if storage.exists(checkpoints):
@@ -58,6 +57,8 @@ def _run(task: str, settings: Mapping[str, Any], train: Train, run: StageRun, se
     if len(ray.nodes()) == 1:  # an actor that waits for a node's notice: of no use when it is the driver's own node
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     resources = run.recipe.resources
+    if told := left_out(train, resources):
+        run.log(told)
     board: Any = ray.remote(num_cpus=0)(Board).remote()
     job = Job(
         task=task,
@@ -68,11 +69,12 @@ def _run(task: str, settings: Mapping[str, Any], train: Train, run: StageRun, se
         cpus=resources.cpus_per_worker,
         gpus=resources.gpus_per_worker,
         board=board,
+        preemptible=os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") != "0",
     )
     watch = Watch(board, train, run)
     try:
         with watch, _interruptible():
-            result = _trainer(job, resources.workers).fit()
+            result = _trainer(job, resources).fit()
     except TrainingFailedError as error:
         raise _one_error(error, board, run) from error
     finally:
@@ -82,26 +84,30 @@ def _run(task: str, settings: Mapping[str, Any], train: Train, run: StageRun, se
         raise fatal
 
 
-def _trainer(job: Job, workers: int) -> Any:
-    """The Ray Train trainer; the same name and storage make it go on where a killed driver left off."""
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+def _trainer(job: Job, resources: Resources) -> Any:
+    """The Ray Train trainer. It starts the workers and starts them again; what to go on from they find themselves."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     use_gpu = job.gpus > 0
     wanted: dict[str, float] = {"CPU": job.cpus} | ({"GPU": job.gpus} if use_gpu else {})
     worker: Any = train_worker
-    return TorchTrainer(
-        worker,
-        train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=wanted),
-        run_config=RunConfig(
+    settings: dict[str, Any] = {
+        "train_loop_per_worker": worker,
+        "train_loop_config": {"job": job},
+        "torch_config": TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        "scaling_config": ScalingConfig(num_workers=resources.workers, use_gpu=use_gpu, resources_per_worker=wanted),
+        "run_config": RunConfig(
             name=CHECKPOINTS,
             storage_path=job.path,
-            checkpoint_config=CheckpointConfig(num_to_keep=job.train.keep),
-            failure_config=FailureConfig(max_failures=max(1, job.train.max_failures)),
+            failure_config=FailureConfig(
+                max_failures=max(1, job.train.max_failures), max_preemption_failures=job.train.max_preemptions
+            ),
         ),
-    )
+    }
+    if isinstance(resources.workers, int):
+        return TorchTrainer(**settings)
+    return elastic_trainer(fitting_workers(job.train, resources), **settings)
 
 
 @contextmanager
@@ -157,21 +163,35 @@ class Watch:
         """Pass on what the board holds; the bar opens when the workers are ready, so that its rate is theirs."""
         import ray
 
-        metrics, pictures, started = ray.get(self.board.take.remote())
-        for step in started:
+        metrics, pictures, started, lines = ray.get(self.board.take.remote())
+        for line in lines:
+            self.run.log(line)
+        for step, workers in started:
             ready_s = time.monotonic() - self.began
             where = f", going on after step {step:,}" if step else ""
-            self.run.log(f"{self.run.recipe.resources.workers} worker(s) ready after {ready_s:.0f} s{where}")
+            self.run.log(f"{workers} worker(s) ready after {ready_s:.0f} s{where}")
             if self.progress is None:
                 self.progress = stack.enter_context(Progress(self.train.steps, "steps", self.run.name, done=step))
         for step, numbers in metrics:
             self.run.tracker.metrics(numbers, step=step)
             told = {"loss": f"{numbers['loss']:.4g}"} if "loss" in numbers else {}
             if self.progress is not None:  # a restarted group repeats steps; the bar never runs backwards
-                rate = f"{numbers['samples_per_s']:.0f}"
-                self.progress.update(max(0, step - self.progress.count), **told, **{"samples/s": rate})
+                self.progress.update(max(0, step - self.progress.count), **told, **rates(numbers))
         for step, name, picture in pictures:
             self.run.tracker.image(name, picture, step=step)
+
+
+def rates(numbers: Mapping[str, float]) -> dict[str, str]:
+    """The throughput of a logged step, as the progress line shows it."""
+    told = {"samples/s": f"{numbers['samples_per_s']:.0f}"}
+    told |= {
+        name.replace("_per_s", "/s"): format_count(value)
+        for name, value in numbers.items()
+        if name.endswith("_per_s") and name != "samples_per_s"
+    }
+    if "mfu" in numbers:
+        told["MFU"] = f"{numbers['mfu']:.1%}"
+    return told | {"waiting": f"{numbers['data_wait']:.0%}", "memory": f"{numbers['memory_gb']:.1f} GB"}
 
 
 def _one_error(error: Exception, board: Any, run: StageRun) -> SmaltiError:

@@ -18,25 +18,31 @@ import torch
 from torch import Tensor
 
 from smalti import storage
-from smalti.errors import SmaltiError, TrainingError
-from smalti.workflows.train import checkpoints
+from smalti.errors import SmaltiError
 from smalti.workflows.train import engines as ds
+from smalti.workflows.train import guards
+from smalti.workflows.train.checkpoints import Checkpoints
 from smalti.workflows.train.collectives import Collectives
-from smalti.workflows.train.data import Feed
+from smalti.workflows.train.data import Feed, ShardRows
 from smalti.workflows.train.order import Order
 from smalti.workflows.train.task import Batch, Context, Metrics, Task, seed_of
+from smalti.workflows.train.throughput import Throughput
 
 if TYPE_CHECKING:
     from smalti.schema import Train
 
 HISTORY_FILE = "history.jsonl"
 DONE_FILE = "trained.json"
+CHECKPOINTS = "checkpoints"
+TOGETHER = (guards.NotFiniteError, guards.DriftError)
+"""Errors that all workers meet in the same step."""
 
 
 @dataclass(frozen=True)
 class Job:
     """What a worker is told: plain values that travel. `task` is `module:Class` or a class, made with `settings`;
-    `board` the handle of the Board actor; not `resumable`: no checkpoints are written or looked for."""
+    `board` the handle of the Board actor; not `resumable`: no checkpoints are written or looked for; `preemptible`:
+    nodes may be taken away with notice."""
 
     task: str | type[Task]
     settings: dict[str, Any]
@@ -47,6 +53,7 @@ class Job:
     gpus: float
     board: Any
     resumable: bool = True
+    preemptible: bool = False
 
     def make_task(self) -> Task:
         if not isinstance(self.task, str):
@@ -102,14 +109,10 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     try:
         return {"metrics": Loop(job).run(), "fatal": None}
     except SmaltiError as error:
-        if isinstance(error, NotFiniteError) or ray.train.get_context().get_world_size() == 1:
+        if isinstance(error, TOGETHER) or ray.train.get_context().get_world_size() == 1:
             return {"metrics": {}, "fatal": error}
         ray.get(job.board.fail.remote(error))
         raise
-
-
-class NotFiniteError(TrainingError):
-    """The loss is NaN or infinite; all workers find out in the same step."""
 
 
 class Loop:
@@ -125,7 +128,16 @@ class Loop:
         self.micro, self.accumulation = ds.accumulation(self.train, self.world_size)
         self.meter = Meter(self.device)
         self.history: list[dict[str, float]] = []
-        self.bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
+        self.skips = guards.SkipCount(self.train.max_skipped)
+        self.checkpoints = Checkpoints(
+            storage.join(job.path, CHECKPOINTS),
+            self.collectives,
+            keep=job.train.keep,
+            best=job.train.best,
+            say=self._say,
+        )
+        self.saved = -1  # steps done at the last checkpoint
+        self.notices: list[str] = []  # nodes that are about to be taken away
 
     def run(self) -> dict[str, float]:
         """Train from the newest checkpoint, or from nothing, to the last step; then write the final model."""
@@ -134,6 +146,8 @@ class Loop:
         self.task.setup(Context(self.device, self.collectives, self.job.seed, self.train))
         self.engines = {name: self._engine(name, module) for name, module in self.task.modules().items()}
         source = self.task.source()
+        if self.train.cache_dir is not None and isinstance(source, ShardRows):
+            source.cache_on_disk(self.train.cache_dir, self.train.cache_gb * 1e9)
         order = Order(source.sizes, self.job.seed, self.train.data_window)
         self.feed = Feed(
             source,
@@ -147,12 +161,20 @@ class Loop:
         )
         start = self._resume()
         if self.rank == 0:
-            self.job.board.started.remote(start)
-        self.clock = (time.monotonic(), start)
+            self.job.board.started.remote(start, self.world_size)
+        self.throughput = Throughput(self.device, self.train.batch_size, self.task.flops_per_sample())
+        ready = time.monotonic()
         for step, batches in self.feed.steps(start, self.train.steps):
+            self.throughput.step(time.monotonic() - ready, [self.task.amount(batch) for batch in batches])
             self._step(step, batches)
             self._after(step)
+            ready = time.monotonic()
+        self.checkpoints.wait()
         return self._finish()
+
+    def _say(self, line: str) -> None:
+        if self.rank == 0:
+            self.job.board.say.remote(line)
 
     def _engine(self, name: str, module: torch.nn.Module) -> Any:
         return ds.build_engine(
@@ -167,7 +189,7 @@ class Loop:
     # One step
 
     def _step(self, step: int, batches: list[Batch]) -> None:
-        """All micro batches of a step, each engine in turn."""
+        """All micro batches of a step, each engine in turn; then the engines move, all of them or none."""
         torch.manual_seed(seed_of(self.job.seed, 5, step, self.rank))
         self.task.begin_step(step, self.engines, self._read)
         for name, engine in self.engines.items():
@@ -175,17 +197,37 @@ class Loop:
             ds.set_learning_rate(engine, ds.learning_rate(self.train, step, self.task.peak_lr(name)))
         moved = [self._to_device(batch) for batch in batches]
         share = self._share(moved)
-        for batch in moved:
+        found: list[Metrics] = []
+        acting: dict[str, Any] = {}
+        for last, batch in zip([False] * (len(moved) - 1) + [True], moved, strict=True):
             for name, engine in self.engines.items():
                 result = self.task.loss(name, self.engines, batch, step, share)
                 if result is None:
                     continue
                 loss, metrics = result
-                first_bad = (self.bad_step < 0) & ~torch.isfinite(loss.detach())
-                self.bad_step = torch.where(first_bad, torch.full_like(self.bad_step, step), self.bad_step)
-                engine.backward(loss)
-                engine.step()
-                self.meter.add(metrics)
+                engine.backward(guards.poisoned(loss))
+                if not last:
+                    engine.step()  # counts the micro batch
+                acting[name] = engine
+                found.append(metrics)
+        self._move(step, acting, found)
+
+    def _move(self, step: int, acting: dict[str, Any], found: list[Metrics]) -> None:
+        """Step the engines that took part, unless a loss or gradient of any of them is no finite number."""
+        norms = {name: guards.gradient_norm(engine) for name, engine in acting.items()}
+        skipped = not all(math.isfinite(norm) for norm in norms.values())
+        for name, engine in acting.items():
+            guards.apply(engine, math.inf if skipped else norms[name])
+        if self.skips.note(skipped):
+            raise guards.not_finite(step, self.train, ds.learning_rate(self.train, step), found)
+        if skipped:
+            self.task.skipped(step)
+            self._say(f"step {step + 1:,} passed over: its loss or gradient is no finite number")
+            return
+        for metrics in found:
+            self.meter.add(metrics)
+        first = next(iter(self.engines))
+        self.meter.add({"grad_norm" if name == first else f"grad_norm_{name}": norm for name, norm in norms.items()})
         self.meter.add(self.task.after_step(step, self.engines))
 
     def _share(self, batches: list[Batch]) -> Tensor | None:
@@ -211,39 +253,37 @@ class Loop:
     def _after(self, step: int) -> None:
         done, train = step + 1, self.train
         last = done == train.steps
-        saving = done % train.checkpoint_every == 0 or last
-        if done % train.log_every == 0 or last or saving or self.device.type == "cpu":
-            self._check_finite(step)
+        if last or (train.check_every and done % train.check_every == 0):
+            guards.check_same(self.task.replicated(self.engines), self.collectives, done)
         if done % train.log_every == 0 or last:
             self._log(done)
         if last or (train.image_every and done % train.image_every == 0):
             self._pictures(done)
-        if saving:
+        if done % train.checkpoint_every == 0 or last:
             self._checkpoint(done)
+        if self.job.preemptible and self.job.resumable:
+            self._heed_notice(done)
 
-    def _check_finite(self, step: int) -> None:
-        """Raise on every rank when any rank met a loss that is not a finite number; before a checkpoint is written."""
-        bad = torch.where(self.bad_step < 0, torch.full_like(self.bad_step, 2**62), self.bad_step)
-        if self.world_size > 1:
-            torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MIN)
-        first = int(bad)
-        if first <= step:
-            raise NotFiniteError(
-                f"the loss of step {first + 1} of {self.train.steps} is not a finite number (batch of "
-                f"{self.train.batch_size}, rate {ds.learning_rate(self.train, first):.3g}, {self.train.precision}). "
-                f"The newest checkpoint is from before it. Lower train.lr={self.train.lr:g}, lengthen "
-                f"train.warmup={self.train.warmup:g}, set train.clip, or use train.precision=fp32."
-            )
+    def _heed_notice(self, done: int) -> None:
+        """Save at once when a node is about to be taken away; Ray starts the workers again without it."""
+        import ray.train
+
+        notice = ray.train.get_preemption_info()  # the same on every worker
+        if notice is None or notice.preempted_node_ids == self.notices:
+            return
+        self.notices = notice.preempted_node_ids
+        self._checkpoint(done)
+        self.checkpoints.wait()
+        ranks = ", ".join(map(str, notice.preempted_ranks))
+        self._say(f"the machine of worker(s) {ranks} is about to be taken away: saved at step {done:,}")
 
     def _log(self, done: int) -> None:
         metrics = self.meter.take(self.collectives)
-        metrics["lr"] = ds.learning_rate(self.train, done - 1)
+        metrics |= {"lr": ds.learning_rate(self.train, done - 1), "skipped_steps": float(self.skips.total)}
         self.history.append({"step": done, **{k: v for k, v in metrics.items() if math.isfinite(v)}})
+        rates = self.throughput.take(self.collectives)
         if self.rank == 0:
-            began, since = self.clock
-            rate = (done - since) * self.train.batch_size / max(time.monotonic() - began, 1e-9)
-            self.clock = (time.monotonic(), done)
-            self.job.board.metrics.remote(done, {**metrics, "samples_per_s": rate})
+            self.job.board.metrics.remote(done, metrics | rates)
 
     def _pictures(self, done: int) -> None:
         """Show what the task draws. Rank 0 draws; under ZeRO-3, where no rank has whole weights, all draw the same."""
@@ -265,16 +305,20 @@ class Loop:
         """Save everything that a resumed run needs; a barrier of all workers."""
         if self.rank == 0:
             self._write_history()
-        if self.job.resumable:
-            checkpoints.save(self.engines, self.task, {"step": done, "history": self.history}, self.collectives)
+        if self.job.resumable and done != self.saved:
+            self.saved = done
+            state = {"step": done, "history": self.history, "skips": self.skips.state_dict()}
+            self.checkpoints.save(self.engines, self.task, state)
 
     def _resume(self) -> int:
-        """Load the newest checkpoint, if any; returns the number of steps done."""
-        state = checkpoints.load(self.engines, self.task, self.collectives) if self.job.resumable else None
+        """Load the newest whole checkpoint, if any; returns the number of steps done."""
+        state = self.checkpoints.load(self.engines, self.task) if self.job.resumable else None
         if state is None:
             return 0
         self.history = state["history"]
-        return int(state["step"])
+        self.skips.load_state_dict(state["skips"])
+        self.saved = int(state["step"])
+        return self.saved
 
     def _write_history(self) -> None:
         lines = "".join(json.dumps(row) + "\n" for row in self.history)

@@ -121,6 +121,23 @@ class Task:
         """After the optimizer's step (codebook statistics over all ranks); numbers for the log."""
         return {}
 
+    def skipped(self, step: int) -> None:
+        """In place of `after_step` when the step was passed over: forget what its forwards gathered."""
+
+    def replicated(self, engines: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        """Tensors by name, whole on every worker, that must be the same on all of them (codebooks); they are compared
+        every `train.check_every` steps."""
+        return {}
+
+    def amount(self, batch: Batch) -> tuple[str, float] | None:
+        """What the throughput of this task is told in beside samples, and how much of it a micro batch of this worker
+        holds: ("tokens", 4096.0), say."""
+        return None
+
+    def flops_per_sample(self) -> float | None:
+        """Model FLOPs of a sample, forward and backward, for the share of the device's peak (MFU); None: not told."""
+        return None
+
     def pictures(self, engines: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """HWC uint8 pictures by name. Made on rank 0 alone (no collectives of one's own here); under ZeRO-3 on every
         rank, in step: from the same inputs."""

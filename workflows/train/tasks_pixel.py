@@ -98,6 +98,7 @@ class PixelTask(ImageTask):
                 "loss.gan.adaptive reads the decoder's last weight whole; set zero_stage below 3 with it."
             )
         self.discriminator = PatchGAN(gan.channels, gan.layers) if gan.weight else None
+        self.used = torch.zeros(self.num_codes, device=context.device)
         self.rebuilt: Tensor | None = None
         self.shown: Tensor | None = None
 
@@ -184,6 +185,7 @@ class PixelTask(ImageTask):
             metrics["vq"] = vq.detach()
             if codes is not None:
                 metrics["codes_in_batch"] = float(len(codes.unique()))
+                self.used[codes.flatten()] = 1.0
             if semantic_only is not None:
                 other, parts = self.criterion(semantic_only, target)
                 loss = loss + other
@@ -202,6 +204,23 @@ class PixelTask(ImageTask):
             return None
         rebuilt, self.rebuilt = self.rebuilt, None
         return discriminator_loss(engines["discriminator"], rebuilt, to_unit(batch["pixels"]))
+
+    def after_step(self, step: int, engines: Mapping[str, Any]) -> Metrics:
+        """Share of all codes that the batch of a logged step uses, over all workers; batches before it are left out."""
+        used = self.used.clone()
+        self.used.zero_()
+        if step < self.quantize_from or self.decoder_size is not None or (step + 1) % self.context.train.log_every:
+            return {}
+        return {"codes_used": (self.context.collectives.all_reduce(used) > 0).double().mean()}
+
+    def skipped(self, step: int) -> None:
+        self.used.zero_()
+
+    def replicated(self, engines: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        """The pixel codebook, where no worker holds only a part of it."""
+        return (
+            {} if engines["model"].zero_optimization_stage() == 3 else {"pixel codebook": self.tokenizer.codebook.codes}
+        )
 
     def pictures(self, engines: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Held-out images: input | rebuilt (| from semantic codes alone)."""

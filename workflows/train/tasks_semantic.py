@@ -99,7 +99,15 @@ class SemanticTask(ImageTask):
         restarted = self.tokenizer.after_step(
             stats, collectives.all_reduce, self.context.generator(step), collectives.rank
         )
-        return {"restarted": float(restarted)}
+        used = collectives.all_reduce(stats.counts) > 0
+        return {"restarted": float(restarted), "codes_used": used.double().mean()}
+
+    def skipped(self, step: int) -> None:
+        self.stats = []
+
+    def replicated(self, engines: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        """The EMA codebook and its statistics."""
+        return {f"semantic codebook ({name})": b for name, b in self.tokenizer.quantizer.named_buffers()}
 
     def save(self, path: str, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
         """`semantic.safetensors`."""

@@ -1,0 +1,115 @@
+"""Which checkpoint is whole, which is chosen, which are kept: on planted folders, here and in an object store."""
+
+from __future__ import annotations
+
+import pytest
+
+from smalti import storage
+from smalti.errors import DataError
+from smalti.workflows.train import checkpoints
+from smalti.workflows.train.checkpoints import Checkpoints, Whole, fetched, look, newest, step_folder, to_drop
+from smalti.workflows.train.collectives import Collectives
+
+
+def plant(place: str, step: int, *, score: float | None = None, world_size: int = 2) -> str:
+    """A whole checkpoint of two workers."""
+    path = storage.join(place, step_folder(step))
+    for rank in range(world_size):
+        names = [f"model/engine/rank{rank}.pt"] + (["task.pt"] if rank == 0 else [])
+        for name in names:
+            storage.write_atomic(storage.join(path, name), f"{name} of {step}".encode())
+        sizes = {name: len(f"{name} of {step}") for name in names}
+        manifest = {"world_size": world_size, "score": score, "files": sizes}
+        storage.write_json(storage.join(path, checkpoints.manifest_name(rank)), manifest)
+    return path
+
+
+def test_the_newest_whole_checkpoint_is_chosen(place) -> None:
+    assert newest(place, print) is None
+    for step in (5, 10, 100):
+        plant(place, step)
+    lines: list[str] = []
+    found = newest(place, lines.append)
+    assert found is not None and found.step == 100 and not lines
+    assert found.files == (("model/engine/rank0.pt", "task.pt"), ("model/engine/rank1.pt",))
+
+
+@pytest.mark.parametrize("harm", ["missing", "truncated", "manifest", "torn manifest", "no manifest at all"])
+def test_a_torn_checkpoint_is_passed_over_with_a_line(place, harm: str) -> None:
+    plant(place, 5)
+    path = plant(place, 10)
+    file = storage.join(path, "model/engine/rank1.pt")
+    if harm == "missing":
+        storage.remove(file)
+        told = "model/engine/rank1.pt is missing"
+    elif harm == "truncated":
+        storage.write_atomic(file, b"mod")
+        told = "model/engine/rank1.pt holds 3 bytes of 27"
+    elif harm == "torn manifest":
+        storage.write_atomic(storage.join(path, "manifest-00001.json"), b'{"world_si')
+        told = "its manifest-00001.json is torn"
+    else:
+        ranks = [1] if harm == "manifest" else [0, 1]
+        for rank in ranks:
+            storage.remove(storage.join(path, checkpoints.manifest_name(rank)))
+        told = f"it has no {checkpoints.manifest_name(ranks[0])}"
+    lines: list[str] = []
+    found = newest(place, lines.append)
+    assert found is not None and found.step == 5
+    assert lines == [f"checkpoint {path} is passed over: {told}"]
+
+
+def made(*scores: float | None) -> list[Whole]:
+    return [Whole(step, str(step), (), score) for step, score in enumerate(scores)]
+
+
+@pytest.mark.parametrize(
+    ("scores", "best", "kept"),
+    [
+        ([3.0, 1.0, 2.0, 4.0], None, [2, 3]),
+        ([3.0, 1.0, 2.0, 4.0], "loss", [1, 2, 3]),
+        ([3.0, 1.0, 2.0, 1.5], "max:psnr", [0, 2, 3]),
+        ([3.0, 4.0, 2.0, 1.0], "loss", [2, 3]),
+        ([None, float("nan"), 2.0, 1.0], "loss", [2, 3]),
+        ([1.0], "loss", [0]),
+    ],
+)
+def test_the_newest_and_the_best_are_kept(scores, best, kept) -> None:
+    whole = made(*scores)
+    dropped = {c.step for c in to_drop(whole, 2, best)}
+    assert [c.step for c in whole if c.step not in dropped] == kept
+
+
+def test_dropping_leaves_what_is_being_written(place) -> None:
+    for step, score in ((5, 1.0), (10, 2.0), (15, 3.0)):
+        plant(place, step, score=score)
+    for step in (7, 20):
+        storage.remove(storage.join(plant(place, step), "task.pt"))
+    Checkpoints(place, Collectives(), keep=1, best="loss")._drop()
+    assert storage.list_names(place) == [step_folder(step) for step in (5, 15, 20)]
+
+
+def test_a_worker_fetches_its_own_files_and_those_for_all(memory_url) -> None:
+    found = look(plant(memory_url, 5, world_size=3))
+    assert isinstance(found, Whole)
+    with fetched(found, 2) as folder:
+        assert sorted(storage.sizes_bytes(folder)) == ["model/engine/rank0.pt", "model/engine/rank2.pt", "task.pt"]
+    with fetched(found, None) as folder:
+        assert len(storage.sizes_bytes(folder)) == 4
+
+
+def test_storage_that_fails_for_a_moment_is_tried_again(monkeypatch) -> None:
+    monkeypatch.setattr(checkpoints, "PAUSE_S", 0.0)
+    calls: list[int] = []
+
+    def flaky(times: int) -> None:
+        calls.append(times)
+        if len(calls) <= times:
+            raise DataError("not now")
+
+    checkpoints.again(flaky, checkpoints.TRIES - 1)
+    assert len(calls) == checkpoints.TRIES
+    calls.clear()
+    with pytest.raises(DataError, match="not now"):
+        checkpoints.again(flaky, 99)
+    assert len(calls) == checkpoints.TRIES

@@ -1,0 +1,227 @@
+"""What a step and a checkpoint leave behind, under every ZeRO stage and for other numbers of workers; without Ray."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from smalti.schema import Train
+from smalti.workflows.train import engines as ds
+from smalti.workflows.train import guards
+from smalti.workflows.train.checkpoints import Checkpoints
+from smalti.workflows.train.collectives import Collectives
+from smalti.workflows.train.task import Task
+
+STAGES = (0, 1, 2, 3)
+SAVED_STAGES = (0, 1, 3)  # 2 is saved as 1 is
+BATCH, MICRO = 8, 2
+TRAIN = Train(batch_size=BATCH, micro_batch_size=MICRO, lr=0.05, clip=0.5, weight_decay=0.3)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 3))
+        self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+        self.register_buffer("seen", torch.zeros(3))
+
+    def forward(self, x):
+        return self.body(x) * self.frozen
+
+
+class Pair:
+    """Two engines, as a GAN has: one of a ZeRO stage, one whole."""
+
+    def __init__(self, stage: int) -> None:
+        self.ranks = Collectives()
+        self.engines = {}
+        for name, zero in (("model", stage), ("critic", 0)):
+            torch.manual_seed(len(name))
+            self.engines[name] = ds.build_engine(
+                Net(), TRAIN, lr=TRAIN.lr, zero_stage=zero, world_size=self.ranks.world_size, device=torch.device("cpu")
+            )
+
+    def step(self, number: int, bad: str = "") -> dict[str, float]:
+        """One accumulated step on this rank's part of batch `number`; the norms. `bad`: what is wrong with it."""
+        x, y = (torch.randn(BATCH, n, generator=torch.Generator().manual_seed(number)) for n in (5, 3))
+        share = BATCH // self.ranks.world_size
+        mine = slice(self.ranks.rank * share, (self.ranks.rank + 1) * share)
+        parts = list(zip(x[mine].split(MICRO), y[mine].split(MICRO), strict=True))
+        for at, (x_part, y_part) in enumerate(parts):
+            for name, engine in self.engines.items():
+                loss = (engine(x_part) - y_part).square().mean()
+                if bad == "loss" and name == "model" and self.ranks.rank == self.ranks.world_size - 1 and at == 0:
+                    loss = loss.detach() * 0 + float("inf") + 0 * loss
+                if bad == "gradient" and name == "critic" and at == 1:
+                    loss = loss + (0 * loss).sqrt()  # its value is 0, its slope infinite
+                engine.backward(guards.poisoned(loss))
+                if at < len(parts) - 1:
+                    engine.step()
+        norms = {name: guards.gradient_norm(engine) for name, engine in self.engines.items()}
+        skip = float("inf") if float("inf") in norms.values() else 0.0
+        for name, engine in self.engines.items():
+            guards.apply(engine, norms[name] + skip)
+        if not skip:
+            self.engines["model"].module.seen += float(number)
+        return norms
+
+    def weights(self) -> torch.Tensor | None:
+        whole = [ds.full_weights(engine, on_this_rank=self.ranks.rank == 0) for engine in self.engines.values()]
+        return torch.cat([t.flatten() for state in whole if state for t in state.values()]) if whole[0] else None
+
+
+class Kept(Task):
+    """A task whose state is one number."""
+
+    value = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value = state["value"]
+
+
+def checkpoints(folder: Path, stage: int, ranks: Collectives) -> Checkpoints:
+    return Checkpoints(str(folder / f"zero{stage}"), ranks)
+
+
+def _enter(work: Callable[..., Any], folder: Path, rank: int, world_size: int) -> Any:
+    ds.prepare_process(False, 1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    store = f"file://{folder}/store-{world_size}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
+    try:
+        return work(folder)
+    finally:
+        dist.destroy_process_group()
+
+
+def run_ranks(work: Callable[[Path], Any], folder: Path, world_size: int) -> list[Any]:
+    """`work(folder)` on each rank, in new processes; what each returned, in rank order."""
+    with multiprocessing.get_context("spawn").Pool(world_size) as pool:
+        return pool.starmap(_enter, [(work, folder, rank, world_size) for rank in range(world_size)], chunksize=1)
+
+
+def two_ranks(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {"norms": {}, "skipped": {}, "drift": [], "saved": {}, "resumed": {}}
+    for stage in STAGES:
+        pair = Pair(stage)
+        found["norms"][stage] = pair.step(0)
+        pair.step(1)
+        before = pair.weights()
+        bad = [pair.step(9, bad="loss"), pair.step(9, bad="gradient")]
+        after = pair.weights()
+        pair.step(2)
+        found["skipped"][stage] = (bad, before, after, pair.weights())
+    for stage in SAVED_STAGES:
+        pair, task = Pair(stage), Kept()
+        pair.step(0)
+        pair.step(1)
+        task.value = 7
+        kept = checkpoints(folder, stage, pair.ranks)
+        kept.save(pair.engines, task, {"step": 2, "history": []})
+        pair.step(2)
+        pair.step(3)
+        kept.wait()
+        found["saved"][stage] = pair.weights()
+        dist.barrier()
+        again, empty = Pair(stage), Kept()
+        state = kept.load(again.engines, empty)
+        again.step(2)
+        again.step(3)
+        found["resumed"][stage] = (state["step"], empty.value, again.weights())
+    ranks = Collectives()
+    drifting = {"a": torch.arange(5.0), "b": torch.zeros(3, dtype=torch.int64)}
+    guards.check_same(drifting, ranks, 4)
+    drifting["b"][2] += ranks.rank
+    try:
+        guards.check_same(drifting, ranks, 5)
+    except guards.DriftError as error:
+        found["drift"].append(str(error))
+    return found
+
+
+def one_rank(folder: Path) -> dict[int, Any]:
+    found = {}
+    for stage in SAVED_STAGES:
+        pair, task = Pair(stage), Kept()
+        state = checkpoints(folder, stage, pair.ranks).load(pair.engines, task)
+        pair.step(2)
+        pair.step(3)
+        found[stage] = (state["step"], task.value, pair.weights())
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def two(folder) -> list[dict[str, Any]]:
+    return run_ranks(two_ranks, folder, 2)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_gradient_norm_is_that_of_the_whole_batch(two, stage: int) -> None:
+    torch.manual_seed(len("model"))
+    net = Net()
+    x, y = (torch.randn(BATCH, n, generator=torch.Generator().manual_seed(0)) for n in (5, 3))
+    (net(x) - y).square().mean().backward()
+    expected = torch.stack([p.grad.norm() for p in net.parameters() if p.grad is not None]).norm()
+    for rank in two:
+        assert rank["norms"][stage]["model"] == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_step_that_is_not_finite_moves_no_engine_on_any_rank(two, stage: int) -> None:
+    """A loss of one rank's first micro batch, and a gradient of the second engine alone; the steps after go on as if
+    the bad ones had never been."""
+    (loss, gradient), before, after, last = two[0]["skipped"][stage]
+    assert loss["model"] == float("inf") and loss["critic"] < float("inf")
+    assert gradient["critic"] == float("inf") and gradient["model"] < float("inf")
+    assert two[1]["skipped"][stage][0] == [loss, gradient]
+    assert torch.equal(before, after)
+    assert not torch.equal(after, last) and bool(torch.isfinite(last).all())
+    torch.testing.assert_close(last, two[0]["skipped"][0][3], rtol=1e-5, atol=1e-6)
+
+
+def test_what_differs_between_ranks_is_named(two) -> None:
+    for rank in two:
+        assert len(rank["drift"]) == 1
+        assert "b must be the same on all 2 workers, and after step 5 it differs on rank(s) 1" in rank["drift"][0]
+
+
+@pytest.mark.parametrize("stage", SAVED_STAGES)
+def test_a_resumed_run_is_the_unbroken_one(two, stage: int) -> None:
+    step, value, weights = two[0]["resumed"][stage]
+    assert (step, value) == (2, 7)
+    assert torch.equal(weights, two[0]["saved"][stage])
+
+
+def test_another_number_of_workers_goes_on_alike(two, folder) -> None:
+    """ZeRO-1 and ZeRO-3 through a universal checkpoint: weights, moments, their counts and decays, buffers."""
+    for stage, (step, value, weights) in run_ranks(one_rank, folder, 1)[0].items():
+        assert (step, value) == (2, 7)
+        torch.testing.assert_close(weights, two[0]["saved"][stage], rtol=1e-5, atol=1e-6)
+    assert os.listdir(folder / "zero1") == ["step-000000002"]
+
+
+def test_a_checksum_sees_every_byte_and_its_place() -> None:
+    values = torch.tensor([1.0, 2.0, 3.0, 1.0, 2.0])
+    assert guards.checksum(values) == guards.checksum(values.clone())
+    others = [values + 1e-7, values.flip(0), values[:4], -values, values.to(torch.float64)]
+    assert len({int(guards.checksum(other)) for other in [values, *others]}) == 6
+    assert int(guards.checksum(torch.tensor([True, False, True]))) != int(
+        guards.checksum(torch.tensor([True, True, True]))
+    )

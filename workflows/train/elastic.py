@@ -1,0 +1,67 @@
+"""How many workers train: a fixed number, or as many between two numbers as there is room for and a batch divides among."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from smalti.errors import ConfigError
+from smalti.workflows.train.engines import accumulation
+
+if TYPE_CHECKING:
+    from smalti.schema import Resources, Train
+
+
+def fitting_workers(train: Train, resources: Resources) -> list[int]:
+    """The numbers of workers, rising, that `resources.workers` allows and that can share a batch evenly.
+
+    ConfigError: there is none.
+    """
+    fitting = []
+    for workers in range(resources.min_workers, resources.max_workers + 1):
+        try:
+            accumulation(train, workers)
+        except ConfigError:
+            if isinstance(resources.workers, int):
+                raise
+        else:
+            fitting.append(workers)
+    if fitting:
+        return fitting
+    micro = "" if train.micro_batch_size is None else f" in micro batches of {train.micro_batch_size}"
+    raise ConfigError(
+        f"train.batch_size={train.batch_size} does not divide{micro} among any number of workers that "
+        f"resources.workers={list(resources.workers)} allows. Set train.batch_size to a multiple of such a number."  # type: ignore[call-overload]
+    )
+
+
+def left_out(train: Train, resources: Resources) -> str:
+    """A line about the numbers of workers in the allowed range that will not be used; "" when there are none."""
+    fitting = fitting_workers(train, resources)
+    others = [n for n in range(resources.min_workers, resources.max_workers + 1) if n not in fitting]
+    if not others:
+        return ""
+    told = ", ".join(map(str, others[:8])) + (", …" if len(others) > 8 else "")
+    return (
+        f"a batch of {train.batch_size} does not divide among {told} workers: with room for so many, the next lower of "
+        f"{', '.join(map(str, fitting))} train"
+    )
+
+
+def elastic_trainer(fitting: list[int], **settings: Any) -> Any:
+    """A TorchTrainer made with `settings`, whose `scaling_config` names a range, that only ever has a number of workers
+    out of `fitting`. Ray has no public way to say so: this is its elastic policy with one count rounded down."""
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
+
+    class Fitting(ElasticScalingPolicy):
+        def _count_possible_workers(self, reserved_resources: Any) -> int:
+            room = super()._count_possible_workers(reserved_resources)
+            return max((n for n in fitting if n <= room), default=0)
+
+    class Trainer(TorchTrainer):
+        def _initialize_and_run_controller(self, **controller: Any) -> Any:
+            return super()._initialize_and_run_controller(
+                **controller | {"scaling_policy": Fitting(self.scaling_config)}
+            )
+
+    return Trainer(**settings)

@@ -1,0 +1,158 @@
+"""Guards of a training step: gradients that are no finite numbers, and codebooks that drift apart between workers.
+
+A step that meets a loss or a gradient that is not finite is passed over as a whole: no engine of it moves, on any
+worker. A loss that is not finite makes every gradient NaN, so that the workers agree without a collective of their own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from smalti.errors import TrainingError
+from smalti.workflows.train.collectives import Collectives
+from smalti.workflows.train.task import Metrics
+
+if TYPE_CHECKING:
+    from smalti.schema import Train
+
+CHECKSUM_CHUNK = 1 << 22  # words of 4 bytes looked at in one go
+
+
+class NotFiniteError(TrainingError):
+    """Too many steps in a row were passed over; all workers find out in the same step."""
+
+
+class DriftError(TrainingError):
+    """What must be the same on every worker is not; all workers find out in the same step."""
+
+
+def poisoned(loss: Tensor) -> Tensor:
+    """The loss as it is, and NaN with NaN gradients where it is not finite (an infinite one may have finite ones)."""
+    finite = torch.isfinite(loss.detach())
+    return loss * torch.where(finite, 1.0, float("nan")).to(loss.dtype)
+
+
+def gradient_norm(engine: Any) -> float:
+    """L2 norm of an engine's gradient, averaged over the workers, before clipping: the same on every worker; inf where
+    it is not finite. To be called after the last backward of a step and before `apply`; every worker calls it."""
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage == 0:
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+    elif stage < 3:
+        optimizer._wait_for_offload_copies()
+        norm = float(optimizer.scaled_global_norm())
+    else:
+        from deepspeed.runtime.utils import combine_grad_norm_groups
+
+        norm = float(combine_grad_norm_groups(optimizer._get_norm_groups()))
+    return norm if math.isfinite(norm) and norm >= 0 else math.inf
+
+
+def apply(engine: Any, norm: float) -> None:
+    """The engine's step with the gradient of this norm; with norm inf the gradient is thrown away and weights, moments
+    and their count of steps stay as they are."""
+    stage = engine.zero_optimization_stage()
+    with _stepping(engine.optimizer, stage, norm):
+        engine.step()
+
+
+@contextmanager
+def _stepping(optimizer: Any, stage: int, norm: float) -> Iterator[None]:
+    """Within, DeepSpeed's optimizer takes `norm` for the gradient's, which it need not find out again; for inf it goes
+    the way that it has for overflows."""
+    told: dict[str, Any] = {}
+    if stage == 0:
+        if not math.isfinite(norm):
+            told["step"] = lambda *args, **kwargs: None
+    elif stage < 3:
+        told["scaled_global_norm"] = lambda norm_type=2: torch.tensor(norm)
+        if not math.isfinite(norm):
+            told["check_grad_overflow"] = True
+            told["check_overflow"] = lambda partition_gradients=True: setattr(optimizer, "overflow", True)
+    else:
+        told["_get_norm_groups"] = lambda: [torch.tensor(norm)]
+    before = {name: vars(optimizer)[name] for name in told if name in vars(optimizer)}
+    vars(optimizer).update(told)
+    try:
+        yield
+    finally:
+        for name in told:
+            del vars(optimizer)[name]
+        vars(optimizer).update(before)
+
+
+def not_finite(step: int, train: Train, rate: float, found: Sequence[Metrics]) -> NotFiniteError:
+    """The error that ends a run at `step` (from 0), after too many steps were passed over; `found`: its last metrics."""
+    last, first = step + 1, step + 1 - train.max_skipped
+    which = f"step {last}" if first == last else f"steps {first} to {last}"
+    seen = [
+        f"{name} {float(value):.4g}"
+        for metrics in found
+        for name, value in metrics.items()
+        if name == "loss" and not isinstance(value, tuple)
+    ]
+    return NotFiniteError(
+        f"the loss or the gradient of {which} of {train.steps} is not a finite number (batch of {train.batch_size}, rate "
+        f"{rate:.3g}, {train.precision}{', ' + seen[0] if seen else ''} on this worker), and train.max_skipped="
+        f"{train.max_skipped} in a row are passed over. Weights and checkpoints are from before it. Lower train.lr="
+        f"{train.lr:g}, lengthen train.warmup={train.warmup:g}, set train.clip, or use train.precision=fp32."
+    )
+
+
+class SkipCount:
+    """Counts steps passed over: in all, and in a row up to `most`."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.total, self.in_row = most, 0, 0
+
+    def note(self, skipped: bool) -> bool:
+        """Count a step; True when too many in a row were passed over."""
+        self.total += skipped
+        self.in_row = self.in_row + 1 if skipped else 0
+        return self.in_row > self.most
+
+    def state_dict(self) -> dict[str, int]:
+        return {"total": self.total, "in_row": self.in_row}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.total, self.in_row = state["total"], state["in_row"]
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """A sum over a tensor's bytes and their places: int64 scalar on its device. Tensors of other bytes share it with a
+    chance of about 2⁻³¹; no float is rounded on the way."""
+    flat = tensor.detach().contiguous().flatten().view(torch.uint8)
+    words = torch.nn.functional.pad(flat, (0, -len(flat) % 4)).view(torch.int32)
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for start in range(0, len(words), CHECKSUM_CHUNK):
+        part = words[start : start + CHECKSUM_CHUNK].to(torch.int64)
+        places = torch.arange(start, start + len(part), device=tensor.device, dtype=torch.int64)
+        total += (part * (places * 2_654_435_761 + 1_013_904_223)).sum()  # wraps round at 64 bits
+    return total
+
+
+def check_same(tensors: Mapping[str, Tensor], collectives: Collectives, step: int) -> None:
+    """DriftError on every worker, with the tensor's name and the ranks that stand alone, unless each tensor has the
+    same bytes on all workers. Every worker calls it with the same names."""
+    if collectives.world_size == 1 or not tensors:
+        return
+    names = sorted(tensors)
+    sums_1N = torch.stack([checksum(tensors[name]) for name in names])[None]
+    for name, sums_W in zip(names, collectives.all_gather(sums_1N).T.tolist(), strict=True):
+        if len(set(sums_W)) == 1:
+            continue
+        common = max(sums_W, key=lambda value: (sums_W.count(value), -sums_W.index(value)))
+        others = [rank for rank, value in enumerate(sums_W) if value != common]
+        raise DriftError(
+            f"{name} must be the same on all {len(sums_W)} workers, and after step {step} it differs on rank(s) "
+            f"{', '.join(map(str, others))} from what rank {sums_W.index(common)} holds. A worker's memory or a "
+            "collective is at fault: look at the machines of these ranks. The same command goes on from the newest "
+            "checkpoint; if that is later than the drift, remove it first."
+        )

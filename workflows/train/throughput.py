@@ -1,0 +1,73 @@
+"""How fast a training runs, and where its time goes: the numbers of a logged step that no result depends on."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+
+import torch
+from torch import Tensor
+
+from smalti.workflows.train.collectives import Collectives
+
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "V100": 125e12}
+"""Dense bf16 (V100: fp16) peak of one device by a part of its name, from NVIDIA's data sheets (SXM)."""
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's peak in FLOP/s; None for a CPU and for devices not in the table."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most memory held so far, in GB: of the device where it is a GPU, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / 1e9 if sys.platform == "darwin" else most * 1024 / 1e9
+
+
+class Throughput:
+    """Rates since the last `take`: samples/s, the task's own unit/s, MFU, the share of time that the loop waited for
+    data, and peak memory. Counts are summed over the workers, the wait is their mean, the memory their largest."""
+
+    def __init__(self, device: torch.device, batch_size: int, flops_per_sample: float | None) -> None:
+        self.device, self.batch_size = device, batch_size
+        self.flops, self.peak = flops_per_sample, peak_flops(device)
+        self._start()
+
+    def _start(self) -> None:
+        self.began, self.steps, self.wait_s = time.monotonic(), 0, 0.0
+        self.amounts: dict[str, float] = {}
+
+    def step(self, wait_s: float, amounts: list[tuple[str, float] | None]) -> None:
+        """Count a step: seconds waited for its data, and what its micro batches held."""
+        self.steps += 1
+        self.wait_s += wait_s
+        for amount in amounts:
+            if amount is not None:
+                self.amounts[amount[0]] = self.amounts.get(amount[0], 0.0) + amount[1]
+
+    def take(self, collectives: Collectives) -> dict[str, float]:
+        """The numbers since the last call; every worker calls it at the same step."""
+        elapsed_s = max(time.monotonic() - self.began, 1e-9)
+        names = sorted(self.amounts)
+        own = [self.wait_s / elapsed_s, peak_memory_gb(self.device), *(self.amounts[name] for name in names)]
+        row: Tensor = torch.tensor([own], dtype=torch.float64, device=self.device)
+        all_WN = collectives.all_gather(row)
+        samples_per_s = self.steps * self.batch_size / elapsed_s
+        numbers = {
+            "samples_per_s": samples_per_s,
+            "data_wait": float(all_WN[:, 0].mean()),
+            "memory_gb": float(all_WN[:, 1].max()),
+        }
+        totals = all_WN.sum(0)[2:].tolist()
+        numbers |= {f"{name}_per_s": total / elapsed_s for name, total in zip(names, totals, strict=True)}
+        if self.flops and self.peak:
+            numbers["mfu"] = samples_per_s * self.flops / (self.peak * collectives.world_size)
+        self._start()
+        return numbers
