@@ -30,7 +30,8 @@ def fitting_workers(train: Train, resources: Resources) -> list[int]:
     micro = "" if train.micro_batch_size is None else f" in micro batches of {train.micro_batch_size}"
     raise ConfigError(
         f"train.batch_size={train.batch_size} does not divide{micro} among any number of workers that "
-        f"resources.workers={list(resources.workers)} allows. Set train.batch_size to a multiple of such a number."  # type: ignore[call-overload]
+        f"resources.workers=[{resources.min_workers}, {resources.max_workers}] allows. Set train.batch_size to a multiple "
+        "of such a number."
     )
 
 
@@ -60,8 +61,8 @@ def elastic_trainer(fitting: list[int], **settings: Any) -> Any:
 
     class Trainer(TorchTrainer):
         def _initialize_and_run_controller(self, **controller: Any) -> Any:
-            return super()._initialize_and_run_controller(
-                **controller | {"scaling_policy": Fitting(self.scaling_config)}
-            )
+            controller["scaling_policy"] = Fitting(settings["scaling_config"])
+            whole: Any = super()
+            return whole._initialize_and_run_controller(**controller)
 
     return Trainer(**settings)

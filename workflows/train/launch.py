@@ -91,19 +91,15 @@ def _trainer(job: Job, resources: Resources) -> Any:
 
     use_gpu = job.gpus > 0
     wanted: dict[str, float] = {"CPU": job.cpus} | ({"GPU": job.gpus} if use_gpu else {})
-    worker: Any = train_worker
+    scaling: dict[str, Any] = {"num_workers": resources.workers, "use_gpu": use_gpu, "resources_per_worker": wanted}
+    failures = {"max_failures": max(1, job.train.max_failures), "max_preemption_failures": job.train.max_preemptions}
+    failure: Any = FailureConfig
     settings: dict[str, Any] = {
-        "train_loop_per_worker": worker,
+        "train_loop_per_worker": train_worker,
         "train_loop_config": {"job": job},
         "torch_config": TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        "scaling_config": ScalingConfig(num_workers=resources.workers, use_gpu=use_gpu, resources_per_worker=wanted),
-        "run_config": RunConfig(
-            name=CHECKPOINTS,
-            storage_path=job.path,
-            failure_config=FailureConfig(
-                max_failures=max(1, job.train.max_failures), max_preemption_failures=job.train.max_preemptions
-            ),
-        ),
+        "scaling_config": ScalingConfig(**scaling),
+        "run_config": RunConfig(name=CHECKPOINTS, storage_path=job.path, failure_config=failure(**failures)),
     }
     if isinstance(resources.workers, int):
         return TorchTrainer(**settings)
