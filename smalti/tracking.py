@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -24,6 +25,10 @@ class Tracker(Protocol):
 
     def image(self, key: str, pixels: np.ndarray, step: int | None = None) -> None:
         """Record a picture: uint8 (H, W, 3)."""
+
+    def system_metrics(self) -> AbstractContextManager[None]:
+        """Within, record how busy this machine is."""
+        ...
 
     def artifact_text(self, name: str, text: str) -> None:
         """Record a small text file under `name`."""
@@ -52,6 +57,9 @@ class NullTracker:
 
     def image(self, key: str, pixels: np.ndarray, step: int | None = None) -> None:
         pass
+
+    def system_metrics(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def artifact_text(self, name: str, text: str) -> None:
         pass

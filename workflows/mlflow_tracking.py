@@ -11,7 +11,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,6 +139,19 @@ class MLflowTracker:
     def image(self, key: str, pixels: np.ndarray, step: int | None = None) -> None:
         """Log a picture, uint8 (H, W, 3), as a point of the series `key`."""
         self._client.log_image(self._run_id, pixels, key=key, step=step or 0, synchronous=True)
+
+    @contextmanager
+    def system_metrics(self) -> Iterator[None]:
+        """Within, this machine's CPU, memory, disk, network and GPUs are logged every ten seconds as `system/…`."""
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        logging.getLogger("mlflow.system_metrics").setLevel(logging.WARNING)
+        monitor = SystemMetricsMonitor(self._run_id, resume_logging=True, tracking_uri=self.uri)
+        monitor.start()
+        try:
+            yield
+        finally:
+            monitor.finish()
 
     def artifact_text(self, name: str, text: str) -> None:
         self._client.log_text(self._run_id, text, name)

@@ -17,6 +17,7 @@ from smalti.tokenizers.losses import (
     discriminator_loss,
     distill_loss,
     gan_active,
+    gan_weight,
     hinge_discriminator,
     hinge_generator,
 )
@@ -89,6 +90,16 @@ def test_generator_sees_the_discriminator_and_leaves_it_alone(pixels: Tensor) ->
     assert all(p.grad is None and p.requires_grad for p in discriminator.parameters())
     with pytest.raises(ValueError, match="last layer"):
         loss_of(layer(pixels), pixels, discriminator=discriminator, step=3)
+
+
+def test_the_adversarial_weight_rises_evenly_from_its_start(pixels: Tensor) -> None:
+    ramp = Gan(weight=0.8, start_step=10, ramp_steps=3)
+    assert [gan_weight(ramp, step) for step in (0, 9, 10, 11, 12, 13, 99)] == pytest.approx(
+        [0, 0, 0.2, 0.4, 0.6, 0.8, 0.8]
+    )
+    assert [gan_weight(Gan(weight=0.8, start_step=10), step) for step in (9, 10)] == [0, 0.8]
+    _, metrics = PixelLoss(Loss(gan=ramp))(pixels, pixels, discriminator=PatchGAN(8, 1), step=11)
+    assert float(metrics["gan_weight"]) == pytest.approx(0.4)
 
 
 def test_discriminator_loss_trains_the_discriminator_alone(pixels: Tensor) -> None:

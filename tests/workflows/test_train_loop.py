@@ -95,9 +95,10 @@ def test_a_killed_worker_is_restarted_from_the_checkpoint(reference, toy, tmp_pa
     """Rank 0 dies at step 13, with a checkpoint at 8; the buffers and both engines come back too."""
     flag = tmp_path / "flag"
     flag.touch()
-    settings = {"die_at": 13, "flag": str(flag)}
+    settings = {"die_at": 13, "flag": str(flag), "record": str(tmp_path / "record")}
     toy.train(str(tmp_path / "run"), workers=2 if zero else 1, zero_stage=zero, settings=settings)
     assert not flag.exists()
+    assert toy.check_record(settings["record"], 24, 8) == 5, "steps 8 to 12 are taken again"
     assert distance(tmp_path / "run", reference) <= (1e-5 if zero else 0)
     for ours, theirs in zip(history(tmp_path / "run"), history(reference), strict=True):
         assert ours == pytest.approx(theirs, abs=1e-4 if zero else 0)

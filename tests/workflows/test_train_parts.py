@@ -17,11 +17,12 @@ from PIL import Image
 
 from smalti import shards
 from smalti.errors import ConfigError, DataError
-from smalti.schema import Mixture, MllmSection, MllmStage, Train
+from smalti.schema import Mixture, MllmSection, MllmStage, Resources, Train
 from smalti.workflows.encoder import prompts_of
 from smalti.workflows.mllm import check, read_texts
 from smalti.workflows.train.collectives import Collectives
 from smalti.workflows.train.data import Feed, ImageRows, ShardRows, TokenRows, shard_index
+from smalti.workflows.train.elastic import fitting_workers, left_out
 from smalti.workflows.train.engines import accumulation, deepspeed_config, learning_rate
 from smalti.workflows.train.loop import Meter
 from smalti.workflows.train.order import Order
@@ -56,6 +57,29 @@ def test_batches_are_cut_for_workers_and_accumulation(batch, micro, world, expec
 def test_batches_that_do_not_divide_name_the_keys(micro, world, told) -> None:
     with pytest.raises(ConfigError, match=told):
         accumulation(Train(batch_size=8, micro_batch_size=micro), world)
+
+
+@pytest.mark.parametrize(
+    ("workers", "changes", "fitting", "told"),
+    [
+        (2, {}, [2], ""),
+        ((1, 4), {}, [1, 2, 4], "among 3 workers"),
+        ((3, 8), {"batch_size": 24}, [3, 4, 6, 8], "among 5, 7 workers"),
+        ((1, 4), {"micro_batch_size": 4}, [1, 2, 4], "among 3 workers"),
+        ((1, 4), {"batch_size": 12, "micro_batch_size": 4}, [1, 3, 4], "among 2 workers"),
+    ],
+)
+def test_the_numbers_of_workers_that_divide_a_batch(workers, changes, fitting, told) -> None:
+    train, resources = Train(**{"batch_size": 8} | changes), Resources(workers=workers)
+    assert fitting_workers(train, resources) == fitting
+    assert told in left_out(train, resources) if told else left_out(train, resources) == ""
+
+
+def test_a_range_of_workers_that_divides_no_batch_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"batch_size=7 .* resources.workers=\[2, 4\] allows"):
+        fitting_workers(Train(batch_size=7), Resources(workers=(2, 4)))
+    with pytest.raises(ValueError, match="min above max"):
+        Resources(workers=(3, 2))
 
 
 def test_meter_weighs_by_counts_and_leaves_out_what_counted_nothing() -> None:

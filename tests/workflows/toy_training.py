@@ -6,6 +6,7 @@ Also a script: `python toy_training.py PATH` trains with slow steps, for the tes
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import sys
 import time
@@ -51,9 +52,9 @@ class Net(nn.Module):
 
 
 class Toy(Task):
-    def __init__(self, slow_s=0.0, broken=False, nan_from=99, die_at=-1, dropout=0.0, flag=""):
+    def __init__(self, slow_s=0.0, broken=False, nan_from=99, die_at=-1, dropout=0.0, flag="", record=""):
         self.slow_s, self.broken, self.nan_from, self.die_at = slow_s, broken, nan_from, die_at
-        self.dropout, self.flag = dropout, flag
+        self.dropout, self.flag, self.record = dropout, flag, record
 
     def source(self):
         return Rows(self.broken)
@@ -73,7 +74,8 @@ class Toy(Task):
     def make_batch(self, rows):
         x = np.stack([row.random(self.context.seed).standard_normal(8) for row in rows])
         y = [[row.values["x"] / 300.0] for row in rows]
-        return {"x": torch.tensor(x, dtype=torch.float32), "y": torch.tensor(y, dtype=torch.float32)}
+        places = [[row.index, row.epoch, int(row.values["x"])] for row in rows]
+        return {"x": torch.tensor(x, dtype=torch.float32), "y": torch.tensor(y, dtype=torch.float32), "places": places}
 
     def begin_step(self, step, engines, read):
         time.sleep(self.slow_s)
@@ -89,6 +91,9 @@ class Toy(Task):
                 return None
             loss = (engines[name](self.out) - batch["y"]).pow(2).mean()
             return loss, {"critic": loss.detach()}
+        if self.record:  # one write of one line: whole, also beside other workers'
+            with open(self.record, "a") as file:
+                file.write(json.dumps({"step": step, "places": batch["places"]}) + "\n")
         out, moved = engines[name](batch["x"])
         self.out = out.detach()
         self.moved.append(moved)
@@ -125,6 +130,26 @@ class Toy(Task):
     def save(self, path, weights):
         torch.save(weights, os.path.join(path, "final.pt"))
         return {"calls": float(self.calls)}
+
+
+def check_record(path: str, steps: int, batch_size: int) -> int:
+    """Assert that every step had the samples of its place in the run, however often it was taken, and that each row of
+    an epoch came exactly once; the number of steps that were taken again."""
+    taken: dict[int, list[list[int]]] = {}
+    for line in Path(path).read_text().splitlines():
+        row = json.loads(line)
+        taken.setdefault(row["step"], []).extend(row["places"])
+    assert sorted(taken) == list(range(steps))
+    by_index: dict[int, tuple[int, int]] = {}
+    for step, places in taken.items():
+        assert {index for index, *_ in places} == set(range(step * batch_size, (step + 1) * batch_size)), step
+        for index, epoch, row in places:
+            assert by_index.setdefault(index, (epoch, row)) == (epoch, row), index
+    every = {shard * 100 + row for shard, size in enumerate(SIZES) for row in range(size)}
+    for epoch in range(steps * batch_size // len(every)):
+        rows = [row for at, row in by_index.values() if at == epoch]
+        assert len(rows) == len(every) and set(rows) == every, epoch
+    return sum(len(places) > batch_size for places in taken.values())
 
 
 class FakeRun:
@@ -169,5 +194,9 @@ def load_by_path(path: str):
 if __name__ == "__main__":
     from smalti.workflows.ray_session import ensure_ray
 
+    asked = {"slow_s": float(sys.argv[2]), "dropout": 0.5}
+    changes = json.loads(sys.argv[3]) if len(sys.argv) > 3 else {}
+    if changes:  # the benchmark of kills: without dropout, and with a record
+        asked |= {"dropout": 0.0, "record": f"{sys.argv[1]}/record"}
     with ensure_ray(Recipe()):
-        train(sys.argv[1], settings={"slow_s": float(sys.argv[2]), "dropout": 0.5})
+        train(sys.argv[1], settings=asked, **changes)

@@ -48,15 +48,27 @@ def left_out(train: Train, resources: Resources) -> str:
     )
 
 
+def staying_nodes() -> set[str]:
+    """Ids of the nodes that are alive and not about to go. What Ray has reserved may lie on others for a while, and a
+    group that is started there waits for nothing."""
+    import ray
+
+    going = ray._private.state.state.get_draining_nodes()
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in going}
+
+
 def elastic_trainer(fitting: list[int], **settings: Any) -> Any:
     """A TorchTrainer made with `settings`, whose `scaling_config` names a range, that only ever has a number of workers
-    out of `fitting`. Ray has no public way to say so: this is its elastic policy with one count rounded down."""
+    out of `fitting`, on nodes that stay. Ray has no public way to say so: this is its elastic policy with one count
+    rounded down."""
     from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 
     class Fitting(ElasticScalingPolicy):
         def _count_possible_workers(self, reserved_resources: Any) -> int:
-            room = super()._count_possible_workers(reserved_resources)
+            staying = staying_nodes()
+            here = {node: resources for node, resources in reserved_resources.items() if node in staying}
+            room = super()._count_possible_workers(here)
             return max((n for n in fitting if n <= room), default=0)
 
     class Trainer(TorchTrainer):

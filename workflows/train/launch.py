@@ -29,6 +29,7 @@ QUIET = {  # read by Ray Train in the driver and its workers
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # also how late the end of a run is noticed
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
 }
+ELASTIC = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60"}  # then look anew at how many there is room for
 
 
 def fit(task: str, settings: Mapping[str, Any], train: Train, run: StageRun, *, seed: int) -> dict[str, float]:
@@ -52,11 +53,11 @@ def _run(task: str, settings: Mapping[str, Any], train: Train, run: StageRun, se
     import ray
     from ray.train import TrainingFailedError
 
-    for key, value in QUIET.items():
+    resources = run.recipe.resources
+    for key, value in (QUIET if isinstance(resources.workers, int) else QUIET | ELASTIC).items():
         os.environ.setdefault(key, value)
     if len(ray.nodes()) == 1:  # an actor that waits for a node's notice: of no use when it is the driver's own node
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    resources = run.recipe.resources
     if told := left_out(train, resources):
         run.log(told)
     board: Any = ray.remote(num_cpus=0)(Board).remote()
@@ -73,7 +74,7 @@ def _run(task: str, settings: Mapping[str, Any], train: Train, run: StageRun, se
     )
     watch = Watch(board, train, run)
     try:
-        with watch, _interruptible():
+        with run.tracker.system_metrics(), watch, _interruptible():
             result = _trainer(job, resources).fit()
     except TrainingFailedError as error:
         raise _one_error(error, board, run) from error

@@ -1,0 +1,213 @@
+"""Faults: the toy of the tests trained while its workers, its driver and its nodes are killed, against an unbroken run.
+
+`python bench/train_kills.py [kills]` (default 5 of each kind). A run is killed at random moments and goes on, by itself
+or by the same command; its loss curve must be that of the unbroken run (to 1e-5 with the same number of workers, to 1e-4
+with another), and each sample of an epoch must have come exactly once. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import psutil
+
+from bench.machine import machine
+
+ROOT = Path(__file__).resolve().parents[1]
+TOY = ROOT / "tests" / "workflows" / "toy_training.py"
+SLOW_S, STEPS, BATCH = 0.4, 60, 8
+CHANGES: dict[str, Any] = {"steps": STEPS, "checkpoint_every": 5, "log_every": 1, "max_failures": 99}
+
+
+def load_toy() -> Any:
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("toy_training", TOY)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["toy_training"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def curve(path: Path) -> dict[int, float]:
+    rows = [json.loads(line) for line in (path / "history.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows}
+
+
+def compare(toy: Any, path: Path, whole: Path) -> dict[str, float]:
+    """Largest difference of the loss curves, and the steps that were taken again; AssertionError for a lost sample."""
+    ours, theirs = curve(path), curve(whole)
+    assert ours.keys() == theirs.keys(), (len(ours), len(theirs))
+    again = toy.check_record(str(path / "record"), STEPS, BATCH)
+    return {"loss": max(abs(ours[step] - theirs[step]) for step in theirs), "again": again}
+
+
+@contextlib.contextmanager
+def session(nodes: int = 0) -> Iterator[Any]:
+    """A Ray session of two CPUs: one node, or a head of one CPU and `nodes` more of one each (yields the cluster)."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    if not nodes:
+        ray.init(num_cpus=2, log_to_driver=False, logging_level="ERROR", dashboard_host="127.0.0.1")
+        try:
+            yield None
+        finally:
+            ray.shutdown()
+        return
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        for _ in range(nodes):
+            cluster.add_node(num_cpus=1)
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def train(toy: Any, path: Path, *, meddle: Callable[[Any], int] | None = None, **settings: Any) -> tuple[Any, int]:
+    """Train the toy into `path` while `meddle(run)` does its harm in a thread; the run, and how often it did."""
+    workers = settings.pop("workers", 2)
+    path.mkdir(parents=True, exist_ok=True)
+    run = toy.FakeRun(str(path), workers)
+    done: list[int] = []
+    thread = threading.Thread(target=lambda: done.append(meddle(run) if meddle else 0), daemon=True)
+    thread.start()
+    slow = {"slow_s": SLOW_S if meddle else 0.0, "record": str(path / "record")}
+    toy.train(str(path), run=run, workers=workers, settings=slow, **CHANGES | settings)
+    run.lines.append("trained")
+    thread.join(60)
+    return run, sum(done)
+
+
+def lines(run: Any, word: str) -> int:
+    return sum(word in line for line in run.lines)
+
+
+def wait_for(run: Any, word: str, count: int) -> bool:
+    """Wait until `count` lines hold `word`; False when the run is over."""
+    while lines(run, word) < count:
+        if lines(run, "trained"):
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def kill_workers(kills: int, rng: random.Random) -> Callable[[Any], int]:
+    def meddle(run: Any) -> int:
+        for kill in range(kills):
+            if not wait_for(run, "ready after", kill + 1):
+                return kill
+            time.sleep(rng.uniform(0.5, 6.0))
+            found = [p for p in psutil.process_iter(["cmdline"]) if is_worker(p)]
+            if not found:
+                return kill
+            rng.choice(found).kill()
+        return kills
+
+    return meddle
+
+
+def is_worker(process: psutil.Process) -> bool:
+    """A training worker of this very benchmark."""
+    title = " ".join(process.info["cmdline"] or [])
+    with contextlib.suppress(psutil.Error):
+        return "RayTrainWorker" in title and process.environ().get("SMALTI_KILLS") == os.environ["SMALTI_KILLS"]
+    return False
+
+
+def take_nodes(cluster: Any, kills: int, rng: random.Random, notice_s: float | None) -> Callable[[Any], int]:
+    """Remove a worker's node, with notice or without, and add another; again when all go on."""
+
+    def meddle(run: Any) -> int:
+        for kill in range(kills):
+            if not wait_for(run, "ready after", kill + 1):
+                return kill
+            time.sleep(rng.uniform(1.0, 4.0))
+            node = rng.choice(sorted(cluster.worker_nodes, key=lambda node: node.node_id))
+            if notice_s is not None:
+                give_notice(node.node_id, notice_s)
+                time.sleep(2.0)  # a notice for a node without a worker is heeded by nobody
+            cluster.remove_node(node, allow_graceful=False)
+            cluster.add_node(num_cpus=1)
+        return kills
+
+    return meddle
+
+
+def give_notice(node_id: str, seconds: float) -> None:
+    """What a cloud's agent tells Ray when a spot machine is about to go."""
+    import ray
+    from ray.core.generated import autoscaler_pb2
+
+    client = ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
+    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    client.drain_node(node_id, reason, "test", int((time.time() + seconds) * 1000))
+
+
+def kill_driver(path: Path, kills: int, rng: random.Random) -> int:
+    """The toy's own script, killed at random moments after it began to train, until it ends by itself."""
+    for kill in range(kills + 1):
+        command = [sys.executable, str(TOY), str(path), str(SLOW_S), json.dumps(CHANGES)]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as running:
+            assert running.stderr is not None
+            for line in running.stderr:
+                if "ready after" in line and kill < kills:
+                    time.sleep(rng.uniform(0.5, 5.0))
+                    os.kill(running.pid, signal.SIGKILL)
+                    break
+            running.wait()
+        if running.returncode == 0:
+            return kill
+    raise RuntimeError("the toy did not end")
+
+
+def main() -> None:
+    kills = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+    rng, toy = random.Random(0), load_toy()
+    os.environ["PYTHONPATH"] = str(ROOT)
+    os.environ["SMALTI_KILLS"] = str(os.getpid())  # seen again in the workers, which inherit it
+    found: dict[str, dict[str, float]] = {}
+
+    def note(kind: str, path: Path, whole: Path, count: int) -> None:
+        found[kind] = {"kills": count, **compare(toy, path, whole)}
+        print(kind, found[kind], flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        with session():
+            train(toy, root / "whole")
+            for zero in (0, 3):
+                path = root / f"worker-zero{zero}"
+                _, count = train(toy, path, meddle=kill_workers(kills, rng), zero_stage=zero)
+                note(path.name, path, root / "whole", count)
+        note("driver", root / "driver", root / "whole", kill_driver(root / "driver", kills, rng))
+        for kind, notice_s in (("node", None), ("notice", 30.0)):
+            with session(nodes=2) as cluster:
+                path = root / kind
+                harm = take_nodes(cluster, kills, rng, notice_s)
+                _, count = train(toy, path, meddle=harm, workers=(1, 2), zero_stage=1)
+                note(kind, path, root / "whole", count)
+    bounds = {kind: 1e-4 if kind in ("node", "notice") else 1e-5 for kind in found}
+    met = all(result["loss"] <= bounds[kind] for kind, result in found.items())
+    print(json.dumps({"goal": "kills", "kinds": found, "met": met, "machine": machine()}))
+
+
+if __name__ == "__main__":
+    main()
