@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from smalti.errors import VocabularyError
+from smalti.mllm.cache import make_cache
 from smalti.mllm.model import UnifiedModel
 from smalti.mllm.prompts import LINE_END, TextEncoder
 from smalti.mllm.vocabulary import VisualVocabulary
@@ -29,6 +30,7 @@ def draw(
     sampling: Sampling,
     seed: int | Sequence[int] = 0,
     unconditional_ids: Sequence[int] | None = None,
+    compile: str | None = None,
 ) -> Tensor:
     """Codes of one image a prompt: int64 (B, tokens) in [0, num_codes), on the CPU.
 
@@ -37,6 +39,8 @@ def draw(
     the visual rows only. `cfg` 1 runs no unconditional half; `temperature` 0 takes the best code.
     seed: one number, from which each sample of the batch gets its own, or the samples' own. A sample's random numbers depend
     on its seed alone, so it comes out the same in any batch (up to rounding in the network).
+    compile: the backend of `torch.compile` for the steps after the prompt, None without; "inductor" makes CUDA graphs on a GPU,
+    which pays where many images of one prompt length and batch size are drawn.
     """
     if not prompts_ids:
         return torch.empty((0, tokens), dtype=torch.int64)
@@ -46,7 +50,7 @@ def draw(
         begin = [] if vocabulary.bos is None else [vocabulary.bos]
         unconditional = [*begin, vocabulary.boi] if unconditional_ids is None else list(unconditional_ids)
         rows += [unconditional] * len(prompts_ids)
-    decoder = _Decoder(lm, rows, vocabulary.pad)
+    decoder = _Decoder(lm, rows, vocabulary.pad, tokens - 1, compile)
     head = decoder.head_rows(vocabulary.first_visual, vocabulary.num_codes)
     uniform_BT = sample_uniform(_seeds(seed, len(prompts_ids)), tokens)
     codes_BT = torch.empty((len(prompts_ids), tokens), dtype=torch.int64)
@@ -87,7 +91,7 @@ def answer(
         for image, question in zip(images, questions, strict=True)
     ]
     ends = end_ids(lm, vocabulary)
-    decoder = _Decoder(lm, rows, vocabulary.pad)
+    decoder = _Decoder(lm, rows, vocabulary.pad, max_new_tokens)
     head = decoder.head_rows(0, vocabulary.num_text)
     banned = torch.tensor(sorted(i for i in text.reserved - ends if i < vocabulary.num_text), dtype=torch.int64)
     answers: list[list[int]] = [[] for _ in rows]
@@ -163,23 +167,35 @@ def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
 
 
 class _Decoder:
-    """One batch of left-padded rows run through a language model with a key–value cache."""
+    """One batch of left-padded rows run through a language model with a key–value cache of `room` further positions.
+
+    Mask and cache are laid out once. compile: the backend of `torch.compile` for single steps ("inductor" makes CUDA graphs
+    on a GPU); shapes then never change, and the compiled model is kept with the language model.
+    """
 
     last_RH: Tensor
 
-    def __init__(self, lm: Any, rows: Sequence[Sequence[int]], pad: int) -> None:
+    def __init__(self, lm: Any, rows: Sequence[Sequence[int]], pad: int, room: int, compile: str | None = None) -> None:
         unified = isinstance(lm, UnifiedModel)
         self.causal_lm = lm.lm if unified else lm
         self.embed = lm.inputs_embeds if unified else lm.get_input_embeddings()
         self.device = next(lm.parameters()).device
         if any(not row for row in rows):
             raise VocabularyError("An empty prompt cannot be continued: it must hold at least one token.")
-        self.longest = max(len(row) for row in rows)
-        ids = [[pad] * (self.longest - len(row)) + list(row) for row in rows]
-        mask = [[0] * (self.longest - len(row)) + [1] * len(row) for row in rows]
-        self.mask_RL = torch.tensor(mask, dtype=torch.int64, device=self.device)
-        self.cache: Any = None
-        self._run(torch.tensor(ids, dtype=torch.int64, device=self.device))
+        longest = max(len(row) for row in rows)
+        ids_RL = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows], device=self.device)
+        self.pads_R = torch.tensor([longest - len(row) for row in rows], device=self.device)
+        self.length, total = longest, longest + room
+        places_T = torch.arange(total, device=self.device)
+        self.seen_R1T = (places_T >= self.pads_R[:, None])[
+            :, None
+        ]  # what every later position of a row sees, and itself
+        self.causal_LT = places_T[:longest, None] >= places_T
+        self.compile = compile
+        self.cache = make_cache(self.causal_lm.config, total, static=compile is not None)
+        seen_RLT = self.seen_R1T & self.causal_LT | torch.eye(longest, total, dtype=torch.bool, device=self.device)
+        positions_RL = (places_T[:longest] - self.pads_R[:, None]).clamp_min(0)
+        self._run(ids_RL, seen_RLT, positions_RL, self.causal_lm.base_model)
 
     def head_rows(self, start: int, count: int) -> nn.Module:
         """The output head cut to `count` rows from `start`: (…, H) → (…, count)."""
@@ -192,17 +208,37 @@ class _Decoder:
 
     def step(self, ids_R: Tensor) -> None:
         """Append one token to every row."""
-        self.mask_RL = torch.cat([self.mask_RL, self.mask_RL.new_ones((len(ids_R), 1))], dim=1)
-        self._run(ids_R.to(self.device)[:, None])
+        seen_R1T = self.seen_R1T
+        if self.compile:
+            seen_R1T = seen_R1T & (torch.arange(seen_R1T.shape[-1], device=self.device) <= self.length)
+        positions_R1 = (self.length - self.pads_R)[:, None]
+        self.length += 1
+        self._run(ids_R.to(self.device)[:, None], seen_R1T, positions_R1, self._stepper())
 
-    def _run(self, ids_RL: Tensor) -> None:
-        positions_RL = (self.mask_RL.cumsum(-1) - 1).clamp_min(0)[:, -ids_RL.shape[1] :]
-        out = self.causal_lm.base_model(
+    def _stepper(self) -> Any:
+        if self.compile is None:
+            return self.causal_lm.base_model
+        made = getattr(self.causal_lm, "_compiled_step", None)
+        if made is None or made[0] != self.compile:
+            mode = "reduce-overhead" if self.compile == "inductor" else None
+            made = self.compile, torch.compile(self.causal_lm.base_model.forward, backend=self.compile, mode=mode)
+            object.__setattr__(self.causal_lm, "_compiled_step", made)
+        return made[1]
+
+    def _run(self, ids_RL: Tensor, seen_RLT: Tensor, positions_RL: Tensor, model: Any) -> None:
+        out = model(
             inputs_embeds=self.embed(ids_RL),
-            attention_mask=self.mask_RL,
+            attention_mask=self._mask(seen_RLT if self.compile else seen_RLT[..., : self.length]),
             position_ids=positions_RL,
             past_key_values=self.cache,
             use_cache=True,
         )
-        self.cache = out.past_key_values
-        self.last_RH = out.last_hidden_state[:, -1]
+        self.last_RH = out.last_hidden_state[:, -1].clone()  # a CUDA graph writes its next output to the same place
+
+    def _mask(self, seen_RLT: Tensor) -> Tensor:
+        """The mask as it stands, where attention takes one; else the padding, of which transformers makes what it needs."""
+        config = self.causal_lm.config.get_text_config()
+        sliding = set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}
+        if sliding or config._attn_implementation != "sdpa":
+            return self.seen_R1T[:, 0, : self.length].long()
+        return seen_RLT[:, None]

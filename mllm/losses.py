@@ -98,6 +98,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_nV = exps_nV.mul_((weights_n / sums_n)[:, None])
                 grad_nV.scatter_add_(1, labels_n[:, None], -weights_n[:, None])
                 grads.add(rows, hidden_nD, matrix_VD, grad_nV)
+                del grad_nV
+            del logits_nV, exps_nV  # or they stay until the next chunk's logits are made
         ctx.grads = grads
         ctx.mark_non_differentiable(losses_N, correct_N)
         return (losses_N * weights_N).sum(), losses_N, correct_N

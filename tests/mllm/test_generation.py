@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from smalti.errors import VocabularyError
-from smalti.mllm.generation import answer, choose, draw, sample_seed, sample_uniform
+from smalti.mllm.generation import _Decoder, answer, choose, draw, sample_seed, sample_uniform
 from smalti.mllm.prompts import LINE_END
 from smalti.schema import Sampling
 
@@ -50,6 +50,48 @@ def test_batched_cached_drawing_equals_two_separate_passes(tiny, sampling: Sampl
     assert found.shape == (3, T)
     for b, prompt in enumerate(prompts):
         assert found[b].tolist() == draw_slowly(tiny, prompt, sampling, uniform[b])
+
+
+def two_pass_logits(tiny, prompt: list[int], drawn: list[int], cfg: float) -> list[torch.Tensor]:
+    """Guided logits of the whole vocabulary at every token, as transformers gives them: each half with a cache of its own."""
+    v, model, found = tiny.vocabulary, tiny.model, []
+    halves = [{"ids": prompt, "cache": None}, {"ids": [v.bos, v.boi], "cache": None}]
+    for code in [*drawn, None]:
+        logits = []
+        for half in halves:
+            embeds = model.inputs_embeds(torch.tensor([half["ids"]]))
+            out = model.lm(inputs_embeds=embeds, past_key_values=half["cache"], use_cache=True)
+            half["cache"], half["ids"] = out.past_key_values, [v.first_visual + (code or 0)]
+            logits.append(out.logits[0, -1])
+        found.append(logits[1] + cfg * (logits[0] - logits[1]))
+    return found
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_logits_equal_two_passes_with_a_cache_in_transformers(tiny, attention: str) -> None:
+    tiny.model.lm.set_attn_implementation(attention)
+    v, drawn = tiny.vocabulary, [3, 0, 23, 7, 7]
+    prompts = [tiny.text.caption_prompt(prompt) for prompt in PROMPTS]
+    decoder = _Decoder(tiny.model, [*prompts, *[[v.bos, v.boi]] * 3], v.pad, len(drawn))
+    head = decoder.head_rows(v.first_visual, v.num_codes)
+    expected = [two_pass_logits(tiny, prompt, drawn, 3.0) for prompt in prompts]
+    for t in range(len(drawn) + 1):
+        conditional, unconditional = head(decoder.last_RH).chunk(2)
+        guided = unconditional + 3.0 * (conditional - unconditional)
+        for b in range(3):
+            torch.testing.assert_close(guided[b], expected[b][t][v.first_visual : v.size], rtol=1e-5, atol=2e-5)
+        if t < len(drawn):
+            decoder.step(torch.full((6,), v.first_visual + drawn[t]))
+
+
+def test_a_static_cache_for_compiled_steps_draws_the_same(tiny) -> None:
+    prompts = [tiny.text.caption_prompt(prompt) for prompt in PROMPTS]
+    plain, compiled = (
+        draw(tiny.model, tiny.vocabulary, prompts, tokens=T, sampling=Sampling(cfg=2.0), seed=3, compile=how)
+        for how in (None, "eager")
+    )
+    assert torch.equal(plain, compiled)
 
 
 def test_guidance_matters_and_the_empty_prompt_is_its_own_condition(tiny) -> None:
