@@ -28,7 +28,9 @@ from transformers.initialization import no_init_weights
 
 from smalti.errors import ArtifactError, ConfigError, TrainingError
 from smalti.mllm.adapters import ADAPTERS, Adapter
+from smalti.mllm.lora import add_lora
 from smalti.mllm.model import UnifiedModel, fit_shapes
+from smalti.mllm.rows import Matrices, Whole
 from smalti.mllm.vocabulary import VisualVocabulary
 from smalti.schema import LanguageModel, MllmSection
 from smalti.tokenizers.encoders import quiet
@@ -55,12 +57,17 @@ class VisualTokenizer(Protocol):
 
 
 def build_unified(
-    section: MllmSection, hf_tokenizer: Any, visual_tokenizer: VisualTokenizer, *, seed: int = 0
+    section: MllmSection,
+    hf_tokenizer: Any,
+    visual_tokenizer: VisualTokenizer,
+    *,
+    seed: int = 0,
+    matrices: Matrices = Whole(),  # noqa: B008 (has no state)
 ) -> UnifiedModel:
     """A unified model in float32 on the CPU; `hf_tokenizer` is extended in place (`VisualVocabulary.extend`).
 
     Its language model comes from `section.pretrained` or, when that is not set, from `section.config`'s numbers. The same
-    seed gives the same weights; the caller's random state is left alone.
+    seed gives the same weights; the caller's random state is left alone. matrices: how embedding and head lie.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -77,9 +84,27 @@ def build_unified(
             answer_loss_weight=section.answer_loss_weight,
             loss_chunk=section.loss_chunk,
             seed=seed,
+            matrices=matrices,
         )
+        if section.lora:
+            add_lora(model, section.lora)
+    if section.attention == "flash":
+        use_flash_attention(model)
     model.start_visual(SMALL_HEAD_GAIN if section.config else 1.0)
     return model
+
+
+def use_flash_attention(model: UnifiedModel) -> None:
+    """Let the language model attend through flash-attention. ConfigError where it is not installed or there is no GPU."""
+    try:
+        model.lm.set_attn_implementation("flash_attention_2")
+    except (ImportError, ValueError) as error:
+        told = str(error).splitlines()[0]
+        raise ConfigError(
+            f"mllm.attention=flash cannot be had here: {told} Install flash-attn on a machine with a GPU, or set "
+            "mllm.attention=sdpa."
+        ) from error
+    model.one_row = True
 
 
 def load_language_model(section: MllmSection, hf_tokenizer: Any) -> Any:

@@ -9,7 +9,8 @@ parameters). The output head covers the whole flat vocabulary. The export writes
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ from torch import Tensor, nn
 from smalti.errors import VocabularyError
 from smalti.mllm.adapters import Adapter
 from smalti.mllm.losses import IGNORE, LossHead
+from smalti.mllm.rows import Matrices, Whole, WholeRows, grow, ranges, root_mean_square
 from smalti.mllm.vocabulary import VisualVocabulary
+from smalti.schema import Part
 
 Batch = Mapping[str, Tensor]
 
@@ -44,8 +47,10 @@ class UnifiedModel(nn.Module):
         answer_loss_weight: float = 1.0,
         loss_chunk: int = 4096,
         seed: int = 0,
+        matrices: Matrices = Whole(),  # noqa: B008 (has no state)
     ) -> None:
         super().__init__()
+        self.matrices = matrices
         if code_vectors_VC.shape[0] != vocabulary.num_codes:
             raise VocabularyError(
                 f"The visual tokenizer has {code_vectors_VC.shape[0]} code vectors, but the language model's vocabulary "
@@ -57,9 +62,11 @@ class UnifiedModel(nn.Module):
         self.vocabulary = vocabulary
         self.image_loss_weight, self.answer_loss_weight = image_loss_weight, answer_loss_weight
         self.loss_chunk = loss_chunk
+        self.one_row = False
+        self._resting: set[Part] | None = None
         self.register_buffer("code_vectors_VC", code_vectors_VC.detach().float().clone(), persistent=False)
         if not is_fitted(causal_lm, vocabulary):
-            fit_vocabulary(causal_lm, vocabulary, torch.Generator().manual_seed(seed))
+            fit_vocabulary(causal_lm, vocabulary, torch.Generator().manual_seed(seed), matrices)
 
     @property
     def config(self) -> Any:
@@ -76,16 +83,17 @@ class UnifiedModel(nn.Module):
         what is learned of one counts for its neighbours. Random rows would each have to be learned by themselves.
         """
         self.adapter.fit(self.code_vectors_VC)
-        embed, head = self.lm.get_input_embeddings().weight, self.lm.get_output_embeddings()
+        head = self.lm.get_output_embeddings()
+        embed_rows, head_rows = (self.matrices.rows(matrix.weight) for matrix in (self.lm.get_input_embeddings(), head))
+        num_text = self.vocabulary.num_text
         sample = torch.linspace(0, len(self.code_vectors_VC) - 1, min(4096, len(self.code_vectors_VC))).long()
-        scale = _rms(self.adapter(self.code_vectors_VC[sample])).clamp_min(1e-12)
-        wanted = _rms(embed[: self.vocabulary.num_text])
-        self.adapter.scale_output(float(wanted / scale))
-        size = head_gain * _rms(head.weight[: self.vocabulary.num_text]) * head.in_features**0.5
-        for start in range(0, self.vocabulary.num_codes, chunk):
-            rows = F.normalize(self.adapter(self.code_vectors_VC[start : start + chunk]).float(), dim=-1) * size
-            first = self.vocabulary.first_visual + start
-            head.weight[first : first + len(rows)] = rows.to(head.weight.dtype)
+        vectors_NH = self.adapter(self.code_vectors_VC[sample])
+        scale = root_mean_square(WholeRows(vectors_NH), len(vectors_NH)).clamp_min(1e-12)
+        self.adapter.scale_output(float(root_mean_square(embed_rows, num_text) / scale))
+        size = float(head_gain * root_mean_square(head_rows, num_text) * head.in_features**0.5)
+        for start, stop in ranges(0, self.vocabulary.num_codes, head_rows.step or chunk):
+            rows_nH = F.normalize(self.adapter(self.code_vectors_VC[start:stop]).float(), dim=-1) * size
+            head_rows.write(self.vocabulary.first_visual + start, rows_nH)
 
     def inputs_embeds(self, ids_BL: Tensor) -> Tensor:
         """Token ids (any in the flat vocabulary) → (B, L, H): embedding rows for text, adapter outputs for visual ids.
@@ -116,12 +124,7 @@ class UnifiedModel(nn.Module):
         no token is 0 beside a count of 0.
         """
         embeds_BLH = self.inputs_embeds(batch["input_ids"])
-        mask = batch["attention_mask"]
-        if "document_ids" in batch:
-            mask = visible_mask(batch["document_ids"], batch["segment_ids"], embeds_BLH.dtype)
-        hidden_BLH = self.backbone(
-            inputs_embeds=embeds_BLH, attention_mask=mask, position_ids=batch.get("position_ids"), use_cache=False
-        ).last_hidden_state
+        hidden_BLH = self._hidden(embeds_BLH, batch)
         labels_N = batch["labels"][:, 1:].reshape(-1)
         answers = batch["answer_mask"][:, 1:].reshape(-1) if "answer_mask" in batch else None
         total, losses_N, correct_N = self.lm.get_output_embeddings()(
@@ -129,6 +132,57 @@ class UnifiedModel(nn.Module):
         )
         divisor = batch["loss_weight"] if "loss_weight" in batch else self.loss_weight(batch)
         return total / divisor.clamp_min(1e-6), self._metrics(labels_N, losses_N, correct_N, answers)
+
+    def parts(self) -> dict[int, Part]:
+        """`id` of each parameter → the part of the model that it belongs to."""
+        matrices = (self.lm.get_input_embeddings(), self.lm.get_output_embeddings())
+        found: dict[int, Part] = {id(p): "backbone" for p in self.parameters()}
+        found |= {id(p): "new_rows" for matrix in matrices for p in matrix.parameters()}
+        return found | {id(p): "adapter" for p in self.adapter.parameters()}
+
+    def freeze(self, parts: Sequence[Part]) -> None:
+        """Leave parts untrained for good: no gradients, no optimizer states."""
+        part_of = self.parts()
+        for parameter in self.parameters():
+            if part_of[id(parameter)] in parts:
+                parameter.requires_grad_(False)
+
+    def rate_parts(self) -> dict[int, Part]:
+        """The parts that an optimizer should keep in groups of their own: all after `split_rates`, else none."""
+        return self.parts() if self._resting is not None else {}
+
+    def split_rates(self) -> None:
+        """Let parts have rates of their own, and rest (see `rest`)."""
+        self._resting = set()
+        part_of = self.parts()
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(partial(self._awake, part_of[id(parameter)]))
+
+    def rest(self, parts: Sequence[Part]) -> None:
+        """Parts whose gradients are zero from now on, so that they neither move nor count in the gradient's norm."""
+        self._resting = set(parts)
+
+    def _awake(self, part: Part, grad: Tensor) -> Tensor:
+        return torch.zeros_like(grad) if part in (self._resting or ()) else grad
+
+    def _hidden(self, embeds_BLH: Tensor, batch: Batch) -> Tensor:
+        """What the backbone makes of a batch: (B, L, H). With flash-attention, packed rows become one without padding, in
+        which each document begins at position 0: transformers sees from that where it begins."""
+        if "document_ids" in batch and self.one_row:
+            held_BL = batch["document_ids"] >= 0
+            out_1NH = self.backbone(
+                inputs_embeds=embeds_BLH[held_BL][None],
+                position_ids=batch["position_ids"][held_BL][None],
+                use_cache=False,
+            ).last_hidden_state
+            return torch.zeros_like(embeds_BLH, dtype=out_1NH.dtype).masked_scatter(held_BL[..., None], out_1NH)
+        mask = batch["attention_mask"]
+        if "document_ids" in batch:
+            mask = visible_mask(batch["document_ids"], batch["segment_ids"], embeds_BLH.dtype)
+        return self.backbone(
+            inputs_embeds=embeds_BLH, attention_mask=mask, position_ids=batch.get("position_ids"), use_cache=False
+        ).last_hidden_state
 
     @property
     def backbone(self) -> nn.Module:
@@ -164,11 +218,6 @@ class UnifiedModel(nn.Module):
             metrics["answer_accuracy"] = correct_N[where_N].sum() / count.clamp_min(1)
             metrics["tokens_answer"] = count
         return metrics
-
-
-def _rms(x: Tensor) -> Tensor:
-    """Root mean square of all elements, in float32."""
-    return x.float().pow(2).mean().sqrt()
 
 
 def visible_mask(documents_BL: Tensor, segments_BL: Tensor, dtype: torch.dtype) -> Tensor:
@@ -211,14 +260,17 @@ def check_supported(causal_lm: Any) -> None:
         )
     with torch.no_grad():
         probe = torch.zeros(1, dtype=torch.int64, device=embed.weight.device)
-        if embed.weight.device.type != "meta" and not torch.equal(embed(probe), embed.weight[:1]):
+        here = embed.weight.device.type != "meta" and embed.weight.numel() > 0  # neither without storage nor in parts
+        if here and not torch.equal(embed(probe), embed.weight[:1]):
             raise VocabularyError(
                 f"{type(causal_lm).__name__} rescales its embedding rows, which the embedding swap cannot undo. "
                 f"Use a model such as Qwen2, Qwen3, Llama or Mistral."
             )
 
 
-def fit_vocabulary(causal_lm: Any, vocabulary: VisualVocabulary, generator: torch.Generator) -> None:
+def fit_vocabulary(
+    causal_lm: Any, vocabulary: VisualVocabulary, generator: torch.Generator, matrices: Matrices
+) -> None:
     """Give a language model rows for the flat vocabulary, in place, and untie its head.
 
     Embedding: rows [0, first_visual). Head: at least `vocabulary.size` rows (a published model's padding rows are kept where
@@ -234,11 +286,17 @@ def fit_vocabulary(causal_lm: Any, vocabulary: VisualVocabulary, generator: torc
     num_head = max(vocabulary.size, old_head.out_features)
     bias = old_head.bias is not None
     head = LossHead(old_head.in_features, num_head, bias=bias, device="meta")
-    with torch.no_grad():
-        head.weight = nn.Parameter(_grown(old_head.weight, num_text, num_head, generator))
-        if bias:
-            head.bias = nn.Parameter(_grown(old_head.bias[:, None], num_text, num_head, generator)[:, 0].contiguous())
-        embed.weight = nn.Parameter(_grown(embed.weight, num_text, vocabulary.first_visual, generator))
+
+    def grown(old: nn.Parameter, total: int) -> nn.Parameter:
+        new, width = matrices.empty(old, total), matrices.shape(old)[1]
+        grow(matrices.rows(old), matrices.rows(new), num_text, total, width, generator)
+        return new
+
+    head.weight = grown(old_head.weight, num_head)
+    if bias:
+        column = nn.Parameter(old_head.bias.detach()[:, None])
+        head.bias = nn.Parameter(grown(column, num_head).detach()[:, 0].contiguous())
+    embed.weight = grown(embed.weight, vocabulary.first_visual)
     embed.num_embeddings, embed.padding_idx = vocabulary.first_visual, None
     causal_lm.set_output_embeddings(head)
     untie(causal_lm, num_head)
@@ -285,17 +343,3 @@ def untie(causal_lm: Any, vocab_size: int) -> None:
     causal_lm.all_tied_weights_keys = {}
     if hasattr(causal_lm, "vocab_size"):
         causal_lm.vocab_size = vocab_size
-
-
-def _grown(rows: Tensor, keep: int, total: int, generator: torch.Generator) -> Tensor:
-    """A new matrix of `total` rows: the first `keep` as they are, the others normal with their mean vector and deviation."""
-    old = rows[:keep].float()
-    mean = old.mean(0)
-    deviation = (old - mean).pow(2).mean().sqrt()
-    out = rows.new_empty((total, rows.shape[1]))
-    out[:keep] = rows[:keep]
-    for start in range(keep, total, 65_536):
-        stop = min(start + 65_536, total)
-        noise = torch.randn((stop - start, rows.shape[1]), generator=generator).to(mean.device)
-        out[start:stop] = (mean + deviation * noise).to(out.dtype)
-    return out

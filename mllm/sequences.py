@@ -15,6 +15,7 @@ from torch import Tensor
 
 from smalti.errors import ConfigError, VocabularyError
 from smalti.mllm.losses import IGNORE
+from smalti.mllm.packing import best_fit, pack
 from smalti.mllm.prompts import TextEncoder, clean
 from smalti.mllm.vocabulary import VisualVocabulary
 from smalti.schema import Mixture
@@ -231,15 +232,16 @@ def questions_of(row: Row) -> list[tuple[str, str]]:
     return [(question, answer) for question, answer in pairs if question and answer]
 
 
-def collate(sequences: Sequence[TokenSequence], pad: int) -> dict[str, Tensor]:
-    """A batch for `UnifiedModel`, right-padded to (B, L), L the longest sequence: input_ids, labels, attention_mask int64,
-    answer_mask bool.
+def collate(sequences: Sequence[TokenSequence], pad: int, room: int | None = None) -> dict[str, Tensor]:
+    """A batch for `UnifiedModel`, right-padded to (B, L): input_ids, labels, attention_mask int64, answer_mask bool.
 
-    Short sequences share a row (`best_fit`), so B may be below their number. Where a row is shared or a sequence has
-    segments there are also position_ids, document_ids and segment_ids int64 (padding: document −1); see `visible_mask`.
+    Short sequences share a row, so B may be below their number. Rows are as long as the longest sequence (`best_fit`), or
+    with `room` up to that long (`pack`). Where a row is shared or a sequence has segments there are also position_ids,
+    document_ids and segment_ids int64 (padding: document −1); see `visible_mask`.
     """
-    longest = max(len(sequence.ids) for sequence in sequences)
-    rows = best_fit([len(sequence.ids) for sequence in sequences], longest)
+    lengths = [len(sequence.ids) for sequence in sequences]
+    rows = best_fit(lengths, max(lengths)) if room is None else pack(lengths, room)
+    longest = max(sum(lengths[member] for member in row) for row in rows)
     fills = {"input_ids": pad, "labels": IGNORE, "attention_mask": 0, "position_ids": 0, "segment_ids": 0}
     batch = {name: torch.full((len(rows), longest), fill, dtype=torch.int64) for name, fill in fills.items()}
     batch["document_ids"] = torch.full((len(rows), longest), -1, dtype=torch.int64)
@@ -260,25 +262,6 @@ def collate(sequences: Sequence[TokenSequence], pad: int) -> dict[str, Tensor]:
         for name in ("position_ids", "document_ids", "segment_ids"):
             del batch[name]
     return batch
-
-
-def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Which sequences share a row of `room` places: the longest first, each into the fullest row that it still fits.
-
-    Every index stands in exactly one row; deterministic.
-    """
-    rows: list[list[int]] = []
-    left: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        fitting = [row for row in range(len(rows)) if left[row] >= lengths[index]]
-        if fitting:
-            row = min(fitting, key=lambda r: (left[r], r))
-            rows[row].append(index)
-            left[row] -= lengths[index]
-        else:
-            rows.append([index])
-            left.append(room - lengths[index])
-    return rows
 
 
 def _where(row: Row) -> str:

@@ -59,10 +59,11 @@ def encoder_path(artifact: Artifact) -> str:
 
 
 def result_settings(train: dict[str, Any]) -> dict[str, Any]:
-    """Training settings that the result depends on: not how often it is logged and saved, or how it is cut into pieces
-    that add up to the same (`zero_stage`)."""
+    """Training settings that the result depends on: not how often it is logged and saved, how it is cut into pieces that
+    add up to the same (`zero_stage`), or what is traded between time and memory."""
     about = {"checkpoint_every", "keep", "best", "log_every", "image_every", "zero_stage", "check_every"}
     about |= {"max_failures", "max_preemptions", "max_skipped", "cache_dir", "cache_gb"}
+    about |= {"offload", "offload_path", "activation_checkpointing", "compile"}
     return {key: value for key, value in train.items() if key not in about}
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from smalti import shards, storage
 from smalti.artifact import Artifact
 from smalti.errors import ConfigError, DataError
-from smalti.schema import MllmSection, Recipe
+from smalti.schema import PARTS, MllmSection, Recipe
 from smalti.tracking import Tracker
 from smalti.workflows.encoder import check_batch, resolve, result_settings
 from smalti.workflows.ray_session import ensure_ray
@@ -29,12 +29,26 @@ def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
     """
     check(recipe)
     parents = {name: find_artifact(recipe, name) for name in ("tokenizer", "tokens")}
-    config = recipe.mllm.model_dump(mode="json")
+    config = result_config(recipe.mllm) | {"seed": recipe.seed}
+    return run_stage(recipe, "mllm", "mllm", config, parents, _body(parents), tracker=tracker)
+
+
+def result_config(section: MllmSection) -> dict[str, Any]:
+    """The settings that the model depends on, for its fingerprint: how sequences are packed is not among them, and parts,
+    rates and LoRA only where they are set."""
+    config = section.model_dump(mode="json", exclude={"packing", "attention"})
     config["train"] = result_settings(config["train"])
     if config["pretrained"]:
         config["pretrained"] = resolve(config["pretrained"])
-    config["seed"] = recipe.seed
-    return run_stage(recipe, "mllm", "mllm", config, parents, _body(parents), tracker=tracker)
+    plain = MllmSection()
+    for name in ("lr", "freeze", "lora"):
+        if getattr(section, name) == getattr(plain, name):
+            del config[name]
+    for stage in config["stages"]:
+        for name in ("lr", "freeze"):
+            if stage[name] is None:
+                del stage[name]
+    return config
 
 
 def check(recipe: Recipe) -> None:
@@ -52,7 +66,24 @@ def check(recipe: Recipe) -> None:
             )
     if section.whole_mixture.text and not section.text_source:
         raise ConfigError("mllm.mixture.text is above 0, but mllm.text_source is not set. Set it, or set text to 0.")
+    check_parts(section)
     check_batch("mllm", section.train, recipe)
+
+
+def check_parts(section: MllmSection) -> None:
+    """ConfigError: parts of the model that are frozen so that nothing, or nothing of LoRA, is left to train."""
+    if set(section.freeze) == set(PARTS):
+        raise ConfigError(f"mllm.freeze={section.freeze} leaves nothing to train. Take a part out.")
+    if section.lora and "backbone" in section.freeze:
+        raise ConfigError(
+            "mllm.lora puts trained updates into the backbone, which mllm.freeze names. Set one of the two: with LoRA the "
+            "backbone's own weights are not trained anyway."
+        )
+    for start in [0, *(stage.from_step for stage in section.stages)]:
+        if not any(section.rates_at(start).values()):
+            raise ConfigError(
+                f"From step {start} on, mllm.freeze and mllm.stages leave no part that is trained. Wake one."
+            )
 
 
 def _body(parents: dict[str, Artifact]) -> Any:

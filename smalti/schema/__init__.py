@@ -13,7 +13,19 @@ from smalti.schema.data import (
     FeaturesSection,
     TokensSection,
 )
-from smalti.schema.model import EvaluateSection, ExportSection, LanguageModel, Mixture, MllmSection, MllmStage, Sampling
+from smalti.schema.model import (
+    PARTS,
+    EvaluateSection,
+    ExportSection,
+    LanguageModel,
+    Lora,
+    Mixture,
+    MllmSection,
+    MllmStage,
+    Part,
+    PartRates,
+    Sampling,
+)
 from smalti.schema.recipe import Recipe, Resources, Tracking
 from smalti.schema.tokenizer import (
     DecoderStage,
@@ -27,6 +39,7 @@ from smalti.schema.tokenizer import (
 )
 
 __all__ = [
+    "PARTS",
     "CodebookSection",
     "CorpusSection",
     "DecoderStage",
@@ -37,10 +50,13 @@ __all__ = [
     "FeaturesSection",
     "Gan",
     "LanguageModel",
+    "Lora",
     "Loss",
     "Mixture",
     "MllmSection",
     "MllmStage",
+    "Part",
+    "PartRates",
     "Perceptual",
     "PixelStage",
     "Recipe",

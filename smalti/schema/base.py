@@ -37,6 +37,14 @@ class Train(Section):
     clip: Weight = Field(1.0, description="gradient norm bound; 0 is off")
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     precision: Literal["fp32", "bf16"] = "fp32"
+    offload: Literal["none", "cpu", "nvme"] = Field(
+        "none", description="where optimizer states lie, and under ZeRO-3 weights too: the device, main memory, a disk"
+    )
+    offload_path: str | None = Field(None, description="offload: nvme: a folder on each machine's own NVMe disk")
+    activation_checkpointing: bool = Field(
+        False, description="compute the activations of each block again on the way back: less memory, more time"
+    )
+    compile: bool = Field(False, description="torch.compile of each transformer block (needs a C++ compiler)")
     checkpoint_every: Positive = Field(500, description="steps between checkpoints")
     keep: Positive = Field(2, description="newest whole checkpoints kept")
     best: str | None = Field(
@@ -60,6 +68,17 @@ class Train(Section):
     )
     cache_gb: Rate = Field(100.0, description="bound of cache_dir in GB; the least recently used shards leave first")
     data_window: Positive = Field(16, description="shards within which rows are shuffled")
+
+    @model_validator(mode="after")
+    def _offload_has_what_it_needs(self) -> Train:
+        if self.offload != "none" and not self.zero_stage:
+            raise ValueError(f"offload: {self.offload} is ZeRO's, but zero_stage is 0; set zero_stage: 1, 2 or 3")
+        if self.offload == "nvme" and (self.zero_stage != 3 or not self.offload_path):
+            raise ValueError(
+                f"offload: nvme needs zero_stage: 3 and offload_path, a folder on a local disk; found zero_stage: "
+                f"{self.zero_stage} and offload_path: {self.offload_path}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _muon_sees_matrices(self) -> Train:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field, model_validator
 
-from smalti.schema.base import Fraction, NonNegative, Positive, Section, Train, Weight
+from smalti.schema.base import Fraction, NonNegative, Positive, Rate, Section, Train, Weight
 
 
 class LanguageModel(Section):
@@ -29,13 +29,42 @@ class Mixture(Section):
     text: Weight = 0.0
 
 
-class MllmStage(Section):
-    """From a step on, another mixture or other weights of the loss; what is not named stays as `mllm` has it."""
+Part = Literal["new_rows", "adapter", "backbone"]
+"""Parts of the unified model: the embedding and the head (which hold the new rows), the adapter, and all else."""
 
-    from_step: Positive
+
+PARTS: tuple[Part, ...] = get_args(Part)
+
+
+class PartRates(Section):
+    """Factors on train.lr for each part of the model; 0 rests it."""
+
+    new_rows: Weight = 1.0
+    adapter: Weight = 1.0
+    backbone: Weight = 1.0
+
+
+class Lora(Section):
+    """Low-rank updates in place of a trained backbone (peft); merged when the model is saved."""
+
+    rank: Positive = 16
+    alpha: Rate = 32.0
+    dropout: Fraction = 0.0
+    targets: list[str] = Field(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        description="names of the linear layers that get one",
+    )
+
+
+class MllmStage(Section):
+    """From a step on, another mixture, weights of the loss, or trained parts; what is not named stays as `mllm` has it."""
+
+    from_step: NonNegative
     mixture: Mixture | None = None
     image_loss_weight: Weight | None = None
     answer_loss_weight: Weight | None = None
+    freeze: list[Part] | None = Field(None, description="parts that rest from this step on; [] wakes all")
+    lr: PartRates | None = None
 
 
 class MllmSection(Section):
@@ -52,6 +81,11 @@ class MllmSection(Section):
     dense: bool = Field(True, description="predict captions, questions and codes too, not only what is asked for")
     dense_images: bool = Field(True, description="with dense: predict the codes of images to be understood as well")
     isolate_questions: bool = Field(True, description="chained questions do not see each other, only the image")
+    packing: bool = Field(False, description="fill rows of max_length with the sequences of a micro batch (best fit)")
+    attention: Literal["sdpa", "flash"] = Field(
+        "sdpa",
+        description="flash: flash-attention on a GPU, which skips what packed sequences do not see of each other",
+    )
     loss_chunk: Positive = Field(4096, description="positions whose logits are held at once")
     image_loss_weight: Weight = Field(1.0, description="weight of the loss on visual tokens")
     answer_loss_weight: Weight = Field(1.0, description="weight of the loss on the tokens of answers")
@@ -59,7 +93,19 @@ class MllmSection(Section):
         None, description="text-only data: a .txt (one a line), .jsonl or .parquet with `text`"
     )
     stages: list[MllmStage] = Field([], description="what changes on the way, by from_step")
+    lr: PartRates = PartRates()
+    freeze: list[Part] = Field([], description="parts that are not trained at all (a stage cannot wake them)")
+    lora: Lora | None = None
     train: Train = Train()
+
+    @model_validator(mode="after")
+    def _flash_sees_sequences_only(self) -> MllmSection:
+        if self.attention == "flash" and self.isolate_questions and self.questions_per_image > 1:
+            raise ValueError(
+                f"attention: flash cannot keep the questions of one image apart (questions_per_image: "
+                f"{self.questions_per_image}, isolate_questions: true); set attention: sdpa, or one of the two others"
+            )
+        return self
 
     @model_validator(mode="after")
     def _stages_in_order(self) -> MllmSection:
@@ -71,12 +117,27 @@ class MllmSection(Section):
         return self
 
     def stage_at(self, step: int) -> MllmStage:
-        """Mixture and weights of a step (from 0): those of the last stage that has begun, else the section's own."""
+        """What holds in a step (from 0): that of the last stage that has begun, else the section's own."""
         begun = [stage for stage in self.stages if stage.from_step <= step]
-        own = {name: getattr(self, name) for name in ("mixture", "image_loss_weight", "answer_loss_weight")}
-        named = begun[-1].model_dump(exclude_none=True, exclude={"mixture"}) if begun else {"from_step": 1}
-        mixture = {"mixture": begun[-1].mixture} if begun and begun[-1].mixture else {}
-        return MllmStage(**(own | named | mixture))
+        stage = begun[-1] if begun else MllmStage(from_step=0)
+        own = {"mixture": self.mixture, "lr": self.lr, "freeze": []}
+        own |= {name: getattr(self, name) for name in ("image_loss_weight", "answer_loss_weight")}
+        return stage.model_copy(update={name: v for name, v in own.items() if getattr(stage, name) is None})
+
+    def rates_at(self, step: int) -> dict[Part, float]:
+        """Factor on the learning rate of each part in a step; 0 for one that rests."""
+        stage = self.stage_at(step)
+        resting = {*self.freeze, *(stage.freeze or ())}
+        rates = stage.lr or self.lr
+        return {part: 0.0 if part in resting else getattr(rates, part) for part in PARTS}
+
+    @property
+    def has_part_rates(self) -> bool:
+        """Whether any part ever has a rate of its own."""
+        starts = [0, *(stage.from_step for stage in self.stages)]
+        return any(
+            rate != 1.0 for step in starts for part, rate in self.rates_at(step).items() if part not in self.freeze
+        )
 
     @property
     def whole_mixture(self) -> Mixture:

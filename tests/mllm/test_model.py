@@ -169,3 +169,28 @@ def test_a_language_model_of_another_tokenizer_is_refused() -> None:
     vocabulary = VisualVocabulary.extend(hf_tokenizer, 6)
     with pytest.raises(VocabularyError, match="do not belong together"):
         UnifiedModel(lm, SingleAdapter((4,), 8, 16), torch.randn(6, 4), vocabulary)
+
+
+def test_every_parameter_is_of_one_part_and_parts_freeze_or_rest(tiny) -> None:
+    model, v = tiny.model, tiny.vocabulary
+    part_of = model.parts()
+    names = {name: part_of[id(parameter)] for name, parameter in model.named_parameters()}
+    assert {name for name, part in names.items() if part == "new_rows"} == {
+        "lm.model.embed_tokens.weight",
+        "lm.lm_head.weight",
+    }
+    assert all((part == "adapter") == name.startswith("adapter.") for name, part in names.items())
+    assert model.rate_parts() == {}
+    model.freeze(["new_rows"])
+    model.split_rates()
+    ids = torch.tensor([[v.boi, v.first_visual, v.first_visual + 3, v.eoi]])
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    for resting in (["backbone"], []):
+        model.rest(resting)
+        model.zero_grad()
+        model(batch)[0].backward()
+        for name, parameter in model.named_parameters():
+            if names[name] == "new_rows":
+                assert parameter.grad is None
+            else:
+                assert bool(parameter.grad.any()) == (names[name] not in resting), name

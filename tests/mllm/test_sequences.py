@@ -5,13 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from smalti.errors import ConfigError, VocabularyError
 from smalti.mllm.losses import IGNORE
 from smalti.mllm.model import visible_mask
-from smalti.mllm.sequences import SequenceBuilder, best_fit, caption_of, collate, questions_of
+from smalti.mllm.sequences import SequenceBuilder, caption_of, collate, questions_of
 from smalti.schema import Mixture
 
 CODES = np.array([3, 0, 23, 7], dtype=np.int32)
@@ -249,15 +247,6 @@ def place_of(batch: dict[str, torch.Tensor], sequence) -> tuple[int, int]:
                 assert batch["labels"][row, places].tolist() == sequence.labels.tolist()
                 return row, int(places[0])
     raise AssertionError("a sequence is lost")
-
-
-@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60))
-def test_best_fit_keeps_every_sequence_and_no_row_is_overfull(lengths: list[int]) -> None:
-    rows = best_fit(lengths, max(lengths))
-    assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
-    filled = [sum(lengths[index] for index in row) for row in rows]
-    assert max(filled) <= max(lengths)
-    assert all(a + b > max(lengths) for n, a in enumerate(filled) for b in filled[n + 1 :])
 
 
 def test_a_segment_does_not_follow_from_the_one_before(tiny) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.pool import Pool
 from pathlib import Path
 
 import pytest
@@ -53,10 +56,84 @@ def set_and_step(folder: Path) -> dict[str, dict[int, torch.Tensor]]:
     return found
 
 
+@dataclass(frozen=True)
+class Codes:
+    """The language model's view of a visual tokenizer: random vectors of one part."""
+
+    num_codes: int = 12
+    embed_splits: tuple[int, ...] = (6,)
+
+    def code_vectors(self) -> torch.Tensor:
+        return torch.randn(self.num_codes, 6, generator=torch.Generator().manual_seed(0))
+
+
+def rest_and_wake() -> dict[int, list[dict[str, set[str]]]]:
+    """ZeRO stage → for each of four steps by the rates of a staged schedule, how far each part moved: "still", "moved".
+    In the process of `set_and_step`, after it. The last entry is a step after a checkpoint was loaded."""
+    import tempfile
+
+    from smalti.mllm.bpe import train_bpe
+    from smalti.mllm.build import build_unified
+    from smalti.schema import LanguageModel, MllmSection, MllmStage, PartRates, Train
+    from smalti.workflows.train import engines
+
+    size = LanguageModel(hidden_size=16, layers=1, heads=2, kv_heads=2, intermediate_size=32, text_vocab_size=270)
+    first = MllmStage(from_step=0, freeze=["backbone", "new_rows"])
+    section = MllmSection(
+        config=size,
+        adapter="single",
+        lr=PartRates(adapter=2.0, backbone=0.5),
+        stages=[first, MllmStage(from_step=2)],
+        train=Train(steps=9, batch_size=2, lr=0.01, weight_decay=0.1),
+    )
+    moves: dict[int, list[dict[str, set[str]]]] = {}
+
+    def step(number: int, model, engine) -> dict[str, set[str]]:
+        before = engines.full_weights(engine, on_this_rank=True)
+        rates = section.rates_at(number)
+        engines.set_factors(engine, rates)
+        model.rest([part for part, rate in rates.items() if not rate])
+        engines.set_learning_rate(engine, 0.01)
+        v = model.vocabulary
+        ids = torch.tensor([[v.boi, v.first_visual, v.first_visual + 3, v.eoi, 40, 41]] * 2)
+        engine.backward(engine({"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)})[0])
+        engine.step()
+        after, part_of = engines.full_weights(engine, on_this_rank=True), model.parts()
+        found: dict[str, set[str]] = {}
+        for name, parameter in model.named_parameters():
+            moved = "still" if torch.equal(before[name], after[name]) else "moved"
+            if not name.endswith("k_proj.bias"):  # whose gradient is 0 but for rounding
+                found.setdefault(part_of[id(parameter)], set()).add(moved)
+        return found
+
+    def make(stage: int):
+        model = build_unified(section, train_bpe(["a b"], 270), Codes())
+        model.split_rates()
+        train = section.train.model_copy(update={"zero_stage": stage})
+        return model, engines.build_engine(
+            model, train, lr=0.01, zero_stage=stage, world_size=1, device=torch.device("cpu")
+        )
+
+    for stage in range(4):
+        model, engine = make(stage)
+        moves[stage] = [step(number, model, engine) for number in range(4)]
+        with tempfile.TemporaryDirectory() as folder:
+            engine.save_checkpoint(folder, tag="x")
+            model, engine = make(stage)
+            engine.load_checkpoint(folder, tag="x")
+        moves[stage].append(step(4, model, engine))
+    return moves
+
+
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict[str, dict[int, torch.Tensor]]:
+def process() -> Iterator[Pool]:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(set_and_step, (tmp_path_factory.mktemp("engines"),))
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def found(process, tmp_path_factory) -> dict[str, dict[int, torch.Tensor]]:
+    return process.apply(set_and_step, (tmp_path_factory.mktemp("engines"),))
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -70,3 +147,12 @@ def test_a_set_parameter_has_its_value_and_no_moments(found) -> None:
     moved = (found[PLACES[0]][0][:6] - torch.arange(6.0)).abs()
     torch.testing.assert_close(moved, torch.full((6,), 0.1), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(found[PLACES[1]][0], found[PLACES[2]][0])
+
+
+def test_parts_rest_and_wake_by_the_schedule_under_every_zero_stage(process, found) -> None:
+    """Two steps of the adapter alone, then all; a resting part does not even decay, and a checkpoint keeps the groups."""
+    still, moved = {"still"}, {"moved"}
+    for stage, steps in process.apply(rest_and_wake).items():
+        for number, parts in enumerate(steps):
+            expected = moved if number >= 2 else still
+            assert parts == {"adapter": moved, "backbone": expected, "new_rows": expected}, (stage, number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from smalti.config import load_recipe
 from smalti.errors import ConfigError
 from smalti.mllm.losses import LossHead
 from smalti.schema import Train
+from smalti.workflows.train.engines import set_factors, set_learning_rate
 from smalti.workflows.train.optimizers import build_optimizer, hidden_matrices
 
 MUON = Train(optimizer="muon", lr=0.01, weight_decay=0.1, betas=(0.9, 0.95))
@@ -102,3 +104,23 @@ def test_the_rate_of_every_group_follows_the_schedule() -> None:
 def test_muon_with_cut_up_matrices_is_refused_with_the_recipe() -> None:
     with pytest.raises(ConfigError, match="zero_stage=2"):
         load_recipe("recipes/semhitok-quickstart.yaml", ["mllm.train.optimizer=muon", "mllm.train.zero_stage=2"])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_parts_have_groups_and_rates_of_their_own(optimizer: str) -> None:
+    model = small()
+    model.rate_parts = lambda: {
+        id(p): "new_rows" if name.startswith(("embed", "head")) else "backbone" for name, p in model.named_parameters()
+    }
+    made = build_optimizer(model, MUON.model_copy(update={"optimizer": optimizer}), 0.01, torch.device("cpu"))
+    parts = [group["part"] for group in made.param_groups]
+    assert set(parts) == {"new_rows", "backbone"}
+    assert sum(len(group["params"]) for group in made.param_groups) == len(list(model.parameters()))
+    engine = SimpleNamespace(optimizer=made)
+    set_factors(engine, {"new_rows": 0.0, "backbone": 0.5})
+    set_learning_rate(engine, 0.1)
+    assert [group["lr"] for group in made.param_groups] == [0.05 if part == "backbone" else 0.0 for part in parts]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    after = grown(model, made, range(2))
+    for name, old in before.items():
+        assert torch.equal(old, after[name]) == name.startswith(("embed", "head")), name

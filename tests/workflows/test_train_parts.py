@@ -17,7 +17,7 @@ from PIL import Image
 
 from smalti import shards
 from smalti.errors import ConfigError, DataError
-from smalti.schema import Mixture, MllmSection, MllmStage, Resources, Train
+from smalti.schema import Mixture, MllmSection, MllmStage, PartRates, Resources, Train
 from smalti.workflows.encoder import prompts_of
 from smalti.workflows.mllm import check, read_texts
 from smalti.workflows.train.collectives import Collectives
@@ -260,6 +260,42 @@ def test_stages_of_the_language_model_name_their_steps() -> None:
     for steps in ([6, 2], [2, 2], [10]):
         with pytest.raises(ValueError, match=r"rising steps below train\.steps=10"):
             MllmSection(train=train, stages=[MllmStage(from_step=step) for step in steps])
+
+
+def test_rates_of_the_parts_follow_the_stages() -> None:
+    section = MllmSection(
+        lr=PartRates(adapter=50, backbone=0.5),
+        freeze=["new_rows"],
+        stages=[
+            MllmStage(from_step=0, freeze=["backbone"]),
+            MllmStage(from_step=4, freeze=[], lr=PartRates()),
+            MllmStage(from_step=6, answer_loss_weight=2),
+        ],
+        train=Train(steps=10),
+    )
+    found = [section.rates_at(step) for step in (0, 3, 4, 6)]
+    assert found == [
+        {"new_rows": 0.0, "adapter": 50.0, "backbone": 0.0},
+        {"new_rows": 0.0, "adapter": 50.0, "backbone": 0.0},
+        {"new_rows": 0.0, "adapter": 1.0, "backbone": 1.0},
+        {"new_rows": 0.0, "adapter": 50.0, "backbone": 0.5},
+    ]
+    assert section.has_part_rates
+    assert not MllmSection(freeze=["backbone"]).has_part_rates and not MllmSection().has_part_rates
+
+
+def test_memory_settings_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="zero_stage is 0"):
+        Train(offload="cpu")
+    with pytest.raises(ValueError, match="offload_path"):
+        Train(offload="nvme", zero_stage=3)
+    train = Train(offload="nvme", zero_stage=3, offload_path="/nvme")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match=r"train\.offload=nvme: no CUDA device"):
+            deepspeed_config(train, 1)
+    found = deepspeed_config(Train(offload="cpu", zero_stage=3), 1)["zero_optimization"]
+    assert found["offload_optimizer"]["device"] == found["offload_param"]["device"] == "cpu"
+    assert "offload_param" not in deepspeed_config(Train(offload="cpu", zero_stage=2), 1)["zero_optimization"]
 
 
 def test_a_mixture_that_cannot_be_trained_is_refused_at_once() -> None:

@@ -240,6 +240,12 @@ def results(place, tmp_path_factory) -> dict[str, tuple[Path, dict[str, float]]]
     more["adaptive-zero2"] = (task, settings, train.model_copy(update={"zero_stage": 2}))
     task, settings, train = plain["mllm"]
     more["mllm-micro"] = (task, settings, train.model_copy(update={"micro_batch_size": 1}))
+    packed = {"section": settings["section"].model_copy(update={"packing": True})}
+    more["mllm-packed"] = (task, settings | packed, train)
+    spared = {"activation_checkpointing": True, "offload": "cpu"}
+    for name, stage in (("mllm", 3), ("pixel", 2)):
+        task, settings, train = plain[name]
+        more[f"{name}-spared"] = (task, settings, train.model_copy(update=spared | {"zero_stage": stage}))
     folder = tmp_path_factory.mktemp("runs")
     with ensure_ray(Recipe(resources=Resources(workers=2))):
         return {
@@ -295,6 +301,20 @@ def test_an_adaptive_gan_and_codebooks_from_the_first_step_come_to_the_same_unde
 
 def test_accumulation_of_unequal_token_counts_comes_to_the_same(results) -> None:
     assert distance(results["one"][0] / "mllm", results["two"][0] / "mllm-micro") < 2e-5
+
+
+@pytest.mark.parametrize("name", ["mllm", "pixel"])
+def test_offload_and_activations_computed_again_come_to_the_same(results, name) -> None:
+    one, two = (history(results[n][0] / folder) for n, folder in (("one", name), ("two", f"{name}-spared")))
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], abs=1e-5)
+    assert distance(results["one"][0] / name, results["two"][0] / f"{name}-spared") < 2e-5
+
+
+def test_packed_rows_on_two_workers_come_to_what_one_does_without(results) -> None:
+    """Which samples a step holds does not depend on packing or on the number of workers, and neither does their loss."""
+    assert distance(results["one"][0] / "mllm", results["two"][0] / "mllm-packed") < 2e-5
+    one, two = (history(results[n][0] / name) for n, name in (("one", "mllm"), ("two", "mllm-packed")))
+    assert [row["loss_image"] for row in two] == pytest.approx([row["loss_image"] for row in one], abs=1e-5)
 
 
 def test_all_ranks_end_alike(results) -> None:

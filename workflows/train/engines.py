@@ -10,7 +10,7 @@ import math
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from smalti.errors import ConfigError
+from smalti.workflows.train.memory import offload, spare_memory
 from smalti.workflows.train.optimizers import build_optimizer
 
 if TYPE_CHECKING:
@@ -103,6 +104,9 @@ def deepspeed_config(train: Train, world_size: int, *, zero_stage: int | None = 
     }
     if stage == 3:
         config["zero_optimization"] |= {"stage3_gather_16bit_weights_on_model_save": False}
+    config["zero_optimization"] |= offload(train, stage)
+    if stage and train.offload == "cpu":
+        config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW updates what lies in main memory
     if train.precision == "bf16":
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     return config
@@ -112,6 +116,7 @@ def build_engine(module: nn.Module, train: Train, *, lr: float, zero_stage: int,
     """A DeepSpeed engine around `module`; weights are those of rank 0 on every rank."""
     import deepspeed
 
+    spare_memory(module, train)
     optimizer = build_optimizer(module.to(device), train, lr, device)
     config = deepspeed_config(train, world_size, zero_stage=zero_stage)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
@@ -121,7 +126,14 @@ def build_engine(module: nn.Module, train: Train, *, lr: float, zero_stage: int,
 def set_learning_rate(engine: Any, lr: float) -> None:
     """Set the rate of every group: the schedule is a function of the step, nothing of it needs saving."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("factor", 1.0)
+
+
+def set_factors(engine: Any, factors: Mapping[str, float]) -> None:
+    """Factors on the rate of the groups that stand for a part of the module; call it before `set_learning_rate`."""
+    for group in engine.optimizer.param_groups:
+        if "part" in group:
+            group["factor"] = factors[group["part"]]
 
 
 def full_weights(engine: Any, *, on_this_rank: bool) -> dict[str, torch.Tensor] | None:

@@ -7,6 +7,7 @@ looked up one by one, and vectors (biases, norms, scales) are AdamW's.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,22 +18,41 @@ from smalti.schema import Train
 
 
 def build_optimizer(module: nn.Module, train: Train, lr: float, device: torch.device) -> torch.optim.Optimizer:
-    """`train.optimizer` over the trainable parameters; weight decay on matrices only (no biases, norms or scales)."""
+    """`train.optimizer` over the trainable parameters; weight decay on matrices only (no biases, norms or scales).
+
+    A module with `rate_parts` that names any gets groups of its own for each (`group["part"]`)."""
     trained = [p for p in module.parameters() if p.requires_grad]
     if not trained:
         raise ValueError(f"{type(module).__name__} has no trainable parameter")
     hidden = hidden_matrices(module) if train.optimizer == "muon" else []
     taken = {id(p) for p in hidden}
-    others = [p for p in trained if p.ndim > 1 and id(p) not in taken]
+    others = [p for p in trained if axes(p) > 1 and id(p) not in taken]
     groups = [
         {"params": hidden, "weight_decay": train.weight_decay, "muon": True},
         {"params": others, "weight_decay": train.weight_decay, "muon": False},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0, "muon": False},
+        {"params": [p for p in trained if axes(p) <= 1], "weight_decay": 0.0, "muon": False},
     ]
-    groups = [group for group in groups if group["params"]]
+    part_of = getattr(module, "rate_parts", dict)()
+    groups = [piece for group in groups for piece in by_part(group, part_of) if piece["params"]]
     if hidden:
         return MuonAdamW(groups, lr=lr, betas=train.betas, fused=True)
     return torch.optim.AdamW(groups, lr=lr, betas=train.betas, fused=True)
+
+
+def axes(parameter: torch.Tensor) -> int:
+    """How many axes a parameter has as a whole (under ZeRO-3 it may lie in parts already)."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def by_part(group: dict[str, Any], part_of: Mapping[int, str]) -> list[dict[str, Any]]:
+    """A group cut by the parts of its parameters (`id` → part), in the order in which they are met; no parts: the group."""
+    if not part_of:
+        return [group]
+    pieces: dict[str, dict[str, Any]] = {}
+    for parameter in group["params"]:
+        part = part_of[id(parameter)]
+        pieces.setdefault(part, group | {"params": [], "part": part})["params"].append(parameter)
+    return list(pieces.values())
 
 
 def hidden_matrices(module: nn.Module) -> list[torch.Tensor]:

@@ -16,12 +16,16 @@ from transformers import AutoTokenizer
 
 from smalti import storage
 from smalti.mllm.build import build_unified, save_unified
+from smalti.mllm.lora import merge_lora
+from smalti.mllm.model import UnifiedModel
 from smalti.mllm.sequences import SequenceBuilder, TokenSequence, caption_of, collate, questions_of
 from smalti.schema import Mixture, MllmSection
 from smalti.tokenizers.loading import load_tokenizer
 from smalti.workflows.train.data import ShardRows, TokenRows
+from smalti.workflows.train.engines import deepspeed_config, set_factors
 from smalti.workflows.train.order import Order
-from smalti.workflows.train.task import Batch, Context, Metrics, Row, Source, Task
+from smalti.workflows.train.partitioned import partitioned_loading
+from smalti.workflows.train.task import Batch, Context, Metrics, Row, Source, StepReader, Task
 
 MODEL = "model"
 TEXT_TOKENIZER = "text_tokenizer"
@@ -88,7 +92,10 @@ class MllmTask(Task):
             self.hf_tokenizer = AutoTokenizer.from_pretrained(folder)
         visual = load_tokenizer(self.tokenizer_path)
         section = with_fitting_adapter(self.section, visual.embed_splits)
-        self.model = build_unified(section, self.hf_tokenizer, visual, seed=context.seed)
+        self.model = self._build(section, visual, context)
+        self.model.freeze(section.freeze)
+        if section.has_part_rates:
+            self.model.split_rates()
         self.builder = SequenceBuilder(
             self.hf_tokenizer,
             self.model.vocabulary,
@@ -104,6 +111,15 @@ class MllmTask(Task):
             self.texts = ShardRows(storage.join(self.path, TEXT), *self.text)
             self.text_order = Order(self.text[1], context.seed + 1)
 
+    def _build(self, section: MllmSection, visual: Any, context: Context) -> UnifiedModel:
+        """The model, under ZeRO-3 in parts from the start."""
+        train = context.train
+        if train.zero_stage < 3 or train.offload == "nvme":
+            return build_unified(section, self.hf_tokenizer, visual, seed=context.seed)
+        config = deepspeed_config(train, context.collectives.world_size)
+        with partitioned_loading(config, context.collectives) as matrices:
+            return build_unified(section, self.hf_tokenizer, visual, seed=context.seed, matrices=matrices)
+
     def source(self) -> Source:
         rows = UsableRows(self.tokens, self.keys, self.sizes)
         rows.mixture = self.section.whole_mixture
@@ -117,7 +133,8 @@ class MllmTask(Task):
         a row's place may go to a text, by the mixture's weight."""
         stage = self.section.stage_at(rows[0].index // self.section.train.batch_size)
         mixture = stage.mixture or self.section.mixture
-        batch = collate([self._sequence(row, mixture) for row in rows], self.model.vocabulary.pad)
+        room = self.section.max_length if self.section.packing else None
+        batch = collate([self._sequence(row, mixture) for row in rows], self.model.vocabulary.pad, room)
         weights = {"image_loss_weight": stage.image_loss_weight, "answer_loss_weight": stage.answer_loss_weight}
         return batch | {name: torch.tensor(value) for name, value in weights.items()}
 
@@ -134,6 +151,13 @@ class MllmTask(Task):
         assert kind is not None, "rows that no kind wants are left out of the source"
         return self.builder.build(kind, row.values, rng)
 
+    def begin_step(self, step: int, engines: Mapping[str, Any], read: StepReader) -> None:
+        """Rates of the parts in this step; those that rest get no gradient either."""
+        if self.section.has_part_rates:
+            rates = self.section.rates_at(step)
+            set_factors(engines["model"], rates)
+            self.model.rest([part for part, rate in rates.items() if not rate])
+
     def totals(self, batch: Batch) -> Tensor:
         """Summed weight of the labels of a micro batch: float32 (1,)."""
         return self.model.loss_weight(batch)[None]
@@ -149,8 +173,9 @@ class MllmTask(Task):
 
     def save(self, path: str, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
         """`<path>/model`, as `smalti.mllm.build.load_unified` reads it."""
+        state = merge_lora(self.model, weights["model"]) if self.section.lora else weights["model"]
         with storage.atomic_local_dir(storage.join(path, MODEL)) as folder:
-            save_unified(folder, self.model, self.hf_tokenizer, weights["model"])
+            save_unified(folder, self.model, self.hf_tokenizer, state)
         return {}
 
 

@@ -1,0 +1,58 @@
+"""Which sequences share a row of a batch: best fit into rows of bounded length, made as narrow as they can be.
+
+A row's sequences do not see each other (`smalti.mllm.model.visible_mask`) and each begins at position 0, so how they are
+packed changes the cost of a batch and nothing else: which samples a step holds stays the order's affair.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+
+
+def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
+    """Rows of at most `room` places that hold every sequence once: no more of them than best fit needs, and narrow.
+
+    A batch is as wide as its fullest row. So, with the number of rows that `room` asks for, the narrowest width is sought at
+    which best fit gets by with as many: what would be the half-empty last row is spread over all. Deterministic.
+    A length above `room` raises ValueError.
+    """
+    if not lengths:
+        return []
+    if max(lengths) > room:
+        raise ValueError(f"a sequence of {max(lengths)} does not fit a row of {room}")
+    rows = best_fit(lengths, room)
+    low, high = max(max(lengths), -(-sum(lengths) // len(rows))), room
+    while low < high:
+        middle = (low + high) // 2
+        narrower = best_fit(lengths, middle)
+        if len(narrower) <= len(rows):
+            rows, high = narrower, middle
+        else:
+            low = middle + 1
+    return rows
+
+
+def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
+    """Which sequences share a row of `room` places: the longest first, each into the fullest row that it still fits.
+
+    Every index stands in exactly one row; deterministic. A sequence that is longer than `room` gets a row of its own.
+    """
+    rows: list[list[int]] = []
+    open_rows: list[tuple[int, int]] = []  # (places left, row), sorted
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        at = bisect_left(open_rows, (lengths[index], -1))
+        if at < len(open_rows):
+            left, row = open_rows.pop(at)
+            rows[row].append(index)
+        else:
+            left, row = room, len(rows)
+            rows.append([index])
+        insort(open_rows, (left - lengths[index], row))
+    return rows
+
+
+def efficiency(rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> float:
+    """Share of a batch's places (rows × the fullest one) that hold a token."""
+    filled = [sum(lengths[index] for index in row) for row in rows]
+    return sum(filled) / (len(rows) * max(filled))

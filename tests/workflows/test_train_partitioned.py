@@ -1,0 +1,134 @@
+"""A language model born in parts under ZeRO-3 on two workers: the rows of one built whole, in bounded memory."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+CODES, WIDTH, TEXT = 60_000, 64, 290
+
+
+@dataclass(frozen=True)
+class Codes:
+    """The language model's view of a visual tokenizer: random vectors of one part."""
+
+    num_codes: int = CODES
+    embed_splits: tuple[int, ...] = (6,)
+
+    def code_vectors(self) -> torch.Tensor:
+        return torch.randn(self.num_codes, 6, generator=torch.Generator().manual_seed(0))
+
+
+def section(folder: Path):
+    from smalti.schema import MllmSection, Train
+
+    return MllmSection(
+        pretrained=str(folder / "lm"), adapter="single", train=Train(batch_size=2, zero_stage=3, lr=0.01)
+    )
+
+
+def text_tokenizer():
+    from smalti.mllm.bpe import train_bpe
+
+    return train_bpe(["a b"] * 3, TEXT)
+
+
+def batch(model, rows: int) -> dict[str, torch.Tensor]:
+    ids = torch.tensor([[model.vocabulary.boi, model.vocabulary.first_visual + 7, 40, 41]] * rows)
+    return {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def build(rank: int, folder: Path) -> None:
+    """One worker: the model in parts, what it holds, how far memory rose, and its whole weights after a step."""
+    import resource
+
+    import torch.distributed as dist
+
+    from smalti.mllm.build import build_unified
+    from smalti.workflows.train import engines
+    from smalti.workflows.train.collectives import Collectives
+    from smalti.workflows.train.partitioned import partitioned_loading
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    engines.prepare_process(False, 1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    made, tokenizer = section(folder), text_tokenizer()
+    config = engines.deepspeed_config(made.train, 2)
+    with partitioned_loading(config, Collectives()) as matrices:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        model = build_unified(made, tokenizer, Codes(), seed=3, matrices=matrices)
+        rose = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    head = model.lm.get_output_embeddings().weight
+    held = {name: p.ds_tensor.numel() for name, p in model.named_parameters() if hasattr(p, "ds_tensor")}
+    engine = engines.build_engine(model, made.train, lr=0.01, zero_stage=3, world_size=2, device=torch.device("cpu"))
+    start = engines.full_weights(engine, on_this_rank=rank == 0)
+    engine.backward(engine(batch(model, 1))[0])
+    engine.step()
+    after = engines.full_weights(engine, on_this_rank=rank == 0)
+    told = {"held": held, "head": list(head.ds_shape), "rose": rose}
+    (folder / f"told{rank}.json").write_text(json.dumps(told))
+    if start is not None and after is not None:
+        save_file({name: t.contiguous() for name, t in start.items()}, folder / "start.safetensors")
+        save_file({name: t.contiguous() for name, t in after.items()}, folder / "after.safetensors")
+    dist.barrier()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tiny published model, and what one worker and two made of it."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    root = tmp_path_factory.mktemp("partitioned")
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(text_tokenizer()) + 5, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(root / "lm")
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=build, args=(rank, root)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    return root
+
+
+def test_rows_made_in_parts_and_their_first_step_are_those_of_a_whole_model(folder: Path) -> None:
+    from smalti.mllm.build import build_unified
+    from smalti.workflows.train.optimizers import build_optimizer
+
+    made = section(folder)
+    model = build_unified(made, text_tokenizer(), Codes(), seed=3)
+    found = load_file(folder / "start.safetensors")
+    assert found.keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+    optimizer = build_optimizer(model, made.train, 0.01, torch.device("cpu"))
+    model(batch(model, 2))[0].backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), made.train.clip)
+    optimizer.step()
+    after = load_file(folder / "after.safetensors")
+    for name, parameter in model.named_parameters():
+        # Adam's first step is of full size even where the gradient is rounding noise: those places are left out
+        clear = parameter.grad.abs() > 1e-3 * parameter.grad.abs().max()
+        if not name.endswith("k_proj.bias"):  # all noise: softmax cancels it
+            torch.testing.assert_close(after[name][clear], parameter[clear], rtol=1e-5, atol=2e-5, msg=name)
+    assert not torch.equal(after["lm.lm_head.weight"], found["lm.lm_head.weight"])
+
+
+def test_a_worker_holds_its_part_and_never_the_whole_head(folder: Path) -> None:
+    told = [json.loads((folder / f"told{rank}.json").read_text()) for rank in range(2)]
+    rows, width = told[0]["head"]
+    assert rows > CODES and width == WIDTH
+    for worker in told:
+        assert worker["held"]["lm.lm_head.weight"] == -(-rows * width // 2)
+        assert worker["rose"] < 0.9 * rows * width * 4
