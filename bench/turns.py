@@ -40,12 +40,18 @@ def peak_bytes(work: Callable[[], Any]) -> int:
     return found
 
 
-def _peak(work: Callable[[], Any], sender: Any) -> None:
+def rise_bytes(work: Callable[[], Any]) -> int:
+    """As `peak_bytes`, in this process."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts anew from here
     before = _status("VmRSS")
     kept = work()
-    sender.send(_status("VmHWM") - before)
+    rise = _status("VmHWM") - before
     del kept
+    return rise
+
+
+def _peak(work: Callable[[], Any], sender: Any) -> None:
+    sender.send(rise_bytes(work))
 
 
 def _status(name: str) -> int:

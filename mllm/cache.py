@@ -35,6 +35,7 @@ class ReservedLayer(CacheLayerMixin):
         """Append keys and values (R, H, L, D); all that are held so far, as views."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
         start, self.length = self.length, self.length + key_states.shape[2]
         self.keys[:, :, start : self.length] = key_states
         self.values[:, :, start : self.length] = value_states

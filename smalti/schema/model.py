@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 from pydantic import Field, model_validator
 
-from smalti.schema.base import Fraction, NonNegative, Positive, Rate, Section, Train, Weight
+from smalti.schema.base import Fraction, NonNegative, Positive, Section, Train, Weight
 
 
 class LanguageModel(Section):
@@ -48,7 +48,7 @@ class Lora(Section):
     """Low-rank updates in place of a trained backbone (peft); merged when the model is saved."""
 
     rank: Positive = 16
-    alpha: Rate = 32.0
+    alpha: Positive = Field(32, description="updates are scaled by alpha / rank")
     dropout: Fraction = 0.0
     targets: list[str] = Field(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],

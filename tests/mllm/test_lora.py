@@ -9,7 +9,7 @@ from smalti.errors import ConfigError
 from smalti.mllm.lora import add_lora, merge_lora
 from smalti.schema import Lora
 
-LORA = Lora(rank=3, alpha=12.0, targets=["q_proj", "v_proj", "down_proj"])
+LORA = Lora(rank=3, alpha=12, targets=["q_proj", "v_proj", "down_proj"])
 
 
 def logits(tiny) -> torch.Tensor:

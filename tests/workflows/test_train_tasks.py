@@ -20,6 +20,7 @@ from smalti.schema import (
     EncoderTrain,
     Gan,
     LanguageModel,
+    Lora,
     Loss,
     Mixture,
     MllmSection,
@@ -242,6 +243,8 @@ def results(place, tmp_path_factory) -> dict[str, tuple[Path, dict[str, float]]]
     more["mllm-micro"] = (task, settings, train.model_copy(update={"micro_batch_size": 1}))
     packed = {"section": settings["section"].model_copy(update={"packing": True})}
     more["mllm-packed"] = (task, settings | packed, train)
+    low_rank = {"section": settings["section"].model_copy(update={"lora": Lora(rank=2), "freeze": ["new_rows"]})}
+    more["mllm-lora"] = (task, settings | low_rank, train.model_copy(update={"zero_stage": 3}))
     spared = {"activation_checkpointing": True, "offload": "cpu"}
     for name, stage in (("mllm", 3), ("pixel", 2)):
         task, settings, train = plain[name]
@@ -387,3 +390,16 @@ def test_the_results_load_as_what_they_are(results) -> None:
     AutoTokenizer.from_pretrained(folder / "encoder" / "model")
     model, _ = load_unified(str(folder / "mllm-zero3" / "model"))
     assert model.vocabulary.num_codes == K * M
+
+
+def test_low_rank_updates_end_as_plain_weights_beside_rows_that_never_moved(results) -> None:
+    from smalti.mllm.build import load_unified
+
+    model, _ = load_unified(str(results["two"][0] / "mllm-lora" / "model"))
+    full, _ = load_unified(str(results["two"][0] / "mllm-zero3" / "model"))
+    found, other = model.state_dict(), full.state_dict()
+    assert found.keys() == other.keys()
+    losses = [row["loss"] for row in history(results["two"][0] / "mllm-lora")]
+    assert losses[-1] < losses[0]
+    moved = {name for name in found if not torch.equal(found[name], other[name])}
+    assert {"lm.lm_head.weight", "lm.model.layers.0.self_attn.q_proj.weight"} <= moved

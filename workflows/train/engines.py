@@ -129,7 +129,7 @@ def set_learning_rate(engine: Any, lr: float) -> None:
         group["lr"] = lr * group.get("factor", 1.0)
 
 
-def set_factors(engine: Any, factors: Mapping[str, float]) -> None:
+def set_factors(engine: Any, factors: Mapping[Any, float]) -> None:
     """Factors on the rate of the groups that stand for a part of the module; call it before `set_learning_rate`."""
     for group in engine.optimizer.param_groups:
         if "part" in group:

@@ -32,7 +32,7 @@ def build_optimizer(module: nn.Module, train: Train, lr: float, device: torch.de
         {"params": others, "weight_decay": train.weight_decay, "muon": False},
         {"params": [p for p in trained if axes(p) <= 1], "weight_decay": 0.0, "muon": False},
     ]
-    part_of = getattr(module, "rate_parts", dict)()
+    part_of: Mapping[int, str] = getattr(module, "rate_parts", dict)()
     groups = [piece for group in groups for piece in by_part(group, part_of) if piece["params"]]
     if hidden:
         return MuonAdamW(groups, lr=lr, betas=train.betas, fused=True)

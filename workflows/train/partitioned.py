@@ -9,7 +9,7 @@ Axes: V rows, n rows of a range, H width; P numbers of this rank's part.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -83,7 +83,7 @@ class Partitioned:
             return WholeRows(parameter)
         return PartRows(parameter, self.collectives, self.init.local_device)
 
-    def shape(self, parameter: Any) -> Sequence[int]:
+    def shape(self, parameter: Any) -> tuple[int, ...]:
         return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
     def empty(self, like: nn.Parameter, total: int) -> nn.Parameter:
