@@ -47,7 +47,7 @@ def main() -> None:
     options = argparse.ArgumentParser()
     vectors.add_options(options)
     options.add_argument("--codes", type=int, default=2_048)
-    options.add_argument("--cells", type=int, default=32)
+    options.add_argument("--cells", type=int, default=64)
     asked = options.parse_args()
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)

@@ -25,17 +25,16 @@ class TwoLevel:
 
     size: int
     coarse: int
-    iterations: int = 8
-    coarse_iterations: int = 8
+    iterations: int = 3
     polish: int = 0
     probes: int = 4
     split: Literal["proportional", "equal"] = "proportional"
-    sample: int = 16_384
+    sample: int = 8_192
 
     def train(self, x_NC: Tensor) -> CodeIndex:
         """The codes of these vectors in their cells."""
         draw = torch.Generator().manual_seed(1)
-        cells_PC = kmeans.kmeans(x_NC[: self.sample], self.coarse, self.coarse_iterations, draw)
+        cells_PC = kmeans.kmeans(x_NC[: self.sample], self.coarse, self.iterations, draw)
         home_N = kmeans.assign(x_NC, cells_PC)[0]
         sizes = torch.bincount(home_N, minlength=self.coarse).tolist()
         shares = SPLITS[self.split](self.size, sizes)

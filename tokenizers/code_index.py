@@ -72,9 +72,9 @@ class CodeIndex:
         self._order = torch.argsort(cell_of_K, stable=True)
         in_place = bool((cell_of_K.diff() >= 0).all())  # codes that lie in the order of their cells are not copied
         self._sorted = self.codes if in_place else self.codes[self._order]
-        self._half_norms = _half_norms(self.codes)
+        self._half_norms = _norms(self.codes) / 2
         self._sorted_half_norms = self._half_norms[self._order]
-        self._cell_half_norms = _half_norms(self.cells)
+        self._cell_half_norms = _norms(self.cells) / 2
         self._apart = torch.cdist(self.cells, self.cells)
         self._starts = [0, *sizes_P[full].cumsum(0).tolist()]
 
@@ -89,14 +89,14 @@ class CodeIndex:
         if dtype == torch.float32:
             for rows in _blocks(len(x_NC), block):
                 scores_N[rows], ids_N[rows] = quantizers.best_score(x_NC[rows], self.codes, self._half_norms)
-            return ids_N, _distance(x_NC, scores_N)
+            return ids_N, _distance(_norms(x_NC), scores_N)
         low_KC, low_NC = self.codes.to(dtype), x_NC.to(dtype)
         for rows in _blocks(len(x_NC), max(x_NC.shape[1] * CANDIDATES, block)):
             found_NB = _candidates(low_NC[rows], low_KC, self._half_norms)
             dots_NB = torch.einsum("nc,nbc->nb", x_NC[rows], self.codes[found_NB])
             scores_N[rows], place_N = (self._half_norms[found_NB] - dots_NB).min(-1)
             ids_N[rows] = found_NB.gather(1, place_N[:, None])[:, 0]
-        return ids_N, _distance(x_NC, scores_N)
+        return ids_N, _distance(_norms(x_NC), scores_N)
 
     def tree(self, x_NC: Tensor, num_cells: int, reach: float = 1.0) -> tuple[Tensor, Tensor]:
         """As `exact`, among the codes of the `num_cells` cells nearest to each vector (all that hold codes, if fewer).
@@ -112,19 +112,21 @@ class CodeIndex:
             return self.exact(x_NC)
         x_NC, num = x_NC.float(), min(num_cells, len(self.cells))
         ids_N, scores_N = _empty(x_NC)
+        norms_N = _norms(x_NC)
         for block in _blocks(len(x_NC), num, PAIRS):
-            probed, planes, ids_N[block], scores_N[block], near_N = self._nearest_cell(x_NC[block], num)
+            found = ids_N[block], scores_N[block]
+            probed, planes, near_N = self._nearest_cell(x_NC[block], norms_N[block], num, *found)
             rows, rank = (planes[:, 1:] <= reach * near_N[:, None]).nonzero(as_tuple=True)
-            self._score(x_NC[block], rows, probed[rows, rank + 1], ids_N[block], scores_N[block])
-        return ids_N, _distance(x_NC, scores_N)
+            self._score(x_NC[block], rows, probed[rows, rank + 1], *found)
+        return ids_N, _distance(norms_N, scores_N)
 
-    def _nearest_cell(self, x_NC: Tensor, num: int) -> tuple[Tensor, ...]:
-        """`_probe`'s two, then the best code of each vector's nearest cell, its score and how far it is."""
+    def _nearest_cell(
+        self, x_NC: Tensor, norms_N: Tensor, num: int, ids_N: Tensor, scores_N: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Search each vector's nearest cell, in place; `_probe`'s two, and how far the best code is: float32 (N,)."""
         probed, planes = self._probe(x_NC, num)
-        ids_N, scores_N = _empty(x_NC)
         self._score(x_NC, torch.arange(len(x_NC), device=x_NC.device), probed[:, 0], ids_N, scores_N)
-        near_N = (_distance(x_NC, scores_N) + ROUNDING * x_NC.square().sum(-1)).sqrt()
-        return probed, planes, ids_N, scores_N, near_N
+        return probed, planes, (_distance(norms_N, scores_N) + ROUNDING * norms_N).sqrt_()
 
     def _score(self, x_NC: Tensor, rows: Tensor, cells: Tensor, ids_N: Tensor, scores_N: Tensor) -> None:
         """Compare the vectors `rows` with the codes of `cells`, pair by pair, and keep what is better in place."""
@@ -148,7 +150,8 @@ class CodeIndex:
         cells_N = torch.ones(len(x_NC), dtype=torch.int64, device=x_NC.device)
         reach_N = torch.zeros(len(x_NC), device=x_NC.device)
         for block in _blocks(len(x_NC) if num > 1 else 0, num, PAIRS):
-            probed, planes, _, _, near_N = self._nearest_cell(x_NC[block], num)
+            mine = x_NC[block]
+            probed, planes, near_N = self._nearest_cell(mine, _norms(mine), num, *_empty(mine))
             rank_N = (probed == home_N[block, None]).int().argmax(-1)
             cells_N[block] = rank_N + 1
             reach_N[block] = planes.gather(1, rank_N[:, None])[:, 0] / near_N.clamp(min=TINY)
@@ -201,9 +204,9 @@ def _blocks(num: int, width: int, most: int | None = None) -> list[slice]:
     return [slice(at, min(num, at + rows)) for at in range(0, num, rows)]
 
 
-def _half_norms(c_KC: Tensor) -> Tensor:
-    """‖c‖²/2 of every row, without a second matrix of their size: float32 (K,)."""
-    return torch.cat([c_KC[rows].square().sum(-1) for rows in _blocks(*c_KC.shape)]) / 2
+def _norms(x_NC: Tensor) -> Tensor:
+    """‖x‖² of every row, without a second matrix of their size: float32 (N,)."""
+    return torch.linalg.vector_norm(x_NC, dim=-1).square_()
 
 
 def _empty(x_NC: Tensor) -> tuple[Tensor, Tensor]:
@@ -211,5 +214,5 @@ def _empty(x_NC: Tensor) -> tuple[Tensor, Tensor]:
     return ids_N, torch.full((len(x_NC),), math.inf, dtype=torch.float32, device=x_NC.device)
 
 
-def _distance(x_NC: Tensor, scores_N: Tensor) -> Tensor:
-    return (2 * scores_N + x_NC.square().sum(-1)).clamp_(min=0)
+def _distance(norms_N: Tensor, scores_N: Tensor) -> Tensor:
+    return (2 * scores_N + norms_N).clamp_(min=0)

@@ -17,8 +17,8 @@ from smalti.tokenizers.quantizers import search
 
 Seeding = Literal["auto", "plusplus", "random"]
 """How centroids start; `auto`: by k-means++ up to `PLUSPLUS_MAX` of them."""
-SUM_ROWS = 1 << 15
-"""Rows turned into float64 at once when sums are taken."""
+SUM_NUMBERS = 1 << 17
+"""Numbers turned into float64 at once when sums are taken: they stay in cache."""
 BLOCK_NUMBERS = 1 << 16
 """Numbers of the vectors that k-means++ compares at once: differences that stay in cache cost a ninth."""
 PLUSPLUS_MAX = 512
@@ -109,8 +109,9 @@ def lloyd_stats(x_NC: Tensor, ids_N: Tensor, num: int) -> tuple[Tensor, Tensor]:
 
 def add_up(sums_KC: Tensor, x_NC: Tensor, ids_N: Tensor) -> None:
     """Add each vector to the row of its id, in the order of the vectors: float64 (K, C), changed in place."""
-    for start in range(0, len(x_NC), SUM_ROWS):
-        part = slice(start, start + SUM_ROWS)
+    rows = max(1, SUM_NUMBERS // max(1, x_NC.shape[1])) if x_NC.device.type == "cpu" else len(x_NC)
+    for start in range(0, len(x_NC), rows):
+        part = slice(start, start + rows)
         sums_KC.index_add_(0, ids_N[part], x_NC[part].double())
 
 

@@ -58,7 +58,7 @@ def test_lloyd_never_raises_the_distortion() -> None:
 
 
 def test_statistics_of_parts_add_up_to_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SUM_ROWS", 7)
+    monkeypatch.setattr(module, "SUM_NUMBERS", 7 * 3)
     x, ids = torch.randn(101, 3, generator=seeded(0)), torch.randint(0, 8, (101,), generator=seeded(1))
     sums, counts = lloyd_stats(x, ids, 8)
     assert sums.dtype == torch.float64
