@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import socket
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -14,7 +15,7 @@ import pyarrow as pa
 from smalti import images, shards, storage
 from smalti.artifact import Artifact
 from smalti.errors import ArtifactError, ConfigError, DataError, ImageError
-from smalti.schema import FeaturesSection, Recipe, TokensSection
+from smalti.schema import FeaturesSection, Recipe, Resources, TokensSection
 from smalti.tracking import Tracker
 from smalti.workflows.ray_session import ensure_ray
 from smalti.workflows.shard_pipeline import refuse_foreign, run_shards, standing_for
@@ -69,6 +70,11 @@ def load_pixels(corpus: str, key: str, size: int, max_pixels: int, columns: list
     return table.drop_columns(["image"]), pixels
 
 
+def block_bytes(recipe: Recipe, image_size: int) -> int:
+    """What the pixels of a full shard weigh."""
+    return recipe.corpus.shard_images * image_size**2 * 3
+
+
 def batches(pixels: np.ndarray, size: int, device: Any) -> Any:
     """Pixels as the models want them: float32 (B, 3, H, W) in [-1, 1] on `device`, `size` at a time."""
     import torch
@@ -79,13 +85,20 @@ def batches(pixels: np.ndarray, size: int, device: Any) -> Any:
         yield part.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
-def actor_device(gpus: float, cpus: int) -> Any:
-    """The actor's device; on a CPU torch gets the actor's share of the cores."""
+def actor_device(resources: Resources) -> Any:
+    """The actor's device; on a CPU torch gets the actor's share of the cores. Errors: ConfigError when a GPU is asked for
+    and torch sees none."""
     import torch
 
-    if gpus:
+    if resources.gpus_per_worker and resources.device == "auto":
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                f"resources.gpus_per_worker={resources.gpus_per_worker:g}, but torch {torch.__version__} sees no GPU on "
+                f"{socket.gethostname()}. Install a torch with CUDA and a driver there, set resources.gpus_per_worker=0, or "
+                "resources.device=cpu to try the layout without GPUs."
+            )
         return torch.device("cuda")
-    torch.set_num_threads(cpus)
+    torch.set_num_threads(resources.cpus_per_worker)
     return torch.device("cpu")
 
 
@@ -153,7 +166,7 @@ class Featurizer:
 
     def __init__(self, encoder_dir: str, recipe: Recipe) -> None:
         self.encoder_dir, self.recipe = encoder_dir, recipe
-        self.device = actor_device(recipe.resources.gpus_per_worker, recipe.resources.cpus_per_worker)
+        self.device = actor_device(recipe.resources)
         with HERE.part("start"):
             encoder = open_encoder(encoder_dir, recipe.encoder.layer).to(self.device)
         self.dim: int = encoder.dim
@@ -212,7 +225,10 @@ def _body(parents: dict[str, Artifact]) -> Any:
         args = (run.path, corpus.path, encoder, recipe, model.image_size)
         del model
         with ensure_ray(recipe), shard_progress(run, corpus.counts["images"]) as (tally, update):
-            for receipt, num_images in run_shards(keys, FeatureShard, args, recipe.resources, tally=tally):
+            block = block_bytes(recipe, args[-1])
+            for receipt, num_images in run_shards(
+                keys, FeatureShard, args, recipe.resources, tally=tally, block_bytes=block
+            ):
                 update(num_images)
                 counts["images"] += num_images
                 counts["vectors"] += receipt.rows

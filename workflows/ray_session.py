@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import smalti
+from smalti.errors import ConfigError
 from smalti.progress import log
 
 if TYPE_CHECKING:
@@ -65,6 +67,26 @@ def quiet_ray_data() -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
+def want_gpus(gpus_a_worker: float) -> None:
+    """Nothing, when the session has as many GPUs as one worker wants; a line on a cluster, which may be growing.
+
+    Errors: ConfigError on a session of this machine alone, where the worker would be waited for without end.
+    """
+    import ray
+
+    found = ray.cluster_resources().get("GPU", 0)
+    if gpus_a_worker <= found:
+        return
+    told = f"resources.gpus_per_worker={gpus_a_worker:g}, and Ray knows of {found:g} GPUs"
+    if os.environ.get("RAY_ADDRESS"):
+        log(f"ray: {told}: waiting for a node that has one")
+        return
+    raise ConfigError(
+        f"{told} on this machine. Set it to 0, or RAY_ADDRESS to a cluster with GPUs; resources.device=cpu lets features and "
+        "tokens run without."
+    )
+
+
 def checkout_root() -> str | None:
     """Folder to put on a worker's path: the root of the checkout, None when smalti is an installed wheel."""
     root = Path(smalti.__file__).resolve().parent.parent
@@ -88,6 +110,7 @@ def _start_local(recipe: Recipe) -> None:
     wanted = max(resources.max_workers * resources.cpus_per_worker, resources.actors, resources.readers)
     if wanted > cores:
         log(f"ray: the recipe asks for {wanted} CPUs, this machine has {cores}; they are shared")
+    gpus = resources.gpus_per_worker * max(resources.actors, resources.workers)
     before = os.environ.get("PYTHONPATH")
     root = checkout_root()
     if root is not None:
@@ -96,6 +119,7 @@ def _start_local(recipe: Recipe) -> None:
         context = ray.init(
             address="local",
             num_cpus=max(cores, wanted),
+            num_gpus=math.ceil(gpus) if resources.device == "cpu" and gpus else None,
             include_dashboard=True,  # without it a cleaner actor logs a warning every second
             dashboard_host="127.0.0.1",
             object_store_memory=_store_bytes(),

@@ -2,7 +2,8 @@
 
 A worker's `read` loads and decodes a shard, its `work` computes and writes the result under a name that follows from
 the input's: a retry rewrites one file, and what stands is skipped. Without a GPU one actor call does both; with one,
-CPU tasks read, and the actors that hold the GPU only work. Items and receipts are small; no pixel passes the driver.
+CPU tasks read, and the actors that hold the GPU only work, as long as a decoded shard is small enough for the object store
+(`BLOCK_BYTES`). Items and receipts are small; no pixel passes the driver.
 
 A block of Ray Data is one row: the pickle of (kind, value, noted), and beside it the value's first large array, which so
 passes between actors without being copied into the pickle.
@@ -18,12 +19,15 @@ import pyarrow as pa
 
 from smalti import storage
 from smalti.errors import DataError, SmaltiError
+from smalti.progress import log
 from smalti.schema import Resources
 from smalti.shards import Receipt, list_shards, read_shard, shard_path, shard_rows
+from smalti.workflows.ray_session import want_gpus
 from smalti.workflows.shard_tally import HERE, Tally
 
 Item = TypeVar("Item")
 SHARDS_IN_FLIGHT = 2  # an actor finds its next shard waiting
+BLOCK_BYTES = 600_000_000  # 1,000 images of 384 px are 442 MB; three of each actor lie in the object store
 
 
 class ShardWorker(Protocol):
@@ -44,11 +48,13 @@ def run_shards(
     *,
     model: bool = True,
     tally: Tally | None = None,
+    block_bytes: int = 0,
 ) -> Iterator[Any]:
     """Each item's receipt, in the order of completion; what the workers noted is added to `tally` before it comes.
 
     `worker(*args)` is made once an actor. `model=True`: `resources.actors` actors, each with `cpus_per_worker` CPUs and
-    `gpus_per_worker` GPUs; False: `resources.readers` actors of one CPU. A SmaltiError of a worker is raised here as it
+    `gpus_per_worker` GPUs; False: `resources.readers` actors of one CPU. `block_bytes`: what a loaded item weighs; above
+    `BLOCK_BYTES` the actors with GPUs read for themselves. A SmaltiError of a worker is raised here as it
     was; any other exception fails the run as Ray tells it; a lost actor's shard is done again.
     """
     import ray.data
@@ -61,7 +67,14 @@ def run_shards(
     data: Any = ray.data.from_items(rows, override_num_blocks=len(rows))
     gpus = resources.gpus_per_worker if model else 0
     given: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "fn_constructor_args": (worker, args)}
-    if gpus:
+    want_gpus(gpus)
+    apart = gpus > 0 and block_bytes <= BLOCK_BYTES
+    if gpus and not apart:
+        log(
+            f"a decoded shard is {block_bytes / 1e6:,.0f} MB, more than {BLOCK_BYTES / 1e6:,.0f} MB: the GPUs' actors decode "
+            "for themselves. Smaller corpus.shard_images lets readers work ahead of them"
+        )
+    if apart:
         readers = ActorPoolStrategy(min_size=1, max_size=resources.readers, initial_size=resources.readers)
         data = data.map_batches(_Read, compute=readers, num_cpus=1, **given)
     size = resources.actors if model else resources.readers
@@ -70,7 +83,7 @@ def run_shards(
         min_size=1, max_size=size, initial_size=size, max_tasks_in_flight_per_actor=SHARDS_IN_FLIGHT
     )
     cpus = resources.cpus_per_worker if model else 1
-    step = _Work if gpus else _ReadAndWork
+    step = _Work if apart else _ReadAndWork
     data = data.map_batches(step, compute=pool, num_cpus=cpus, num_gpus=gpus, **given)
     for table in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         _, result, noted = _unpack(table)

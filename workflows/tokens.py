@@ -12,7 +12,7 @@ from smalti.artifact import Artifact
 from smalti.errors import DataError
 from smalti.schema import Recipe
 from smalti.tracking import Tracker
-from smalti.workflows.features import actor_device, as_set, batches, load_pixels, numerics
+from smalti.workflows.features import actor_device, as_set, batches, block_bytes, load_pixels, numerics
 from smalti.workflows.ray_session import ensure_ray
 from smalti.workflows.shard_pipeline import refuse_foreign, run_shards, standing_for
 from smalti.workflows.shard_tally import HERE, shard_progress
@@ -58,8 +58,7 @@ class EncodeShard:
         """Load the tokenizer onto the actor's device."""
         from smalti.tokenizers.loading import load_tokenizer
 
-        resources = self.recipe.resources
-        self.device = actor_device(resources.gpus_per_worker, resources.cpus_per_worker)
+        self.device = actor_device(self.recipe.resources)
         with HERE.part("start"):
             tokenizer = load_tokenizer(self.tokenizer_dir).to(self.device)
         self.num_codes = tokenizer.num_codes
@@ -93,7 +92,8 @@ def _body(parents: dict[str, Artifact]) -> Any:
         keys = shards.list_shards(corpus.path)
         refuse_foreign(run.path, keys)
         with ensure_ray(recipe), shard_progress(run, corpus.counts["images"]) as (tally, update):
-            for receipt in run_shards(keys, EncodeShard, args, recipe.resources, tally=tally):
+            block = block_bytes(recipe, args[-1])
+            for receipt in run_shards(keys, EncodeShard, args, recipe.resources, tally=tally, block_bytes=block):
                 update(receipt.rows)
                 counts["images"] += receipt.rows
                 counts[receipt.key.split("/")[0]] += receipt.rows

@@ -22,6 +22,9 @@ class Resources(Section):
     cpus_per_worker: Positive = 1
     actors: Positive = Field(1, description="model actors of features and tokens")
     readers: Positive = Field(1, description="CPU tasks that read and decode")
+    device: Literal["auto", "cpu"] = Field(
+        "auto", description="of features and tokens; cpu: although gpus_per_worker is set, to try a layout without GPUs"
+    )
 
     @field_validator("workers")
     @classmethod

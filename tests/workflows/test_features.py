@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
-from smalti import shards, storage
-from smalti.errors import ArtifactError
+from smalti import images, shards, storage
+from smalti.errors import ArtifactError, ConfigError
 from smalti.mllm.bpe import train_bpe
-from smalti.schema import EncoderSection, EncoderTrain, Recipe
+from smalti.schema import EncoderSection, EncoderTrain, Recipe, Resources
 from smalti.tokenizers.encoders import VisionEncoder
 from smalti.tokenizers.siglip import build_siglip
 from smalti.workflows.encoder import encoder_path
 from smalti.workflows.encoder import run as run_encoder
-from smalti.workflows.features import FeatureShard, open_encoder
+from smalti.workflows.features import FeatureShard, Featurizer, actor_device, open_encoder
 from smalti.workflows.sources.generated import draw
 
 
@@ -87,3 +89,32 @@ def test_a_restart_keeps_what_stands_and_makes_again_what_is_torn_or_of_other_im
     corpus_shard(corpus, "new", 2)
     assert worker.work(worker.read(key))[1] == 2
     assert shards.read_shard(out, key).column("image_id").unique().to_pylist() == ["new0", "new1"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "close"),
+    [
+        ({"precision": "bf16"}, 0.05),
+        pytest.param({"compile": True}, 2e-3, marks=pytest.mark.skipif(not shutil.which("g++"), reason="no compiler")),
+    ],
+)
+def test_features_in_bf16_and_compiled(siglip: Path, setting: dict[str, object], close: float) -> None:
+    pixels = np.stack([images.to_pixels(draw(0, "x", index, 16)[0], 16) for index in range(6)])
+    ids = [str(index) for index in range(6)]
+    plain, other = (
+        shards.vectors(
+            Featurizer(str(siglip), Recipe.model_validate({"features": {"batch_size": 4, **given}})).rows(
+                pixels, ids, "x"
+            )
+        ).astype(np.float32)
+        for given in ({}, setting)
+    )
+    np.testing.assert_allclose(other, plain, atol=close)
+    assert (other != plain).any() == ("precision" in setting), "bf16 is another precision, compiled is the same model"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_torch_does_not_see_is_told_and_cpu_may_stand_in() -> None:
+    with pytest.raises(ConfigError, match=r"gpus_per_worker=0\.5, but torch .* sees no GPU on"):
+        actor_device(Resources(gpus_per_worker=0.5))
+    assert actor_device(Resources(gpus_per_worker=0.5, device="cpu")).type == "cpu"

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from smalti import shards
-from smalti.errors import DataError, ImageError
+from smalti.errors import ConfigError, DataError, ImageError
 from smalti.schema import Resources
 from smalti.workflows.ray_session import quiet_ray_data
 from smalti.workflows.shard_pipeline import _pack, _unpack, refuse_foreign, run_shards, standing, standing_for
@@ -78,6 +78,11 @@ def test_a_users_error_comes_as_it_was(ray_here: None, gpus: float) -> None:
 def test_a_bug_is_not_swallowed(ray_here: None) -> None:
     with pytest.raises(Exception, match="a bug"):
         results([-2], 0)
+
+
+def test_gpus_that_this_machine_has_not_are_not_waited_for(ray_here: None) -> None:
+    with pytest.raises(ConfigError, match="gpus_per_worker=2, and Ray knows of 1 GPUs on this machine"):
+        results([1], 2)
 
 
 def test_the_shard_of_a_lost_actor_is_done_again(ray_here: None, tmp_path: Path) -> None:

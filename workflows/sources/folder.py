@@ -37,7 +37,7 @@ SIDECARS = frozenset([".txt", ".json", ".jsonl", ".csv", ".md", ".yaml", ".yml",
 METADATA = ("metadata.jsonl", "metadata.csv")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One image file and what the folder says about it; `text` is the path of its caption file."""
 
