@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from smalti import storage
-from smalti.errors import DataError
+from smalti.errors import ConfigError, DataError
 from smalti.workflows.train import checkpoints
 from smalti.workflows.train.checkpoints import Checkpoints, Whole, fetched, look, newest, step_folder, to_drop
 from smalti.workflows.train.collectives import Collectives
@@ -78,6 +78,19 @@ def test_the_newest_and_the_best_are_kept(scores, best, kept) -> None:
     whole = made(*scores)
     dropped = {c.step for c in to_drop(whole, 2, best)}
     assert [c.step for c in whole if c.step not in dropped] == kept
+
+
+def test_the_best_is_told_by_a_metric_that_is_logged() -> None:
+    rows = [{"step": 4, "loss": 2.0, "psnr": 20.0}, {"step": 8, "loss": 1.5}]
+    score = lambda best, rows: Checkpoints("x", Collectives(), best=best)._score({"history": rows})  # noqa: E731
+    assert (score("loss", rows), score("max:psnr", rows), score(None, rows), score("loss", [])) == (
+        1.5,
+        20.0,
+        None,
+        None,
+    )
+    with pytest.raises(ConfigError, match=r"train.best=los names no metric .* it logs loss, psnr"):
+        score("los", rows)
 
 
 def test_dropping_leaves_what_is_being_written(place) -> None:

@@ -24,7 +24,7 @@ from smalti.workflows.train.collectives import Collectives
 from smalti.workflows.train.data import Feed, ImageRows, ShardRows, TokenRows, shard_index
 from smalti.workflows.train.elastic import fitting_workers, left_out
 from smalti.workflows.train.engines import accumulation, deepspeed_config, learning_rate
-from smalti.workflows.train.loop import Meter
+from smalti.workflows.train.meter import Meter
 from smalti.workflows.train.order import Order
 from smalti.workflows.train.pixels import RowMemory, picture_grid, to_bytes, to_unit
 from smalti.workflows.train.task import Row, seed_of
@@ -88,6 +88,23 @@ def test_meter_weighs_by_counts_and_leaves_out_what_counted_nothing() -> None:
     meter.add({"a": 3.0, "b": (torch.tensor(6.0), torch.tensor(1.0)), "c": (torch.tensor(9.0), torch.tensor(0.0))})
     assert meter.take(Collectives()) == {"a": 2.0, "b": 3.0}
     assert meter.take(Collectives()) == {}
+
+
+def test_meter_goes_on_between_two_logs() -> None:
+    alone = Collectives()
+    whole, first, second = (Meter(torch.device("cpu")) for _ in range(3))
+    for value in (1.0, 5.0, 6.0):
+        whole.add({"a": value, "b": (torch.tensor(value), torch.tensor(value))})
+    first.add({"a": 1.0, "b": (torch.tensor(1.0), torch.tensor(1.0))})
+    kept = json.loads(json.dumps(first.totals(alone)))
+    second.restore(kept, 0)
+    other = Meter(torch.device("cpu"))
+    other.restore(kept, 1)
+    assert other.totals(alone) == {"a": [0.0, 0.0], "b": [0.0, 0.0]}
+    for value in (5.0, 6.0):
+        second.add({"a": value, "b": (torch.tensor(value), torch.tensor(value))})
+    assert second.take(alone) == whole.take(alone) == {"a": 4.0, "b": 62 / 12}
+    assert first.take(alone) == {"a": 1.0, "b": 1.0}, "a checkpoint takes nothing away"
 
 
 def write(place: Path, sizes: list[int]) -> tuple[list[str], list[int]]:

@@ -217,7 +217,7 @@ def fit(root: Path, workers: int, wanted: dict[str, tuple[str, dict, Train]], ou
         run_config=RunConfig(name="all", storage_path=str(out / "ray")),
     )
     apart = trainer.fit().return_value
-    _, pictures, _ = ray.get(board.take.remote())
+    _, pictures, _, _ = ray.get(board.take.remote())
     np.savez(out / "pictures.npz", *[picture for _, _, picture in pictures])
     return apart
 

@@ -122,6 +122,7 @@ class Checkpoints:
         Returns when it stands on this worker's disk; errors of sending it are raised by the next `save` or `wait`.
         """
         self.wait()
+        score = self._score(state)
         rank, target = self.collectives.rank, storage.join(self.folder, step_folder(state["step"]))
         local = tempfile.mkdtemp(prefix="smalti-checkpoint-")
         try:
@@ -137,7 +138,7 @@ class Checkpoints:
         except BaseException:
             shutil.rmtree(local, ignore_errors=True)
             raise
-        self._sending = self._thread.submit(self._send, local, target, self._score(state))
+        self._sending = self._thread.submit(self._send, local, target, score)
 
     def wait(self) -> None:
         """Return when this worker's part of the last checkpoint is in storage; raises what went wrong on the way."""
@@ -184,9 +185,15 @@ class Checkpoints:
         return found
 
     def _score(self, state: Mapping[str, Any]) -> float | None:
-        """The last logged value of the metric that names the best checkpoint."""
-        name = (self.best or "").removeprefix("max:")
-        values = [row[name] for row in state.get("history", []) if name in row]
+        """The last logged value of the metric that names the best checkpoint; ConfigError when none has that name."""
+        rows = state.get("history", [])
+        if self.best is None or not rows:
+            return None
+        name = self.best.removeprefix("max:")
+        values = [row[name] for row in rows if name in row]
+        if not values and len(rows) > 1:  # one that is not finite is left out of a row
+            names = ", ".join(sorted({key for row in rows for key in row} - {"step"}))
+            raise ConfigError(f"train.best={self.best} names no metric that this training logs; it logs {names}.")
         return float(values[-1]) if values else None
 
     def _send(self, local: str, target: str, score: float | None) -> None:

@@ -24,6 +24,7 @@ from smalti.workflows.train import guards
 from smalti.workflows.train.checkpoints import Checkpoints
 from smalti.workflows.train.collectives import Collectives
 from smalti.workflows.train.data import Feed, ShardRows
+from smalti.workflows.train.meter import Meter
 from smalti.workflows.train.order import Order
 from smalti.workflows.train.task import Batch, Context, Metrics, Task, seed_of
 from smalti.workflows.train.throughput import Throughput
@@ -60,35 +61,6 @@ class Job:
             return self.task(**self.settings)
         module, _, name = self.task.partition(":")
         return getattr(importlib.import_module(module), name)(**self.settings)
-
-
-class Meter:
-    """Means of named numbers over micro batches, steps and workers, kept on the device until they are asked for.
-
-    A number may come as (mean, count): then means are weighed by their counts, and one that counted nothing is left out.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.sums: dict[str, Tensor] = {}
-
-    def add(self, metrics: Metrics) -> None:
-        """Add numbers; scalar tensors stay where they are."""
-        for name, value in metrics.items():
-            mean, weight = value if isinstance(value, tuple) else (value, 1.0)
-            weight = torch.as_tensor(weight, device=self.device, dtype=torch.float64).detach()
-            mean = torch.as_tensor(mean, device=self.device, dtype=torch.float64).detach()
-            pair = torch.stack([mean * weight, weight])
-            self.sums[name] = self.sums[name] + pair if name in self.sums else pair
-
-    def take(self, collectives: Collectives) -> dict[str, float]:
-        """Means over all workers since the last call; every worker must have added the same names."""
-        if not self.sums:
-            return {}
-        names = sorted(self.sums)
-        totals = collectives.all_reduce(torch.stack([self.sums[name] for name in names])).tolist()
-        self.sums = {}
-        return {name: total / weight for name, (total, weight) in zip(names, totals, strict=True) if weight}
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -274,6 +246,7 @@ class Loop:
         self.notices = notice.preempted_node_ids
         self._checkpoint(done)
         self.checkpoints.wait()
+        self.collectives.barrier()  # the files of all workers stand
         ranks = ", ".join(map(str, notice.preempted_ranks))
         self._say(f"the machine of worker(s) {ranks} is about to be taken away: saved at step {done:,}")
 
@@ -307,7 +280,8 @@ class Loop:
             self._write_history()
         if self.job.resumable and done != self.saved:
             self.saved = done
-            state = {"step": done, "history": self.history, "skips": self.skips.state_dict()}
+            state: dict[str, Any] = {"step": done, "history": self.history, "skips": self.skips.state_dict()}
+            state["meter"] = self.meter.totals(self.collectives)
             self.checkpoints.save(self.engines, self.task, state)
 
     def _resume(self) -> int:
@@ -317,6 +291,7 @@ class Loop:
             return 0
         self.history = state["history"]
         self.skips.load_state_dict(state["skips"])
+        self.meter.restore(state["meter"], self.rank)
         self.saved = int(state["step"])
         return self.saved
 
