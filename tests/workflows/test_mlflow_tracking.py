@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +96,14 @@ def test_off_and_stores_that_cannot_be(tmp_path: Path) -> None:
 
 def test_flatten() -> None:
     assert flatten({"a": {"b": 1, "c": {}}, "d": [1, 2], "e": None}) == {"a.b": 1, "d": "[1, 2]", "e": None}
+
+
+def test_system_metrics_go_into_the_run(tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
+    tracker = opened(tmp_path, store)
+    until = time.monotonic() + 60
+    with tracker.system_metrics():
+        while "system/cpu_utilization_percentage" not in tracker._client.get_run(tracker.run_id).data.metrics:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+    assert not [thread for thread in threading.enumerate() if thread.name == "SystemMetricsMonitor"]
