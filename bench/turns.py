@@ -17,10 +17,13 @@ def cpu_seconds(work: Callable[[], Any]) -> float:
     return time.process_time() - started
 
 
-def in_turns(ours: Callable[[], Any], theirs: Callable[[], Any], turns: int) -> tuple[float, float]:
-    """Medians of the CPU-seconds of both sides, after a call of each that is not counted."""
-    ours()
-    theirs()
+def in_turns(
+    ours: Callable[[], Any], theirs: Callable[[], Any], turns: int, *, warm: bool = False
+) -> tuple[float, float]:
+    """Medians of the CPU-seconds of both sides, after a call of each that is not counted, unless they are `warm`."""
+    if not warm:
+        ours()
+        theirs()
     times = [(cpu_seconds(ours), cpu_seconds(theirs)) for _ in range(turns)]
     first, second = (statistics.median(side) for side in zip(*times, strict=True))
     return first, second

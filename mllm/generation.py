@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from smalti.errors import VocabularyError
-from smalti.mllm.cache import make_cache
+from smalti.mllm.cache import as_columns, few_row_linears, make_cache
 from smalti.mllm.model import UnifiedModel
 from smalti.mllm.prompts import LINE_END, TextEncoder
 from smalti.mllm.vocabulary import VisualVocabulary
@@ -192,6 +192,7 @@ class _Decoder:
         ]  # what every later position of a row sees, and itself
         self.causal_LT = places_T[:longest, None] >= places_T
         self.compile = compile
+        self.thin = few_row_linears(self.causal_lm.base_model, len(rows)) if compile is None else []
         self.cache = make_cache(self.causal_lm.config, total, static=compile is not None)
         seen_RLT = self.seen_R1T & self.causal_LT | torch.eye(longest, total, dtype=torch.bool, device=self.device)
         positions_RL = (places_T[:longest] - self.pads_R[:, None]).clamp_min(0)
@@ -213,7 +214,8 @@ class _Decoder:
             seen_R1T = seen_R1T & (torch.arange(seen_R1T.shape[-1], device=self.device) <= self.length)
         positions_R1 = (self.length - self.pads_R)[:, None]
         self.length += 1
-        self._run(ids_R.to(self.device)[:, None], seen_R1T, positions_R1, self._stepper())
+        with as_columns(self.thin):
+            self._run(ids_R.to(self.device)[:, None], seen_R1T, positions_R1, self._stepper())
 
     def _stepper(self) -> Any:
         if self.compile is None:

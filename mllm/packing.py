@@ -1,4 +1,4 @@
-"""Which sequences share a row of a batch: best fit into rows of bounded length, made as narrow as they can be.
+"""Which sequences share a row of a batch: best fit into rows of about one length, made as narrow as they can be.
 
 A row's sequences do not see each other (`smalti.mllm.model.visible_mask`) and each begins at position 0, so how they are
 packed changes the cost of a batch and nothing else: which samples a step holds stays the order's affair.
@@ -11,22 +11,21 @@ from collections.abc import Sequence
 
 
 def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Rows of at most `room` places that hold every sequence once: no more of them than best fit needs, and narrow.
+    """As many rows of about `room` places as the sequences fill, each sequence in one of them: best fit, and narrow.
 
-    A batch is as wide as its fullest row. So, with the number of rows that `room` asks for, the narrowest width is sought at
-    which best fit gets by with as many: what would be the half-empty last row is spread over all. Deterministic.
-    A length above `room` raises ValueError.
+    A batch is as wide as its fullest row. So the narrowest width is sought at which best fit gets by with that number of rows:
+    what would be a half-empty last row is spread over all, and rows may be up to half as wide again as `room` (positions begin
+    anew with each sequence, so a wide row is no longer context). Deterministic.
     """
     if not lengths:
         return []
-    if max(lengths) > room:
-        raise ValueError(f"a sequence of {max(lengths)} does not fit a row of {room}")
-    rows = best_fit(lengths, room)
-    low, high = max(max(lengths), -(-sum(lengths) // len(rows))), room
+    num = max(1, round(sum(lengths) / room))
+    low, high = max(max(lengths), -(-sum(lengths) // num)), sum(lengths)
+    rows = [list(range(len(lengths)))]
     while low < high:
         middle = (low + high) // 2
         narrower = best_fit(lengths, middle)
-        if len(narrower) <= len(rows):
+        if len(narrower) <= num:
             rows, high = narrower, middle
         else:
             low = middle + 1

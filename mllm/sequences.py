@@ -236,7 +236,7 @@ def collate(sequences: Sequence[TokenSequence], pad: int, room: int | None = Non
     """A batch for `UnifiedModel`, right-padded to (B, L): input_ids, labels, attention_mask int64, answer_mask bool.
 
     Short sequences share a row, so B may be below their number. Rows are as long as the longest sequence (`best_fit`), or
-    with `room` up to that long (`pack`). Where a row is shared or a sequence has segments there are also position_ids,
+    with `room` about that long (`pack`). Where a row is shared or a sequence has segments there are also position_ids,
     document_ids and segment_ids int64 (padding: document −1); see `visible_mask`.
     """
     lengths = [len(sequence.ids) for sequence in sequences]

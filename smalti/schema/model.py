@@ -81,7 +81,7 @@ class MllmSection(Section):
     dense: bool = Field(True, description="predict captions, questions and codes too, not only what is asked for")
     dense_images: bool = Field(True, description="with dense: predict the codes of images to be understood as well")
     isolate_questions: bool = Field(True, description="chained questions do not see each other, only the image")
-    packing: bool = Field(False, description="fill rows of max_length with the sequences of a micro batch (best fit)")
+    packing: bool = Field(False, description="fill rows of about max_length with a micro batch's sequences (best fit)")
     attention: Literal["sdpa", "flash"] = Field(
         "sdpa",
         description="flash: flash-attention on a GPU, which skips what packed sequences do not see of each other",
