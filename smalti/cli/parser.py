@@ -91,9 +91,9 @@ GROUPS: dict[str, tuple[Command, ...]] = {
     "look around": (
         Command(
             "plan",
-            "memory, hours and bytes of a recipe's k-means at any size, on any number of devices",
+            "memory, traffic, hours and storage of a recipe on N GPUs; refuses what cannot fit",
             (
-                "smalti plan recipes/semhitok-256.yaml codebook.size=500000 codebook.coarse=1000 --gpus 8 --gpu h100",
+                "smalti plan recipes/semhitok-256.yaml --gpus 32 --gpu h100",
                 "smalti plan recipes/semhitok-quickstart.yaml",
             ),
             plan.run,
@@ -110,9 +110,10 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command(
             "doctor",
             "what this machine and cluster have, what is missing, how to mend it",
-            ("smalti doctor",),
+            ("smalti doctor", "smalti doctor recipes/semhitok-256.yaml out=s3://bucket/semhitok"),
             doctor.run,
             doctor.options,
+            {"rest": "overrides"},
         ),
     ),
 }

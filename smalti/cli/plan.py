@@ -4,49 +4,61 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 
-from smalti.artifact import Artifact
 from smalti.cli.stages import recipe_options
 from smalti.config import load_recipe
-from smalti.errors import ConfigError
-
-VECTORS, WIDTH = 150_000_000, 1152  # UniCode2: 558K images through SigLIP-so400m
+from smalti.errors import ConfigError, SmaltiError
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     recipe_options(parser, smoke=False)
-    parser.add_argument("--gpus", metavar="N", type=int, help="devices that share the work (default: 1, or all cores)")
+    parser.add_argument(
+        "--gpus", metavar="N", type=int, help="devices that share the work (default: resources.workers, or all cores)"
+    )
     parser.add_argument(
         "--gpu",
         metavar="NAME",
         default="cpu",
-        help="a100, h100 or h200 at assumed rates; cpu: cores as fast as this machine's, measured now (default)",
+        help="a100, h100, h200 or v100 at assumed rates; cpu: cores as fast as this machine's, measured now (default)",
     )
     parser.add_argument(
-        "--vectors", metavar="N", type=float,
-        help=f"feature vectors; default: those of the recipe's features where they stand, else {VECTORS:,}",
+        "--images", metavar="N", type=float,
+        help="images of the corpus; default: those of the corpus where it stands, else what the longest stage sees once",
     )  # fmt: skip
-    parser.add_argument("--width", metavar="C", type=int, help=f"numbers a vector; default: likewise, else {WIDTH}")
+    parser.add_argument(
+        "--vectors", metavar="N", type=float,
+        help="feature vectors of the codebook; default: of the recipe's features where they stand, else images x patches",
+    )  # fmt: skip
+    parser.add_argument("--width", metavar="C", type=int, help="numbers a vector; default: likewise")
+    parser.add_argument(
+        "--length", metavar="L", type=int,
+        help="mean tokens of a sequence of the language model, for hours; default: mllm.max_length, an upper bound",
+    )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the plan; ConfigError where something cannot fit."""
+    """Print the plan. ConfigError (exit 2): what cannot be planned; SmaltiError (exit 1): what cannot fit, and the mend."""
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    if (
-        (arguments.gpus is not None and arguments.gpus < 1)
-        or (arguments.vectors or 1) < 1
-        or (arguments.width or 1) < 1
-    ):
-        raise ConfigError("--gpus, --vectors and --width take numbers of at least 1")
-    from smalti.workflows.plan import plan_codebook
+    wrong = [f"--{name}" for name in ("gpus", "images", "vectors", "width", "length") if _below_one(arguments, name)]
+    if wrong:
+        raise ConfigError(f"{', '.join(wrong)}: expected a number of at least 1")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing is computed: DeepSpeed need not look for a device
     from smalti.workflows.plan.base import cpu_rates, gpu_rates
-    from smalti.workflows.stage import stage_path
+    from smalti.workflows.plan.recipe import RecipePlan
 
-    features = Artifact.find(stage_path(recipe, "features"))
-    vectors = int(arguments.vectors or (features.counts.get("train", VECTORS) if features else VECTORS))
-    width = arguments.width or (features.counts.get("dim", WIDTH) if features else WIDTH)
     cpu = arguments.gpu == "cpu"
-    rates = cpu_rates(width) if cpu else gpu_rates(arguments.gpu)
-    plan = plan_codebook(recipe.codebook, vectors, width, rates, arguments.gpus or (os.cpu_count() if cpu else 1) or 1)
-    print("\n".join(plan.lines()))
-    plan.check()
+    rates = cpu_rates(arguments.width or 1152) if cpu else gpu_rates(arguments.gpu)
+    num = arguments.gpus or ((os.cpu_count() or 1) if cpu else recipe.resources.workers)
+    vectors = int(arguments.vectors) if arguments.vectors else None
+    plan = RecipePlan(recipe, rates, num, vectors, arguments.width, arguments.length, images=int(arguments.images or 0))
+    for line in plan.lines():
+        print(line)
+    sys.stdout.flush()
+    if plan.refusals:
+        raise SmaltiError("cannot fit:\n  " + "\n  ".join(plan.refusals))
+
+
+def _below_one(arguments: argparse.Namespace, name: str) -> bool:
+    value = getattr(arguments, name)
+    return value is not None and value < 1

@@ -1,4 +1,4 @@
-"""What a stage would cost at another size and on other machines, before it runs: a file a stage, its formulas printed."""
+"""What a recipe would cost at another size and on other machines, before it runs; its formulas printed."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -19,23 +19,54 @@ from smalti.workflows.clustering import Chunk
 
 ASSUMED_FRACTION = 0.45  # of the bf16 peak, the goal of code assignment on a GPU
 ASSUMED_READ = 1e9  # bytes a second and GPU from the store
-GPUS = {  # bf16 peak without sparsity in FLOP/s, memory in bytes: the makers' data sheets
-    "a100": (312e12, 80e9),
-    "h100": (989e12, 80e9),
-    "h200": (989e12, 141e9),
+ASSUMED_TRAINING = 0.40  # of the peaks in training
+GPUS_A_NODE = 8
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A data sheet: peaks without sparsity in FLOP/s, bytes, bytes a second each way between the GPUs of a node, and of a
+    node's network (in the cloud machines that are rented with it)."""
+
+    bf16: float
+    tf32: float
+    fp32: float
+    memory: float
+    inside: float
+    network: float
+
+
+GPUS = {
+    "a100": Gpu(312e12, 156e12, 19.5e12, 80e9, 300e9, 50e9),
+    "h100": Gpu(989e12, 495e12, 67e12, 80e9, 450e9, 400e9),
+    "h200": Gpu(989e12, 495e12, 67e12, 141e9, 450e9, 400e9),
+    "v100": Gpu(15.7e12, 15.7e12, 15.7e12, 32e9, 150e9, 12.5e9),  # no bf16 units: float32's rate
 }
 MEASURE_S = 0.5
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What one device does in a second, and where the figures come from."""
+    """What one device does in a second, and where the figures come from. `peaks`: FLOP/s in training by precision,
+    where they are not `flops`; `inside` and `network`: bytes a second within a node and of a node (0: not counted)."""
 
     device: str
     flops: float
     read: float
     memory: float
     origin: str
+    peaks: Mapping[str, float] = field(default_factory=dict)
+    inside: float = 0.0
+    network: float = 0.0
+
+    def training(self, precision: str) -> float:
+        """FLOP/s of a training step in this precision."""
+        return self.peaks.get(precision, self.flops)
+
+    def wire(self, num: int) -> float:
+        """Bytes a second at which `num` devices pass data around a ring: the slowest link counts."""
+        rate = self.inside if num <= GPUS_A_NODE else self.network
+        return rate or float("inf")
 
 
 @dataclass(frozen=True)
@@ -71,14 +102,15 @@ class Plan:
     def seconds(self) -> float:
         return sum(phase.seconds(self.rates, self.num)[0] for phase in self.phases)
 
-    def check(self) -> None:
-        """ConfigError when a process needs more memory than a device has."""
+    def refusal(self) -> str | None:
+        """Why it cannot fit, and the mend; None when every process has the memory that it needs."""
         for who, size, formula, mend in self.memory:
             if size > self.rates.memory:
-                raise ConfigError(
+                return (
                     f"{self.title}: {who} needs {size / 1e9:,.1f} GB ({formula}), and {self.rates.device} has "
                     f"{self.rates.memory / 1e9:,.1f} GB. {mend}"
                 )
+        return None
 
     def lines(self) -> list[str]:
         """The plan as text, a line each."""
@@ -112,9 +144,12 @@ def gpu_rates(name: str) -> Rates:
     """Assumed rates of a GPU. ConfigError: one that is not in the list."""
     if name not in GPUS:
         raise ConfigError(f"--gpu {name} is not known; there are {', '.join(GPUS)} and cpu (measured on this machine)")
-    peak, memory = GPUS[name]
-    origin = f"ASSUMED, {ASSUMED_FRACTION:.0%} of the bf16 peak {peak / 1e12:.0f} TFLOP/s and {ASSUMED_READ / 1e9:g} GB/s of the store"
-    return Rates(name, ASSUMED_FRACTION * peak, ASSUMED_READ, memory, origin)
+    gpu = GPUS[name]
+    kind = "float32 peak (it has no bf16 units)," if gpu.bf16 == gpu.fp32 else "bf16 peak"
+    origin = f"ASSUMED, {ASSUMED_FRACTION:.0%} of the {kind} {gpu.bf16 / 1e12:.0f} TFLOP/s and {ASSUMED_READ / 1e9:g} GB/s of the store"
+    peaks = {key: ASSUMED_TRAINING * getattr(gpu, key) for key in ("bf16", "tf32", "fp32")}
+    flops = ASSUMED_FRACTION * gpu.bf16
+    return Rates(name, flops, ASSUMED_READ, gpu.memory, origin, peaks, gpu.inside, gpu.network)
 
 
 def cpu_rates(width: int) -> Rates:

@@ -1,0 +1,210 @@
+"""The plan of trained stages: against memory measured on real tensors, DeepSpeed's engines and estimators, and by hand."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from smalti.cli import main
+from smalti.config import load_recipe
+from smalti.schema import LanguageModel, MllmSection, Recipe, Train
+from smalti.workflows.plan import Rates
+from smalti.workflows.plan.base import gpu_rates
+from smalti.workflows.plan.configs import language_config, vision_config
+from smalti.workflows.plan.models import Model, models_of
+from smalti.workflows.plan.training import BUCKET, Setting, TrainPlan, Trial, states
+
+SMALL = [
+    "encoder.train.layers=2", "encoder.train.train.precision=bf16", "tokenizer.pixel.loss.gan.weight=0.5",
+    "tokenizer.pixel.loss.gan.start_step=0", "tokenizer.pixel.loss.gan.channels=16", "tokenizer.pixel.loss.perceptual.kind=encoder",
+    "mllm.train.precision=bf16", "mllm.config.layers=2", "mllm.max_length=128", "mllm.loss_chunk=64",
+]  # fmt: skip
+BATCH, ROOT = 4, Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    return load_recipe("semhitok-quickstart", SMALL)
+
+
+@pytest.fixture(scope="module")
+def trials(recipe: Recipe) -> dict[str, Trial]:
+    return {model.name: Trial(model) for model in models_of(recipe)}
+
+
+@pytest.fixture(scope="module")
+def measured(recipe: Recipe) -> dict[str, Any]:
+    """What bench/real_steps.py measures of each stage."""
+    sys.path.insert(0, str(ROOT))
+    from bench.real_steps import measure
+
+    return dict(measure(recipe, BATCH))
+
+
+@pytest.mark.parametrize("name", ["encoder", "semantic", "pixel", "mllm"])
+def test_memory_is_what_real_tensors_take(name: str, trials: dict[str, Trial], measured: dict[str, Any]) -> None:
+    stays, passing, _ = measured[name]
+    planned = trials[name].memory(Setting(1, BATCH, 0))
+    assert planned["states"] + planned["frozen"] == pytest.approx(stays, rel=0.02)
+    assert planned["activations"] + planned["logits"] == pytest.approx(passing, rel=0.15)
+
+
+def engine_bytes(folder: str) -> dict[int, int]:
+    """ZeRO stage → bytes of all tensors of a process that trains a small model in an engine of this stage."""
+    import torch.distributed as dist
+
+    from smalti.workflows.train import engines
+
+    engines.prepare_process(False, 1)
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    found = {}
+    for stage in range(4):
+        module = nn.Sequential(nn.Linear(500, 1000), nn.Linear(1000, 500))
+        train = Train(steps=9, batch_size=1, zero_stage=stage)
+        engine = engines.build_engine(
+            module, train, lr=1e-3, zero_stage=stage, world_size=1, device=torch.device("cpu")
+        )
+        for _ in range(2):
+            engine.backward(engine(torch.randn(4, 500)).square().mean())
+            engine.step()
+        engine.backward(engine(torch.randn(4, 500)).square().mean())
+        alive = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors()}
+        found[stage] = sum(size for size in alive.values() if size < 4 * BUCKET)
+        engine.destroy()
+        del engine, module
+        gc.collect()
+    return found
+
+
+def _tensors() -> list[Tensor]:
+    found = [item for item in gc.get_objects() if isinstance(item, Tensor)]
+    return found + [item.grad for item in found if item.is_leaf and item.grad is not None]
+
+
+def test_states_are_what_the_engines_hold(tmp_path: Path) -> None:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        found = pool.apply(engine_bytes, (str(tmp_path),))
+    parameters = 500 * 1000 * 2 + 1500
+    for stage, held in found.items():
+        assert held == pytest.approx(states(parameters, stage, 1), rel=0.1), f"ZeRO-{stage}"
+
+
+def test_states_against_deepspeeds_estimators() -> None:
+    """They take 16-bit weights beside float32 copies. Ours are float32: 2 bytes more a weight wherever it lies, and under
+    ZeRO-2 no second gradient of 16 bits (2 bytes a parameter, shared out), nor under ZeRO-3."""
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as zero3
+    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as zero2
+
+    parameters, largest = 8_000_000_000, 1_000_000_000
+    for gpus, nodes in ((8, 1), (8, 4), (8, 16)):
+        num = gpus * nodes
+        _, theirs = zero2(parameters, gpus, nodes, cpu_offload=False)
+        assert states(parameters, 2, num) == pytest.approx(theirs + 2 * parameters - 2 * parameters / num, rel=1e-6)
+        _, theirs, gathered = zero3(parameters, largest, gpus, nodes, cpu_offload=False, cpu_offload_params=False)
+        assert states(parameters, 3, num) == pytest.approx(theirs - gathered + 2 * parameters / num, rel=1e-6)
+
+
+def language_model(**train: Any) -> Model:
+    """The language model alone, on meta: width 64, 2 layers."""
+    size = LanguageModel(hidden_size=64, layers=2, heads=2, kv_heads=2, intermediate_size=128, text_vocab_size=300)
+    section = MllmSection(config=size, max_length=32, loss_chunk=8, train=Train(**train))
+    return list(models_of(load_recipe("semhitok-quickstart", []).model_copy(update={"mllm": section})))[-1]
+
+
+def test_traffic_steps_and_hours_by_hand() -> None:
+    """8 of a device that does 1 TFLOP/s, over links of 1 GB/s: ZeRO-3 gathers twice and reduces once a micro batch."""
+    model = language_model(steps=100, batch_size=32, micro_batch_size=2, zero_stage=3)
+    rates = Rates("box", 1e12, 1e9, 16e9, "stated", inside=1e9, network=0.5e9)
+    plan = TrainPlan(Trial(model), rates, 8)
+    parameters = model.parameters("model")
+    assert plan.setting == Setting(8, 2, 3)
+    assert plan.traffic == pytest.approx(3 * 4 * parameters * 2 * 7 / 8), "two micro batches of float32"
+    compute = sum(plan.trial.flops.values()) * 32 / 8 / 1e12
+    assert plan.step_seconds == (pytest.approx(max(compute, plan.traffic / 1e9)), "traffic")
+    assert plan.hours == pytest.approx(100 * plan.traffic / 1e9 / 3600)
+    assert plan.checkpoint == 16 * parameters
+    two_nodes = TrainPlan(plan.trial, rates, 16)
+    assert two_nodes.step_seconds[0] == pytest.approx(3 * 4 * parameters * 15 / 16 / 0.5e9)
+    half = replace(plan, fill=0.5)
+    assert half.flops == plan.flops / 2
+    per_token = plan.trial.flops["fp32"] / 32
+    assert per_token == pytest.approx(
+        6 * (parameters - model.modules["model"].lm.model.embed_tokens.weight.numel()), rel=0.2
+    )  # type: ignore[union-attr]
+
+
+def test_what_cannot_fit_names_the_smallest_change_that_does() -> None:
+    model = language_model(steps=9, batch_size=32, micro_batch_size=4)
+    trial = Trial(model)
+    box = Rates("box", 1e12, 1e9, 16e9, "stated")
+    needed = sum(trial.memory(Setting(4, 2, 0)).values())
+    plan = TrainPlan(trial, replace(box, memory=needed / 0.92 + 1), 4)
+    refusal = plan.refusal() or ""
+    assert re.search(
+        r"mllm needs .* on each box, of .*activations .*With mllm\.train\.micro_batch_size=2 it is", refusal
+    )
+    assert plan.fits(Setting(4, 2, 0)) and not plan.fits(plan.setting)
+    assert TrainPlan(trial, box, 4).refusal() is None
+    hopeless = TrainPlan(trial, replace(box, memory=1e5), 4).refusal() or ""
+    assert "Nothing that is tried here makes it fit" in hopeless
+
+
+@pytest.mark.parametrize(("name", "billions"), [("Qwen/Qwen2.5-0.5B", 0.494), ("Qwen/Qwen2.5-7B-Instruct", 7.616)])
+def test_sizes_of_public_language_models(name: str, billions: float) -> None:
+    """Their model cards say 0.49B and 7.61B; the tests run without the hub, so the table speaks."""
+    from transformers import AutoModelForCausalLM
+
+    config, tokens, origin = language_config(name)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config)
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=5e-4)
+    assert tokens == 151_665
+    assert "table of public models" in origin
+
+
+def test_sizes_of_public_encoders() -> None:
+    config, origin = vision_config("google/siglip-so400m-patch14-384")
+    assert (config.hidden_size, config.image_size // config.patch_size, config.num_hidden_layers) == (1152, 27, 27)
+    assert "table of public models" in origin
+    with pytest.raises(Exception, match=r"encoder\.pretrained=acme/none: its config cannot be read from the hub"):
+        vision_config("acme/none")
+
+
+def test_a_gpu_without_bf16_is_planned_at_its_float32_rate() -> None:
+    assert gpu_rates("v100").training("bf16") == gpu_rates("v100").training("fp32")
+    assert gpu_rates("h100").training("bf16") > 10 * gpu_rates("h100").training("fp32")
+
+
+def test_the_command_prints_every_stage_and_refuses_what_cannot_fit(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    asked = ["plan", "semhitok-quickstart", f"out={tmp_path}", *SMALL, "--gpu", "a100", "--gpus", "2"]
+    asked += [
+        "codebook.size=500000",
+        "codebook.coarse=1000",
+        "--vectors",
+        "150e6",
+        "--width",
+        "1152",
+        "--length",
+        "100",
+    ]
+    assert main([*asked, "mllm.train.batch_size=65536", "mllm.train.micro_batch_size=32768"]) == 1
+    seen = capsys.readouterr()
+    for part in ("encoder:", "semantic:", "pixel:", "mllm:", "storage:", "states a GPU", "GPU-hours", "ASSUMED"):
+        assert part in seen.out
+    assert "N = 150,000,000 vectors x C = 1,152 -> K = 500,000 codes in P = 1,000 cells" in seen.out
+    assert re.search(r"cannot fit:\n  mllm needs .*With mllm\.train\.optimizer=adamw and .*, and fits\.", seen.err)
+    assert main([*asked, "--gpus", "0"]) == 2
+    assert "--gpus: expected a number of at least 1" in capsys.readouterr().err

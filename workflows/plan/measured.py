@@ -1,0 +1,30 @@
+"""What benchmarks measured of stages, beside what was planned for them: the newest entry of `bench/results`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import smalti
+
+RESULTS = Path(smalti.__file__).resolve().parents[1] / "bench" / "results"
+GOAL = "plan"
+
+
+def measurements(folder: Path = RESULTS) -> dict[str, str]:
+    """Stage → how the measured memory and time of a small model of its kind stood to the plan; empty without results.
+
+    Results are what `python -m bench` writes; the entry with goal `plan` holds {"stages": {name: {"memory", "seconds"}}}.
+    """
+    found: dict[str, str] = {}
+    for path in sorted(folder.glob("*.json")) if folder.is_dir() else []:
+        for entry in json.loads(path.read_text()):
+            if isinstance(entry, dict) and entry.get("goal") == GOAL:
+                where = f"small model, {path.stem[:10]}, {entry.get('machine', 'unknown machine')}"
+                found |= {name: _text(ratios, where) for name, ratios in entry["stages"].items()}
+    return found
+
+
+def _text(ratios: dict[str, float], where: str) -> str:
+    told = [f"{what} {ratio:.2f}" for what, ratio in ratios.items()]
+    return f"{' and '.join(told)} times the plan ({where})"

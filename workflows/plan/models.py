@@ -1,0 +1,277 @@
+"""The models that a recipe trains, on the meta device, each with one micro batch of its step for `trace`.
+
+Axis letters: B samples, N patches, L positions, C feature width, V head rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModelForCausalLM, SiglipVisionModel
+
+from smalti.mllm.adapters import ADAPTERS
+from smalti.mllm.build import _qwen2_config
+from smalti.mllm.model import UnifiedModel, fit_shapes, visible_mask
+from smalti.mllm.vocabulary import DELIMITERS, VisualVocabulary
+from smalti.schema import Loss, Recipe, Train
+from smalti.tokenizers.encoders import VisionEncoder
+from smalti.tokenizers.losses import PixelLoss, build_perceptual, discriminator_loss, distill_loss
+from smalti.tokenizers.lpips import LPIPS
+from smalti.tokenizers.patchgan import PatchGAN
+from smalti.tokenizers.semhitok import PixelTokenizer, SemanticTokenizer
+from smalti.tokenizers.siglip import ContrastiveModel, build_siglip, siglip_loss
+from smalti.workflows.plan.configs import language_config, vision_config
+from smalti.workflows.plan.trace import Backward, fake
+from smalti.workflows.train.optimizers import hidden_matrices
+
+Autocast = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Head:
+    """An output head whose loss is made in chunks of positions: rows, width, positions of a sample, chunk."""
+
+    rows: int
+    width: int
+    length: int
+    chunk: int
+
+
+@dataclass(frozen=True)
+class Model:
+    """One trained stage. `modules` holds everything on the GPU, `engines` names what is trained and its ZeRO stage;
+    `step(num, backward, autocast)` is a micro batch of `num` samples. `blocks`: layers that activation checkpointing
+    would cut the engine `model` into."""
+
+    name: str
+    section: str
+    what: str
+    train: Train
+    modules: nn.ModuleDict
+    engines: dict[str, int]
+    step: Callable[[int, Backward, Autocast], None]
+    blocks: int
+    origin: str = ""
+    head: Head | None = None
+    pixels: int = 0
+    parts: dict[str, float] = field(default_factory=dict)
+
+    def parameters(self, engine: str | None = None) -> int:
+        """Parameters of an engine that are trained; without a name all that lie on the GPU (frozen ones too)."""
+        if engine is None:
+            return sum(p.numel() for p in self.modules.parameters())
+        return sum(p.numel() for p in self.modules[engine].parameters() if p.requires_grad)
+
+    def muon(self, engine: str) -> int:
+        """Parameters with one moment instead of AdamW's two."""
+        if self.train.optimizer != "muon":
+            return 0
+        return sum(weight.numel() for weight in hidden_matrices(self.modules[engine]))
+
+    @property
+    def frozen(self) -> int:
+        """Parameters that lie there and are not trained, and numbers in buffers."""
+        trained = sum(self.parameters(engine) for engine in self.engines)
+        return self.parameters() - trained + sum(b.numel() for b in self.modules.buffers())
+
+    @property
+    def largest(self) -> int:
+        """Parameters of the largest single module, which ZeRO-3 gathers whole."""
+        own = (sum(p.numel() for p in m.parameters(recurse=False)) for m in self.modules["model"].modules())
+        return max(own)
+
+
+def models_of(recipe: Recipe) -> Iterator[Model]:
+    """Every stage of the recipe that trains, in order. ConfigError: an encoder or a model that cannot be had."""
+    encoder, origin = encoder_of(recipe)
+    if recipe.encoder.train is not None:
+        yield _encoder(recipe)
+    if recipe.tokenizer.guidance:
+        yield _semantic(recipe, encoder, origin)
+    yield _pixels(recipe, encoder, origin, decoder=False)
+    if recipe.tokenizer.decoder is not None:
+        yield _pixels(recipe, encoder, origin, decoder=True)
+    if recipe.mllm.pretrained or recipe.mllm.config:
+        yield _mllm(recipe, encoder.grid)
+
+
+def encoder_of(recipe: Recipe) -> tuple[VisionEncoder, str]:
+    """The frozen encoder on the meta device, and where its sizes come from."""
+    section = recipe.encoder
+    with torch.device("meta"):
+        if section.train is not None:
+            size = recipe.corpus.image_size
+            siglip = build_siglip(section.train, size, section.train.text_vocab_size, 0, 1)
+            own: Any = siglip.config.vision_config
+            return VisionEncoder(SiglipVisionModel(own), section.layer), ""
+        config, origin = vision_config(section.pretrained or "")
+        return VisionEncoder(SiglipVisionModel(config), section.layer), origin
+
+
+def _pixels_of(num: int, size: int) -> torch.Tensor:
+    return fake(num, 3, size, size)
+
+
+def _encoder(recipe: Recipe) -> Model:
+    section = recipe.encoder.train
+    assert section is not None
+    size = recipe.corpus.image_size
+    with torch.device("meta"):
+        model = ContrastiveModel(build_siglip(section, size, section.text_vocab_size, 0, 1))
+
+    def step(num: int, backward: Backward, autocast: Autocast) -> None:
+        ids_BL = fake(num, section.text_length, dtype=torch.int64)  # all texts differ: the most that can be
+        with autocast():
+            images = model.model.vision_model(pixel_values=_pixels_of(num, size)).pooler_output
+            texts = model.model.text_model(input_ids=ids_BL).pooler_output
+            images_BE, texts_BE = F.normalize(images.float(), dim=-1), F.normalize(texts.float(), dim=-1)
+            same = fake(num, num, dtype=torch.bool)
+            loss = siglip_loss(images_BE, texts_BE, model.model.logit_scale, model.model.logit_bias, same)
+        backward(loss)
+
+    return Model(
+        "encoder", "encoder.train.train", "SigLIP, vision and text", section.train, nn.ModuleDict({"model": model}),
+        {"model": section.train.zero_stage}, step, section.layers + section.text_layers, pixels=size,
+    )  # fmt: skip
+
+
+def _semantic(recipe: Recipe, encoder: VisionEncoder, origin: str) -> Model:
+    stage = recipe.tokenizer.semantic
+    with torch.device("meta"):
+        model = SemanticTokenizer(encoder.dim, stage, recipe.codebook.size, encoder.grid)
+    model.quantizer.eval()  # statistics of the codes are left out: K · width numbers
+
+    def step(num: int, backward: Backward, autocast: Autocast) -> None:
+        with torch.no_grad():
+            features_BNC = encoder(_pixels_of(num, encoder.image_size))
+        with autocast():
+            quantized = model.quantizer(model.project(features_BNC))
+            loss = distill_loss(model.reconstruct(quantized.q), features_BNC, stage.distill) + quantized.loss
+        backward(loss)
+
+    modules = nn.ModuleDict({"model": model, "encoder": encoder})
+    return Model(
+        "semantic", "tokenizer.semantic.train", "semantic codebook on the frozen encoder", stage.train, modules,
+        {"model": stage.train.zero_stage}, step, stage.decoder_layers, origin, pixels=encoder.image_size,
+    )  # fmt: skip
+
+
+def _pixels(recipe: Recipe, encoder: VisionEncoder, origin: str, *, decoder: bool) -> Model:
+    """Stage P, or stage D with `decoder`."""
+    section, size = recipe.tokenizer, encoder.image_size
+    stage = section.decoder if decoder else section.pixel
+    assert stage is not None
+    guided, loss = section.guidance, stage.loss
+    codes = torch.ones(recipe.codebook.size, section.semantic.dim) if guided else None
+    with torch.device("meta"):
+        model = PixelTokenizer(
+            section.pixel, codes, size, encoder.grid, recipe.codebook.size * section.pixel.codes
+        )  # fmt: skip
+        if decoder:
+            model.replace_decoder(stage.decoder)
+        perceptual = _perceptual(loss, encoder)
+        criterion = PixelLoss(loss, perceptual)
+        critic = PatchGAN(loss.gan.channels, loss.gan.layers) if loss.gan.weight else None
+    modules = nn.ModuleDict({"model": model.to("meta"), "criterion": criterion})
+    uses_encoder = guided or loss.perceptual.kind == "encoder"
+    if guided:
+        with torch.device("meta"):
+            modules["semantic"] = SemanticTokenizer(encoder.dim, section.semantic, recipe.codebook.size, encoder.grid)
+        modules["semantic"].eval().requires_grad_(False)
+    if uses_encoder:
+        modules["encoder"] = encoder
+    engines = {"model": stage.train.zero_stage}
+    if critic is not None:
+        modules["discriminator"], engines = critic, engines | {"discriminator": 0}
+
+    def step(num: int, backward: Backward, autocast: Autocast) -> None:
+        pixels_BCHW, ids_BN = _pixels_of(num, size), None
+        if guided:
+            with torch.no_grad():
+                ids_BN = modules["semantic"].encode(encoder(pixels_BCHW))  # type: ignore[operator]
+        with autocast():
+            out = model(pixels_BCHW, ids_BN)
+        total, _ = criterion(
+            out.pixels, pixels_BCHW, discriminator=critic, last_layer=model.last_layer, step=loss.gan.start_step
+        )
+        if not decoder:
+            total = total + section.pixel.vq_weight * out.vq_loss
+        if out.semantic_only is not None and not decoder:
+            total = total + criterion(out.semantic_only, pixels_BCHW)[0]
+        backward(total)
+        if critic is not None:
+            with autocast():
+                critic_loss, _ = discriminator_loss(critic, out.pixels.detach(), pixels_BCHW)
+            backward(critic_loss)
+
+    blocks = stage.decoder.layers + (0 if decoder else section.pixel.encoder.layers)
+    what = "larger pixel decoder, all else frozen" if decoder else "pixel encoder, sub-codebooks and decoder"
+    name = "decoder" if decoder else "pixel"
+    return Model(
+        name, f"tokenizer.{name}.train", what, stage.train, modules, engines, step, blocks,
+        origin if uses_encoder else "", pixels=size,
+    )  # fmt: skip
+
+
+def _perceptual(loss: Loss, encoder: VisionEncoder) -> nn.Module | None:
+    wanted = loss.perceptual.kind == "lpips" and loss.perceptual.weight > 0
+    return LPIPS() if wanted else build_perceptual(loss, encoder)
+
+
+class _Tokens:
+    """What the sizes of a Qwen2 need of its text tokenizer."""
+
+    bos_token_id = eos_token_id = pad_token_id = 0
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+
+def _mllm(recipe: Recipe, grid: tuple[int, int]) -> Model:
+    section, tokenizer = recipe.mllm, recipe.tokenizer
+    if section.config is not None:
+        tokens, origin = section.config.text_vocab_size, ""
+        config: Any = _qwen2_config(section.config, section.max_length, _Tokens(tokens))
+    else:
+        config, tokens, origin = language_config(section.pretrained or "")
+    num_codes = recipe.codebook.size * tokenizer.pixel.codes
+    splits = ((tokenizer.semantic.dim,) if tokenizer.guidance else ()) + (tokenizer.pixel.dim,)
+    first = tokens + len(DELIMITERS)
+    vocabulary = VisualVocabulary(tokens, first, num_codes, tokens, tokens + 1, tokens + 2, tokens + 3, 0, 0, None)
+    with torch.device("meta"):
+        lm: Any = AutoModelForCausalLM.from_config(config)
+        fit_shapes(lm, vocabulary)
+        width = lm.get_input_embeddings().embedding_dim
+        kind = ADAPTERS["single" if len(splits) == 1 else section.adapter]
+        adapter = kind(splits, section.adapter_hidden or width, width)
+        model = UnifiedModel(lm, adapter, torch.empty(num_codes, sum(splits)), vocabulary)
+    length = section.max_length
+
+    def step(num: int, backward: Backward, autocast: Autocast) -> None:
+        """All but the head, whose loss `Head` counts; each position a visual token, the most that can be."""
+        ids_BL = fake(num, length, dtype=torch.int64)
+        with autocast():
+            embeds_BLH = lm.get_input_embeddings()(ids_BL)
+            vectors_BLH = adapter(model.code_vectors_VC[ids_BL]).to(embeds_BLH.dtype)
+            embeds_BLH = torch.where(fake(num, length, 1, dtype=torch.bool), vectors_BLH, embeds_BLH)
+            mask = visible_mask(ids_BL, ids_BL, embeds_BLH.dtype)
+            hidden = model.backbone(
+                inputs_embeds=embeds_BLH, attention_mask=mask, position_ids=ids_BL, use_cache=False
+            ).last_hidden_state
+        backward(hidden.float().sum())
+
+    rows = lm.get_output_embeddings().out_features
+    return Model(
+        "mllm", "mllm.train", f"language model over {rows:,} tokens", section.train, nn.ModuleDict({"model": model}),
+        {"model": section.train.zero_stage}, step, int(config.get_text_config().num_hidden_layers), origin,
+        Head(rows, width, length, section.loss_chunk),
+    )  # fmt: skip

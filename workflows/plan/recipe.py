@@ -1,0 +1,185 @@
+"""The plan of a whole recipe: its data stages, its codebook, every stage that trains, and what all of it stores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from smalti.artifact import Artifact
+from smalti.errors import ConfigError
+from smalti.schema import Recipe
+from smalti.workflows.plan.base import Plan, Rates, size_text
+from smalti.workflows.plan.codebook import plan_codebook
+from smalti.workflows.plan.measured import measurements
+from smalti.workflows.plan.models import Model, encoder_of, models_of
+from smalti.workflows.plan.trace import fake, trace
+from smalti.workflows.plan.training import TrainPlan, Trial, lines
+from smalti.workflows.stage import stage_path
+
+ASSUMED_IMAGE_BYTES = 100_000  # an encoded image of the corpus
+CODE_BYTES, HALF, SINGLE = 4, 2, 4
+
+
+@dataclass
+class RecipePlan:
+    """What a recipe costs on `num` devices at these rates.
+
+    vectors, width: of the codebook, where features do not follow from the recipe. length: mean tokens of a sequence of
+    the language model. `refusals` is filled by `lines`.
+    """
+
+    recipe: Recipe
+    rates: Rates
+    num: int
+    vectors: int | None = None
+    width: int | None = None
+    length: int | None = None
+    images: int = 0
+    refusals: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        recipe = self.recipe
+        if not recipe.encoder.pretrained and recipe.encoder.train is None:
+            raise ConfigError(
+                "No encoder is set, and every size follows from it. Set encoder.pretrained or encoder.train."
+            )
+        self.encoder, self.origin = encoder_of(recipe)
+        self.models = list(models_of(recipe))
+        self.corpus = Artifact.find(stage_path(recipe, "corpus"))
+        self.images = self.images or self._images()
+
+    def _images(self) -> int:
+        """Those of the corpus that stands, else what the longest stage over images sees once."""
+        if self.corpus is not None and self.corpus.counts.get("images"):
+            return self.corpus.counts["images"]
+        return max(m.train.steps * m.train.batch_size for m in self.models if m.pixels)
+
+    @property
+    def patches(self) -> int:
+        """Of an image: tokens too."""
+        return math.prod(self.encoder.grid)
+
+    @property
+    def kept(self) -> int:
+        """Patches of an image among the features."""
+        patches = self.recipe.features.patches
+        return self.patches if patches == "all" else min(patches, self.patches)
+
+    @cached_property
+    def trained(self) -> list[TrainPlan]:
+        fill = 1.0 if self.length is None else min(1.0, self.length / self.recipe.mllm.max_length)
+        return [TrainPlan(Trial(m), self.rates, self.num, fill if m.head else 1.0) for m in self.models]
+
+    @cached_property
+    def codebook(self) -> Plan | None:
+        """k-means over the features; None without guidance."""
+        if not self.recipe.tokenizer.guidance:
+            return None
+        features = Artifact.find(stage_path(self.recipe, "features"))
+        counts = features.counts if features else {}
+        vectors = int(self.vectors or counts.get("train") or self.images * self.kept)
+        width = self.width or counts.get("dim") or self.encoder.dim
+        return plan_codebook(self.recipe.codebook, vectors, width, self.rates, self.num)
+
+    def lines(self) -> Iterator[str]:
+        """The plan as text, stage by stage; `refusals` names what cannot fit."""
+        yield f"{self.recipe.name} on {self.num} x {self.rates.device}: {self.images:,} images of {self.patches} patches"
+        yield f"  {self.rates.origin}{self._training_rates()}"
+        yield from (
+            f"  {origin}" for origin in dict.fromkeys([self.origin, *(m.origin for m in self.models)]) if origin
+        )
+        yield from ["", *self._data_lines()]
+        if self.codebook is not None:
+            yield from ["", *self.codebook.lines()]
+            self._refuse(self.codebook.refusal())
+        known = measurements()
+        for plan in self.trained:
+            name = plan.model.name
+            yield from ["", *lines(plan, [known[name]] if name in known else [])]
+            if plan.fill < 1:
+                yield f"  {'':<15} hours at a mean of {self.length:,} tokens a sequence; memory at {self.recipe.mllm.max_length:,}"
+            elif plan.model.head:
+                yield f"  {'':<15} hours are an upper bound: every sequence taken as {self.recipe.mllm.max_length:,} tokens (--length)"
+            self._refuse(plan.refusal())
+        yield from ["", *self._storage_lines(), "", self._total()]
+
+    def _refuse(self, refusal: str | None) -> None:
+        if refusal is not None:
+            self.refusals.append(refusal)
+
+    def _training_rates(self) -> str:
+        if not self.rates.peaks:
+            return ""
+        rates = ", ".join(f"{name} {self.rates.training(name) / 1e12:.3g}" for name in ("bf16", "tf32", "fp32"))
+        return (
+            f"\n  ASSUMED in training, TFLOP/s a GPU: {rates}; between GPUs {size_text(self.rates.inside)}/s within a "
+            f"node, {size_text(self.rates.network)}/s a node beyond"
+        )
+
+    def _data_lines(self) -> list[str]:
+        found = ["features and tokens: one look at every image, decoding left out"]
+        for name, hours in self.data_hours.items():
+            found.append(f"  {name:<15} {hours:.3g} hours, {hours * self.num:.3g} GPU-hours")
+        return found
+
+    @cached_property
+    def data_hours(self) -> dict[str, float]:
+        """Hours of the encoder over all images, and of encoder and tokenizer."""
+        pixel = next(m for m in self.models if m.name == "pixel").modules["model"]
+        modules = nn.ModuleDict({"encoder": self.encoder, "pixel": pixel})
+        guided, recipe = self.recipe.tokenizer.guidance, self.recipe
+
+        def flops(precision: str, *parts: Any) -> float:
+            def step(backward: Any, autocast: Any) -> None:
+                with torch.no_grad(), autocast():
+                    for part in parts:
+                        part(fake(1, 3, self.encoder.image_size, self.encoder.image_size))
+
+            counted = trace(modules, step, bf16=precision == "bf16").flops
+            return sum(count / self.rates.training(name) for name, count in counted.items())
+
+        encoder: Any = self.encoder
+        seconds = {"features": flops(recipe.features.precision, encoder)} if guided else {}
+        parts = [encoder, pixel.encode_vectors] if guided else [pixel.encode_vectors]
+        seconds["tokens"] = flops(recipe.tokens.precision, *parts)
+        return {name: value * self.images / self.num / 3600 for name, value in seconds.items()}
+
+    @cached_property
+    def stored(self) -> list[tuple[str, float, str]]:
+        """(what, bytes, formula)."""
+        recipe, images = self.recipe, self.images
+        found = [("corpus", float(images * ASSUMED_IMAGE_BYTES), f"{ASSUMED_IMAGE_BYTES:,} bytes an image, ASSUMED")]
+        if recipe.tokenizer.guidance:
+            size = float(HALF * images * self.kept * self.encoder.dim)
+            found.append(("features", size, f"2·{self.kept} patches·{self.encoder.dim:,} an image"))
+            cells = size if recipe.codebook.coarse > 1 else 0.0
+            found.append(
+                ("codebook", cells + SINGLE * recipe.codebook.size * self.encoder.dim, "4·K·C, and the sorted features")
+            )
+        found.append(("tokens", float(CODE_BYTES * images * self.patches), f"4·{self.patches} an image"))
+        for plan in self.trained:
+            keep, name = plan.model.train.keep + 1, plan.model.name
+            found.append(
+                (f"{name}: checkpoints", keep * plan.checkpoint, f"train.keep + 1 = {keep} while one is written")
+            )
+        return [*found, ("models", sum(map(_weights, self.models)), "4·P each")]
+
+    def _storage_lines(self) -> list[str]:
+        total = sum(size for _, size, _ in self.stored)
+        found = [f"storage: {size_text(total)}"]
+        return found + [f"  {name:<23} {size_text(size):>9}  {formula}" for name, size, formula in self.stored]
+
+    def _total(self) -> str:
+        hours = sum(plan.hours for plan in self.trained) + sum(self.data_hours.values())
+        hours += self.codebook.seconds / 3600 if self.codebook else 0.0
+        return f"in all {hours:.4g} hours, {hours * self.num:.4g} GPU-hours (corpus, export and evaluation left out)"
+
+
+def _weights(model: Model) -> float:
+    return float(SINGLE * sum(model.parameters(engine) for engine in model.engines))
