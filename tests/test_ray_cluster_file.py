@@ -46,3 +46,17 @@ def test_there_are_gpu_workers_and_cpu_workers(config: dict[str, Any]) -> None:
     assert resources["gpu_worker"]["GPU"] > 0
     assert "GPU" not in resources["cpu_worker"] and resources["cpu_worker"]["CPU"] > 0
     assert resources["head"]["CPU"] == 0
+
+
+def test_the_head_is_no_spot_machine_and_all_workers_are(config: dict[str, Any]) -> None:
+    markets = {
+        name: kind["node_config"].get("InstanceMarketOptions", {}).get("MarketType")
+        for name, kind in config["available_node_types"].items()
+    }
+    assert markets == {"head": None, "gpu_worker": "spot", "cpu_worker": "spot"}
+
+
+def test_objects_spill_to_a_disk_of_the_machine(config: dict[str, Any]) -> None:
+    for key in ("head_start_ray_commands", "worker_start_ray_commands"):
+        assert "--object-spilling-directory=/nvme/" in config[key][-1]
+    assert any("/nvme" in command and "mkfs" in command for command in config["setup_commands"])

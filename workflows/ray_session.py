@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import smalti
 from smalti.errors import ConfigError
 from smalti.progress import log
+from smalti.workflows import placement
 
 if TYPE_CHECKING:
     from smalti.schema import Recipe
@@ -29,8 +30,11 @@ STORE_MIN_BYTES, STORE_MAX_BYTES = 128 * 2**20, 16 * 2**30
 
 
 @contextmanager
-def ensure_ray(recipe: Recipe) -> Iterator[None]:
+def ensure_ray(recipe: Recipe, *, placed: bool = True) -> Iterator[None]:
     """Ray is connected inside; nested calls reuse the session, and only the call that opened it closes it.
+
+    With `placed` a session that is opened here is looked at first: ConfigError when it could never hold what the recipe's
+    `resources` ask for (Ray would wait for ever).
 
     With RAY_ADDRESS set (also inside `ray job submit`) it joins that cluster; otherwise it starts a local one with all
     the cores, and at least what `resources` asks for, so that a small machine is slow instead of waiting for ever.
@@ -46,12 +50,14 @@ def ensure_ray(recipe: Recipe) -> Iterator[None]:
         yield
         return
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env=_remote_env())
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env=remote_env())
         log(f"ray: connected to {os.environ['RAY_ADDRESS']}")
     else:
         _start_local(recipe)
     quiet_ray_data()
     try:
+        if placed:
+            placement.check(recipe)
         yield
     finally:
         ray.shutdown()
@@ -93,7 +99,7 @@ def checkout_root() -> str | None:
     return str(root) if (root / "pyproject.toml").exists() and (root / "workflows").is_dir() else None
 
 
-def _remote_env() -> dict[str, Any] | None:
+def remote_env() -> dict[str, Any] | None:
     """What workers of a cluster need to import smalti. A job brought its working directory along already."""
     root = checkout_root()
     if root is None or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):

@@ -36,11 +36,13 @@ def shrink(recipe: Recipe) -> Recipe:
 
 
 def _resources(recipe: Recipe) -> dict[str, Any]:
-    """At most two workers, with a GPU each where the recipe wants one and Ray sees as many."""
-    workers = min(recipe.resources.max_workers, 2)
-    gpus = recipe.resources.gpus_per_worker
-    if gpus and _gpus_in_sight(recipe) < workers * gpus:
-        gpus = 0
+    """At most two workers. Where the recipe wants GPUs and Ray sees one, the workers have as many as it wants (or as there
+    are), and are no more than these GPUs allow: CUDA and nccl are tried wherever they can be."""
+    workers, gpus = min(recipe.resources.max_workers, 2), recipe.resources.gpus_per_worker
+    if gpus:
+        seen = _gpus_in_sight(recipe)
+        gpus = min(gpus, seen)
+        workers = min(workers, max(1, int(seen // gpus))) if gpus else workers
     return {
         "resources.workers": workers,
         "resources.gpus_per_worker": gpus,
@@ -55,7 +57,7 @@ def _gpus_in_sight(recipe: Recipe) -> float:
     if os.environ.get("RAY_ADDRESS"):
         import ray
 
-        with ensure_ray(recipe):
+        with ensure_ray(recipe, placed=False):  # only a look: what runs is smaller
             return ray.cluster_resources().get("GPU", 0)
     import torch
 

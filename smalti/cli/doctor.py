@@ -18,8 +18,11 @@ from pathlib import Path
 from typing import Literal
 
 import smalti
+from smalti import storage
 from smalti.artifact import code_version
+from smalti.config import load_recipe
 from smalti.errors import SmaltiError
+from smalti.schema import Recipe
 
 State = Literal["ok", "note", "missing", "problem"]
 MARKS: dict[State, str] = {"ok": "ok", "note": "--", "missing": "??", "problem": "!!"}
@@ -61,15 +64,21 @@ class Check:
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--out", metavar="DIR", default="out", help="folder that runs would write to (default: %(default)s)"
+        "recipe", metavar="RECIPE", nargs="?", help="also whether the stages of this recipe can be placed"
+    )
+    parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="its keys with other values")
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder or URL that runs would write to (default: the recipe's, else out)"
     )
 
 
 def run(arguments: argparse.Namespace) -> None:
+    recipe = load_recipe(arguments.recipe, arguments.overrides) if arguments.recipe else None
+    out = arguments.out or (recipe.out if recipe else "out")
     groups: dict[str, list[Callable[[], list[Check]]]] = {
         "software": [_python, _packages, _optional_packages, _compiler],
-        "machine": [_cores, _memory, lambda: _disk(arguments.out), _gpus],
-        "cluster": [_ray],
+        "machine": [_cores, _memory, lambda: _disk(out), _gpus],
+        "cluster": [lambda: _ray(out, recipe)],
         "data": [_data],
     }
     found: list[Check] = []
@@ -156,13 +165,13 @@ def _memory() -> list[Check]:
     memory = psutil.virtual_memory()
     limit = _cgroup_limit()
     total = min(memory.total, limit) if limit else memory.total
-    text = f"{_gib(total)}, {_gib(min(memory.available, total))} free"
+    text = f"{gib(total)}, {gib(min(memory.available, total))} free"
     if total < MIN_MEMORY_BYTES:
         return [Check("memory", "missing", text, "the quickstart wants 4 GiB; expect the kernel to stop it")]
     shared = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0
     small = shared < 128 * 2**20
     mend = "Ray keeps objects there: give the container --shm-size=1g or more" if small else ""
-    return [Check("memory", "ok", text), Check("/dev/shm", "missing" if small else "ok", f"{_gib(shared)} free", mend)]
+    return [Check("memory", "ok", text), Check("/dev/shm", "missing" if small else "ok", f"{gib(shared)} free", mend)]
 
 
 def _cgroup_limit() -> int | None:
@@ -178,17 +187,20 @@ def _cgroup_limit() -> int | None:
 
 def _disk(out: str) -> list[Check]:
     """Room and the right to write where runs would put their output."""
+    if not storage.is_local(out):
+        return _remote(out)
+    out = storage.local_path(out)
     folder = Path(out).expanduser().absolute()
     while not folder.is_dir():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    checks = [Check("disk", "ok", f"{_gib(free)} free for {out}")]
+    checks = [Check("disk", "ok", f"{gib(free)} free for {out}")]
     if free < MIN_DISK_BYTES:
         checks = [
             Check(
                 "disk",
                 "missing",
-                f"{_gib(free)} free for {out}",
+                f"{gib(free)} free for {out}",
                 "free some space: a quickstart needs about 1 GiB, Ray more",
             )
         ]
@@ -204,6 +216,17 @@ def _disk(out: str) -> list[Check]:
     return checks
 
 
+def _remote(out: str) -> list[Check]:
+    """The right to write into an object store."""
+    probe = storage.join(out, f".smalti-doctor-{os.getpid()}")
+    try:
+        storage.write_atomic(probe, b"")
+        storage.remove(probe)
+    except SmaltiError as error:
+        return [Check("writing", "problem", str(error).splitlines()[0], "mend the credentials, or set another `out`")]
+    return [Check("writing", "ok", f"{out} can be written to")]
+
+
 def _gpus() -> list[Check]:
     """GPUs as torch sees them, and as the driver does when torch cannot use them."""
     try:
@@ -213,7 +236,7 @@ def _gpus() -> list[Check]:
     driver = shutil.which("nvidia-smi") is not None
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-        text = ", ".join(f"{item.name} ({_gib(item.total_memory)})" for item in names)
+        text = ", ".join(f"{item.name} ({gib(item.total_memory)})" for item in names)
         return [Check("GPUs", "ok", f"{len(names)}: {text}")]
     if driver:
         mend = "torch is a CPU build or the driver is too old: pip install --force-reinstall torch -c requirements.lock"
@@ -221,7 +244,7 @@ def _gpus() -> list[Check]:
     return [Check("GPUs", "note", "none: everything runs on the CPU, at small sizes")]
 
 
-def _ray() -> list[Check]:
+def _ray(out: str = "out", recipe: Recipe | None = None) -> list[Check]:
     """The cluster that a run would join; without one a local session is started by the run itself."""
     address = os.environ.get("RAY_ADDRESS")
     mode = os.environ.get("RAY_AUTH_MODE", "")
@@ -241,21 +264,29 @@ def _ray() -> list[Check]:
         checks.append(
             Check("ray", "note", "RAY_ADDRESS is not set: a run starts a local session of its own and stops it")
         )
-        return checks
+        from smalti.cli.doctor_cluster import local_room
+
+        return checks if recipe is None else [*checks, *local_room(recipe)]
     if any(item.state == "problem" for item in checks):
         return checks
-    return [*checks, _reach(address, mode)]
+    return [*checks, *_reach(address, mode, out, recipe)]
 
 
-def _reach(address: str, mode: str) -> Check:
+def _reach(address: str, mode: str, out: str, recipe: Recipe | None) -> list[Check]:
+    """The cluster, and what a task on each of its nodes finds."""
     import ray
+
+    from smalti.cli.doctor_cluster import cluster_checks
+    from smalti.workflows.ray_session import remote_env
 
     here = ray.is_initialized()
     try:
         if not here:
-            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, runtime_env=remote_env())
         nodes = [node for node in ray.nodes() if node["Alive"]]
         total = ray.cluster_resources()
+        text = f"{address}: {len(nodes)} nodes, {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs"
+        return [Check("ray", "ok", text), _token(mode), *cluster_checks(out, recipe)]
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         mend = (
@@ -263,12 +294,17 @@ def _reach(address: str, mode: str) -> Check:
             if mode != "token"
             else "`ray status`"
         )
-        return Check("ray", "problem", f"{address} cannot be reached ({reason})", mend)
+        return [Check("ray", "problem", f"{address} cannot be reached ({reason})", mend)]
     finally:
         if not here and ray.is_initialized():
             ray.shutdown()
-    text = f"{address}: {len(nodes)} nodes, {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs"
-    return Check("ray", "ok", text + (", with token" if mode == "token" else ""))
+
+
+def _token(mode: str) -> Check:
+    if mode == "token":
+        return Check("ray token", "ok", "this client shows its token")
+    mend = "whoever reaches its ports runs code there: RAY_AUTH_MODE=token on every node and client (docs/cluster.md)"
+    return Check("ray token", "missing", f"RAY_AUTH_MODE is {mode or 'not set'}: the cluster asks for no token", mend)
 
 
 def _data() -> list[Check]:
@@ -288,5 +324,5 @@ def _data() -> list[Check]:
     return checks
 
 
-def _gib(size_bytes: float) -> str:
+def gib(size_bytes: float) -> str:
     return f"{size_bytes / 2**30:.1f} GiB"

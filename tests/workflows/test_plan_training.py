@@ -25,9 +25,11 @@ from smalti.workflows.plan.models import Model, models_of
 from smalti.workflows.plan.training import BUCKET, Setting, TrainPlan, Trial, states
 
 SMALL = [
-    "encoder.train.layers=2", "encoder.train.train.precision=bf16", "tokenizer.pixel.loss.gan.weight=0.5",
-    "tokenizer.pixel.loss.gan.start_step=0", "tokenizer.pixel.loss.gan.channels=16", "tokenizer.pixel.loss.perceptual.kind=encoder",
-    "mllm.train.precision=bf16", "mllm.config.layers=2", "mllm.max_length=128", "mllm.loss_chunk=64",
+    "encoder.train.layers=1", "encoder.train.train.precision=bf16", "tokenizer.semantic.decoder_layers=1",
+    "tokenizer.pixel.encoder.layers=1", "tokenizer.pixel.decoder.layers=1", "tokenizer.pixel.loss.gan.weight=0.5",
+    "tokenizer.pixel.loss.gan.start_step=0", "tokenizer.pixel.loss.gan.channels=16",
+    "tokenizer.pixel.loss.perceptual.kind=encoder", "mllm.train.precision=bf16", "mllm.config.layers=1", "mllm.max_length=128",
+    "mllm.loss_chunk=64",
 ]  # fmt: skip
 BATCH, ROOT = 4, Path(__file__).resolve().parents[2]
 
@@ -92,27 +94,44 @@ def _tensors() -> list[Tensor]:
     return found + [item.grad for item in found if item.is_leaf and item.grad is not None]
 
 
-def test_states_are_what_the_engines_hold(tmp_path: Path) -> None:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        found = pool.apply(engine_bytes, (str(tmp_path),))
-    parameters = 500 * 1000 * 2 + 1500
-    for stage, held in found.items():
-        assert held == pytest.approx(states(parameters, stage, 1), rel=0.1), f"ZeRO-{stage}"
-
-
-def test_states_against_deepspeeds_estimators() -> None:
-    """They take 16-bit weights beside float32 copies. Ours are float32: 2 bytes more a weight wherever it lies, and under
-    ZeRO-2 no second gradient of 16 bits (2 bytes a parameter, shared out), nor under ZeRO-3."""
+def estimates(parameters: int, largest: int) -> dict[tuple[int, int, int], tuple[int, int]]:
+    """(ZeRO stage, GPUs a node, nodes) → bytes a GPU by DeepSpeed's estimator, and those of the gathered layer in it."""
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as zero3
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as zero2
 
-    parameters, largest = 8_000_000_000, 1_000_000_000
+    found = {}
     for gpus, nodes in ((8, 1), (8, 4), (8, 16)):
+        _, size, gathered = zero3(parameters, largest, gpus, nodes, cpu_offload=False, cpu_offload_params=False)
+        found[3, gpus, nodes] = size, gathered
+        found[2, gpus, nodes] = zero2(parameters, gpus, nodes, cpu_offload=False)[1], 0
+    return found
+
+
+def in_deepspeed(folder: str) -> tuple[Any, Any]:
+    return engine_bytes(folder), estimates(8_000_000_000, 1_000_000_000)
+
+
+@pytest.fixture(scope="module")
+def deepspeeds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """In a process of its own: what engines hold, and what the estimators say."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(in_deepspeed, (str(tmp_path_factory.mktemp("engines")),))
+
+
+def test_states_are_what_the_engines_hold(deepspeeds: tuple[Any, Any]) -> None:
+    parameters = 500 * 1000 * 2 + 1500
+    for stage, held in deepspeeds[0].items():
+        assert held == pytest.approx(states(parameters, stage, 1), rel=0.1), f"ZeRO-{stage}"
+
+
+def test_states_against_deepspeeds_estimators(deepspeeds: tuple[Any, Any]) -> None:
+    """They take 16-bit weights beside float32 copies. Ours are float32: 2 bytes more a weight wherever it lies, and under
+    ZeRO-2 no second gradient of 16 bits (2 bytes a parameter, shared out)."""
+    parameters = 8_000_000_000
+    for (stage, gpus, nodes), (theirs, gathered) in deepspeeds[1].items():
         num = gpus * nodes
-        _, theirs = zero2(parameters, gpus, nodes, cpu_offload=False)
-        assert states(parameters, 2, num) == pytest.approx(theirs + 2 * parameters - 2 * parameters / num, rel=1e-6)
-        _, theirs, gathered = zero3(parameters, largest, gpus, nodes, cpu_offload=False, cpu_offload_params=False)
-        assert states(parameters, 3, num) == pytest.approx(theirs - gathered + 2 * parameters / num, rel=1e-6)
+        more = 2 * parameters - 2 * parameters / num if stage == 2 else 2 * parameters / num
+        assert states(parameters, stage, num) == pytest.approx(theirs - gathered + more, rel=1e-6)
 
 
 def language_model(**train: Any) -> Model:

@@ -1,0 +1,134 @@
+"""What `smalti doctor` finds on every node of a cluster, and whether a recipe's stages have room there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from smalti.cli.doctor import MIN_DISK_BYTES, Check, gib
+
+if TYPE_CHECKING:
+    from smalti.schema import Recipe
+    from smalti.workflows.cluster_checks import NodeFacts
+
+MUST_AGREE = ("python", "ray", "torch", "deepspeed", "transformers")
+
+
+def cluster_checks(out: str, recipe: Recipe | None) -> list[Check]:
+    """Lines about all nodes. Ray must be connected."""
+    from smalti.workflows import cluster_checks as work
+    from smalti.workflows.placement import cluster_nodes
+
+    facts, unseen, silent = work.survey(out)
+    hosts = {fact.node: fact.host for fact in facts}
+    checks = [_answers(facts, silent), *_versions(facts), *_gpus(facts), *_disk(facts)]
+    checks += _storage(out, facts, {hosts[node]: [hosts[name] for name in lost] for node, lost in unseen.items()})
+    checks += _reduce(facts, work.all_reduce)
+    return checks + ([] if recipe is None else room_checks(recipe, cluster_nodes()))
+
+
+def _answers(facts: list[NodeFacts], silent: list[str]) -> Check:
+    if silent:
+        mend = "look at its raylet log (/tmp/ray/session_latest/logs), and that the packages are installed there"
+        return Check("nodes", "problem", f"{len(silent)} did not answer: {', '.join(silent)}", mend)
+    return Check("nodes", "ok", f"{len(facts)} answered: {', '.join(sorted({fact.host for fact in facts}))}")
+
+
+def _versions(facts: list[NodeFacts]) -> list[Check]:
+    """Packages that differ between nodes: pickles and checkpoints go from one to the other."""
+    checks = []
+    for name in MUST_AGREE:
+        found: dict[str, list[str]] = {}
+        for fact in facts:
+            found.setdefault(fact.python if name == "python" else fact.packages[name], []).append(fact.host)
+        if len(found) > 1:
+            text = "; ".join(f"{version} on {', '.join(sorted(set(hosts)))}" for version, hosts in found.items())
+            mend = "install requirements.lock on every node (setup_commands of ray_cluster.yaml), and start them again"
+            checks.append(Check(f"{name} on nodes", "problem", text, mend))
+    if not checks and facts:
+        first = facts[0]
+        text = ", ".join(f"{name} {version}" for name, version in first.packages.items())
+        checks.append(Check("versions", "ok", f"the same on all nodes: python {first.python}, {text}"))
+    return checks
+
+
+def _gpus(facts: list[NodeFacts]) -> list[Check]:
+    wrong = [fact for fact in facts if fact.gpus_ray > fact.gpus_torch]
+    checks = [
+        Check(
+            "GPUs",
+            "problem",
+            f"{fact.host}: Ray offers {fact.gpus_ray:g}, and torch sees {fact.gpus_torch}",
+            "install the NVIDIA driver and a CUDA build of torch there, or start its Ray with --num-gpus of what it has",
+        )
+        for fact in wrong
+    ]
+    total = sum(fact.gpus_ray for fact in facts)
+    if total and not wrong:
+        checks.append(Check("GPUs", "ok", f"{total:g}, as many as torch sees"))
+    return checks
+
+
+def _disk(facts: list[NodeFacts]) -> list[Check]:
+    low = {
+        f"{fact.host}:{folder}": free
+        for fact in facts
+        for folder, free in fact.free_bytes.items()
+        if free < MIN_DISK_BYTES
+    }
+    if low:
+        text = ", ".join(f"{where} has {gib(free)}" for where, free in low.items())
+        mend = "free some space, or let Ray spill elsewhere: ray start --object-spilling-directory"
+        return [Check("disk on nodes", "missing", text, mend)]
+    least = min((free for fact in facts for free in fact.free_bytes.values()), default=0)
+    return [Check("disk on nodes", "ok", f"at least {gib(least)} free on each")] if least else []
+
+
+def _storage(out: str, facts: list[NodeFacts], unseen: dict[str, list[str]]) -> list[Check]:
+    failed = {fact.host: fact.wrote for fact in facts if fact.wrote}
+    if failed:
+        text = "; ".join(f"{host}: {why}" for host, why in failed.items())
+        return [Check("storage", "problem", text, "mend the permissions or credentials there, or set another out")]
+    if unseen:
+        text = "; ".join(f"{host} does not see what {', '.join(lost)} wrote" for host, lost in unseen.items())
+        mend = f"{out} is another folder there: set out to a URL (s3://…), or mount one shared folder on all nodes"
+        return [Check("storage", "problem", text, mend)]
+    return [Check("storage", "ok", f"{out}: every node writes there, and sees what the others wrote")]
+
+
+def _reduce(facts: list[NodeFacts], all_reduce: Any) -> list[Check]:
+    """NCCL over all GPUs; without GPUs gloo over a process a node, where there are several."""
+    gpus = int(sum(fact.gpus_ray for fact in facts))
+    if gpus and any(fact.gpus_ray > fact.gpus_torch for fact in facts):
+        return []
+    world = gpus or len(facts)
+    if world < 2 and not gpus:
+        return []
+    name = "NCCL" if gpus else "gloo"
+    versions = ", ".join(sorted({fact.nccl for fact in facts if fact.nccl}))
+    wrong = all_reduce(world, 1.0 if gpus else 0.0)
+    if wrong:
+        mend = "open all ports between the nodes; set NCCL_SOCKET_IFNAME (GLOO_SOCKET_IFNAME) to their common network"
+        return [Check(name, "problem", f"all-reduce of {world} processes: {wrong}", mend)]
+    return [Check(name, "ok", f"{versions} all-reduce of {world} processes adds up right".strip())]
+
+
+def room_checks(recipe: Recipe, nodes: Any) -> list[Check]:
+    """Whether the recipe's stages can be placed on these nodes."""
+    from smalti.workflows.placement import shortages, unplaceable
+
+    checks = []
+    for line in unplaceable(recipe, nodes):
+        text, _, mend = line.partition("). ")
+        checks.append(Check("room", "problem", text + ")", mend))
+    for line in shortages(recipe, nodes):
+        checks.append(Check("room", "note", f"{line}: it runs with fewer"))
+    return checks or [Check("room", "ok", f"every stage of {recipe.name} can be placed")]
+
+
+def local_room(recipe: Recipe) -> list[Check]:
+    """The same for a local session, which shares its cores among as many CPUs as the recipe asks for."""
+    import torch
+
+    from smalti.workflows.placement import Node
+
+    return room_checks(recipe, [Node("this machine", {"CPU": 1e6, "GPU": float(torch.cuda.device_count())})])

@@ -1,0 +1,48 @@
+"""The GPU benchmarks in their tiny CPU mode: they run, print one table, and load neither Ray nor DeepSpeed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = sorted(path.stem for path in (ROOT / "bench").glob("gpu_*.py"))
+CODE = """
+import importlib, sys
+for name in ('ray', 'deepspeed', 'mlflow'):
+    sys.modules[name] = None  # as on a machine that has none of them
+import torch
+torch.set_num_threads(1)
+for name in sys.argv[1:]:
+    importlib.import_module(f'bench.{name}').main(['--tiny'])
+"""
+
+
+@pytest.fixture(scope="module")
+def printed() -> list[str]:
+    """What all of them print, one after the other in one process."""
+    command = [sys.executable, "-c", CODE, *SCRIPTS]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()
+
+
+def test_each_goal_has_its_script_and_prints_its_table(printed: list[str]) -> None:
+    assert SCRIPTS == ["gpu_assignment", "gpu_cross_entropy", "gpu_decoding", "gpu_encoder", "gpu_training"]
+    results = [json.loads(line) for line in printed if line.startswith("{")]
+    assert [result["goal"] for result in results] == SCRIPTS
+    assert all(result["tiny"] and not result["met"] for result in results)
+
+
+def test_the_quick_ways_give_the_same_result(printed: list[str]) -> None:
+    measures = {}
+    for line in printed:
+        if line.startswith("{"):
+            measures |= json.loads(line)["measures"]
+    assert measures["same codes in bf16 and fp32"] == 1.0
+    assert measures["difference of the losses"] < 1e-5
+    assert measures["parameters"] > 0
