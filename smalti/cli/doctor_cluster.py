@@ -8,8 +8,8 @@ from smalti.cli.doctor import MIN_DISK_BYTES, Check, gib
 
 if TYPE_CHECKING:
     from smalti.schema import Recipe
-    from smalti.workflows.cluster_checks import NodeFacts
 
+# `facts` are the `NodeFacts` of `smalti.workflows.cluster_checks`.
 MUST_AGREE = ("python", "ray", "torch", "deepspeed", "transformers")
 
 
@@ -26,14 +26,14 @@ def cluster_checks(out: str, recipe: Recipe | None) -> list[Check]:
     return checks + ([] if recipe is None else room_checks(recipe, cluster_nodes()))
 
 
-def _answers(facts: list[NodeFacts], silent: list[str]) -> Check:
+def _answers(facts: list[Any], silent: list[str]) -> Check:
     if silent:
         mend = "look at its raylet log (/tmp/ray/session_latest/logs), and that the packages are installed there"
         return Check("nodes", "problem", f"{len(silent)} did not answer: {', '.join(silent)}", mend)
     return Check("nodes", "ok", f"{len(facts)} answered: {', '.join(sorted({fact.host for fact in facts}))}")
 
 
-def _versions(facts: list[NodeFacts]) -> list[Check]:
+def _versions(facts: list[Any]) -> list[Check]:
     """Packages that differ between nodes: pickles and checkpoints go from one to the other."""
     checks = []
     for name in MUST_AGREE:
@@ -51,7 +51,7 @@ def _versions(facts: list[NodeFacts]) -> list[Check]:
     return checks
 
 
-def _gpus(facts: list[NodeFacts]) -> list[Check]:
+def _gpus(facts: list[Any]) -> list[Check]:
     wrong = [fact for fact in facts if fact.gpus_ray > fact.gpus_torch]
     checks = [
         Check(
@@ -68,7 +68,7 @@ def _gpus(facts: list[NodeFacts]) -> list[Check]:
     return checks
 
 
-def _disk(facts: list[NodeFacts]) -> list[Check]:
+def _disk(facts: list[Any]) -> list[Check]:
     low = {
         f"{fact.host}:{folder}": free
         for fact in facts
@@ -83,7 +83,7 @@ def _disk(facts: list[NodeFacts]) -> list[Check]:
     return [Check("disk on nodes", "ok", f"at least {gib(least)} free on each")] if least else []
 
 
-def _storage(out: str, facts: list[NodeFacts], unseen: dict[str, list[str]]) -> list[Check]:
+def _storage(out: str, facts: list[Any], unseen: dict[str, list[str]]) -> list[Check]:
     failed = {fact.host: fact.wrote for fact in facts if fact.wrote}
     if failed:
         text = "; ".join(f"{host}: {why}" for host, why in failed.items())
@@ -95,7 +95,7 @@ def _storage(out: str, facts: list[NodeFacts], unseen: dict[str, list[str]]) -> 
     return [Check("storage", "ok", f"{out}: every node writes there, and sees what the others wrote")]
 
 
-def _reduce(facts: list[NodeFacts], all_reduce: Any) -> list[Check]:
+def _reduce(facts: list[Any], all_reduce: Any) -> list[Check]:
     """NCCL over all GPUs; without GPUs gloo over a process a node, where there are several."""
     gpus = int(sum(fact.gpus_ray for fact in facts))
     if gpus and any(fact.gpus_ray > fact.gpus_torch for fact in facts):
