@@ -14,7 +14,7 @@ from smalti.errors import ConfigError, SmaltiError
 def options(parser: argparse.ArgumentParser) -> None:
     recipe_options(parser, smoke=False)
     parser.add_argument(
-        "--gpus", metavar="N", type=int, help="devices that share the work (default: resources.workers, or all cores)"
+        "--gpus", metavar="N", type=int, help="devices that share the work (default: resources.workers)"
     )
     parser.add_argument(
         "--gpu",
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     cpu = arguments.gpu == "cpu"
     rates = cpu_rates(arguments.width or 1152) if cpu else gpu_rates(arguments.gpu)
-    num = arguments.gpus or ((os.cpu_count() or 1) if cpu else recipe.resources.workers)
+    num = arguments.gpus or recipe.resources.workers
     vectors = int(arguments.vectors) if arguments.vectors else None
     plan = RecipePlan(recipe, rates, num, vectors, arguments.width, arguments.length, images=int(arguments.images or 0))
     for line in plan.lines():
