@@ -50,6 +50,8 @@ def start(nodes: int, gpus: int, cpus: int) -> Any:
     import ray
     from ray.cluster_utils import Cluster
 
+    from smalti.workflows.ray_session import quiet_ray_data
+
     head = {
         "num_cpus": 0,
         "object_store_memory": STORE_BYTES,
@@ -61,6 +63,7 @@ def start(nodes: int, gpus: int, cpus: int) -> Any:
         cluster.add_node(num_cpus=cpus, num_gpus=gpus, object_store_memory=STORE_BYTES)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     cluster.wait_for_nodes()
+    quiet_ray_data()
     return cluster
 
 
