@@ -267,6 +267,9 @@ def _ray(out: str = "out", recipe: Recipe | None = None) -> list[Check]:
         from smalti.cli.doctor_cluster import local_room
 
         return checks if recipe is None else [*checks, *local_room(recipe)]
+    if address.startswith("http"):
+        inside = "to look at the nodes: ray job submit --working-dir . -- python -m smalti doctor"
+        return [*checks, Check("ray", "note", f"{address} takes jobs; {inside}")]
     if any(item.state == "problem" for item in checks):
         return checks
     return [*checks, *_reach(address, mode, out, recipe)]

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from smalti.cli import doctor, main
+from smalti.config import load_recipe
 
 
 @pytest.fixture(autouse=True)
@@ -59,3 +60,19 @@ def test_a_token_that_is_missing_and_a_cluster_that_is_gone(monkeypatch: pytest.
 def test_a_folder_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--out", "/proc/none"]) == 1
     assert "writing" in capsys.readouterr().err
+
+
+def test_an_address_that_takes_jobs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    (check,) = doctor._ray()
+    assert check.state == "note" and "ray job submit" in check.found
+
+
+def test_room_for_a_recipe_on_this_machine_alone() -> None:
+    from smalti.cli.doctor_cluster import local_room
+
+    assert [check.state for check in local_room(load_recipe("semhitok-quickstart", []))] == ["ok"]
+    wanted = load_recipe("semhitok-quickstart", ["resources.gpus_per_worker=64"])
+    checks = local_room(wanted)
+    assert {check.state for check in checks} == {"problem"}
+    assert "no node has that" in checks[0].found and checks[0].mend.startswith("Lower resources.cpus_per_worker")
