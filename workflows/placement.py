@@ -48,7 +48,7 @@ def needs_of(recipe: Recipe) -> list[Need]:
         Need("corpus, features, tokens", "readers", resources.readers, _bundle(1, 0), gang=False),
         Need("features, tokens", "actors", resources.actors, model, gang=False),
         Need("codebook", "actors", resources.actors, _bundle(1, resources.gpus_per_worker), gang=False),
-        Need("encoder, tokenizer, mllm", "workers", resources.workers, model, gang=True),
+        Need("encoder, tokenizer, mllm", "workers", resources.min_workers, model, gang=True),
         Need("evaluate", "evaluation", 1, measure, gang=False),
     ]
 

@@ -116,7 +116,7 @@ def _start_local(recipe: Recipe) -> None:
     wanted = max(resources.max_workers * resources.cpus_per_worker, resources.actors, resources.readers)
     if wanted > cores:
         log(f"ray: the recipe asks for {wanted} CPUs, this machine has {cores}; they are shared")
-    gpus = resources.gpus_per_worker * max(resources.actors, resources.workers)
+    gpus = resources.gpus_per_worker * max(resources.actors, resources.max_workers)
     before = os.environ.get("PYTHONPATH")
     root = checkout_root()
     if root is not None:

@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     cpu = arguments.gpu == "cpu"
     rates = cpu_rates(arguments.width or 1152) if cpu else gpu_rates(arguments.gpu)
-    num = arguments.gpus or recipe.resources.workers
+    num = arguments.gpus or recipe.resources.max_workers
     vectors = int(arguments.vectors) if arguments.vectors else None
     plan = RecipePlan(recipe, rates, num, vectors, arguments.width, arguments.length, images=int(arguments.images or 0))
     for line in plan.lines():
