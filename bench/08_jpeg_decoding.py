@@ -8,7 +8,6 @@ same after the mean feature is taken away, which is what random weights alone ca
 from __future__ import annotations
 
 import io
-import json
 import statistics
 import sys
 import tempfile
@@ -21,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from PIL import Image
 
-from bench.machine import machine
+from bench.machine import report
 from bench.pictures import jpeg, photo, save_encoder
 from smalti.images import to_pixels
 
@@ -92,15 +91,7 @@ def main() -> None:
             f"{name}: {1000 * ours_s:.2f} ms an image, plain Pillow {1000 * plain_s:.2f} ms, {ratios[name]}x (goal {goal}x);"
             f" cosine {cosine:.4f}, without the mean {centred:.4f}, PSNR {psnr:.1f} dB, {len(files[0]) // 1000} KB a file"
         )
-    result = {
-        "goal": 8,
-        "ratio": min(ratios.values()),
-        "ratios": ratios,
-        "quality": round(min(cosines), 4),
-        "met": met,
-        "machine": machine(),
-    }
-    print(json.dumps(result))
+    report(8, ratio=min(ratios.values()), quality=min(cosines), met=met, ratios=ratios)
 
 
 if __name__ == "__main__":

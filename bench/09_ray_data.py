@@ -7,7 +7,6 @@ shards of every turn are the same bytes on both sides. An argument: how many sha
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import feature_runs
-from bench.machine import machine
+from bench.machine import report
 from smalti.workflows.ray_session import ensure_ray
 
 SHARDS, WORKERS, TURNS, GOAL = 24, 2, 3, 0.95
@@ -43,15 +42,8 @@ def main() -> None:
         for kind in ("rate", "cpu_rate")
     )
     equal = len({side.digest for turn in turns for side in turn}) == 1
-    result = {
-        "goal": 9,
-        "ratio": round(ratio, 3),
-        "cpu_ratio": round(cpu_ratio, 3),
-        "quality": float(equal),
-        "met": bool(equal and ratio >= GOAL),
-        "machine": machine(),
-    }
-    print(json.dumps(result))
+    met = bool(equal and ratio >= GOAL)
+    report(9, ratio=ratio, quality=float(equal), met=met, cpu_ratio=round(cpu_ratio, 3))
 
 
 if __name__ == "__main__":

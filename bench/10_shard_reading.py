@@ -7,7 +7,6 @@ matrices are equal to what was written, at their precision.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import tempfile
@@ -21,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bench.machine import machine
+from bench.machine import report
 from smalti import shards
 
 NUM, DIM, TURNS, GOAL = 65_536, 1152, 5, 5.0
@@ -61,14 +60,7 @@ def main() -> None:
     ours_rate, theirs_rate = matrix.nbytes / 1e6 / ours_s, 2 * matrix.nbytes / 1e6 / theirs_s
     ratio = ours_rate / theirs_rate
     print(f"fixed-size binary {ours_rate:,.0f} MB a CPU-second, list<float32> {theirs_rate:,.0f}")
-    result = {
-        "goal": 10,
-        "ratio": round(ratio, 2),
-        "quality": float(equal),
-        "met": bool(equal and ratio >= GOAL),
-        "machine": machine(),
-    }
-    print(json.dumps(result))
+    report(10, ratio=ratio, quality=float(equal), met=bool(equal and ratio >= GOAL))
 
 
 if __name__ == "__main__":
