@@ -22,7 +22,7 @@ from smalti.artifact import RECORD, Artifact
 from smalti.config import with_overrides
 from smalti.errors import ConfigError, DataError
 from smalti.schema import EncoderTrain, PixelStage, Recipe, SemanticStage, TokenizerSection, VitSize
-from smalti.workflows import codebook, corpus, corpus_look, encoder, features, tokens
+from smalti.workflows import codebook, corpus, corpus_look, encoder, features, shard_pipeline, tokens
 from smalti.workflows.ray_session import ensure_ray
 from smalti.workflows.stage import StageRun, find_artifact, run_stage
 
@@ -44,8 +44,9 @@ def recipe(out: Path, siglip: str = "", **sections: Any) -> Recipe:
 
 @pytest.fixture(scope="module", autouse=True)
 def ray_here() -> Iterator[None]:
-    """One local Ray for this module."""
-    with ensure_ray(recipe(Path("unused"), resources={"actors": 2, "readers": 2})):
+    """One local Ray for this module; it believes that it has a GPU."""
+    resources = {"actors": 2, "readers": 2, "gpus_per_worker": 0.5, "device": "cpu"}
+    with ensure_ray(recipe(Path("unused"), resources=resources)):
         yield
 
 
@@ -161,6 +162,22 @@ def test_a_shard_stage_killed_and_started_again_is_byte_equal(
     assert (made.counts, made.fingerprint) == (whole.counts, whole.fingerprint)
 
 
+@pytest.mark.parametrize(("stage", "module", "large"), [("features", features, False), ("tokens", tokens, True)])
+def test_the_layout_for_gpus_gives_the_same_bytes(
+    base: Path, siglip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, module: Any, large: bool
+) -> None:
+    """Readers ahead of the actors that hold the (logical) GPUs; and, where a shard is too large for that, without them."""
+    if large:
+        monkeypatch.setattr(shard_pipeline, "BLOCK_BYTES", 1)
+    resources = {"actors": 2, "readers": 2, "gpus_per_worker": 0.5, "device": "cpu"}
+    wanted = recipe(tmp_path, siglip, resources=resources)
+    for name in ("corpus", "encoder", "tokenizer"):
+        (tmp_path / name).symlink_to(base / name)
+    made = module.run(wanted)
+    assert files(made.path) == files(base / stage)
+    assert made.scores["seconds/read"] > 0 and made.scores["seconds/model"] > 0
+
+
 # ---- features ------------------------------------------------------------------------------------------------------
 
 
@@ -219,6 +236,14 @@ def test_tokens_are_the_tokenizers_and_the_text_rides_along(base: Path) -> None:
         assert made.column(name).to_pylist() == source.column(name).to_pylist()
     assert shards.list_shards(str(base / "tokens")) == shards.list_shards(str(base / "corpus"))
     assert Artifact.load(str(base / "tokens")).counts["num_codes"] == 30
+
+
+def test_tokens_in_bf16(base: Path, tmp_path: Path) -> None:
+    places, key = [str(tmp_path), str(base / "corpus"), str(base / "tokenizer")], "val/00001"
+    worker = tokens.EncodeShard(*places, recipe(tmp_path, tokens={"precision": "bf16"}), 32)
+    worker.work(worker.read(key))
+    found, wanted = (shards.codes(shards.read_shard(str(place), key)) for place in (tmp_path, base / "tokens"))
+    assert (found == wanted).mean() > 0.9
 
 
 # ---- codebook ------------------------------------------------------------------------------------------------------
