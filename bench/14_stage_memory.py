@@ -1,6 +1,6 @@
-"""Memory (goal "14"): peak resident memory of each process of corpus and features, 20,000 images against 2,000.
+"""Memory (goal "14"): peak resident memory of each process of corpus, features and tokens, 20,000 images against 2,000.
 
-Pictures of 64 px, shards of 500, one actor, random encoder; the stages run as the command line runs them. A process's
+Pictures of 64 px, shards of 500, one actor, random encoder and tokenizer; the stages run as the command line runs them. A process's
 peak is VmHWM of /proc, read five times a second. `ratio` is the worst of driver and workers; the goal is 1.1 at most.
 """
 
@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import psutil
 
 from bench.machine import machine
-from bench.pictures import save_encoder
+from bench.pictures import save_encoder, save_tokenizer
 
-SIZES, STAGES, GOAL = (2_000, 20_000), ("corpus", "features"), 1.1
+SIZES, STAGES, GOAL = (2_000, 20_000), ("corpus", "features", "tokens"), 1.1
 
 
 def peak_mb(process: psutil.Process) -> float:
@@ -72,7 +72,8 @@ def main() -> None:
                 f"corpus: {{source: 'generated:{size}', image_size: 64, shard_images: 500}}\n"
                 f"encoder: {{pretrained: {folder}/encoder}}\nfeatures: {{patches: 16}}\ntracking: {{uri: 'off'}}\n"
             )
-            for stage in ("corpus", "encoder", "features"):
+            save_tokenizer(f"{folder}/{size}", f"{folder}/encoder", 64)
+            for stage in ("corpus", "encoder", "features", "tokens"):
                 command = [sys.executable, "-m", "smalti", stage, str(recipe)]
                 measured = peaks(command)
                 for name, value in measured.items() if stage in STAGES else ():

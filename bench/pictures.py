@@ -1,4 +1,4 @@
-"""Pictures and an encoder for the benchmarks: seeded, the same on every machine, no file and no network."""
+"""Pictures, an encoder and a tokenizer for the benchmarks: seeded, the same on every machine, no file and no network."""
 
 from __future__ import annotations
 
@@ -63,3 +63,27 @@ def save_encoder(folder: str | Path, image_size: int, patch_size: int, hidden_si
     model.save_pretrained(folder)
     millions = sum(weight.numel() for weight in model.parameters()) / 1e6
     return f"SigLIP, random weights, {image_size} px, patch {patch_size}, width {hidden_size}, {layers} blocks, {millions:.1f} M"
+
+
+def save_tokenizer(out: str, encoder: str, image_size: int) -> None:
+    """A small SemHiTok with seeded random weights as the artifact `tokenizer` in `out`, for the encoder of a folder."""
+    import torch
+
+    from smalti.schema import PixelStage, Recipe, SemanticStage, TokenizerSection, VitSize
+    from smalti.tokenizers.encoders import VisionEncoder
+    from smalti.tokenizers.semhitok import PixelTokenizer, SemanticTokenizer, SemHiTok
+    from smalti.workflows.stage import StageRun, run_stage
+
+    def body(run: StageRun) -> dict[str, int]:
+        torch.manual_seed(3)
+        tiny = VitSize(dim=16, layers=1, heads=2, mlp_ratio=2)
+        semantic = SemanticStage(dim=6, decoder_dim=16, decoder_heads=2, decoder_layers=1)
+        section = TokenizerSection(semantic=semantic, pixel=PixelStage(codes=3, dim=4, encoder=tiny, decoder=tiny))
+        vision = VisionEncoder.from_pretrained(encoder)
+        meaning = SemanticTokenizer(vision.dim, section.semantic, 10, vision.grid)
+        pixel = PixelTokenizer(section.pixel, meaning.codes, image_size, vision.grid)
+        SemHiTok(section, pixel, meaning, vision).save_pretrained(run.path)
+        return {}
+
+    recipe = Recipe.model_validate({"out": out, "tracking": {"uri": "off"}})
+    run_stage(recipe, "tokenizer", "tokenizer", {}, {}, body)
