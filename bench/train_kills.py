@@ -1,6 +1,6 @@
 """Faults: the toy of the tests trained while its workers, its driver and its nodes are killed, against an unbroken run.
 
-`python bench/train_kills.py [kills]` (default 5 of each kind). A run is killed at random moments and goes on, by itself
+`python bench/train_kills.py [kills [kind …]]` (default: 5 of each kind). A run is killed at random moments and goes on, by itself
 or by the same command; its loss curve must be that of the unbroken run (to 1e-5 with the same number of workers, to 1e-4
 with another), and each sample of an epoch must have come exactly once. The last line is JSON.
 """
@@ -81,8 +81,8 @@ def session(nodes: int = 0) -> Iterator[Any]:
         cluster.shutdown()
 
 
-def train(toy: Any, path: Path, *, meddle: Callable[[Any], int] | None = None, **settings: Any) -> tuple[Any, int]:
-    """Train the toy into `path` while `meddle(run)` does its harm in a thread; the run, and how often it did."""
+def train(toy: Any, path: Path, *, meddle: Callable[[Any], int] | None = None, **settings: Any) -> int:
+    """Train the toy into `path` while `meddle(run)` does its harm in a thread; how often it did."""
     workers = settings.pop("workers", 2)
     path.mkdir(parents=True, exist_ok=True)
     run = toy.FakeRun(str(path), workers)
@@ -93,7 +93,7 @@ def train(toy: Any, path: Path, *, meddle: Callable[[Any], int] | None = None, *
     toy.train(str(path), run=run, workers=workers, settings=slow, **CHANGES | settings)
     run.lines.append("trained")
     thread.join(60)
-    return run, sum(done)
+    return sum(done)
 
 
 def lines(run: Any, word: str) -> int:
@@ -178,32 +178,36 @@ def kill_driver(path: Path, kills: int, rng: random.Random) -> int:
     raise RuntimeError("the toy did not end")
 
 
+KINDS = ("worker-zero0", "worker-zero3", "driver", "node", "notice")
+
+
 def main() -> None:
-    kills = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+    kills, kinds = int(sys.argv[1]) if len(sys.argv) > 1 else 5, sys.argv[2:] or list(KINDS)
     rng, toy = random.Random(0), load_toy()
     os.environ["PYTHONPATH"] = str(ROOT)
     os.environ["SMALTI_KILLS"] = str(os.getpid())  # seen again in the workers, which inherit it
     found: dict[str, dict[str, float]] = {}
-
-    def note(kind: str, path: Path, whole: Path, count: int) -> None:
-        found[kind] = {"kills": count, **compare(toy, path, whole)}
-        print(kind, found[kind], flush=True)
-
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
+        whole = root / "whole"
+
+        def note(kind: str, count: int) -> None:
+            found[kind] = {"kills": count, **compare(toy, root / kind, whole)}
+            print(kind, found[kind], flush=True)
+
         with session():
-            train(toy, root / "whole")
-            for zero in (0, 3):
-                path = root / f"worker-zero{zero}"
-                _, count = train(toy, path, meddle=kill_workers(kills, rng), zero_stage=zero)
-                note(path.name, path, root / "whole", count)
-        note("driver", root / "driver", root / "whole", kill_driver(root / "driver", kills, rng))
+            train(toy, whole)
+            for kind in ("worker-zero0", "worker-zero3"):
+                if kind in kinds:
+                    harm = kill_workers(kills, rng)
+                    note(kind, train(toy, root / kind, meddle=harm, zero_stage=int(kind[-1])))
+        if "driver" in kinds:
+            note("driver", kill_driver(root / "driver", kills, rng))
         for kind, notice_s in (("node", None), ("notice", 30.0)):
-            with session(nodes=2) as cluster:
-                path = root / kind
-                harm = take_nodes(cluster, kills, rng, notice_s)
-                _, count = train(toy, path, meddle=harm, workers=(1, 2), zero_stage=1)
-                note(kind, path, root / "whole", count)
+            if kind in kinds:
+                with session(nodes=2) as cluster:
+                    harm = take_nodes(cluster, kills, rng, notice_s)
+                    note(kind, train(toy, root / kind, meddle=harm, workers=(1, 2), zero_stage=1))
     bounds = {kind: 1e-4 if kind in ("node", "notice") else 1e-5 for kind in found}
     met = all(result["loss"] <= bounds[kind] for kind, result in found.items())
     print(json.dumps({"goal": "kills", "kinds": found, "met": met, "machine": machine()}))

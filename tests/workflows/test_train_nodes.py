@@ -72,6 +72,8 @@ def test_a_node_that_goes_with_notice_costs_no_step(nodes, toy, tmp_path) -> Non
     run = toy.FakeRun(str(tmp_path / "run"), (1, 2))
     run.tracker = Steps()
     failed: list[BaseException] = []
+    slowly = tmp_path / "slowly"
+    slowly.touch()
 
     def take_away() -> None:
         try:
@@ -80,13 +82,14 @@ def test_a_node_that_goes_with_notice_costs_no_step(nodes, toy, tmp_path) -> Non
             give_notice(other.node_id, 60)
             while not any("saved at step" in line for line in run.lines):
                 time.sleep(0.1)
+            slowly.unlink()
             cluster.remove_node(other, allow_graceful=False)
         except BaseException as error:
             failed.append(error)
 
     thread = threading.Thread(target=take_away, daemon=True)
     thread.start()
-    toy.train(run.path, run=run, zero_stage=3, checkpoint_every=99, settings={"slow_s": 0.4})
+    toy.train(run.path, run=run, zero_stage=3, checkpoint_every=99, settings={"slow_s": 0.5, "flag": str(slowly)})
     thread.join(5)
     assert not failed and not thread.is_alive()
     ready = [line for line in run.lines if "ready after" in line]

@@ -24,10 +24,12 @@ from smalti.workflows.train.collectives import Collectives
 from smalti.workflows.train.data import Feed, ImageRows, ShardRows, TokenRows, shard_index
 from smalti.workflows.train.elastic import fitting_workers, left_out
 from smalti.workflows.train.engines import accumulation, deepspeed_config, learning_rate
+from smalti.workflows.train.launch import rates
 from smalti.workflows.train.meter import Meter
 from smalti.workflows.train.order import Order
 from smalti.workflows.train.pixels import RowMemory, picture_grid, to_bytes, to_unit
 from smalti.workflows.train.task import Row, seed_of
+from smalti.workflows.train.throughput import Throughput
 
 
 def test_learning_rate_warms_up_and_follows_the_cosine() -> None:
@@ -105,6 +107,32 @@ def test_meter_goes_on_between_two_logs() -> None:
         second.add({"a": value, "b": (torch.tensor(value), torch.tensor(value))})
     assert second.take(alone) == whole.take(alone) == {"a": 4.0, "b": 62 / 12}
     assert first.take(alone) == {"a": 1.0, "b": 1.0}, "a checkpoint takes nothing away"
+
+
+def test_every_step_weighs_the_same_in_a_mean_whatever_the_number_of_parts() -> None:
+    """A step of four micro batches, then one of two; what is counted weighs by its count alone."""
+    meter = Meter(torch.device("cpu"))
+    for value in (1.0, 2.0, 3.0, 6.0):
+        meter.add({"a": value, "b": (torch.tensor(value), torch.tensor(1.0))}, parts=4)
+    for value in (7.0, 11.0):
+        meter.add({"a": value, "b": (torch.tensor(value), torch.tensor(2.0))}, parts=2)
+    assert meter.take(Collectives()) == {"a": 6.0, "b": 6.0}
+
+
+def test_throughput_by_hand(monkeypatch) -> None:
+    """Two steps of 8 samples in ten seconds, of which two and a half went by waiting."""
+    clock = iter([0.0, 10.0, 10.0])
+    monkeypatch.setattr("smalti.workflows.train.throughput.time.monotonic", lambda: next(clock))
+    meter = Throughput(torch.device("cpu"), 8, 1e9)
+    assert meter.peak is None, "a CPU has no peak here, so no MFU"
+    meter.peak = 4e9
+    meter.step(1.0, [("tokens", 100.0), None])
+    meter.step(1.5, [("tokens", 50.0)])
+    found = meter.take(Collectives())
+    assert 0 < found.pop("memory_gb") < 100
+    assert found == pytest.approx({"samples_per_s": 1.6, "data_wait": 0.25, "tokens_per_s": 15.0, "mfu": 0.4})
+    shown = rates(found | {"memory_gb": 1.25})
+    assert shown == {"samples/s": "2", "tokens/s": "15", "MFU": "40.0%", "waiting": "25%", "memory": "1.2 GB"}
 
 
 def write(place: Path, sizes: list[int]) -> tuple[list[str], list[int]]:

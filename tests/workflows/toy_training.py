@@ -78,8 +78,9 @@ class Toy(Task):
         return {"x": torch.tensor(x, dtype=torch.float32), "y": torch.tensor(y, dtype=torch.float32), "places": places}
 
     def begin_step(self, step, engines, read):
-        time.sleep(self.slow_s)
         flag = Path(self.flag or "/nonexistent")
+        if not self.flag or flag.exists():
+            time.sleep(self.slow_s)
         if step == self.die_at and self.context.collectives.rank == 0 and flag.exists():
             flag.unlink()
             os.kill(os.getpid(), 9)

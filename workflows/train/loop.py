@@ -197,10 +197,10 @@ class Loop:
             self._say(f"step {step + 1:,} passed over: its loss or gradient is no finite number")
             return
         for metrics in found:
-            self.meter.add(metrics)
+            self.meter.add(metrics, self.world_size * self.accumulation)
         first = next(iter(self.engines))
-        self.meter.add({"grad_norm" if name == first else f"grad_norm_{name}": norm for name, norm in norms.items()})
-        self.meter.add(self.task.after_step(step, self.engines))
+        named = {"grad_norm" if name == first else f"grad_norm_{name}": norm for name, norm in norms.items()}
+        self.meter.add({**named, **self.task.after_step(step, self.engines)}, self.world_size)
 
     def _share(self, batches: list[Batch]) -> Tensor | None:
         """Counts of the whole step, over micro batches and workers, divided by the number of micro batches."""

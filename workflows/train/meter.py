@@ -21,10 +21,11 @@ class Meter:
         self.device = device
         self.sums: dict[str, Tensor] = {}
 
-    def add(self, metrics: Metrics) -> None:
-        """Add numbers; scalar tensors stay where they are."""
+    def add(self, metrics: Metrics, parts: int = 1) -> None:
+        """Add numbers; scalar tensors stay where they are. `parts`: how often a step has such numbers, over all workers;
+        so that every step weighs the same, also when the number of workers changes on the way."""
         for name, value in metrics.items():
-            mean, weight = value if isinstance(value, tuple) else (value, 1.0)
+            mean, weight = value if isinstance(value, tuple) else (value, 1.0 / parts)
             weight = torch.as_tensor(weight, device=self.device, dtype=torch.float64).detach()
             mean = torch.as_tensor(mean, device=self.device, dtype=torch.float64).detach()
             pair = torch.stack([mean * weight, weight])
