@@ -24,9 +24,8 @@ def probes_for(parts: Sequence[Chunk], tree: Tree, recall: float, seed: int, wor
     drawn = sample(parts, VECTORS, seed, workers, folder)
     shared, step = tree.shared(), -(-sum(chunk.rows for chunk in drawn) // TASK_VECTORS)
     items = [(chunk, shared, first, step) for chunk in drawn for first in range(min(step, chunk.rows))]
-    needs = zip(*in_order(_needs, items, workers, parts[0].gpus), strict=True)
-    cells_N, reach_N = (torch.cat(part) for part in needs)
-    return Probes.reaching(cells_N, reach_N, recall)
+    cells, reaches = zip(*in_order(_needs, items, workers, parts[0].gpus), strict=True)
+    return Probes.reaching(torch.cat(cells), torch.cat(reaches), recall)
 
 
 def _needs(chunk: Chunk, shared: tuple[np.ndarray, ...], first: int, step: int) -> tuple[Tensor, Tensor]:
