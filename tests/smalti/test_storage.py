@@ -172,3 +172,22 @@ def test_a_file_in_the_place_of_a_folder_is_told(tmp_path: Path) -> None:
     for path in (tmp_path / "x", tmp_path / "x" / "y"):
         with pytest.raises(DataError, match="a file stands where a folder is needed"):
             storage.make_dirs(str(path))
+
+
+def test_files_are_brought_fetched_and_measured(place: str, tmp_path: Path) -> None:
+    """A stamp changes with the file; the sizes are of whole files, in all folders below."""
+    assert storage.sizes_bytes(place) == {}
+    stamps = []
+    for text in (b"one", b"four"):
+        source = tmp_path / "source"
+        source.write_bytes(text)
+        storage.put_file(str(source), storage.join(place, "a/b"))
+        stamps.append(storage.stamp(storage.join(place, "a/b")))
+    assert stamps[0] != stamps[1] == storage.stamp(storage.join(place, "a/b"))
+    storage.write_atomic(storage.join(place, "c"), b"")
+    assert storage.sizes_bytes(place) == {"a/b": 4, "c": 0}
+    storage.get_file(storage.join(place, "a/b"), str(tmp_path / "fetched"))
+    assert (tmp_path / "fetched").read_bytes() == b"four"
+    for missing in (storage.stamp, lambda path: storage.get_file(path, str(tmp_path / "no"))):
+        with pytest.raises(DataError, match="nothing there"):
+            missing(storage.join(place, "nothing there"))
