@@ -12,6 +12,7 @@ from smalti.workflows.report.markup import clip, escape, figure, section, table
 from smalti.workflows.report.names import duration
 
 NO_CURVE = {"step", "epoch", "time", "seconds", "samples", "tokens", "elapsed_s", "step_s", "samples_per_s", "wall_s"}
+NO_CURVE |= {"skipped_steps"}
 MOST_CURVES = 6
 TOLD_COUNTS = 4
 

@@ -52,6 +52,7 @@ def fit(task: str, settings: Mapping[str, Any], train: Train, run: StageRun, *, 
 def _run(task: str, settings: Mapping[str, Any], train: Train, run: StageRun, seed: int) -> None:
     import ray
     from ray.train import TrainingFailedError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     resources = run.recipe.resources
     for key, value in (QUIET if isinstance(resources.workers, int) else QUIET | ELASTIC).items():
@@ -60,7 +61,8 @@ def _run(task: str, settings: Mapping[str, Any], train: Train, run: StageRun, se
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     if told := left_out(train, resources):
         run.log(told)
-    board: Any = ray.remote(num_cpus=0)(Board).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()  # not on a machine that may go
     job = Job(
         task=task,
         settings=dict(settings),
