@@ -21,7 +21,7 @@ from bench.machine import machine
 from bench.turns import in_turns, peak_bytes
 from smalti.mllm.losses import chunked_cross_entropy
 
-NUM, DIM, CLASSES, CHUNK, TURNS, GOAL_MEMORY, GOAL_TIME = 512, 256, (65_536, 348_672), 32, 3, 1 / 8, 1.1
+NUM, DIM, CLASSES, CHUNK, TURNS, GOAL_MEMORY, GOAL_TIME = 512, 256, (65_536, 348_672), 32, 2, 1 / 8, 1.1
 
 
 class Problem:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor
@@ -14,15 +15,20 @@ from smalti.schema import Lora
 ADAPTER = "default"
 
 
+def require_peft() -> None:
+    """ConfigError where peft is not installed."""
+    if find_spec("peft") is None:
+        raise ConfigError("mllm.lora needs the package peft. Run `pip install -e '.[lora]'`, or leave mllm.lora out.")
+
+
 def add_lora(model: UnifiedModel, lora: Lora) -> None:
     """Give the language model's target layers a low-rank update each, in place, and leave its own weights untrained.
 
     Embedding, head and adapter stay trained. ConfigError: peft is missing, or no layer has one of the target names.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise ConfigError("mllm.lora needs the package peft. Run `pip install -e '.[lora]'`.") from error
+    require_peft()
+    from peft import LoraConfig, inject_adapter_in_model
+
     config = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets)
     )

@@ -9,17 +9,31 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 
+WIDEST = 1.5
+"""How many times `room` a row may be wide: positions begin anew with each sequence, so a wide row is no longer context."""
+
 
 def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """As many rows of about `room` places as the sequences fill, each sequence in one of them: best fit, and narrow.
+    """Rows of about `room` places, each sequence in one of them, that together have as few places as can be.
 
-    A batch is as wide as its fullest row. So the narrowest width is sought at which best fit gets by with that number of rows:
-    what would be a half-empty last row is spread over all, and rows may be up to half as wide again as `room` (positions begin
-    anew with each sequence, so a wide row is no longer context). Deterministic.
+    A batch is as wide as its fullest row. So for each number of rows that leaves them below `WIDEST` times `room`, the narrowest
+    width is sought at which best fit gets by with it, and the least area wins: what would be a half-empty last row is
+    spread over all. Deterministic; no lengths, no rows.
     """
     if not lengths:
         return []
-    num = max(1, round(sum(lengths) / room))
+    total, best = sum(lengths), [list(range(len(lengths)))]
+    least = 0
+    for num in range(max(1, -(-total // int(WIDEST * room))), round(total / room) + 2):
+        rows, width = narrowest(lengths, num)
+        area = len(rows) * width
+        if not least or area < least:
+            best, least = rows, area
+    return best
+
+
+def narrowest(lengths: Sequence[int], num: int) -> tuple[list[list[int]], int]:
+    """At most `num` rows by best fit, and the least width for which it needs no more (found by bisection)."""
     low, high = max(max(lengths), -(-sum(lengths) // num)), sum(lengths)
     rows = [list(range(len(lengths)))]
     while low < high:
@@ -29,7 +43,7 @@ def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
             rows, high = narrower, middle
         else:
             low = middle + 1
-    return rows
+    return rows, max(sum(lengths[index] for index in row) for row in rows)
 
 
 def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:

@@ -71,7 +71,11 @@ def check(recipe: Recipe) -> None:
 
 
 def check_parts(section: MllmSection) -> None:
-    """ConfigError: parts of the model that are frozen so that nothing, or nothing of LoRA, is left to train."""
+    """ConfigError: parts of the model that are frozen so that nothing, or nothing of LoRA, is left to train; no peft."""
+    if section.lora:
+        from smalti.mllm.lora import require_peft
+
+        require_peft()
     if set(section.freeze) == set(PARTS):
         raise ConfigError(f"mllm.freeze={section.freeze} leaves nothing to train. Take a part out.")
     if section.lora and "backbone" in section.freeze:

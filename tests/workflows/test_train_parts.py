@@ -17,9 +17,9 @@ from PIL import Image
 
 from smalti import shards
 from smalti.errors import ConfigError, DataError
-from smalti.schema import Mixture, MllmSection, MllmStage, PartRates, Resources, Train
+from smalti.schema import Lora, Mixture, MllmSection, MllmStage, PartRates, Resources, Train
 from smalti.workflows.encoder import prompts_of
-from smalti.workflows.mllm import check, read_texts
+from smalti.workflows.mllm import check, check_parts, read_texts, result_config
 from smalti.workflows.train.collectives import Collectives
 from smalti.workflows.train.data import Feed, ImageRows, ShardRows, TokenRows, shard_index
 from smalti.workflows.train.elastic import fitting_workers, left_out
@@ -327,6 +327,27 @@ def test_rates_of_the_parts_follow_the_stages() -> None:
     ]
     assert section.has_part_rates
     assert not MllmSection(freeze=["backbone"]).has_part_rates and not MllmSection().has_part_rates
+
+
+def test_parts_that_leave_nothing_to_train_are_refused() -> None:
+    train = Train(steps=10)
+    with pytest.raises(ConfigError, match="leaves nothing to train"):
+        check_parts(MllmSection(freeze=["new_rows", "adapter", "backbone"]))
+    with pytest.raises(ConfigError, match=r"which mllm\.freeze names"):
+        check_parts(MllmSection(lora=Lora(), freeze=["backbone"]))
+    asleep = MllmStage(from_step=4, freeze=["new_rows", "adapter"])
+    with pytest.raises(ConfigError, match="From step 4 on"):
+        check_parts(MllmSection(freeze=["backbone"], stages=[asleep], train=train))
+    check_parts(MllmSection(lora=Lora(), freeze=["new_rows"], stages=[MllmStage(from_step=1)], train=train))
+
+
+def test_settings_that_change_no_result_are_not_in_the_fingerprint() -> None:
+    plain = MllmSection()
+    assert result_config(plain) == result_config(plain.model_copy(update={"packing": True}))
+    spared = Train(zero_stage=3, offload="cpu", activation_checkpointing=True, compile=True)
+    assert result_config(plain) == result_config(plain.model_copy(update={"train": spared}))
+    assert {"lr", "freeze", "lora", "packing"}.isdisjoint(result_config(plain))
+    assert result_config(MllmSection(freeze=["adapter"]))["freeze"] == ["adapter"]
 
 
 def test_memory_settings_that_cannot_be_are_refused() -> None:
