@@ -187,14 +187,12 @@ class _Decoder:
         self.pads_R = torch.tensor([longest - len(row) for row in rows], device=self.device)
         self.length, total = longest, longest + room
         places_T = torch.arange(total, device=self.device)
-        self.seen_R1T = (places_T >= self.pads_R[:, None])[
-            :, None
-        ]  # what every later position of a row sees, and itself
-        self.causal_LT = places_T[:longest, None] >= places_T
+        self.seen_R1T = (places_T >= self.pads_R[:, None])[:, None]  # what all later positions of a row see
+        causal_LT = places_T[:longest, None] >= places_T
         self.compile = compile
         self.thin = few_row_linears(self.causal_lm.base_model, len(rows)) if compile is None else []
         self.cache = make_cache(self.causal_lm.config, total, static=compile is not None)
-        seen_RLT = self.seen_R1T & self.causal_LT | torch.eye(longest, total, dtype=torch.bool, device=self.device)
+        seen_RLT = self.seen_R1T & causal_LT | torch.eye(longest, total, dtype=torch.bool, device=self.device)
         positions_RL = (places_T[:longest] - self.pads_R[:, None]).clamp_min(0)
         self._run(ids_RL, seen_RLT, positions_RL, self.causal_lm.base_model)
 
