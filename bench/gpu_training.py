@@ -1,8 +1,8 @@
 """H100: training a model of about 1.5B parameters on packed sequences of 4,096 tokens, by a bare loop.
 
 Goal: 42 % MFU or more; model FLOPs a token are 6 · (parameters but the embedding) + 12 · layers · length · width. The step is that of the stage
-`mllm` (the model's loss, the recipe's optimizer, bf16 autocast over float32 weights, no DeepSpeed and no Ray). Sequences are
-packed here by plain concatenation of documents; with `mllm.packing` take its collator for `packed`.
+`mllm` (the model's loss, the recipe's optimizer, bf16 autocast over float32 weights, no DeepSpeed and no Ray). Sequences lie
+side by side in a row as `mllm.packing` lays them, each with positions of its own; here all are of one length.
 """
 
 from __future__ import annotations
@@ -50,8 +50,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = None if asked.tiny else "Qwen/Qwen2.5-1.5B"
     model = unified(name, codes, asked.device, torch.float32).train()
     model.loss_chunk = 4096
-    if not asked.tiny:
-        model.lm.gradient_checkpointing_disable()
     optimizer = build_optimizer(model, Train(precision="bf16", clip=1.0), 1e-5, asked.device)
     inputs = packed(batch, length, model.vocabulary.size, asked.device)
 

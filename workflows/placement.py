@@ -119,7 +119,12 @@ def shortages(recipe: Recipe, nodes: Sequence[Node]) -> list[str]:
         room = sum(room_for(need.bundle, node) * node.count for node in nodes)
         if not need.gang and 0 < room < need.count:
             found.append(f"{need.stages}: room for {room} of resources.{need.key}={need.count} at once")
-    resources, cpus = recipe.resources, sum(node.resources.get("CPU", 0.0) * node.count for node in nodes)
+    resources = recipe.resources
+    group = next(need for need in needs_of(recipe) if need.gang)
+    room = sum(room_for(group.bundle, node) * node.count for node in nodes)
+    if resources.min_workers <= room < resources.max_workers:
+        found.append(f"{group.stages}: room for {room} of up to {resources.max_workers} workers")
+    cpus = sum(node.resources.get("CPU", 0.0) * node.count for node in nodes)
     wanted = resources.readers + resources.actors * resources.cpus_per_worker
     if resources.gpus_per_worker and cpus < wanted:
         found.append(

@@ -33,7 +33,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", metavar="C", type=int, help="numbers a vector; default: likewise")
     parser.add_argument(
         "--length", metavar="L", type=int,
-        help="mean tokens of a sequence of the language model, for hours; default: mllm.max_length, an upper bound",
+        help="mean tokens of a sequence of the language model; default: an image and 64 tokens where they are packed, else mllm.max_length",
     )  # fmt: skip
 
 

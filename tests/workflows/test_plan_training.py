@@ -155,8 +155,9 @@ def test_traffic_steps_and_hours_by_hand() -> None:
     assert plan.checkpoint == 16 * parameters
     two_nodes = TrainPlan(plan.trial, rates, 16)
     assert two_nodes.step_seconds[0] == pytest.approx(3 * 4 * parameters * 15 / 16 / 0.5e9)
-    half = replace(plan, fill=0.5)
-    assert half.flops == plan.flops / 2
+    half = Trial(model, 0.5)
+    assert TrainPlan(half, rates, 8).flops == plan.flops / 2
+    assert [half.rows(3), Trial(replace(model, packed=True), 0.3).rows(4)] == [3, 2]
     per_token = plan.trial.flops["fp32"] / 32
     assert per_token == pytest.approx(
         6 * (parameters - model.modules["model"].lm.model.embed_tokens.weight.numel()), rel=0.2
@@ -175,6 +176,8 @@ def test_what_cannot_fit_names_the_smallest_change_that_does() -> None:
     )
     assert plan.fits(Setting(4, 2, 0)) and not plan.fits(plan.setting)
     assert TrainPlan(trial, box, 4).refusal() is None
+    zero = TrainPlan(Trial(language_model(steps=9, batch_size=32, zero_stage=2, offload="cpu")), box, 4)
+    assert zero.memory["states"] == 4 * model.parameters("model"), "gradients and moments lie in main memory"
     hopeless = TrainPlan(trial, replace(box, memory=1e5), 4).refusal() or ""
     assert "Nothing that is tried here makes it fit" in hopeless
 

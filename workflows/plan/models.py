@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, SiglipVisionModel
 
 from smalti.mllm.adapters import ADAPTERS
 from smalti.mllm.build import _qwen2_config
+from smalti.mllm.lora import add_lora
 from smalti.mllm.model import UnifiedModel, fit_shapes, visible_mask
 from smalti.mllm.vocabulary import DELIMITERS, VisualVocabulary
 from smalti.schema import Loss, Recipe, Train
@@ -47,7 +48,7 @@ class Head:
 class Model:
     """One trained stage. `modules` holds everything on the GPU, `engines` names what is trained and its ZeRO stage;
     `step(num, backward, autocast)` is a micro batch of `num` samples. `blocks`: layers that activation checkpointing
-    would cut the engine `model` into."""
+    would cut the engine `model` into. `packed`: several samples share a row of the longest length."""
 
     name: str
     section: str
@@ -59,6 +60,7 @@ class Model:
     blocks: int
     origin: str = ""
     head: Head | None = None
+    packed: bool = False
     pixels: int = 0
     parts: dict[str, float] = field(default_factory=dict)
 
@@ -254,6 +256,8 @@ def _mllm(recipe: Recipe, grid: tuple[int, int]) -> Model:
         kind = ADAPTERS["single" if len(splits) == 1 else section.adapter]
         adapter = kind(splits, section.adapter_hidden or width, width)
         model = UnifiedModel(lm, adapter, torch.empty(num_codes, sum(splits)), vocabulary)
+        if section.lora:
+            add_lora(model, section.lora)
     length = section.max_length
 
     def step(num: int, backward: Backward, autocast: Autocast) -> None:
@@ -273,5 +277,5 @@ def _mllm(recipe: Recipe, grid: tuple[int, int]) -> Model:
     return Model(
         "mllm", "mllm.train", f"language model over {rows:,} tokens", section.train, nn.ModuleDict({"model": model}),
         {"model": section.train.zero_stage}, step, int(config.get_text_config().num_hidden_layers), origin,
-        Head(rows, width, length, section.loss_chunk),
+        Head(rows, width, length, section.loss_chunk), section.packing,
     )  # fmt: skip

@@ -23,6 +23,7 @@ from smalti.workflows.plan.training import TrainPlan, Trial, lines
 from smalti.workflows.stage import stage_path
 
 ASSUMED_IMAGE_BYTES = 100_000  # an encoded image of the corpus
+ASSUMED_TEXT = 64  # tokens of text beside an image
 CODE_BYTES, HALF, SINGLE = 4, 2, 4
 
 
@@ -73,8 +74,15 @@ class RecipePlan:
 
     @cached_property
     def trained(self) -> list[TrainPlan]:
-        fill = 1.0 if self.length is None else min(1.0, self.length / self.recipe.mllm.max_length)
-        return [TrainPlan(Trial(m), self.rates, self.num, fill if m.head else 1.0) for m in self.models]
+        fill = self.mean_length / self.recipe.mllm.max_length
+        return [TrainPlan(Trial(m, fill if m.head else 1.0), self.rates, self.num) for m in self.models]
+
+    @property
+    def mean_length(self) -> int:
+        """Tokens of a sequence: as given; else packed ones are an image and a short text, others as long as can be."""
+        longest = self.recipe.mllm.max_length
+        likely = self.patches + ASSUMED_TEXT if self.recipe.mllm.packing else longest
+        return min(longest, self.length or likely)
 
     @cached_property
     def codebook(self) -> Plan | None:
@@ -102,12 +110,18 @@ class RecipePlan:
         for plan in self.trained:
             name = plan.model.name
             yield from ["", *lines(plan, [known[name]] if name in known else [])]
-            if plan.fill < 1:
-                yield f"  {'':<15} hours at a mean of {self.length:,} tokens a sequence; memory at {self.recipe.mllm.max_length:,}"
-            elif plan.model.head:
-                yield f"  {'':<15} hours are an upper bound: every sequence taken as {self.recipe.mllm.max_length:,} tokens (--length)"
+            if plan.model.head:
+                yield f"  {'':<15} {self._length_told()}"
             self._refuse(plan.refusal())
         yield from ["", *self._storage_lines(), "", self._total()]
+
+    def _length_told(self) -> str:
+        mean, longest = self.mean_length, self.recipe.mllm.max_length
+        if mean == longest:
+            return f"hours are an upper bound: every sequence taken as {longest:,} tokens (--length)"
+        assumed = "" if self.length else ", ASSUMED (--length)"
+        packed = "packed into rows of" if self.recipe.mllm.packing else "for hours; memory at"
+        return f"sequences of {mean:,} tokens in the mean{assumed}, {packed} {longest:,}"
 
     def _refuse(self, refusal: str | None) -> None:
         if refusal is not None:

@@ -6,6 +6,7 @@ float32 (bf16 is autocast), and ZeRO a float32 copy of its partition beside them
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,6 +26,11 @@ STATES = {  # ZeRO stage: (bytes a parameter that every GPU holds, bytes a param
     2: (4, 16),  # parameters | gradients, copy, two moments
     3: (0, 20),  # all: parameters, gradients, copy, two moments
 }
+OFFLOADED = {
+    1: (8, 0),
+    2: (4, 0),
+    3: (0, 0),
+}  # train.offload: what stays on the GPU; the rest lies in main memory or on NVMe
 TRAFFIC = {  # ZeRO stage: float32 copies of P that a GPU receives and sends (a step, a micro batch)
     0: (2, 0),
     1: (2, 0),
@@ -33,9 +39,9 @@ TRAFFIC = {  # ZeRO stage: float32 copies of P that a GPU receives and sends (a 
 }
 
 
-def states(parameters: float, stage: int, num: int) -> float:
+def states(parameters: float, stage: int, num: int, *, offloaded: bool = False) -> float:
     """Bytes of parameters, gradients and optimizer on a GPU of `num`."""
-    whole, shared = STATES[stage]
+    whole, shared = (OFFLOADED if offloaded and stage else STATES)[stage]
     return parameters * (whole + shared / num)
 
 
@@ -47,17 +53,26 @@ class Setting:
     micro: int
     zero: int
     checkpointing: bool = False
+    offload: bool = False
 
 
 class Trial:
-    """A model on `num` GPUs, traced once for one and once for two samples; memory of any `Setting` follows from them."""
+    """A model, traced once for one and once for two samples; memory of any `Setting` follows from them.
 
-    def __init__(self, model: Model) -> None:
-        self.model, self.bf16 = model, model.train.precision == "bf16"
+    fill: mean length of a sample as a share of the longest. Packed samples share rows; others take one each, and memory
+    is that of the longest.
+    """
+
+    def __init__(self, model: Model, fill: float = 1.0) -> None:
+        self.model, self.fill, self.bf16 = model, fill, model.train.precision == "bf16"
         self.traces = [trace(model.modules, self._step(num), bf16=self.bf16) for num in (1, 2)]
 
     def _step(self, num: int):
         return lambda backward, autocast: self.model.step(num, backward, autocast)
+
+    def rows(self, micro: int) -> int:
+        """Rows of a micro batch of so many samples."""
+        return max(1, math.ceil(micro * self.fill - 1e-9)) if self.model.packed else micro
 
     def of(self, name: str, samples: int) -> float:
         """A figure of `Traced` for a micro batch of so many samples: linear in them."""
@@ -79,14 +94,16 @@ class Trial:
         model, train = self.model, self.model.train
         found = {"states": 0.0, "frozen": float(SINGLE * model.frozen)}
         for engine, stage in model.engines.items():
-            found["states"] += self.states(engine, setting.zero if engine == "model" else stage, setting.num)
+            own = setting.zero if engine == "model" else stage
+            found["states"] += self.states(engine, own, setting.num, setting.offload)
         found["buffers"] = self._buffers(train, setting)
         found |= self._passing(setting)
         return found
 
-    def states(self, engine: str, stage: int, num: int) -> float:
+    def states(self, engine: str, stage: int, num: int, offloaded: bool = False) -> float:
         """Bytes of an engine's parameters, gradients and moments on a GPU; Muon keeps one moment of its matrices."""
-        return states(self.model.parameters(engine), stage, num) - SINGLE * self.model.muon(engine)
+        whole = states(self.model.parameters(engine), stage, num, offloaded=offloaded)
+        return whole - SINGLE * self.model.muon(engine)
 
     def _buffers(self, train: Train, setting: Setting) -> float:
         """ZeRO's: the bucket in which gradients are reduced, and under stage 3 the parameters gathered at once."""
@@ -101,40 +118,42 @@ class Trial:
         return size
 
     def _passing(self, setting: Setting) -> dict[str, float]:
-        """Activations and logits at their worst moment: in the head's loss, or in the backward pass behind it."""
+        """Activations and logits at their worst moment: in the head's loss, or in the backward pass behind it.
+
+        Checkpointed: the inputs of all blocks and the activations of one; an estimate, not a trace.
+        """
+        rows = self.rows(setting.micro)
         copies = self.of("copies", 1) if setting.zero == 3 else 0.0  # gathered in bf16 there, and counted as such
-        saved, peak = (self.of(name, setting.micro) - copies for name in ("saved", "peak"))
+        saved, peak = (self.of(name, rows) - copies for name in ("saved", "peak"))
         if setting.checkpointing:
-            blocks, inputs = max(self.model.blocks, 1), self._block_inputs(setting.micro)
-            saved = inputs + saved / blocks
-            peak = saved + (peak - self.of("saved", setting.micro) + copies)
-        logits = self.logits(setting.micro)
+            beyond, saved = peak - saved, self._block_inputs(rows) + saved / max(self.model.blocks, 1)
+            peak = saved + beyond
+        logits = self.logits(rows)
         return {"activations": max(saved, peak - logits), "logits": logits}
 
-    def _block_inputs(self, micro: int) -> float:
+    def _block_inputs(self, rows: int) -> float:
         head = self.model.head
         if head is not None:
-            return float(SINGLE * micro * head.length * head.width * self.model.blocks)
-        return 0.1 * self.of("saved", micro)  # about a tenth of a block's activations is its input
+            return float(SINGLE * rows * head.length * head.width * self.model.blocks)
+        return 0.1 * self.of("saved", rows)  # about a tenth of a block's activations is its input
 
-    def logits(self, micro: int) -> float:
+    def logits(self, rows: int) -> float:
         """The loss of the head: its weight's gradient in float32 and bf16 copy, a chunk of logits, the inputs' gradients."""
         head = self.model.head
         if head is None:
             return 0.0
-        chunk = min(head.chunk, micro * head.length)
+        chunk = min(head.chunk, rows * head.length)
         weight = head.rows * head.width * (SINGLE + (HALF if self.bf16 else 0))
-        return float(weight + chunk * head.rows * (8 if self.bf16 else 4) + SINGLE * micro * head.length * head.width)
+        return float(weight + chunk * head.rows * (8 if self.bf16 else 4) + SINGLE * rows * head.length * head.width)
 
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """A trained stage on `num` GPUs. `fill`: mean length of a sample as a share of the longest; memory takes the longest."""
+    """A trained stage on `num` GPUs."""
 
     trial: Trial
     rates: Rates
     num: int
-    fill: float = 1.0
 
     @property
     def model(self) -> Model:
@@ -144,12 +163,20 @@ class TrainPlan:
     def setting(self) -> Setting:
         """As the recipe says. ConfigError: a batch that these GPUs cannot share."""
         train = self.model.train
-        return Setting(self.num, accumulation(train, self.num)[0], train.zero_stage, _checkpoints(train))
+        return Setting(
+            self.num,
+            accumulation(train, self.num)[0],
+            train.zero_stage,
+            train.activation_checkpointing,
+            train.offload != "none",
+        )
 
     def states(self, stage: int) -> float:
         """Bytes of all engines' states on a GPU, with the main one at this ZeRO stage."""
         engines = self.model.engines.items()
-        return sum(self.trial.states(e, stage if e == "model" else own, self.num) for e, own in engines)
+        return sum(
+            self.trial.states(e, stage if e == "model" else own, self.num, self.setting.offload) for e, own in engines
+        )
 
     @cached_property
     def memory(self) -> dict[str, float]:
@@ -171,7 +198,7 @@ class TrainPlan:
     @property
     def _again(self) -> float:
         """Arithmetic beside that of the longest samples, each computed once."""
-        return self.fill * (4 / 3 if self.setting.checkpointing else 1.0)
+        return self.trial.fill * (4 / 3 if self.setting.checkpointing else 1.0)
 
     @property
     def traffic(self) -> float:
@@ -224,6 +251,7 @@ class TrainPlan:
         smaller = [replace(now, micro=micro) for micro in _halves(now.micro)]
         shared = [replace(now, zero=stage) for stage in range(now.zero + 1, 4)]
         both = [replace(one, zero=3) for one in [now, *smaller]]
+        away = [replace(one, offload=True) for one in both if self.model.train.optimizer != "muon"]
         checkpointed = [replace(one, checkpointing=True) for one in [now, *smaller, *shared, *both]]
         batch = self.model.train.batch_size
         more = [
@@ -232,14 +260,15 @@ class TrainPlan:
             if batch % (self.num * times) == 0
             for one in (both[0], replace(both[0], checkpointing=True))
         ]
-        found = next((one for one in [*smaller, *shared, *both, *checkpointed, *more] if self.fits(one)), None)
+        found = next((one for one in [*smaller, *shared, *both, *checkpointed, *away, *more] if self.fits(one)), None)
         if found is None:
             return f"Nothing that is tried here makes it fit: not ZeRO-3 with {key}.micro_batch_size=1 either."
         changes = {
             f"{key}.optimizer=adamw": found.zero != now.zero and self.model.train.optimizer == "muon",
             f"{key}.zero_stage={found.zero}": found.zero != now.zero,
             f"{key}.micro_batch_size={found.micro}": found.micro != now.micro,
-            "activation checkpointing": found.checkpointing and not now.checkpointing,
+            f"{key}.activation_checkpointing=true": found.checkpointing and not now.checkpointing,
+            f"{key}.offload=cpu": found.offload and not now.offload,
             f"--gpus {found.num}": found.num != now.num,
         }
         size = size_text(sum(self.trial.memory(found).values()))
@@ -248,10 +277,6 @@ class TrainPlan:
 
 def _halves(micro: int) -> list[int]:
     return [micro // 2**i for i in range(1, micro.bit_length()) if micro % 2**i == 0]
-
-
-def _checkpoints(train: Train) -> bool:
-    return bool(getattr(train, "activation_checkpointing", False))
 
 
 def lines(plan: TrainPlan, measured: Sequence[str] = ()) -> list[str]:
@@ -265,9 +290,9 @@ def lines(plan: TrainPlan, measured: Sequence[str] = ()) -> list[str]:
     rows = [
         ("parameters", f"{_count(model.parameters())}, trained {_count(sum(trained.values()))}", "F + P"),
         ("states a GPU", f"ZeRO {each}", "0: 16·P; 1: 8·P + 12·P/N; 2: 4·P + 16·P/N; 3: 20·P/N"),
-        ("", f"the recipe has ZeRO-{setting.zero}: {size_text(plan.memory['states'])}, frozen {size_text(plan.memory['frozen'])}", "4·F"),
+        ("", f"the recipe has ZeRO-{setting.zero}: {size_text(plan.memory['states'])}, frozen {size_text(plan.memory['frozen'])}{_away(plan)}", "4·F"),
         ("ZeRO's buffers", size_text(plan.memory["buffers"]), _buffer_formula(setting, plan.trial.bf16)),
-        ("activations", f"{size_text(plan.memory['activations'])} of {setting.micro} samples", "traced through the model's own step"),
+        ("activations", f"{size_text(plan.memory['activations'])} of {plan.trial.rows(setting.micro)} {'rows' if model.packed else 'samples'}", "traced through the model's own step"),
     ]  # fmt: skip
     if head is not None:
         rows.append(
@@ -285,6 +310,15 @@ def lines(plan: TrainPlan, measured: Sequence[str] = ()) -> list[str]:
     found += [f"  {name:<15} {value:<58} {formula}".rstrip() for name, value, formula in rows]
     found += [f"  {'measured':<15} {text}" for text in measured]
     return found
+
+
+def _away(plan: TrainPlan) -> str:
+    """What `train.offload` puts into main memory, or on NVMe."""
+    if not plan.setting.offload:
+        return ""
+    here = plan.memory["states"]
+    whole = sum(plan.trial.states(engine, plan.setting.zero, plan.num) for engine in plan.model.engines)
+    return f", offloaded {size_text(whole - here)} a worker"
 
 
 def _buffer_formula(setting: Setting, bf16: bool) -> str:
