@@ -1,4 +1,4 @@
-"""Goal "plan": memory and time that a training step of small models really takes on one core, against `smalti plan`.
+"""Goal 15: memory and time that a training step of small models really takes on one core, against `smalti plan`.
 
 The models are those of the quickstart at batch 8. Memory: bytes that stay and the peak of a further micro batch, by torch's own
 record of its allocator. Time: CPU-seconds of a micro batch against the plan's FLOPs at the rate of a core, measured in the same run
@@ -8,7 +8,6 @@ record of its allocator. Time: CPU-seconds of a micro batch against the plan's F
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from bench.machine import machine
+from bench.machine import report
 from bench.real_steps import measure
 from smalti.config import load_recipe
 from smalti.workflows.plan.base import cpu_rates
@@ -40,8 +39,7 @@ def main() -> None:
         stages[name] = {"memory": round(memory, 3), "seconds": round(seconds, 2)}
         print(f"{name:<10} memory {memory:.3f} and time {seconds:.2f} times the plan")
     worst = max(abs(ratios["memory"] - 1) for ratios in stages.values())
-    result = {"goal": GOAL, "ratio": round(1 + worst, 3), "stages": stages, "met": worst <= WITHIN}
-    print(json.dumps(result | {"quality": 1.0, "machine": machine()}))
+    report(GOAL, ratio=1 + worst, stages=stages, quality=1.0, met=worst <= WITHIN)
 
 
 if __name__ == "__main__":

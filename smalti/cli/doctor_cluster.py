@@ -126,9 +126,11 @@ def room_checks(recipe: Recipe, nodes: Any) -> list[Check]:
 
 
 def local_room(recipe: Recipe) -> list[Check]:
-    """The same for a local session, which shares its cores among as many CPUs as the recipe asks for."""
+    """The same for a local session, which shares its cores among as many CPUs as the recipe asks for, and with
+    `resources.device: cpu` says it has as many GPUs."""
     import torch
 
     from smalti.workflows.placement import Node
 
-    return room_checks(recipe, [Node("this machine", {"CPU": 1e6, "GPU": float(torch.cuda.device_count())})])
+    gpus = 1e6 if recipe.resources.device == "cpu" else float(torch.cuda.device_count())
+    return room_checks(recipe, [Node("this machine", {"CPU": 1e6, "GPU": gpus})])

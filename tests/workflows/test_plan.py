@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +10,7 @@ from smalti.errors import ConfigError
 from smalti.schema import CodebookSection
 from smalti.workflows.plan import Rates, plan_codebook
 from smalti.workflows.plan.base import cpu_rates, gpu_rates
+from smalti.workflows.plan.measured import measurements
 
 RATES = Rates("box", flops=1e12, read=1e9, memory=16e9, origin="stated")
 N, C = 150_000_000, 1152
@@ -57,3 +60,13 @@ def test_rates_say_where_they_come_from() -> None:
     assert measured.origin.startswith("measured")
     assert measured.flops > 1e8
     assert measured.read > 1e6
+
+
+def test_the_newest_measurement_stands_beside_the_plan(tmp_path: Path) -> None:
+    entry = {"goal": 15, "machine": "box", "stages": {"mllm": {"memory": 1.0, "seconds": 1.31}}}
+    (tmp_path / "2026-01-01-box.json").write_text(json.dumps([{"goal": 8}, entry]))
+    entry["stages"] = {"mllm": {"memory": 1.02, "seconds": 1.4}}
+    (tmp_path / "2026-01-02-box.json").write_text(json.dumps([entry]))
+    told = "memory 1.02 and seconds 1.40 times the plan (small model, 2026-01-02, box)"
+    assert measurements(tmp_path) == {"mllm": told}
+    assert measurements(tmp_path / "none") == {}
