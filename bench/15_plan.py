@@ -35,7 +35,7 @@ def main() -> None:
     for name, real in measure(recipe, BATCH, TURNS).items():
         planned = trials[name].memory(Setting(1, BATCH, 0))
         memory = (real.stays + real.passing) / sum(planned.values())
-        seconds = real.seconds / (sum(trials[name].flops.values()) * BATCH / rates.flops)
+        seconds = real.seconds / (sum(trials[name].flops().values()) * BATCH / rates.flops)
         stages[name] = {"memory": round(memory, 3), "seconds": round(seconds, 2)}
         print(f"{name:<10} memory {memory:.3f} and time {seconds:.2f} times the plan")
     worst = max(abs(ratios["memory"] - 1) for ratios in stages.values())

@@ -23,6 +23,7 @@ from smalti.workflows.plan.base import gpu_rates
 from smalti.workflows.plan.configs import language_config, vision_config
 from smalti.workflows.plan.models import Model, models_of
 from smalti.workflows.plan.training import BUCKET, Setting, TrainPlan, Trial, states
+from smalti.workflows.train.memory import blocks_of, recompute
 
 SMALL = [
     "encoder.train.layers=1", "encoder.train.train.precision=bf16", "tokenizer.semantic.decoder_layers=1",
@@ -59,6 +60,25 @@ def test_memory_is_what_real_tensors_take(name: str, trials: dict[str, Trial], m
     planned = trials[name].memory(Setting(1, BATCH, 0))
     assert planned["states"] + planned["frozen"] == pytest.approx(stays, rel=0.02)
     assert planned["activations"] + planned["logits"] == pytest.approx(passing, rel=0.15)
+
+
+def test_activations_computed_again_are_traced_too(trials: dict[str, Trial], recipe: Recipe, measured: Any) -> None:
+    """The semantic stage, in float32, with each block of its decoder run again on the way back."""
+    from bench.real_steps import peak_of, real_step
+
+    model = next(model for model in models_of(recipe) if model.name == "semantic")
+    modules = model.modules.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in [*modules.parameters(), *modules.buffers()]:
+            tensor.normal_(0, 0.02) if tensor.is_floating_point() else tensor.zero_()
+    for block in blocks_of(modules["model"]):
+        recompute(block)
+    step = real_step(model, BATCH)
+    step()
+    whole, again = (trials["semantic"].memory(Setting(1, BATCH, 0, on))["activations"] for on in (False, True))
+    assert again == pytest.approx(peak_of(step), rel=0.15)
+    assert again < whole
+    assert trials["semantic"].flops(True)["fp32"] > 1.02 * trials["semantic"].flops()["fp32"]
 
 
 def engine_bytes(folder: str) -> dict[int, int]:
@@ -149,7 +169,7 @@ def test_traffic_steps_and_hours_by_hand() -> None:
     parameters = model.parameters("model")
     assert plan.setting == Setting(8, 2, 3)
     assert plan.traffic == pytest.approx(3 * 4 * parameters * 2 * 7 / 8), "two micro batches of float32"
-    compute = sum(plan.trial.flops.values()) * 32 / 8 / 1e12
+    compute = sum(plan.row_flops.values()) * 32 / 8 / 1e12
     assert plan.step_seconds == (pytest.approx(max(compute, plan.traffic / 1e9)), "traffic")
     assert plan.hours == pytest.approx(100 * plan.traffic / 1e9 / 3600)
     assert plan.checkpoint == 16 * parameters
@@ -158,7 +178,7 @@ def test_traffic_steps_and_hours_by_hand() -> None:
     half = Trial(model, 0.5)
     assert TrainPlan(half, rates, 8).flops == plan.flops / 2
     assert [half.rows(3), Trial(replace(model, packed=True), 0.3).rows(4)] == [3, 2]
-    per_token = plan.trial.flops["fp32"] / 32
+    per_token = plan.row_flops["fp32"] / 32
     assert per_token == pytest.approx(
         6 * (parameters - model.modules["model"].lm.model.embed_tokens.weight.numel()), rel=0.2
     )  # type: ignore[union-attr]

@@ -47,8 +47,7 @@ class Head:
 @dataclass(frozen=True)
 class Model:
     """One trained stage. `modules` holds everything on the GPU, `engines` names what is trained and its ZeRO stage;
-    `step(num, backward, autocast)` is a micro batch of `num` samples. `blocks`: layers that activation checkpointing
-    would cut the engine `model` into. `packed`: several samples share a row of the longest length."""
+    `step(num, backward, autocast)` is a micro batch of `num` samples. `packed`: several samples share a row of the longest length."""
 
     name: str
     section: str
@@ -57,7 +56,6 @@ class Model:
     modules: nn.ModuleDict
     engines: dict[str, int]
     step: Callable[[int, Backward, Autocast], None]
-    blocks: int
     origin: str = ""
     head: Head | None = None
     packed: bool = False
@@ -139,7 +137,7 @@ def _encoder(recipe: Recipe) -> Model:
 
     return Model(
         "encoder", "encoder.train.train", "SigLIP, vision and text", section.train, nn.ModuleDict({"model": model}),
-        {"model": section.train.zero_stage}, step, section.layers + section.text_layers, pixels=size,
+        {"model": section.train.zero_stage}, step, pixels=size,
     )  # fmt: skip
 
 
@@ -160,7 +158,7 @@ def _semantic(recipe: Recipe, encoder: VisionEncoder, origin: str) -> Model:
     modules = nn.ModuleDict({"model": model, "encoder": encoder})
     return Model(
         "semantic", "tokenizer.semantic.train", "semantic codebook on the frozen encoder", stage.train, modules,
-        {"model": stage.train.zero_stage}, step, stage.decoder_layers, origin, pixels=encoder.image_size,
+        {"model": stage.train.zero_stage}, step, origin, pixels=encoder.image_size,
     )  # fmt: skip
 
 
@@ -212,11 +210,10 @@ def _pixels(recipe: Recipe, encoder: VisionEncoder, origin: str, *, decoder: boo
                 critic_loss, _ = discriminator_loss(critic, out.pixels.detach(), pixels_BCHW)
             backward(critic_loss)
 
-    blocks = stage.decoder.layers + (0 if decoder else section.pixel.encoder.layers)
     what = "larger pixel decoder, all else frozen" if decoder else "pixel encoder, sub-codebooks and decoder"
     name = "decoder" if decoder else "pixel"
     return Model(
-        name, f"tokenizer.{name}.train", what, stage.train, modules, engines, step, blocks,
+        name, f"tokenizer.{name}.train", what, stage.train, modules, engines, step,
         origin if uses_encoder else "", pixels=size,
     )  # fmt: skip
 
@@ -276,6 +273,6 @@ def _mllm(recipe: Recipe, grid: tuple[int, int]) -> Model:
     rows = lm.get_output_embeddings().out_features
     return Model(
         "mllm", "mllm.train", f"language model over {rows:,} tokens", section.train, nn.ModuleDict({"model": model}),
-        {"model": section.train.zero_stage}, step, int(config.get_text_config().num_hidden_layers), origin,
+        {"model": section.train.zero_stage}, step, origin,
         Head(rows, width, length, section.loss_chunk), section.packing,
     )  # fmt: skip

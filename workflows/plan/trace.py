@@ -6,8 +6,9 @@ The step is the model's own code in its own precision, so the figures follow eve
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from smalti.workflows.train.memory import blocks_of
 
 aten = torch.ops.aten
 PRECISIONS = ("bf16", "tf32", "fp32")
@@ -23,13 +27,14 @@ PRECISIONS = ("bf16", "tf32", "fp32")
 
 class Traced(NamedTuple):
     """FLOPs of a step by precision (bf16; fp32; tf32: float32 convolutions, which cuDNN rounds); bytes held when its
-    first backward pass begins, and at most, besides parameters, buffers and gradients; and of these the copies of
-    trained weights in another precision, which autocast keeps."""
+    first backward pass begins, and at most, besides parameters, buffers and gradients. `bare_saved`, `bare_peak`: the same
+    without copies of trained weights in another precision, which autocast keeps."""
 
     flops: dict[str, float]
     saved: float
     peak: float
-    copies: float
+    bare_saved: float
+    bare_peak: float
 
 
 Backward = Callable[[Tensor], None]
@@ -46,11 +51,25 @@ def trace(modules: nn.Module, step: Step, *, bf16: bool) -> Traced:
         with _Watch(held) as watch:
 
             def backward(loss: Tensor) -> None:
-                watch.saved = max(watch.saved, watch.live)
+                watch.saved, watch.bare_saved = max(watch.saved, watch.live), max(watch.bare_saved, watch.bare)
                 loss.backward()
 
             step(backward, lambda: torch.autocast("cpu", torch.bfloat16, enabled=bf16))
-    return Traced(watch.flops, max(watch.saved, 0), watch.peak, watch.copies)
+    return Traced(watch.flops, watch.saved, watch.peak, watch.bare_saved, watch.bare_peak)
+
+
+@contextmanager
+def recomputing(module: nn.Module) -> Iterator[None]:
+    """Within, every transformer block keeps its inputs alone, as `train.activation_checkpointing` has it."""
+    blocks = list(blocks_of(module))
+    for block in blocks:
+        again = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        block.forward = again  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
 
 
 def fake(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -90,7 +109,8 @@ class _Watch(TorchDispatchMode):
     def __init__(self, held: list[Tensor]) -> None:
         super().__init__()
         self.flops = dict.fromkeys(PRECISIONS, 0.0)
-        self.live, self.peak, self.saved, self.copies = 0, 0, 0, 0
+        self.live, self.peak, self.saved = 0, 0, 0
+        self.bare, self.bare_peak, self.bare_saved = 0, 0, 0
         self.weights = {id(t.untyped_storage()) for t in held if isinstance(t, nn.Parameter) and t.requires_grad}
         self.held = held  # their storages live as long as they are known by id
         self.known = {id(t.untyped_storage()) for t in held}
@@ -101,29 +121,31 @@ class _Watch(TorchDispatchMode):
         count = _FLOPS.get(func._overloadpacket)
         if count is not None:
             self.flops[_precision(func, out)] += count(*args, **kwargs, out_val=out)
+        copy = func is aten._to_copy.default and id(args[0].untyped_storage()) in self.weights
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
-                new = self._note(tensor)
-                if new and func is aten._to_copy.default and id(args[0].untyped_storage()) in self.weights:
-                    self.copies += new
+                self._note(tensor, copy)
         return out
 
-    def _note(self, tensor: Tensor) -> int:
-        """Bytes of the tensor's storage where it is new, else 0."""
+    def _note(self, tensor: Tensor, copy: bool) -> None:
+        """Count the tensor's storage where it is new, until it goes."""
         storage = tensor.untyped_storage()
         key = id(storage)
         if key in self.known:
-            return 0
+            return
         size = int(storage.nbytes())
         self.known.add(key)
-        weakref.finalize(storage, self._gone, key, size).atexit = False
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        return size
+        weakref.finalize(storage, self._gone, key, size, copy).atexit = False
+        self._change(size, copy)
 
-    def _gone(self, key: int, size: int) -> None:
+    def _change(self, size: int, copy: bool) -> None:
+        self.live += size
+        self.bare += 0 if copy else size
+        self.peak, self.bare_peak = max(self.peak, self.live), max(self.bare_peak, self.bare)
+
+    def _gone(self, key: int, size: int, copy: bool) -> None:
         self.known.discard(key)
-        self.live -= size
+        self._change(-size, copy)
 
 
 def _precision(func: Any, out: Any) -> str:

@@ -14,7 +14,7 @@ from functools import cached_property
 from smalti.schema import Train
 from smalti.workflows.plan.base import Rates, size_text
 from smalti.workflows.plan.models import Model
-from smalti.workflows.plan.trace import PRECISIONS, trace
+from smalti.workflows.plan.trace import PRECISIONS, Traced, recomputing, trace
 from smalti.workflows.train.engines import accumulation, deepspeed_config
 
 SINGLE, HALF = 4, 2  # bytes of a number
@@ -65,24 +65,32 @@ class Trial:
 
     def __init__(self, model: Model, fill: float = 1.0) -> None:
         self.model, self.fill, self.bf16 = model, fill, model.train.precision == "bf16"
-        self.traces = [trace(model.modules, self._step(num), bf16=self.bf16) for num in (1, 2)]
+        self.traces = self._traces()
 
     def _step(self, num: int):
         return lambda backward, autocast: self.model.step(num, backward, autocast)
+
+    def _traces(self) -> list[Traced]:
+        return [trace(self.model.modules, self._step(num), bf16=self.bf16) for num in (1, 2)]
+
+    @cached_property
+    def checkpointed(self) -> list[Traced]:
+        """The same with every block of the main engine computed again on the way back."""
+        with recomputing(self.model.modules["model"]):
+            return self._traces()
 
     def rows(self, micro: int) -> int:
         """Rows of a micro batch of so many samples."""
         return max(1, math.ceil(micro * self.fill - 1e-9)) if self.model.packed else micro
 
-    def of(self, name: str, samples: int) -> float:
-        """A figure of `Traced` for a micro batch of so many samples: linear in them."""
-        one, two = (getattr(traced, name) for traced in self.traces)
-        return max(one, 0) + (two - one) * (samples - 1)
+    def of(self, name: str, rows: int, checkpointing: bool) -> float:
+        """A figure of `Traced` for a micro batch of so many rows: linear in them."""
+        one, two = (getattr(traced, name) for traced in (self.checkpointed if checkpointing else self.traces))
+        return one + (two - one) * (rows - 1)
 
-    @cached_property
-    def flops(self) -> dict[str, float]:
-        """FLOPs of a sample by precision, the head's among them."""
-        one, two = (traced.flops for traced in self.traces)
+    def flops(self, checkpointing: bool = False) -> dict[str, float]:
+        """FLOPs of a row by precision, the head's among them."""
+        one, two = (traced.flops for traced in (self.checkpointed if checkpointing else self.traces))
         found = {name: max(two[name] - one[name], 0.0) for name in PRECISIONS}
         head = self.model.head
         if head is not None:
@@ -118,32 +126,21 @@ class Trial:
         return size
 
     def _passing(self, setting: Setting) -> dict[str, float]:
-        """Activations and logits at their worst moment: in the head's loss, or in the backward pass behind it.
-
-        Checkpointed: the inputs of all blocks and the activations of one; an estimate, not a trace.
-        """
-        rows = self.rows(setting.micro)
-        copies = self.of("copies", 1) if setting.zero == 3 else 0.0  # gathered in bf16 there, and counted as such
-        saved, peak = (self.of(name, rows) - copies for name in ("saved", "peak"))
-        if setting.checkpointing:
-            beyond, saved = peak - saved, self._block_inputs(rows) + saved / max(self.model.blocks, 1)
-            peak = saved + beyond
+        """Activations and logits at their worst moment: in the head's loss, or in the backward pass behind it. Under
+        ZeRO-3 weights are gathered in bf16, and counted as such: autocast makes no copies."""
+        rows, bare = self.rows(setting.micro), "bare_" if setting.zero == 3 else ""
+        saved, peak = (self.of(f"{bare}{name}", rows, setting.checkpointing) for name in ("saved", "peak"))
         logits = self.logits(rows)
         return {"activations": max(saved, peak - logits), "logits": logits}
 
-    def _block_inputs(self, rows: int) -> float:
-        head = self.model.head
-        if head is not None:
-            return float(SINGLE * rows * head.length * head.width * self.model.blocks)
-        return 0.1 * self.of("saved", rows)  # about a tenth of a block's activations is its input
-
     def logits(self, rows: int) -> float:
-        """The loss of the head: its weight's gradient in float32 and bf16 copy, a chunk of logits, the inputs' gradients."""
+        """The loss of the head: its weight's gradient, in bf16 its copy and a chunk's part too; a chunk of logits; the
+        inputs' gradients."""
         head = self.model.head
         if head is None:
             return 0.0
         chunk = min(head.chunk, rows * head.length)
-        weight = head.rows * head.width * (SINGLE + (HALF if self.bf16 else 0))
+        weight = head.rows * head.width * (SINGLE + (2 * HALF if self.bf16 else 0))
         return float(weight + chunk * head.rows * (8 if self.bf16 else 4) + SINGLE * rows * head.length * head.width)
 
 
@@ -193,12 +190,12 @@ class TrainPlan:
     @property
     def flops(self) -> float:
         """FLOPs of a step on all GPUs."""
-        return sum(self.trial.flops.values()) * self.model.train.batch_size * self._again
+        return sum(self.row_flops.values()) * self.model.train.batch_size * self.trial.fill
 
     @property
-    def _again(self) -> float:
-        """Arithmetic beside that of the longest samples, each computed once."""
-        return self.trial.fill * (4 / 3 if self.setting.checkpointing else 1.0)
+    def row_flops(self) -> dict[str, float]:
+        """FLOPs of a row by precision, what is computed again among them."""
+        return self.trial.flops(self.setting.checkpointing)
 
     @property
     def traffic(self) -> float:
@@ -218,8 +215,8 @@ class TrainPlan:
     @property
     def step_seconds(self) -> tuple[float, str]:
         """Seconds of a step, and what bounds them: traffic goes on beside the arithmetic."""
-        share = self.model.train.batch_size / self.num * self._again
-        compute = sum(share * count / self.rates.training(name) for name, count in self.trial.flops.items())
+        share = self.model.train.batch_size / self.num * self.trial.fill
+        compute = sum(share * count / self.rates.training(name) for name, count in self.row_flops.items())
         transfer = self.traffic / self.rates.wire(self.num)
         return max(compute, transfer), "arithmetic" if compute >= transfer else "traffic"
 
@@ -286,7 +283,7 @@ def lines(plan: TrainPlan, measured: Sequence[str] = ()) -> list[str]:
     head, total = model.head, sum(plan.memory.values())
     each = " · ".join(f"{stage}: {size_text(plan.states(stage))}" for stage in STATES)
     bound = plan.step_seconds[1]
-    shares = " + ".join(f"{plan.trial.flops[name]:.3g} {name}" for name in PRECISIONS if plan.trial.flops[name])
+    shares = " + ".join(f"{plan.row_flops[name]:.3g} {name}" for name in PRECISIONS if plan.row_flops[name])
     rows = [
         ("parameters", f"{_count(model.parameters())}, trained {_count(sum(trained.values()))}", "F + P"),
         ("states a GPU", f"ZeRO {each}", "0: 16·P; 1: 8·P + 12·P/N; 2: 4·P + 16·P/N; 3: 20·P/N"),
@@ -296,7 +293,7 @@ def lines(plan: TrainPlan, measured: Sequence[str] = ()) -> list[str]:
     ]  # fmt: skip
     if head is not None:
         rows.append(
-            ("logits", size_text(plan.memory["logits"]), f"V={head.rows:,}, H={head.width:,}: (4+2)·V·H + 8·chunk·V + 4·L·H")
+            ("logits", size_text(plan.memory["logits"]), f"V={head.rows:,}, H={head.width:,}: (4+4)·V·H + 8·chunk·V + 4·L·H")
         )  # fmt: skip
     rows += [
         ("memory a GPU", f"{size_text(total)} of {size_text(plan.room)}", f"{HELD_BACK:.0%} of {size_text(plan.rates.memory)} held back"),
