@@ -95,7 +95,8 @@ def test_a_killed_worker_is_restarted_from_the_checkpoint(reference, toy, tmp_pa
     """Rank 0 dies at step 13, with a checkpoint at 8; the buffers and both engines come back too."""
     flag = tmp_path / "flag"
     flag.touch()
-    settings = {"die_at": 13, "flag": str(flag), "record": str(tmp_path / "record")}
+    saved = tmp_path / "run" / "checkpoints" / "step-000000008"
+    settings = {"die_at": 13, "flag": str(flag), "record": str(tmp_path / "record"), "saved": str(saved)}
     toy.train(str(tmp_path / "run"), workers=2 if zero else 1, zero_stage=zero, settings=settings)
     assert not flag.exists()
     assert toy.check_record(settings["record"], 24, 8) == 5, "steps 8 to 12 are taken again"

@@ -52,9 +52,9 @@ class Net(nn.Module):
 
 
 class Toy(Task):
-    def __init__(self, slow_s=0.0, broken=False, nan_from=99, die_at=-1, dropout=0.0, flag="", record=""):
+    def __init__(self, slow_s=0.0, broken=False, nan_from=99, die_at=-1, dropout=0.0, flag="", record="", saved=""):
         self.slow_s, self.broken, self.nan_from, self.die_at = slow_s, broken, nan_from, die_at
-        self.dropout, self.flag, self.record = dropout, flag, record
+        self.dropout, self.flag, self.record, self.saved = dropout, flag, record, saved
 
     def source(self):
         return Rows(self.broken)
@@ -83,6 +83,8 @@ class Toy(Task):
             time.sleep(self.slow_s)
         if step == self.die_at and self.context.collectives.rank == 0 and flag.exists():
             flag.unlink()
+            while self.saved and len(list(Path(self.saved).glob("manifest-*"))) < self.context.collectives.world_size:
+                time.sleep(0.05)  # a checkpoint is sent by a thread
             os.kill(os.getpid(), 9)
 
     def loss(self, name, engines, batch, step, share):

@@ -61,7 +61,7 @@ def _run(task: str, settings: Mapping[str, Any], train: Train, run: StageRun, se
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     if told := left_out(train, resources):
         run.log(told)
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()  # not on a machine that may go
     job = Job(
         task=task,
