@@ -99,7 +99,8 @@ def test_a_killed_worker_is_restarted_from_the_checkpoint(reference, toy, tmp_pa
     settings = {"die_at": 13, "flag": str(flag), "record": str(tmp_path / "record"), "saved": str(saved)}
     toy.train(str(tmp_path / "run"), workers=2 if zero else 1, zero_stage=zero, settings=settings)
     assert not flag.exists()
-    assert toy.check_record(settings["record"], 24, 8) == 5, "steps 8 to 12 are taken again"
+    again = toy.check_record(settings["record"], 24, 8)
+    assert again in ((5, 6) if zero else (5,)), "8 to 12 are taken again, and 13 when the other worker had begun it"
     assert distance(tmp_path / "run", reference) <= (1e-5 if zero else 0)
     for ours, theirs in zip(history(tmp_path / "run"), history(reference), strict=True):
         assert ours == pytest.approx(theirs, abs=1e-4 if zero else 0)
