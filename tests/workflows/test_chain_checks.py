@@ -10,7 +10,7 @@ import pytest
 
 from smalti.config import load_recipe
 from smalti.errors import ConfigError, DataError
-from smalti.workflows import chain, corpus
+from smalti.workflows import chain, corpus, corpus_look
 from smalti.workflows.chain import run_recipe
 
 WRONG = {
@@ -45,7 +45,7 @@ def test_a_corpus_that_holds_nothing_out_ends_the_chain_before_the_training(
     monkeypatch.setattr(chain, "ensure_ray", lambda recipe: nullcontext())
     monkeypatch.setattr(corpus, "ensure_ray", lambda recipe: nullcontext())
     monkeypatch.setattr(
-        corpus, "run_shards", lambda items, worker, args, resources, model: map(worker(*args).work, items)
+        corpus_look, "run_shards", lambda items, worker, args, resources, **more: map(worker(*args).work, items)
     )
     own = ["corpus.source=generated:4", "corpus.format=auto", "corpus.val_source=null", "corpus.val_fraction=0"]
     recipe = load_recipe("semhitok-quickstart", [f"out={tmp_path}/out", "tracking.uri=off", *own])

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
@@ -19,13 +17,9 @@ from smalti.workflows.encoder import check_batch
 
 
 @pytest.fixture
-def chain(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
+def chain(inline: None, monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
     """The recipe that the whole chain would run with; its corpus is made, in this process."""
     ran: list[Recipe] = []
-
-    def here(items: Any, worker: Any, args: Any, resources: Any, *, model: bool = True) -> Any:
-        made = worker(*args)
-        return (made.work(made.read(item)) for item in items)
 
     def run_recipe(recipe: Recipe, *, only: str | None = None) -> list[Artifact]:
         if only == "corpus":
@@ -33,8 +27,6 @@ def chain(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
         ran.append(recipe)
         return []
 
-    monkeypatch.setattr(corpus, "run_shards", here)
-    monkeypatch.setattr(corpus, "ensure_ray", lambda recipe: nullcontext())
     monkeypatch.setattr(quickstart, "run_recipe", run_recipe)
     return ran
 
