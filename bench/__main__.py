@@ -13,11 +13,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 
 
-def last_json(text: str) -> dict[str, object] | None:
+def last_json(text: str) -> dict[str, Any] | None:
     """The JSON object of the last line, None when that is something else."""
     lines = text.strip().splitlines()
     try:
@@ -25,6 +26,11 @@ def last_json(text: str) -> dict[str, object] | None:
     except ValueError:
         return None
     return value if isinstance(value, dict) else None
+
+
+def standing(path: Path) -> list[dict[str, Any]]:
+    """What an earlier run of the day wrote, for the goals that this one leaves out."""
+    return json.loads(path.read_text()) if path.exists() else []
 
 
 def main() -> int:
@@ -47,7 +53,9 @@ def main() -> int:
         machine = re.sub(r"[^A-Za-z0-9]+", "-", str(results[0].get("machine", os.uname().machine))).strip("-")
         path = HERE / "results" / f"{datetime.date.today().isoformat()}-{machine}.json"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(results, indent=2) + "\n")
+        goals = {item["goal"] for item in results}
+        others = [item for item in standing(path) if item["goal"] not in goals]
+        path.write_text(json.dumps(sorted(others + results, key=lambda item: item["goal"]), indent=2) + "\n")
         print(
             f"{sum(bool(item.get('met')) for item in results)} of {len(results)} goals met; {path.relative_to(HERE.parent)}"
         )
