@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -47,7 +48,7 @@ def add_lora(model: UnifiedModel, lora: Lora) -> None:
 
 def merge_lora(model: UnifiedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict (whole, by the model's names) with each update added to its layer, W + (alpha / rank) · B A, under the
-    plain model's names; `model` is made plain too. The sum is made in float32."""
+    plain model's names, as `without_lora` has them. The sum is made in float32."""
     merged = dict(state)
     for name, layer in _layers(model):
         low, high = (merged.pop(f"{name}.lora_{part}.{ADAPTER}.weight") for part in ("A", "B"))
@@ -56,9 +57,25 @@ def merge_lora(model: UnifiedModel, state: Mapping[str, Tensor]) -> dict[str, Te
         merged[f"{name}.weight"] = (own.float() + delta.to(own.device)).to(own.dtype)
         if f"{name}.base_layer.bias" in merged:
             merged[f"{name}.bias"] = merged.pop(f"{name}.base_layer.bias")
-        above, _, own_name = name.rpartition(".")
-        setattr(model.get_submodule(above), own_name, layer.base_layer)
     return merged
+
+
+@contextmanager
+def without_lora(model: UnifiedModel) -> Iterator[None]:
+    """Within, `model` has its plain layers in place of those with updates."""
+    layers = _layers(model)
+    for name, layer in layers:
+        _put(model, name, layer.base_layer)
+    try:
+        yield
+    finally:
+        for name, layer in layers:
+            _put(model, name, layer)
+
+
+def _put(model: UnifiedModel, name: str, layer: Any) -> None:
+    above, _, own_name = name.rpartition(".")
+    setattr(model.get_submodule(above), own_name, layer)
 
 
 def _layers(model: UnifiedModel) -> list[tuple[str, Any]]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from smalti.errors import ConfigError
-from smalti.mllm.lora import add_lora, merge_lora
+from smalti.mllm.lora import add_lora, merge_lora, without_lora
 from smalti.schema import Lora
 
 LORA = Lora(rank=3, alpha=12, targets=["q_proj", "v_proj", "down_proj"])
@@ -29,12 +29,15 @@ def test_updates_start_at_nothing_and_merge_into_plain_weights(tiny) -> None:
                 parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
     learned = logits(tiny)
     assert not torch.allclose(learned, before, atol=0.01)
+    names = tiny.model.state_dict().keys()
     merged = merge_lora(tiny.model, dict(tiny.model.state_dict()))
-    assert merged.keys() == plain.keys() == tiny.model.state_dict().keys()
     changed = {name for name in plain if not torch.equal(merged[name], plain[name])}
     assert changed == {name for name in plain if any(f"{target}.weight" in name for target in LORA.targets)}
-    tiny.model.load_state_dict(merged)
-    torch.testing.assert_close(logits(tiny), learned, rtol=1e-5, atol=1e-5)
+    with without_lora(tiny.model):
+        assert merged.keys() == plain.keys() == tiny.model.state_dict().keys()
+        tiny.model.load_state_dict(merged)
+        torch.testing.assert_close(logits(tiny), learned, rtol=1e-5, atol=1e-5)
+    assert tiny.model.state_dict().keys() == names
 
 
 def test_new_rows_and_adapter_train_beside_the_updates_and_nothing_else(tiny) -> None:
