@@ -261,8 +261,12 @@ def _probes(run: StageRun, parts: Sequence[Chunk], tree: Tree, workers: int) -> 
     wanted, num = run.recipe.codebook.recall, len(tree.cells)
     if num == 1:
         return Probes(1, 1.0, 1.0)
-    folder = storage.join(run.path, WORK, "recall")
-    probes = recall.probes_for(parts, tree, wanted, run.recipe.seed, workers, folder)
+    folder, kept = storage.join(run.path, WORK, "recall"), storage.join(run.path, WORK, "recall.json")
+    if not storage.exists(kept):
+        found = recall.probes_for(parts, tree, wanted, run.recipe.seed, workers, folder)
+        storage.write_json(kept, found._asdict())
+        storage.remove(folder)
+    probes = Probes(**storage.read_json(kept))
     told = f"{probes.recall:.2%} of held-out vectors find their nearest code in at most {probes.cells} of {num} cells"
     run.log(told if probes.cells < num else f"{told}: codebook.recall={wanted} needs all of them")
     run.scores["recall"] = probes.recall

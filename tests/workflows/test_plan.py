@@ -63,7 +63,7 @@ def test_rates_say_where_they_come_from() -> None:
 
 
 def test_the_newest_measurement_stands_beside_the_plan(tmp_path: Path) -> None:
-    entry = {"goal": 15, "machine": "box", "stages": {"mllm": {"memory": 1.0, "seconds": 1.31}}}
+    entry = {"goal": 16, "machine": "box", "stages": {"mllm": {"memory": 1.0, "seconds": 1.31}}}
     (tmp_path / "2026-01-01-box.json").write_text(json.dumps([{"goal": 8}, entry]))
     entry["stages"] = {"mllm": {"memory": 1.02, "seconds": 1.4}}
     (tmp_path / "2026-01-02-box.json").write_text(json.dumps([entry]))
