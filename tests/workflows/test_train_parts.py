@@ -29,7 +29,7 @@ from smalti.workflows.train.meter import Meter
 from smalti.workflows.train.order import Order
 from smalti.workflows.train.pixels import RowMemory, picture_grid, to_bytes, to_unit
 from smalti.workflows.train.task import Row, seed_of
-from smalti.workflows.train.throughput import Throughput
+from smalti.workflows.train.throughput import Throughput, flops_a_token
 
 
 def test_learning_rate_warms_up_and_follows_the_cosine() -> None:
@@ -123,16 +123,16 @@ def test_throughput_by_hand(monkeypatch) -> None:
     """Two steps of 8 samples in ten seconds, of which two and a half went by waiting."""
     clock = iter([0.0, 10.0, 10.0])
     monkeypatch.setattr("smalti.workflows.train.throughput.time.monotonic", lambda: next(clock))
-    meter = Throughput(torch.device("cpu"), 8, 1e9)
+    meter = Throughput(torch.device("cpu"), 8, 1e8)
     assert meter.peak is None, "a CPU has no peak here, so no MFU"
     meter.peak = 4e9
     meter.step(1.0, [("tokens", 100.0), None])
     meter.step(1.5, [("tokens", 50.0)])
     found = meter.take(Collectives())
     assert 0 < found.pop("memory_gb") < 100
-    assert found == pytest.approx({"samples_per_s": 1.6, "data_wait": 0.25, "tokens_per_s": 15.0, "mfu": 0.4})
+    assert found == pytest.approx({"samples_per_s": 1.6, "data_wait": 0.25, "tokens_per_s": 15.0, "mfu": 0.375})
     shown = rates(found | {"memory_gb": 1.25})
-    assert shown == {"samples/s": "2", "tokens/s": "15", "MFU": "40.0%", "waiting": "25%", "memory": "1.2 GB"}
+    assert shown == {"samples/s": "2", "tokens/s": "15", "MFU": "37.5%", "waiting": "25%", "memory": "1.2 GB"}
 
 
 def write(place: Path, sizes: list[int]) -> tuple[list[str], list[int]]:
@@ -377,3 +377,14 @@ def test_a_mixture_that_cannot_be_trained_is_refused_at_once() -> None:
     with pytest.raises(ConfigError, match="no kind with images"):
         check(recipe(config=LanguageModel(), mixture=Mixture(caption_to_image=0, image_to_caption=0, qa=0, text=1)))
     check(recipe(config=LanguageModel()))
+
+
+def test_flops_of_a_token_are_those_of_the_matrices_it_passes() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Embedding(5, 8), torch.nn.Linear(16, 4, bias=False))
+    model[2].requires_grad_(False)
+    assert flops_a_token(model, without=model[1]) == 6 * 8 * 16 + 4 * 16 * 4
+    assert flops_a_token(model, without=model[1], backward=False) == 2 * (8 * 16 + 16 * 4)
+    of_samples = Throughput(torch.device("cpu"), 4, flops_per_unit=1e3, peak=1e6)
+    of_samples.step(0.0, [None])
+    told = of_samples.take(Collectives())
+    assert told["mfu"] == pytest.approx(told["samples_per_s"] * 1e3 / 1e6)

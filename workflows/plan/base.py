@@ -16,32 +16,12 @@ from smalti import shards
 from smalti.errors import ConfigError
 from smalti.tokenizers import kmeans
 from smalti.workflows.clustering import Chunk
+from smalti.workflows.gpus import GPUS
 
 ASSUMED_FRACTION = 0.45  # of the bf16 peak, the goal of code assignment on a GPU
 ASSUMED_READ = 1e9  # bytes a second and GPU from the store
 ASSUMED_TRAINING = 0.40  # of the peaks in training
 GPUS_A_NODE = 8
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A data sheet: peaks without sparsity in FLOP/s, bytes, bytes a second each way between the GPUs of a node, and of a
-    node's network (in the cloud machines that are rented with it)."""
-
-    bf16: float
-    tf32: float
-    fp32: float
-    memory: float
-    inside: float
-    network: float
-
-
-GPUS = {
-    "a100": Gpu(312e12, 156e12, 19.5e12, 80e9, 300e9, 50e9),
-    "h100": Gpu(989e12, 495e12, 67e12, 80e9, 450e9, 400e9),
-    "h200": Gpu(989e12, 495e12, 67e12, 141e9, 450e9, 400e9),
-    "v100": Gpu(15.7e12, 15.7e12, 15.7e12, 32e9, 150e9, 12.5e9),  # no bf16 units: float32's rate
-}
 MEASURE_S = 0.5
 
 

@@ -134,7 +134,7 @@ class Loop:
         start = self._resume()
         if self.rank == 0:
             self.job.board.started.remote(start, self.world_size)
-        self.throughput = Throughput(self.device, self.train.batch_size, self.task.flops_per_sample())
+        self.throughput = Throughput(self.device, self.train.batch_size, self.task.flops_per_unit())
         ready = time.monotonic()
         for step, batches in self.feed.steps(start, self.train.steps):
             self.throughput.step(time.monotonic() - ready, [self.task.amount(batch) for batch in batches])

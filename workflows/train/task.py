@@ -134,8 +134,9 @@ class Task:
         holds: ("tokens", 4096.0), say."""
         return None
 
-    def flops_per_sample(self) -> float | None:
-        """Model FLOPs of a sample, forward and backward, for the share of the device's peak (MFU); None: not told."""
+    def flops_per_unit(self) -> float | None:
+        """Model FLOPs, forward and backward, of one unit of `amount` (of one sample, where that is None), for the share of
+        the devices' peak (MFU); None: not told."""
         return None
 
     def pictures(self, engines: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -23,6 +23,7 @@ from smalti.tokenizers.siglip import ContrastiveModel, build_siglip
 from smalti.workflows.train.data import ImageRows
 from smalti.workflows.train.pixels import to_unit
 from smalti.workflows.train.task import Batch, Context, Metrics, Row, Source, Task
+from smalti.workflows.train.throughput import flops_a_token
 
 MODEL = "model"
 TEXT_TOKENIZER = "text_tokenizer"
@@ -111,6 +112,13 @@ class EncoderTask(Task):
                 self.ids.clear()
             self.ids[text] = encode_texts(self.tokenizer, [text], self.encoder.text_length)[0]
         return self.ids[text]
+
+    def flops_per_unit(self) -> float:
+        """Of an image and its text."""
+        patches = (self.image_size // self.encoder.patch_size) ** 2
+        words = self.siglip.text_model
+        text = flops_a_token(words, without=words.embeddings) * self.encoder.text_length
+        return flops_a_token(self.siglip.vision_model) * patches + text
 
     def loss(
         self, name: str, engines: Mapping[str, Any], batch: Batch, step: int, share: Tensor | None

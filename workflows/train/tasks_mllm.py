@@ -26,6 +26,7 @@ from smalti.workflows.train.engines import deepspeed_config, set_factors
 from smalti.workflows.train.order import Order
 from smalti.workflows.train.partitioned import partitioned_loading
 from smalti.workflows.train.task import Batch, Context, Metrics, Row, Source, StepReader, Task
+from smalti.workflows.train.throughput import flops_a_token
 
 MODEL = "model"
 TEXT_TOKENIZER = "text_tokenizer"
@@ -157,6 +158,16 @@ class MllmTask(Task):
             rates = self.section.rates_at(step)
             set_factors(engines["model"], rates)
             self.model.rest([part for part, rate in rates.items() if not rate])
+
+    def amount(self, batch: Batch) -> tuple[str, float]:
+        """Tokens, without padding."""
+        return "tokens", float(batch["attention_mask"].sum())
+
+    def flops_per_unit(self) -> float:
+        """Of a token: the language model without its embedding, which is looked up; the adapter is left out."""
+        lm = self.model.lm
+        table, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+        return flops_a_token(lm, without=None if table.weight is head.weight else table)
 
     def totals(self, batch: Batch) -> Tensor:
         """Summed weight of the labels of a micro batch: float32 (1,)."""

@@ -21,6 +21,7 @@ from smalti.workflows.features import open_encoder
 from smalti.workflows.train.data import ImageRows
 from smalti.workflows.train.pixels import RowMemory, places_of, stack_pixels, to_unit
 from smalti.workflows.train.task import Batch, Context, Metrics, Row, Source, Task
+from smalti.workflows.train.throughput import flops_a_token
 
 WEIGHTS = "semantic.safetensors"
 
@@ -80,6 +81,13 @@ class SemanticTask(ImageTask):
 
     def modules(self) -> dict[str, nn.Module]:
         return {"model": self.tokenizer}
+
+    def flops_per_unit(self) -> float:
+        """Of an image: the frozen encoder forward, projection and decoder both ways."""
+        assert self.encoder is not None
+        return (self.grid[0] * self.grid[1]) * (
+            flops_a_token(self.encoder, backward=False) + flops_a_token(self.tokenizer)
+        )
 
     def loss(
         self, name: str, engines: Mapping[str, Any], batch: Batch, step: int, share: Tensor | None

@@ -7,20 +7,30 @@ import sys
 import time
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from smalti.workflows.gpus import GPUS
 from smalti.workflows.train.collectives import Collectives
-
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "V100": 125e12}
-"""Dense bf16 (V100: fp16) peak of one device by a part of its name, from NVIDIA's data sheets (SXM)."""
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The device's peak in FLOP/s; None for a CPU and for devices not in the table."""
+    """The device's dense bf16 peak in FLOP/s; None for a CPU and for devices that `smalti.workflows.gpus` does not know."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    name = torch.cuda.get_device_name(device).lower()
+    return next((gpu.bf16 for part, gpu in GPUS.items() if part in name), None)
+
+
+def flops_a_token(module: nn.Module, *, without: nn.Module | None = None, backward: bool = True) -> float:
+    """Model FLOPs of a token through the matrices of `module` (but for those of `without`): 2 a weight forward, with
+    `backward` 2 more, and 2 more where it is trained. Attention's products of tokens with tokens are left out."""
+    skipped = set() if without is None else {id(p) for p in without.parameters()}
+    total = 0.0
+    for p in module.parameters():
+        if len(getattr(p, "ds_shape", p.shape)) > 1 and id(p) not in skipped:
+            count = getattr(p, "ds_numel", p.numel())  # a part of it under ZeRO-3
+            total += count * (2.0 + (2.0 + 2.0 * p.requires_grad) * backward)
+    return total
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -35,9 +45,11 @@ class Throughput:
     """Rates since the last `take`: samples/s, the task's own unit/s, MFU, the share of time that the loop waited for
     data, and peak memory. Counts are summed over the workers, the wait is their mean, the memory their largest."""
 
-    def __init__(self, device: torch.device, batch_size: int, flops_per_sample: float | None) -> None:
+    def __init__(
+        self, device: torch.device, batch_size: int, flops_per_unit: float | None, peak: float | None = None
+    ) -> None:
         self.device, self.batch_size = device, batch_size
-        self.flops, self.peak = flops_per_sample, peak_flops(device)
+        self.flops, self.peak = flops_per_unit, peak or peak_flops(device)
         self._start()
 
     def _start(self) -> None:
@@ -68,6 +80,7 @@ class Throughput:
         totals = all_WN.sum(0)[2:].tolist()
         numbers |= {f"{name}_per_s": total / elapsed_s for name, total in zip(names, totals, strict=True)}
         if self.flops and self.peak:
-            numbers["mfu"] = samples_per_s * self.flops / (self.peak * collectives.world_size)
+            units_per_s = totals[0] / elapsed_s if totals else samples_per_s
+            numbers["mfu"] = units_per_s * self.flops / (self.peak * collectives.world_size)
         self._start()
         return numbers
