@@ -24,10 +24,11 @@ from smalti.workflows.corpus_write import LISTING, write_shards
 from smalti.workflows.ray_session import ensure_ray
 from smalti.workflows.shard_pipeline import refuse_foreign
 from smalti.workflows.shard_tally import tallied
-from smalti.workflows.sources import Group, find_groups
+from smalti.workflows.sources import Group, find_groups, listed
 from smalti.workflows.stage import StageRun, run_stage, stage_path
 
 WORK = ("index", "ids", "copies", "gifts", "marks")  # folders that the finished artifact does not keep
+LISTED = "listed"  # another: what a folder lists, a file a group; written anew by each try
 
 
 def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
@@ -61,34 +62,32 @@ def sources_of(recipe: Recipe) -> list[str]:
 def _body(run: StageRun) -> dict[str, int]:
     with tallied(run) as tally:
         with tally.part("list"):
-            groups = _groups(run.recipe)
-            _same_listing(run, groups)
+            groups, listing = _groups(run.recipe, storage.join(run.path, LISTED))
+            _same_listing(run, listing)
         with ensure_ray(run.recipe):
             places, plan = look_and_plan(run, tally, groups)
             written = write_shards(run, tally, groups, places, plan)
     counts = plan.counts()
     _check(run, counts, written)
-    for name in WORK:
+    for name in (*WORK, LISTED):
         storage.remove(storage.join(run.path, name))
     return counts
 
 
-def _groups(recipe: Recipe) -> dict[str, list[Group]]:
-    """The groups of each source, the held-out one first."""
-    section = recipe.corpus
+def _groups(recipe: Recipe, folder: str | None = None) -> tuple[dict[str, list[Group]], dict[str, str]]:
+    """The groups of each source, the held-out one first, long records in `folder`; and in short what the sources list:
+    files and what metadata says of them, not their bytes. Without a folder that alone."""
+    section, digest = recipe.corpus, hashlib.sha256()
     sources = {"val": section.val_source} if section.val_source else {}
-    every = {**sources, "train": section.source}
-    return {split: find_groups(source, section, recipe.seed) for split, source in every.items()}
-
-
-def _listing(groups: Mapping[str, list[Group]]) -> dict[str, str]:
-    """What the sources list, in short: files and what metadata says of them, not their bytes."""
-    digest = hashlib.sha256()
-    for split, members in groups.items():
+    groups: dict[str, list[Group]] = {}
+    for split, source in {**sources, "train": section.source}.items():
         digest.update(split.encode())
-        for group in members:
+        members = groups.setdefault(split, [])
+        for group in find_groups(source, section, recipe.seed):
             digest.update(repr(group).encode())
-    return {"listing": digest.hexdigest()}
+            if folder is not None:
+                members.append(listed(group, storage.join(folder, f"{shards.shard_key(split, len(members))}.json")))
+    return groups, {"listing": digest.hexdigest()}
 
 
 def _tell_of_change(recipe: Recipe, made: Artifact) -> None:
@@ -100,16 +99,16 @@ def _tell_of_change(recipe: Recipe, made: Artifact) -> None:
     if not all(storage.is_local(name) for name in sources_of(recipe)) or not storage.exists(path):
         return
     try:
-        changed = storage.read_json(path) != _listing(_groups(recipe))
+        changed = storage.read_json(path) != _groups(recipe)[1]
     except DataError:
         return
     if changed:
         log(f"corpus: the source lists other files now than when this was made; remove {made.path} to make it again")
 
 
-def _same_listing(run: StageRun, groups: Mapping[str, list[Group]]) -> None:
+def _same_listing(run: StageRun, listing: Mapping[str, str]) -> None:
     """Start over when the source lists other files than at the try that is gone on with."""
-    listing, path = _listing(groups), storage.join(run.path, LISTING)
+    path = storage.join(run.path, LISTING)
     if storage.exists(path) and storage.read_json(path) == listing:
         return
     if run.resumed:

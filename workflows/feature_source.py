@@ -25,10 +25,12 @@ from smalti.workflows.features import Featurizer, open_parent
 from smalti.workflows.ray_session import ensure_ray
 from smalti.workflows.shard_pipeline import run_shards
 from smalti.workflows.shard_tally import HERE, shard_progress
-from smalti.workflows.sources import Group, Lost, Sample, find_groups
+from smalti.workflows.sources import Group, Lost, Sample, find_groups, listed
 from smalti.workflows.sources.base import printable, unreadable
+from smalti.workflows.sources.folder import ListedGroup
 from smalti.workflows.stage import StageRun
 
+LISTED = "listed"  # what a folder lists, a file a group, until the stage is done
 Note = dict[str, Any]
 
 
@@ -48,7 +50,10 @@ def make(run: StageRun, encoder: Artifact) -> dict[str, int]:
     """
     recipe = run.recipe
     path, model = open_parent(recipe, encoder)
-    groups = find_groups(recipe.features.source, recipe.corpus, recipe.seed)
+    groups = [
+        listed(group, storage.join(run.path, LISTED, f"{number:05d}.json"))
+        for number, group in enumerate(find_groups(recipe.features.source, recipe.corpus, recipe.seed))
+    ]
     _refuse_foreign(run.path, len(groups))
     counts = Counter({"images": 0, "vectors": 0, "train": 0, "val": 0, "quarantined": 0})
     args, dim = (run.path, path, recipe, model.image_size), model.dim
@@ -65,6 +70,7 @@ def make(run: StageRun, encoder: Artifact) -> dict[str, int]:
             f"{recipe.features.source} gave no image to train on ({counts['quarantined']:,} in quarantine, "
             f"{counts['images']:,} held out). See {run.path}/quarantine, or set features.source."
         )
+    storage.remove(storage.join(run.path, LISTED))
     found = counts["images"] + counts["quarantined"]
     return {**counts, "dim": dim, "groups": len(groups), "found": found}
 
@@ -77,8 +83,9 @@ class FeatureGroup:
         self.featurizer: Featurizer | None = None
 
     def read(self, item: tuple[int, Group]) -> tuple[int, Group]:
-        """Nothing: the group is read in blocks by `work`, so that its pixels are never held as a whole."""
-        return item
+        """What the group lists; it is read in blocks by `work`, so that its pixels are never held as a whole."""
+        number, group = item
+        return number, group.load() if isinstance(group, ListedGroup) else group
 
     def work(self, item: tuple[int, Group]) -> Note:
         number, group = item

@@ -86,6 +86,13 @@ def hugging(metadata: str) -> pa.Table:
     return table.replace_schema_metadata({"huggingface": metadata})
 
 
+def large_member() -> bytes:
+    """A tar whose second header tells of more bytes than any disk has."""
+    info = tarfile.TarInfo("b.png")
+    info.size = 10**18
+    return tar([("a.png", picture(74))]).rstrip(b"\0").ljust(2560, b"\0") + info.tobuf(tarfile.GNU_FORMAT) + bytes(1024)
+
+
 def arrow(numbers: list[int]) -> bytes:
     sink = io.BytesIO()
     table = pa.table({"image": [picture(n) for n in numbers]})
@@ -161,6 +168,7 @@ ARCHIVES: dict[str, tuple[Make, list[str]]] = {
     "nested.tar": (lambda: tar([("x/y.z/a.b.png", picture(40)), ("in.tar", tar(TWO))]), [KEPT, "no_image"]),
     "link.tar": (lambda: special_tar(tarfile.SYMTYPE), [KEPT, "no_image"]),
     "device.tar": (lambda: special_tar(tarfile.CHRTYPE), [KEPT, "no_image"]),
+    "large-member.tar": (large_member, [KEPT, "too_large", "truncated_tar"]),
     "half.tar.gz": (lambda: tar([("g.png", picture(41))], "w:gz")[:-9], [KEPT, "truncated_tar"]),
     "plain.tar.gz": (lambda: tar([("h.png", picture(42))]), ["truncated_tar"]),
     "crc.tar.gz": (lambda: damaged(gzip.compress(tar([("i.png", picture(43))])), -8), [KEPT, "truncated_tar"]),
@@ -171,6 +179,10 @@ ARCHIVES: dict[str, tuple[Make, list[str]]] = {
     "nulls.parquet": (lambda: parquet({"image": pa.array([picture(45), None])}), [KEPT, "no_image"]),
     "empty-image.parquet": (lambda: parquet({"image": [b"", picture(46)]}), ["empty", KEPT]),
     "not-utf8.parquet": (not_utf8, [KEPT, "bad_metadata"]),
+    "year-33658.parquet": (
+        lambda: parquet({"image": [picture(75), picture(76)], "caption": pa.array([10**12, 1], pa.timestamp("s"))}),
+        ["bad_metadata", KEPT],
+    ),
     "bad-qa.parquet": (lambda: parquet({"image": [picture(47)], "qa": ["[1, 2]"]}), ["bad_metadata"]),
     "half.arrow": (lambda: arrow([48, 49])[:-1200], [KEPT, "torn_file"]),
     "no-bytes.arrow": (lambda: b"", ["torn_file"]),
@@ -182,6 +194,10 @@ ARCHIVES: dict[str, tuple[Make, list[str]]] = {
     "deep.jsonl": (lambda: b"[" * 100_000 + b"\n", ["bad_metadata"]),
 }
 CLEAR_ERRORS: dict[str, tuple[Make, str]] = {
+    "two-columns.parquet": (
+        lambda: parquet(pa.Table.from_arrays([pa.array([picture(77)])] * 2, ["image", "image"])),
+        r"has 2 columns 'image'",
+    ),
     "no-column.parquet": (lambda: parquet({"url": ["http://x"]}), r"has no column 'image'.*columns are url"),
     "numbers.parquet": (lambda: parquet({"image": [1, 2]}), r"expected encoded image bytes"),
     "metadata.parquet": (lambda: parquet(hugging("{half")), r"metadata `huggingface` .* cannot be read"),
@@ -230,7 +246,7 @@ def test_what_cannot_be_a_source_is_one_clear_error(name: str, tmp_path: Path) -
     make, message = CLEAR_ERRORS[name]
     (tmp_path / name).write_bytes(make())
     with pytest.raises(DataError, match=message):
-        find_groups(str(tmp_path / name), CorpusSection(), 0)
+        list(find_groups(str(tmp_path / name), CorpusSection(), 0))
 
 
 def test_a_corpus_of_all_of_them_keeps_or_counts_everything(tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ from PIL import Image
 from smalti.errors import DataError
 from smalti.schema import CorpusSection
 from smalti.workflows.sources import Lost, Sample, detect, find_groups
-from smalti.workflows.sources.base import clean_text, expand, read_pairs
+from smalti.workflows.sources.base import clean_text, read_pairs
 from smalti.workflows.sources.easy_vqa import derive, describe
+from smalti.workflows.sources.listing import expand
 from smalti.workflows.sources.webdataset import WINDOW, split_name
 
 SECTION = CorpusSection()
@@ -294,7 +295,7 @@ def test_relative_sources_are_found_from_any_folder(tmp_path: Path, monkeypatch:
     write_tar(tmp_path / "x.tar", [("a.png", picture(1))])
     pq.write_table(pa.table({"image": [picture(2)]}), tmp_path / "x.parquet")
     monkeypatch.chdir(tmp_path)
-    groups = find_groups(["in", "./*.tar", "x.parquet"], SECTION, 0)
+    groups = list(find_groups(["in", "./*.tar", "x.parquet"], SECTION, 0))
     monkeypatch.chdir("/")
     assert [one.key for group in groups for one in group.samples()] == ["0.png", "a", "0:0"]
 
@@ -403,8 +404,8 @@ def test_easy_vqa_as_published() -> None:
 
 
 def test_generated_is_seeded_and_names_differ() -> None:
-    first = find_groups("generated:6", SECTION, 3)[0]
-    assert list(first.samples()) == list(find_groups("generated:6", SECTION, 3)[0].samples())
+    first, again = (next(find_groups("generated:6", SECTION, 3)) for _ in range(2))
+    assert list(first.samples()) == list(again.samples())
     ids = {one.data for name in ("generated:6", "generated:6:val") for one in collect(name)[0]}
     assert len(ids) == 12
     assert all(one.caption == f"a {one.label}" for one in collect("generated:6")[0])
@@ -423,7 +424,7 @@ def test_detection(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="neither a folder nor"):
         detect(str(tmp_path / "a.png"))
     with pytest.raises(DataError, match=r"corpus\.source is not set"):
-        find_groups(None, SECTION, 0)
+        list(find_groups(None, SECTION, 0))
 
 
 def test_texts_and_pairs() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import os
+import pickle
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ from PIL import Image
 
 from smalti.errors import DataError
 from smalti.schema import CorpusSection
-from smalti.workflows.sources import Lost, Sample, find_groups
+from smalti.workflows.sources import Lost, Sample, find_groups, listed, sorted_records
 
 
 def picture(number: int) -> bytes:
@@ -56,6 +59,25 @@ def test_folder_follows_links_once_and_counts_broken_ones(tmp_path: Path) -> Non
     ]
 
 
+def test_what_is_no_file_is_counted_and_not_waited_for(tmp_path: Path) -> None:
+    """A pipe, a device that gives bytes without end, a link to itself: as images, as a caption, as a line's image."""
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "endless.png").symlink_to("/dev/zero")
+    (tmp_path / "round.png").symlink_to("round.png")
+    (tmp_path / "0.png").write_bytes(picture(0))
+    os.mkfifo(tmp_path / "0.txt")
+    lost = collect(tmp_path)[1]
+    names = ["0.png", "endless.png", "pipe.png", "round.png"]
+    assert sorted((one.key, one.reason) for one in lost) == [(name, "unreadable") for name in names]
+    lines = tmp_path / "x.jsonl"
+    lines.write_text("\n".join(json.dumps({"image": name}) for name in names))
+    samples, lost = collect(lines)
+    assert ([one.key for one in samples], [one.reason for one in lost]) == (["1"], ["unreadable"] * 3)
+    os.mkfifo(tmp_path / "metadata.csv")
+    with pytest.raises(DataError, match=r"cannot be read .*metadata\.csv is a pipe"):
+        collect(tmp_path)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_folder_counts_a_folder_that_may_not_be_read(tmp_path: Path) -> None:
     (tmp_path / "shut").mkdir(mode=0)
@@ -65,6 +87,49 @@ def test_folder_counts_a_folder_that_may_not_be_read(tmp_path: Path) -> None:
         ["1.png"],
         [("shut", "unreadable")],
     )
+
+
+def test_a_long_listing_is_sorted_on_disk_to_the_same_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few names are held: images by the hash of their paths, what is lost by folder, name, and row."""
+    names = [f"{folder}/{number}.png" for folder in ("cat_1", "dog") for number in range(9)]
+    (tmp_path / "cat_1").mkdir()
+    (tmp_path / "dog").mkdir()
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+        (tmp_path / name).with_suffix(".txt").write_text("beside")
+    rows = [
+        {"file_name": name, "question": f"{name}?", "answer": "a"} for name in [*names[:4], "z", *names[:2], "b", "z"]
+    ]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n{")
+    for name in (b"z.doc", b"a.doc", b"\xff.doc"):
+        (tmp_path / os.fsdecode(name)).write_bytes(b"")
+    whole = list(find_groups(str(tmp_path), CorpusSection(shard_images=5), 0))
+    monkeypatch.setattr(sorted_records, "HELD", 2)
+    monkeypatch.setattr(sorted_records, "BLOCK_BYTES", 50)
+    assert list(find_groups(str(tmp_path), CorpusSection(shard_images=5), 0)) == whole
+    entries = [entry for group in whole for entry in group.entries]  # type: ignore[attr-defined]
+    assert [one.path for one in entries] == sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+    assert {one.label for one in entries} == {"cat 1", "dog"}
+    pairs = {name: [(f"{name}?", "a")] * (2 - number // 2) for number, name in enumerate(names[:4])}
+    assert {one.path: list(one.qa) for one in entries if one.qa} == pairs
+    lost = [one.key for group in whole for one in group.lost]  # type: ignore[attr-defined]
+    assert lost == ["a.doc", "z.doc", "\udcff.doc", "metadata.jsonl:10", "z", "b"]
+
+
+def test_a_listed_group_is_small_and_gives_what_the_group_gives(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(200):
+        (folder / os.fsdecode(b"\xff%d.png" % number)).write_bytes(picture(number))
+    (folder / "x.doc").write_text("")
+    groups = list(find_groups(str(folder), CorpusSection(shard_images=200), 0))
+    kept = [listed(group, str(tmp_path / f"{number}.json")) for number, group in enumerate(groups)]
+    assert [list(one.samples()) for one in kept] == [list(one.samples()) for one in groups]
+    assert len(pickle.dumps(kept[0])) < 500
+    sample = next(iter(kept[0].samples()))
+    assert isinstance(sample, Sample)
+    with kept[0].reader() as read:
+        assert read(sample.locator) == sample.data
 
 
 def test_folder_reads_metadata_as_programs_write_it(tmp_path: Path) -> None:

@@ -230,4 +230,4 @@ def test_sources_on_a_server(server: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("source", ["nothing://bucket/a.tar", "nothing://bucket/pictures", "nothing://bucket/a.jsonl"])
 def test_a_scheme_that_nothing_reads_is_one_clear_error(source: str) -> None:
     with pytest.raises(DataError, match="nothing://bucket"):
-        find_groups(source, CorpusSection(), 0)
+        list(find_groups(source, CorpusSection(), 0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 from smalti import storage
 from smalti.errors import DataError
@@ -16,21 +16,20 @@ from smalti.workflows.sources.base import (
     Pairs,
     Sample,
     filesystem,
-    list_files,
-    side_tables,
     suffix,
     unreadable,
 )
 from smalti.workflows.sources.easy_vqa import easy_vqa_groups
-from smalti.workflows.sources.folder import folder_groups
+from smalti.workflows.sources.folder import folder_groups, listed
 from smalti.workflows.sources.generated import generated_groups
 from smalti.workflows.sources.jsonl import is_jsonl, jsonl_groups
+from smalti.workflows.sources.listing import SideTables, each_file
 from smalti.workflows.sources.parquet import is_parquet, parquet_groups
 from smalti.workflows.sources.webdataset import is_tar, tar_groups
 
-__all__ = ["SOURCES", "Group", "Locator", "Lost", "Pairs", "Sample", "detect", "find_groups"]
+__all__ = ["SOURCES", "Group", "Locator", "Lost", "Pairs", "Sample", "detect", "find_groups", "listed"]
 
-SOURCES: dict[str, Callable[[str, CorpusSection, int], Sequence[Group]]] = {
+SOURCES: dict[str, Callable[[str, CorpusSection, int], Iterable[Group]]] = {
     "folder": folder_groups,
     "webdataset": tar_groups,
     "parquet": parquet_groups,
@@ -42,22 +41,19 @@ SOURCES: dict[str, Callable[[str, CorpusSection, int], Sequence[Group]]] = {
 FILES = ("folder", "webdataset", "parquet", "arrow", "jsonl")
 
 
-def find_groups(source: str | list[str] | None, section: CorpusSection, seed: int) -> list[Group]:
-    """All groups of a source or of several, in the order given. Errors: DataError when one cannot be found."""
+def find_groups(source: str | list[str] | None, section: CorpusSection, seed: int) -> Iterator[Group]:
+    """The groups of a source or of several, in the order given. Errors: DataError when one cannot be found."""
     if not source:
         raise DataError(
             "corpus.source is not set. Name a folder of images, WebDataset tars, Parquet files, or easy-vqa:train."
         )
-    sources = [source] if isinstance(source, str) else source
-    groups: list[Group] = []
-    for one in sources:
+    for one in [source] if isinstance(source, str) else source:
         kind = detect(one) if section.format == "auto" else section.format
         place = storage.absolute(one) if kind in FILES else one  # actors may stand in another folder
         try:
-            groups += SOURCES[kind](place, section, seed)
+            yield from SOURCES[kind](place, section, seed)
         except OSError as error:
             raise unreadable(one, error) from error
-    return groups
 
 
 def detect(source: str) -> str:
@@ -79,20 +75,20 @@ def detect(source: str) -> str:
             f"corpus.source: {source} is neither a folder nor a .tar, .parquet, .arrow or .jsonl file or pattern. "
             "Check the path, or set corpus.format."
         )
-    return _detect_folder(source, list_files(source)[0])
+    return _detect_folder(source)
 
 
-def _detect_folder(source: str, names: list[str]) -> str:
+def _detect_folder(source: str) -> str:
     """What kind lies in a folder; two of them are unclear. The tables of what img2dataset fetched, beside its tars or
     folders, are no data."""
-    tables = side_tables(names)
-    data = [name for name in names if name not in tables]
-    kinds = {
-        "folder": any(suffix(name) in IMAGE_SUFFIXES for name in data),
-        "parquet": any(is_parquet(name) for name in data),
-        "webdataset": any(is_tar(name) for name in data),
-        "arrow": any(is_arrow(name) for name in data),
-    }
+    tables, kinds = SideTables(), {"folder": False, "parquet": False, "webdataset": False, "arrow": False}
+    for name in each_file(source, []):
+        tables.meet(name)
+        kinds["folder"] |= suffix(name) in IMAGE_SUFFIXES
+        kinds["parquet"] |= is_parquet(name) and not name.endswith(".parquet")
+        kinds["webdataset"] |= is_tar(name)
+        kinds["arrow"] |= is_arrow(name)
+    kinds["parquet"] |= len(tables.found()) < len(tables.tables)
     found = [kind for kind, there in kinds.items() if there]
     if len(found) > 1:
         raise DataError(f"corpus.source: {source} holds several kinds of data ({', '.join(found)}). Set corpus.format.")

@@ -13,16 +13,8 @@ import pyarrow as pa
 from smalti import storage
 from smalti.errors import DataError
 from smalti.schema import CorpusSection
-from smalti.workflows.sources.base import (
-    Lost,
-    ReadBytes,
-    Sample,
-    filesystem,
-    find_files,
-    load_json,
-    of_each,
-    open_seekable,
-)
+from smalti.workflows.sources.base import Lost, ReadBytes, Sample, filesystem, load_json, of_each, open_seekable
+from smalti.workflows.sources.listing import find_files
 from smalti.workflows.sources.parquet import (
     DEFAULT_CAPTION,
     DEFAULT_LABEL,

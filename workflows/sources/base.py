@@ -8,12 +8,12 @@ shards can be written after duplicates and the split are known, without holding 
 from __future__ import annotations
 
 import codecs
+import errno
 import json
 import math
-import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ from typing import Any, BinaryIO, Protocol, TypeVar, cast
 
 import fsspec
 from fsspec.compression import compr
+from fsspec.implementations.local import LocalFileSystem
 
-from smalti import storage
 from smalti.errors import DataError
 
 IMAGE_SUFFIXES = frozenset(
@@ -103,8 +103,12 @@ def clean_text(value: Any) -> str | None:
 
 def as_text(data: bytes) -> str:
     """A text file's content: UTF-8, or UTF-16 where its byte order mark says so; what does not decode is marked."""
-    sixteen = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    return data.decode("utf-16" if sixteen else "utf-8-sig", errors="replace")
+    return data.decode(text_encoding(data), errors="replace")
+
+
+def text_encoding(start: bytes) -> str:
+    """The encoding of a text file that begins with these bytes, two at least: see `as_text`."""
+    return "utf-16" if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
 
 
 def printable(text: str) -> str:
@@ -153,24 +157,6 @@ def suffix(path: str) -> str:
     return name[dot:].lower() if dot > 0 else ""
 
 
-def is_hidden(path: str) -> bool:
-    """Whether a relative path is an operating system's litter: dot files and folders, `__MACOSX`, `Thumbs.db`.
-
-    The `.` and `..` of a path are no names: what an archive holds under `../` is read as any other member."""
-    parts = [part for part in path.split("/") if part not in (".", "..")] or [path]
-    return any(part.startswith((".", "__MACOSX")) for part in parts) or parts[-1].lower() in (
-        "thumbs.db",
-        "desktop.ini",
-    )
-
-
-def side_tables(names: Iterable[str]) -> set[str]:
-    """Names that img2dataset's tables would have beside these tars and folders: `00000.tar` or `00000/` → `00000.parquet`."""
-    shards = {name[:-4] for name in names if name.endswith(".tar")}
-    shards |= {name.rsplit("/", 1)[0] for name in names if "/" in name}
-    return {shard + ".parquet" for shard in shards}
-
-
 def filesystem(path: str) -> tuple[Any, str]:
     """The fsspec file system of a path or URL, and the path in it. Errors: DataError, a scheme that nothing here reads."""
     try:
@@ -200,6 +186,24 @@ def open_seekable(path: str, compression: str | None = None) -> Iterator[BinaryI
         yield cast(BinaryIO, stream)
 
 
+def read_file(fs: Any, path: str) -> bytes:
+    """A file's bytes. Errors: OSError."""
+    check_ends(fs, path)
+    return cast(bytes, fs.cat_file(path))
+
+
+def check_ends(fs: Any, path: str) -> None:
+    """PermissionError for what is no file and may have no end, a pipe or a device."""
+    if isinstance(fs, LocalFileSystem) and fs.info(path)["type"] == "other":
+        raise PermissionError(f"{path} is a pipe or a device")
+
+
+def is_of_file(error: OSError) -> bool:
+    """Whether an error is of one file, and not of the disk or the connection."""
+    kinds = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+    return isinstance(error, kinds) or error.errno in (errno.ELOOP, errno.ENAMETOOLONG)
+
+
 def _has_ranges(stream: Any) -> bool:
     """Whether a server gives the last byte of a file alone."""
     try:
@@ -221,89 +225,7 @@ def unreadable(source: str, error: OSError) -> DataError:
     return DataError(f"corpus.source: {source} cannot be read ({error}). Check its permissions and the device.")
 
 
-def list_files(root: str) -> tuple[list[str], list[Lost]]:
-    """Relative paths of the unhidden files below a folder, sorted, and the folders in it that cannot be read.
-
-    On a local disk links to folders are followed; a folder met again (a circle of links) is not read twice.
-    """
-    fs, inside = filesystem(root)
-    if storage.is_local(root):
-        names, errors = _walk(inside)
-    else:
-        names, errors = [path[len(inside.rstrip("/")) + 1 :] for path in fs.find(inside)], []
-    lost = [Lost(os.path.relpath(str(one.filename), inside), "unreadable", str(one)) for one in errors]
-    return sorted(name for name in names if not is_hidden(name)), lost
-
-
-def _walk(root: str) -> tuple[list[str], list[OSError]]:
-    names: list[str] = []
-    errors: list[OSError] = []
-    seen: set[str] = set()
-    for folder, folders, files in os.walk(root, followlinks=True, onerror=errors.append):
-        folders.sort()
-        real = os.path.realpath(folder)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        inside = os.path.relpath(folder, root)
-        names += files if inside == os.curdir else [f"{inside}/{file}" for file in files]
-    return names, errors
-
-
 def of_each(function: Callable[[str], T], paths: Sequence[str]) -> list[T]:
     """The function of each path, in order; several at once, since opening a file of a store is waiting."""
     with ThreadPoolExecutor(OPEN_AT_ONCE) as pool:
         return list(pool.map(function, paths))
-
-
-def find_files(source: str, accepts: Callable[[str], bool], kind: str) -> list[str]:
-    """Files of a kind that a path, a pattern, or a folder names. Errors: DataError when there are none."""
-    fs, inside = filesystem(source)
-    if not fs.isdir(inside):
-        return expand(source)
-    paths = [storage.join(source, name) for name in list_files(source)[0] if accepts(name)]
-    if not paths:
-        raise DataError(f"corpus.source: no {kind} lies in {source}. Name files, or set corpus.format.")
-    return paths
-
-
-def expand(pattern: str) -> list[str]:
-    """Files that a path, glob or brace pattern (`{00000..00012}`, `{a,b}`) names, sorted within each alternative.
-
-    A file of that very name comes before what it could mean as a pattern. Errors: DataError when nothing is named.
-    """
-    if storage.exists(pattern):
-        return [pattern]
-    found: list[str] = []
-    for path in _braces(pattern):
-        fs, inside = filesystem(path)
-        if any(char in path for char in "*?["):
-            names = sorted(str(fs.unstrip_protocol(name)) for name in fs.glob(inside))
-        else:
-            names = [path] if fs.exists(inside) else []
-        if not names:
-            where = "" if path == pattern else f" (of {pattern})"
-            raise DataError(f"corpus.source: nothing is found at {path}{where}. Check the path, and quote patterns.")
-        found += [name.removeprefix("file://") for name in names]
-    return found
-
-
-def _braces(pattern: str) -> list[str]:
-    """Every alternative of a brace pattern, left to right; `{01..10}` keeps the zeros."""
-    start = pattern.find("{")
-    end = pattern.find("}", start)
-    if start < 0 or end < 0:
-        return [pattern]
-    body, rest = pattern[start + 1 : end], _braces(pattern[end + 1 :])
-    first, dots, last = body.partition("..")
-    if dots and first.isdigit() and last.isdigit():
-        step = 1 if int(first) <= int(last) else -1
-        middle = [str(n).zfill(len(first)) for n in range(int(first), int(last) + step, step)]
-    elif "," in body:
-        middle = body.split(",")
-    else:
-        raise DataError(
-            f"corpus.source: {{{body}}} in {pattern} is neither a range such as 00000..00012 nor a list a,b."
-        )
-    return [pattern[:start] + part + tail for part in middle for tail in rest]

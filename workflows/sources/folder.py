@@ -2,39 +2,40 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
-import posixpath
-import unicodedata
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from itertools import groupby, islice
+from typing import Any, BinaryIO, TypeVar
 
+from smalti import storage
 from smalti.errors import DataError
 from smalti.schema import CorpusSection
 from smalti.workflows.sources.base import (
     IMAGE_SUFFIXES,
+    Group,
     Locator,
     Lost,
     Pairs,
     ReadBytes,
     Sample,
-    as_text,
+    check_ends,
     clean_text,
     filesystem,
-    list_files,
-    load_json,
+    is_of_file,
     printable,
-    read_pairs,
-    side_tables,
+    read_file,
     suffix,
     too_large,
 )
+from smalti.workflows.sources.listing import SideTables, each_file
+from smalti.workflows.sources.metadata import METADATA, Metadata, composed
+from smalti.workflows.sources.sorted_records import SortedRecords
 
+T = TypeVar("T")
 SIDECARS = frozenset([".txt", ".json", ".jsonl", ".csv", ".md", ".yaml", ".yml", ".html"])
-METADATA = ("metadata.jsonl", "metadata.csv")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +76,12 @@ class FolderGroup:
                 if size is not None and size > self.max_bytes:
                     yield too_large(entry.path, size, self.max_bytes)
                     continue
-                data = fs.cat_file(f"{inside}/{entry.path}")
+                data = read_file(fs, f"{inside}/{entry.path}")
                 if caption is None and entry.text is not None:
-                    caption = clean_text(fs.cat_file(f"{inside}/{entry.text}"))
-            except (PermissionError, FileNotFoundError) as error:
+                    caption = clean_text(read_file(fs, f"{inside}/{entry.text}"))
+            except OSError as error:
+                if not is_of_file(error):
+                    raise
                 yield Lost(entry.path, "unreadable", f"{type(error).__name__}: {error}")
                 continue
             yield Sample(entry.path, (index, 0), data, caption or entry.label, entry.label, entry.qa)
@@ -93,139 +96,172 @@ class FolderGroup:
         yield read
 
 
-def folder_groups(source: str, section: CorpusSection, seed: int) -> list[FolderGroup]:
-    """The folder's images in groups of `shard_images`.
+def folder_groups(source: str, section: CorpusSection, seed: int) -> Iterator[FolderGroup]:
+    """The folder's images in groups of `shard_images`, and at the end what cannot be used, in groups as large.
 
     Files come in an order hashed from their relative paths: class folders are sorted by class, and shards of one class
     would make poor training batches. A class label is the name of the folder around an image; it is used when every
     image lies in a folder and there are at least two of them. An image with a label and no caption gets the label as
-    its caption. Errors: DataError when the folder is missing.
+    its caption. The listing is sorted on disk, so that what is held does not grow with it, but for the names of folders.
+    Errors: DataError when the folder is missing.
     """
     root = source.rstrip("/") or "/"
     fs, inside = filesystem(root)
     if not fs.isdir(inside):
         raise DataError(f"corpus.source: {source} is not a folder. Name a folder of images, or set corpus.format.")
-    names, lost = list_files(root)
-    images = {name for name in names if suffix(name) in IMAGE_SUFFIXES}
-    tables = side_tables(names)
-    lost += [
-        Lost(name, "not_an_image", f"the suffix {suffix(name)!r} is none of an image that can be read")
-        for name in names
-        if name not in images and suffix(name) not in SIDECARS and name not in tables
-    ]
-    said = _Metadata(section, root)
-    for name in names:
-        if name.rsplit("/", 1)[-1].lower() in METADATA:
-            said.read(name, fs.cat_file(f"{inside}/{name}"))
-    said.check()
-    there = {_composed(name) for name in images}
-    lost += said.lost + [
-        Lost(name, "missing", f"{where} names it, and it is not there")
-        for name, where in said.where.items()
-        if name not in there
-    ]
-    labels = {} if tables.intersection(names) else _class_labels(images)  # img2dataset's folders are no classes
-    texts = {_composed(name[:-4]): name for name in names if suffix(name) == ".txt"}
-    entries = []
-    for name in sorted(images, key=lambda name: hashlib.sha256(name.encode(errors="surrogateescape")).digest()):
-        entry = replace(said.entries.get(_composed(name), Entry(name)), path=name)
-        label = entry.label if entry.label is not None else labels.get(name)
-        entries.append(replace(entry, text=texts.get(_composed(name[: -len(suffix(name))])), label=label))
-    size = section.shard_images
-    groups = [
-        FolderGroup(root, tuple(entries[i : i + size]), (), section.max_bytes) for i in range(0, len(entries), size)
-    ]
-    return [*groups, FolderGroup(root, (), tuple(lost))] if lost else groups
+    listing = _Listing(section, root)
+    listing.list_files()
+    for name in sorted(listing.metadata):
+        check_ends(fs, f"{inside}/{name}")
+        with fs.open(f"{inside}/{name}", "rb") as stream:
+            listing.read_metadata(name, stream)
+    listing.said.check()
+    for entries in batched(listing.entries(), section.shard_images):
+        yield FolderGroup(root, entries, (), section.max_bytes)
+    for lost in batched((Lost(*record[2:]) for record in listing.lost), section.shard_images):
+        yield FolderGroup(root, (), lost)
 
 
-def _composed(name: str) -> str:
-    """A name in Unicode's composed form: some systems take names apart (`e` and an accent), the metadata does not."""
-    return unicodedata.normalize("NFC", name)
+TEXT, ROW, IMAGE = range(3)  # what is known of a stem, in this order
+FOLDER, FILE, BAD_ROW, MISSING = range(4)  # what is lost, in this order
 
 
-def _class_labels(images: set[str]) -> dict[str, str]:
-    """Name → class, when every image lies in a folder and the folders have at least two names; else empty."""
-    parents = {name: name.rsplit("/", 2)[-2] for name in images if "/" in name}
-    if len(parents) < len(images) or len(set(parents.values())) < 2:
-        return {}
-    return {name: " ".join(printable(parent).replace("_", " ").split()) for name, parent in parents.items()}
+class _Listing:
+    """What lies in a folder, by its stem: the path without suffix, by which an image, its caption file and the metadata's
+    rows on it find each other."""
+
+    def __init__(self, section: CorpusSection, root: str) -> None:
+        self.root, self.said, self.rows = root, Metadata(section, root), 0
+        self.by_stem, self.lost = SortedRecords(), SortedRecords()
+        self.metadata: list[str] = []
+        self.tables, self.side = SideTables(), set[str]()
+        self.classes: set[str] = set()  # two at most
+        self.bare = False  # whether an image lies in no folder
+
+    def list_files(self) -> None:
+        """Take in the names of all files."""
+        lost: list[Lost] = []
+        for name in each_file(self.root, lost):
+            kind = suffix(name)
+            self.tables.meet(name)
+            if kind in IMAGE_SUFFIXES:
+                self.by_stem.add([composed(name[: -len(kind)]), IMAGE, name])
+                self.bare |= "/" not in name
+                if len(self.classes) < 2 and "/" in name:
+                    self.classes.add(_class_of(name))
+            elif kind not in SIDECARS and not name.endswith(".parquet"):
+                self._not_an_image(name)
+            elif kind == ".txt":
+                self.by_stem.add([composed(name[:-4]), TEXT, name])
+            if name.rsplit("/", 1)[-1].lower() in METADATA:
+                self.metadata.append(name)
+        self.side = self.tables.found()
+        for name in self.tables.tables:
+            if name not in self.side:
+                self._not_an_image(name)
+        for number, one in enumerate(lost):
+            self.lost.add([FOLDER, number, one.key, one.reason, one.detail])
+
+    def _not_an_image(self, name: str) -> None:
+        told = f"the suffix {suffix(name)!r} is none of an image that can be read"
+        self.lost.add([FILE, name, name, "not_an_image", told])
+
+    def read_metadata(self, name: str, stream: BinaryIO) -> None:
+        """Take in the rows of one metadata file."""
+        for row in self.said.read(name, stream):
+            self.rows += 1
+            if isinstance(row, Lost):
+                self.lost.add([BAD_ROW, self.rows, row.key, row.reason, row.detail])
+            else:
+                stem = row.path[: -len(suffix(row.path))] if suffix(row.path) else row.path
+                self.by_stem.add([stem, ROW, self.rows, row.path, row.where, row.caption, row.label, row.qa])
+
+    def entries(self) -> Iterator[Entry]:
+        """The images with what is said of them, in their order. Rows of metadata on other files come to `lost`."""
+        ordered = SortedRecords()
+        for _, records in groupby(self.by_stem, lambda record: record[0]):
+            for entry in self._of_stem(records):
+                digest = hashlib.sha256(entry.path.encode(errors="surrogateescape")).hexdigest()
+                ordered.add([digest, entry.path, entry.text, entry.caption, entry.label, entry.qa])
+        for _, *record in ordered:
+            yield _entry(record)
+
+    def _of_stem(self, records: Iterator[list[Any]]) -> Iterator[Entry]:
+        """A second row on the same image adds its questions and fills what is empty."""
+        text: str | None = None
+        said: dict[str, tuple[Entry, int, str]] = {}  # path as composed → what is said, the first row and its place
+        there = set()
+        for _, kind, *record in records:
+            if kind == TEXT:
+                text = record[0]
+            elif kind == ROW:
+                number, path, where, caption, label, qa = record
+                old, *first = said.get(path, (Entry(path), number, where))
+                entry = Entry(path, None, old.caption or caption, old.label or label, (*old.qa, *qa))
+                said[path] = entry, *first
+            else:
+                path = composed(record[0])
+                there.add(path)
+                entry = said[path][0] if path in said else Entry(path)
+                label = entry.label if entry.label is not None else self._label(record[0])
+                yield replace(entry, path=record[0], text=text, label=label)
+        for path, (_, number, where) in said.items():
+            if path not in there:
+                self.lost.add([MISSING, number, path, "missing", f"{where} names it, and it is not there"])
+
+    def _label(self, name: str) -> str | None:
+        """The class of an image, where the folders are classes; img2dataset's are none."""
+        if self.bare or len(self.classes) < 2 or self.side:
+            return None
+        return " ".join(printable(_class_of(name)).replace("_", " ").split())
 
 
-@dataclass
-class _Metadata:
-    """What the metadata files say: image path → entry; rows that cannot be read are lost."""
-
-    section: CorpusSection
-    root: str
-    entries: dict[str, Entry] = field(default_factory=dict)
-    where: dict[str, str] = field(default_factory=dict)
-    lost: list[Lost] = field(default_factory=list)
-    columns: set[str] = field(default_factory=set)
-
-    def check(self) -> None:
-        """Errors: DataError when a column that the recipe names stands in no metadata file, where there is one."""
-        for key in ("caption_column", "label_column"):
-            name = getattr(self.section, key)
-            default = CorpusSection.model_fields[key].default
-            if self.columns and name != default and name not in self.columns:
-                raise DataError(
-                    f"The metadata files of {self.root} have no column {name!r} (corpus.{key}); they have "
-                    f"{', '.join(sorted(self.columns))}."
-                )
-
-    def read(self, name: str, data: bytes) -> None:
-        """Take in one metadata file; its `file_name`s are relative to its own folder."""
-        folder = name.rsplit("/", 1)[0] + "/" if "/" in name else ""
-        text = as_text(data).replace("\r\n", "\n").replace("\r", "\n")
-        for number, row in self._table(name, text) if suffix(name) == ".csv" else _lines(text):
-            where = f"{name}:{number}"
-            try:
-                if isinstance(row, csv.Error):
-                    raise row
-                self._add(folder, where, load_json(row) if isinstance(row, str) else row)
-            except KeyError as error:
-                self.lost.append(Lost(where, "bad_metadata", f"the row has no {error}"))
-            except (ValueError, TypeError, AttributeError, csv.Error) as error:
-                self.lost.append(Lost(where, "bad_metadata", f"{type(error).__name__}: {error}"))
-
-    def _table(self, name: str, text: str) -> Iterator[tuple[int, dict[str, Any] | csv.Error]]:
-        """(last line, row) of each row of a CSV; a row that is none, as the error that says why."""
-        table = csv.DictReader(io.StringIO(text), skipinitialspace=True, strict=True)
-        try:
-            heads = [head.strip() for head in table.fieldnames or []]
-        except csv.Error as error:
-            raise DataError(
-                f"{self.root}/{name}: its first line, the names of the columns, is no CSV: {error}."
-            ) from error
-        if "file_name" not in heads:
-            raise DataError(
-                f"{self.root}/{name} has no column file_name; it has {', '.join(heads) or 'none at all'}. "
-                "Name the images there, with commas between the columns."
-            )
-        table.fieldnames = heads
-        while True:
-            try:
-                row: dict[str, Any] | csv.Error = next(table)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                row = error
-            yield table.reader.line_num, row
-
-    def _add(self, folder: str, where: str, record: dict[str, Any]) -> None:
-        """One row; a second row on the same image adds its questions and fills what is empty."""
-        self.columns |= {str(name) for name in record if name is not None}
-        if not record["file_name"]:
-            raise ValueError("file_name is empty")
-        path = _composed(posixpath.normpath(folder + str(record["file_name"]).replace("\\", "/")))
-        old = self.entries.get(path, Entry(path))
-        caption = clean_text(record.get(self.section.caption_column)) or clean_text(record.get("text"))
-        label = clean_text(record.get(self.section.label_column))
-        qa = old.qa + read_pairs(record)
-        self.entries[path] = replace(old, caption=old.caption or caption, label=old.label or label, qa=qa)
-        self.where.setdefault(path, where)
+def _entry(record: list[Any]) -> Entry:
+    """An entry as it comes out of JSON."""
+    path, text, caption, label, qa = record
+    return Entry(path, text, caption, label, tuple((question, answer) for question, answer in qa))
 
 
-def _lines(text: str) -> Iterator[tuple[int, str]]:
-    """(number, line) of each line that is not blank; JSON may hold U+2028 and the like, which end no line of a file."""
-    return ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+def _class_of(name: str) -> str:
+    return name.rsplit("/", 2)[-2]
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:
+    """The items, `size` at a time."""
+    rest = iter(items)
+    while batch := tuple(islice(rest, size)):
+        yield batch
+
+
+@dataclass(frozen=True)
+class ListedGroup:
+    """A group of a folder whose record lies in a file: what is held and sent of it does not grow with its images."""
+
+    source: str
+    listing: str
+    in_order: bool = False
+
+    def load(self) -> FolderGroup:
+        record = storage.read_json(self.listing)
+        entries = [
+            Entry(*entry, tuple((question, answer) for question, answer in qa)) for *entry, qa in record["entries"]
+        ]
+        lost = tuple(Lost(*one) for one in record["lost"])
+        return FolderGroup(record["root"], tuple(entries), lost, record["max_bytes"])
+
+    def samples(self) -> Iterator[Sample | Lost]:
+        return self.load().samples()
+
+    def reader(self) -> AbstractContextManager[ReadBytes]:
+        return self.load().reader()
+
+
+def listed(group: Group, path: str) -> Group:
+    """The group; one of a folder with its record in the file `path`. Errors: DataError."""
+    if not isinstance(group, FolderGroup):
+        return group
+    entries = [[one.path, one.text, one.caption, one.label, one.qa] for one in group.entries]
+    lost = [[one.key, one.reason, one.detail] for one in group.lost]
+    record = {"root": group.root, "entries": entries, "lost": lost, "max_bytes": group.max_bytes}
+    storage.write_atomic(path, json.dumps(record).encode())  # ASCII: a name that is not UTF-8 passes too
+    return ListedGroup(group.root, path)

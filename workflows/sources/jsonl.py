@@ -16,13 +16,15 @@ from smalti.workflows.sources.base import (
     ReadBytes,
     Sample,
     clean_text,
-    expand,
     filesystem,
+    is_of_file,
     load_json,
     open_seekable,
+    read_file,
     read_pairs,
     too_large,
 )
+from smalti.workflows.sources.listing import expand
 
 IMAGE_NAMES = ("image", "file_name", "path", "url")
 
@@ -87,10 +89,12 @@ class JsonLinesGroup:
             size = fs.size(inside)
             if size is not None and size > self.max_bytes:
                 return too_large(key, size, self.max_bytes)
-            data = fs.cat_file(inside)
+            data = read_file(fs, inside)
         except FileNotFoundError:
             return Lost(key, "missing", f"line {key} names {place}, and it is not there")
-        except (IsADirectoryError, PermissionError, ValueError, DataError) as error:
+        except (OSError, ValueError, DataError) as error:
+            if isinstance(error, OSError) and not is_of_file(error):
+                raise
             return Lost(key, "unreadable", f"{place}: {type(error).__name__}: {error}")
         caption = clean_text(record.get(self.caption)) or clean_text(record.get("text"))
         return Sample(key, locator, data, caption, clean_text(record.get(self.label)), qa)

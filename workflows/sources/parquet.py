@@ -19,12 +19,12 @@ from smalti.workflows.sources.base import (
     ReadBytes,
     Sample,
     clean_text,
-    find_files,
     load_json,
     of_each,
     open_seekable,
     read_pairs,
 )
+from smalti.workflows.sources.listing import find_files
 
 ROWS_A_BATCH = 128
 BUFFER_BYTES = 1 << 20  # read in parts: a row group may be larger than memory
@@ -81,9 +81,10 @@ class ParquetGroup:
                 lambda number: file.iter_batches(ROWS_A_BATCH, row_groups=[number], columns=[self.image])
             ).value
 
-    def _sample(self, key: str, locator: Locator, record: dict[str, Any] | UnicodeDecodeError) -> Sample | Lost:
-        if isinstance(record, UnicodeDecodeError):
-            return Lost(key, "bad_metadata", f"a text is not UTF-8: {record}")
+    def _sample(self, key: str, locator: Locator, record: dict[str, Any] | Exception) -> Sample | Lost:
+        if isinstance(record, Exception):
+            told = "a text is not UTF-8" if isinstance(record, UnicodeDecodeError) else "a value cannot be read"
+            return Lost(key, "bad_metadata", f"{told}: {record}")
         image = record[self.image]
         data = image.get("bytes") if isinstance(image, dict) else image
         if data is None:
@@ -120,12 +121,12 @@ class Batches:
         return value["bytes"] if isinstance(value, dict) else value
 
 
-def records(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
-    """Each row; the error in place of one whose text is not UTF-8 (not every writer looks)."""
+def records(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | Exception]:
+    """Each row; the error in place of one whose text is not UTF-8 (not every writer looks), or whose date no calendar has."""
     for row in range(len(batch)):
         try:
             yield batch.slice(row, 1).to_pylist()[0]
-        except UnicodeDecodeError as error:
+        except (ValueError, OverflowError) as error:
             yield error
 
 
@@ -187,6 +188,7 @@ def check_image(path: str, schema: pa.Schema, name: str) -> None:
             f"{path} has no column {name!r} with images; its columns are {', '.join(schema.names)}. "
             "Set corpus.image_column to one of them."
         )
+    _check_single(path, schema, name)
     kind = schema.field(name).type
     inner = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
     if not any(test(inner) for test in BYTES):
@@ -196,9 +198,15 @@ def check_image(path: str, schema: pa.Schema, name: str) -> None:
         )
 
 
+def _check_single(path: str, schema: pa.Schema, name: str) -> None:
+    if (number := schema.names.count(name)) > 1:
+        raise DataError(f"{path} has {number} columns {name!r}. Write the file again with one, or name another column.")
+
+
 def pick_column(path: str, schema: pa.Schema, name: str, key: str, default: str, other: str | None) -> str | None:
     """The column to use: the one named; when the default is not there, `other` or none."""
     if name in schema.names:
+        _check_single(path, schema, name)
         return name
     if name != default:
         raise DataError(f"{path} has no column {name!r} (corpus.{key}); its columns are {', '.join(schema.names)}.")

@@ -28,13 +28,12 @@ from smalti.workflows.sources.base import (
     ReadBytes,
     Sample,
     clean_text,
-    find_files,
-    is_hidden,
     load_json,
     open_seekable,
     read_pairs,
     too_large,
 )
+from smalti.workflows.sources.listing import find_files, is_hidden
 
 WINDOW = 256  # keys that wait for more members
 BLOCK = 512
@@ -46,15 +45,18 @@ TEXTS = ("txt", "caption", "text", "json", "cls")
 class TailReader:
     """A stream that remembers the last bytes it gave, so that the end of the archive can be looked at afterwards.
 
-    What a broken compressed stream still gives before it breaks is given; the error comes with the next read.
+    What a broken compressed stream still gives before it breaks is given; the error comes with the next read. Reading on
+    and on behind the end is an error too: tarfile would do so up to whatever size a damaged header tells.
     """
 
     KEPT = 4 * tarfile.RECORDSIZE
+    EMPTY = 99
 
     def __init__(self, stream: Any) -> None:
         self._take = getattr(stream, "read1", stream.read)
         self.tail, self.position = b"", 0
         self._error: Exception | None = None
+        self._empty = 0  # reads that gave nothing
 
     def read(self, size: int) -> bytes:
         parts: list[bytes] = []
@@ -77,6 +79,9 @@ class TailReader:
         if not parts and self._error is not None:
             raise self._error
         data = b"".join(parts)
+        self._empty += not data
+        if self._empty > self.EMPTY:
+            raise tarfile.ReadError("unexpected end of data")
         self.position += len(data)
         self.tail = (self.tail + data)[-self.KEPT :]
         return data

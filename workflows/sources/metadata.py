@@ -1,0 +1,119 @@
+"""What `metadata.jsonl` and `metadata.csv` in a folder of images say, a row at a time."""
+
+from __future__ import annotations
+
+import csv
+import io
+import posixpath
+import shutil
+import tempfile
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, TextIO
+
+from smalti.errors import DataError
+from smalti.schema import CorpusSection
+from smalti.workflows.sources.base import Lost, Pairs, clean_text, load_json, read_pairs, suffix, text_encoding
+
+METADATA = ("metadata.jsonl", "metadata.csv")
+
+
+@dataclass(frozen=True)
+class Said:
+    """What one row says of an image: its path from the source's folder (as `composed`), and the row's own place."""
+
+    path: str
+    where: str
+    caption: str | None
+    label: str | None
+    qa: Pairs
+
+
+def composed(name: str) -> str:
+    """A name in Unicode's composed form: some systems take names apart (`e` and an accent), the metadata does not."""
+    return unicodedata.normalize("NFC", name)
+
+
+@dataclass
+class Metadata:
+    """The metadata files of a folder, as they are read one after the other."""
+
+    section: CorpusSection
+    root: str
+    columns: set[str] = field(default_factory=set)
+
+    def check(self) -> None:
+        """Errors: DataError when a column that the recipe names stands in no metadata file, where there is one."""
+        for key in ("caption_column", "label_column"):
+            name = getattr(self.section, key)
+            default = CorpusSection.model_fields[key].default
+            if self.columns and name != default and name not in self.columns:
+                raise DataError(
+                    f"The metadata files of {self.root} have no column {name!r} (corpus.{key}); they have "
+                    f"{', '.join(sorted(self.columns))}."
+                )
+
+    def read(self, name: str, stream: BinaryIO) -> Iterator[Said | Lost]:
+        """What the rows of one file say, in order; its `file_name`s are relative to its own folder. Errors: DataError."""
+        folder = name.rsplit("/", 1)[0] + "/" if "/" in name else ""
+        with _lines_of(stream) as text:
+            for number, row in self._table(name, text) if suffix(name) == ".csv" else _json_lines(text):
+                where = f"{name}:{number}"
+                try:
+                    if isinstance(row, csv.Error):
+                        raise row
+                    yield self._said(folder, where, load_json(row) if isinstance(row, str) else row)
+                except KeyError as error:
+                    yield Lost(where, "bad_metadata", f"the row has no {error}")
+                except (ValueError, TypeError, AttributeError, csv.Error) as error:
+                    yield Lost(where, "bad_metadata", f"{type(error).__name__}: {error}")
+
+    def _table(self, name: str, text: TextIO) -> Iterator[tuple[int, dict[str, Any] | csv.Error]]:
+        """(last line, row) of each row of a CSV; a row that is none, as the error that says why."""
+        table = csv.DictReader(text, skipinitialspace=True, strict=True)
+        try:
+            heads = [head.strip() for head in table.fieldnames or []]
+        except csv.Error as error:
+            raise DataError(
+                f"{self.root}/{name}: its first line, the names of the columns, is no CSV: {error}."
+            ) from error
+        if "file_name" not in heads:
+            raise DataError(
+                f"{self.root}/{name} has no column file_name; it has {', '.join(heads) or 'none at all'}. "
+                "Name the images there, with commas between the columns."
+            )
+        table.fieldnames = heads
+        while True:
+            try:
+                row: dict[str, Any] | csv.Error = next(table)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                row = error
+            yield table.reader.line_num, row
+
+    def _said(self, folder: str, where: str, record: dict[str, Any]) -> Said:
+        self.columns |= {str(name) for name in record if name is not None}
+        if not record["file_name"]:
+            raise ValueError("file_name is empty")
+        path = composed(posixpath.normpath(folder + str(record["file_name"]).replace("\\", "/")))
+        caption = clean_text(record.get(self.section.caption_column)) or clean_text(record.get("text"))
+        return Said(path, where, caption, clean_text(record.get(self.section.label_column)), read_pairs(record))
+
+
+@contextmanager
+def _lines_of(stream: BinaryIO) -> Iterator[TextIO]:
+    """The lines of a text as `as_text` reads it; whatever ends them, here it is `\\n`."""
+    with tempfile.TemporaryFile() as copy:  # what is read may be a stream that only goes forward
+        shutil.copyfileobj(stream, copy)
+        copy.seek(0)
+        encoding = text_encoding(copy.read(2))
+        copy.seek(0)
+        yield io.TextIOWrapper(copy, encoding, errors="replace")
+
+
+def _json_lines(text: TextIO) -> Iterator[tuple[int, str]]:
+    """(number, line) of each line that is not blank; JSON may hold U+2028 and the like, which end no line of a file."""
+    return ((number, line.removesuffix("\n")) for number, line in enumerate(text, 1) if line.strip())
