@@ -1,8 +1,8 @@
 """Goal 3: 64K codes × 1152, vectors assigned through the training tree, against brute force, faiss IVF and faiss HNSW.
 
 The codes come from two-level k-means of 4 vectors a code (`bench/two_level.py`). The number of cells searched, and each peer's
-own probes, is chosen on 4,096 held-out vectors for a recall@1 of 0.999 against exact search and measured on 4,096 others. One thread, in
-turns, medians of CPU-seconds. `--features PATH [--window 3]` takes real vectors; `--codes`, `--cells` (default √K).
+own probes, is chosen on 16,000 held-out vectors, so that a recall@1 of 0.999 against exact search holds at 95 %, and the recall is measured
+on 16,000 others, the time on 4,096 of those. One thread, in turns, medians of CPU-seconds. `--features PATH [--window 3]` takes real vectors; `--codes`, `--cells` (default √K).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -21,8 +22,9 @@ from torch import Tensor
 from bench import vectors
 from bench.machine import medians, report
 from bench.two_level import TwoLevel
+from smalti.tokenizers.code_index import lower_bound
 
-WIDTH, RECALL, HELD_OUT, VECTORS_A_CODE = 1152, 0.999, 4_096, 4
+WIDTH, RECALL, HELD_OUT, TIMED, VECTORS_A_CODE = 1152, 0.999, 16_000, 4_096, 4
 GOALS = {"brute": 15.0, "ivf": 5.0, "hnsw": 3.0}
 
 
@@ -30,7 +32,7 @@ def reaching(search: Callable[[int], Tensor], wanted: Tensor) -> int:
     """The fewest probes, doubled from 1 and then narrowed, whose answers agree with `wanted` at the recall asked for."""
 
     def enough(probes: int) -> bool:
-        return float((search(probes) == wanted).double().mean()) >= RECALL
+        return lower_bound(int((search(probes) == wanted).sum()), len(wanted)) >= RECALL
 
     high = 1
     while high < 4096 and not enough(high):
@@ -74,17 +76,18 @@ def main() -> None:
     wanted = index.exact(choose)[0]
     nprobe = reaching(lambda probes: by_ivf(choose, probes), wanted)
     ef = reaching(lambda probes: by_hnsw(choose, probes), wanted)
-    sides: dict[str, Callable[[], Tensor]] = {
-        "tree": lambda: index.tree(test, probes.cells, probes.reach)[0],
-        "brute": lambda: index.exact(test)[0],
-        "ivf": lambda: by_ivf(test, nprobe),
-        "hnsw": lambda: by_hnsw(test, ef),
+    sides: dict[str, Callable[[Tensor], Tensor]] = {
+        "tree": lambda x: index.tree(x, probes.cells, probes.reach)[0],
+        "brute": lambda x: index.exact(x)[0],
+        "ivf": lambda x: by_ivf(x, nprobe),
+        "hnsw": lambda x: by_hnsw(x, ef),
     }
-    exact = index.exact(test)[0]
-    recalls = {name: float((work() == exact).double().mean()) for name, work in sides.items()}
-    seconds = medians(sides, asked.turns)
+    exact = sides["brute"](test)
+    recalls = {name: float((work(test) == exact).double().mean()) for name, work in sides.items()}
+    timed = test[:TIMED]
+    seconds = medians({name: partial(work, timed) for name, work in sides.items()}, asked.turns)
     for name, seen in {"tree": probes.cells, "brute": len(codes), "ivf": nprobe, "hnsw": ef}.items():
-        print(f"{name}: {seconds[name]:.3f} CPU-s for {len(test)} vectors, {seen} probes, recall {recalls[name]:.4f}")
+        print(f"{name}: {seconds[name]:.3f} CPU-s for {len(timed)} vectors, {seen} probes, recall {recalls[name]:.4f}")
     ratios = {name: round(seconds[name] / seconds["tree"], 2) for name in GOALS}
     report(
         3,

@@ -5,6 +5,7 @@ Axis letters: N vectors, C their width, K codes, P cells, B candidates of a vect
 
 from __future__ import annotations
 
+import bisect
 import math
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ PAIRS = 1 << 24
 ROUNDING = 1e-6
 """Of a vector's squared norm: the error of a squared distance."""
 TINY = torch.finfo(torch.float32).tiny
+SIGMAS = 1.645
+"""Of a normal distribution, below which 95 % of it lie."""
 CANDIDATES = 16
 """Codes of each vector that are scored again in float32 after a search in another precision."""
 
@@ -31,7 +34,9 @@ class Probes(NamedTuple):
 
     @classmethod
     def reaching(cls, cells_N: Tensor, reach_N: Tensor, recall: float) -> Probes:
-        """The least reach, and with it the fewest cells, that reach a recall on vectors of these `CodeIndex.needs`.
+        """The least reach, and with it the fewest cells, that reach a recall on vectors like those of these
+        `CodeIndex.needs`: so many of these are found that at 95 % it holds for others too (`lower_bound`). Where they are
+        too few to say so, all of them are found.
 
         ValueError: a recall outside (0, 1], or no vectors.
         """
@@ -39,10 +44,18 @@ class Probes(NamedTuple):
             raise ValueError(f"a recall of {recall} is asked for; want one in (0, 1]")
         if not len(cells_N):
             raise ValueError("recall on 0 vectors")
-        wanted = math.ceil(recall * len(cells_N) * (1 - 1e-12))
-        reach = float(reach_N.sort().values[wanted - 1])
+        num = len(cells_N)
+        wanted = min(num, bisect.bisect_left(range(num + 1), recall, key=lambda found: lower_bound(found, num)))
+        reach = float(reach_N.sort().values[max(wanted, 1) - 1])
         found_N = reach_N <= reach
         return cls(int(cells_N[found_N].max()), reach * (1 + 1e-6), float(found_N.double().mean()))
+
+
+def lower_bound(found: int, num: int) -> float:
+    """What a share is at least, at 95 %, that was seen `found` times of `num`: Wilson's one-sided bound."""
+    share, square = found / num, SIGMAS**2 / num
+    spread = SIGMAS * math.sqrt((share * (1 - share) + square / 4) / num)
+    return (share + square / 2 - spread) / (1 + square)
 
 
 class CodeIndex:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from smalti.tokenizers import quantizers
-from smalti.tokenizers.code_index import CodeIndex
+from smalti.tokenizers.code_index import CodeIndex, Probes
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -90,6 +90,15 @@ def test_the_search_chosen_reaches_the_recall_and_no_smaller_one_does(asked: flo
     assert recall(99, reach) == reached, "the reach alone does it"
     assert cells == 1 or recall(cells - 1, reach) < reached
     assert reach == 0 or recall(cells, reach * (1 - 1e-5)) < reached
+
+
+@pytest.mark.parametrize(("num", "asked"), [(4_096, 0.99), (16_000, 0.999), (300, 0.8)])
+def test_the_recall_asked_for_holds_on_other_vectors_too(num: int, asked: float) -> None:
+    """Of reaches drawn from [0, 1] a search of reach r finds the share r: that is the recall on all other vectors."""
+    draw = torch.Generator().manual_seed(0)
+    ones = torch.ones(num, dtype=torch.int64)
+    held = [Probes.reaching(ones, torch.rand(num, generator=draw), asked).reach >= asked for _ in range(200)]
+    assert 0.9 < sum(held) / len(held) < 1, "95 % of the draws, no more margin than that takes"
 
 
 def test_cells_behind_a_far_plane_are_not_scored(monkeypatch: pytest.MonkeyPatch) -> None:

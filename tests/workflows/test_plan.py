@@ -27,7 +27,13 @@ def test_two_level_counts_passes_flops_and_bytes() -> None:
     assert work["cells"] == 2 * 256_000 * 1_000 * 1152 * 10
     assert work["sorting"] == 2 * 150e6 * 1_000 * 1152
     assert work["codes"] == 2 * 150e6 * 500 * 1152 * 10
-    assert work["polish 1"] == work["scores"] == 2 * 150e6 * (1_000 + 4 * 500) * 1152
+    assert work["polish 1"] == 2 * 150e6 * (1_000 + 4 * 500) * 1152
+    assert work["scores"] == pytest.approx(work["polish 1"]), "4 cells at the recall of 0.99"
+    assert work["recall"] == 2 * 4_096 * 500_000 * 1152
+    exact = plan_codebook(section.model_copy(update={"recall": 0.999}), N, C, RATES, 8)
+    work = {phase.name: phase.flops for phase in exact.phases}
+    assert work["recall"] == 2 * 16_000 * 500_000 * 1152
+    assert work["scores"] == pytest.approx(2 * 150e6 * (1_000 + 8 * 500) * 1152)
     flat = plan_codebook(CodebookSection(size=500_000, iterations=10), N, C, RATES, 8)
     assert flat.phases[1].flops == pytest.approx(10 * 173e15, rel=0.01), "173 PFLOP an iteration"
     assert flat.seconds > 300 * plan.seconds

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from smalti.schema import CodebookSection
-from smalti.workflows import clustering, code_sums
+from smalti.workflows import clustering, code_sums, recall
 from smalti.workflows.codebook import SAMPLE_A_CELL, SAMPLE_MIN, SEEDS_A_CODE
 from smalti.workflows.plan.base import Phase, Plan, Rates
 
@@ -24,9 +26,21 @@ def plan_codebook(section: CodebookSection, vectors: int, width: int, rates: Rat
     formula = f"2·N·(P + {probes}·K/P)·C" if two_level else "2·N·K·C"
     data = float(HALF * vectors * width)
     phases += [Phase(f"polish {step + 1}", formula, flops, data) for step in range(section.polish)]
+    if two_level:
+        drawn = recall.num_vectors(section.recall)
+        phases.append(Phase("recall", f"2·{drawn:,}·K·C", 2.0 * drawn * section.size * width))
+        seen = _cells_seen(section)
+        formula, flops = f"2·N·(P + {seen:.1f}·K/P)·C", 2.0 * vectors * (cells + seen * section.size / cells) * width
     phases.append(Phase("scores", formula, flops, data))
     title = f"codebook: N = {vectors:,} vectors x C = {width:,} -> K = {section.size:,} codes in P = {cells:,} cells"
     return Plan(title, phases, _memory(section, vectors, width), rates, num)
+
+
+def _cells_seen(section: CodebookSection) -> float:
+    """Cells whose codes a vector is compared with at `codebook.recall`, ASSUMED: 4 at 0.99, twice as many for a tenth of
+    the misses."""
+    missed = max(1 - section.recall, 1e-9)
+    return min(section.coarse, max(1.0, 4 * 2 ** math.log10(0.01 / missed)))
 
 
 def _two_level(section: CodebookSection, vectors: int, width: int) -> list[Phase]:
