@@ -39,7 +39,7 @@ RECORD, PARTIAL = "artifact.json", "artifact.partial.json"
 IMAGES, SHARD, PIXELS = 960, 8, 64
 LIMIT_S, DELAY_S = 900, 0.1
 PATIENT = {
-    "RAY_raylet_start_wait_time_s": "60",
+    "RAY_raylet_start_wait_time_s": "300",
     "RAY_agent_register_timeout_ms": "600000",
     "RAY_worker_register_timeout_seconds": "600",
 }  # a busy machine starts slowly

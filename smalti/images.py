@@ -21,6 +21,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000"
 REASONS = ("empty", "undecodable", "truncated", "bomb", "too_small")
 
 _ORIENTATION = 0x0112
+_EXIF_SEGMENTS, _SEGMENTS = 64, 4096
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -80,6 +81,7 @@ def _open(data: bytes, max_pixels: int, min_size: int) -> Image.Image:
     """The image, its header read and its size checked, no pixel decoded."""
     if not len(data):
         raise ImageError("the file is empty", "empty")
+    _check_segments(data)
     image = _identify(bytes(data))
     width, height = image.size
     if width * height > max_pixels:
@@ -87,6 +89,17 @@ def _open(data: bytes, max_pixels: int, min_size: int) -> Image.Image:
     if min(width, height) < max(1, min_size):
         raise ImageError(f"{width} x {height} pixels, and a side of at least {min_size} is asked for", "too_small")
     return image
+
+
+def _check_segments(data: bytes) -> None:
+    """Refuse a JPEG whose header has no end: Pillow joins EXIF segments in time that grows with their square."""
+    place, num, every = 2, 0, 0
+    while data[:2] == b"\xff\xd8" and data[place : place + 1] == b"\xff" and data[place + 1 : place + 2] != b"\xda":
+        num += data[place + 1 : place + 2] == b"\xe1" and data[place + 4 : place + 10] == b"Exif\0\0"
+        every += 1
+        if num > _EXIF_SEGMENTS or every > _SEGMENTS:
+            raise ImageError(f"more than {_EXIF_SEGMENTS} EXIF segments, or {_SEGMENTS:,} of any kind")
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
 
 
 def _identify(data: bytes) -> Image.Image:

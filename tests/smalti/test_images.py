@@ -156,6 +156,17 @@ def test_a_damaged_exif_block_does_not_cost_the_image() -> None:
     assert images.probe(data) == (40, 30)
 
 
+def test_a_jpeg_that_is_all_exif_is_refused_at_once() -> None:
+    """Pillow would join 3,000 segments in time that grows with their square."""
+    stream = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(stream, "JPEG")
+    segment = b"\xff\xe1\xff\xffExif\0\0" + bytes(65527)
+    few, many = (stream.getvalue()[:2] + segment * num + stream.getvalue()[2:] for num in (3, 3_000))
+    assert images.probe(few) == (16, 16)
+    with pytest.raises(ImageError, match="64 EXIF segments"):
+        images.probe(many)
+
+
 def test_alpha_lies_on_white() -> None:
     rgba = np.zeros((8, 8, 4), np.uint8)
     rgba[..., 0] = 200
