@@ -296,6 +296,7 @@ def strike_all(folder: str, runs: int, seed: int) -> Sums:
 
 def main() -> None:
     os.environ |= PATIENT | {"PYTHONPATH": str(ROOT)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins without
     parser = argparse.ArgumentParser()
     parser.add_argument("runs", type=int, nargs="?", default=30)
     parser.add_argument("seed", type=int, nargs="?", default=0)
