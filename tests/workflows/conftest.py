@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,3 +29,38 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(corpus_look, "run_shards", here)
     monkeypatch.setattr(corpus, "ensure_ray", lambda recipe: nullcontext())
+
+
+def _rank(work: Callable[..., Any], arguments: tuple[Any, ...], store: str, rank: int, world_size: int) -> Any:
+    import torch.distributed as dist
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    try:
+        return work(*arguments)
+    finally:
+        dist.destroy_process_group()
+
+
+def _fork(work: Callable[..., Any], arguments: tuple[Any, ...], store: str, world_size: int) -> list[Any]:
+    """In the process that is kept for it: DeepSpeed is imported once, not in each of its children."""
+    from smalti.workflows.train import engines
+
+    engines.prepare_process(False, 1)
+    with multiprocessing.get_context("fork").Pool(world_size) as pool:
+        tasks = [(work, arguments, store, rank, world_size) for rank in range(world_size)]
+        return pool.starmap(_rank, tasks, chunksize=1)
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., list[Any]]]:
+    """`ranks(work, world_size, *arguments)`: what `work(*arguments)` returns on each rank of a group of new processes, in
+    rank order. DeepSpeed holds one process group a process."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as server:
+
+        def run(work: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
+            store: Path = tmp_path_factory.mktemp("store") / "file"
+            return server.submit(_fork, work, arguments, str(store), world_size).result()
+
+        yield run

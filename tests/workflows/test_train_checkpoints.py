@@ -6,7 +6,7 @@ import pytest
 
 from smalti import storage
 from smalti.errors import ConfigError, DataError
-from smalti.workflows.train import checkpoints
+from smalti.workflows.train import again, checkpoints
 from smalti.workflows.train.checkpoints import Checkpoints, Whole, fetched, look, newest, step_folder, to_drop
 from smalti.workflows.train.collectives import Collectives
 
@@ -34,7 +34,9 @@ def test_the_newest_whole_checkpoint_is_chosen(place) -> None:
     assert found.files == (("model/engine/rank0.pt", "task.pt"), ("model/engine/rank1.pt",))
 
 
-@pytest.mark.parametrize("harm", ["missing", "truncated", "manifest", "torn manifest", "no manifest at all"])
+@pytest.mark.parametrize(
+    "harm", ["missing", "truncated", "manifest", "torn manifest", "other manifest", "no manifest at all"]
+)
 def test_a_torn_checkpoint_is_passed_over_with_a_line(place, harm: str) -> None:
     plant(place, 5)
     path = plant(place, 10)
@@ -45,8 +47,9 @@ def test_a_torn_checkpoint_is_passed_over_with_a_line(place, harm: str) -> None:
     elif harm == "truncated":
         storage.write_atomic(file, b"mod")
         told = "model/engine/rank1.pt holds 3 bytes of 27"
-    elif harm == "torn manifest":
-        storage.write_atomic(storage.join(path, "manifest-00001.json"), b'{"world_si')
+    elif harm in ("torn manifest", "other manifest"):
+        left = b'{"world_si' if harm == "torn manifest" else b'{"world_sizd": 2, "score": null, "files": {}}'
+        storage.write_atomic(storage.join(path, "manifest-00001.json"), left)
         told = "its manifest-00001.json is torn"
     else:
         ranks = [1] if harm == "manifest" else [0, 1]
@@ -112,17 +115,29 @@ def test_a_worker_fetches_its_own_files_and_those_for_all(memory_url) -> None:
 
 
 def test_storage_that_fails_for_a_moment_is_tried_again(monkeypatch) -> None:
-    monkeypatch.setattr(checkpoints, "PAUSE_S", 0.0)
+    paused: list[float] = []
+    monkeypatch.setattr(again.time, "sleep", paused.append)
     calls: list[int] = []
 
-    def flaky(times: int) -> None:
+    def flaky(times: int) -> str:
         calls.append(times)
         if len(calls) <= times:
             raise DataError("not now")
+        return "done"
 
-    checkpoints.again(flaky, checkpoints.TRIES - 1)
-    assert len(calls) == checkpoints.TRIES
+    assert again.again(flaky, again.TRIES - 1) == "done"
+    assert len(calls) == again.TRIES and paused == [2, 4, 8, 16, 32]
     calls.clear()
     with pytest.raises(DataError, match="not now"):
-        checkpoints.again(flaky, 99)
-    assert len(calls) == checkpoints.TRIES
+        again.again(flaky, 99)
+    assert len(calls) == again.TRIES
+
+
+def test_no_room_on_a_workers_own_disk_is_an_error_with_its_mend(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for error in (OSError(28, "No space left on device"), RuntimeError("[enforce fail at inline_container.cc:5] x")):
+        with pytest.raises(DataError, match=rf"checkpoint to {tmp_path}: .* set TMPDIR"), checkpoints._made_here():
+            raise error
+    with pytest.raises(RuntimeError, match="Connection closed by peer"), checkpoints._made_here():
+        raise RuntimeError("Connection closed by peer")
+    assert not list(tmp_path.iterdir())

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing.pool import Pool
 from pathlib import Path
 
 import pytest
@@ -16,16 +12,10 @@ PLACES = ("before the first step", "after steps", "after a checkpoint")
 
 
 def set_and_step(folder: Path) -> dict[str, dict[int, torch.Tensor]]:
-    """In a process of its own, since DeepSpeed holds one process group: place → ZeRO stage → the parameters after a
-    step that follows `set_parameter`."""
-    import torch.distributed as dist
-
+    """place → ZeRO stage → the parameters after a step that follows `set_parameter`."""
     from smalti.schema import Train
     from smalti.workflows.train import engines
 
-    engines.prepare_process(False, 1)
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
     inputs = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
 
     def engine(stage: int):
@@ -69,7 +59,7 @@ class Codes:
 
 def rest_and_wake() -> dict[int, list[dict[str, set[str]]]]:
     """ZeRO stage → for each of four steps by the rates of a staged schedule, how far each part moved: "still", "moved".
-    In the process of `set_and_step`, after it. The last entry is a step after a checkpoint was loaded."""
+    The last entry is a step after a checkpoint was loaded."""
     import tempfile
 
     from smalti.mllm.bpe import train_bpe
@@ -126,14 +116,8 @@ def rest_and_wake() -> dict[int, list[dict[str, set[str]]]]:
 
 
 @pytest.fixture(scope="module")
-def process() -> Iterator[Pool]:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        yield pool
-
-
-@pytest.fixture(scope="module")
-def found(process, tmp_path_factory) -> dict[str, dict[int, torch.Tensor]]:
-    return process.apply(set_and_step, (tmp_path_factory.mktemp("engines"),))
+def found(ranks, tmp_path_factory) -> dict[str, dict[int, torch.Tensor]]:
+    return ranks(set_and_step, 1, tmp_path_factory.mktemp("engines"))[0]
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -149,10 +133,10 @@ def test_a_set_parameter_has_its_value_and_no_moments(found) -> None:
     torch.testing.assert_close(found[PLACES[1]][0], found[PLACES[2]][0])
 
 
-def test_parts_rest_and_wake_by_the_schedule_under_every_zero_stage(process, found) -> None:
+def test_parts_rest_and_wake_by_the_schedule_under_every_zero_stage(ranks) -> None:
     """Two steps of the adapter alone, then all; a resting part does not even decay, and a checkpoint keeps the groups."""
     still, moved = {"still"}, {"moved"}
-    for stage, steps in process.apply(rest_and_wake).items():
+    for stage, steps in ranks(rest_and_wake, 1)[0].items():
         for number, parts in enumerate(steps):
             expected = moved if number >= 2 else still
             assert parts == {"adapter": moved, "backbone": expected, "new_rows": expected}, (stage, number)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +43,7 @@ def batch(model, rows: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def build(rank: int, folder: Path) -> None:
+def build(folder: Path) -> None:
     """One worker: the model in parts, what it holds, how far memory rose, and its whole weights after a step."""
     import resource
 
@@ -56,9 +54,7 @@ def build(rank: int, folder: Path) -> None:
     from smalti.workflows.train.collectives import Collectives
     from smalti.workflows.train.partitioned import partitioned_loading
 
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-    engines.prepare_process(False, 1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    rank = dist.get_rank()
     made, tokenizer = section(folder), text_tokenizer()
     config = engines.deepspeed_config(made.train, 2)
     with partitioned_loading(config, Collectives()) as matrices:
@@ -81,7 +77,7 @@ def build(rank: int, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(ranks, tmp_path_factory) -> Path:
     """A tiny published model, and what one worker and two made of it."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -92,13 +88,7 @@ def folder(tmp_path_factory) -> Path:
         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
     )  # fmt: skip
     Qwen2ForCausalLM(config).save_pretrained(root / "lm")
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=build, args=(rank, root)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert [worker.exitcode for worker in workers] == [0, 0]
+    ranks(build, 2, root)
     return root
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,6 @@ from smalti.workflows.train.collectives import Collectives
 from smalti.workflows.train.task import Task
 
 STAGES = (0, 1, 2, 3)
-SAVED_STAGES = (0, 1, 3)  # 2 is saved as 1 is
 BATCH, MICRO = 8, 2
 TRAIN = Train(batch_size=BATCH, micro_batch_size=MICRO, lr=0.05, clip=0.5, weight_decay=0.3)
 
@@ -90,26 +87,17 @@ class Kept(Task):
         self.value = state["value"]
 
 
-def checkpoints(folder: Path, stage: int, ranks: Collectives) -> Checkpoints:
-    return Checkpoints(str(folder / f"zero{stage}"), ranks)
+def checkpoints(folder: Path, stage: int, ranks: Collectives, told: list[str] | None = None) -> Checkpoints:
+    return Checkpoints(str(folder / f"zero{stage}"), ranks, say=[].append if told is None else told.append)
 
 
-def _enter(work: Callable[..., Any], folder: Path, rank: int, world_size: int) -> Any:
-    ds.prepare_process(False, 1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    store = f"file://{folder}/store-{world_size}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
-    try:
-        return work(folder)
-    finally:
-        dist.destroy_process_group()
-
-
-def run_ranks(work: Callable[[Path], Any], folder: Path, world_size: int) -> list[Any]:
-    """`work(folder)` on each rank, in new processes; what each returned, in rank order."""
-    with multiprocessing.get_context("spawn").Pool(world_size) as pool:
-        return pool.starmap(_enter, [(work, folder, rank, world_size) for rank in range(world_size)], chunksize=1)
+def damage(folder: Path, part: str) -> None:
+    """Turn a bit in the middle of a file of the newest checkpoint in `folder`."""
+    newest = max(folder.glob("step-*"))
+    (file,) = [path for path in newest.rglob("*.pt") if part in path.name][:1]
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
 
 
 def two_ranks(folder: Path) -> dict[str, Any]:
@@ -123,7 +111,7 @@ def two_ranks(folder: Path) -> dict[str, Any]:
         after = pair.weights()
         pair.step(2)
         found["skipped"][stage] = (bad, before, after, pair.weights())
-    for stage in SAVED_STAGES:
+    for stage in STAGES:
         pair, task = Pair(stage), Kept()
         pair.step(0)
         pair.step(1)
@@ -151,15 +139,31 @@ def two_ranks(folder: Path) -> dict[str, Any]:
     return found
 
 
-def one_rank(folder: Path) -> dict[int, Any]:
-    found = {}
-    for stage in SAVED_STAGES:
+def go_on(folder: Path) -> dict[int, Any]:
+    """From the newest checkpoint two steps on, saved, and two more: the state found, and the weights after them."""
+    found: dict[int, Any] = {}
+    for stage in STAGES:
         pair, task = Pair(stage), Kept()
-        state = checkpoints(folder, stage, pair.ranks).load(pair.engines, task)
-        pair.step(2)
-        pair.step(3)
-        found[stage] = (state["step"], task.value, pair.weights())
+        kept = checkpoints(folder, stage, pair.ranks)
+        first = kept.load(pair.engines, task)["step"]
+        weights = []
+        for step in (first, first + 2):
+            pair.step(step)
+            pair.step(step + 1)
+            weights.append(pair.weights())
+            if step == first:
+                kept.save(pair.engines, task, {"step": step + 2, "history": []})
+        kept.wait()
+        dist.barrier()
+        found[stage] = (first, task.value, weights)
     return found
+
+
+def pass_over(folder: Path) -> list[Any]:
+    """The step that is gone on from, and what is said, with a file damaged that worker 1 wrote."""
+    pair, task, told = Pair(3), Kept(), list[str]()
+    state = checkpoints(folder, 3, pair.ranks, told).load(pair.engines, task)
+    return [state["step"], told]
 
 
 @pytest.fixture(scope="module")
@@ -168,8 +172,14 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two(folder) -> list[dict[str, Any]]:
-    return run_ranks(two_ranks, folder, 2)
+def two(ranks, folder) -> list[dict[str, Any]]:
+    return ranks(two_ranks, 2, folder)
+
+
+@pytest.fixture(scope="module")
+def one(ranks, two, folder) -> dict[int, Any]:
+    """What one worker makes of the checkpoints of two."""
+    return ranks(go_on, 1, folder)[0]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -202,19 +212,31 @@ def test_what_differs_between_ranks_is_named(two) -> None:
         assert "b must be the same on all 2 workers, and after step 5 it differs on rank(s) 1" in rank["drift"][0]
 
 
-@pytest.mark.parametrize("stage", SAVED_STAGES)
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_resumed_run_is_the_unbroken_one(two, stage: int) -> None:
     step, value, weights = two[0]["resumed"][stage]
     assert (step, value) == (2, 7)
     assert torch.equal(weights, two[0]["saved"][stage])
 
 
-def test_another_number_of_workers_goes_on_alike(two, folder) -> None:
-    """ZeRO-1 and ZeRO-3 through a universal checkpoint: weights, moments, their counts and decays, buffers."""
-    for stage, (step, value, weights) in run_ranks(one_rank, folder, 1)[0].items():
+def test_fewer_workers_go_on_alike(two, one, folder) -> None:
+    """ZeRO through a universal checkpoint: weights, moments, their counts and decays, buffers."""
+    for stage, (step, value, weights) in one.items():
         assert (step, value) == (2, 7)
-        torch.testing.assert_close(weights, two[0]["saved"][stage], rtol=1e-5, atol=1e-6)
-    assert os.listdir(folder / "zero1") == ["step-000000002"]
+        torch.testing.assert_close(weights[0], two[0]["saved"][stage], rtol=1e-5, atol=1e-6)
+    assert sorted(os.listdir(folder / "zero1")) == ["step-000000002", "step-000000004"]
+
+
+def test_more_workers_go_on_alike_and_what_is_damaged_is_passed_over(ranks, one, folder) -> None:
+    """Two workers take the four-step checkpoint of one; then theirs is damaged, and the one before is taken."""
+    for stage, (step, value, weights) in ranks(go_on, 2, folder)[0].items():
+        assert (step, value) == (4, 7)
+        torch.testing.assert_close(weights[0], one[stage][2][1], rtol=1e-5, atol=1e-6)
+    damage(folder / "zero3", "rank_1")
+    (step, told), other = ranks(pass_over, 2, folder)
+    assert step == other[0] == 4
+    assert told == other[1] and len(told) == 1
+    assert "step-000000006 is passed over: " in told[0] and "rank_1" in told[0] and "is damaged" in told[0]
 
 
 def test_a_checksum_sees_every_byte_and_its_place() -> None:

@@ -1,23 +1,25 @@
 """Checkpoints of a training run: engines' states, the task's, and where the loop was, in one folder a step.
 
 Each worker writes its files to its own disk, then goes on training while a thread brings them to storage and, last of
-all, a manifest of their names and sizes. A checkpoint is whole when the manifests of all its workers stand and every
-file they name has its size; one that is not was cut short, or damaged later, and is passed over.
+all, a manifest of their names, sizes and checksums. A checkpoint is whole when the manifests of all its workers stand
+and every file they name has its size; one that is not was cut short, and is passed over. So is one in which a file has
+another checksum when it is loaded: it was damaged later.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
 import re
 import shutil
 import tempfile
-import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ import torch
 from smalti import storage
 from smalti.errors import ConfigError, DataError, TrainingError
 from smalti.workflows.train import universal
+from smalti.workflows.train.again import again
 from smalti.workflows.train.collectives import Collectives
 from smalti.workflows.train.task import Task
 
@@ -32,17 +35,19 @@ STATE_FILE = "loop.json"
 TASK_FILE = "task.pt"
 TAG = "engine"
 STEP = re.compile(r"step-(\d{9})$")
-TRIES, PAUSE_S = 3, 2.0
+CHUNK_BYTES = 1 << 24
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 
 @dataclass(frozen=True)
 class Whole:
-    """A whole checkpoint: the step, its folder, its files by worker, and the score it was saved with."""
+    """A whole checkpoint: the step, its folder, its files by worker, the score it was saved with, checksums of files."""
 
     step: int
     path: str
     files: tuple[tuple[str, ...], ...]
     score: float | None
+    sums: Mapping[str, int] = field(default_factory=dict)
 
 
 def step_folder(step: int) -> str:
@@ -63,10 +68,10 @@ def look(path: str) -> Whole | str:
         name = manifest_name(len(manifests))
         if name not in sizes:
             return f"it has no {name}"
-        try:
-            manifests.append(storage.read_json(storage.join(path, name)))
-        except DataError:
+        manifest = read_manifest(storage.join(path, name))
+        if manifest is None:
             return f"its {name} is torn"
+        manifests.append(manifest)
     for manifest in manifests:
         for name, size in manifest["files"].items():
             if name not in sizes:
@@ -76,13 +81,34 @@ def look(path: str) -> Whole | str:
     found = STEP.search(path)
     assert found is not None
     files = tuple(tuple(manifest["files"]) for manifest in manifests)
-    return Whole(int(found[1]), path, files, manifests[0]["score"])
+    sums = {name: total for manifest in manifests for name, total in manifest.get("crc32", {}).items()}
+    return Whole(int(found[1]), path, files, manifests[0]["score"], sums)
 
 
-def newest(folder: str, say: Callable[[str], None]) -> Whole | None:
-    """The newest whole checkpoint in `folder`; a line is said for each newer one that is not whole."""
+def read_manifest(path: str) -> dict[str, Any] | None:
+    """A worker's manifest; None where it is torn or damaged."""
+    try:
+        found = storage.read_json(path)
+    except DataError:
+        return None
+    kinds = {"world_size": int, "score": float | int | None, "files": dict}
+    whole = isinstance(found, dict) and all(name in found and isinstance(found[name], kinds[name]) for name in kinds)
+    return found if whole and found["world_size"] > 0 else None
+
+
+def checksum(path: str) -> int:
+    """CRC-32 of a local file."""
+    total = 0
+    with open(path, "rb") as file:
+        while part := file.read(CHUNK_BYTES):
+            total = zlib.crc32(part, total)
+    return total
+
+
+def newest(folder: str, say: Callable[[str], None], damaged: Sequence[str] = ()) -> Whole | None:
+    """The newest whole checkpoint in `folder`, but for the `damaged`; a line is said for each newer one not whole."""
     for name in reversed(storage.list_names(folder)):
-        if STEP.search(name):
+        if STEP.search(name) and storage.join(folder, name) not in damaged:
             found = look(storage.join(folder, name))
             if isinstance(found, Whole):
                 return found
@@ -124,8 +150,7 @@ class Checkpoints:
         self.wait()
         score = self._score(state)
         rank, target = self.collectives.rank, storage.join(self.folder, step_folder(state["step"]))
-        local = tempfile.mkdtemp(prefix="smalti-checkpoint-")
-        try:
+        with _made_here() as local:
             for name, engine in engines.items():
                 engine.save_checkpoint(os.path.join(local, name), tag=TAG)
             if rank == 0:
@@ -133,11 +158,8 @@ class Checkpoints:
                 stages = {name: int(engine.zero_optimization_stage()) for name, engine in engines.items()}
                 with open(os.path.join(local, STATE_FILE), "w") as out:
                     json.dump({**state, "world_size": self.collectives.world_size, "zero_stages": stages}, out)
-                storage.remove(target)  # what an earlier try left: not whole, or it would have been gone on from
+                again(storage.remove, target)  # what an earlier try left: not whole, or it would have been gone on from
             self.collectives.barrier()
-        except BaseException:
-            shutil.rmtree(local, ignore_errors=True)
-            raise
         self._sending = self._thread.submit(self._send, local, target, score)
 
     def wait(self) -> None:
@@ -153,30 +175,51 @@ class Checkpoints:
         ConfigError: written with other ZeRO stages. TrainingError: it lacks an engine.
         """
         device = next(iter(engines.values())).device
-        chosen = self._choose(device)
-        if chosen is None:
-            return None
+        damaged: list[str] = []
+        while (chosen := self._choose(device, damaged)) is not None:
+            same = len(chosen.files) == self.collectives.world_size
+            with fetched(chosen, self.collectives.rank if same else None) as folder:
+                wrong = self._changed(chosen, folder, device)
+                if not wrong:
+                    return self._take(chosen, folder, engines, task)
+            self.say(
+                f"checkpoint {chosen.path} is passed over: {wrong} is damaged (another checksum than when written)"
+            )
+            damaged.append(chosen.path)
+        return None
+
+    def _take(self, chosen: Whole, folder: str, engines: Mapping[str, Any], task: Task) -> dict[str, Any]:
+        """Load what lies in the local `folder`; the state."""
         path = chosen.path
-        state: dict[str, Any] = storage.read_json(storage.join(path, STATE_FILE))
+        state: dict[str, Any] = storage.read_json(os.path.join(folder, STATE_FILE))
         check_stages(state, engines, path)
         cut = state["world_size"] != self.collectives.world_size
-        with fetched(chosen, None if cut else self.collectives.rank) as folder:
-            for name, engine in engines.items():
-                source = os.path.join(folder, name)
-                if cut and engine.zero_optimization_stage():
-                    universal.load(engine, source, TAG, self.collectives)
-                elif engine.load_checkpoint(source, tag=TAG)[0] is None:
-                    raise TrainingError(f"The checkpoint {path} holds no engine {name!r}; remove that folder.")
-            task.load_state_dict(torch.load(os.path.join(folder, TASK_FILE), map_location=device, weights_only=True))
-            self.collectives.barrier()
+        for name, engine in engines.items():
+            source = os.path.join(folder, name)
+            if cut and engine.zero_optimization_stage():
+                universal.load(engine, source, TAG, self.collectives)
+            elif engine.load_checkpoint(source, tag=TAG)[0] is None:
+                raise TrainingError(f"The checkpoint {path} holds no engine {name!r}; remove that folder.")
+        device = next(iter(engines.values())).device
+        task.load_state_dict(torch.load(os.path.join(folder, TASK_FILE), map_location=device, weights_only=True))
+        self.collectives.barrier()
         return state
 
-    def _choose(self, device: torch.device) -> Whole | None:
+    def _changed(self, chosen: Whole, folder: str, device: torch.device) -> str:
+        """Name of a file that is not what was written, the same on every worker, or ""; each looks at its share."""
+        ranks = range(self.collectives.rank, len(chosen.files), self.collectives.world_size)
+        own = [name for rank in ranks for name in chosen.files[rank] if name in chosen.sums]
+        wrong = [name for name in own if checksum(os.path.join(folder, name)) != chosen.sums[name]]
+        told = torch.tensor(list("".join(f"{name}\n" for name in ["", *wrong]).encode()), dtype=torch.uint8)
+        all_told = bytes(self.collectives.all_gather(told.to(device)).tolist()).decode()
+        return next((name for name in all_told.split("\n") if name), "")
+
+    def _choose(self, device: torch.device, damaged: Sequence[str]) -> Whole | None:
         """What worker 0 finds to be the newest whole checkpoint; where it cannot look, all workers get its error."""
         found: Whole | DataError | None = None
         if self.collectives.rank == 0:
             try:
-                found = newest(self.folder, self.say)
+                found = again(newest, self.folder, self.say, damaged)
             except DataError as error:
                 found = error
         found = self.collectives.broadcast_object(found, device)
@@ -204,14 +247,19 @@ class Checkpoints:
                 for file in files
             )
             sizes = {name: os.path.getsize(os.path.join(local, name)) for name in names}
+            sums = {name: checksum(os.path.join(local, name)) for name in names}
             for name in names:
                 again(storage.put_file, os.path.join(local, name), storage.join(target, name))
-            manifest = {"world_size": self.collectives.world_size, "score": score, "files": sizes}
+            manifest = {"world_size": self.collectives.world_size, "score": score, "files": sizes, "crc32": sums}
             again(storage.write_json, storage.join(target, manifest_name(self.collectives.rank)), manifest)
+        except BaseException:
+            with contextlib.suppress(DataError):  # the first error counts; what is half there takes room
+                storage.remove(target)
+            raise
         finally:
             shutil.rmtree(local, ignore_errors=True)
         if self.collectives.rank == 0:
-            self._drop()
+            again(self._drop)
 
     def _drop(self) -> None:
         """Remove what is not to be kept; of those older than the newest whole one also what is not whole."""
@@ -237,6 +285,24 @@ def check_stages(state: Mapping[str, Any], engines: Mapping[str, Any], path: str
 
 
 @contextlib.contextmanager
+def _made_here() -> Iterator[str]:
+    """A folder on this machine's disk that stays when the block ends well. DataError: the disk holds no more."""
+    local = ""
+    try:
+        local = tempfile.mkdtemp(prefix="smalti-checkpoint-")
+        yield local
+    except BaseException as error:
+        shutil.rmtree(local, ignore_errors=True)
+        full = isinstance(error, OSError) and error.errno in NO_ROOM
+        if full or (isinstance(error, RuntimeError) and "inline_container" in str(error)):  # torch's writer of files
+            raise DataError(
+                f"cannot write a checkpoint to {tempfile.gettempdir()}: {str(error).splitlines()[0]}. Each worker needs "
+                "room for its part there: free some space, or set TMPDIR to a larger disk. The checkpoints before stand."
+            ) from error
+        raise
+
+
+@contextlib.contextmanager
 def fetched(chosen: Whole, rank: int | None) -> Iterator[str]:
     """A local folder with the checkpoint's files: all of them where it is local already or `rank` is None, else those
     that worker `rank` loads (its own, and what worker 0 wrote for all)."""
@@ -249,13 +315,3 @@ def fetched(chosen: Whole, rank: int | None) -> Iterator[str]:
             os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
             again(storage.get_file, storage.join(chosen.path, name), os.path.join(folder, name))
         yield folder
-
-
-def again(action: Callable[..., None], *args: Any) -> None:
-    """`action(*args)`, tried again when storage fails for the moment; its DataError after the last try."""
-    for _ in range(TRIES - 1):
-        with contextlib.suppress(DataError):
-            action(*args)
-            return
-        time.sleep(PAUSE_S)
-    action(*args)

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from smalti import images, shards, storage
 from smalti.errors import DataError, ImageError
+from smalti.workflows.train.again import again
 from smalti.workflows.train.order import Order, Samples
 from smalti.workflows.train.shard_cache import ShardCache
 from smalti.workflows.train.task import Batch, Row, Source
@@ -71,7 +72,8 @@ class ShardRows:
                 table, _, prepared = self._tables[shard]
                 return table, prepared
             read = shards.read_shard if self.disk is None else self.disk.read
-            table = read(self.path, self.keys[shard], self.columns)
+            place = (self.path, self.keys[shard], self.columns)
+            table = read(*place) if storage.is_local(self.path) else again(read, *place)
             prepared = self.prepare(table)
             found = self.rows_in(table, prepared)
             if found != self.sizes[shard]:
