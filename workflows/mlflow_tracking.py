@@ -3,6 +3,7 @@
 The default store is `sqlite:///<out>/mlflow.db` with its pictures in `<out>/mlflow_artifacts`; `tracking.uri` names any
 other, and `off` tracks nothing. Metrics are buffered and sent in batches; a training worker attaches to the run that
 the driver made, so that a restarted worker does not open another one. Only one process a run should write.
+A store that cannot be used when a recipe starts is an error; one that goes away later stops nothing (see `outbox`).
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smalti import storage
 from smalti.errors import ConfigError
+from smalti.progress import log
 from smalti.tracking import NullTracker, Status, Tracker
+from smalti.workflows.outbox import Outbox
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,7 +36,9 @@ PARAMS_A_BATCH = 100
 PARAM_LENGTH = 6000
 TAG_LENGTH = 8000
 FLUSH_AFTER_S = 5.0
+SYSTEM_EVERY_S = 10.0
 PARENT_TAG = "mlflow.parentRunId"
+PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}  # the outbox tries again
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -96,8 +102,10 @@ class MLflowTracker:
     def __init__(self, uri: str, run_id: str, *, client: MlflowClient | None = None, owner: bool = True) -> None:
         self.uri, self.run_id, self._run_id, self.owner = uri, run_id, run_id, owner
         self._client = client or _client(uri)
-        self._buffer: list[Any] = []
-        self._flushed = time.monotonic()
+        self._outbox = Outbox(uri, self._send_numbers, METRICS_A_BATCH)
+
+    def _send_numbers(self, numbers: list[Any]) -> None:
+        self._client.log_batch(self._run_id, metrics=numbers)
 
     @classmethod
     def attach(cls, uri: str, run_id: str) -> MLflowTracker:
@@ -110,6 +118,9 @@ class MLflowTracker:
     def params(self, values: Mapping[str, Any]) -> None:
         """Log nested settings with dotted keys. A parameter that stands with another value (a rerun may change
         resources) keeps it, as MLflow demands; the new value is written as the tag `changed.<key>`."""
+        self._outbox.call(partial(self._params, dict(values)))
+
+    def _params(self, values: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
 
         known = self._client.get_run(self._run_id).data.params
@@ -117,36 +128,45 @@ class MLflowTracker:
         new = [Param(key, value) for key, value in wanted.items() if key not in known]
         for start in range(0, len(new), PARAMS_A_BATCH):
             self._client.log_batch(self._run_id, params=new[start : start + PARAMS_A_BATCH])
-        self.tags({f"changed.{key}": value for key, value in wanted.items() if known.get(key, value) != value})
+        self._tags({f"changed.{key}": value for key, value in wanted.items() if known.get(key, value) != value})
 
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
         """Buffer numbers; they are sent in batches, at the latest with the first call after 5 seconds."""
         from mlflow.entities import Metric
 
         now_ms = int(time.time() * 1000)
-        self._buffer += [Metric(key, float(value), now_ms, step or 0) for key, value in values.items()]
-        if len(self._buffer) >= METRICS_A_BATCH or time.monotonic() - self._flushed > FLUSH_AFTER_S:
-            self.flush()
+        numbers = [Metric(key, float(value), now_ms, step or 0) for key, value in values.items()]
+        self._outbox.add(numbers, FLUSH_AFTER_S)
 
     def flush(self) -> None:
         """Send what is buffered."""
-        while self._buffer:
-            batch = self._buffer[:METRICS_A_BATCH]
-            self._client.log_batch(self._run_id, metrics=batch)
-            del self._buffer[: len(batch)]
-        self._flushed = time.monotonic()
+        self._outbox.flush(now=True)
 
     def image(self, key: str, pixels: np.ndarray, step: int | None = None) -> None:
         """Log a picture, uint8 (H, W, 3), as a point of the series `key`."""
-        self._client.log_image(self._run_id, pixels, key=key, step=step or 0, synchronous=True)
+        log_image = self._client.log_image
+        self._outbox.call(partial(log_image, self._run_id, pixels, key=key, step=step or 0, synchronous=True))
 
     @contextmanager
     def system_metrics(self) -> Iterator[None]:
         """Within, this machine's CPU, memory, disk, network and GPUs are logged every ten seconds as `system/…`."""
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-        logging.getLogger("mlflow.system_metrics").setLevel(logging.WARNING)
-        monitor = SystemMetricsMonitor(self._run_id, resume_logging=True, tracking_uri=self.uri)
+        class Monitor(SystemMetricsMonitor):
+            """MLflow's own, whose loop would end with the first call that the store does not answer."""
+
+            def monitor(inner) -> None:  # noqa: N805
+                while True:
+                    inner.collect_metrics()
+                    if inner._shutdown_event.wait(inner.sampling_interval):
+                        return
+                    numbers = {f"system/{name}": value for name, value in inner.aggregate_metrics().items()}
+                    self.metrics(numbers, step=inner._logging_step)
+                    inner._logging_step += 1
+                    for part in inner.monitors:
+                        part.clear_metrics()
+
+        monitor = Monitor(self._run_id, SYSTEM_EVERY_S, resume_logging=True, tracking_uri=self.uri)
         monitor.start()
         try:
             yield
@@ -154,17 +174,30 @@ class MLflowTracker:
             monitor.finish()
 
     def artifact_text(self, name: str, text: str) -> None:
-        self._client.log_text(self._run_id, text, name)
+        self._outbox.call(partial(self._client.log_text, self._run_id, text, name))
 
     def tags(self, values: Mapping[str, str]) -> None:
+        self._outbox.call(partial(self._tags, dict(values)))
+
+    def _tags(self, values: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
         tags = [RunTag(key, str(value)[:TAG_LENGTH]) for key, value in values.items()]
         for start in range(0, len(tags), PARAMS_A_BATCH):
             self._client.log_batch(self._run_id, tags=tags[start : start + PARAMS_A_BATCH])
 
-    def child(self, name: str) -> MLflowTracker:
-        """A run under this one. An unfinished child of that name (a killed try) is gone on with."""
+    def child(self, name: str) -> Tracker:
+        """A run under this one. An unfinished child of that name (a killed try) is gone on with. With a store that does
+        not answer now it is one that tells nobody, and a line says so."""
+        try:
+            return self._child(name)
+        except Exception as error:  # mlflow lets SQLAlchemy's, requests' and its own errors through
+            log(
+                f"{name}: not tracked, since MLflow at {self.uri} does not answer: {str(error).strip().splitlines()[0]}"
+            )
+            return NullTracker()
+
+    def _child(self, name: str) -> MLflowTracker:
         info = self._client.get_run(self._run_id).info
         query = f"tags.`{PARENT_TAG}` = '{self._run_id}' and attributes.run_name = '{name}'"
         for run in self._client.search_runs([info.experiment_id], query):
@@ -175,15 +208,20 @@ class MLflowTracker:
         return MLflowTracker(self.uri, run.info.run_id, client=self._client)
 
     def finish(self, status: Status = "FINISHED") -> None:
-        """Send what is buffered and end the run as FINISHED or FAILED."""
-        self.flush()
+        """Send what is buffered and end the run as FINISHED or FAILED; a line says what could not be sent."""
         if self.owner:
-            self._client.set_terminated(self._run_id, status)
+            self._outbox.call(partial(self._client.set_terminated, self._run_id, status))
+        if not self._outbox.flush(now=True):
+            log(
+                f"MLflow at {self.uri} does not answer, and its run {self._run_id} lacks {self._outbox.left()}. Nothing else "
+                "is lost: the numbers of a training stand in its history.jsonl, those of a stage in its artifact.json."
+            )
 
 
 def _client(uri: str) -> MlflowClient:
     """A quiet client: no telemetry over the network, no migration chatter on the terminal."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    for name, value in {"MLFLOW_DISABLE_TELEMETRY": "true", **PATIENCE}.items():
+        os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
     for name in ("mlflow", "alembic", "alembic.runtime.migration"):

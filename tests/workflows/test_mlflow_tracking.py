@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
+import sqlite3
 import threading
 import time
 from pathlib import Path
@@ -94,12 +96,43 @@ def test_off_and_stores_that_cannot_be(tmp_path: Path) -> None:
         open_tracker(recipe(tmp_path / "out", uri=f"sqlite:///{tmp_path}/file/mlflow.db"))
 
 
+def test_a_store_that_goes_away_stops_nothing_and_gets_all_when_it_is_back(
+    tmp_path: Path, store: str, capsys: Any
+) -> None:
+    def sql(text: str) -> None:
+        with contextlib.closing(sqlite3.connect(store.removeprefix("sqlite:///"))) as database:
+            database.execute(text)
+
+    tracker = opened(tmp_path, store)
+    tracker.metrics({"loss": 3.0}, step=1)
+    tracker.flush()
+    sql("ALTER TABLE runs RENAME TO away")
+    try:
+        tracker.metrics({"loss": 2.0}, step=2)
+        tracker.flush()
+        tracker.tags({"note": "kept"})
+        assert isinstance(tracker.child("tokens"), NullTracker)
+        copy = MLflowTracker.attach(store, str(tracker.run_id))
+        copy.metrics({"lost": 1.0})
+        copy.finish()
+    finally:
+        sql("ALTER TABLE away RENAME TO runs")
+    tracker.finish()
+    run = tracker._client.get_run(tracker.run_id)
+    assert [m.value for m in tracker._client.get_metric_history(tracker.run_id, "loss")] == [3.0, 2.0]
+    assert run.data.tags["note"] == "kept" and run.info.status == "FINISHED"
+    told = capsys.readouterr().err
+    assert told.count("does not answer; what it is to be told is kept") == 2 and "tokens: not tracked" in told
+    assert f"its run {tracker.run_id} lacks 1 numbers" in told and "answers again" in told
+
+
 def test_flatten() -> None:
     assert flatten({"a": {"b": 1, "c": {}}, "d": [1, 2], "e": None}) == {"a.b": 1, "d": "[1, 2]", "e": None}
 
 
 def test_system_metrics_go_into_the_run(tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
+    monkeypatch.setattr("smalti.workflows.mlflow_tracking.FLUSH_AFTER_S", 0.0)
     tracker = opened(tmp_path, store)
     until = time.monotonic() + 60
     with tracker.system_metrics():

@@ -1,0 +1,111 @@
+"""What a tracking store is to be told, kept while it does not answer and sent when it does again."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from smalti.progress import log
+
+AGAIN_AFTER_S = 30.0
+KEPT_CALLS, KEPT_NUMBERS = 500, 500_000
+PASSING = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED", "CANCELLED"}
+
+
+class Outbox:
+    """Calls and numbers on their way to the store `where`; safe to use from several threads, and never raises.
+
+    `send_numbers` is called with lists of at most `batch` numbers. Bounded: what is oldest leaves first. A call that the
+    store refuses for good (a run that was deleted) is told of and dropped.
+    """
+
+    def __init__(self, where: str, send_numbers: Callable[[list[Any]], None], batch: int) -> None:
+        self.where, self.send_numbers, self.batch = where, send_numbers, batch
+        self.dropped = 0
+        self._calls: deque[Callable[[], None]] = deque()
+        self._numbers: deque[Any] = deque()
+        self._away_since: float | None = None
+        self._tried = time.monotonic()
+        self._lock = threading.RLock()
+
+    def call(self, action: Callable[[], None]) -> None:
+        """Call `action` now, or later when the store answers again."""
+        with self._lock:
+            self._calls.append(action)
+            self._bound(self._calls, KEPT_CALLS)
+            self.flush()
+
+    def add(self, numbers: list[Any], flush_after_s: float) -> None:
+        """Keep numbers; send them when they fill a batch, or the last were sent so long ago."""
+        with self._lock:
+            self._numbers.extend(numbers)
+            self._bound(self._numbers, KEPT_NUMBERS)
+            if len(self._numbers) >= self.batch or time.monotonic() - self._tried > flush_after_s:
+                self.flush()
+
+    def flush(self, *, now: bool = False) -> bool:
+        """Send what is kept; True when nothing is left. A store that is away is tried twice a minute, or with `now`."""
+        with self._lock:
+            waiting = self._away_since is not None and time.monotonic() - self._tried < AGAIN_AFTER_S
+            if waiting and not now:
+                return False
+            try:
+                while self._numbers:
+                    part = [self._numbers[place] for place in range(min(self.batch, len(self._numbers)))]
+                    self._attempt(partial(self.send_numbers, part))
+                    for _ in part:
+                        self._numbers.popleft()
+                for _ in range(len(self._calls)):
+                    self._attempt(self._calls[0])
+                    self._calls.popleft()
+            except Exception as error:
+                self._calls.rotate(-1)  # one that fails for reasons of its own is not for ever in front of the others
+                self._away(error)
+                return False
+            finally:
+                self._tried = time.monotonic()
+            self._back()
+            return True
+
+    def left(self) -> str:
+        """What is still kept or was dropped, in words; "" for nothing."""
+        told = [f"{len(self._numbers):,} numbers"] * bool(self._numbers)
+        told += [f"{len(self._calls):,} other entries"] * bool(self._calls)
+        told += [f"{self.dropped:,} dropped before"] * bool(self.dropped)
+        return ", ".join(told)
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:
+            if getattr(error, "error_code", "INTERNAL_ERROR") in PASSING:
+                raise
+            self.dropped += 1
+            log(f"MLflow at {self.where} refused an entry, which is left out: {_first_line(error)}")
+
+    def _bound(self, kept: deque[Any], most: int) -> None:
+        while len(kept) > most:
+            kept.popleft()
+            self.dropped += 1
+
+    def _away(self, error: Exception) -> None:
+        if self._away_since is None:
+            self._away_since = time.monotonic()
+            log(
+                f"MLflow at {self.where} does not answer; what it is to be told is kept meanwhile: {_first_line(error)}"
+            )
+
+    def _back(self) -> None:
+        if self._away_since is not None:
+            away_s, self._away_since = time.monotonic() - self._away_since, None
+            lost = f"; {self.dropped:,} entries did not fit and are lost" if self.dropped else ""
+            log(f"MLflow at {self.where} answers again after {away_s:.0f} s and has what was kept{lost}")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0] if len(lines[0]) <= 200 else f"{lines[0][:200]}…"
