@@ -24,6 +24,8 @@ from smalti.workflows.train.optimizers import build_optimizer
 if TYPE_CHECKING:
     from smalti.schema import Train
 
+REDUCE_BUCKET = 500_000_000  # DeepSpeed's own size, in numbers
+
 
 @contextmanager
 def _without(package: str) -> Iterator[None]:
@@ -88,9 +90,14 @@ def learning_rate(train: Train, step: int, peak: float | None = None) -> float:
     return peak * (train.min_lr + (1 - train.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
-def deepspeed_config(train: Train, world_size: int, *, zero_stage: int | None = None) -> dict[str, Any]:
+def deepspeed_config(
+    train: Train, world_size: int, *, zero_stage: int | None = None, trained: int | None = None
+) -> dict[str, Any]:
     """DeepSpeed's configuration of one engine. Parameters stay float32; bf16 is autocast, so that what must be
-    float32 (codebooks, losses, norms) stays so; ZeRO-2 and -3 send bf16 for linear and convolution weights."""
+    float32 (codebooks, losses, norms) stays so; ZeRO-2 and -3 send bf16 for linear and convolution weights.
+
+    `trained`: how many numbers are trained; ZeRO holds a bucket for gradients that need be no larger than all of them.
+    """
     micro, steps = accumulation(train, world_size)
     stage = train.zero_stage if zero_stage is None else zero_stage
     config: dict[str, Any] = {
@@ -102,6 +109,8 @@ def deepspeed_config(train: Train, world_size: int, *, zero_stage: int | None = 
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": stage},
     }
+    if stage and trained is not None:
+        config["zero_optimization"]["reduce_bucket_size"] = max(1, min(trained, REDUCE_BUCKET))
     if stage == 3:
         config["zero_optimization"] |= {"stage3_gather_16bit_weights_on_model_save": False}
     config["zero_optimization"] |= offload(train, stage)
@@ -118,7 +127,8 @@ def build_engine(module: nn.Module, train: Train, *, lr: float, zero_stage: int,
 
     spare_memory(module, train)
     optimizer = build_optimizer(module.to(device), train, lr, device)
-    config = deepspeed_config(train, world_size, zero_stage=zero_stage)
+    trained = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters() if p.requires_grad)
+    config = deepspeed_config(train, world_size, zero_stage=zero_stage, trained=trained)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
     return engine
 
