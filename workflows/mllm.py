@@ -34,10 +34,11 @@ def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
 
 
 def result_config(section: MllmSection) -> dict[str, Any]:
-    """The settings that the model depends on, for its fingerprint: how sequences are packed is not among them, and parts,
-    rates and LoRA only where they are set."""
+    """The settings that the model depends on, for its fingerprint: how sequences are packed and batches cut is not among
+    them (losses are shares of the whole step's), and parts, rates and LoRA only where they are set."""
     config = section.model_dump(mode="json", exclude={"packing", "attention"})
     config["train"] = result_settings(config["train"])
+    del config["train"]["micro_batch_size"]
     if config["pretrained"]:
         config["pretrained"] = resolve(config["pretrained"])
     plain = MllmSection()

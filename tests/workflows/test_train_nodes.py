@@ -1,4 +1,4 @@
-"""Training on two nodes of which one is taken away with notice: saved in time, gone on with fewer workers."""
+"""Training on two nodes of which one goes, with notice or without: gone on with fewer workers, and the same curve."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from smalti.tracking import NullTracker
 
 TOY = Path(__file__).with_name("toy_training.py")
+LONG = {"steps": 96, "checkpoint_every": 999}  # Ray may hand a notice on late: 48 s while steps are slow
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
@@ -28,21 +29,62 @@ def toy():
     del sys.modules["toy_training"]
 
 
-@pytest.fixture
-def nodes():
-    """(cluster, the node that can go): two nodes of one CPU."""
+@pytest.fixture(scope="module")
+def cluster():
+    """A head of one CPU that soon sees that a node is dead."""
     import ray
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    health = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
+    head = {"num_cpus": 1, "include_dashboard": False, "_system_config": health}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
-        other = cluster.add_node(num_cpus=1)
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-        cluster.wait_for_nodes()
-        yield cluster, other
+        yield cluster
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+@pytest.fixture
+def other(cluster):
+    """A second node of one CPU, which a test takes away."""
+    node = cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    yield node
+    cluster.remove_node(node, allow_graceful=False)
+
+
+@pytest.fixture(scope="module")
+def whole(cluster, toy, tmp_path_factory) -> Path:
+    """What one worker makes without a break."""
+    path = tmp_path_factory.mktemp("whole")
+    toy.train(str(path), zero_stage=3, **LONG)
+    return path
+
+
+def assert_same(path: Path, whole: Path) -> None:
+    ours, theirs = (torch.load(place / "final.pt", weights_only=True) for place in (path, whole))
+    for engine, state in theirs.items():
+        torch.testing.assert_close(ours[engine], state, rtol=0, atol=1e-5)
+    curves = [[json.loads(line) for line in (p / "history.jsonl").read_text().splitlines()] for p in (path, whole)]
+    for mine, other_row in zip(*curves, strict=True):
+        assert mine == pytest.approx(other_row, abs=1e-4)
+
+
+def meanwhile(work) -> tuple[threading.Thread, list[BaseException]]:
+    """`work()` in a thread, and the errors it met."""
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread, failed
 
 
 class Steps(NullTracker):
@@ -66,31 +108,24 @@ def give_notice(node_id: str, seconds: float) -> None:
     assert accepted, told
 
 
-def test_a_node_that_goes_with_notice_costs_no_step(nodes, toy, tmp_path) -> None:
+def test_a_node_that_goes_with_notice_costs_no_step(cluster, other, whole, toy, tmp_path) -> None:
     """ZeRO-3 on [1, 2] workers, no other checkpoint than the one made at the notice; one worker ends what two began."""
-    cluster, other = nodes
     run = toy.FakeRun(str(tmp_path / "run"), (1, 2))
     run.tracker = Steps()
-    failed: list[BaseException] = []
     slowly = tmp_path / "slowly"
     slowly.touch()
-    long = {"steps": 96, "checkpoint_every": 999}  # Ray may hand a notice on late: 48 s while steps are slow
 
     def take_away() -> None:
-        try:
-            while not run.tracker.seen:
-                time.sleep(0.1)
-            give_notice(other.node_id, 60)
-            while not any("saved at step" in line for line in run.lines):
-                time.sleep(0.1)
-            slowly.unlink()
-            cluster.remove_node(other, allow_graceful=False)
-        except BaseException as error:
-            failed.append(error)
+        while not run.tracker.seen:
+            time.sleep(0.1)
+        give_notice(other.node_id, 60)
+        while not any("saved at step" in line for line in run.lines):
+            time.sleep(0.1)
+        slowly.unlink()
+        other.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
 
-    thread = threading.Thread(target=take_away, daemon=True)
-    thread.start()
-    toy.train(run.path, run=run, zero_stage=3, **long, settings={"slow_s": 0.5, "flag": str(slowly)})
+    thread, failed = meanwhile(take_away)
+    toy.train(run.path, run=run, zero_stage=3, **LONG, settings={"slow_s": 0.5, "flag": str(slowly)})
     thread.join(5)
     assert not failed and not thread.is_alive()
     ready = [line for line in run.lines if "ready after" in line]
@@ -98,13 +133,32 @@ def test_a_node_that_goes_with_notice_costs_no_step(nodes, toy, tmp_path) -> Non
     step = int(saved.rsplit(" ", 1)[1])
     assert ready[0].startswith("2 worker(s)") and len(ready) == 2
     assert ready[1].startswith("1 worker(s)") and ready[1].endswith(f"going on after step {step}")
-    whole = tmp_path / "whole"
-    toy.train(str(whole), zero_stage=3, **long)
-    ours, theirs = (torch.load(path / "final.pt", weights_only=True) for path in (Path(run.path), whole))
-    for engine, state in theirs.items():
-        torch.testing.assert_close(ours[engine], state, rtol=0, atol=1e-5)
-    curves = [
-        [json.loads(line) for line in (Path(p) / "history.jsonl").read_text().splitlines()] for p in (run.path, whole)
-    ]
-    for mine, other_row in zip(*curves, strict=True):
-        assert mine == pytest.approx(other_row, abs=1e-4)
+    assert_same(Path(run.path), whole)
+
+
+def test_a_node_that_dies_without_notice_is_done_without(other, whole, toy, tmp_path) -> None:
+    """The raylet is killed after a checkpoint: one worker goes on from there, and each sample comes once."""
+    run = toy.FakeRun(str(tmp_path / "run"), (1, 2))
+    slowly, record = tmp_path / "slowly", str(tmp_path / "record")
+    slowly.touch()
+    saved = Path(run.path) / "checkpoints" / "step-000000008"
+
+    def kill() -> None:
+        while len(list(saved.glob("manifest-*"))) < 2:
+            time.sleep(0.1)
+        other.all_processes["raylet"][0].process.kill()
+        while not any("start again" in line for line in run.lines):
+            time.sleep(0.1)
+        slowly.unlink()
+
+    thread, failed = meanwhile(kill)
+    settings = {"slow_s": 0.5, "flag": str(slowly), "record": record}
+    toy.train(run.path, run=run, zero_stage=3, **LONG | {"checkpoint_every": 8}, settings=settings)
+    thread.join(5)
+    assert not failed and not thread.is_alive()
+    ready = [line for line in run.lines if "ready after" in line]
+    assert ready[0].startswith("2 worker(s)") and len(ready) == 2
+    assert ready[1].startswith("1 worker(s)") and "going on after step " in ready[1]
+    assert any(line.startswith("worker(s) ") and "start again" in line for line in run.lines)
+    toy.check_record(record, LONG["steps"], 8)
+    assert_same(Path(run.path), whole)

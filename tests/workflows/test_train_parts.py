@@ -24,12 +24,12 @@ from smalti.workflows.train.collectives import Collectives
 from smalti.workflows.train.data import Feed, ImageRows, ShardRows, TokenRows, shard_index
 from smalti.workflows.train.elastic import fitting_workers, left_out
 from smalti.workflows.train.engines import accumulation, deepspeed_config, learning_rate
-from smalti.workflows.train.launch import rates
 from smalti.workflows.train.meter import Meter
 from smalti.workflows.train.order import Order
 from smalti.workflows.train.pixels import RowMemory, picture_grid, to_bytes, to_unit
 from smalti.workflows.train.task import Row, seed_of
 from smalti.workflows.train.throughput import Throughput, flops_a_token
+from smalti.workflows.train.watch import rates
 
 
 def test_learning_rate_warms_up_and_follows_the_cosine() -> None:
@@ -53,6 +53,15 @@ def test_batches_are_cut_for_workers_and_accumulation(batch, micro, world, expec
     config = deepspeed_config(train, world)
     cut = config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
     assert config["train_batch_size"] == cut * world
+
+
+def test_zeros_bucket_is_no_larger_than_what_is_trained() -> None:
+    def bucket(stage: int, trained: int | None) -> int | None:
+        config = deepspeed_config(Train(zero_stage=stage), 1, trained=trained)
+        return config["zero_optimization"].get("reduce_bucket_size")
+
+    assert [bucket(stage, 1000) for stage in (0, 1, 2, 3)] == [None, 1000, 1000, 1000]
+    assert bucket(1, 9_000_000_000) == 500_000_000 and bucket(1, None) is None
 
 
 @pytest.mark.parametrize(("micro", "world", "told"), [(None, 3, "resources.workers=3"), (3, 2, "micro_batch_size=3")])
@@ -344,7 +353,7 @@ def test_parts_that_leave_nothing_to_train_are_refused() -> None:
 def test_settings_that_change_no_result_are_not_in_the_fingerprint() -> None:
     plain = MllmSection()
     assert result_config(plain) == result_config(plain.model_copy(update={"packing": True}))
-    spared = Train(zero_stage=3, offload="cpu", activation_checkpointing=True, compile=True)
+    spared = Train(zero_stage=3, offload="cpu", activation_checkpointing=True, compile=True, micro_batch_size=4)
     assert result_config(plain) == result_config(plain.model_copy(update={"train": spared}))
     assert {"lr", "freeze", "lora", "packing"}.isdisjoint(result_config(plain))
     assert result_config(MllmSection(freeze=["adapter"]))["freeze"] == ["adapter"]

@@ -10,6 +10,8 @@ from smalti.workflows.train.engines import accumulation
 if TYPE_CHECKING:
     from smalti.schema import Resources, Train
 
+PATIENCE = 10  # looks, one a minute, that a larger group waits for a checkpoint
+
 
 def fitting_workers(train: Train, resources: Resources) -> list[int]:
     """The numbers of workers, rising, that `resources.workers` allows and that can share a batch evenly.
@@ -57,19 +59,33 @@ def staying_nodes() -> set[str]:
     return {node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in going}
 
 
-def elastic_trainer(fitting: list[int], **settings: Any) -> Any:
+def elastic_trainer(fitting: list[int], board: Any, **settings: Any) -> Any:
     """A TorchTrainer made with `settings`, whose `scaling_config` names a range, that only ever has a number of workers
-    out of `fitting`, on nodes that stay. Ray has no public way to say so: this is its elastic policy with one count
-    rounded down."""
+    out of `fitting`, on nodes that stay, and starts more of them from a checkpoint made for it (asked for on the
+    `board`; after ten minutes without one, from what there is). Ray has no public way to say so: this is its elastic
+    policy with one count rounded down and one decision put off."""
+    import ray
     from ray.train.torch import TorchTrainer
-    from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
+    from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ResizeDecision
 
     class Fitting(ElasticScalingPolicy):
+        put_off = 0
+
         def _count_possible_workers(self, reserved_resources: Any) -> int:
             staying = staying_nodes()
             here = {node: resources for node, resources in reserved_resources.items() if node in staying}
             room = super()._count_possible_workers(here)
             return max((n for n in fitting if n <= room), default=0)
+
+        def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
+            decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
+            if not isinstance(decision, ResizeDecision) or decision.num_workers < worker_group_state.num_workers:
+                return decision
+            self.put_off += 1
+            if self.put_off <= PATIENCE and not ray.get(board.may_restart.remote()):
+                return NoopDecision()  # until Ray looks again
+            self.put_off = 0
+            return decision
 
     class Trainer(TorchTrainer):
         def _initialize_and_run_controller(self, **controller: Any) -> Any:

@@ -21,6 +21,7 @@ from smalti import storage
 from smalti.errors import SmaltiError
 from smalti.workflows.train import engines as ds
 from smalti.workflows.train import guards
+from smalti.workflows.train.again import again
 from smalti.workflows.train.checkpoints import Checkpoints
 from smalti.workflows.train.collectives import Collectives
 from smalti.workflows.train.data import Feed, ShardRows
@@ -43,7 +44,7 @@ TOGETHER = (guards.NotFiniteError, guards.DriftError)
 class Job:
     """What a worker is told: plain values that travel. `task` is `module:Class` or a class, made with `settings`;
     `board` the handle of the Board actor; not `resumable`: no checkpoints are written or looked for; `preemptible`:
-    nodes may be taken away with notice."""
+    nodes may be taken away with notice; `elastic`: more workers may come."""
 
     task: str | type[Task]
     settings: dict[str, Any]
@@ -55,6 +56,7 @@ class Job:
     board: Any
     resumable: bool = True
     preemptible: bool = False
+    elastic: bool = False
 
     def make_task(self) -> Task:
         if not isinstance(self.task, str):
@@ -229,6 +231,8 @@ class Loop:
             guards.check_same(self.task.replicated(self.engines), self.collectives, done)
         if done % train.log_every == 0 or last:
             self._log(done)
+            if self.job.elastic and not last:
+                self._heed_wish(done)
         if last or (train.image_every and done % train.image_every == 0):
             self._pictures(done)
         if done % train.checkpoint_every == 0 or last:
@@ -244,11 +248,26 @@ class Loop:
         if notice is None or notice.preempted_node_ids == self.notices:
             return
         self.notices = notice.preempted_node_ids
-        self._checkpoint(done)
-        self.checkpoints.wait()
-        self.collectives.barrier()  # the files of all workers stand
+        self._save_now(done)
         ranks = ", ".join(map(str, notice.preempted_ranks))
         self._say(f"the machine of worker(s) {ranks} is about to be taken away: saved at step {done:,}")
+
+    def _heed_wish(self, done: int) -> None:
+        """Save when there is room for more workers, which then start from here."""
+        import ray
+
+        wished = self.rank == 0 and ray.get(self.job.board.wishes_save.remote())
+        if self.collectives.broadcast_object(wished, self.device):
+            self._save_now(done)
+            if self.rank == 0:
+                self.job.board.saved.remote()
+            self._say(f"there is room for more workers: saved at step {done:,}")
+
+    def _save_now(self, done: int) -> None:
+        """A checkpoint that stands, of all workers, when this returns."""
+        self._checkpoint(done)
+        self.checkpoints.wait()
+        self.collectives.barrier()
 
     def _log(self, done: int) -> None:
         metrics = self.meter.take(self.collectives)
@@ -297,7 +316,7 @@ class Loop:
 
     def _write_history(self) -> None:
         lines = "".join(json.dumps(row) + "\n" for row in self.history)
-        storage.write_atomic(storage.join(self.job.path, HISTORY_FILE), lines.encode())
+        again(storage.write_atomic, storage.join(self.job.path, HISTORY_FILE), lines.encode())
 
     # The end
 
