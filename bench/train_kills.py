@@ -2,7 +2,8 @@
 
 `python bench/train_kills.py [kills [kind …]]` (default: 5 of each kind). A run is killed at random moments and goes on, by itself
 or by the same command; its loss curve must be that of the unbroken run (to 1e-5 with the same number of workers, to 1e-4
-with another), and each sample of an epoch must have come exactly once. The last line is JSON.
+with another), and each sample of an epoch must have come exactly once. `node`: the raylet and all else of a node with a
+worker is killed; `notice`: the same half a minute after a notice; `grow`: a node comes. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from bench.machine import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY = ROOT / "tests" / "workflows" / "toy_training.py"
-SLOW_S, STEPS, BATCH = 0.4, 60, 8
+SLOW_S, GROWING_S, STEPS, BATCH = 0.4, 2.0, 60, 8
 CHANGES: dict[str, Any] = {"steps": STEPS, "checkpoint_every": 5, "log_every": 1, "max_failures": 99}
 
 
@@ -58,12 +59,12 @@ def compare(toy: Any, path: Path, whole: Path) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def session(nodes: int = 0) -> Iterator[Any]:
-    """A Ray session of two CPUs: one node, or a head of one CPU and `nodes` more of one each (yields the cluster)."""
+def session(nodes: int | None = None) -> Iterator[Any]:
+    """A Ray session of two CPUs, or of a head of one CPU and `nodes` more of one each (yields the cluster)."""
     import ray
     from ray.cluster_utils import Cluster
 
-    if not nodes:
+    if nodes is None:
         ray.init(num_cpus=2, log_to_driver=False, logging_level="ERROR", dashboard_host="127.0.0.1")
         try:
             yield None
@@ -82,18 +83,17 @@ def session(nodes: int = 0) -> Iterator[Any]:
 
 
 def train(toy: Any, path: Path, *, meddle: Callable[[Any], int] | None = None, **settings: Any) -> int:
-    """Train the toy into `path` while `meddle(run)` does its harm in a thread; how often it did."""
+    """Train the toy into `path`, in a thread while `meddle(run)` does its harm here; how often it did."""
     workers = settings.pop("workers", 2)
     path.mkdir(parents=True, exist_ok=True)
     run = toy.FakeRun(str(path), workers)
-    done: list[int] = []
-    thread = threading.Thread(target=lambda: done.append(meddle(run) if meddle else 0), daemon=True)
-    thread.start()
-    slow = {"slow_s": SLOW_S if meddle else 0.0, "record": str(path / "record")}
-    toy.train(str(path), run=run, workers=workers, settings=slow, **CHANGES | settings)
-    run.lines.append("trained")
-    thread.join(60)
-    return sum(done)
+    slow = {"slow_s": settings.pop("slow_s", SLOW_S if meddle else 0.0), "record": str(path / "record")}
+    with ThreadPoolExecutor(1) as pool:  # nodes can be added by the main thread alone
+        training = pool.submit(toy.train, str(path), run=run, workers=workers, settings=slow, **CHANGES | settings)
+        training.add_done_callback(lambda done: run.lines.append("trained"))
+        done = meddle(run) if meddle else 0
+        training.result()
+    return done
 
 
 def lines(run: Any, word: str) -> int:
@@ -112,7 +112,7 @@ def wait_for(run: Any, word: str, count: int) -> bool:
 def kill_workers(kills: int, rng: random.Random) -> Callable[[Any], int]:
     def meddle(run: Any) -> int:
         for kill in range(kills):
-            if not wait_for(run, "ready after", kill + 1):
+            if not wait_for(run, "worker(s) ready after", kill + 1):
                 return kill
             time.sleep(rng.uniform(0.5, 6.0))
             found = [p for p in psutil.process_iter(["cmdline"]) if is_worker(p)]
@@ -133,20 +133,42 @@ def is_worker(process: psutil.Process) -> bool:
 
 
 def take_nodes(cluster: Any, kills: int, rng: random.Random, notice_s: float | None) -> Callable[[Any], int]:
-    """Remove a worker's node, with notice or without, and add another; again when all go on."""
+    """Remove the node of a worker, with notice or without, and add another; again when all go on."""
 
     def meddle(run: Any) -> int:
         for kill in range(kills):
-            if not wait_for(run, "ready after", kill + 1):
+            if not wait_for(run, "worker(s) ready after", kill + 1):
                 return kill
             time.sleep(rng.uniform(1.0, 4.0))
-            node = rng.choice(sorted(cluster.worker_nodes, key=lambda node: node.node_id))
+            found = nodes_with_workers(cluster)
+            if not found:
+                return kill
+            node = rng.choice(found)
             if notice_s is not None:
                 give_notice(node.node_id, notice_s)
-                time.sleep(2.0)  # a notice for a node without a worker is heeded by nobody
+                if not wait_for(run, "saved at step", kill + 1):
+                    return kill
             cluster.remove_node(node, allow_graceful=False)
             cluster.add_node(num_cpus=1)
         return kills
+
+    return meddle
+
+
+def nodes_with_workers(cluster: Any) -> list[Any]:
+    """The nodes but for the head that a training worker runs on."""
+    raylets = {process.ppid() for process in psutil.process_iter(["cmdline"]) if is_worker(process)}
+    nodes = sorted(cluster.worker_nodes, key=lambda node: node.node_id)
+    return [node for node in nodes if node.all_processes["raylet"][0].process.pid in raylets]
+
+
+def add_node(cluster: Any) -> Callable[[Any], int]:
+    """Add a node when the one there trains; whether both trained in the end."""
+
+    def meddle(run: Any) -> int:
+        wait_for(run, "worker(s) ready after", 1)
+        cluster.add_node(num_cpus=1)
+        return int(wait_for(run, "2 worker(s) ready after", 1))
 
     return meddle
 
@@ -168,7 +190,7 @@ def kill_driver(path: Path, kills: int, rng: random.Random) -> int:
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as running:
             assert running.stderr is not None
             for line in running.stderr:
-                if "ready after" in line and kill < kills:
+                if "worker(s) ready after" in line and kill < kills:
                     time.sleep(rng.uniform(0.5, 5.0))
                     os.kill(running.pid, signal.SIGKILL)
                     break
@@ -178,7 +200,7 @@ def kill_driver(path: Path, kills: int, rng: random.Random) -> int:
     raise RuntimeError("the toy did not end")
 
 
-KINDS = ("worker-zero0", "worker-zero3", "driver", "node", "notice")
+KINDS = ("worker-zero0", "worker-zero3", "driver", "node", "notice", "grow")
 
 
 def main() -> None:
@@ -208,7 +230,13 @@ def main() -> None:
                 with session(nodes=2) as cluster:
                     harm = take_nodes(cluster, kills, rng, notice_s)
                     note(kind, train(toy, root / kind, meddle=harm, workers=(1, 2), zero_stage=1))
-    bounds = {kind: 1e-4 if kind in ("node", "notice") else 1e-5 for kind in found}
+        if "grow" in kinds:
+            with session(nodes=0) as cluster:  # Ray looks for new nodes once a minute
+                grown = train(
+                    toy, root / "grow", meddle=add_node(cluster), workers=(1, 2), zero_stage=2, slow_s=GROWING_S
+                )
+                note("grow", grown)
+    bounds = {kind: 1e-4 if kind in ("node", "notice", "grow") else 1e-5 for kind in found}
     met = all(result["loss"] <= bounds[kind] for kind, result in found.items())
     print(json.dumps({"goal": "kills", "kinds": found, "met": met, "machine": machine()}))
 

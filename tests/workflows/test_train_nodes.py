@@ -128,7 +128,7 @@ def test_a_node_that_goes_with_notice_costs_no_step(cluster, other, whole, toy, 
     toy.train(run.path, run=run, zero_stage=3, **LONG, settings={"slow_s": 0.5, "flag": str(slowly)})
     thread.join(5)
     assert not failed and not thread.is_alive()
-    ready = [line for line in run.lines if "ready after" in line]
+    ready = [line for line in run.lines if "worker(s) ready after" in line]
     (saved,) = [line for line in run.lines if "saved at step" in line]
     step = int(saved.rsplit(" ", 1)[1])
     assert ready[0].startswith("2 worker(s)") and len(ready) == 2
@@ -156,7 +156,7 @@ def test_a_node_that_dies_without_notice_is_done_without(other, whole, toy, tmp_
     toy.train(run.path, run=run, zero_stage=3, **LONG | {"checkpoint_every": 8}, settings=settings)
     thread.join(5)
     assert not failed and not thread.is_alive()
-    ready = [line for line in run.lines if "ready after" in line]
+    ready = [line for line in run.lines if "worker(s) ready after" in line]
     assert ready[0].startswith("2 worker(s)") and len(ready) == 2
     assert ready[1].startswith("1 worker(s)") and "going on after step " in ready[1]
     assert any(line.startswith("worker(s) ") and "start again" in line for line in run.lines)

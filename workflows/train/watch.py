@@ -97,7 +97,7 @@ class Watch:
         if self.waiting_since is not None and now - self.waiting_since > LONG_S:
             resources, free = self.run.recipe.resources, ray.available_resources()
             self.run.log(
-                f"no workers are ready after {now - self.waiting_since:.0f} s: {resources.min_workers} or more with "
+                f"no workers have started in {now - self.waiting_since:.0f} s: {resources.min_workers} or more with "
                 f"{resources.cpus_per_worker} CPUs and {resources.gpus_per_worker:g} GPUs each are needed, and "
                 f"{free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs are free"
             )
