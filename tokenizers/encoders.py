@@ -6,7 +6,7 @@ Axis letters: B batch, N patches (row-major), C hidden width, E embedding width,
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,10 @@ class VisionEncoder(nn.Module):
 
     layer: −1 is the last block's output after the final norm; otherwise an index into the hidden states, as
     transformers counts them (0 the embeddings, k the output of block k; −2 the last but one), without the final norm.
+    bf16: whether patch features are computed under bf16 autocast (they come out as float32 all the same).
     """
+
+    bf16 = False
 
     def __init__(self, tower: SiglipVisionModel, layer: int = -1, source: str | None = None) -> None:
         super().__init__()
@@ -94,10 +97,11 @@ class VisionEncoder(nn.Module):
             )
         last = self.layer == -1
         depth = self.layer if self.layer >= 0 else self.num_layers + 1 + self.layer
-        x_BNC = self.tower.embeddings(pixels_BCHW)
-        for block in self.tower.encoder.layers[:depth]:
-            x_BNC = block(x_BNC, None)
-        return (self.tower.post_layernorm(x_BNC) if last else x_BNC).float()
+        with torch.autocast(pixels_BCHW.device.type, torch.bfloat16) if self.bf16 else nullcontext():
+            x_BNC = self.tower.embeddings(pixels_BCHW)
+            for block in self.tower.encoder.layers[:depth]:
+                x_BNC = block(x_BNC, None)
+            return (self.tower.post_layernorm(x_BNC) if last else x_BNC).float()
 
     @torch.no_grad()
     def pooled(self, pixels_BCHW: Tensor) -> Tensor:

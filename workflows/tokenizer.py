@@ -84,6 +84,8 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
             section[phase]["train"] = result_settings(section[phase]["train"])
     if not recipe.tokenizer.guidance:
         section.pop("semantic")
+    if recipe.tokenizer.encoder_precision == "auto":
+        section.pop("encoder_precision")
     size = {"size": recipe.codebook.size, "layer": recipe.encoder.layer, "image_size": recipe.corpus.image_size}
     return {"tokenizer": section, "system": recipe.system, "seed": recipe.seed} | size
 
@@ -141,6 +143,7 @@ class Phases:
             "max_pixels": self.recipe.corpus.max_pixels,
             "encoder": self.encoder if needs_encoder else None,
             "layer": self.recipe.encoder.layer,
+            "encoder_precision": self.section.encoder_precision,
         }
 
     def semantic(self) -> Artifact:
@@ -204,6 +207,8 @@ class Phases:
         if name == "decoder":
             config["pixel"] = self.section.pixel.model_dump(mode="json", exclude={"train", "loss"})
         config["image_size"] = self.recipe.corpus.image_size
+        if self.section.encoder_precision != "auto":
+            config["encoder_precision"] = self.section.encoder_precision
         return run_stage(self.recipe, f"{PHASES}/{name}", name, config, parents, body, tracker=self.run.tracker)
 
     def assemble(self, semantic: Artifact | None, pixel: Artifact, decoder: Artifact | None) -> dict[str, int]:

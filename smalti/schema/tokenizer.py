@@ -98,6 +98,10 @@ class TokenizerSection(Section):
     guidance: bool = Field(
         True, description="false: one flat pixel codebook of codebook.size x pixel.codes, no semantic codes"
     )
+    encoder_precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto",
+        description="of the frozen encoder in these phases; auto: on GPUs the phase's train.precision, else fp32",
+    )
     semantic: SemanticStage = SemanticStage()
     pixel: PixelStage = PixelStage()
     decoder: DecoderStage | None = None

@@ -44,6 +44,18 @@ def test_features_equal_those_of_transformers_at_every_layer(siglip_dir: str, pi
     assert (encoder.image_size, encoder.patch_size, encoder.grid, encoder.dim) == (32, 8, (4, 4), 24)
 
 
+def test_bf16_features_are_close_and_float32_ones_to_the_bit_what_they_were(siglip_dir: str, pixels: Tensor) -> None:
+    encoder = VisionEncoder.from_pretrained(siglip_dir)
+    plain = encoder(pixels)
+    encoder.bf16 = True
+    low = encoder(pixels)
+    assert low.dtype == torch.float32
+    assert not torch.equal(low, plain)
+    assert torch.cosine_similarity(low, plain, dim=-1).min() > 0.99
+    encoder.bf16 = False
+    assert torch.equal(encoder(pixels), plain)
+
+
 @pytest.mark.parametrize(("size", "patch", "side"), [(224, 16, 14), (256, 16, 16), (384, 14, 27), (224, 14, 16)])
 def test_published_sizes_from_a_vision_only_directory(size: int, patch: int, side: int, tmp_path: Path) -> None:
     config = SiglipVisionConfig(

@@ -28,6 +28,7 @@ from smalti.workflows.train.meter import Meter
 from smalti.workflows.train.order import Order
 from smalti.workflows.train.pixels import RowMemory, picture_grid, to_bytes, to_unit
 from smalti.workflows.train.task import Row, seed_of
+from smalti.workflows.train.tasks_semantic import encodes_in_bf16
 from smalti.workflows.train.throughput import Throughput, flops_a_token
 from smalti.workflows.train.watch import rates
 
@@ -91,6 +92,18 @@ def test_a_range_of_workers_that_divides_no_batch_is_refused() -> None:
         fitting_workers(Train(batch_size=7), Resources(workers=(2, 4)))
     with pytest.raises(ValueError, match="min above max"):
         Resources(workers=(3, 2))
+
+
+def test_the_frozen_encoder_computes_in_bf16_where_training_does_on_a_gpu() -> None:
+    low, full = Train(precision="bf16"), Train()
+    assert [encodes_in_bf16("auto", train, gpu) for train in (low, full) for gpu in (True, False)] == [
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert encodes_in_bf16("bf16", full, False)
+    assert not encodes_in_bf16("fp32", low, True)
 
 
 def test_meter_weighs_by_counts_and_leaves_out_what_counted_nothing() -> None:

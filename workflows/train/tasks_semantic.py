@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from smalti import storage
-from smalti.schema import SemanticStage
+from smalti.schema import SemanticStage, Train
 from smalti.tokenizers.encoders import VisionEncoder
 from smalti.tokenizers.quantizers import EMAStats
 from smalti.tokenizers.semhitok import SemanticTokenizer
@@ -24,6 +24,11 @@ from smalti.workflows.train.task import Batch, Context, Metrics, Row, Source, Ta
 from smalti.workflows.train.throughput import flops_a_token
 
 WEIGHTS = "semantic.safetensors"
+
+
+def encodes_in_bf16(precision: str, train: Train, gpu: bool) -> bool:
+    """Whether the frozen encoder computes in bf16 beside a model that trains so (`tokenizer.encoder_precision`)."""
+    return precision == "bf16" or (precision == "auto" and gpu and train.precision == "bf16")
 
 
 class ImageTask(Task):
@@ -38,10 +43,11 @@ class ImageTask(Task):
         max_pixels: int,
         encoder: str | None,
         layer: int,
+        encoder_precision: str = "auto",
     ) -> None:
         self.corpus, self.keys, self.sizes = corpus, keys, sizes
         self.image_size, self.max_pixels = image_size, max_pixels
-        self.encoder_path, self.layer = encoder, layer
+        self.encoder_path, self.layer, self.encoder_precision = encoder, layer, encoder_precision
 
     def source(self) -> Source:
         return ImageRows(self.corpus, self.keys, self.sizes, self.image_size, max_pixels=self.max_pixels, text=())
@@ -52,6 +58,7 @@ class ImageTask(Task):
         self.encoder: VisionEncoder | None = None
         if self.encoder_path is not None:
             self.encoder = open_encoder(self.encoder_path, self.layer).to(context.device)
+            self.encoder.bf16 = encodes_in_bf16(self.encoder_precision, context.train, context.device.type == "cuda")
 
     def make_batch(self, rows: Sequence[Row]) -> Batch:
         """pixels uint8 (B, 3, H, W), and where the rows lie."""
