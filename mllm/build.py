@@ -30,6 +30,7 @@ from smalti.errors import ArtifactError, ConfigError, TrainingError
 from smalti.mllm.adapters import ADAPTERS, Adapter
 from smalti.mllm.lora import add_lora
 from smalti.mllm.model import UnifiedModel, fit_shapes
+from smalti.mllm.old_rows import slow_old_rows
 from smalti.mllm.rows import Matrices, Whole
 from smalti.mllm.vocabulary import VisualVocabulary
 from smalti.schema import LanguageModel, MllmSection
@@ -91,6 +92,8 @@ def build_unified(
     if section.attention == "flash":
         use_flash_attention(model)
     model.start_visual(SMALL_HEAD_GAIN if section.config else 1.0)
+    if section.old_rows != 1:
+        slow_old_rows(model, section.old_rows)
     return model
 
 

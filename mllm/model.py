@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from smalti.errors import VocabularyError
 from smalti.mllm.adapters import Adapter
-from smalti.mllm.losses import IGNORE, LossHead
+from smalti.mllm.losses import IGNORE, LossHead, Scaled
 from smalti.mllm.rows import Matrices, Whole, WholeRows, grow, ranges, root_mean_square
 from smalti.mllm.vocabulary import VisualVocabulary
 from smalti.schema import Part
@@ -63,6 +63,7 @@ class UnifiedModel(nn.Module):
         self.image_loss_weight, self.answer_loss_weight = image_loss_weight, answer_loss_weight
         self.loss_chunk = loss_chunk
         self.one_row = False
+        self.old_rows: Scaled | None = None
         self._resting: set[Part] | None = None
         self.register_buffer("code_vectors_VC", code_vectors_VC.detach().float().clone(), persistent=False)
         if not is_fitted(causal_lm, vocabulary):
@@ -103,6 +104,10 @@ class UnifiedModel(nn.Module):
         """
         visual_BL = self.vocabulary.is_visual(ids_BL)
         embeds_BLH = self.lm.get_input_embeddings()(ids_BL.masked_fill(visual_BL, self.vocabulary.boi))
+        if self.old_rows is not None:
+            embeds_BLH = torch.where(
+                (ids_BL < self.old_rows.rows)[..., None], embeds_BLH * self.old_rows.factor, embeds_BLH
+            )
         codes_N = ids_BL[visual_BL] - self.vocabulary.first_visual
         if not len(codes_N):
             return embeds_BLH + 0 * self.adapter(self.code_vectors_VC[:1]).sum().to(embeds_BLH.dtype)

@@ -42,7 +42,7 @@ def result_config(section: MllmSection) -> dict[str, Any]:
     if config["pretrained"]:
         config["pretrained"] = resolve(config["pretrained"])
     plain = MllmSection()
-    for name in ("lr", "freeze", "lora"):
+    for name in ("lr", "old_rows", "freeze", "lora"):
         if getattr(section, name) == getattr(plain, name):
             del config[name]
     for stage in config["stages"]:

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 from pydantic import Field, model_validator
 
-from smalti.schema.base import Fraction, NonNegative, Positive, Section, Train, Weight
+from smalti.schema.base import Fraction, NonNegative, Positive, Rate, Section, Train, Weight
 
 
 class LanguageModel(Section):
@@ -94,6 +94,9 @@ class MllmSection(Section):
     )
     stages: list[MllmStage] = Field([], description="what changes on the way, by from_step")
     lr: PartRates = PartRates()
+    old_rows: Rate = Field(
+        1.0, description="factor on lr.new_rows for the text's own rows of embedding and head, over the whole training"
+    )
     freeze: list[Part] = Field([], description="parts that are not trained at all (a stage cannot wake them)")
     lora: Lora | None = None
     train: Train = Train()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smalti.mllm.losses import IGNORE, LossHead, chunked_cross_entropy
+from smalti.mllm.losses import IGNORE, LossHead, Scaled, chunked_cross_entropy
 
 
 def problem(n: int = 37, d: int = 16, v: int = 101, dtype: torch.dtype = torch.float32, seed: int = 0):
@@ -150,3 +155,67 @@ def test_head_without_labels_is_a_linear_layer_and_with_labels_the_loss() -> Non
     torch.testing.assert_close(head(hidden), F.linear(hidden, weight, bias))
     total, _, _ = head(hidden, labels, weights, 8)
     torch.testing.assert_close(total, reference(hidden, weight, bias, labels, weights)[0])
+
+
+def relative(found: torch.Tensor, right: torch.Tensor) -> float:
+    return float((found.float() - right).norm() / right.norm())
+
+
+@pytest.mark.parametrize("low_sums", [False, True])
+def test_a_bf16_weights_gradient_in_parts_of_the_vocabulary(monkeypatch: pytest.MonkeyPatch, low_sums: bool) -> None:
+    """Sums of 50 chunks: in float32 as exact as one product, in bf16 rounded once a chunk; parts change nothing."""
+    hidden, weight, _, labels, weights = problem(n=400, dtype=torch.bfloat16)
+    wide = weight.detach().float().requires_grad_()
+    expected, _ = reference(hidden.detach().float(), wide, 0, labels, weights)
+    right = torch.autograd.grad(expected, wide)[0]
+
+    def gradient() -> torch.Tensor:
+        found = chunked_cross_entropy(hidden, weight, labels, 8, weights_N=weights, low_sums=low_sums)
+        return torch.autograd.grad(found.total, weight)[0]
+
+    whole = gradient()
+    assert whole.dtype == torch.bfloat16
+    assert relative(whole, right) < (0.02 if low_sums else 0.01)
+    monkeypatch.setattr("smalti.mllm.losses.PART", 16 * 7)
+    torch.testing.assert_close(gradient(), whole, rtol=0.01, atol=1e-3)
+
+
+def test_scaled_rows_are_those_times_their_factor() -> None:
+    hidden, weight, bias, labels, weights = problem()
+    factor = torch.ones(101, 1)
+    factor[:40] = 0.25
+    expected, _ = reference(hidden, weight * factor, bias, labels, weights)
+    rights = torch.autograd.grad(expected, (hidden, weight, bias))
+    found = chunked_cross_entropy(
+        hidden, weight, labels, 8, bias_V=bias, weights_N=weights, scaled=Scaled(40, 0.25)
+    ).total
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
+    for grad, right in zip(torch.autograd.grad(found, (hidden, weight, bias)), rights, strict=True):
+        torch.testing.assert_close(grad, right, rtol=1e-5, atol=2e-6)
+
+
+LIGER = """
+import sys
+import torch
+from smalti.mllm.losses import chunked_cross_entropy
+sys.path.insert(0, "tests/mllm")
+from test_losses import problem, reference
+for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.01)):
+    hidden, weight, bias, labels, weights = problem(n=23, dtype=dtype)
+    wide = [t.detach().float().requires_grad_() for t in (hidden, weight, bias)]
+    expected, each = reference(*wide, labels, weights)
+    found = chunked_cross_entropy(hidden, weight, labels, 8, bias_V=bias, weights_N=weights, kernel=True)
+    torch.testing.assert_close(found.losses_N, each, rtol=tolerance, atol=tolerance)
+    for grad, right in zip(torch.autograd.grad(found.total, (hidden, weight, bias)), torch.autograd.grad(expected, wide)):
+        assert (grad.float() - right).norm() < tolerance * right.norm()
+    best = (wide[0] @ wide[1].T + wide[2]).argmax(1)
+    assert found.correct_N.tolist() == ((best == labels) & (labels >= 0)).tolist()
+"""
+
+
+@pytest.mark.skipif(find_spec("liger_kernel") is None, reason="liger-kernel is not installed")
+def test_ligers_kernel_gives_the_same_under_tritons_interpreter(root) -> None:
+    """On the CPU, in a process of its own: the interpreter is chosen when triton is imported."""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", LIGER], cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -115,6 +115,32 @@ def rest_and_wake() -> dict[int, list[dict[str, set[str]]]]:
     return moves
 
 
+def slow_rows() -> dict[int, list[float]]:
+    """ZeRO stage → how far text rows and new rows of the head moved in a step with `mllm.old_rows`, plain rows compared."""
+    from smalti.mllm.bpe import train_bpe
+    from smalti.mllm.build import build_unified
+    from smalti.mllm.old_rows import plain_rows
+    from smalti.schema import LanguageModel, MllmSection, Train
+    from smalti.workflows.train import engines
+
+    size = LanguageModel(hidden_size=16, layers=1, heads=2, kv_heads=2, intermediate_size=32, text_vocab_size=270)
+    found = {}
+    for stage in range(4):
+        train = Train(steps=9, batch_size=1, lr=0.01, zero_stage=stage)
+        model = build_unified(
+            MllmSection(config=size, adapter="single", old_rows=0.125, train=train), train_bpe(["a b"], 270), Codes()
+        )
+        engine = engines.build_engine(model, train, lr=0.01, zero_stage=stage, world_size=1, device=torch.device("cpu"))
+        before, v = plain_rows(model, engines.full_weights(engine, on_this_rank=True)), model.vocabulary
+        ids = torch.tensor([[v.boi, v.first_visual, v.first_visual + 3, v.eoi, 40, 41]])
+        engine.backward(engine({"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)})[0])
+        engine.step()
+        after = plain_rows(model, engines.full_weights(engine, on_this_rank=True))
+        moved = (after["lm.lm_head.weight"] - before["lm.lm_head.weight"]).abs()
+        found[stage] = [float(moved[[40, 41]].median()), float(moved[v.num_text :].median())]
+    return found
+
+
 @pytest.fixture(scope="module")
 def found(ranks, tmp_path_factory) -> dict[str, dict[int, torch.Tensor]]:
     return ranks(set_and_step, 1, tmp_path_factory.mktemp("engines"))[0]
@@ -140,3 +166,9 @@ def test_parts_rest_and_wake_by_the_schedule_under_every_zero_stage(ranks) -> No
         for number, parts in enumerate(steps):
             expected = moved if number >= 2 else still
             assert parts == {"adapter": moved, "backbone": expected, "new_rows": expected}, (stage, number)
+
+
+def test_old_rows_move_less_under_every_zero_stage(process, found) -> None:
+    for stage, (old, new) in process.apply(slow_rows).items():
+        assert old == pytest.approx(0.125 * 0.01, rel=0.05), stage
+        assert new == pytest.approx(0.01, rel=0.05), stage

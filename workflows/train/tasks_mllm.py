@@ -18,6 +18,7 @@ from smalti import storage
 from smalti.mllm.build import build_unified, save_unified
 from smalti.mllm.lora import merge_lora, without_lora
 from smalti.mllm.model import UnifiedModel
+from smalti.mllm.old_rows import plain_rows
 from smalti.mllm.sequences import SequenceBuilder, TokenSequence, caption_of, collate, questions_of
 from smalti.schema import Mixture, MllmSection
 from smalti.tokenizers.loading import load_tokenizer
@@ -184,7 +185,8 @@ class MllmTask(Task):
 
     def save(self, path: str, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
         """`<path>/model`, as `smalti.mllm.build.load_unified` reads it."""
-        state = merge_lora(self.model, weights["model"]) if self.section.lora else weights["model"]
+        state = plain_rows(self.model, weights["model"])
+        state = merge_lora(self.model, state) if self.section.lora else state
         with without_lora(self.model), storage.atomic_local_dir(storage.join(path, MODEL)) as folder:
             save_unified(folder, self.model, self.hf_tokenizer, state)
         return {}
