@@ -14,8 +14,9 @@ from smalti.errors import ConfigError, SmaltiError
 def options(parser: argparse.ArgumentParser) -> None:
     recipe_options(parser, smoke=False)
     parser.add_argument(
-        "--gpus", metavar="N", type=int, help="devices that share the work (default: resources.workers)"
-    )
+        "--gpus", metavar="N", type=int,
+        help="devices that share the work (default: the most of resources.workers that can share every batch)",
+    )  # fmt: skip
     parser.add_argument(
         "--gpu",
         metavar="NAME",
@@ -49,9 +50,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     cpu = arguments.gpu == "cpu"
     rates = cpu_rates(arguments.width or 1152) if cpu else gpu_rates(arguments.gpu)
-    num = arguments.gpus or recipe.resources.max_workers
     vectors = int(arguments.vectors) if arguments.vectors else None
-    plan = RecipePlan(recipe, rates, num, vectors, arguments.width, arguments.length, images=int(arguments.images or 0))
+    images = int(arguments.images or 0)
+    plan = RecipePlan(recipe, rates, arguments.gpus, vectors, arguments.width, arguments.length, images=images)
     for line in plan.lines():
         print(line)
     sys.stdout.flush()

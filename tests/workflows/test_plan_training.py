@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from smalti.cli import main
 from smalti.config import load_recipe
-from smalti.schema import LanguageModel, MllmSection, Recipe, Train
+from smalti.schema import LanguageModel, Lora, MllmSection, Recipe, Train
 from smalti.workflows.plan import Rates
 from smalti.workflows.plan.base import gpu_rates
 from smalti.workflows.plan.configs import language_config, vision_config
-from smalti.workflows.plan.models import Model, models_of
+from smalti.workflows.plan.models import Model, _mllm, models_of
 from smalti.workflows.plan.training import BUCKET, Setting, TrainPlan, Trial, states
 from smalti.workflows.train.memory import blocks_of, recompute
 
@@ -154,27 +154,33 @@ def test_states_against_deepspeeds_estimators(deepspeeds: tuple[Any, Any]) -> No
         assert states(parameters, stage, num) == pytest.approx(theirs - gathered + more, rel=1e-6)
 
 
-def language_model(**train: Any) -> Model:
+def language_model(freeze: Any = (), lora: Lora | None = None, **train: Any) -> Model:
     """The language model alone, on meta: width 64, 2 layers."""
     size = LanguageModel(hidden_size=64, layers=2, heads=2, kv_heads=2, intermediate_size=128, text_vocab_size=300)
-    section = MllmSection(config=size, max_length=32, loss_chunk=8, train=Train(**train))
-    return list(models_of(load_recipe("semhitok-quickstart", []).model_copy(update={"mllm": section})))[-1]
+    section = MllmSection(
+        config=size, max_length=32, loss_chunk=8, train=Train(**train), freeze=list(freeze), lora=lora
+    )
+    return _mllm(load_recipe("semhitok-quickstart", []).model_copy(update={"mllm": section}), (8, 8))
 
 
-def test_traffic_steps_and_hours_by_hand() -> None:
-    """8 of a device that does 1 TFLOP/s, over links of 1 GB/s: ZeRO-3 gathers twice and reduces once a micro batch."""
+def test_traffic_steps_and_hours_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """8 of a device that does 1 TFLOP/s, over links of 1 GB/s: ZeRO-3 gathers what is small once a micro batch, what is
+    not twice, and reduces once."""
     model = language_model(steps=100, batch_size=32, micro_batch_size=2, zero_stage=3)
     rates = Rates("box", 1e12, 1e9, 16e9, "stated", inside=1e9, network=0.5e9)
     plan = TrainPlan(Trial(model), rates, 8)
     parameters = model.parameters("model")
     assert plan.setting == Setting(8, 2, 3)
-    assert plan.traffic == pytest.approx(3 * 4 * parameters * 2 * 7 / 8), "two micro batches of float32"
+    assert plan.traffic == pytest.approx(2 * 4 * parameters * 2 * 7 / 8), "two micro batches of float32"
     compute = sum(plan.row_flops.values()) * 32 / 8 / 1e12
     assert plan.step_seconds == (pytest.approx(max(compute, plan.traffic / 1e9)), "traffic")
     assert plan.hours == pytest.approx(100 * plan.traffic / 1e9 / 3600)
     assert plan.checkpoint == 16 * parameters
     two_nodes = TrainPlan(plan.trial, rates, 16)
-    assert two_nodes.step_seconds[0] == pytest.approx(3 * 4 * parameters * 15 / 16 / 0.5e9)
+    assert two_nodes.step_seconds[0] == pytest.approx(2 * 4 * parameters * 15 / 16 / 0.5e9)
+    monkeypatch.setattr("smalti.workflows.plan.training.STAYS", parameters // 2)
+    assert plan.traffic == pytest.approx(2.5 * 4 * parameters * 2 * 7 / 8)
+    monkeypatch.undo()
     half = Trial(model, 0.5)
     assert TrainPlan(half, rates, 8).flops == plan.flops / 2
     assert [half.rows(3), Trial(replace(model, packed=True), 0.3).rows(4)] == [3, 2]
@@ -182,6 +188,57 @@ def test_traffic_steps_and_hours_by_hand() -> None:
     assert per_token == pytest.approx(
         6 * (parameters - model.modules["model"].lm.model.embed_tokens.weight.numel()), rel=0.2
     )  # type: ignore[union-attr]
+
+
+def test_parts_that_are_not_trained_have_no_states_and_no_gradients() -> None:
+    """By hand: 4 bytes a frozen weight, shared out by ZeRO-3; the head's loss without its weight's gradient; a checkpoint
+    of 4 bytes; ZeRO-3 gathers all, and sums the gradients of the trained ones."""
+    rates = Rates("box", 1e12, 1e9, 16e9, "stated")
+    train = {"steps": 9, "batch_size": 32, "micro_batch_size": 2}
+    whole = language_model(**train)
+    model = language_model(freeze=["new_rows", "backbone"], **train)
+    trained, resting = model.parameters("model"), model.resting("model")
+    assert model.head is not None and whole.head is not None and not model.head.trained
+    assert trained + resting == whole.parameters("model")
+    assert trained == sum(p.numel() for p in model.modules["model"].adapter.parameters() if p.requires_grad)  # type: ignore[union-attr]
+    trial = Trial(model)
+    found = trial.memory(Setting(4, 2, 0))
+    assert found["states"] == 16 * trained
+    outside = 4 * sum(buffer.numel() for buffer in model.modules.buffers())
+    assert found["frozen"] == 4 * resting + outside
+    assert trial.memory(Setting(4, 2, 3))["frozen"] == resting + outside
+    gradient = 4 * whole.head.rows * whole.head.width
+    assert Trial(whole).logits(2) - trial.logits(2) == gradient
+    assert trial.flops()["fp32"] < 0.8 * Trial(whole).flops()["fp32"]
+    plain = TrainPlan(trial, rates, 4)
+    assert plain.traffic == pytest.approx(2 * 4 * trained * 3 / 4)
+    assert plain.checkpoint == 12 * trained + 4 * resting
+    shared = TrainPlan(Trial(language_model(freeze=["new_rows", "backbone"], zero_stage=3, **train)), rates, 4)
+    assert shared.traffic == pytest.approx((2 * trained + resting) * 4 * 4 * 3 / 4), "four micro batches"
+    assert shared.states(3) == 20 * trained / 4
+
+
+def test_low_rank_updates_are_what_is_trained_of_a_backbone() -> None:
+    model = language_model(lora=Lora(rank=4, targets=["q_proj"]), freeze=["new_rows", "adapter"], steps=9, batch_size=8)
+    assert model.parameters("model") == 2 * (64 * 4 + 4 * 64), "two layers of width 64"
+    assert Trial(model).memory(Setting(1, 1, 0))["states"] == 16 * 1024
+
+
+def test_a_number_of_devices_that_a_batch_does_not_divide_among_names_the_option(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    asked = ["plan", "semhitok-quickstart", f"out={tmp_path}", *SMALL, "--gpu", "h100"]
+    assert main([*asked, "--gpus", "3"]) == 2
+    told = capsys.readouterr().err
+    assert re.search(
+        r"--gpus=3: encoder\.train\.train\.batch_size=32, .*mllm\.train\.batch_size=16 cannot be shared", told
+    )
+    assert "Set --gpus to 2 or 4, or each of these batch sizes to a multiple of 3" in told
+    assert "resources.workers" not in told
+    assert main([*asked, "resources.workers=3"]) == 2
+    assert "Set resources.workers to 2 or 4" in capsys.readouterr().err
+    assert main([*asked, "resources.workers=[1,3]"]) == 0, "as many as can share a batch"
+    assert "on 2 x h100" in capsys.readouterr().out
 
 
 def test_what_cannot_fit_names_the_smallest_change_that_does() -> None:

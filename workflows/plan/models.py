@@ -29,19 +29,23 @@ from smalti.tokenizers.semhitok import PixelTokenizer, SemanticTokenizer
 from smalti.tokenizers.siglip import ContrastiveModel, build_siglip, siglip_loss
 from smalti.workflows.plan.configs import language_config, vision_config
 from smalti.workflows.plan.trace import Backward, fake
+from smalti.workflows.train.engines import SENT_LOW
 from smalti.workflows.train.optimizers import hidden_matrices
+from smalti.workflows.train.tasks_semantic import encodes_in_bf16
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
 class Head:
-    """An output head whose loss is made in chunks of positions: rows, width, positions of a sample, chunk."""
+    """An output head whose loss is made in chunks of positions: rows, width, positions of a sample, chunk; `trained`:
+    whether its weight is."""
 
     rows: int
     width: int
     length: int
     chunk: int
+    trained: bool = True
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,18 @@ class Model:
             return sum(p.numel() for p in self.modules.parameters())
         return sum(p.numel() for p in self.modules[engine].parameters() if p.requires_grad)
 
+    def resting(self, engine: str) -> int:
+        """Parameters of an engine that are not trained: `mllm.freeze`, or what low-rank updates stand beside."""
+        return sum(p.numel() for p in self.modules[engine].parameters() if not p.requires_grad)
+
+    def low(self, engine: str, *, trained: bool) -> int:
+        """Of an engine's trained parameters, or of the others, those that are sent in bf16 (`engines.SENT_LOW`)."""
+        if self.train.precision != "bf16":
+            return 0
+        layers = [module for module in self.modules[engine].modules() if type(module) in SENT_LOW]
+        own = {id(p): p for layer in layers for p in layer.parameters(recurse=False)}
+        return sum(p.numel() for p in own.values() if p.requires_grad == trained)
+
     def muon(self, engine: str) -> int:
         """Parameters with one moment instead of AdamW's two."""
         if self.train.optimizer != "muon":
@@ -76,9 +92,9 @@ class Model:
 
     @property
     def frozen(self) -> int:
-        """Parameters that lie there and are not trained, and numbers in buffers."""
-        trained = sum(self.parameters(engine) for engine in self.engines)
-        return self.parameters() - trained + sum(b.numel() for b in self.modules.buffers())
+        """Parameters outside the engines, which are not trained, and numbers in buffers: whole on every GPU."""
+        inside = sum(self.parameters(engine) + self.resting(engine) for engine in self.engines)
+        return self.parameters() - inside + sum(b.numel() for b in self.modules.buffers())
 
     @property
     def largest(self) -> int:
@@ -87,16 +103,17 @@ class Model:
         return max(own)
 
 
-def models_of(recipe: Recipe) -> Iterator[Model]:
-    """Every stage of the recipe that trains, in order. ConfigError: an encoder or a model that cannot be had."""
+def models_of(recipe: Recipe, *, gpu: bool = False) -> Iterator[Model]:
+    """Every stage of the recipe that trains, in order; `gpu`: as it runs on GPUs. ConfigError: an encoder or a model that
+    cannot be had."""
     encoder, origin = encoder_of(recipe)
     if recipe.encoder.train is not None:
         yield _encoder(recipe)
     if recipe.tokenizer.guidance:
-        yield _semantic(recipe, encoder, origin)
-    yield _pixels(recipe, encoder, origin, decoder=False)
+        yield _semantic(recipe, encoder, origin, gpu)
+    yield _pixels(recipe, encoder, origin, gpu, decoder=False)
     if recipe.tokenizer.decoder is not None:
-        yield _pixels(recipe, encoder, origin, decoder=True)
+        yield _pixels(recipe, encoder, origin, gpu, decoder=True)
     if recipe.mllm.pretrained or recipe.mllm.config:
         yield _mllm(recipe, encoder.grid)
 
@@ -141,13 +158,15 @@ def _encoder(recipe: Recipe) -> Model:
     )  # fmt: skip
 
 
-def _semantic(recipe: Recipe, encoder: VisionEncoder, origin: str) -> Model:
+def _semantic(recipe: Recipe, encoder: VisionEncoder, origin: str, gpu: bool) -> Model:
     stage = recipe.tokenizer.semantic
+    low = encodes_in_bf16(recipe.tokenizer.encoder_precision, stage.train, gpu)
     with torch.device("meta"):
         model = SemanticTokenizer(encoder.dim, stage, recipe.codebook.size, encoder.grid)
     model.quantizer.eval()  # statistics of the codes are left out: K · width numbers
 
     def step(num: int, backward: Backward, autocast: Autocast) -> None:
+        encoder.bf16 = low
         with torch.no_grad():
             features_BNC = encoder(_pixels_of(num, encoder.image_size))
         with autocast():
@@ -162,12 +181,13 @@ def _semantic(recipe: Recipe, encoder: VisionEncoder, origin: str) -> Model:
     )  # fmt: skip
 
 
-def _pixels(recipe: Recipe, encoder: VisionEncoder, origin: str, *, decoder: bool) -> Model:
+def _pixels(recipe: Recipe, encoder: VisionEncoder, origin: str, gpu: bool, *, decoder: bool) -> Model:
     """Stage P, or stage D with `decoder`."""
     section, size = recipe.tokenizer, encoder.image_size
     stage = section.decoder if decoder else section.pixel
     assert stage is not None
     guided, loss = section.guidance, stage.loss
+    low = encodes_in_bf16(section.encoder_precision, stage.train, gpu)
     codes = torch.ones(recipe.codebook.size, section.semantic.dim) if guided else None
     with torch.device("meta"):
         model = PixelTokenizer(
@@ -192,6 +212,7 @@ def _pixels(recipe: Recipe, encoder: VisionEncoder, origin: str, *, decoder: boo
 
     def step(num: int, backward: Backward, autocast: Autocast) -> None:
         pixels_BCHW, ids_BN = _pixels_of(num, size), None
+        encoder.bf16 = low
         if guided:
             with torch.no_grad():
                 ids_BN = modules["semantic"].encode(encoder(pixels_BCHW))  # type: ignore[operator]
@@ -255,6 +276,7 @@ def _mllm(recipe: Recipe, grid: tuple[int, int]) -> Model:
         model = UnifiedModel(lm, adapter, torch.empty(num_codes, sum(splits)), vocabulary)
         if section.lora:
             add_lora(model, section.lora)
+    model.freeze(section.freeze)
     length = section.max_length
 
     def step(num: int, backward: Backward, autocast: Autocast) -> None:
@@ -270,9 +292,10 @@ def _mllm(recipe: Recipe, grid: tuple[int, int]) -> Model:
             ).last_hidden_state
         backward(hidden.float().sum())
 
-    rows = lm.get_output_embeddings().out_features
+    head = lm.get_output_embeddings()
+    rows = head.out_features
     return Model(
         "mllm", "mllm.train", f"language model over {rows:,} tokens", section.train, nn.ModuleDict({"model": model}),
         {"model": section.train.zero_stage}, step, origin,
-        Head(rows, width, length, section.loss_chunk), section.packing,
+        Head(rows, width, length, section.loss_chunk, head.weight.requires_grad), section.packing,
     )  # fmt: skip

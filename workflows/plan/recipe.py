@@ -16,10 +16,12 @@ from smalti.errors import ConfigError
 from smalti.schema import Recipe
 from smalti.workflows.plan.base import Plan, Rates, size_text
 from smalti.workflows.plan.codebook import plan_codebook
+from smalti.workflows.plan.devices import shared_among
 from smalti.workflows.plan.measured import measurements
 from smalti.workflows.plan.models import Model, encoder_of, models_of
+from smalti.workflows.plan.table import lines
 from smalti.workflows.plan.trace import fake, trace
-from smalti.workflows.plan.training import TrainPlan, Trial, lines
+from smalti.workflows.plan.training import TrainPlan, Trial
 from smalti.workflows.stage import stage_path
 
 ASSUMED_IMAGE_BYTES = 100_000  # an encoded image of the corpus
@@ -29,7 +31,9 @@ CODE_BYTES, HALF, SINGLE = 4, 2, 4
 
 @dataclass
 class RecipePlan:
-    """What a recipe costs on `num` devices at these rates.
+    """What a recipe costs on `given` devices at these rates; None: as many as `resources.workers` lets train.
+
+    ConfigError: a batch that so many cannot share.
 
     vectors, width: of the codebook, where features do not follow from the recipe. length: mean tokens of a sequence of
     the language model. `refusals` is filled by `lines`.
@@ -37,7 +41,7 @@ class RecipePlan:
 
     recipe: Recipe
     rates: Rates
-    num: int
+    given: int | None = None
     vectors: int | None = None
     width: int | None = None
     length: int | None = None
@@ -51,7 +55,8 @@ class RecipePlan:
                 "No encoder is set, and every size follows from it. Set encoder.pretrained or encoder.train."
             )
         self.encoder, self.origin = encoder_of(recipe)
-        self.models = list(models_of(recipe))
+        self.models = list(models_of(recipe, gpu=bool(self.rates.peaks)))
+        self.num = shared_among(self.models, recipe.resources, self.given)
         self.corpus = Artifact.find(stage_path(recipe, "corpus"))
         self.images = self.images or self._images()
 
@@ -196,4 +201,5 @@ class RecipePlan:
 
 
 def _weights(model: Model) -> float:
-    return float(SINGLE * sum(model.parameters(engine) for engine in model.engines))
+    """Bytes of the weights that a stage leaves behind."""
+    return float(SINGLE * (model.parameters("model") + model.resting("model")))

@@ -28,7 +28,7 @@ PRECISIONS = ("bf16", "tf32", "fp32")
 class Traced(NamedTuple):
     """FLOPs of a step by precision (bf16; fp32; tf32: float32 convolutions, which cuDNN rounds); bytes held when its
     first backward pass begins, and at most, besides parameters, buffers and gradients. `bare_saved`, `bare_peak`: the same
-    without copies of trained weights in another precision, which autocast keeps."""
+    without copies of weights in another precision, which autocast keeps."""
 
     flops: dict[str, float]
     saved: float
@@ -111,7 +111,7 @@ class _Watch(TorchDispatchMode):
         self.flops = dict.fromkeys(PRECISIONS, 0.0)
         self.live, self.peak, self.saved = 0, 0, 0
         self.bare, self.bare_peak, self.bare_saved = 0, 0, 0
-        self.weights = {id(t.untyped_storage()) for t in held if isinstance(t, nn.Parameter) and t.requires_grad}
+        self.weights = {id(t.untyped_storage()) for t in held if isinstance(t, nn.Parameter)}
         self.held = held  # their storages live as long as they are known by id
         self.known = {id(t.untyped_storage()) for t in held}
 

@@ -7,7 +7,6 @@ float32 (bf16 is autocast), and ZeRO a float32 copy of its partition beside them
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -31,12 +30,8 @@ OFFLOADED = {
     2: (4, 0),
     3: (0, 0),
 }  # train.offload: what stays on the GPU; the rest lies in main memory or on NVMe
-TRAFFIC = {  # ZeRO stage: float32 copies of P that a GPU receives and sends (a step, a micro batch)
-    0: (2, 0),
-    1: (2, 0),
-    2: (1, 1),
-    3: (0, 3),
-}
+STAYS = MAX_LIVE // 2
+"""Parameters that ZeRO-3 gathers once a micro batch: those whose way forward and back is at most `stage3_max_reuse_distance`."""
 
 
 def states(parameters: float, stage: int, num: int, *, offloaded: bool = False) -> float:
@@ -94,7 +89,7 @@ class Trial:
         found = {name: max(two[name] - one[name], 0.0) for name in PRECISIONS}
         head = self.model.head
         if head is not None:
-            found["bf16" if self.bf16 else "fp32"] += 6.0 * head.length * head.rows * head.width
+            found["bf16" if self.bf16 else "fp32"] += (4.0 + 2 * head.trained) * head.length * head.rows * head.width
         return found
 
     def memory(self, setting: Setting) -> dict[str, float]:
@@ -104,9 +99,15 @@ class Trial:
         for engine, stage in model.engines.items():
             own = setting.zero if engine == "model" else stage
             found["states"] += self.states(engine, own, setting.num, setting.offload)
+            found["frozen"] += self.resting(engine, own, setting)
         found["buffers"] = self._buffers(train, setting)
         found |= self._passing(setting)
         return found
+
+    def resting(self, engine: str, stage: int, setting: Setting) -> float:
+        """Bytes on a GPU of an engine's weights that are not trained: ZeRO-3 shares them out, or away, too."""
+        share = (0.0 if setting.offload else 1 / setting.num) if stage == 3 else 1.0
+        return SINGLE * self.model.resting(engine) * share
 
     def states(self, engine: str, stage: int, num: int, offloaded: bool = False) -> float:
         """Bytes of an engine's parameters, gradients and moments on a GPU; Muon keeps one moment of its matrices."""
@@ -114,33 +115,39 @@ class Trial:
         return whole - SINGLE * self.model.muon(engine)
 
     def _buffers(self, train: Train, setting: Setting) -> float:
-        """ZeRO's: the bucket in which gradients are reduced, and under stage 3 the parameters gathered at once."""
+        """ZeRO's: a bucket for each precision in which gradients are reduced, and under stage 3 the parameters gathered
+        at once, which are sent in bf16 where they can be, and lie there in float32."""
         if setting.zero == 0:
             return 0.0
         zero = deepspeed_config(train, 1, zero_stage=setting.zero)["zero_optimization"]
-        low = HALF if self.bf16 and setting.zero > 1 else SINGLE
-        size = float(low * zero.get("reduce_bucket_size", BUCKET))
+        size = float(sum(self.buckets(setting.zero)) * zero.get("reduce_bucket_size", BUCKET))
         if setting.zero == 3:
-            live = min(self.model.parameters("model"), zero.get("stage3_max_live_parameters", MAX_LIVE))
-            size += (HALF if self.bf16 else SINGLE) * max(live, self.model.largest)
+            held = self.model.parameters("model") + self.model.resting("model")
+            live = min(held, zero.get("stage3_max_live_parameters", MAX_LIVE))
+            size += SINGLE * max(live, self.model.largest)
         return size
+
+    def buckets(self, stage: int) -> list[int]:
+        """Bytes of a number in each bucket: of gradients that are sent in bf16, and of the others."""
+        trained, low = self.model.parameters("model"), self.model.low("model", trained=True)
+        return [HALF if stage == 3 else SINGLE] * (low > 0) + [SINGLE] * (trained > low)
 
     def _passing(self, setting: Setting) -> dict[str, float]:
         """Activations and logits at their worst moment: in the head's loss, or in the backward pass behind it. Under
-        ZeRO-3 weights are gathered in bf16, and counted as such: autocast makes no copies."""
+        ZeRO-3 linear layers keep no bf16 copy of their weights (DeepSpeed's own `linear`)."""
         rows, bare = self.rows(setting.micro), "bare_" if setting.zero == 3 else ""
         saved, peak = (self.of(f"{bare}{name}", rows, setting.checkpointing) for name in ("saved", "peak"))
         logits = self.logits(rows)
         return {"activations": max(saved, peak - logits), "logits": logits}
 
     def logits(self, rows: int) -> float:
-        """The loss of the head: its weight's gradient, in bf16 its copy and a chunk's part too; a chunk of logits; the
+        """The loss of the head: its weight's gradient where it is trained, in bf16 its copy too; a chunk of logits; the
         inputs' gradients."""
         head = self.model.head
         if head is None:
             return 0.0
         chunk = min(head.chunk, rows * head.length)
-        weight = head.rows * head.width * (SINGLE + (2 * HALF if self.bf16 else 0))
+        weight = head.rows * head.width * (SINGLE * head.trained + HALF * self.bf16)
         return float(weight + chunk * head.rows * (8 if self.bf16 else 4) + SINGLE * rows * head.length * head.width)
 
 
@@ -202,15 +209,23 @@ class TrainPlan:
         """Bytes that a GPU sends in a step, and receives."""
         if self.num == 1:
             return 0.0
-        train, total = self.model.train, 0.0
-        micros = train.batch_size // (self.num * self.setting.micro)
-        for engine, own in self.model.engines.items():
-            stage = self.setting.zero if engine == "model" else own
-            once, each = TRAFFIC[stage]
-            width = HALF if self.trial.bf16 and stage == 3 else SINGLE
-            each += self.setting.checkpointing and stage == 3
-            total += self.model.parameters(engine) * (SINGLE * once + width * each * micros)
-        return total * (self.num - 1) / self.num
+        micros = self.model.train.batch_size // (self.num * self.setting.micro)
+        stages = {engine: self.setting.zero if engine == "model" else own for engine, own in self.model.engines.items()}
+        return sum(self._sent(engine, stage, micros) for engine, stage in stages.items()) * (self.num - 1) / self.num
+
+    def _sent(self, engine: str, stage: int, micros: int) -> float:
+        """Bytes of one engine: gradients summed by all (twice their size), or parts of them by each (once), and weights."""
+        model = self.model
+        weights = float(SINGLE * model.parameters(engine))
+        gradients = weights - HALF * model.low(engine, trained=True)
+        if stage == 0:
+            return 2 * weights
+        if stage < 3:
+            return 2 * gradients * (micros if stage == 2 else 1) + weights
+        held = model.parameters(engine) + model.resting(engine)
+        whole = gradients + SINGLE * model.resting(engine) - HALF * model.low(engine, trained=False)
+        again = (1 + self.setting.checkpointing) * (1 - min(held, STAYS) / held)
+        return (whole * (1 + again) + gradients) * micros
 
     @property
     def step_seconds(self) -> tuple[float, str]:
@@ -226,10 +241,10 @@ class TrainPlan:
 
     @property
     def checkpoint(self) -> float:
-        """Bytes of a checkpoint: parameters, and their copy and moments under ZeRO (without: the moments)."""
-        train = self.model.train
-        total = sum(self.model.parameters(engine) for engine in self.model.engines)
-        return float(total * (16 if train.zero_stage else 12))
+        """Bytes of a checkpoint: parameters, and their copy and moments under ZeRO (without: the moments); of those that
+        are not trained themselves alone."""
+        model, each = self.model, 16 if self.model.train.zero_stage else 12
+        return float(sum(model.parameters(e) * each + SINGLE * model.resting(e) for e in model.engines))
 
     def refusal(self) -> str | None:
         """Why it cannot fit, and what would make it fit; None when it fits."""
@@ -274,62 +289,3 @@ class TrainPlan:
 
 def _halves(micro: int) -> list[int]:
     return [micro // 2**i for i in range(1, micro.bit_length()) if micro % 2**i == 0]
-
-
-def lines(plan: TrainPlan, measured: Sequence[str] = ()) -> list[str]:
-    """The plan as text, a line a figure, its formula beside it."""
-    model, setting, train = plan.model, plan.setting, plan.model.train
-    trained = {engine: model.parameters(engine) for engine in model.engines}
-    head, total = model.head, sum(plan.memory.values())
-    each = " · ".join(f"{stage}: {size_text(plan.states(stage))}" for stage in STATES)
-    bound = plan.step_seconds[1]
-    shares = " + ".join(f"{plan.row_flops[name]:.3g} {name}" for name in PRECISIONS if plan.row_flops[name])
-    rows = [
-        ("parameters", f"{_count(model.parameters())}, trained {_count(sum(trained.values()))}", "F + P"),
-        ("states a GPU", f"ZeRO {each}", "0: 16·P; 1: 8·P + 12·P/N; 2: 4·P + 16·P/N; 3: 20·P/N"),
-        ("", f"the recipe has ZeRO-{setting.zero}: {size_text(plan.memory['states'])}, frozen {size_text(plan.memory['frozen'])}{_away(plan)}", "4·F"),
-        ("ZeRO's buffers", size_text(plan.memory["buffers"]), _buffer_formula(setting, plan.trial.bf16)),
-        ("activations", f"{size_text(plan.memory['activations'])} of {plan.trial.rows(setting.micro)} {'rows' if model.packed else 'samples'}", "traced through the model's own step"),
-    ]  # fmt: skip
-    if head is not None:
-        rows.append(
-            ("logits", size_text(plan.memory["logits"]), f"V={head.rows:,}, H={head.width:,}: (4+4)·V·H + 8·chunk·V + 4·L·H")
-        )  # fmt: skip
-    rows += [
-        ("memory a GPU", f"{size_text(total)} of {size_text(plan.room)}", f"{HELD_BACK:.0%} of {size_text(plan.rates.memory)} held back"),
-        ("traffic a step", f"{size_text(plan.traffic)} a GPU each way", _traffic_formula(setting.zero, plan.trial.bf16)),
-        ("steps", f"{train.steps:,} of {train.batch_size:,} samples", f"{train.batch_size // (plan.num * setting.micro)} micro batch(es) of {setting.micro} a GPU"),
-        ("FLOPs a sample", shares, "counted in the trace" + (", the head 6·L·V·H" if head else "")),
-        ("a checkpoint", size_text(plan.checkpoint), "16·P under ZeRO, else 12·P"),
-        ("hours", f"{plan.hours:.3g}, {plan.hours * plan.num:.3g} GPU-hours", f"bound by {bound}"),
-    ]  # fmt: skip
-    found = [f"{model.name}: {model.what}"]
-    found += [f"  {name:<15} {value:<58} {formula}".rstrip() for name, value, formula in rows]
-    found += [f"  {'measured':<15} {text}" for text in measured]
-    return found
-
-
-def _away(plan: TrainPlan) -> str:
-    """What `train.offload` puts into main memory, or on NVMe."""
-    if not plan.setting.offload:
-        return ""
-    here = plan.memory["states"]
-    whole = sum(plan.trial.states(engine, plan.setting.zero, plan.num) for engine in plan.model.engines)
-    return f", offloaded {size_text(whole - here)} a worker"
-
-
-def _buffer_formula(setting: Setting, bf16: bool) -> str:
-    if setting.zero == 0:
-        return "none without ZeRO"
-    bucket = f"{HALF if bf16 and setting.zero > 1 else SINGLE}·{BUCKET:,} (reduce_bucket_size)"
-    return bucket + (f" + {HALF if bf16 else SINGLE}·min(P, {MAX_LIVE:,}) gathered" if setting.zero == 3 else "")
-
-
-def _traffic_formula(stage: int, bf16: bool) -> str:
-    width = HALF if bf16 and stage == 3 else SINGLE
-    each = {0: "2·4·P", 1: "2·4·P", 2: "4·P + 4·P a micro batch", 3: f"3·{width}·P a micro batch"}[stage]
-    return f"({each})·(N − 1)/N"
-
-
-def _count(number: float) -> str:
-    return f"{number / 1e9:.3g}B" if number >= 1e9 else f"{number / 1e6:.3g}M"

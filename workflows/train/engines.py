@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from smalti.errors import ConfigError
+from smalti.mllm.losses import LossHead
 from smalti.workflows.train.memory import offload, spare_memory
 from smalti.workflows.train.optimizers import build_optimizer
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from smalti.schema import Train
 
 REDUCE_BUCKET = 500_000_000  # DeepSpeed's own size, in numbers
+SENT_LOW = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, LossHead)
+"""Layers whose weights and gradients ZeRO sends in bf16 under `train.precision: bf16`; those that compute in it."""
 
 
 @contextmanager
@@ -94,7 +97,7 @@ def deepspeed_config(
     train: Train, world_size: int, *, zero_stage: int | None = None, trained: int | None = None
 ) -> dict[str, Any]:
     """DeepSpeed's configuration of one engine. Parameters stay float32; bf16 is autocast, so that what must be
-    float32 (codebooks, losses, norms) stays so; ZeRO-2 and -3 send bf16 for linear and convolution weights.
+    float32 (codebooks, losses, norms) stays so; ZeRO sends gradients, and ZeRO-3 weights, of `SENT_LOW` in bf16.
 
     `trained`: how many numbers are trained; ZeRO holds a bucket for gradients that need be no larger than all of them.
     """
@@ -117,7 +120,8 @@ def deepspeed_config(
     if stage and train.offload == "cpu":
         config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW updates what lies in main memory
     if train.precision == "bf16":
-        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        names = [f"{layer.__module__}.{layer.__qualname__}" for layer in SENT_LOW]
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": names}
     return config
 
 

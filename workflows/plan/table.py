@@ -1,0 +1,83 @@
+"""The plan of a trained stage as text: a line a figure, its formula beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from smalti.workflows.plan.base import size_text
+from smalti.workflows.plan.trace import PRECISIONS
+from smalti.workflows.plan.training import BUCKET, HELD_BACK, MAX_LIVE, STATES, STAYS, TrainPlan
+
+
+def lines(plan: TrainPlan, measured: Sequence[str] = ()) -> list[str]:
+    """The plan as text, a line a figure, its formula beside it."""
+    model, setting, train = plan.model, plan.setting, plan.model.train
+    trained = {engine: model.parameters(engine) for engine in model.engines}
+    head, total = model.head, sum(plan.memory.values())
+    each = " · ".join(f"{stage}: {size_text(plan.states(stage))}" for stage in STATES)
+    bound = plan.step_seconds[1]
+    shares = " + ".join(f"{plan.row_flops[name]:.3g} {name}" for name in PRECISIONS if plan.row_flops[name])
+    rows = [
+        ("parameters", f"{_count(model.parameters())}, trained {_count(sum(trained.values()))}", "F + P"),
+        ("states a GPU", f"ZeRO {each}", "0: 16·P; 1: 8·P + 12·P/N; 2: 4·P + 16·P/N; 3: 20·P/N"),
+        ("", f"the recipe has ZeRO-{setting.zero}: {size_text(plan.memory['states'])}, frozen {size_text(plan.memory['frozen'])}{_away(plan)}", "4·F"),
+        ("ZeRO's buffers", size_text(plan.memory["buffers"]), _buffer_formula(plan)),
+        ("activations", f"{size_text(plan.memory['activations'])} of {plan.trial.rows(setting.micro)} {'rows' if model.packed else 'samples'}", "traced through the model's own step"),
+    ]  # fmt: skip
+    if head is not None:
+        rows.append(
+            ("logits", size_text(plan.memory["logits"]), f"V={head.rows:,}, H={head.width:,}: {_head_formula(plan)}")
+        )  # fmt: skip
+    rows += [
+        ("memory a GPU", f"{size_text(total)} of {size_text(plan.room)}", f"{HELD_BACK:.0%} of {size_text(plan.rates.memory)} held back"),
+        ("traffic a step", f"{size_text(plan.traffic)} a GPU each way", _traffic_formula(plan)),
+        ("steps", f"{train.steps:,} of {train.batch_size:,} samples", f"{train.batch_size // (plan.num * setting.micro)} micro batch(es) of {setting.micro} a GPU"),
+        ("FLOPs a sample", shares, "counted in the trace" + (", the head 6·L·V·H" if head else "")),
+        ("a checkpoint", size_text(plan.checkpoint), "16·P under ZeRO, else 12·P"),
+        ("hours", f"{plan.hours:.3g}, {plan.hours * plan.num:.3g} GPU-hours", f"bound by {bound}"),
+    ]  # fmt: skip
+    found = [f"{model.name}: {model.what}"]
+    found += [f"  {name:<15} {value:<58} {formula}".rstrip() for name, value, formula in rows]
+    found += [f"  {'measured':<15} {text}" for text in measured]
+    return found
+
+
+def _head_formula(plan: TrainPlan) -> str:
+    bf16, head = plan.trial.bf16, plan.model.head
+    width = 4 * (head is not None and head.trained) + 2 * bf16
+    return f"{width}·V·H + {8 if bf16 else 4}·chunk·V + 4·L·H"
+
+
+def _away(plan: TrainPlan) -> str:
+    """What `train.offload` puts into main memory, or on NVMe."""
+    if not plan.setting.offload:
+        return ""
+    here = plan.memory["states"]
+    whole = sum(plan.trial.states(engine, plan.setting.zero, plan.num) for engine in plan.model.engines)
+    return f", offloaded {size_text(whole - here)} a worker"
+
+
+def _buffer_formula(plan: TrainPlan) -> str:
+    stage = plan.setting.zero
+    if stage == 0:
+        return "none without ZeRO"
+    bucket = f"({' + '.join(map(str, plan.trial.buckets(stage)))})·{BUCKET:,} (reduce_bucket_size)"
+    return bucket + (f" + 4·min(P + F, {MAX_LIVE:,}) gathered" if stage == 3 else "")
+
+
+def _traffic_formula(plan: TrainPlan) -> str:
+    stage, model = plan.setting.zero, plan.model
+    held = model.parameters("model") + model.resting("model")
+    times = 1 if held <= STAYS else 2 + plan.setting.checkpointing
+    each = {
+        0: "2·4·P",
+        1: "2·G + 4·P",
+        2: "2·G a micro batch + 4·P",
+        3: f"{times} x weights{' less what stays' * (times > 1)} + G, a micro batch",
+    }[stage]
+    widths = "2 bytes a number of linear layers, 4 of others" if plan.trial.bf16 else "4·P"
+    return f"({each})·(N − 1)/N" + (f"; gradients G: {widths}" if stage else "")
+
+
+def _count(number: float) -> str:
+    return f"{number / 1e9:.3g}B" if number >= 1e9 else f"{number / 1e6:.3g}M"
