@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from smalti.cli import main
 from smalti.config import load_recipe
-from smalti.schema import LanguageModel, Lora, MllmSection, Recipe, Train
+from smalti.errors import ConfigError
+from smalti.schema import LanguageModel, Lora, MllmSection, Recipe, Resources, Train
 from smalti.workflows.plan import Rates
 from smalti.workflows.plan.base import gpu_rates
 from smalti.workflows.plan.configs import language_config, vision_config
+from smalti.workflows.plan.devices import shared_among
 from smalti.workflows.plan.models import Model, _mllm, models_of
 from smalti.workflows.plan.training import BUCKET, Setting, TrainPlan, Trial, states
 from smalti.workflows.train.memory import blocks_of, recompute
@@ -224,21 +226,21 @@ def test_low_rank_updates_are_what_is_trained_of_a_backbone() -> None:
     assert Trial(model).memory(Setting(1, 1, 0))["states"] == 16 * 1024
 
 
-def test_a_number_of_devices_that_a_batch_does_not_divide_among_names_the_option(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    asked = ["plan", "semhitok-quickstart", f"out={tmp_path}", *SMALL, "--gpu", "h100"]
-    assert main([*asked, "--gpus", "3"]) == 2
-    told = capsys.readouterr().err
-    assert re.search(
-        r"--gpus=3: encoder\.train\.train\.batch_size=32, .*mllm\.train\.batch_size=16 cannot be shared", told
+def test_a_number_of_devices_that_a_batch_does_not_divide_among_names_the_option(trials: dict[str, Trial]) -> None:
+    """Batches of 32, 64, 32 and 16."""
+    models = [trial.model for trial in trials.values()]
+    told = (
+        r"--gpus=3: encoder\.train\.train\.batch_size=32, .*mllm\.train\.batch_size=16 cannot be shared evenly by 3 devices\. "
+        r"Set --gpus to 2 or 4, or each of these batch sizes to a multiple of 3\."
     )
-    assert "Set --gpus to 2 or 4, or each of these batch sizes to a multiple of 3" in told
-    assert "resources.workers" not in told
-    assert main([*asked, "resources.workers=3"]) == 2
-    assert "Set resources.workers to 2 or 4" in capsys.readouterr().err
-    assert main([*asked, "resources.workers=[1,3]"]) == 0, "as many as can share a batch"
-    assert "on 2 x h100" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=told):
+        shared_among(models, Resources(), 3)
+    with pytest.raises(ConfigError, match=r"--gpus=32: mllm\.train\.batch_size=16 .*Set --gpus to 16, or mllm"):
+        shared_among(models, Resources(), 32)
+    with pytest.raises(ConfigError, match=r"resources\.workers=3: .* Set resources\.workers to 2 or 4"):
+        shared_among(models, Resources(workers=3), None)
+    assert shared_among(models, Resources(workers=(1, 3)), None) == 2, "as many as can share a batch"
+    assert shared_among(models, Resources(workers=(1, 3)), 8) == 8
 
 
 def test_what_cannot_fit_names_the_smallest_change_that_does() -> None:

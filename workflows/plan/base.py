@@ -21,6 +21,7 @@ from smalti.workflows.gpus import GPUS
 ASSUMED_FRACTION = 0.45  # of the bf16 peak, the goal of code assignment on a GPU
 ASSUMED_READ = 1e9  # bytes a second and GPU from the store
 ASSUMED_TRAINING = 0.40  # of the peaks in training
+ASSUMED_CALL_S = 5e-6  # until an operator is started on a GPU: what bounds small models
 GPUS_A_NODE = 8
 MEASURE_S = 0.5
 
@@ -28,7 +29,8 @@ MEASURE_S = 0.5
 @dataclass(frozen=True)
 class Rates:
     """What one device does in a second, and where the figures come from. `peaks`: FLOP/s in training by precision,
-    where they are not `flops`; `inside` and `network`: bytes a second within a node and of a node (0: not counted)."""
+    where they are not `flops`; `inside` and `network`: bytes a second within a node and of a node (0: not counted);
+    `call_s`: seconds until an operator is started."""
 
     device: str
     flops: float
@@ -38,6 +40,7 @@ class Rates:
     peaks: Mapping[str, float] = field(default_factory=dict)
     inside: float = 0.0
     network: float = 0.0
+    call_s: float = 0.0
 
     def training(self, precision: str) -> float:
         """FLOP/s of a training step in this precision."""
@@ -120,6 +123,14 @@ def size_text(size: float) -> str:
     return f"{size / 1e3:.3g} kB" if size else "0"
 
 
+def time_text(hours: float) -> str:
+    """`3.5 hours`, `12 minutes`, `0.8 seconds`."""
+    for unit, name in ((1, "hours"), (60, "minutes")):
+        if hours * unit >= 1:
+            return f"{hours * unit:,.3g} {name}" if hours * unit < 1000 else f"{hours * unit:,.0f} {name}"
+    return f"{hours * 3600:.2g} seconds"
+
+
 def gpu_rates(name: str) -> Rates:
     """Assumed rates of a GPU. ConfigError: one that is not in the list."""
     if name not in GPUS:
@@ -129,7 +140,7 @@ def gpu_rates(name: str) -> Rates:
     origin = f"ASSUMED, {ASSUMED_FRACTION:.0%} of the {kind} {gpu.bf16 / 1e12:.0f} TFLOP/s and {ASSUMED_READ / 1e9:g} GB/s of the store"
     peaks = {key: ASSUMED_TRAINING * getattr(gpu, key) for key in ("bf16", "tf32", "fp32")}
     flops = ASSUMED_FRACTION * gpu.bf16
-    return Rates(name, flops, ASSUMED_READ, gpu.memory, origin, peaks, gpu.inside, gpu.network)
+    return Rates(name, flops, ASSUMED_READ, gpu.memory, origin, peaks, gpu.inside, gpu.network, ASSUMED_CALL_S)
 
 
 def cpu_rates(width: int) -> Rates:

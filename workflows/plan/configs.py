@@ -1,13 +1,15 @@
-"""Configs of models that a recipe names: of a local folder or the hub, else the sizes of well-known public models.
+"""Configs of models that a recipe names: of a folder or what was loaded from the hub before, of a table of well-known public
+models, else of the hub.
 
-The table holds what these models' own config.json files say (vision side of SigLIP and SigLIP 2, Qwen2.5); it is used
-only where the hub's config cannot be had, and what is made of it says so.
+The table holds what these models' own config.json files say (vision side of SigLIP and SigLIP 2, Qwen2.5); what is made of
+it says so. So known models can be planned at once where there is no network.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from functools import cache
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, Qwen2Config, SiglipVisionConfig
@@ -32,15 +34,15 @@ SIGLIP = {  # width, MLP width, layers, heads
     "so400m": (1152, 4304, 27, 16),
     "giant-opt": (1536, 6144, 40, 16),
 }
-TABLE = "sizes from smalti's table of public models, since its config could not be had"
+TABLE = "sizes from smalti's table of public models"
 
 
 def vision_config(name: str) -> tuple[Any, str]:
     """(config of the vision tower, where it comes from) of a SigLIP. ConfigError: neither found nor known."""
-    found, why = _own_config(name)
+    match = re.fullmatch(r"google/siglip2?-(base|large|so400m|giant-opt)-patch(\d+)-(\d+)(-i18n)?", name)
+    found, why = _own_config(name, ask_hub=match is None)
     if found is not None:
         return getattr(found, "vision_config", found), why
-    match = re.fullmatch(r"google/siglip2?-(base|large|so400m|giant-opt)-patch(\d+)-(\d+)(-i18n)?", name)
     if match is None:
         raise _unknown("encoder.pretrained", name, why, "google/siglip-so400m-patch14-384")
     width, hidden, layers, heads = SIGLIP[match[1]]
@@ -56,12 +58,13 @@ def language_config(name: str) -> tuple[Any, int, str]:
 
     The rows of the embedding stand for the tokens where the table does not say better. ConfigError as above.
     """
-    found, why = _own_config(name)
     match = re.fullmatch(r"Qwen/Qwen2\.5-(?:Coder-|Math-)?([\d.]+B)(-Instruct)?", name)
+    known = match is not None and match[1] in QWEN25
+    found, why = _own_config(name, ask_hub=not known)
     if found is not None:
         tokens = QWEN25_TOKENS if match else _text_tokens(name)
         return found, tokens or int(found.get_text_config().vocab_size), why
-    if match is None or match[1] not in QWEN25:
+    if not known:
         raise _unknown("mllm.pretrained", name, why, "Qwen/Qwen2.5-7B-Instruct")
     width, hidden, layers, heads, kv_heads, rows, tied = QWEN25[match[1]]
     config = Qwen2Config(
@@ -71,14 +74,16 @@ def language_config(name: str) -> tuple[Any, int, str]:
     return config, QWEN25_TOKENS, f"{name}: {TABLE}"
 
 
-def _own_config(name: str) -> tuple[Any, str]:
-    """(config, origin) of a folder, a URL or the hub; (None, the reason) where it cannot be had."""
+@cache
+def _own_config(name: str, ask_hub: bool) -> tuple[Any, str]:
+    """(config, origin) of a folder, a URL, the local cache, or the hub; (None, the reason) where it cannot be had."""
     try:
         if not storage.is_local(name):  # its config alone, not the weights beside it
             read = storage.read_json(storage.join(name, "config.json"))
             return AutoConfig.for_model(**read), f"{name}: its own config"
         with quiet():
-            return AutoConfig.from_pretrained(storage.local_path(name)), f"{name}: its own config"
+            config = AutoConfig.from_pretrained(storage.local_path(name), local_files_only=not ask_hub)
+            return config, f"{name}: its own config"
     except Exception as error:  # transformers, fsspec and the hub's client each have errors of their own
         return None, (str(error).splitlines() or [repr(error)])[0].rstrip(".")
 

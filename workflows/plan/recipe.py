@@ -14,7 +14,7 @@ from torch import nn
 from smalti.artifact import Artifact
 from smalti.errors import ConfigError
 from smalti.schema import Recipe
-from smalti.workflows.plan.base import Plan, Rates, size_text
+from smalti.workflows.plan.base import Plan, Rates, size_text, time_text
 from smalti.workflows.plan.codebook import plan_codebook
 from smalti.workflows.plan.devices import shared_among
 from smalti.workflows.plan.measured import measurements
@@ -144,7 +144,7 @@ class RecipePlan:
     def _data_lines(self) -> list[str]:
         found = ["features and tokens: one look at every image, decoding left out"]
         for name, hours in self.data_hours.items():
-            found.append(f"  {name:<15} {hours:.3g} hours, {hours * self.num:.3g} GPU-hours")
+            found.append(f"  {name:<15} {time_text(hours)}, {hours * self.num:.3g} GPU-hours")
         return found
 
     @cached_property
@@ -197,7 +197,7 @@ class RecipePlan:
     def _total(self) -> str:
         hours = sum(plan.hours for plan in self.trained) + sum(self.data_hours.values())
         hours += self.codebook.seconds / 3600 if self.codebook else 0.0
-        return f"in all {hours:.4g} hours, {hours * self.num:.4g} GPU-hours (corpus, export and evaluation left out)"
+        return f"in all {time_text(hours)}, {hours * self.num:.4g} GPU-hours (corpus, export and evaluation left out)"
 
 
 def _weights(model: Model) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from smalti.workflows.plan.base import size_text
+from smalti.workflows.plan.base import size_text, time_text
 from smalti.workflows.plan.trace import PRECISIONS
 from smalti.workflows.plan.training import BUCKET, HELD_BACK, MAX_LIVE, STATES, STAYS, TrainPlan
 
@@ -31,10 +31,10 @@ def lines(plan: TrainPlan, measured: Sequence[str] = ()) -> list[str]:
     rows += [
         ("memory a GPU", f"{size_text(total)} of {size_text(plan.room)}", f"{HELD_BACK:.0%} of {size_text(plan.rates.memory)} held back"),
         ("traffic a step", f"{size_text(plan.traffic)} a GPU each way", _traffic_formula(plan)),
-        ("steps", f"{train.steps:,} of {train.batch_size:,} samples", f"{train.batch_size // (plan.num * setting.micro)} micro batch(es) of {setting.micro} a GPU"),
-        ("FLOPs a sample", shares, "counted in the trace" + (", the head 6·L·V·H" if head else "")),
+        ("steps", f"{train.steps:,} of {train.batch_size:,} samples", f"{plan.micros} micro batch(es) of {setting.micro} a GPU"),
+        (f"FLOPs a {'row' if model.packed else 'sample'}", shares, "counted in the trace" + (", the head 6·L·V·H" if head else "")),
         ("a checkpoint", size_text(plan.checkpoint), "16·P under ZeRO, else 12·P"),
-        ("hours", f"{plan.hours:.3g}, {plan.hours * plan.num:.3g} GPU-hours", f"bound by {bound}"),
+        ("time", f"{time_text(plan.hours)}, {plan.hours * plan.num:.3g} GPU-hours", f"bound by {bound}{_left_out(plan)}"),
     ]  # fmt: skip
     found = [f"{model.name}: {model.what}"]
     found += [f"  {name:<15} {value:<58} {formula}".rstrip() for name, value, formula in rows]
@@ -52,9 +52,11 @@ def _away(plan: TrainPlan) -> str:
     """What `train.offload` puts into main memory, or on NVMe."""
     if not plan.setting.offload:
         return ""
-    here = plan.memory["states"]
-    whole = sum(plan.trial.states(engine, plan.setting.zero, plan.num) for engine in plan.model.engines)
-    return f", offloaded {size_text(whole - here)} a worker"
+    return f", offloaded {size_text(plan.away(plan.setting))} a worker"
+
+
+def _left_out(plan: TrainPlan) -> str:
+    return "; the way to main memory and the optimizer there left out" if plan.setting.offload else ""
 
 
 def _buffer_formula(plan: TrainPlan) -> str:

@@ -28,13 +28,14 @@ PRECISIONS = ("bf16", "tf32", "fp32")
 class Traced(NamedTuple):
     """FLOPs of a step by precision (bf16; fp32; tf32: float32 convolutions, which cuDNN rounds); bytes held when its
     first backward pass begins, and at most, besides parameters, buffers and gradients. `bare_saved`, `bare_peak`: the same
-    without copies of weights in another precision, which autocast keeps."""
+    without copies of weights in another precision, which autocast keeps. `calls`: operators called, views left out."""
 
     flops: dict[str, float]
     saved: float
     peak: float
     bare_saved: float
     bare_peak: float
+    calls: int
 
 
 Backward = Callable[[Tensor], None]
@@ -55,7 +56,7 @@ def trace(modules: nn.Module, step: Step, *, bf16: bool) -> Traced:
                 loss.backward()
 
             step(backward, lambda: torch.autocast("cpu", torch.bfloat16, enabled=bf16))
-    return Traced(watch.flops, watch.saved, watch.peak, watch.bare_saved, watch.bare_peak)
+    return Traced(watch.flops, watch.saved, watch.peak, watch.bare_saved, watch.bare_peak, watch.calls)
 
 
 @contextmanager
@@ -109,7 +110,7 @@ class _Watch(TorchDispatchMode):
     def __init__(self, held: list[Tensor]) -> None:
         super().__init__()
         self.flops = dict.fromkeys(PRECISIONS, 0.0)
-        self.live, self.peak, self.saved = 0, 0, 0
+        self.live, self.peak, self.saved, self.calls = 0, 0, 0, 0
         self.bare, self.bare_peak, self.bare_saved = 0, 0, 0
         self.weights = {id(t.untyped_storage()) for t in held if isinstance(t, nn.Parameter)}
         self.held = held  # their storages live as long as they are known by id
@@ -118,6 +119,7 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        self.calls += not func.is_view
         count = _FLOPS.get(func._overloadpacket)
         if count is not None:
             self.flops[_precision(func, out)] += count(*args, **kwargs, out_val=out)

@@ -92,6 +92,10 @@ class Trial:
             found["bf16" if self.bf16 else "fp32"] += (4.0 + 2 * head.trained) * head.length * head.rows * head.width
         return found
 
+    def calls(self, checkpointing: bool = False) -> int:
+        """Operators called in a micro batch, whatever its size."""
+        return (self.checkpointed if checkpointing else self.traces)[0].calls
+
     def memory(self, setting: Setting) -> dict[str, float]:
         """Bytes on a GPU by what holds them."""
         model, train = self.model, self.model.train
@@ -209,9 +213,10 @@ class TrainPlan:
         """Bytes that a GPU sends in a step, and receives."""
         if self.num == 1:
             return 0.0
-        micros = self.model.train.batch_size // (self.num * self.setting.micro)
         stages = {engine: self.setting.zero if engine == "model" else own for engine, own in self.model.engines.items()}
-        return sum(self._sent(engine, stage, micros) for engine, stage in stages.items()) * (self.num - 1) / self.num
+        return (
+            sum(self._sent(engine, stage, self.micros) for engine, stage in stages.items()) * (self.num - 1) / self.num
+        )
 
     def _sent(self, engine: str, stage: int, micros: int) -> float:
         """Bytes of one engine: gradients summed by all (twice their size), or parts of them by each (once), and weights."""
@@ -229,11 +234,22 @@ class TrainPlan:
 
     @property
     def step_seconds(self) -> tuple[float, str]:
-        """Seconds of a step, and what bounds them: traffic goes on beside the arithmetic."""
+        """Seconds of a step, and what bounds them: traffic goes on beside the arithmetic, and calls ahead of it."""
         share = self.model.train.batch_size / self.num * self.trial.fill
         compute = sum(share * count / self.rates.training(name) for name, count in self.row_flops.items())
-        transfer = self.traffic / self.rates.wire(self.num)
-        return max(compute, transfer), "arithmetic" if compute >= transfer else "traffic"
+        calls = self.trial.calls(self.setting.checkpointing) * self.micros * self.rates.call_s
+        bounds = {
+            "arithmetic": compute,
+            "traffic": self.traffic / self.rates.wire(self.num),
+            "calls of operators": calls,
+        }
+        bound = max(bounds, key=bounds.__getitem__)
+        return bounds[bound], bound
+
+    @property
+    def micros(self) -> int:
+        """Micro batches of a GPU in a step."""
+        return self.model.train.batch_size // (self.num * self.setting.micro)
 
     @property
     def hours(self) -> float:
@@ -284,7 +300,15 @@ class TrainPlan:
             f"--gpus {found.num}": found.num != now.num,
         }
         size = size_text(sum(self.trial.memory(found).values()))
-        return f"With {' and '.join(text for text, changed in changes.items() if changed)} it is {size}, and fits."
+        there = f" (and {size_text(self.away(found))} of main memory for each)" if found.offload else ""
+        return (
+            f"With {' and '.join(text for text, changed in changes.items() if changed)} it is {size}{there}, and fits."
+        )
+
+    def away(self, setting: Setting) -> float:
+        """Bytes a worker that `train.offload` puts into main memory, or on NVMe."""
+        here, rest = (self.trial.memory(replace(setting, offload=offload)) for offload in (False, True))
+        return sum(here[name] - rest[name] for name in ("states", "frozen"))
 
 
 def _halves(micro: int) -> list[int]:
