@@ -64,7 +64,7 @@ def language_config(name: str) -> tuple[Any, int, str]:
     if found is not None:
         tokens = QWEN25_TOKENS if match else _text_tokens(name)
         return found, tokens or int(found.get_text_config().vocab_size), why
-    if not known:
+    if match is None or not known:
         raise _unknown("mllm.pretrained", name, why, "Qwen/Qwen2.5-7B-Instruct")
     width, hidden, layers, heads, kv_heads, rows, tied = QWEN25[match[1]]
     config = Qwen2Config(

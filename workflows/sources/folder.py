@@ -244,7 +244,8 @@ class ListedGroup:
     def load(self) -> FolderGroup:
         record = storage.read_json(self.listing)
         entries = [
-            Entry(*entry, tuple((question, answer) for question, answer in qa)) for *entry, qa in record["entries"]
+            Entry(path, text, caption, label, tuple((question, answer) for question, answer in qa))
+            for path, text, caption, label, qa in record["entries"]
         ]
         lost = tuple(Lost(*one) for one in record["lost"])
         return FolderGroup(record["root"], tuple(entries), lost, record["max_bytes"])
