@@ -168,7 +168,7 @@ def test_parts_rest_and_wake_by_the_schedule_under_every_zero_stage(ranks) -> No
             assert parts == {"adapter": moved, "backbone": expected, "new_rows": expected}, (stage, number)
 
 
-def test_old_rows_move_less_under_every_zero_stage(process, found) -> None:
-    for stage, (old, new) in process.apply(slow_rows).items():
+def test_old_rows_move_less_under_every_zero_stage(ranks) -> None:
+    for stage, (old, new) in ranks(slow_rows, 1)[0].items():
         assert old == pytest.approx(0.125 * 0.01, rel=0.05), stage
         assert new == pytest.approx(0.01, rel=0.05), stage

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from smalti.workflows.plan.base import size_text, time_text
 from smalti.workflows.plan.trace import PRECISIONS
-from smalti.workflows.plan.training import BUCKET, HELD_BACK, MAX_LIVE, STATES, STAYS, TrainPlan
+from smalti.workflows.plan.training import HELD_BACK, MAX_LIVE, STATES, STAYS, TrainPlan
+from smalti.workflows.train.engines import REDUCE_BUCKET
 
 
 def lines(plan: TrainPlan, measured: Sequence[str] = ()) -> list[str]:
@@ -63,7 +64,7 @@ def _buffer_formula(plan: TrainPlan) -> str:
     stage = plan.setting.zero
     if stage == 0:
         return "none without ZeRO"
-    bucket = f"({' + '.join(map(str, plan.trial.buckets(stage)))})·{BUCKET:,} (reduce_bucket_size)"
+    bucket = f"({' + '.join(map(str, plan.trial.buckets(stage)))})·min(P, {REDUCE_BUCKET:,}) (reduce_bucket_size)"
     return bucket + (f" + 4·min(P + F, {MAX_LIVE:,}) gathered" if stage == 3 else "")
 
 

@@ -17,7 +17,7 @@ from smalti.workflows.plan.trace import PRECISIONS, Traced, recomputing, trace
 from smalti.workflows.train.engines import accumulation, deepspeed_config
 
 SINGLE, HALF = 4, 2  # bytes of a number
-BUCKET, MAX_LIVE = 500_000_000, 1_000_000_000  # DeepSpeed's reduce_bucket_size and stage3_max_live_parameters
+MAX_LIVE = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
 HELD_BACK = 0.08  # of a GPU's memory, ASSUMED: CUDA's context, NCCL, fragmentation
 STATES = {  # ZeRO stage: (bytes a parameter that every GPU holds, bytes a parameter shared out)
     0: (16, 0),  # parameters, gradients, two moments
@@ -123,8 +123,9 @@ class Trial:
         at once, which are sent in bf16 where they can be, and lie there in float32."""
         if setting.zero == 0:
             return 0.0
-        zero = deepspeed_config(train, 1, zero_stage=setting.zero)["zero_optimization"]
-        size = float(sum(self.buckets(setting.zero)) * zero.get("reduce_bucket_size", BUCKET))
+        trained = int(self.model.parameters("model"))
+        zero = deepspeed_config(train, 1, zero_stage=setting.zero, trained=trained)["zero_optimization"]
+        size = float(sum(self.buckets(setting.zero)) * zero["reduce_bucket_size"])
         if setting.zero == 3:
             held = self.model.parameters("model") + self.model.resting("model")
             live = min(held, zero.get("stage3_max_live_parameters", MAX_LIVE))
