@@ -70,9 +70,8 @@ def build(folder: Path) -> None:
     rank = dist.get_rank()
     made, tokenizer = section(folder), text_tokenizer()
     config = engines.deepspeed_config(made.train, 2)
-    with partitioned_loading(config, Collectives()) as matrices:
-        with Largest() as largest:
-            model = build_unified(made, tokenizer, Codes(), seed=3, matrices=matrices)
+    with partitioned_loading(config, Collectives()) as matrices, Largest() as largest:
+        model = build_unified(made, tokenizer, Codes(), seed=3, matrices=matrices)
     head = model.lm.get_output_embeddings().weight
     held = {name: p.ds_tensor.numel() for name, p in model.named_parameters() if hasattr(p, "ds_tensor")}
     engine = engines.build_engine(model, made.train, lr=0.01, zero_stage=3, world_size=2, device=torch.device("cpu"))
