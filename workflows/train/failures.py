@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from smalti.errors import SmaltiError
 
+INNER = ("_base_exc", "health_check_failure", "cause", "__cause__")  # where Ray's errors keep what they stand for
+
 
 def failed_workers(failures: Mapping[int, BaseException]) -> str:
     """Which workers failed and why, in a line; "" where it is an error that the user sees at the end. One that died is
@@ -30,7 +32,7 @@ def brief(error: BaseException) -> str:
 def cause_of(failure: BaseException) -> BaseException:
     """The error under Ray's wrappers."""
     for _ in range(8):
-        inner = getattr(failure, "_base_exc", None) or getattr(failure, "cause", None) or failure.__cause__
+        inner = next((getattr(failure, name) for name in INNER if getattr(failure, name, None)), None)
         if not isinstance(inner, BaseException):
             return failure
         failure = inner

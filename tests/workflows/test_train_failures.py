@@ -1,0 +1,26 @@
+"""The line about workers that failed: who died comes before who lost the connection, and no error twice."""
+
+from __future__ import annotations
+
+from ray.exceptions import ActorDiedError, RayTaskError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+from smalti.errors import DataError
+from smalti.workflows.train.failures import cause_of, failed_workers
+
+RESET = RuntimeError("Connection reset by peer\nand more\nGood luck")
+
+
+def test_a_worker_that_died_is_named_before_those_that_lost_it() -> None:
+    gone = WorkerHealthCheckFailedError("A worker health check failed.", ActorDiedError())
+    told = failed_workers({0: RESET, 2: gone})
+    assert told.startswith("worker(s) 2 died: ActorDiedError: ")
+    assert failed_workers({1: RESET, 0: RESET}) == (
+        "worker(s) 0, 1 failed: RuntimeError: Connection reset by peer … Good luck"
+    )
+
+
+def test_what_the_user_sees_at_the_end_is_not_told_before() -> None:
+    wrapped = RayTaskError("work", "remote traceback", DataError("shard 3 is torn"))
+    assert isinstance(cause_of(wrapped), DataError)
+    assert failed_workers({0: wrapped, 1: RESET}) == ""
