@@ -179,6 +179,9 @@ def test_traffic_steps_and_hours_by_hand(monkeypatch: pytest.MonkeyPatch) -> Non
     assert plan.step_seconds == (pytest.approx(max(compute, plan.traffic / 1e9)), "traffic")
     assert plan.hours == pytest.approx(100 * plan.traffic / 1e9 / 3600)
     assert plan.checkpoint == 16 * parameters
+    slow = TrainPlan(plan.trial, replace(rates, call_s=1.0), 8)
+    assert slow.step_seconds == (2 * plan.trial.calls(), "calls of operators"), "two micro batches"
+    assert 100 < plan.trial.calls() < 1000, "two layers forward and backward"
     two_nodes = TrainPlan(plan.trial, rates, 16)
     assert two_nodes.step_seconds[0] == pytest.approx(2 * 4 * parameters * 15 / 16 / 0.5e9)
     monkeypatch.setattr("smalti.workflows.plan.training.STAYS", parameters // 2)
