@@ -59,14 +59,14 @@ def language_config(name: str) -> tuple[Any, int, str]:
     The rows of the embedding stand for the tokens where the table does not say better. ConfigError as above.
     """
     match = re.fullmatch(r"Qwen/Qwen2\.5-(?:Coder-|Math-)?([\d.]+B)(-Instruct)?", name)
-    known = match is not None and match[1] in QWEN25
-    found, why = _own_config(name, ask_hub=not known)
+    sizes = QWEN25.get(match[1]) if match else None
+    found, why = _own_config(name, ask_hub=sizes is None)
     if found is not None:
         tokens = QWEN25_TOKENS if match else _text_tokens(name)
         return found, tokens or int(found.get_text_config().vocab_size), why
-    if match is None or not known:
+    if sizes is None:
         raise _unknown("mllm.pretrained", name, why, "Qwen/Qwen2.5-7B-Instruct")
-    width, hidden, layers, heads, kv_heads, rows, tied = QWEN25[match[1]]
+    width, hidden, layers, heads, kv_heads, rows, tied = sizes
     config = Qwen2Config(
         hidden_size=width, intermediate_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=kv_heads, vocab_size=rows, tie_word_embeddings=tied, use_sliding_window=False,
