@@ -243,12 +243,8 @@ class ListedGroup:
 
     def load(self) -> FolderGroup:
         record = storage.read_json(self.listing)
-        entries = [
-            Entry(path, text, caption, label, tuple((question, answer) for question, answer in qa))
-            for path, text, caption, label, qa in record["entries"]
-        ]
-        lost = tuple(Lost(*one) for one in record["lost"])
-        return FolderGroup(record["root"], tuple(entries), lost, record["max_bytes"])
+        entries, lost = map(_entry, record["entries"]), (Lost(*one) for one in record["lost"])
+        return FolderGroup(record["root"], tuple(entries), tuple(lost), record["max_bytes"])
 
     def samples(self) -> Iterator[Sample | Lost]:
         return self.load().samples()
