@@ -18,6 +18,7 @@ def test_a_worker_that_died_is_named_before_those_that_lost_it() -> None:
     assert failed_workers({1: RESET, 0: RESET}) == (
         "worker(s) 0, 1 failed: RuntimeError: Connection reset by peer … Good luck"
     )
+    assert len(failed_workers({0: RuntimeError("x" * 999)})) < 250
 
 
 def test_what_the_user_sees_at_the_end_is_not_told_before() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from smalti.errors import SmaltiError
 
+LINE = 200  # characters; Ray's advice about a dead worker is a page
 INNER = ("_base_exc", "health_check_failure", "cause", "__cause__")  # where Ray's errors keep what they stand for
 
 
@@ -24,9 +25,10 @@ def failed_workers(failures: Mapping[int, BaseException]) -> str:
 
 
 def brief(error: BaseException) -> str:
-    """An error in a line: its first and its last."""
-    told = f"{type(error).__name__}: {error}".strip().splitlines()
-    return told[0] if len(told) == 1 else f"{told[0]} … {told[-1].strip()}"
+    """An error in a line: its first and its last, of each so much as fits."""
+    lines = f"{type(error).__name__}: {error}".strip().splitlines()
+    ends = [lines[0]] if len(lines) == 1 else [lines[0], lines[-1].strip()]
+    return " … ".join(end if len(end) <= LINE else f"{end[:LINE]}…" for end in ends)
 
 
 def cause_of(failure: BaseException) -> BaseException:
