@@ -31,8 +31,8 @@ def toy():
 
 @pytest.fixture
 def other():
-    """The second of two nodes of one CPU, which a test takes away. Each test has a cluster of its own: to a training that
-    has just begun, Ray may still count out what the one before it held."""
+    """The second of two nodes of one CPU, which a test takes away. Each test has a cluster of its own, with both nodes from
+    the start: after the first training Ray looks for new ones every 20 s alone."""
     import ray
     from ray.cluster_utils import Cluster
 
