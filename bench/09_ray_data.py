@@ -22,6 +22,10 @@ from smalti.workflows.ray_session import ensure_ray
 SHARDS, WORKERS, TURNS, GOAL = 24, 2, 3, 0.95
 
 
+def told(side: feature_runs.Measured) -> str:
+    return ", ".join(f"{kind} {seconds:.2f}" for kind, seconds in sorted(side.cpu_s.items(), key=lambda item: -item[1]))
+
+
 def main() -> None:
     num_shards = int(sys.argv[1]) if len(sys.argv) > 1 else SHARDS
     turns = []
@@ -35,15 +39,20 @@ def main() -> None:
                     f"{pool.cpu_rate:,.0f}; load {os.getloadavg()[0]:.1f}",
                     flush=True,
                 )
+                print(
+                    f"  receipt of the last shard after {ray.tail_s:.2f} and {pool.tail_s:.2f} s; CPU-seconds of Ray Data: {told(ray)}"
+                )
                 turns.append((ray, pool))
     ratio, cpu_ratio = (
         statistics.median(getattr(ray, kind) for ray, _ in turns)
         / statistics.median(getattr(pool, kind) for _, pool in turns)
         for kind in ("rate", "cpu_rate")
     )
+    spent = {kind: statistics.median(ray.cpu_s.get(kind, 0.0) for ray, _ in turns) for kind in turns[0][0].cpu_s}
+    shares = {kind: round(seconds / sum(spent.values()), 4) for kind, seconds in spent.items()}
     equal = len({side.digest for turn in turns for side in turn}) == 1
     met = bool(equal and ratio >= GOAL)
-    report(9, ratio=ratio, quality=float(equal), met=met, cpu_ratio=round(cpu_ratio, 3))
+    report(9, ratio=ratio, quality=float(equal), met=met, cpu_ratio=round(cpu_ratio, 3), cpu_shares=shares)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 The clock starts when `WARM` shards are on disk: by then every worker has loaded its model. It stops when the driver has
 the last receipt. CPU-seconds are those of the whole tree of processes (Ray's own too) from receipt `WARM` to the last:
-they tell of the work even where other programs share the cores.
+they tell of the work even where other programs share the cores, and by kind of process where the time goes.
 """
 
 from __future__ import annotations
@@ -29,6 +29,15 @@ from smalti.workflows.shard_pipeline import run_shards
 from smalti.workflows.sources.generated import draw
 
 IMAGE_SIZE, DISTINCT, WARM = 64, 1000, 4
+KINDS = (  # the first that is found counts
+    ("worker", "MapWorker"),
+    ("worker", "spawn_main"),
+    ("ray data's actors", "ray::"),
+    ("dashboard", "dashboard"),
+    ("agents", "agent"),
+    ("gcs", "gcs_server"),
+    ("raylet", "raylet"),
+)
 _worker: Any = None
 
 
@@ -64,11 +73,14 @@ def recipe(workers: int) -> Recipe:
 
 @dataclass(frozen=True)
 class Measured:
-    """Images a second, images a CPU-second, and a digest of all shards."""
+    """Images a second, images a CPU-second, a digest of all shards, CPU-seconds of each kind of process, and the seconds
+    from the last shard's writing to its receipt."""
 
     rate: float
     cpu_rate: float
     digest: str
+    cpu_s: dict[str, float]
+    tail_s: float
 
 
 def through_ray(folder: str, workers: int) -> Measured:
@@ -96,30 +108,44 @@ def _one(key: str) -> Any:
 
 def _measure(folder: str, results: Iterator[Any]) -> Measured:
     """Rates from the `WARM`-th shard to the last receipt; the output is taken away afterwards."""
-    counted, warm_cpu_s, num_images = _CpuSeconds(), 0.0, 0
+    counted, warm, num_images = _CpuSeconds(), {}, 0
     for number, (_, images) in enumerate(results, 1):
         num_images += images
-        ended, cpu_s = time.time(), counted.total()
+        ended, counts = time.time(), counted.by_kind()
         if number == WARM:
-            warm_cpu_s = cpu_s
+            warm = counts
     files = sorted(Path(folder, "out").rglob("*.parquet"))
     written = sorted(os.stat(file).st_mtime for file in files)
     digest = hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
     shutil.rmtree(Path(folder, "out"))
     timed = num_images * (len(written) - WARM) / len(written)
-    return Measured(timed / (ended - written[WARM - 1]), timed / (cpu_s - warm_cpu_s), digest)
+    cpu_s = {kind: seconds - warm.get(kind, 0.0) for kind, seconds in counts.items()}
+    tail_s = ended - written[-1]
+    return Measured(timed / (ended - written[WARM - 1]), timed / sum(cpu_s.values()), digest, cpu_s, tail_s)
 
 
 class _CpuSeconds:
     """CPU-seconds of this process and all below it, those that have ended meanwhile included as last seen."""
 
     def __init__(self) -> None:
-        self.seen: dict[tuple[int, float], float] = {}
+        self.seen: dict[tuple[int, float], tuple[str, float]] = {}
 
-    def total(self) -> float:
+    def by_kind(self) -> dict[str, float]:
         me = psutil.Process()
         for process in [me, *me.children(recursive=True)]:
             with suppress(psutil.Error):
                 times = process.cpu_times()
-                self.seen[process.pid, process.create_time()] = times.user + times.system
-        return sum(self.seen.values())
+                kind = "driver" if process == me else _kind(" ".join(process.cmdline()))
+                self.seen[process.pid, process.create_time()] = kind, times.user + times.system
+        totals: dict[str, float] = {}
+        for kind, seconds in self.seen.values():
+            totals[kind] = totals.get(kind, 0.0) + seconds
+        return totals
+
+
+def _kind(command: str) -> str:
+    """What a process of a run is, by its command line: Ray renames its own."""
+    for kind, word in KINDS:
+        if word in command:
+            return kind
+    return "other"

@@ -3,7 +3,8 @@
 `python bench/train_kills.py [kills [kind …]]` (default: 5 of each kind). A run is killed at random moments and goes on, by itself
 or by the same command; its loss curve must be that of the unbroken run (to 1e-5 with the same number of workers, to 1e-4
 with another), and each sample of an epoch must have come exactly once. `node`: the raylet and all else of a node with a
-worker is killed; `notice`: the same half a minute after a notice; `grow`: a node comes. The last line is JSON.
+worker is killed, and workers may be one or two; `fixed`: the same with two workers, which wait for the node that comes half a
+minute later; `notice`: as `node`, half a minute after a notice; `grow`: a node comes. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -132,8 +133,10 @@ def is_worker(process: psutil.Process) -> bool:
     return False
 
 
-def take_nodes(cluster: Any, kills: int, rng: random.Random, notice_s: float | None) -> Callable[[Any], int]:
-    """Remove the node of a worker, with notice or without, and add another; again when all go on."""
+def take_nodes(
+    cluster: Any, kills: int, rng: random.Random, notice_s: float | None = None, away_s: float = 0.0
+) -> Callable[[Any], int]:
+    """Remove the node of a worker, with notice or without, and add another `away_s` later; again when all go on."""
 
     def meddle(run: Any) -> int:
         for kill in range(kills):
@@ -149,6 +152,7 @@ def take_nodes(cluster: Any, kills: int, rng: random.Random, notice_s: float | N
                 if not wait_for(run, "saved at step", kill + 1):
                     return kill
             cluster.remove_node(node, allow_graceful=False)
+            time.sleep(away_s)
             cluster.add_node(num_cpus=1)
         return kills
 
@@ -186,7 +190,7 @@ def give_notice(node_id: str, seconds: float) -> None:
 def kill_driver(path: Path, kills: int, rng: random.Random) -> int:
     """The toy's own script, killed at random moments after it began to train, until it ends by itself."""
     for kill in range(kills + 1):
-        command = [sys.executable, str(TOY), str(path), str(SLOW_S), json.dumps(CHANGES)]
+        command = [sys.executable, str(TOY), str(path), str(SLOW_S), json.dumps(CHANGES | {"workers": 2})]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as running:
             assert running.stderr is not None
             for line in running.stderr:
@@ -200,7 +204,8 @@ def kill_driver(path: Path, kills: int, rng: random.Random) -> int:
     raise RuntimeError("the toy did not end")
 
 
-KINDS = ("worker-zero0", "worker-zero3", "driver", "node", "notice", "grow")
+KINDS = ("worker-zero0", "worker-zero3", "driver", "node", "fixed", "notice", "grow")
+AWAY_S = 30.0
 
 
 def main() -> None:
@@ -225,11 +230,13 @@ def main() -> None:
                     note(kind, train(toy, root / kind, meddle=harm, zero_stage=int(kind[-1])))
         if "driver" in kinds:
             note("driver", kill_driver(root / "driver", kills, rng))
-        for kind, notice_s in (("node", None), ("notice", 30.0)):
+        ways: dict[str, dict[str, float]] = {"node": {}, "fixed": {"away_s": AWAY_S}, "notice": {"notice_s": 30.0}}
+        for kind, way in ways.items():
             if kind in kinds:
                 with session(nodes=2) as cluster:
-                    harm = take_nodes(cluster, kills, rng, notice_s)
-                    note(kind, train(toy, root / kind, meddle=harm, workers=(1, 2), zero_stage=1))
+                    harm = take_nodes(cluster, kills, rng, **way)
+                    workers = 2 if kind == "fixed" else (1, 2)
+                    note(kind, train(toy, root / kind, meddle=harm, workers=workers, zero_stage=1))
         if "grow" in kinds:
             with session(nodes=0) as cluster:  # Ray looks for new nodes once a minute
                 grown = train(
