@@ -1,8 +1,10 @@
-"""An object store in place of the disk: corpus, encoder, features and tokens read from and write to `s3://`, on this machine.
+"""An object store in place of the disk: corpus, encoder, features and tokens read from and write to `s3://` or `gs://`,
+on this machine.
 
-`python bench/object_store.py`; it wants `pip install s3fs "moto[server]"`. moto's server is the store. Tars, a Parquet
-file and a folder on the store are the source; the output lies on the local disk, then on the store, where a second run must
-skip what stands. The last line is JSON: `quality` is 1 when all files are byte for byte those on the disk.
+`python bench/object_store.py` wants `pip install s3fs "moto[server]"`: moto's server is the store.
+`python bench/object_store.py gs` wants `pip install gcsfs gcp-storage-emulator`. Tars, a Parquet file and a folder on the
+store are the source; the output lies on the local disk, then on the store, where a second run must skip what stands. The last
+line is JSON: `quality` is 1 when all files are byte for byte those on the disk.
 """
 
 from __future__ import annotations
@@ -29,7 +31,17 @@ from smalti.workflows.ray_session import ensure_ray
 from smalti.workflows.sources.generated import draw
 
 ROOT = Path(__file__).resolve().parents[1]
-BUCKET = "s3://smalti-bench"
+NAME = "smalti-bench"
+SERVERS = {  # by protocol: the module, its arguments, and the environment that sends clients to it
+    "s3": ("moto.server -H 127.0.0.1 -p {port}", "AWS_ENDPOINT_URL"),
+    "gs": ("gcp_storage_emulator start --host=127.0.0.1 --port={port} --in-memory", "STORAGE_EMULATOR_HOST"),
+}
+ACCOUNT = {
+    "AWS_ACCESS_KEY_ID": "bench",
+    "AWS_SECRET_ACCESS_KEY": "bench",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "GOOGLE_CLOUD_PROJECT": "bench",
+}
 STAGES: dict[str, Any] = {"corpus": corpus, "encoder": encoder, "features": features, "tokens": tokens}
 RECORDS = ("artifact.json", "artifact.partial.json", "shared.json")
 
@@ -40,9 +52,10 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def start_store(port: int) -> subprocess.Popen[bytes]:
-    """moto's S3 server on the loopback, when it answers. Errors: RuntimeError after 30 s."""
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+def start_store(protocol: str, port: int) -> subprocess.Popen[bytes]:
+    """The store's server on the loopback, when it answers. Errors: RuntimeError after 30 s."""
+    module, *arguments = SERVERS[protocol][0].format(port=port).split()
+    command = [sys.executable, "-m", module, *arguments]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline and server.poll() is None:
@@ -51,7 +64,7 @@ def start_store(port: int) -> subprocess.Popen[bytes]:
                 return server
         time.sleep(0.1)
     server.kill()
-    raise RuntimeError("moto.server did not start: pip install s3fs 'moto[server]'")
+    raise RuntimeError(f"{module} did not start: {__doc__}")
 
 
 def write_sources(folder: str) -> None:
@@ -76,14 +89,14 @@ def write_sources(folder: str) -> None:
         Path(folder, "loose", f"{index}.txt").write_text(made[index][1])
 
 
-def recipe(folder: str, out: str) -> Recipe:
+def recipe(folder: str, bucket: str, out: str) -> Recipe:
     return Recipe.model_validate(
         {
             "out": out,
             "tracking": {"uri": "off"},
             "encoder": {"pretrained": f"{folder}/encoder"},
             "corpus": {
-                "source": [f"{BUCKET}/in/{kind}" for kind in ("tars", "table/x.parquet", "loose")],
+                "source": [f"{bucket}/in/{kind}" for kind in ("tars", "table/x.parquet", "loose")],
                 "image_size": 32,
                 "shard_images": 20,
                 "val_fraction": 0.2,
@@ -104,20 +117,20 @@ def files(root: str) -> dict[str, bytes]:
     return {name: data for name, data in found.items() if not name.rsplit("/", 1)[-1].startswith(".")}
 
 
-def measure(folder: str) -> dict[str, Any]:
+def measure(folder: str, bucket: str) -> dict[str, Any]:
     """All stages on the disk, then on the store, in one Ray session."""
     save_encoder(f"{folder}/encoder", 32, 8, 32, 1)
     seconds: dict[str, float] = {}
-    with ensure_ray(recipe(folder, folder)):
-        for where, place in (("disk", f"{folder}/out"), ("store", f"{BUCKET}/out")):
+    with ensure_ray(recipe(folder, bucket, folder)):
+        for where, place in (("disk", f"{folder}/out"), ("store", f"{bucket}/out")):
             save_tokenizer(place, f"{folder}/encoder", 32)
             for name, stage in STAGES.items():
                 started = time.monotonic()
-                stage.run(recipe(folder, place))
+                stage.run(recipe(folder, bucket, place))
                 seconds[f"{name}/{where}"] = round(time.monotonic() - started, 1)
-        made = files(f"{BUCKET}/out")
-        again = [stage.run(recipe(folder, f"{BUCKET}/out")) for stage in STAGES.values()]
-    here, there = files(f"{folder}/out"), files(f"{BUCKET}/out")
+        made = files(f"{bucket}/out")
+        again = [stage.run(recipe(folder, bucket, f"{bucket}/out")) for stage in STAGES.values()]
+    here, there = files(f"{folder}/out"), files(f"{bucket}/out")
     differ = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
     print(f"{len(here)} files, differing: {differ[:10] or 'none'}")
     met = not differ and made == there and len(again) == len(STAGES)
@@ -125,27 +138,23 @@ def measure(folder: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    port = free_port()
-    os.environ |= {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": "bench",
-        "AWS_SECRET_ACCESS_KEY": "bench",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    server = start_store(port)
+    protocol = sys.argv[1] if len(sys.argv) > 1 else "s3"
+    port, bucket = free_port(), f"{protocol}://{NAME}"
+    os.environ |= {SERVERS[protocol][1]: f"http://127.0.0.1:{port}"} | ACCOUNT
+    server = start_store(protocol, port)
     try:
         import fsspec
 
-        store = fsspec.filesystem("s3")
-        store.mkdir(BUCKET)
+        store = fsspec.filesystem(protocol)
+        store.mkdir(bucket)
         with tempfile.TemporaryDirectory() as folder:
             write_sources(f"{folder}/in")
-            store.put(f"{folder}/in", f"{BUCKET}/in", recursive=True)
-            result = measure(folder)
+            store.put(f"{folder}/in", f"{bucket}/in", recursive=True)
+            result = measure(folder, bucket)
     finally:
         server.terminate()
         server.wait()
-    print(json.dumps({"what": "object store", **result, "machine": machine()}))
+    print(json.dumps({"what": f"object store, {protocol}://", **result, "machine": machine()}))
 
 
 if __name__ == "__main__":
