@@ -167,9 +167,7 @@ def sizes_bytes(directory: str) -> dict[str, int]:
             found = {os.path.relpath(file, root).replace(os.sep, "/"): os.path.getsize(file) for file in files}
         else:
             fs, key = _remote(directory)
-            root = fs._strip_protocol(key)
-            listed = fs.find(key, detail=True)
-            found = {posixpath.relpath(name, root): int(info["size"]) for name, info in listed.items()}
+            found = {name: int(info["size"]) for name, (_, info) in _files_below(fs, key).items()}
     return {name: size for name, size in found.items() if not name.endswith(_TEMP_SUFFIX)}
 
 
@@ -309,10 +307,10 @@ def local_copy(path: str) -> Iterator[str]:
             if not fs.isdir(key):
                 fs.get_file(key, target)
             else:
-                for name in fs.find(key):
-                    part = os.path.join(target, posixpath.relpath(name, fs._strip_protocol(key)))
+                for name, (whole, _) in _files_below(fs, key).items():
+                    part = os.path.join(target, name)
                     os.makedirs(os.path.dirname(part), exist_ok=True)
-                    fs.get_file(name, part)
+                    fs.get_file(whole, part)
         yield target
 
 
@@ -351,6 +349,13 @@ def _swap_in(temp: str, local: str) -> None:
     os.rename(local, old)
     os.rename(temp, local)
     remove(old)
+
+
+def _files_below(fs: fsspec.AbstractFileSystem, key: str) -> dict[str, tuple[str, dict[str, Any]]]:
+    """(whole name, what the store tells) of each file below a folder, by its path from there. Empty objects whose names end
+    with a slash, which some programs write for folders (Ray Train does on S3), are none."""
+    root, found = fs._strip_protocol(key), fs.find(key, detail=True)
+    return {posixpath.relpath(name, root): (name, info) for name, info in found.items() if not name.endswith("/")}
 
 
 def _remote(path: str) -> tuple[fsspec.AbstractFileSystem, str]:

@@ -4,7 +4,9 @@ import errno
 import os
 from pathlib import Path
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFile
 
 from smalti import storage
 from smalti.errors import DataError
@@ -191,3 +193,17 @@ def test_files_are_brought_fetched_and_measured(place: str, tmp_path: Path) -> N
     for missing in (storage.stamp, lambda path: storage.get_file(path, str(tmp_path / "no"))):
         with pytest.raises(DataError, match="nothing there"):
             missing(storage.join(place, "nothing there"))
+
+
+def test_objects_that_stand_for_folders_are_no_files(memory_url: str) -> None:
+    """On S3 Ray Train writes them: empty, with names that end with a slash."""
+    fs, key = fsspec.core.url_to_fs(memory_url)
+    marks = {f"{key}/{name}": MemoryFile(fs, f"{key}/{name}", b"") for name in ("", "sub/")}
+    fs.store.update(marks)
+    storage.write_atomic(storage.join(memory_url, "sub", "a"), b"1")
+    assert storage.sizes_bytes(memory_url) == {"sub/a": 1}
+    assert storage.list_names(memory_url) == ["sub"] and storage.list_names(f"{memory_url}/sub") == ["a"]
+    with storage.local_copy(memory_url) as folder:
+        assert Path(folder, "sub", "a").read_bytes() == b"1"
+    for mark in marks:  # this store cannot remove them
+        del fs.store[mark]
