@@ -20,6 +20,7 @@ MAX_PIXELS = 64_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "PCX", "SGI", "QOI")
 REASONS = ("empty", "undecodable", "truncated", "bomb", "too_small")
 
+_PLAIN = ("RGB", "L", "CMYK")  # modes that always come to RGB
 _ORIENTATION = 0x0112
 _EXIF_SEGMENTS, _SEGMENTS = 64, 4096
 _TURNS = {
@@ -53,7 +54,7 @@ def probe(data: bytes, *, max_pixels: int = MAX_PIXELS, min_size: int = 1) -> tu
     """(width, height) after the EXIF turn, once every pixel was decoded; raises as `decode` does."""
     image = _open(data, max_pixels, min_size)
     _load(image)
-    if image.mode in ("F", "LAB"):
+    if image.mode not in _PLAIN or "transparency" in image.info:
         _to_rgb(image)  # not every such image can be
     width, height = image.size
     return (height, width) if _orientation(image) >= 5 else (width, height)
@@ -82,6 +83,7 @@ def _open(data: bytes, max_pixels: int, min_size: int) -> Image.Image:
     if not len(data):
         raise ImageError("the file is empty", "empty")
     _check_segments(data)
+    _check_icon(data, max_pixels)
     image = _identify(bytes(data))
     width, height = image.size
     if width * height > max_pixels:
@@ -100,6 +102,25 @@ def _check_segments(data: bytes) -> None:
         if num > _EXIF_SEGMENTS or every > _SEGMENTS:
             raise ImageError(f"more than {_EXIF_SEGMENTS} EXIF segments, or {_SEGMENTS:,} of any kind")
         place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+
+
+def _check_icon(data: bytes, max_pixels: int) -> None:
+    """Refuse an icon that holds a larger picture than the 256 x 256 that its own header can tell of: Pillow decodes it
+    when it opens the icon."""
+    if data[:4] != b"\0\0\1\0":
+        return
+    for entry in range(6, 6 + 16 * int.from_bytes(data[4:6], "little"), 16):
+        start = int.from_bytes(data[entry + 12 : entry + 16], "little")
+        inner = data[start : start + 24]
+        if inner[:8] == b"\x89PNG\r\n\x1a\n":
+            width, height = int.from_bytes(inner[16:20], "big"), int.from_bytes(inner[20:24], "big")
+        else:  # a bitmap, its mask below it; the oldest headers, of 12 bytes, have numbers of two bytes
+            step = 2 if inner[:4] == b"\x0c\0\0\0" else 4
+            sides = (inner[4 : 4 + step], inner[4 + step : 4 + 2 * step])
+            width, height = (abs(int.from_bytes(side, "little", signed=step == 4)) for side in sides)
+            height //= 2
+        if width * height > max_pixels:
+            raise ImageError(f"{width} x {height} pixels in an icon, more than max_pixels = {max_pixels:,}", "bomb")
 
 
 def _identify(data: bytes) -> Image.Image:

@@ -55,6 +55,18 @@ def png_of(width: int, height: int, idat: bytes) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", head) + png_chunk(b"IDAT", idat) + png_chunk(b"IEND", b"")
 
 
+def palette_png(transparencies: int) -> bytes:
+    """A 1 x 1 PNG with a palette of two colours and so many bytes of transparency."""
+    head = struct.pack(">IIBBBBB", 1, 1, 8, 3, 0, 0, 0)
+    chunks = [(b"IHDR", head), (b"PLTE", bytes(6)), (b"tRNS", bytes(transparencies)), (b"IDAT", zlib.compress(b"\0\0"))]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in [*chunks, (b"IEND", b"")])
+
+
+def icon(inner: bytes) -> bytes:
+    """An icon whose header tells of 16 x 16 pixels, around a PNG or a bitmap."""
+    return struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(inner), 22) + inner
+
+
 def damaged(data: bytes, at: float, length: int = 40) -> bytes:
     start = int(len(data) * at)
     return data[:start] + bytes(length) + data[start + length :]
@@ -77,6 +89,9 @@ BROKEN: dict[str, tuple[Callable[[], bytes], set[str]]] = {
     "tiff cut": (lambda: encoded(noise(), "TIFF", compression="tiff_lzw")[:-9000], {"truncated", "undecodable"}),
     "png of no size": (lambda: png_of(0, 10, b""), {"undecodable", "too_small"}),
     "png whose pixels are no zlib": (lambda: png_of(64, 64, b"not zlib"), {"undecodable", "truncated"}),
+    "palette with too many transparencies": (lambda: palette_png(300), {"undecodable"}),
+    "bomb in an icon": (lambda: icon(png_of(9_000, 9_000, zlib.compress(bytes(1000)))), {"bomb"}),
+    "bitmap bomb in an icon": (lambda: icon(struct.pack("<IiiHH", 40, 9_000, 18_000, 1, 24) + bytes(24)), {"bomb"}),
     "bomb": (lambda: png_of(30_000, 30_000, zlib.compress(bytes(1000))), {"bomb"}),
     "small bomb": (lambda: png_of(9_000, 9_000, zlib.compress(bytes(1000))), {"bomb"}),
 }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,20 @@ def picture(number: int, size: tuple[int, int] = (24, 24), kind: str = "PNG") ->
     stream = io.BytesIO()
     Image.fromarray(noise).save(stream, kind)
     return stream.getvalue()
+
+
+def palette_png(transparencies: int) -> bytes:
+    """A PNG of 24 x 24 with a palette of two colours and so many bytes of transparency."""
+    parts = [
+        (b"IHDR", struct.pack(">IIBBBBB", 24, 24, 8, 3, 0, 0, 0)),
+        (b"PLTE", bytes(6)),
+        (b"tRNS", bytes(transparencies)),
+    ]
+    parts += [(b"IDAT", zlib.compress(bytes(24 * 25))), (b"IEND", b"")]
+    chunks = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 def run(out: Path, source: str | list[str], **section: Any) -> Artifact:
@@ -66,6 +82,8 @@ FILES: dict[str, tuple[bytes, str | None]] = {  # name → bytes, and the reason
     "large.png": (picture(7, (200, 200)), "too_large"),
     "bomb.bmp": (b"BM" + (26).to_bytes(4, "little") + bytes(4) + (26).to_bytes(4, "little")
                  + (12).to_bytes(4, "little") + (60000).to_bytes(2, "little") * 2 + b"\1\0\x18\0", "bomb"),
+    "palette.png": (palette_png(300), "undecodable"),
+    "palette of two.png": (palette_png(2), None),
     "png-as.jpg": (picture(8), None),
     "webp-as.png": (picture(9, kind="WEBP"), None),
     "UPPER.PNG": (picture(10), None),
