@@ -12,8 +12,10 @@ passes between actors without being copied into the pickle.
 from __future__ import annotations
 
 import pickle
+import uuid
 from collections.abc import Iterator, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from contextlib import contextmanager
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import pyarrow as pa
 
@@ -55,7 +57,8 @@ def run_shards(
     `worker(*args)` is made once an actor. `model=True`: `resources.actors` actors, each with `cpus_per_worker` CPUs and
     `gpus_per_worker` GPUs; False: `resources.readers` actors of one CPU. `block_bytes`: what a loaded item weighs; above
     `BLOCK_BYTES` the actors with GPUs read for themselves. A SmaltiError of a worker is raised here as it
-    was; any other exception fails the run as Ray tells it; a lost actor's shard is done again.
+    was; any other exception fails the run as Ray tells it; a lost actor's shard is done again. An item whose workers die
+    time after time (`DEATHS`) is a DataError that names it.
     """
     import ray.data
     from ray.data import ActorPoolStrategy, DataContext
@@ -63,7 +66,12 @@ def run_shards(
     if not items:
         return
     DataContext.get_current().target_max_block_size = None  # a block is a shard: never split
-    rows = [{"head": pickle.dumps((ITEM, item, {})), "array": b""} for item in items]
+    run = f"smalti/{uuid.uuid4().hex}"
+    tickets = [Ticket(f"{run}/{number}", repr(item)[:NAME_LENGTH], DEATHS) for number, item in enumerate(items)]
+    rows = [
+        {"head": pickle.dumps((ITEM, (ticket, item), {})), "array": b""}
+        for ticket, item in zip(tickets, items, strict=True)
+    ]
     data: Any = ray.data.from_items(rows, override_num_blocks=len(rows))
     gpus = resources.gpus_per_worker if model else 0
     given: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "fn_constructor_args": (worker, args)}
@@ -85,16 +93,60 @@ def run_shards(
     cpus = resources.cpus_per_worker if model else 1
     step = _Work if apart else _ReadAndWork
     data = data.map_batches(step, compute=pool, num_cpus=cpus, num_gpus=gpus, **given)
-    for table in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        _, result, noted = _unpack(table)
-        if tally is not None:
-            tally.add(noted)
-        if isinstance(result, SmaltiError):
-            raise result
-        yield result
+    batches = iter(data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
+    try:
+        for table in batches:
+            _, result, noted = _unpack(table)
+            if tally is not None:
+                tally.add(noted)
+            if isinstance(result, SmaltiError):
+                raise result
+            yield result
+    finally:
+        batches.close()  # ends the actors, also where no more receipts are wanted: none writes behind the driver's back
+        _forget(run)
+
+
+class Ticket(NamedTuple):
+    """What tells an item from others: a key in Ray's own store, where it is noted how often its work was begun; the item
+    for people; and how many of its workers may die."""
+
+    key: str
+    item: str
+    deaths: int
+
+
+@contextmanager
+def _begun(ticket: Ticket, step: str) -> Iterator[None]:
+    """Note in Ray's own store that an item is worked at, until it is done. Errors: DataError when that was noted as
+    often as its workers may die."""
+    from ray.experimental import internal_kv
+
+    key = f"{ticket.key}/{step}".encode()
+    before = int(internal_kv._internal_kv_get(key) or 0)
+    if before >= ticket.deaths:
+        raise DataError(
+            f"{before} workers died at {ticket.item}: they crashed, or the memory was used up. For memory set fewer "
+            "resources.actors or resources.readers, or a smaller corpus.shard_images; a file that crashes its reader must "
+            "go out of the source. Then run the command again: what is done is kept."
+        )
+    internal_kv._internal_kv_put(key, str(before + 1).encode())
+    yield
+    internal_kv._internal_kv_del(key)
+
+
+def _forget(run: str) -> None:
+    """Take away what is noted of a run's items; Ray may have ended."""
+    import ray
+    from ray.experimental import internal_kv
+
+    if ray.is_initialized():
+        internal_kv._internal_kv_del(run.encode(), del_by_prefix=True)
 
 
 ITEM, LOADED, RESULT = "item", "loaded", "result"
+DEATHS = 5  # of one item's workers, after which it is not tried again; some may go with their nodes
+NAME_LENGTH = 300
 LARGE_BYTES = 2**20  # an array from here on is not copied into the pickle
 
 
@@ -131,6 +183,8 @@ def _unpack(table: pa.Table) -> tuple[str, Any, dict[str, float]]:
 class _Caught(Generic[Item]):
     """Base of the actors: a SmaltiError becomes the block's result, so that the driver raises it as it was."""
 
+    gives = RESULT
+
     def __init__(self, worker: type, args: tuple[Any, ...]) -> None:
         import ray
 
@@ -143,29 +197,33 @@ class _Caught(Generic[Item]):
         if kind == RESULT:  # a reader's error
             return block
         HERE.add(noted)
+        ticket, value = value
         try:
-            result = self.step(value)
+            with _begun(ticket, type(self).__name__):
+                result = self.step(value)
         except SmaltiError as error:
-            result = RESULT, error
-        return _pack(*result, HERE.drain())
+            return _pack(RESULT, error, HERE.drain())
+        return _pack(self.gives, result if self.gives == RESULT else (ticket, result), HERE.drain())
 
-    def step(self, value: Any) -> tuple[str, Any]:
+    def step(self, value: Any) -> Any:
         raise NotImplementedError
 
 
 class _ReadAndWork(_Caught[Any]):
-    def step(self, value: Any) -> tuple[str, Any]:
-        return RESULT, self.worker.work(self.worker.read(value))
+    def step(self, value: Any) -> Any:
+        return self.worker.work(self.worker.read(value))
 
 
 class _Read(_Caught[Any]):
-    def step(self, value: Any) -> tuple[str, Any]:
-        return LOADED, self.worker.read(value)
+    gives = LOADED
+
+    def step(self, value: Any) -> Any:
+        return self.worker.read(value)
 
 
 class _Work(_Caught[Any]):
-    def step(self, value: Any) -> tuple[str, Any]:
-        return RESULT, self.worker.work(value)
+    def step(self, value: Any) -> Any:
+        return self.worker.work(value)
 
 
 def standing(artifact_path: str, key: str) -> Receipt | None:

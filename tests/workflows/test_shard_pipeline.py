@@ -13,6 +13,7 @@ import pytest
 from smalti import shards
 from smalti.errors import ConfigError, DataError, ImageError
 from smalti.schema import Resources
+from smalti.workflows import shard_pipeline
 from smalti.workflows.ray_session import quiet_ray_data
 from smalti.workflows.shard_pipeline import _pack, _unpack, refuse_foreign, run_shards, standing, standing_for
 from smalti.workflows.shard_tally import Tally
@@ -30,7 +31,8 @@ def ray_here() -> Iterator[None]:
 
 
 def worker_class(folder: str = "") -> Any:
-    """A worker that squares; made here, so that it travels by value. It dies once at item 5 when given a folder."""
+    """A worker that squares; made here, so that it travels by value. Given a folder it dies once at item 5, and
+    always at item 6."""
 
     class Square:
         def __init__(self, offset: int) -> None:
@@ -50,6 +52,8 @@ def worker_class(folder: str = "") -> Any:
             marker = Path(folder) / "died"
             if folder and item == 5 and not marker.exists():
                 marker.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            if folder and item == 6:
                 os.kill(os.getpid(), signal.SIGKILL)
             if item == -2:
                 raise ValueError("a bug")
@@ -87,9 +91,18 @@ def test_gpus_that_this_machine_has_not_are_not_waited_for(ray_here: None) -> No
 
 def test_the_shard_of_a_lost_actor_is_done_again(ray_here: None, tmp_path: Path) -> None:
     tally = Tally()
-    assert results(list(range(9)), 0, str(tmp_path), tally) == sorted(n * n + 7 for n in range(9))
+    items = [0, 1, 2, 3, 4, 5, 7, 8, 9]
+    assert results(items, 0, str(tmp_path), tally) == sorted(n * n + 7 for n in items)
     assert (tmp_path / "died").exists()
     assert tally.counted() == {"restarts": 1}
+
+
+def test_an_item_that_kills_its_workers_is_one_clear_error(
+    ray_here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_pipeline, "DEATHS", 1)
+    with pytest.raises(DataError, match=r"1 workers died at 6: .*resources\.actors .* go out of the source"):
+        results([6], 0, str(tmp_path))
 
 
 def test_a_large_array_travels_beside_the_pickle() -> None:
