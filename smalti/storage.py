@@ -137,6 +137,20 @@ def remove(path: str) -> None:
             fs.rm(key, recursive=True)
 
 
+def remove_temporary(directory: str) -> int:
+    """Remove what writes that were killed left in a local folder and below; how many files. Object stores have none."""
+    found = 0
+    if is_local(directory):
+        with _told("clear", directory):
+            for folder, folders, names in os.walk(local_path(directory)):
+                for name in [*folders, *names]:
+                    if name.endswith(_TEMP_SUFFIX):
+                        remove(os.path.join(folder, name))
+                        found += 1
+                folders[:] = [name for name in folders if not name.endswith(_TEMP_SUFFIX)]
+    return found
+
+
 def size_bytes(path: str) -> int:
     """Bytes of one file."""
     with _told("look at", path):

@@ -128,6 +128,8 @@ def run_stage(
         log_line(f"{name}: skipped, stands already in {done.path} (fingerprint {done.fingerprint})")
         return done
     assert isinstance(place, Workspace)
+    if place.resumed:
+        storage.remove_temporary(path)  # of dead runs: the place is held
     parent = open_tracker(recipe) if tracker is None else tracker
     try:
         result = _make(recipe, name, config, parents, place, body, parent.child(name))
