@@ -19,15 +19,17 @@ from smalti.errors import DataError
 from smalti.progress import log
 from smalti.schema import Recipe
 from smalti.tracking import Tracker
+from smalti.workflows.corpus_index import tell_second_images
 from smalti.workflows.corpus_look import look_and_plan
-from smalti.workflows.corpus_write import LISTING, write_shards
+from smalti.workflows.corpus_write import GONE, LISTING, counted, write_shards
 from smalti.workflows.ray_session import ensure_ray
 from smalti.workflows.shard_pipeline import refuse_foreign
-from smalti.workflows.shard_tally import tallied
+from smalti.workflows.shard_tally import HERE, tallied
 from smalti.workflows.sources import Group, find_groups, listed
 from smalti.workflows.stage import StageRun, run_stage, stage_path
 
-WORK = ("index", "ids", "copies", "gifts", "marks")  # folders that the finished artifact does not keep
+WORK = ("index", "ids", "copies", "gifts", "marks", GONE)  # folders that the finished artifact does not keep
+LISTED_AGAIN = 1_000_000
 LISTED = "listed"  # another: what a folder lists, a file a group; written anew by each try
 
 
@@ -37,8 +39,12 @@ def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
     Counts: images, train, val, quarantined, over_limit, found (their sum), and `quarantined/<reason>`.
     Errors: DataError when the source cannot be found, or when a split that was asked for has no usable image.
     """
-    stood = Artifact.find(stage_path(recipe, "corpus")) is not None
+    path = stage_path(recipe, "corpus")
+    stood = Artifact.find(path) is not None
     made = run_stage(recipe, "corpus", "corpus", stage_config(recipe), {}, _body, tracker=tracker)
+    if made.path == path:  # only now: what is made of them stands
+        for name in set(storage.list_names(path)).intersection({*WORK, LISTED}):
+            storage.remove(storage.join(path, name))
     if stood:
         _tell_of_change(recipe, made)
     return made
@@ -62,15 +68,15 @@ def sources_of(recipe: Recipe) -> list[str]:
 def _body(run: StageRun) -> dict[str, int]:
     with tallied(run) as tally:
         with tally.part("list"):
+            HERE.drain()  # what an earlier run in this process left
             groups, listing = _groups(run.recipe, storage.join(run.path, LISTED))
+            tally.add(HERE.drain())
             _same_listing(run, listing)
         with ensure_ray(run.recipe):
             places, plan = look_and_plan(run, tally, groups)
             written = write_shards(run, tally, groups, places, plan)
-    counts = plan.counts()
+    counts = counted(run.path, plan)
     _check(run, counts, written)
-    for name in (*WORK, LISTED):
-        storage.remove(storage.join(run.path, name))
     return counts
 
 
@@ -93,10 +99,12 @@ def _groups(recipe: Recipe, folder: str | None = None) -> tuple[dict[str, list[G
 def _tell_of_change(recipe: Recipe, made: Artifact) -> None:
     """A line when a finished corpus is of other files than the source lists now: its fingerprint is of settings alone.
 
-    Looked at on this machine's disks only, where it is cheap; a source that is gone is no change.
+    Looked at where it is cheap, on this machine's disks and up to `LISTED_AGAIN` images; a source that is gone is no
+    change.
     """
     path = storage.join(made.path, LISTING)
-    if not all(storage.is_local(name) for name in sources_of(recipe)) or not storage.exists(path):
+    cheap = made.counts["found"] <= LISTED_AGAIN and all(storage.is_local(name) for name in sources_of(recipe))
+    if not cheap or not storage.exists(path):
         return
     try:
         changed = storage.read_json(path) != _groups(recipe)[1]
@@ -149,5 +157,6 @@ def _check(run: StageRun, counts: dict[str, int], written: Mapping[str, int]) ->
         raise DataError(f"No image is left to train on: all {counts['val']:,} are held out. {mend}.")
     if not counts["val"] and (section.val_source or section.val_fraction):
         run.log("no image is held out: raise corpus.val_fraction, or name a corpus.val_source")
+    tell_second_images(run, counts)
     if counts["quarantined"]:
         run.log(f"{counts['quarantined']:,} of {counts['found']:,} in quarantine ({told}); see {run.path}/quarantine")

@@ -9,7 +9,7 @@ images holds a few thousand of them in memory.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice, pairwise
 from typing import Any
 
@@ -24,7 +24,9 @@ from smalti.shards import QA
 from smalti.workflows.shard_pipeline import standing
 from smalti.workflows.shard_tally import HERE
 from smalti.workflows.sources import Group, Lost, Sample
-from smalti.workflows.sources.base import printable, unreadable
+from smalti.workflows.sources.base import printable
+from smalti.workflows.sources.patience import reading
+from smalti.workflows.stage import StageRun
 
 ID_DIGITS = 32  # hex digits of a sha256: 128 bits
 INDEX_ROWS = 4096  # rows held while an index is written, and a row group of it
@@ -99,6 +101,20 @@ def check_file(found: Sample, section: CorpusSection) -> None:
         raise ImageError("it has no caption, and corpus.require_caption asks for one", "no_caption")
 
 
+def tell_second_images(run: StageRun, counts: Mapping[str, int]) -> None:
+    """A line that names one of the images left out because another has their key: with dots in a tar's names, all but one."""
+    if not (number := counts.get("quarantined/second_image", 0)):
+        return
+    for key in shards.list_shards(run.path, "quarantine"):
+        for row in shards.read_shard(run.path, key).to_pylist():
+            if row["reason"] == "second_image":
+                run.log(
+                    f"{number:,} images are left out as they have the key of another, as {row['key']} in {row['source']} "
+                    f"({row['detail']}): name them without other dots where each is an image of its own"
+                )
+                return
+
+
 class IndexGroup:
     """Actor: one group of input in, its index and ids on disk out; returns (group, rows, how many are lost)."""
 
@@ -114,10 +130,8 @@ class IndexGroup:
         if standing(self.path, key) is not None:
             HERE.count("kept")
         else:
-            try:
+            with reading(group.source):
                 self.write(split, number, group)
-            except OSError as error:
-                raise unreadable(group.source, error) from error
         lost = shards.read_shard(self.path, key, ["reason"]).column("reason")
         return number, len(lost), len(lost) - lost.null_count
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +22,7 @@ INLINE_ROWS = 100_000  # so few are sorted out in this process: an actor takes l
 
 def each(
     run: StageRun, tally: Tally, items: Sequence[Any], worker: type, args: tuple[Any, ...], inline: bool = False
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """The result of each item, on Ray or in this process; what the workers noted is in the tally before it comes."""
     if not inline:
         yield from run_shards(items, worker, args, run.recipe.resources, model=False, tally=tally)
@@ -60,12 +61,13 @@ class _Found:
 
 @dataclass
 class _Looking:
-    """What has been looked at, by (split, group)."""
+    """What has been looked at, by (split, group). `need` only grows."""
 
     run: StageRun
     tally: Tally
     update: Callable[..., None]
     done: dict[tuple[str, int], _Found] = field(default_factory=dict)
+    front: dict[str, tuple[int, int]] = field(default_factory=dict)  # groups of a split in a row, their usable images
     images: int = 0
     unusable: int = 0
 
@@ -77,23 +79,23 @@ class _Looking:
         items = [(split, number, group) for number, group in enumerate(members) if (split, number) not in self.done]
         if need is None or self.first_with(split, need) is None:
             args = (self.run.path, self.run.recipe.corpus)
-            for number, rows, lost in each(self.run, self.tally, items, IndexGroup, args):
-                self.done[split, number] = _Found(rows, rows - lost)
-                self.images, self.unusable = self.images + rows, self.unusable + lost
-                self.update(1, images=self.images, unusable=self.unusable)
-                if need is not None and self.first_with(split, need) is not None:
-                    break
+            with closing(each(self.run, self.tally, items, IndexGroup, args)) as looked:
+                for number, rows, lost in looked:
+                    self.done[split, number] = _Found(rows, rows - lost)
+                    self.images, self.unusable = self.images + rows, self.unusable + lost
+                    self.update(1, images=self.images, unusable=self.unusable)
+                    if need is not None and self.first_with(split, need) is not None:
+                        break
         return len(members) if need is None else self.first_with(split, need) or len(members)
 
     def first_with(self, split: str, need: int) -> int | None:
         """How many of the first groups hold `need` usable images; None while one that may be needed is missing."""
-        usable = number = 0
-        while (split, number) in self.done:
+        number, usable = self.front.get(split, (0, 0))
+        while usable < need and (split, number) in self.done:
             usable += self.done[split, number].usable
             number += 1
-            if usable >= need:
-                return number
-        return None
+        self.front[split] = number, usable
+        return number if usable >= need else None
 
 
 def _enough(

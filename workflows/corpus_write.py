@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+import lzma
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -19,10 +22,25 @@ from smalti.workflows.corpus_layout import Part, Plan, rows_of
 from smalti.workflows.corpus_look import each
 from smalti.workflows.shard_pipeline import standing
 from smalti.workflows.shard_tally import HERE, Tally, shown
-from smalti.workflows.sources import Group
+from smalti.workflows.sources import Group, Lost
+from smalti.workflows.sources.base import ReadBytes, is_arrows, is_of_file
+from smalti.workflows.sources.jsonl import JsonLinesGroup, Reach
+from smalti.workflows.sources.patience import UnreachedError, reading
 from smalti.workflows.stage import StageRun
 
 LISTING = "listing.json"
+GONE = "gone"  # what vanished between the passes, a file a shard
+# what a source raises that is not what it was: cut short, or another file
+DAMAGE = (
+    pa.ArrowException,
+    gzip.BadGzipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    ValueError,
+    StopIteration,
+    IndexError,
+)
 QUARANTINE_ROWS = 10_000
 INLINE_PIECES = 4  # shards of quarantine that are written in this process
 ShardItem = tuple[str, list[tuple[Place, Group, list[int]]]]  # key; and of each part its group and range of rows
@@ -42,6 +60,23 @@ def write_shards(
             rows |= {receipt.key: receipt.rows for receipt in receipts}
             update(sum(receipt.rows for receipt in receipts))
     return rows
+
+
+def counted(path: str, plan: Plan) -> dict[str, int]:
+    """The plan's counts, less what vanished between the passes, which gets a shard of quarantine behind those planned."""
+    counts, tables = plan.counts(), []
+    for split in shards.SPLITS:
+        for key in shards.list_shards(path, f"{GONE}/{split}"):
+            tables.append(shards.read_shard(path, key))
+            for name in ("images", split):
+                counts[name] -= len(tables[-1])
+    if tables:
+        lost = pa.concat_tables(tables)
+        counts["quarantined"] += len(lost)
+        counts["quarantined/vanished"] = len(lost)
+        number = sum(1 for _ in plan.pieces("quarantine", QUARANTINE_ROWS))
+        shards.write_shard(path, shards.shard_key("quarantine", number), lost)
+    return counts
 
 
 def shard_items(
@@ -113,32 +148,67 @@ class WriteShards:
             HERE.count("kept")
             return done
         split = key.partition("/")[0]
+        gone: list[dict[str, str]] = []
         with HERE.part("read"):
             tables = [
-                self.table(place, group, rows_of(self.path, place, split, start, end), stack)
+                self.table(place, group, rows_of(self.path, place, split, start, end), stack, gone)
                 for place, group, (start, end) in parts
             ]
         with HERE.part("write"):
+            if gone:  # before the shard: where that stands, this does
+                shards.write_shard(self.path, f"{GONE}/{key}", pa.Table.from_pylist(gone, QUARANTINE))
+            elif any(isinstance(group, JsonLinesGroup) for _, group, _ in parts):
+                storage.remove(shards.shard_path(self.path, f"{GONE}/{key}"))
             return shards.write_shard(self.path, key, pa.concat_tables(tables))
 
-    def table(self, place: Place, group: Group, rows: np.ndarray, stack: ExitStack) -> pa.Table:
-        """Corpus rows of one group. Errors: DataError when the source gives other bytes than at the first pass, or none."""
+    def table(
+        self, place: Place, group: Group, rows: np.ndarray, stack: ExitStack, gone: list[dict[str, str]]
+    ) -> pa.Table:
+        """Corpus rows of one group. Errors: DataError when the source gives other bytes than at the first pass, or none.
+
+        What is not there now, or cannot be reached, may come back: only other bytes make the next try start over. An
+        image of a list of places goes to `gone`, as a row of quarantine, and the others stay.
+        """
         index = read_rows(self.path, place.split, place.number, rows)
         marks = shards.read_shard(self.path, marks_key(place.split, place.number), ["qa"]).take(pa.array(rows))
-        columns = {name: index.column(name).to_pylist() for name in ("key", "start", "extent", "image_id")}
-        data = []
-        try:
-            read = self.reader(place, group, stack)
-            for key, start, extent, identity in zip(*columns.values(), strict=True):
-                data.append(read((start, extent)))
-                if image_id(data[-1]) != identity:
-                    raise self.changed(f"{group.source}::{key}")
-        except (FileNotFoundError, pa.ArrowException) as error:
-            raise self.changed(group.source) from error
-        named = [f"{group.source}::{key}" for key in columns["key"]]
+        with reading(group.source):
+            try:
+                found = list(self.fetch(group, self.reader(place, group, stack), index))
+            except FileNotFoundError as error:
+                raise changed(group.source) from error
+            except (*DAMAGE, OSError) as error:
+                if isinstance(error, DAMAGE) or is_arrows(error):
+                    raise self.other_bytes(group.source) from error
+                raise
+        there = pa.array([row for row, one in enumerate(found) if not isinstance(one, Lost)], pa.int64())
+        for one in found:
+            if isinstance(one, Lost):
+                gone.append({"source": group.source, "key": one.key, "reason": one.reason, "detail": one.detail})
+        index, marks = index.take(there), marks.take(there)
+        named = [f"{group.source}::{key}" for key in index.column("key").to_pylist()]
+        data = [one for one in found if not isinstance(one, Lost)]
         arrays = {"image": shards.bytes_column(data), "source": pa.array(named, pa.string())}
         arrays["qa"] = pc.coalesce(marks["qa"], index["qa"])
         return pa.table([arrays[name] if name in arrays else index[name] for name in CORPUS.names], CORPUS)
+
+    def fetch(self, group: Group, read: ReadBytes, index: pa.Table) -> Iterator[bytes | Lost]:
+        """The bytes of each row. Where images lie apart, one that is not the same any more is lost alone."""
+        apart, reach = isinstance(group, JsonLinesGroup), Reach(group.source)
+        columns = [index.column(name).to_pylist() for name in ("key", "start", "extent", "image_id")]
+        for key, start, extent, identity in zip(*columns, strict=True):
+            try:
+                data = read((start, extent))
+                told = "" if image_id(data) == identity else "it gives other bytes now"
+                reach.met()
+            except (OSError, UnreachedError) as error:
+                if not apart or (isinstance(error, OSError) and not is_of_file(error)):
+                    raise
+                if isinstance(error, UnreachedError):
+                    reach.missed(f"line {key}")
+                told = f"it is not there any more: {error}"
+            if told and not apart:
+                raise self.other_bytes(f"{group.source}::{key}")
+            yield Lost(key, "vanished", told) if told else data
 
     def reader(self, place: Place, group: Group, stack: ExitStack) -> Any:
         """The group's reader: the one that is open, or a new one in its place."""
@@ -147,10 +217,15 @@ class WriteShards:
             self.opened = place, stack.enter_context(group.reader())
         return self.opened[1]
 
-    def changed(self, what: str) -> DataError:
-        """The error of a source that is another one now. The listing goes, so that the next try starts over."""
+    def other_bytes(self, what: str) -> DataError:
+        """The error of a source that holds other bytes now. The listing goes, so that the next try starts over."""
         storage.remove(storage.join(self.path, LISTING))
-        return DataError(
-            f"{what} has changed while the corpus was made. "
-            "Leave the source alone while it is read, and run the command again."
-        )
+        return changed(what)
+
+
+def changed(what: str) -> DataError:
+    """The error of a source that is another one now."""
+    return DataError(
+        f"{what} has changed while the corpus was made. "
+        "Leave the source alone while it is read, and run the command again."
+    )

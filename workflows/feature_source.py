@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,19 +19,21 @@ from smalti import images, shards, storage
 from smalti.artifact import Artifact
 from smalti.errors import DataError, ImageError
 from smalti.schema import Recipe
-from smalti.workflows.corpus_index import check_file, image_id, look
+from smalti.workflows.corpus_index import check_file, image_id, look, tell_second_images
 from smalti.workflows.corpus_layout import is_held_out
 from smalti.workflows.features import Featurizer, open_parent
 from smalti.workflows.ray_session import ensure_ray
 from smalti.workflows.shard_pipeline import run_shards
 from smalti.workflows.shard_tally import HERE, shard_progress
 from smalti.workflows.sources import Group, Lost, Sample, find_groups, listed
-from smalti.workflows.sources.base import printable, unreadable
+from smalti.workflows.sources.base import printable
 from smalti.workflows.sources.folder import ListedGroup
+from smalti.workflows.sources.patience import reading
 from smalti.workflows.stage import StageRun
 
 LISTED = "listed"  # what a folder lists, a file a group, until the stage is done
 Note = dict[str, Any]
+GroupItem = tuple[int, Group, list[str]]  # number, group, and the shards that stand under that number
 
 
 def source_config(recipe: Recipe) -> dict[str, Any]:
@@ -54,12 +56,13 @@ def make(run: StageRun, encoder: Artifact) -> dict[str, int]:
         listed(group, storage.join(run.path, LISTED, f"{number:05d}.json"))
         for number, group in enumerate(find_groups(recipe.features.source, recipe.corpus, recipe.seed))
     ]
-    _refuse_foreign(run.path, len(groups))
+    standing = _standing(run.path, len(groups))
     counts = Counter({"images": 0, "vectors": 0, "train": 0, "val": 0, "quarantined": 0})
     args, dim = (run.path, path, recipe, model.image_size), model.dim
     del model
     with ensure_ray(recipe), shard_progress(run, len(groups), "groups") as (tally, update):
-        for note in run_shards(list(enumerate(groups)), FeatureGroup, args, recipe.resources, tally=tally):
+        items = [(number, group, standing.get(number, [])) for number, group in enumerate(groups)]
+        for note in run_shards(items, FeatureGroup, args, recipe.resources, tally=tally):
             counts.update({"images": note["images"], "quarantined": sum(note["lost"].values())})
             for key, rows in note["shards"].items():
                 counts.update({"vectors": rows, key.split("/")[0]: rows})
@@ -70,6 +73,7 @@ def make(run: StageRun, encoder: Artifact) -> dict[str, int]:
             f"{recipe.features.source} gave no image to train on ({counts['quarantined']:,} in quarantine, "
             f"{counts['images']:,} held out). See {run.path}/quarantine, or set features.source."
         )
+    tell_second_images(run, counts)
     storage.remove(storage.join(run.path, LISTED))
     found = counts["images"] + counts["quarantined"]
     return {**counts, "dim": dim, "groups": len(groups), "found": found}
@@ -82,13 +86,13 @@ class FeatureGroup:
         self.out, self.encoder_dir, self.recipe, self.image_size = out, encoder, recipe, image_size
         self.featurizer: Featurizer | None = None
 
-    def read(self, item: tuple[int, Group]) -> tuple[int, Group]:
+    def read(self, item: GroupItem) -> GroupItem:
         """What the group lists; it is read in blocks by `work`, so that its pixels are never held as a whole."""
-        number, group = item
-        return number, group.load() if isinstance(group, ListedGroup) else group
+        number, group, standing = item
+        return number, group.load() if isinstance(group, ListedGroup) else group, standing
 
-    def work(self, item: tuple[int, Group]) -> Note:
-        number, group = item
+    def work(self, item: GroupItem) -> Note:
+        number, group, standing = item
         path = storage.join(self.out, "groups", f"{number:05d}.json")
         digest = hashlib.sha256(repr(group).encode()).hexdigest()
         if storage.exists(path):
@@ -96,15 +100,14 @@ class FeatureGroup:
             if note["group"] == digest:
                 HERE.count("kept")
                 return note
-            self.forget(path, note)
+            HERE.count("remade")
+        self.forget(number, standing, path)
         note = {"group": digest, "images": 0, "shards": {}, "lost": {}}
         lost: list[dict[str, str]] = []
-        try:
+        with reading(group.source):
             for piece, block in enumerate(self.blocks(group, lost)):
                 note["images"] += len(block)
                 note["shards"] |= self.write(f"{number:05d}-{piece:03d}", block, group.source)
-        except OSError as error:
-            raise unreadable(group.source, error) from error
         if lost:
             shards.write_shard(
                 self.out, shards.shard_key("quarantine", number), pa.Table.from_pylist(lost, shards.QUARANTINE)
@@ -113,13 +116,12 @@ class FeatureGroup:
         storage.write_json(path, note)
         return note
 
-    def forget(self, path: str, note: Note) -> None:
-        """Take away what was made of another group under this number."""
-        for key in note["shards"]:
+    def forget(self, number: int, standing: list[str], path: str) -> None:
+        """Take away what was made under this number, of another group or by a try that was killed before its note."""
+        for key in standing:
             storage.remove(shards.shard_path(self.out, key))
-        storage.remove(shards.shard_path(self.out, shards.shard_key("quarantine", int(path[-10:-5]))))
+        storage.remove(shards.shard_path(self.out, shards.shard_key("quarantine", number)))
         storage.remove(path)
-        HERE.count("remade")
 
     def blocks(self, group: Group, lost: list[dict[str, str]]) -> Iterator[list[tuple[str, np.ndarray]]]:
         """(image_id, pixels uint8 (S, S, 3)) of the images that can be used, a shard's worth at a time; the rest into
@@ -168,14 +170,18 @@ class FeatureGroup:
         return written
 
 
-def _refuse_foreign(path: str, num_groups: int) -> None:
-    """Errors: DataError when shards lie in the artifact that no group of the source makes."""
-    numbers = {f"{number:05d}" for number in range(num_groups)}
-    foreign: Sequence[str] = [
-        key for key in shards.list_shards(path) if key.split("/")[1].partition("-")[0] not in numbers
-    ]
+def _standing(path: str, num_groups: int) -> dict[int, list[str]]:
+    """The shards that lie in the artifact, by the number of their group. Errors: DataError when no group of the source
+    makes one of them."""
+    numbers = {f"{number:05d}": number for number in range(num_groups)}
+    standing: dict[int, list[str]] = {}
+    foreign: list[str] = []
+    for key in shards.list_shards(path):
+        number = numbers.get(key.split("/")[1].partition("-")[0])
+        (foreign if number is None else standing.setdefault(number, [])).append(key)
     if foreign:
         raise DataError(
             f"{path} holds {len(foreign):,} shards that are of no group of the source, the first is "
             f"{shards.shard_path(path, foreign[0])}. Move them away, and run the command again."
         )
+    return standing

@@ -22,6 +22,7 @@ COUNTS = {
     "remade": "torn or stale shards made again",
     "restarts": "lost actors started again",
 }
+LEFT_OUT = {"half_pairs": "questions without an answer, or answers without a question, left out"}
 
 
 class Tally:
@@ -51,10 +52,11 @@ class Tally:
                     return
             yield item
 
-    def count(self, name: str) -> None:
-        """One more of a thing of `COUNTS`."""
-        assert name in COUNTS, name
-        self.add({f"retried/{name}": 1})
+    def count(self, name: str, number: int = 1) -> None:
+        """So many more of a thing of `COUNTS` or of `LEFT_OUT`."""
+        assert name in COUNTS or name in LEFT_OUT, name
+        if number:
+            self.add({f"retried/{name}" if name in COUNTS else f"left_out/{name}": number})
 
     def add(self, noted: Mapping[str, float]) -> None:
         """Add what another tally holds."""
@@ -72,9 +74,10 @@ class Tally:
         return {name: number for name, number in found.items() if number}
 
     def scores(self) -> dict[str, float]:
-        """For the artifact's record: `seconds/<part>` of this try, and every `retried/<count>`, 0 too."""
+        """For the artifact's record: `seconds/<part>` of this try, and every `retried/<count>`, 0 too; `left_out/<what>`."""
         parts = {f"seconds/{name}": self.noted.get(f"seconds/{name}") for name in PARTS}
         counts = {f"retried/{name}": int(self.noted.get(f"retried/{name}", 0)) for name in COUNTS}
+        counts |= {name: int(number) for name, number in self.noted.items() if name.startswith("left_out/")}
         return {name: round(value, 3) for name, value in parts.items() if value is not None} | counts
 
     def told(self) -> list[str]:
@@ -86,7 +89,12 @@ class Tally:
             shares = ", ".join(f"{name} {100 * parts[name] / total:.0f} %" for name in order)
             lines.append(f"{shares} of {total:.1f} worker seconds: {order[0]} is the slowest part")
         again = [f"{number:,} {COUNTS[name]}" for name, number in self.counted().items()]
-        return [*lines, *([", ".join(again)] if again else [])]
+        left = [
+            f"{int(self.noted[name]):,} {told}"
+            for one, told in LEFT_OUT.items()
+            if (name := f"left_out/{one}") in self.noted
+        ]
+        return [*lines, *([", ".join(again)] if again else []), *left]
 
 
 HERE = Tally()  # of this process

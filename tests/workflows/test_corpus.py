@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from smalti import shards
+from smalti import shards, storage
 from smalti.artifact import RECORD, Artifact
 from smalti.errors import DataError
 from smalti.schema import Recipe
@@ -222,7 +222,9 @@ def test_the_slowest_part_is_named_and_what_was_kept_is_counted(
         patch.setattr(shards, "write_shard", breaks_off)
         with pytest.raises(KeyboardInterrupt):
             corpus.run(wanted)
+    (tmp_path / "corpus" / "train" / ".00002.parquet.abc.smalti-tmp").write_bytes(b"half")
     made = corpus.run(wanted)
+    assert not list(tmp_path.rglob("*.smalti-tmp")), "of the dead run"
     assert made.scores["retried/kept"] == 6, "four indexes and two shards"
     assert {"seconds/list", "seconds/read", "seconds/match", "seconds/write"} <= made.scores.keys()
     said = capsys.readouterr().err
@@ -334,8 +336,40 @@ def test_what_the_system_does_not_let_be_read_is_one_clear_error(inline: None, t
         corpus.run(recipe(tmp_path / "out", f"{tmp_path}/*{name[1:]}"))
 
 
+def test_a_kill_during_the_cleaning_up_costs_nothing(
+    inline: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = recipe(tmp_path, "generated:5", image_size=16, val_fraction=0.0)
+
+    def killed(path: str) -> None:
+        if path.endswith("/index"):
+            raise KeyboardInterrupt
+        remove(path)
+
+    remove = storage.remove
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "remove", killed)
+        with pytest.raises(KeyboardInterrupt):
+            corpus.run(wanted)
+    assert (tmp_path / "corpus" / "index").exists()
+    made = corpus.run(wanted)
+    assert (made.counts["train"], made.scores["retried/kept"]) == (5, 0), "made at once"
+    assert not {*corpus.WORK, corpus.LISTED} & {one.name for one in Path(made.path).iterdir()}
+
+
+def test_images_under_one_key_are_told_of(inline: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for number in range(3):
+            info = tarfile.TarInfo(f"IMG.{number:04d}.png")
+            info.size = len(picture(number))
+            tar.addfile(info, io.BytesIO(picture(number)))
+    made = corpus.run(recipe(tmp_path / "out", str(tmp_path / "x.tar"), val_fraction=0.0))
+    assert (made.counts["train"], made.counts["quarantined/second_image"]) == (1, 2)
+    assert "2 images are left out as they have the key of another, as IMG.0001.png in" in capsys.readouterr().err
+
+
 def test_a_finished_corpus_whose_source_changed_is_told_of(
-    inline: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    inline: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = tmp_path / "in"
     source.mkdir()
@@ -347,5 +381,8 @@ def test_a_finished_corpus_whose_source_changed_is_told_of(
     (source / "0.txt").write_text("a caption that came later")
     assert corpus.run(wanted) == made
     assert f"{told} than when this was made; remove {made.path}" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, "LISTED_AGAIN", 0)
+        assert corpus.run(wanted) == made and told not in capsys.readouterr().err, "a listing that would be dear"
     source.rename(tmp_path / "gone")
     assert corpus.run(wanted) == made and told not in capsys.readouterr().err

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import shutil
+import tarfile
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -133,6 +135,47 @@ def test_a_restart_makes_what_is_missing_and_ends_with_the_same_bytes(
     made = features.run(wanted)
     assert files(made) == files(whole)
     assert (made.counts, made.fingerprint) == (whole.counts, whole.fingerprint)
+
+
+def write_tar(path: Path, numbers: range) -> None:
+    with tarfile.open(path, "w") as tar:
+        for number in numbers:
+            data = draw(0, "x", number, 16)[0]
+            info = tarfile.TarInfo(f"{number}.png")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def test_pieces_of_a_group_that_was_killed_do_not_stay_beside_those_of_another(
+    siglip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tar is another one at the next try, and gives fewer pieces."""
+    source, write = tmp_path / "x.tar", shards.write_shard
+    write_tar(source, range(11))
+    wanted = recipe(tmp_path / "out", source, siglip)
+
+    def breaks_off(path: str, key: str, table: Any) -> Any:
+        if key.endswith("-002"):
+            raise KeyboardInterrupt
+        return write(path, key, table)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shards, "write_shard", breaks_off)
+        with pytest.raises(KeyboardInterrupt):
+            features.run(wanted)
+    write_tar(source, range(4))
+    made = features.run(wanted)
+    assert {key.partition("/")[2] for key in shards.list_shards(made.path)} == {"00000-000"}
+    assert sum(shards.shard_rows(made.path, key) for key in shards.list_shards(made.path)) == made.counts["vectors"]
+
+
+def test_a_group_is_forgotten_by_its_whole_number(tmp_path: Path) -> None:
+    for number in (0, 100_000):
+        table = pa.Table.from_pylist([], shards.QUARANTINE)
+        shards.write_shard(str(tmp_path), shards.shard_key("quarantine", number), table)
+    worker = FeatureGroup(str(tmp_path), "", Recipe(out=str(tmp_path)), 16)
+    worker.forget(100_000, [], str(tmp_path / "groups" / "100000.json"))
+    assert shards.list_shards(str(tmp_path), "quarantine") == ["quarantine/00000"]
 
 
 def test_shards_of_no_group_and_sources_without_images_are_refused(source: Path, siglip: str, tmp_path: Path) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import pickle
+import subprocess
 import tarfile
+import tracemalloc
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,7 +20,8 @@ from PIL import Image
 
 from smalti.errors import DataError
 from smalti.schema import CorpusSection
-from smalti.workflows.sources import Lost, Sample, detect, find_groups
+from smalti.workflows.shard_tally import HERE
+from smalti.workflows.sources import Lost, Sample, detect, find_groups, webdataset
 from smalti.workflows.sources.base import clean_text, read_pairs
 from smalti.workflows.sources.easy_vqa import derive, describe
 from smalti.workflows.sources.listing import expand
@@ -191,13 +195,75 @@ def test_truncated_tar_keeps_the_good_samples_and_tells_the_loss(tmp_path: Path,
     assert [one.reason for one in lost] == ["truncated_tar"]
 
 
-def test_tar_cut_inside_a_sample_does_not_give_half_a_sample(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "x.tar", [("a.png", picture(1)), ("a.txt", b"y" * 2000)])
+@pytest.mark.parametrize("members", [["a.png", "a.txt"], ["a.txt", "a.png"], ["a.mask.png", "a.png"]])
+def test_tar_cut_inside_a_sample_is_one_loss_and_keeps_a_whole_image(tmp_path: Path, members: list[str]) -> None:
+    """A cut caption costs no image; of a cut image nothing else is taken for it."""
+    path = write_tar(tmp_path / "x.tar", [(members[0], picture(1)), (members[1], b"y" * 2000)])
     size = 512 + -(-len(picture(1)) // 512) * 512 + 512 + 100
     path.write_bytes(path.read_bytes()[:size])
     samples, lost = collect(str(path))
-    assert not samples
-    assert [(one.key, one.reason) for one in lost] == [("a", "truncated_tar"), ("a.txt", "truncated_tar")]
+    assert [one.data for one in samples] == ([picture(1)] if members[0] == "a.png" else [])
+    assert [(one.key, one.reason) for one in lost] == [(members[1], "truncated_tar")]
+
+
+def test_tar_whose_names_hold_dots_holds_one_image_of_a_key(tmp_path: Path) -> None:
+    members = [(f"www.site.com_{number}.jpg", bytes([number % 256]) * 100_000) for number in range(300)]
+    path = write_tar(tmp_path / "x.tar", members)
+    tracemalloc.start()
+    samples, lost = collect(str(path))
+    assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    tracemalloc.stop()
+    assert [one.data for one in samples] == [members[0][1]]
+    assert [(one.key, one.reason) for one in lost] == [(name, "second_image") for name, _ in members[1:]]
+
+
+def test_tar_members_that_wait_are_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts far behind their images are found all the same."""
+    monkeypatch.setattr(webdataset, "WINDOW_BYTES", 5 * len(picture(0)))
+    members = [(f"{number}.png", picture(number)) for number in range(20)]
+    members += [(f"{number}.txt", str(number).encode()) for number in range(20)]
+    passed = []
+    monkeypatch.setattr(webdataset._Far, "_scan", lambda self, scan=webdataset._Far._scan: passed.append(scan(self)))
+    samples, lost = collect(str(write_tar(tmp_path / "x.tar", members)))
+    assert [one.caption for one in samples] == [str(number) for number in range(20)] and not lost
+    assert len(passed) == 1
+
+
+def test_tar_gives_an_image_the_first_text_of_its_key(tmp_path: Path) -> None:
+    members = [("a.png", picture(1)), ("a.txt", b"first"), ("a.png", picture(2)), ("a.txt", b"last")]
+    samples, lost = collect(str(write_tar(tmp_path / "x.tar", members)))
+    assert [(one.data, one.caption) for one in samples] == [(picture(1), "first")]
+    assert [(one.key, one.reason) for one in lost] == [("a.png", "second_image")]
+
+
+def test_tar_with_sparse_members_counts_them(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture(1) + bytes(1 << 20))
+    os.truncate(tmp_path / "a.png", 2 << 20)
+    (tmp_path / "b.png").write_bytes(picture(2))
+    subprocess.run(["tar", "-cSf", "x.tar", "a.png", "b.png"], cwd=tmp_path, check=True)
+    samples, lost = collect(str(tmp_path / "x.tar"))
+    assert [one.key for one in samples] == ["b"]
+    assert [(one.key, one.reason, one.detail) for one in lost] == [("a", "no_image", "members: png (a sparse file)")]
+
+
+def test_tar_whose_header_holds_no_number_is_torn(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "x.tar", [("a.png", picture(1))])
+    with tarfile.open(path, "a", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("b.png")
+        info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "9"}
+        info.size = 512
+        tar.addfile(info, io.BytesIO(b"none\n" + bytes(507)))
+    samples, lost = collect(str(path))
+    assert [one.key for one in samples] == ["a"]
+    assert [one.reason for one in lost] == ["truncated_tar"]
+
+
+def test_tar_takes_a_named_caption_column_before_the_text(tmp_path: Path) -> None:
+    said = {"alt": "from alt", "caption": {"text": "in a mapping", "score": 1}}
+    members = [("a.png", picture(1)), ("a.txt", b"from txt"), ("a.json", json.dumps(said).encode())]
+    path = str(write_tar(tmp_path / "x.tar", members))
+    assert [one.caption for one in collect(path)[0]] == ["from txt"]
+    assert [one.caption for one in collect(path, CorpusSection(caption_column="alt"))[0]] == ["from alt"]
 
 
 @pytest.mark.parametrize("data", [b"", b"no tar at all" * 100])
@@ -213,6 +279,8 @@ def test_compressed_tars_and_a_truncated_one(tmp_path: Path) -> None:
     plain = write_tar(tmp_path / "x.tar", members).read_bytes()
     (tmp_path / "y.tar.gz").write_bytes(gzip.compress(plain))
     assert len(collect(str(tmp_path / "y.tar.gz"))[0]) == 5
+    for name, mode in (("y.tbz2", "w:bz2"), ("y.txz", "w:xz")):
+        assert len(collect(str(write_tar(tmp_path / name, members, mode)))[0]) == 5
     (tmp_path / "z.tgz").write_bytes(gzip.compress(plain, 0)[:3000])
     samples, lost = collect(str(tmp_path / "z.tgz"))
     assert 0 < len(samples) < 5
@@ -226,6 +294,7 @@ def test_brace_patterns_and_globs(tmp_path: Path) -> None:
     assert len(collect(str(tmp_path / "part-*.tar"))[0]) == 3
     assert len(collect(str(tmp_path))[0]) == 3, "a folder of tars"
     assert expand(str(tmp_path / "part-0000{2,0}.tar")) == [str(tmp_path / f"part-0000{n}.tar") for n in (2, 0)]
+    assert len(expand(str(tmp_path / "part-0000{{0,2},{1..1}}.tar"))) == 3
     with pytest.raises(DataError, match="part-00003"):
         collect(str(tmp_path / "part-{00000..00003}.tar"))
 
@@ -248,13 +317,13 @@ def test_tar_counts_what_is_no_sample(tmp_path: Path) -> None:
     samples, lost = collect(str(path))
     assert [(one.key, one.data) for one in samples] == [("Shot at 10", picture(1)), ("twice", picture(3))]
     assert [(one.key, one.reason) for one in lost] == [
-        ("Shot at 10", "second_image"),
-        ("twice", "second_image"),
+        ("Shot at 10.45.01.png", "second_image"),
+        ("twice.png", "second_image"),
         ("phone", "no_image"),
         ("noext", "no_image"),
         ("link", "no_image"),
     ]
-    assert "10.45.01.png" in lost[0].detail
+    assert "10.22.33.png" in lost[0].detail
     assert lost[-1].detail == "members: png (a link)"
 
 
@@ -356,9 +425,15 @@ def test_parquet_of_other_writers(tmp_path: Path) -> None:
 def test_torn_parquet_is_lost(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [picture(n) for n in range(9)]}), tmp_path / "a.parquet")
     (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:300])
+    footer = bytearray((tmp_path / "a.parquet").read_bytes())
+    start = len(footer) - 8 - int.from_bytes(footer[-8:-4], "little")
+    footer[start : start + 20] = b"\xff" * 20
+    (tmp_path / "c.parquet").write_bytes(footer)
+    groups = list(find_groups(str(tmp_path), SECTION, 0))
     samples, lost = collect(str(tmp_path))
     assert len(samples) == 9
-    assert [one.reason for one in lost] == ["torn_file"]
+    assert [one.reason for one in lost] == ["torn_file", "torn_file"]
+    assert [Path(group.source).name for group in groups] == ["a.parquet", "b.parquet", "c.parquet"]
 
 
 # ---- easy-vqa, generated, detection --------------------------------------------------------------------------------
@@ -421,6 +496,8 @@ def test_detection(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [])
     with pytest.raises(DataError, match="several kinds of data"):
         detect(str(tmp_path))
+    with pytest.raises(DataError, match=r"is compressed.* Unpack it"):
+        detect("x/a.jsonl.gz")
     with pytest.raises(DataError, match="neither a folder nor"):
         detect(str(tmp_path / "a.png"))
     with pytest.raises(DataError, match=r"corpus\.source is not set"):
@@ -431,8 +508,13 @@ def test_texts_and_pairs() -> None:
     assert clean_text(["", " a \n b "]) == "a b"
     assert clean_text(float("nan")) is None
     assert read_pairs({"question": ["a", "b"], "answer": ["c", "d"]}) == (("a", "c"), ("b", "d"))
-    with pytest.raises(ValueError, match="without an answer"):
-        read_pairs({"question": "a"})
+    assert clean_text({"lang": "en", "text": " a  b"}) == "a b" and clean_text({"raw": 1}) is None
+    assert read_pairs({"question": "a", "answers": ["b"]}) == (), "a table of another kind"
+    HERE.drain()
+    assert read_pairs({"question": ["a", "b"], "answer": [None, "c"], "qa": [["d", ""]]}) == (("b", "c"),)
+    assert HERE.drain() == {"left_out/half_pairs": 2}
+    with pytest.raises(ValueError, match="qa holds"):
+        read_pairs({"qa": ["wrong"]})
 
 
 def test_sources_on_an_object_store() -> None:

@@ -40,6 +40,15 @@ def test_folder_takes_text_as_people_write_it(tmp_path: Path) -> None:
     assert captions == {"A.JPG": "upper", "b c.png": None, "é.png": "one two", "wide.png": "hello"}
 
 
+def test_a_caption_file_beside_an_image_is_its_text(tmp_path: Path) -> None:
+    for number in range(2):
+        (tmp_path / f"{number}.png").write_bytes(picture(number))
+        (tmp_path / f"{number}.caption").write_text(f"caption {number}")
+    (tmp_path / "1.txt").write_text("text 1")
+    samples, lost = collect(tmp_path)
+    assert ({one.key: one.caption for one in samples}, lost) == ({"0.png": "caption 0", "1.png": "text 1"}, [])
+
+
 def test_folder_follows_links_once_and_counts_broken_ones(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "1.png").write_bytes(picture(1))

@@ -83,6 +83,22 @@ def test_img2dataset_files_in_folders(tmp_path: Path) -> None:
     assert not lost
 
 
+def test_a_table_of_images_beside_a_folder_of_its_name_is_data(tmp_path: Path) -> None:
+    """Only img2dataset's own tables are none: told by its statistics, or by its columns where those are gone."""
+    (tmp_path / "more").mkdir()
+    pq.write_table(pa.table({"image": [picture(0)], "caption": ["data"]}), tmp_path / "more.parquet")
+    (tmp_path / "more" / "readme.txt").write_text("no image")
+    assert [one.caption for one in collect(str(tmp_path))[0]] == ["data"]
+    write_tables(tmp_path, "00000")
+    write_tar(tmp_path / "00000.tar", [1])
+    with pytest.raises(DataError, match=r"several kinds of data \(parquet, webdataset\)"):
+        collect(str(tmp_path))
+    (tmp_path / "more.parquet").unlink()
+    (tmp_path / "00000_stats.json").unlink()
+    samples, lost = collect(str(tmp_path))
+    assert ([one.caption for one in samples], lost) == (["c1"], [])
+
+
 def test_img2dataset_parquet(tmp_path: Path) -> None:
     jpg = pa.array([picture(1), None], pa.binary())
     status = ["success", "failed_to_download"]
@@ -133,6 +149,10 @@ def test_a_saved_dataset_gives_what_it_lists(tmp_path: Path) -> None:
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     with pytest.raises(DataError, match=r"holds the splits train, test\. Name one: .*/train"):
         collect(str(tmp_path))
+    for broken in ("{", '["train"]', "{}", '{"splits": []}', '{"splits": 3}'):
+        (tmp_path / "dataset_dict.json").write_text(broken)
+        with pytest.raises(DataError, match=r"holds the splits .*Name one: .*/train"):
+            collect(str(tmp_path))
 
 
 def test_json_lines_name_images(tmp_path: Path, memory_url: str) -> None:

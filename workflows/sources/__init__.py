@@ -16,8 +16,8 @@ from smalti.workflows.sources.base import (
     Pairs,
     Sample,
     filesystem,
+    named,
     suffix,
-    unreadable,
 )
 from smalti.workflows.sources.easy_vqa import easy_vqa_groups
 from smalti.workflows.sources.folder import folder_groups, listed
@@ -25,6 +25,7 @@ from smalti.workflows.sources.generated import generated_groups
 from smalti.workflows.sources.jsonl import is_jsonl, jsonl_groups
 from smalti.workflows.sources.listing import SideTables, each_file
 from smalti.workflows.sources.parquet import is_parquet, parquet_groups
+from smalti.workflows.sources.patience import reading
 from smalti.workflows.sources.webdataset import is_tar, tar_groups
 
 __all__ = ["SOURCES", "Group", "Locator", "Lost", "Pairs", "Sample", "detect", "find_groups", "listed"]
@@ -48,12 +49,10 @@ def find_groups(source: str | list[str] | None, section: CorpusSection, seed: in
             "corpus.source is not set. Name a folder of images, WebDataset tars, Parquet files, or easy-vqa:train."
         )
     for one in [source] if isinstance(source, str) else source:
-        kind = detect(one) if section.format == "auto" else section.format
-        place = storage.absolute(one) if kind in FILES else one  # actors may stand in another folder
-        try:
+        with reading(one):
+            kind = detect(one) if section.format == "auto" else section.format
+            place = storage.absolute(one) if kind in FILES else one  # actors may stand in another folder
             yield from SOURCES[kind](place, section, seed)
-        except OSError as error:
-            raise unreadable(one, error) from error
 
 
 def detect(source: str) -> str:
@@ -69,6 +68,8 @@ def detect(source: str) -> str:
         return "arrow"
     if is_jsonl(source):
         return "jsonl"
+    if named(source).endswith((".jsonl.gz", ".ndjson.gz", ".jsonl.zst", ".ndjson.zst")):
+        raise DataError(f"corpus.source: {source} is compressed, and its lines are read at any place. Unpack it.")
     fs, inside = filesystem(source)
     if not fs.isdir(inside):
         raise DataError(
@@ -81,7 +82,7 @@ def detect(source: str) -> str:
 def _detect_folder(source: str) -> str:
     """What kind lies in a folder; two of them are unclear. The tables of what img2dataset fetched, beside its tars or
     folders, are no data."""
-    tables, kinds = SideTables(), {"folder": False, "parquet": False, "webdataset": False, "arrow": False}
+    tables, kinds = SideTables(source), {"folder": False, "parquet": False, "webdataset": False, "arrow": False}
     for name in each_file(source, []):
         tables.meet(name)
         kinds["folder"] |= suffix(name) in IMAGE_SUFFIXES

@@ -13,11 +13,22 @@ import pyarrow as pa
 from smalti import storage
 from smalti.errors import DataError
 from smalti.schema import CorpusSection
-from smalti.workflows.sources.base import Lost, ReadBytes, Sample, filesystem, load_json, of_each, open_seekable
-from smalti.workflows.sources.listing import find_files
-from smalti.workflows.sources.parquet import (
+from smalti.workflows.sources.base import (
+    CAPTION_NAMES,
     DEFAULT_CAPTION,
     DEFAULT_LABEL,
+    Lost,
+    ReadBytes,
+    Sample,
+    filesystem,
+    is_arrows,
+    load_json,
+    named,
+    of_each,
+    open_seekable,
+)
+from smalti.workflows.sources.listing import find_files
+from smalti.workflows.sources.parquet import (
     Batches,
     ParquetGroup,
     check_image,
@@ -47,7 +58,7 @@ class ArrowGroup(ParquetGroup):
                         yield self._sample(str(row), (0, row), record)
                         row += 1
         except (pa.ArrowException, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
+            if not is_arrows(error):
                 raise
             yield Lost(str(row), "torn_file", f"the file breaks off, rows may be missing: {error}")
 
@@ -91,7 +102,7 @@ def _schema(path: str) -> pa.Schema:
 
 def is_arrow(path: str) -> bool:
     """Whether a name is an Arrow file's."""
-    return path.lower().endswith(".arrow")
+    return named(path).endswith(".arrow")
 
 
 def arrow_groups(source: str, section: CorpusSection, seed: int) -> list[ArrowGroup]:
@@ -105,10 +116,12 @@ def arrow_groups(source: str, section: CorpusSection, seed: int) -> list[ArrowGr
 def _files(source: str) -> list[str]:
     fs, inside = filesystem(source)
     if fs.isdir(inside) and fs.exists(posixpath.join(inside, SPLITS)):
-        splits = storage.read_json(storage.join(source, SPLITS)).get("splits", [])
-        raise DataError(
-            f"corpus.source: {source} holds the splits {', '.join(splits)}. Name one: {source}/{splits[0]}."
-        )
+        try:
+            splits = [str(name) for name in load_json(fs.cat_file(posixpath.join(inside, SPLITS)))["splits"]]
+            told, one = ", ".join(splits), splits[0]
+        except (ValueError, KeyError, TypeError, IndexError):
+            told, one = f"that {SPLITS} should name, and does not", "train"
+        raise DataError(f"corpus.source: {source} holds the splits {told}. Name one: {source}/{one}.")
     if fs.isdir(inside) and fs.exists(posixpath.join(inside, STATE)):
         return [storage.join(source, name) for name in _listed(source, fs.cat_file(posixpath.join(inside, STATE)))]
     return find_files(source, is_arrow, "Arrow file")
@@ -128,11 +141,13 @@ def _listed(source: str, state: bytes) -> list[str]:
 def _group(path: str, section: CorpusSection) -> ArrowGroup:
     try:
         schema = _schema(path)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
+        if not is_arrows(error):
+            raise
         return ArrowGroup(path, (), section.image_column, None, None, torn=f"no Arrow file: {error}")
     image = image_column(schema, section.image_column)
     check_image(path, schema, image)
-    caption = pick_column(path, schema, section.caption_column, "caption_column", DEFAULT_CAPTION, "text")
-    label = pick_column(path, schema, section.label_column, "label_column", DEFAULT_LABEL, None)
+    caption = pick_column(path, schema, section.caption_column, "caption_column", DEFAULT_CAPTION, CAPTION_NAMES)
+    label = pick_column(path, schema, section.label_column, "label_column", DEFAULT_LABEL, ())
     pairs = tuple(name for name in ("qa", "question", "answer") if name in schema.names)
     return ArrowGroup(path, (), image, caption, label, pairs, class_names(path, schema, label))

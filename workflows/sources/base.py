@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import errno
+import io
 import json
 import math
 import shutil
@@ -20,10 +21,15 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, Protocol, TypeVar, cast
 
 import fsspec
+import pyarrow as pa
 from fsspec.compression import compr
 from fsspec.implementations.local import LocalFileSystem
 
+from smalti import storage
 from smalti.errors import DataError
+from smalti.schema import CorpusSection
+from smalti.workflows.shard_tally import HERE
+from smalti.workflows.sources.patience import BUFFER_BYTES, PatientFiles, PatientStream, patiently
 
 IMAGE_SUFFIXES = frozenset(
     [
@@ -46,6 +52,9 @@ IMAGE_SUFFIXES = frozenset(
         ".avif",
     ]
 )
+CAPTION_NAMES = ("text", "TEXT")  # where the column of captions is not there
+DEFAULT_CAPTION, DEFAULT_LABEL = (CorpusSection.model_fields[f"{name}_column"].default for name in ("caption", "label"))
+IMG2DATASET = frozenset(["key", "status"])  # columns of each of its tables
 OPEN_AT_ONCE = 16
 T = TypeVar("T")
 Locator = tuple[int, int]
@@ -92,7 +101,10 @@ class Group(Protocol):
 
 
 def clean_text(value: Any) -> str | None:
-    """Text with single spaces; None for nothing: null, NaN, empty. A list gives its first text (several captions)."""
+    """Text with single spaces; None for nothing: null, NaN, empty. A list gives its first text (several captions), a
+    mapping its `text` or `caption`."""
+    if isinstance(value, Mapping):
+        return clean_text([value.get("text"), value.get("caption")])
     if isinstance(value, list | tuple):
         return next((text for text in map(clean_text, value) if text), None)
     if value is None or (isinstance(value, float) and math.isnan(value)):
@@ -126,7 +138,8 @@ def load_json(text: str | bytes) -> Any:
 
 def read_pairs(record: Mapping[str, Any]) -> Pairs:
     """Question-answer pairs of a record: `qa` as a list (or the JSON text of one) of {question, answer} or of two texts,
-    and `question` with `answer` (texts, or lists of one length). Errors: ValueError when they cannot be read so."""
+    and `question` with `answer`, where there are both (texts, or lists of one length). A pair without a text on one side
+    is left out, and counted. Errors: ValueError when they cannot be read so."""
     found: list[tuple[Any, Any]] = []
     listed = record.get("qa")
     if isinstance(listed, str):
@@ -138,16 +151,16 @@ def read_pairs(record: Mapping[str, Any]) -> Pairs:
             found.append((item[0], item[1]))
         else:
             raise ValueError(f"qa holds {item!r}; expected {{question, answer}}")
-    if record.get("question") is not None:
-        question, answer = record["question"], record.get("answer")
+    if record.get("question") is not None and "answer" in record:
+        question, answer = record["question"], record["answer"]
         if isinstance(question, list | tuple) and isinstance(answer, list | tuple):
             found += zip(question, answer, strict=True)
         else:
             found.append((question, answer))
     pairs = [(clean_text(question), clean_text(answer)) for question, answer in found]
-    if any(question is None or answer is None for question, answer in pairs):
-        raise ValueError("a question without an answer, or the other way round")
-    return tuple((question, answer) for question, answer in pairs if question and answer)
+    whole = tuple((question, answer) for question, answer in pairs if question and answer)
+    HERE.count("half_pairs", len(pairs) - len(whole))
+    return whole
 
 
 def suffix(path: str) -> str:
@@ -157,8 +170,26 @@ def suffix(path: str) -> str:
     return name[dot:].lower() if dot > 0 else ""
 
 
-def filesystem(path: str) -> tuple[Any, str]:
-    """The fsspec file system of a path or URL, and the path in it. Errors: DataError, a scheme that nothing here reads."""
+def bare(path: str) -> str:
+    """A path, or a URL without the query behind a web address."""
+    return path.partition("?")[0] if is_web(path) else path
+
+
+def named(path: str) -> str:
+    """`bare`, in lower case: what its name tells of the file."""
+    return bare(path).lower()
+
+
+def is_web(path: str) -> bool:
+    """Whether a path is a web address."""
+    return path.startswith(("http://", "https://"))
+
+
+def filesystem(path: str, pauses: Sequence[float] | None = None) -> tuple[Any, str]:
+    """The fsspec file system of a path or URL, and the path in it; one on a network is asked again (see `patiently`).
+
+    Errors: DataError, a scheme that nothing here reads.
+    """
     try:
         fs, inside = fsspec.core.url_to_fs(path)
     except (ValueError, ImportError) as error:
@@ -166,7 +197,7 @@ def filesystem(path: str) -> tuple[Any, str]:
             f"{path} cannot be opened: {error}. Install the package that reads it (s3fs for s3://, gcsfs for gs://), or "
             "name a local path."
         ) from error
-    return fs, inside
+    return (fs if storage.is_local(path) else PatientFiles(fs, path, pauses)), inside
 
 
 @contextmanager
@@ -176,14 +207,25 @@ def open_seekable(path: str, compression: str | None = None) -> Iterator[BinaryI
     fs, inside = filesystem(path)
     with ExitStack() as stack:
         stream = stack.enter_context(fs.open(inside, "rb"))
-        if path.startswith(("http://", "https://")) and not _has_ranges(stream):
+        if is_web(path) and not patiently(path, _has_ranges, stream):
             copy = stack.enter_context(tempfile.TemporaryFile())
-            shutil.copyfileobj(stack.enter_context(fs.open(inside, "rb", block_size=0)), copy)
-            copy.seek(0)
+            patiently(path, _copy, fs, inside, copy)
             stream = copy
+        elif not storage.is_local(path):
+            raw = stack.enter_context(PatientStream(stream, path))
+            stream = stack.enter_context(io.BufferedReader(raw, BUFFER_BYTES))
         if compression is not None:
             stream = stack.enter_context(compr[compression](stream, mode="rb"))
         yield cast(BinaryIO, stream)
+
+
+def _copy(fs: Any, path: str, copy: BinaryIO) -> None:
+    """All of a file that can only be read from its beginning, in place of what the copy held."""
+    copy.seek(0)
+    copy.truncate()
+    with fs.open(path, "rb", block_size=0) as stream:
+        shutil.copyfileobj(stream, copy)
+    copy.seek(0)
 
 
 def read_file(fs: Any, path: str) -> bytes:
@@ -204,6 +246,11 @@ def is_of_file(error: OSError) -> bool:
     return isinstance(error, kinds) or error.errno in (errno.ELOOP, errno.ENAMETOOLONG)
 
 
+def is_arrows(error: Exception) -> bool:
+    """Whether Arrow itself raised an error, which tells of damage: it has a bare OSError too, and no system error is one."""
+    return isinstance(error, pa.ArrowException) or (type(error) is OSError and error.errno is None)
+
+
 def _has_ranges(stream: Any) -> bool:
     """Whether a server gives the last byte of a file alone."""
     try:
@@ -218,11 +265,6 @@ def _has_ranges(stream: Any) -> bool:
 def too_large(key: str, size: int, limit: int) -> Lost:
     """The loss of a member whose bytes are not even read."""
     return Lost(key, "too_large", f"{size:,} bytes, and corpus.max_bytes is {limit:,}")
-
-
-def unreadable(source: str, error: OSError) -> DataError:
-    """The error of a source that the system does not let be read."""
-    return DataError(f"corpus.source: {source} cannot be read ({error}). Check its permissions and the device.")
 
 
 def of_each(function: Callable[[str], T], paths: Sequence[str]) -> list[T]:

@@ -25,6 +25,7 @@ from smalti.workflows.sources.base import (
     clean_text,
     filesystem,
     is_of_file,
+    open_seekable,
     printable,
     read_file,
     suffix,
@@ -35,7 +36,8 @@ from smalti.workflows.sources.metadata import METADATA, Metadata, composed
 from smalti.workflows.sources.sorted_records import SortedRecords
 
 T = TypeVar("T")
-SIDECARS = frozenset([".txt", ".json", ".jsonl", ".csv", ".md", ".yaml", ".yml", ".html"])
+TEXT_SUFFIXES = (".txt", ".caption")  # where there are both, .txt counts
+SIDECARS = frozenset([*TEXT_SUFFIXES, ".json", ".jsonl", ".csv", ".md", ".yaml", ".yml", ".html"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,7 @@ def folder_groups(source: str, section: CorpusSection, seed: int) -> Iterator[Fo
     listing.list_files()
     for name in sorted(listing.metadata):
         check_ends(fs, f"{inside}/{name}")
-        with fs.open(f"{inside}/{name}", "rb") as stream:
+        with open_seekable(storage.join(root, name)) as stream:
             listing.read_metadata(name, stream)
     listing.said.check()
     for entries in batched(listing.entries(), section.shard_images):
@@ -134,7 +136,7 @@ class _Listing:
         self.root, self.said, self.rows = root, Metadata(section, root), 0
         self.by_stem, self.lost = SortedRecords(), SortedRecords()
         self.metadata: list[str] = []
-        self.tables, self.side = SideTables(), set[str]()
+        self.tables, self.side = SideTables(root), set[str]()
         self.classes: set[str] = set()  # two at most
         self.bare = False  # whether an image lies in no folder
 
@@ -151,8 +153,8 @@ class _Listing:
                     self.classes.add(_class_of(name))
             elif kind not in SIDECARS and not name.endswith(".parquet"):
                 self._not_an_image(name)
-            elif kind == ".txt":
-                self.by_stem.add([composed(name[:-4]), TEXT, name])
+            elif kind in TEXT_SUFFIXES:
+                self.by_stem.add([composed(name[: -len(kind)]), TEXT, name])
             if name.rsplit("/", 1)[-1].lower() in METADATA:
                 self.metadata.append(name)
         self.side = self.tables.found()

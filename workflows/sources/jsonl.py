@@ -11,27 +11,36 @@ from smalti import storage
 from smalti.errors import DataError
 from smalti.schema import CorpusSection
 from smalti.workflows.sources.base import (
+    CAPTION_NAMES,
     Locator,
     Lost,
     ReadBytes,
     Sample,
+    bare,
     clean_text,
     filesystem,
     is_of_file,
     load_json,
+    named,
     open_seekable,
     read_file,
     read_pairs,
     too_large,
 )
 from smalti.workflows.sources.listing import expand
+from smalti.workflows.sources.patience import UnreachedError
 
 IMAGE_NAMES = ("image", "file_name", "path", "url")
+PAUSES_S = (1.0,)  # a list of web addresses has dead hosts: each is asked twice
+OUT_OF_REACH = 20  # images in a row that nobody answers for: it is the network, and not some of the hosts
 
 
 @dataclass(frozen=True)
 class JsonLinesGroup:
-    """The lines of a file that begin from byte `start` up to `end`; `first` is the number of the first of them."""
+    """The lines of a file that begin from byte `start` up to `end`; `first` is the number of the first of them.
+
+    Each image lies by itself: one that is gone at the second pass is lost alone (`corpus_write`).
+    """
 
     path: str
     start: int
@@ -51,12 +60,14 @@ class JsonLinesGroup:
         return self.path
 
     def samples(self) -> Iterator[Sample | Lost]:
+        """Errors: UnreachedError when nobody answers for `OUT_OF_REACH` images in a row."""
+        reach = Reach(self.path)
         with open_seekable(self.path) as stream:
             stream.seek(self.start)
             number, position = self.first, self.start
             while position < self.end and (line := stream.readline()):
                 if line.strip():
-                    yield self._sample(str(number), (position, len(line)), line)
+                    yield self._sample(str(number), (position, len(line)), line, reach)
                 number, position = number + 1, position + len(line)
 
     @contextmanager
@@ -65,7 +76,7 @@ class JsonLinesGroup:
 
             def read(locator: Locator) -> bytes:
                 stream.seek(locator[0])
-                fs, inside = filesystem(self._where(load_json(_text(stream.read(locator[1])))))
+                fs, inside = filesystem(self._where(load_json(_text(stream.read(locator[1])))), PAUSES_S)
                 return fs.cat_file(inside)
 
             yield read
@@ -74,9 +85,9 @@ class JsonLinesGroup:
         name = next((record[key] for key in (self.image, *IMAGE_NAMES) if record.get(key)), None)
         if not isinstance(name, str):
             raise ValueError(f"no path of an image under {self.image}; the keys are {', '.join(record)}")
-        return name if "://" in name or name.startswith("/") else storage.join(storage.parent(self.path), name)
+        return name if "://" in name or name.startswith("/") else storage.join(storage.parent(bare(self.path)), name)
 
-    def _sample(self, key: str, locator: Locator, line: bytes) -> Sample | Lost:
+    def _sample(self, key: str, locator: Locator, line: bytes, reach: Reach) -> Sample | Lost:
         try:
             record = load_json(_text(line))
             if not isinstance(record, dict):
@@ -85,19 +96,45 @@ class JsonLinesGroup:
         except (ValueError, TypeError) as error:
             return Lost(key, "bad_metadata", f"line {key}: {error}")
         try:
-            fs, inside = filesystem(place)
+            fs, inside = filesystem(place, PAUSES_S)
             size = fs.size(inside)
             if size is not None and size > self.max_bytes:
                 return too_large(key, size, self.max_bytes)
             data = read_file(fs, inside)
+            reach.met()
+        except UnreachedError as error:
+            reach.missed(place)
+            return Lost(key, "unreachable", str(error))
         except FileNotFoundError:
+            reach.met()
             return Lost(key, "missing", f"line {key} names {place}, and it is not there")
         except (OSError, ValueError, DataError) as error:
             if isinstance(error, OSError) and not is_of_file(error):
                 raise
             return Lost(key, "unreadable", f"{place}: {type(error).__name__}: {error}")
-        caption = clean_text(record.get(self.caption)) or clean_text(record.get("text"))
+        caption = clean_text([record.get(name) for name in (self.caption, *CAPTION_NAMES)])
         return Sample(key, locator, data, caption, clean_text(record.get(self.label)), qa)
+
+
+class Reach:
+    """Counts the images in a row of a list of them that nobody answers for."""
+
+    def __init__(self, source: str) -> None:
+        self.source, self.unanswered = source, 0
+
+    def met(self) -> None:
+        """Somebody answered."""
+        self.unanswered = 0
+
+    def missed(self, place: str) -> None:
+        """Nobody did. Errors: UnreachedError from `OUT_OF_REACH` on."""
+        self.unanswered += 1
+        if self.unanswered >= OUT_OF_REACH:
+            raise UnreachedError(
+                f"{self.source} names {self.unanswered} images in a row that nobody answers for, the last is {place}. Check "
+                "the network, and run the command again: what is done is kept. Where their hosts are gone for good, take "
+                "those lines out or mix the lines."
+            )
 
 
 def _text(line: bytes) -> str:
@@ -106,7 +143,7 @@ def _text(line: bytes) -> str:
 
 def is_jsonl(path: str) -> bool:
     """Whether a name is that of a file of JSON lines."""
-    return path.lower().endswith((".jsonl", ".ndjson"))
+    return named(path).endswith((".jsonl", ".ndjson"))
 
 
 def jsonl_groups(source: str, section: CorpusSection, seed: int) -> list[JsonLinesGroup]:

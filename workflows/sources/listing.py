@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from smalti import storage
 from smalti.errors import DataError
-from smalti.workflows.sources.base import Lost, filesystem
+from smalti.workflows.sources.base import IMG2DATASET, Lost, filesystem, is_arrows, is_web, of_each, open_seekable
+
+STATISTICS = "_stats.json"
 
 
 def is_hidden(path: str) -> bool:
@@ -24,10 +30,13 @@ def is_hidden(path: str) -> bool:
 
 class SideTables:
     """The tables that img2dataset writes beside its tars and folders, among names met one by one: `00000.parquet` beside
-    `00000.tar` or `00000/`. Held are the names of folders, tars and Parquet files."""
+    `00000.tar` or `00000/`, with `00000_stats.json` or img2dataset's columns. Held are the names of folders, tars, Parquet
+    files and statistics."""
 
-    def __init__(self) -> None:
+    def __init__(self, root: str) -> None:
+        self.root = root
         self.shards: set[str] = set()
+        self.counted: set[str] = set()  # shards with statistics
         self.tables: list[str] = []
 
     def meet(self, name: str) -> None:
@@ -35,12 +44,28 @@ class SideTables:
             self.shards.add(name.rsplit("/", 1)[0])
         if name.endswith(".tar"):
             self.shards.add(name[:-4])
+        if name.endswith(STATISTICS):
+            self.counted.add(name.removesuffix(STATISTICS))
         if name.endswith(".parquet"):
             self.tables.append(name)
 
     def found(self) -> set[str]:
-        """The tables among the names so far."""
-        return {name for name in self.tables if name.removesuffix(".parquet") in self.shards}
+        """The tables among the names so far. Errors: OSError."""
+        beside = [name for name in self.tables if name.removesuffix(".parquet") in self.shards]
+        told = [name for name in beside if name.removesuffix(".parquet") in self.counted]
+        open_them = [name for name in beside if name.removesuffix(".parquet") not in self.counted]
+        fits = of_each(self._has_columns, open_them)
+        return {*told, *(name for name, fit in zip(open_them, fits, strict=True) if fit)}
+
+    def _has_columns(self, name: str) -> bool:
+        """Whether a table has img2dataset's columns, or cannot be read at all."""
+        try:
+            with open_seekable(storage.join(self.root, name)) as stream, pq.ParquetFile(stream) as file:
+                return IMG2DATASET.issubset(file.schema_arrow.names)
+        except (pa.ArrowException, OSError) as error:
+            if not is_arrows(error):
+                raise
+            return True
 
 
 def each_file(root: str, lost: list[Lost]) -> Iterator[str]:
@@ -130,35 +155,55 @@ def expand(pattern: str) -> list[str]:
 
     A file of that very name comes before what it could mean as a pattern. Errors: DataError when nothing is named.
     """
-    if storage.exists(pattern):
+    if _is_there(pattern):
         return [pattern]
     found: list[str] = []
-    for path in _braces(pattern):
-        fs, inside = filesystem(path)
-        if any(char in path for char in "*?["):
-            names = sorted(str(fs.unstrip_protocol(name)) for name in fs.glob(inside))
-        else:
-            names = [path] if fs.exists(inside) else []
+    for path, names in zip(paths := _braces(pattern), of_each(_names, paths), strict=True):
         if not names:
             where = "" if path == pattern else f" (of {pattern})"
             raise DataError(f"corpus.source: nothing is found at {path}{where}. Check the path, and quote patterns.")
-        found += [name.removeprefix("file://") for name in names]
+        found += names
     return found
 
 
+def _names(path: str) -> list[str]:
+    """The files that a path or a glob names. A web address has its query behind a `?`."""
+    fs, inside = filesystem(path)
+    if any(char in path for char in ("*[" if is_web(path) else "*?[")):
+        names = sorted(str(fs.unstrip_protocol(name)) for name in fs.glob(inside))
+        return [name.removeprefix("file://") for name in names]
+    return [path] if _is_there(path) else []
+
+
+def _is_there(path: str) -> bool:
+    if storage.is_local(path):
+        return storage.exists(path)
+    fs, inside = filesystem(path)
+    return bool(fs.exists(inside))
+
+
 def _braces(pattern: str) -> list[str]:
-    """Every alternative of a brace pattern, left to right; `{01..10}` keeps the zeros."""
+    """Every alternative of a brace pattern, left to right; `{01..10}` keeps the zeros, and braces may lie in braces."""
     start = pattern.find("{")
-    end = pattern.find("}", start)
-    if start < 0 or end < 0:
+    if start < 0:
+        return [pattern]
+    end, commas, depth = start, [start], 0
+    for end in range(start, len(pattern)):
+        depth += (pattern[end] == "{") - (pattern[end] == "}")
+        if pattern[end] == "," and depth == 1:
+            commas.append(end)
+        if not depth:
+            break
+    else:
         return [pattern]
     body, rest = pattern[start + 1 : end], _braces(pattern[end + 1 :])
     first, dots, last = body.partition("..")
-    if dots and first.isdigit() and last.isdigit():
+    if len(commas) > 1:
+        parts = [pattern[one + 1 : two] for one, two in pairwise([*commas, end])]
+        middle = [one for part in parts for one in _braces(part)]
+    elif dots and first.isdigit() and last.isdigit():
         step = 1 if int(first) <= int(last) else -1
         middle = [str(n).zfill(len(first)) for n in range(int(first), int(last) + step, step)]
-    elif "," in body:
-        middle = body.split(",")
     else:
         raise DataError(
             f"corpus.source: {{{body}}} in {pattern} is neither a range such as 00000..00012 nor a list a,b."

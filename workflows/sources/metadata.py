@@ -15,7 +15,16 @@ from typing import Any, BinaryIO, TextIO
 
 from smalti.errors import DataError
 from smalti.schema import CorpusSection
-from smalti.workflows.sources.base import Lost, Pairs, clean_text, load_json, read_pairs, suffix, text_encoding
+from smalti.workflows.sources.base import (
+    CAPTION_NAMES,
+    Lost,
+    Pairs,
+    clean_text,
+    load_json,
+    read_pairs,
+    suffix,
+    text_encoding,
+)
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 
@@ -99,7 +108,7 @@ class Metadata:
         if not record["file_name"]:
             raise ValueError("file_name is empty")
         path = composed(posixpath.normpath(folder + str(record["file_name"]).replace("\\", "/")))
-        caption = clean_text(record.get(self.section.caption_column)) or clean_text(record.get("text"))
+        caption = clean_text([record.get(name) for name in (self.section.caption_column, *CAPTION_NAMES)])
         return Said(path, where, caption, clean_text(record.get(self.section.label_column)), read_pairs(record))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,12 +14,18 @@ import pyarrow.parquet as pq
 from smalti.errors import DataError
 from smalti.schema import CorpusSection
 from smalti.workflows.sources.base import (
+    CAPTION_NAMES,
+    DEFAULT_CAPTION,
+    DEFAULT_LABEL,
+    IMG2DATASET,
     Locator,
     Lost,
     ReadBytes,
     Sample,
     clean_text,
+    is_arrows,
     load_json,
+    named,
     of_each,
     open_seekable,
     read_pairs,
@@ -28,9 +34,7 @@ from smalti.workflows.sources.listing import find_files
 
 ROWS_A_BATCH = 128
 BUFFER_BYTES = 1 << 20  # read in parts: a row group may be larger than memory
-IMG2DATASET = frozenset(["key", "status"])  # its Parquet output names the image column by the format
-IMG2DATASET_IMAGES = ("jpg", "png", "webp")
-DEFAULT_CAPTION, DEFAULT_LABEL = "caption", "label"
+IMG2DATASET_IMAGES = ("jpg", "png", "webp")  # its Parquet output names the image column by the format
 BYTES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
 
 
@@ -69,8 +73,8 @@ class ParquetGroup:
                             yield self._sample(f"{number}:{row}", (number, row), record)
                             row += 1
                 except (pa.ArrowException, OSError) as error:
-                    if isinstance(error, OSError) and error.errno is not None:
-                        raise  # the system's (a lost connection, a full disk), not the file's
+                    if not is_arrows(error):
+                        raise
                     for left in range(row, file.metadata.row_group(number).num_rows):
                         yield Lost(f"{number}:{left}", "torn_file", f"row group {number} cannot be read: {error}")
 
@@ -147,19 +151,21 @@ def parquet_groups(source: str, section: CorpusSection, seed: int) -> list[Parqu
 
 def is_parquet(path: str) -> bool:
     """Whether a name is a Parquet file's."""
-    return path.lower().endswith((".parquet", ".pq"))
+    return named(path).endswith((".parquet", ".pq"))
 
 
 def _file_groups(path: str, section: CorpusSection) -> list[ParquetGroup]:
     try:
         with _open(path) as file:
             schema, sizes = file.schema_arrow, [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
+        if not is_arrows(error):
+            raise
         return [ParquetGroup(path, (), section.image_column, None, None, torn=f"no Parquet footer: {error}")]
     image = image_column(schema, section.image_column)
     check_image(path, schema, image)
-    caption = pick_column(path, schema, section.caption_column, "caption_column", DEFAULT_CAPTION, "text")
-    label = pick_column(path, schema, section.label_column, "label_column", DEFAULT_LABEL, None)
+    caption = pick_column(path, schema, section.caption_column, "caption_column", DEFAULT_CAPTION, CAPTION_NAMES)
+    label = pick_column(path, schema, section.label_column, "label_column", DEFAULT_LABEL, ())
     pairs = tuple(name for name in ("qa", "question", "answer") if name in schema.names)
     groups: list[ParquetGroup] = []
     numbers: list[int] = []
@@ -203,14 +209,14 @@ def _check_single(path: str, schema: pa.Schema, name: str) -> None:
         raise DataError(f"{path} has {number} columns {name!r}. Write the file again with one, or name another column.")
 
 
-def pick_column(path: str, schema: pa.Schema, name: str, key: str, default: str, other: str | None) -> str | None:
-    """The column to use: the one named; when the default is not there, `other` or none."""
+def pick_column(path: str, schema: pa.Schema, name: str, key: str, default: str, others: Sequence[str]) -> str | None:
+    """The column to use: the one named; when the default is not there, the first of `others`, or none."""
     if name in schema.names:
         _check_single(path, schema, name)
         return name
     if name != default:
         raise DataError(f"{path} has no column {name!r} (corpus.{key}); its columns are {', '.join(schema.names)}.")
-    return other if other in schema.names else None
+    return next((other for other in others if other in schema.names), None)
 
 
 def class_names(path: str, schema: pa.Schema, label: str | None) -> tuple[str, ...]:
