@@ -23,7 +23,6 @@ from smalti.workflows.corpus_index import tell_second_images
 from smalti.workflows.corpus_look import look_and_plan
 from smalti.workflows.corpus_write import GONE, LISTING, counted, write_shards
 from smalti.workflows.ray_session import ensure_ray
-from smalti.workflows.shard_pipeline import refuse_foreign
 from smalti.workflows.shard_tally import HERE, tallied
 from smalti.workflows.sources import Group, find_groups, listed
 from smalti.workflows.stage import StageRun, run_stage, stage_path
@@ -36,7 +35,8 @@ LISTED = "listed"  # another: what a folder lists, a file a group; written anew 
 def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
     """The corpus artifact: `train/`, `val/` and `quarantine/` shards.
 
-    Counts: images, train, val, quarantined, over_limit, found (their sum), and `quarantined/<reason>`.
+    Counts: images, train, val, quarantined, over_limit, found (their sum), `quarantined/<reason>`, and of the images those
+    `without_caption`, where there are any.
     Errors: DataError when the source cannot be found, or when a split that was asked for has no usable image.
     """
     path = stage_path(recipe, "corpus")
@@ -74,8 +74,8 @@ def _body(run: StageRun) -> dict[str, int]:
             _same_listing(run, listing)
         with ensure_ray(run.recipe):
             places, plan = look_and_plan(run, tally, groups)
-            written = write_shards(run, tally, groups, places, plan)
-    counts = counted(run.path, plan)
+            written, bare = write_shards(run, tally, groups, places, plan)
+    counts = counted(run.path, plan) | ({"without_caption": bare} if bare else {})
     _check(run, counts, written)
     return counts
 
@@ -133,9 +133,8 @@ def _clear(path: str) -> None:
 
 
 def _check(run: StageRun, counts: dict[str, int], written: Mapping[str, int]) -> None:
-    """Nothing vanished, and nothing else lies there; each split that was asked for holds an image. Tells what lies in
+    """Nothing vanished; each split that was asked for holds an image. Tells what lies in
     quarantine. `written`: the rows of each shard, as the workers told them."""
-    refuse_foreign(run.path, list(written), "the corpus's source has not")
     kept = sum(written.values())
     assert kept == counts["images"], f"{kept} rows in shards, {counts['images']} planned"
     gone = counts["quarantined"] + counts["over_limit"] + counts.get("merged", 0)

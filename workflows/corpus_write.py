@@ -20,7 +20,7 @@ from smalti.workflows.corpus_dedup import Place, marks_key
 from smalti.workflows.corpus_index import image_id, read_rows
 from smalti.workflows.corpus_layout import Part, Plan, rows_of
 from smalti.workflows.corpus_look import each
-from smalti.workflows.shard_pipeline import standing
+from smalti.workflows.shard_pipeline import refuse_foreign, standing
 from smalti.workflows.shard_tally import HERE, Tally, shown
 from smalti.workflows.sources import Group, Lost
 from smalti.workflows.sources.base import ReadBytes, is_arrows, is_of_file
@@ -48,18 +48,22 @@ ShardItem = tuple[str, list[tuple[Place, Group, list[int]]]]  # key; and of each
 
 def write_shards(
     run: StageRun, tally: Tally, groups: Mapping[str, Sequence[Group]], places: list[Place], plan: Plan
-) -> dict[str, int]:
-    """Write every shard of the plan that is not there yet, and the quarantine; the rows of each shard by key."""
+) -> tuple[dict[str, int], int]:
+    """Write every shard of the plan that is not there yet, and the quarantine; the rows of each shard by key, and how many
+    of all have no caption. Errors: DataError when shards lie there that are not of the plan."""
     lost = list(plan.pieces("quarantine", QUARANTINE_ROWS))
     for _ in each(run, tally, lost, WriteQuarantine, (run.path, places), inline=len(lost) <= INLINE_PIECES):
         pass
     items = list(shard_items(groups, places, plan, run.recipe.corpus.shard_images))
+    refuse_foreign(run.path, [key for item in items for key, _ in item], "the corpus's source has not")
     rows: dict[str, int] = {}
+    bare = 0
     with shown(run, tally, plan.counts()["images"]) as update:
         for receipts in each(run, tally, items, WriteShards, (run.path,)):
-            rows |= {receipt.key: receipt.rows for receipt in receipts}
-            update(sum(receipt.rows for receipt in receipts))
-    return rows
+            rows |= {receipt.key: receipt.rows for receipt, _ in receipts}
+            bare += sum(without for _, without in receipts)
+            update(sum(receipt.rows for receipt, _ in receipts))
+    return rows, bare
 
 
 def counted(path: str, plan: Plan) -> dict[str, int]:
@@ -127,7 +131,8 @@ class WriteQuarantine:
 
 
 class WriteShards:
-    """Actor: the rows of some shards in, the shards on disk out; returns their receipts."""
+    """Actor: the rows of some shards in, the shards on disk out; returns their receipts, each with the number of its
+    images without a caption."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -136,14 +141,15 @@ class WriteShards:
     def read(self, item: list[ShardItem]) -> list[ShardItem]:
         return item
 
-    def work(self, item: list[ShardItem]) -> list[Receipt]:
+    def work(self, item: list[ShardItem]) -> list[tuple[Receipt, int]]:
         self.opened = None
         with ExitStack() as stack:
-            return [self.shard(key, parts, stack) for key, parts in item]
+            receipts = [self.shard(key, parts, stack) for key, parts in item]
+        return [(one, shards.read_shard(self.path, one.key, ["caption"])["caption"].null_count) for one in receipts]
 
     def shard(self, key: str, parts: list[tuple[Place, Group, list[int]]], stack: ExitStack) -> Receipt:
         """Write one shard. Readers are opened on `stack`; one that the next shard begins with stays open."""
-        done = standing(self.path, key)
+        done = standing(self.path, key, ["image_id", "caption"])
         if done is not None:
             HERE.count("kept")
             return done

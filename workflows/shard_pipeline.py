@@ -226,12 +226,15 @@ class _Work(_Caught[Any]):
         return self.worker.work(value)
 
 
-def standing(artifact_path: str, key: str) -> Receipt | None:
-    """Receipt of a shard that was written before (writes are whole or absent); None when missing, or torn since."""
+def standing(artifact_path: str, key: str, columns: Sequence[str] = ()) -> Receipt | None:
+    """Receipt of a shard that was written before (writes are whole or absent); None when missing, torn since, or without
+    these columns: somebody else's file of that name."""
     path = shard_path(artifact_path, key)
     if not storage.exists(path):
         return None
     try:
+        if columns:
+            read_shard(artifact_path, key, columns)
         return Receipt(key, shard_rows(artifact_path, key), storage.size_bytes(path))
     except DataError:
         storage.remove(path)

@@ -22,7 +22,10 @@ COUNTS = {
     "remade": "torn or stale shards made again",
     "restarts": "lost actors started again",
 }
-LEFT_OUT = {"half_pairs": "questions without an answer, or answers without a question, left out"}
+LEFT_OUT = {
+    "half_pairs": "questions without an answer, or answers without a question, left out",
+    "late_texts": "texts that lie too far behind an image that has others, left out",
+}
 
 
 class Tally:

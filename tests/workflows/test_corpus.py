@@ -243,9 +243,23 @@ def test_a_shard_that_is_not_of_the_corpus_is_refused(
         shards.write_shard(run.path, "train/00007", pa.table({"a": [1]}))
         return real(run, *rest)
 
-    monkeypatch.setattr(corpus, "look_and_plan", plants)
-    with pytest.raises(DataError, match=r"1 shards that .*train/00007\.parquet"):
-        corpus.run(wanted)
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, "look_and_plan", plants)
+        with pytest.raises(DataError, match=r"1 shards that .*train/00007\.parquet"):
+            corpus.run(wanted)
+    folder = tmp_path / "corpus" / "train"
+    assert [one.name for one in folder.iterdir()] == ["00007.parquet"], "told before the shards are written"
+    (folder / "00007.parquet").rename(folder / "00000.parquet")
+    made = corpus.run(wanted)
+    assert shards.read_shard(made.path, "train/00000").schema.equals(shards.CORPUS), "one of no images is made again"
+
+
+def test_images_without_a_caption_are_counted(inline: None, tmp_path: Path) -> None:
+    for number in range(4):
+        (tmp_path / f"{number}.png").write_bytes(picture(number))
+    (tmp_path / "2.txt").write_text("two")
+    made = corpus.run(recipe(tmp_path / "out", str(tmp_path), val_fraction=0.0, format="folder"))
+    assert (made.counts["train"], made.counts["without_caption"]) == (4, 3)
 
 
 def test_text_rides_along(inline: None, tmp_path: Path) -> None:

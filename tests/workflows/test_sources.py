@@ -217,6 +217,18 @@ def test_tar_whose_names_hold_dots_holds_one_image_of_a_key(tmp_path: Path) -> N
     assert [(one.key, one.reason) for one in lost] == [(name, "second_image") for name, _ in members[1:]]
 
 
+def test_tar_texts_too_far_behind_an_image_with_others_are_counted(tmp_path: Path) -> None:
+    """Captions beside the images, labels far behind: the tar is not gone through twice for each image."""
+    number = WINDOW + 10
+    near = [(f"{n}.{kind}", data) for n in range(number) for kind, data in (("png", picture(n)), ("txt", b"near"))]
+    labels = [(f"{n}.cls", b"7") for n in range(number)]
+    HERE.drain()
+    samples, lost = collect(str(write_tar(tmp_path / "x.tar", near + labels)))
+    late = [one.label for one in samples].count(None)
+    assert len(samples) == number and not lost and late >= 10
+    assert HERE.drain()["left_out/late_texts"] == late
+
+
 def test_tar_members_that_wait_are_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts far behind their images are found all the same."""
     monkeypatch.setattr(webdataset, "WINDOW_BYTES", 5 * len(picture(0)))

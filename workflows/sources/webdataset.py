@@ -17,6 +17,7 @@ from fsspec.utils import infer_compression
 
 from smalti.errors import DataError
 from smalti.schema import CorpusSection
+from smalti.workflows.shard_tally import HERE
 from smalti.workflows.sources.base import (
     CAPTION_NAMES,
     DEFAULT_CAPTION,
@@ -179,13 +180,18 @@ class _Far:
     def __init__(self, group: TarGroup) -> None:
         self.group = group
         self.texts: dict[str, list[tuple[str, Locator, bytes | None]]] | None = None
-        self.images: set[str] = set()
+        self.images: dict[str, int] = {}  # where they lie
         self.passed = False  # whether the window was full
+        self.given = (
+            self.given_before
+        ) = -1  # where the last image lies that was given: now, and when the headers were read
 
     def complete(self, key: str, members: _Members) -> None:
         """Add the texts of a key that lie elsewhere."""
         if self.passed and self.texts is None and (members.image is not None) != bool(members.texts):
+            self.given_before = self.given
             self._scan()
+        self.given = members.image[2][0] if members.image else self.given
         far = [one for one in (self.texts or {}).get(key, ()) if one[0] not in members.texts]
         if not far or members.image is None:
             return
@@ -194,7 +200,9 @@ class _Far:
                 members.texts.setdefault(extension, read(locator) if data is None else data)
 
     def has_image(self, key: str) -> bool:
-        """Whether an image of a key lies anywhere in the tar."""
+        """Whether an image of a key lies anywhere in the tar. One that was given before the headers were read, complete as
+        it seemed, has these texts no more: they are counted."""
+        HERE.count("late_texts", int(-1 < self.images.get(key, -1) <= self.given_before))
         return key in self.images
 
     def _scan(self) -> None:
@@ -206,8 +214,8 @@ class _Far:
                 found = TarWalk(TailReader(stream), self.group.max_bytes).members()
             for one in found:
                 key, extension = split_name(one.name)
-                if is_image(extension):
-                    self.images.add(key)
+                if is_image(extension) and not one.what:
+                    self.images.setdefault(key, one.offset)
                 elif extension in TEXTS and one.size <= self.group.max_bytes and not one.what:
                     self.texts.setdefault(key, []).append((extension, (one.offset, one.size), one.data))
 
