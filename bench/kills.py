@@ -71,7 +71,9 @@ def digest(artifact: Path) -> str:
             record = json.loads(data)
             record = {name: value for name, value in record.items() if name not in APART}
             record["scores"] = {
-                name: value for name, value in record["scores"].items() if not name.startswith(("seconds/", "retried/", "left_out/"))
+                name: value
+                for name, value in record["scores"].items()
+                if not name.startswith(("seconds/", "retried/", "left_out/"))
             }
             data = json.dumps(record, sort_keys=True).encode()
         whole.update(f"{path.relative_to(artifact)} {hashlib.sha256(data).hexdigest()}\n".encode())
