@@ -144,15 +144,14 @@ class WriteShards:
     def work(self, item: list[ShardItem]) -> list[tuple[Receipt, int]]:
         self.opened = None
         with ExitStack() as stack:
-            receipts = [self.shard(key, parts, stack) for key, parts in item]
-        return [(one, shards.read_shard(self.path, one.key, ["caption"])["caption"].null_count) for one in receipts]
+            return [self.shard(key, parts, stack) for key, parts in item]
 
-    def shard(self, key: str, parts: list[tuple[Place, Group, list[int]]], stack: ExitStack) -> Receipt:
-        """Write one shard. Readers are opened on `stack`; one that the next shard begins with stays open."""
+    def shard(self, key: str, parts: list[tuple[Place, Group, list[int]]], stack: ExitStack) -> tuple[Receipt, int]:
+        """Write one shard; its receipt and how many of its images have no caption. Readers are opened on `stack`; one that the next shard begins with stays open."""
         done = standing(self.path, key, ["image_id", "caption"])
         if done is not None:
             HERE.count("kept")
-            return done
+            return done, shards.read_shard(self.path, key, ["caption"])["caption"].null_count
         split = key.partition("/")[0]
         gone: list[dict[str, str]] = []
         with HERE.part("read"):
@@ -165,7 +164,8 @@ class WriteShards:
                 shards.write_shard(self.path, f"{GONE}/{key}", pa.Table.from_pylist(gone, QUARANTINE))
             elif any(isinstance(group, JsonLinesGroup) for _, group, _ in parts):
                 storage.remove(shards.shard_path(self.path, f"{GONE}/{key}"))
-            return shards.write_shard(self.path, key, pa.concat_tables(tables))
+            whole = pa.concat_tables(tables)
+            return shards.write_shard(self.path, key, whole), whole["caption"].null_count
 
     def table(
         self, place: Place, group: Group, rows: np.ndarray, stack: ExitStack, gone: list[dict[str, str]]

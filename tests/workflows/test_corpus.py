@@ -308,7 +308,7 @@ def test_an_image_that_changes_between_the_passes_is_told_and_the_next_try_mends
     wanted = recipe(tmp_path / "out", str(source), val_fraction=0.0, shard_images=2)
     written = corpus_write.WriteShards.shard
 
-    def shard(self: corpus_write.WriteShards, key: str, *parts: Any) -> shards.Receipt:
+    def shard(self: corpus_write.WriteShards, key: str, *parts: Any) -> Any:
         if key == "train/00001":
             path = Path(source, shards.read_shard(self.path, "index/train/00001", ["key"]).column("key")[0].as_py())
             path.unlink() if gone else path.write_bytes(picture(99))

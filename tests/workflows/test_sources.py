@@ -195,14 +195,16 @@ def test_truncated_tar_keeps_the_good_samples_and_tells_the_loss(tmp_path: Path,
     assert [one.reason for one in lost] == ["truncated_tar"]
 
 
-@pytest.mark.parametrize("members", [["a.png", "a.txt"], ["a.txt", "a.png"], ["a.mask.png", "a.png"]])
+@pytest.mark.parametrize(
+    "members", [["a.png", "a.txt"], ["a.txt", "a.png"], ["a.mask.png", "a.png"], ["a.1.png", "a.2.png"]]
+)
 def test_tar_cut_inside_a_sample_is_one_loss_and_keeps_a_whole_image(tmp_path: Path, members: list[str]) -> None:
     """A cut caption costs no image; of a cut image nothing else is taken for it."""
     path = write_tar(tmp_path / "x.tar", [(members[0], picture(1)), (members[1], b"y" * 2000)])
     size = 512 + -(-len(picture(1)) // 512) * 512 + 512 + 100
     path.write_bytes(path.read_bytes()[:size])
     samples, lost = collect(str(path))
-    assert [one.data for one in samples] == ([picture(1)] if members[0] == "a.png" else [])
+    assert [one.data for one in samples] == ([picture(1)] if members[0] in ("a.png", "a.1.png") else [])
     assert [(one.key, one.reason) for one in lost] == [(members[1], "truncated_tar")]
 
 

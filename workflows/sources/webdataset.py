@@ -57,17 +57,19 @@ class _Members:
     def add(self, extension: str, member: Member) -> None:
         """Take in a member that is not too large an image. Of two texts of one extension the first stays."""
         if is_image(extension) and member.data is not None:
-            dots = extension.count(".")
-            held = self.image[1].count(".") if self.image else dots + 1
-            if dots < held:
+            if self.image is None or self.would_take(extension):
                 self.image = (member.name, extension, (member.offset, len(member.data)), member.data)
                 self.more = []
-            elif dots == held:
+            elif extension.count(".") == self.image[1].count("."):
                 self.more.append(member.name)
         elif extension in TEXTS and member.data is not None:
             self.texts.setdefault(extension, member.data)
         else:
             self.others.add(f"{extension} ({member.what})" if member.what else extension)
+
+    def would_take(self, extension: str) -> bool:
+        """Whether there is no image yet, or a member of this extension would be a plainer one."""
+        return self.image is None or (is_image(extension) and extension.count(".") < self.image[1].count("."))
 
     @property
     def num_bytes(self) -> int:
@@ -103,10 +105,10 @@ class TarGroup:
                 if is_image(extension) and member.size > self.max_bytes:
                     yield too_large(member.name, member.size, self.max_bytes)
                     members.large = True
-                    continue
-                held -= members.num_bytes
-                members.add(extension, member)
-                held += members.num_bytes
+                else:
+                    held -= members.num_bytes
+                    members.add(extension, member)
+                    held += members.num_bytes
                 while len(waiting) > WINDOW or (held > WINDOW_BYTES and len(waiting) > 1):
                     far.passed = True
                     key, members = waiting.popitem(last=False)
@@ -114,8 +116,8 @@ class TarGroup:
                     yield from self._samples(key, members, far)
         if walk.torn_member is not None:
             key, extension = split_name(walk.torn_member)
-            if key in waiting and (is_image(extension) or waiting[key].image is None):
-                del waiting[key]  # its image is what is cut off, told below
+            if key in waiting and waiting[key].would_take(extension):
+                del waiting[key]  # its image is what is cut off, told below; or it has none
         for key, members in waiting.items():
             yield from self._samples(key, members, far)
         if walk.torn is not None:
