@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice, pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +26,9 @@ from smalti.workflows.shard_tally import HERE
 from smalti.workflows.sources import Group, Lost, Sample
 from smalti.workflows.sources.base import printable
 from smalti.workflows.sources.patience import reading
-from smalti.workflows.stage import StageRun
+
+if TYPE_CHECKING:
+    from smalti.workflows.stage import StageRun
 
 ID_DIGITS = 32  # hex digits of a sha256: 128 bits
 INDEX_ROWS = 4096  # rows held while an index is written, and a row group of it

@@ -38,8 +38,7 @@ DAMAGE = (
     lzma.LZMAError,
     EOFError,
     ValueError,
-    StopIteration,
-    IndexError,
+    LookupError,
 )
 QUARANTINE_ROWS = 10_000
 INLINE_PIECES = 4  # shards of quarantine that are written in this process

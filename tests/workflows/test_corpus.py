@@ -323,6 +323,44 @@ def test_an_image_that_changes_between_the_passes_is_told_and_the_next_try_mends
     assert all(Path(row["source"].replace("::", "/")).read_bytes() == row["image"] for row in rows(made, "train"))
 
 
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "tar.bz2", "parquet", "arrow"])
+def test_a_file_that_is_replaced_between_the_passes_is_told(
+    inline: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """By one that is shorter, or none of its kind: what its reader raises is no bug."""
+    path = tmp_path / f"x.{kind}"
+
+    def write(count: int) -> None:
+        if kind == "parquet":
+            pq.write_table(pa.table({"image": [picture(number) for number in range(count)]}), path)
+        elif kind == "arrow":
+            table = pa.table({"image": [picture(number) for number in range(count)]})
+            with pa.ipc.new_file(str(path), table.schema) as writer:
+                writer.write_table(table)
+        else:
+            with tarfile.open(path, "w:" + kind.partition(".")[2]) as tar:
+                for number in range(count):
+                    info = tarfile.TarInfo(f"{number}.png")
+                    info.size = len(picture(number))
+                    tar.addfile(info, io.BytesIO(picture(number)))
+
+    for replace in (lambda: write(2), lambda: path.write_bytes(bytes(3000))):
+        write(6)
+        planned = corpus.look_and_plan
+
+        def plans(*parts: Any, planned: Any = planned, replace: Any = replace) -> Any:
+            found = planned(*parts)
+            replace()
+            return found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(corpus, "look_and_plan", plans)
+            with pytest.raises(DataError, match="has changed while the corpus was made"):
+                corpus.run(recipe(tmp_path / "out", str(path), val_fraction=0.0))
+    write(4)
+    assert corpus.run(recipe(tmp_path / "out", str(path), val_fraction=0.0)).counts["train"] == 4
+
+
 def test_settings_that_gave_nothing_do_not_bar_the_right_ones(inline: None, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="neither a folder nor"):
         corpus.run(recipe(tmp_path, str(tmp_path / "nowhere")))

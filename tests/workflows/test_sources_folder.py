@@ -47,6 +47,8 @@ def test_a_caption_file_beside_an_image_is_its_text(tmp_path: Path) -> None:
     (tmp_path / "1.txt").write_text("text 1")
     samples, lost = collect(tmp_path)
     assert ({one.key: one.caption for one in samples}, lost) == ({"0.png": "caption 0", "1.png": "text 1"}, [])
+    os.truncate(tmp_path / "1.txt", CorpusSection().max_bytes + 1)
+    assert {one.key: one.caption for one in collect(tmp_path)[0]} == {"0.png": "caption 0", "1.png": None}
 
 
 def test_folder_follows_links_once_and_counts_broken_ones(tmp_path: Path) -> None:

@@ -142,6 +142,17 @@ def test_a_file_that_is_not_there_is_not_asked_for_twice(store: str) -> None:
     assert (len(samples), [(one.key, one.reason) for one in lost]) == (1, [("2", "missing")])
 
 
+def test_a_list_of_images_that_nobody_answers_for_is_an_error_and_some_are_lost(store: str, tmp_path: Path) -> None:
+    lines = tmp_path / "x.jsonl"
+    lines.write_text("\n".join(json.dumps({"image": f"{store}/f/{number}.png"}) for number in range(25)))
+    Shaky.every = 1
+    with pytest.raises(DataError, match=rf"x\.jsonl names 20 images in a row .* {store}/f/19\.png"):
+        collect(str(lines))
+    lines.write_text("\n".join(lines.read_text().splitlines()[:19]))
+    samples, lost = collect(str(lines))
+    assert (samples, [one.reason for one in lost]) == ([], ["unreachable"] * 19)
+
+
 def recipe(out: Path, source: str) -> Recipe:
     section = {"source": source, "val_fraction": 0.0, "shard_images": 10}
     return Recipe.model_validate({"out": str(out), "tracking": {"uri": "off"}, "corpus": section})

@@ -80,13 +80,19 @@ class FolderGroup:
                     continue
                 data = read_file(fs, f"{inside}/{entry.path}")
                 if caption is None and entry.text is not None:
-                    caption = clean_text(read_file(fs, f"{inside}/{entry.text}"))
+                    caption = self._text(fs, f"{inside}/{entry.text}")
             except OSError as error:
                 if not is_of_file(error):
                     raise
                 yield Lost(entry.path, "unreadable", f"{type(error).__name__}: {error}")
                 continue
             yield Sample(entry.path, (index, 0), data, caption or entry.label, entry.label, entry.qa)
+
+    def _text(self, fs: Any, path: str) -> str | None:
+        """The text of a file; None for one of more than `max_bytes`, where looking costs no request. Errors: OSError."""
+        if storage.is_local(self.root) and fs.size(path) > self.max_bytes:
+            return None
+        return clean_text(read_file(fs, path))
 
     @contextmanager
     def reader(self) -> Iterator[ReadBytes]:

@@ -114,13 +114,16 @@ class Batches:
         self.rest: Iterator[pa.RecordBatch] = iter(())
 
     def value(self, locator: Locator) -> bytes:
-        """The image bytes at (part, row)."""
+        """The image bytes at (part, row). Errors: EOFError when the part has no such row any more."""
         part, row = locator
         if part != self.part or row < self.start:
             self.part, self.start, self.held, self.rest = part, 0, pa.array([]), self.batches(part)
         while row >= self.start + len(self.held):
             self.start += len(self.held)
-            self.held = next(self.rest).column(0)
+            batch = next(self.rest, None)
+            if batch is None:
+                raise EOFError(f"it has fewer rows than {row + 1}")
+            self.held = batch.column(0)
         value = self.held[row - self.start].as_py()
         return value["bytes"] if isinstance(value, dict) else value
 
