@@ -184,6 +184,8 @@ def test_json_lines_name_images(tmp_path: Path, memory_url: str) -> None:
         ("7", "bad_metadata"),
     ]
     assert detect("x/y.jsonl") == "jsonl"
+    named = collect(str(tmp_path / "x.jsonl"), caption_column="caption_en")[0]
+    assert [one.caption for one in named] == [None] * 3, "a column that is named is not passed over for another"
 
 
 class Ranged(http.server.SimpleHTTPRequestHandler):

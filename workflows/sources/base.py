@@ -113,6 +113,11 @@ def clean_text(value: Any) -> str | None:
     return printable(" ".join(text.split())) or None
 
 
+def caption_names(column: str) -> tuple[str, ...]:
+    """Where a record may hold a caption: in the column that is named; where none is, in others too."""
+    return (column, *CAPTION_NAMES) if column == DEFAULT_CAPTION else (column,)
+
+
 def as_text(data: bytes) -> str:
     """A text file's content: UTF-8, or UTF-16 where its byte order mark says so; what does not decode is marked."""
     return data.decode(text_encoding(data), errors="replace")

@@ -11,12 +11,12 @@ from smalti import storage
 from smalti.errors import DataError
 from smalti.schema import CorpusSection
 from smalti.workflows.sources.base import (
-    CAPTION_NAMES,
     Locator,
     Lost,
     ReadBytes,
     Sample,
     bare,
+    caption_names,
     clean_text,
     filesystem,
     is_of_file,
@@ -112,7 +112,7 @@ class JsonLinesGroup:
             if isinstance(error, OSError) and not is_of_file(error):
                 raise
             return Lost(key, "unreadable", f"{place}: {type(error).__name__}: {error}")
-        caption = clean_text([record.get(name) for name in (self.caption, *CAPTION_NAMES)])
+        caption = clean_text([record.get(name) for name in caption_names(self.caption)])
         return Sample(key, locator, data, caption, clean_text(record.get(self.label)), qa)
 
 

@@ -16,9 +16,9 @@ from typing import Any, BinaryIO, TextIO
 from smalti.errors import DataError
 from smalti.schema import CorpusSection
 from smalti.workflows.sources.base import (
-    CAPTION_NAMES,
     Lost,
     Pairs,
+    caption_names,
     clean_text,
     load_json,
     read_pairs,
@@ -108,7 +108,7 @@ class Metadata:
         if not record["file_name"]:
             raise ValueError("file_name is empty")
         path = composed(posixpath.normpath(folder + str(record["file_name"]).replace("\\", "/")))
-        caption = clean_text([record.get(name) for name in (self.section.caption_column, *CAPTION_NAMES)])
+        caption = clean_text([record.get(name) for name in caption_names(self.section.caption_column)])
         return Said(path, where, caption, clean_text(record.get(self.section.label_column)), read_pairs(record))
 
 

@@ -19,13 +19,13 @@ from smalti.errors import DataError
 from smalti.schema import CorpusSection
 from smalti.workflows.shard_tally import HERE
 from smalti.workflows.sources.base import (
-    CAPTION_NAMES,
     DEFAULT_CAPTION,
     IMAGE_SUFFIXES,
     Locator,
     Lost,
     ReadBytes,
     Sample,
+    caption_names,
     clean_text,
     load_json,
     named,
@@ -163,10 +163,8 @@ class TarGroup:
         except (ValueError, TypeError) as error:
             return Lost(key, "bad_metadata", f"{key}.json: {error}")
         texts = [members.texts.get(name) for name in ("txt", "caption", "text")]
-        column = record.get(self.caption_column)
-        named_first = [column, *texts] if self.caption_column != DEFAULT_CAPTION else [*texts, column]
-        captions = [*named_first, *(record.get(name) for name in CAPTION_NAMES)]
-        caption = next((text for text in map(clean_text, captions) if text), None)
+        said = [record.get(name) for name in caption_names(self.caption_column)]
+        caption = clean_text([*texts, *said] if self.caption_column == DEFAULT_CAPTION else [*said, *texts])
         label = clean_text(record.get(self.label_column)) or clean_text(members.texts.get("cls"))
         return Sample(key, locator, data, caption, label, qa)
 
