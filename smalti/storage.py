@@ -24,6 +24,8 @@ from fsspec.core import url_to_fs
 
 from smalti.errors import DataError
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+"""Error numbers of a disk that takes no more."""
 _TEMP_SUFFIX = ".smalti-tmp"
 _MENDS = {
     errno.ENOSPC: "the disk is full: free some space, or set another `out`",
@@ -50,6 +52,11 @@ def local_path(path: str) -> str:
     for scheme in ("file://", "local://"):
         path = path.removeprefix(scheme)
     return os.path.expanduser(path)
+
+
+def is_temporary(name: str) -> bool:
+    """True for the name of a file or folder that is being written, or was when its process was killed."""
+    return name.endswith(_TEMP_SUFFIX)
 
 
 def absolute(path: str) -> str:

@@ -62,6 +62,21 @@ def test_the_least_recently_used_leave_first(memory_url, tmp_path, fetched) -> N
     assert len(kept(tmp_path / "small")) == 1
 
 
+def test_what_a_kill_left_of_a_fetch_goes_and_what_is_being_fetched_counts(memory_url, tmp_path) -> None:
+    keys = [write(memory_url, index) for index in range(3)]
+    size = storage.size_bytes(shards.shard_path(memory_url, keys[0]))
+    left, coming = (tmp_path / f".{name}.parquet.0123456789ab.smalti-tmp" for name in ("left", "coming"))
+    for file in (left, coming):
+        file.write_bytes(bytes(size))
+    os.utime(left, (0, 0))
+    cache = ShardCache(str(tmp_path), 3.5 * size)
+    for key in keys[:2]:
+        cache.read(memory_url, key)
+    assert not left.exists() and coming.exists() and len(kept(tmp_path)) == 2
+    cache.read(memory_url, keys[2])
+    assert coming.exists() and len(kept(tmp_path)) == 2
+
+
 def test_a_damaged_copy_is_fetched_again(memory_url, tmp_path) -> None:
     key = write(memory_url, 0)
     cache = ShardCache(str(tmp_path), 1e9)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from smalti import storage
@@ -9,6 +11,7 @@ from smalti.errors import ConfigError, DataError
 from smalti.workflows.train import again, checkpoints
 from smalti.workflows.train.checkpoints import Checkpoints, Whole, fetched, look, newest, step_folder, to_drop
 from smalti.workflows.train.collectives import Collectives
+from smalti.workflows.train.scratch import Scratch, sweep
 
 
 def plant(place: str, step: int, *, score: float | None = None, world_size: int = 2) -> str:
@@ -92,8 +95,9 @@ def test_the_best_is_told_by_a_metric_that_is_logged() -> None:
         None,
         None,
     )
+    checkpoints.check_best("max:psnr", ["loss", "psnr"])
     with pytest.raises(ConfigError, match=r"train.best=los names no metric .* it logs loss, psnr"):
-        score("los", rows)
+        checkpoints.check_best("los", ["psnr", "loss"])
 
 
 def test_dropping_leaves_what_is_being_written(place) -> None:
@@ -105,13 +109,49 @@ def test_dropping_leaves_what_is_being_written(place) -> None:
     assert storage.list_names(place) == [step_folder(step) for step in (5, 15, 20)]
 
 
+def test_storage_that_does_not_answer_makes_no_checkpoint_torn(place, monkeypatch) -> None:
+    """It is looked at again: neither is one before it taken, nor is it removed as not whole."""
+    for step in (5, 10):
+        plant(place, step)
+    monkeypatch.setattr(again.time, "sleep", lambda seconds: None)
+    read, away = storage.read_bytes, [True, True, False, True]
+
+    def sometimes(path: str) -> bytes:
+        if path.endswith("manifest-00001.json") and away and away.pop(0):
+            raise DataError(f"cannot read {path}: the network is down")
+        return read(path)
+
+    monkeypatch.setattr(storage, "read_bytes", sometimes)
+    with pytest.raises(DataError, match="network"):
+        newest(place, print)
+    found = again.again(newest, place, print)
+    assert found is not None and found.step == 10
+    again.again(Checkpoints(place, Collectives(), keep=2)._drop)
+    assert storage.list_names(place) == [step_folder(5), step_folder(10)] and not away
+
+
 def test_a_worker_fetches_its_own_files_and_those_for_all(memory_url) -> None:
     found = look(plant(memory_url, 5, world_size=3))
     assert isinstance(found, Whole)
-    with fetched(found, 2) as folder:
+    third = Collectives()
+    third.rank, third.world_size = 2, 3
+    with fetched(found, third) as folder:
         assert sorted(storage.sizes_bytes(folder)) == ["model/engine/rank0.pt", "model/engine/rank2.pt", "task.pt"]
-    with fetched(found, None) as folder:
+    with fetched(found, Collectives()) as folder:
         assert len(storage.sizes_bytes(folder)) == 4
+    assert not storage.exists(folder)
+
+
+def test_what_a_killed_process_left_is_swept_and_nothing_else(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    held = Scratch("smalti-checkpoint-")
+    for name in ("smalti-resume-left", "smalti-universal-left/zero", "smalti-other", "not-ours"):
+        (tmp_path / name).mkdir(parents=True)
+    sweep()
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["not-ours", os.path.basename(held.path), "smalti-other"]
+    held.remove()
+    assert not os.path.exists(held.path)
 
 
 def test_storage_that_fails_for_a_moment_is_tried_again(monkeypatch) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 import torch.distributed as dist
+from fsspec.implementations.local import LocalFileSystem
 from torch import nn
 
 from smalti.schema import Train
@@ -19,6 +22,7 @@ from smalti.workflows.train.collectives import Collectives
 from smalti.workflows.train.task import Task
 
 STAGES = (0, 1, 2, 3)
+LOW = (0, 3)  # tried in bf16 too
 BATCH, MICRO = 8, 2
 TRAIN = Train(batch_size=BATCH, micro_batch_size=MICRO, lr=0.05, clip=0.5, weight_decay=0.3)
 
@@ -37,13 +41,13 @@ class Net(nn.Module):
 class Pair:
     """Two engines, as a GAN has: one of a ZeRO stage, one whole."""
 
-    def __init__(self, stage: int) -> None:
+    def __init__(self, stage: int, train: Train = TRAIN) -> None:
         self.ranks = Collectives()
         self.engines = {}
         for name, zero in (("model", stage), ("critic", 0)):
             torch.manual_seed(len(name))
             self.engines[name] = ds.build_engine(
-                Net(), TRAIN, lr=TRAIN.lr, zero_stage=zero, world_size=self.ranks.world_size, device=torch.device("cpu")
+                Net(), train, lr=train.lr, zero_stage=zero, world_size=self.ranks.world_size, device=torch.device("cpu")
             )
 
     def step(self, number: int, bad: str = "") -> dict[str, float]:
@@ -87,8 +91,26 @@ class Kept(Task):
         self.value = state["value"]
 
 
-def checkpoints(folder: Path, stage: int, ranks: Collectives, told: list[str] | None = None) -> Checkpoints:
-    return Checkpoints(str(folder / f"zero{stage}"), ranks, say=[].append if told is None else told.append)
+class Store(LocalFileSystem):
+    """`store:///folder`: an object store that several processes see. It keeps a list of what is fetched."""
+
+    protocol = "store"
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(path.removeprefix("store://"))
+
+    def get_file(self, path: str, target: str, **settings: Any) -> None:
+        with open(os.environ["FETCHED"], "a") as file:
+            file.write(f"{path}\n")
+        super().get_file(path, target, **settings)
+
+
+fsspec.register_implementation("store", Store)
+
+
+def checkpoints(folder: Path | str, stage: int, ranks: Collectives, told: list[str] | None = None) -> Checkpoints:
+    return Checkpoints(f"{folder}/zero{stage}", ranks, say=[].append if told is None else told.append)
 
 
 def damage(folder: Path, part: str) -> None:
@@ -101,7 +123,7 @@ def damage(folder: Path, part: str) -> None:
 
 
 def two_ranks(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {"norms": {}, "skipped": {}, "drift": [], "saved": {}, "resumed": {}}
+    found: dict[str, Any] = {"norms": {}, "skipped": {}, "low": {}, "drift": [], "saved": {}, "resumed": {}}
     for stage in STAGES:
         pair = Pair(stage)
         found["norms"][stage] = pair.step(0)
@@ -111,6 +133,14 @@ def two_ranks(folder: Path) -> dict[str, Any]:
         after = pair.weights()
         pair.step(2)
         found["skipped"][stage] = (bad, before, after, pair.weights())
+    for stage in LOW:
+        low = Pair(stage, TRAIN.model_copy(update={"precision": "bf16"}))
+        low.step(0)
+        before = low.weights()
+        low.step(9, bad="loss")
+        after = low.weights()
+        low.step(2)
+        found["low"][stage] = (before, after, low.weights())
     for stage in STAGES:
         pair, task = Pair(stage), Kept()
         pair.step(0)
@@ -139,8 +169,12 @@ def two_ranks(folder: Path) -> dict[str, Any]:
     return found
 
 
-def go_on(folder: Path) -> dict[int, Any]:
+def go_on(folder: Path | str, fetched: str = "") -> dict[int, Any]:
     """From the newest checkpoint two steps on, saved, and two more: the state found, and the weights after them."""
+    os.environ["FETCHED"] = fetched
+    if fetched:
+        tempfile.tempdir = f"{fetched}-tmp"
+        os.makedirs(tempfile.tempdir, exist_ok=True)
     found: dict[int, Any] = {}
     for stage in STAGES:
         pair, task = Pair(stage), Kept()
@@ -206,6 +240,13 @@ def test_a_step_that_is_not_finite_moves_no_engine_on_any_rank(two, stage: int) 
     torch.testing.assert_close(last, two[0]["skipped"][0][3], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("stage", LOW)
+def test_a_step_in_bf16_that_is_not_finite_moves_nothing(two, stage: int) -> None:
+    before, after, last = two[0]["low"][stage]
+    assert torch.equal(before, after)
+    assert not torch.equal(after, last) and bool(torch.isfinite(last).all())
+
+
 def test_what_differs_between_ranks_is_named(two) -> None:
     for rank in two:
         assert len(rank["drift"]) == 1
@@ -228,10 +269,16 @@ def test_fewer_workers_go_on_alike(two, one, folder) -> None:
 
 
 def test_more_workers_go_on_alike_and_what_is_damaged_is_passed_over(ranks, one, folder) -> None:
-    """Two workers take the four-step checkpoint of one; then theirs is damaged, and the one before is taken."""
-    for stage, (step, value, weights) in ranks(go_on, 2, folder)[0].items():
+    """Two workers of a machine take the four-step checkpoint of one out of a store, and each file once; then theirs is
+    damaged, and the one before is taken."""
+    written = sorted(
+        str(path) for path in folder.glob("*/*000004/**/*") if path.is_file() and "manifest" not in path.name
+    )
+    for stage, (step, value, weights) in ranks(go_on, 2, f"store://{folder}", str(folder / "fetched"))[0].items():
         assert (step, value) == (4, 7)
         torch.testing.assert_close(weights[0], one[stage][2][1], rtol=1e-5, atol=1e-6)
+    assert sorted((folder / "fetched").read_text().split()) == written
+    assert not list((folder / "fetched-tmp").glob("smalti-*"))
     damage(folder / "zero3", "rank_1")
     (step, told), other = ranks(pass_over, 2, folder)
     assert step == other[0] == 4

@@ -9,15 +9,13 @@ another checksum when it is loaded: it was damaged later.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
 import os
 import re
-import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,10 +23,11 @@ from typing import Any
 import torch
 
 from smalti import storage
-from smalti.errors import ConfigError, DataError, TrainingError
+from smalti.errors import ConfigError, DataError
 from smalti.workflows.train import universal
 from smalti.workflows.train.again import again
 from smalti.workflows.train.collectives import Collectives
+from smalti.workflows.train.scratch import Scratch, filled
 from smalti.workflows.train.task import Task
 
 STATE_FILE = "loop.json"
@@ -36,7 +35,6 @@ TASK_FILE = "task.pt"
 TAG = "engine"
 STEP = re.compile(r"step-(\d{9})$")
 CHUNK_BYTES = 1 << 24
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,18 @@ class Whole:
     files: tuple[tuple[str, ...], ...]
     score: float | None
     sums: Mapping[str, int] = field(default_factory=dict)
+
+
+def metric_of(best: str) -> str:
+    """The metric that `train.best` names."""
+    return best.removeprefix("max:")
+
+
+def check_best(best: str | None, logged: Collection[str]) -> None:
+    """ConfigError when `train.best` names none of the metrics that are logged."""
+    if best is not None and metric_of(best) not in logged:
+        names = ", ".join(sorted(logged))
+        raise ConfigError(f"train.best={best} names no metric that this training logs from the start; it logs {names}.")
 
 
 def step_folder(step: int) -> str:
@@ -86,10 +96,10 @@ def look(path: str) -> Whole | str:
 
 
 def read_manifest(path: str) -> dict[str, Any] | None:
-    """A worker's manifest; None where it is torn or damaged."""
+    """A worker's manifest; None where it is torn or damaged. DataError: storage does not answer, which says nothing of it."""
     try:
-        found = storage.read_json(path)
-    except DataError:
+        found = json.loads(storage.read_bytes(path))
+    except ValueError:
         return None
     kinds = {"world_size": int, "score": float | int | None, "files": dict}
     whole = isinstance(found, dict) and all(name in found and isinstance(found[name], kinds[name]) for name in kinds)
@@ -150,7 +160,8 @@ class Checkpoints:
         self.wait()
         score = self._score(state)
         rank, target = self.collectives.rank, storage.join(self.folder, step_folder(state["step"]))
-        with _made_here() as local:
+        with _made_here() as scratch:
+            local = scratch.path
             for name, engine in engines.items():
                 engine.save_checkpoint(os.path.join(local, name), tag=TAG)
             if rank == 0:
@@ -160,7 +171,7 @@ class Checkpoints:
                     json.dump({**state, "world_size": self.collectives.world_size, "zero_stages": stages}, out)
                 again(storage.remove, target)  # what an earlier try left: not whole, or it would have been gone on from
             self.collectives.barrier()
-        self._sending = self._thread.submit(self._send, local, target, score)
+        self._sending = self._thread.submit(self._send, scratch, target, score)
 
     def wait(self) -> None:
         """Return when this worker's part of the last checkpoint is in storage; raises what went wrong on the way."""
@@ -172,13 +183,12 @@ class Checkpoints:
         """Take back the newest whole checkpoint; its state, or None when there is none.
 
         ZeRO's optimizer states, which are cut by worker, are cut anew when another number of workers wrote them.
-        ConfigError: written with other ZeRO stages. TrainingError: it lacks an engine.
+        ConfigError: written with other ZeRO stages. TrainingError: it lacks an engine, or one does not fit.
         """
         device = next(iter(engines.values())).device
         damaged: list[str] = []
         while (chosen := self._choose(device, damaged)) is not None:
-            same = len(chosen.files) == self.collectives.world_size
-            with fetched(chosen, self.collectives.rank if same else None) as folder:
+            with fetched(chosen, self.collectives) as folder:
                 wrong = self._changed(chosen, folder, device)
                 if not wrong:
                     return self._take(chosen, folder, engines, task)
@@ -197,9 +207,9 @@ class Checkpoints:
         for name, engine in engines.items():
             source = os.path.join(folder, name)
             if cut and engine.zero_optimization_stage():
-                universal.load(engine, source, TAG, self.collectives)
-            elif engine.load_checkpoint(source, tag=TAG)[0] is None:
-                raise TrainingError(f"The checkpoint {path} holds no engine {name!r}; remove that folder.")
+                universal.load(engine, source, TAG, self.collectives, told=f"{path}/{name}")
+            else:
+                universal.load_engine(engine, source, TAG, told=f"{path}/{name}")
         device = next(iter(engines.values())).device
         task.load_state_dict(torch.load(os.path.join(folder, TASK_FILE), map_location=device, weights_only=True))
         self.collectives.barrier()
@@ -228,18 +238,13 @@ class Checkpoints:
         return found
 
     def _score(self, state: Mapping[str, Any]) -> float | None:
-        """The last logged value of the metric that names the best checkpoint; ConfigError when none has that name."""
+        """The last logged value of the metric that names the best checkpoint."""
         rows = state.get("history", [])
-        if self.best is None or not rows:
-            return None
-        name = self.best.removeprefix("max:")
-        values = [row[name] for row in rows if name in row]
-        if not values and len(rows) > 1:  # one that is not finite is left out of a row
-            names = ", ".join(sorted({key for row in rows for key in row} - {"step"}))
-            raise ConfigError(f"train.best={self.best} names no metric that this training logs; it logs {names}.")
+        values = [row[metric_of(self.best)] for row in rows if metric_of(self.best) in row] if self.best else []
         return float(values[-1]) if values else None
 
-    def _send(self, local: str, target: str, score: float | None) -> None:
+    def _send(self, scratch: Scratch, target: str, score: float | None) -> None:
+        local = scratch.path
         try:
             names = sorted(
                 os.path.relpath(os.path.join(parent, file), local).replace(os.sep, "/")
@@ -257,7 +262,7 @@ class Checkpoints:
                 storage.remove(target)
             raise
         finally:
-            shutil.rmtree(local, ignore_errors=True)
+            scratch.remove()
         if self.collectives.rank == 0:
             again(self._drop)
 
@@ -285,15 +290,16 @@ def check_stages(state: Mapping[str, Any], engines: Mapping[str, Any], path: str
 
 
 @contextlib.contextmanager
-def _made_here() -> Iterator[str]:
+def _made_here() -> Iterator[Scratch]:
     """A folder on this machine's disk that stays when the block ends well. DataError: the disk holds no more."""
-    local = ""
+    scratch: Scratch | None = None
     try:
-        local = tempfile.mkdtemp(prefix="smalti-checkpoint-")
-        yield local
+        scratch = Scratch("smalti-checkpoint-")
+        yield scratch
     except BaseException as error:
-        shutil.rmtree(local, ignore_errors=True)
-        full = isinstance(error, OSError) and error.errno in NO_ROOM
+        if scratch is not None:
+            scratch.remove()
+        full = isinstance(error, OSError) and error.errno in storage.NO_ROOM
         if full or (isinstance(error, RuntimeError) and "inline_container" in str(error)):  # torch's writer of files
             raise DataError(
                 f"cannot write a checkpoint to {tempfile.gettempdir()}: {str(error).splitlines()[0]}. Each worker needs "
@@ -303,15 +309,27 @@ def _made_here() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def fetched(chosen: Whole, rank: int | None) -> Iterator[str]:
-    """A local folder with the checkpoint's files: all of them where it is local already or `rank` is None, else those
-    that worker `rank` loads (its own, and what worker 0 wrote for all)."""
+def fetched(chosen: Whole, collectives: Collectives) -> Iterator[str]:
+    """A local folder with the checkpoint's files, all of them where it is local already. From an object store each worker
+    fetches what it loads (its own files, and what worker 0 wrote for all); where another number of workers wrote it, the
+    first worker of each machine fetches all files for all workers there."""
     if storage.is_local(chosen.path):
         yield storage.local_path(chosen.path)
-        return
-    wanted = chosen.files if rank is None else (chosen.files[0], chosen.files[rank])
-    with tempfile.TemporaryDirectory(prefix="smalti-resume-") as folder:
-        for name in sorted({name for files in wanted for name in files}):
-            os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
-            again(storage.get_file, storage.join(chosen.path, name), os.path.join(folder, name))
-        yield folder
+    elif len(chosen.files) == collectives.world_size:
+        scratch = Scratch("smalti-resume-")
+        try:
+            fetch(chosen.path, {*chosen.files[0], *chosen.files[collectives.rank]}, scratch.path)
+            yield scratch.path
+        finally:
+            scratch.remove()
+    else:
+        every = {name for files in chosen.files for name in files}
+        with filled("smalti-resume-", lambda folder: fetch(chosen.path, every, folder), collectives) as folder:
+            yield folder
+
+
+def fetch(path: str, names: Iterable[str], folder: str) -> None:
+    """Bring files of the folder `path` to the local `folder`."""
+    for name in sorted(names):
+        os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
+        again(storage.get_file, storage.join(path, name), os.path.join(folder, name))

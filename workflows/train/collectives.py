@@ -5,11 +5,21 @@ Legend: W workers, B rows.
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from smalti.errors import SmaltiError
+
+PATIENCE = timedelta(hours=12)
+"""How long workers wait for what the first worker of each machine does alone; for all else, torch's half hour."""
+
+T = TypeVar("T")
 
 
 class Collectives:
@@ -60,6 +70,27 @@ class Collectives:
         box = [value]
         dist.broadcast_object_list(box, device=device)
         return box[0]
+
+    def once_a_machine(self, work: Callable[[], T]) -> T:
+        """What `work()` returns on the first worker of this machine (it must pickle), on every worker of it; what it
+        raises anywhere, all workers raise. The workers of a machine have successive ranks, as Ray and torchrun number them."""
+        if self.world_size == 1:
+            return work()
+        local = int(os.environ.get("LOCAL_RANK", self.rank))
+        patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+        found: tuple[Any, Exception | None] = (None, None)
+        if local == 0:
+            try:
+                found = (work(), None)
+            except Exception as error:  # raised below, by all
+                found = (None, error if isinstance(error, SmaltiError) else RuntimeError(f"{error!r}"))
+        told: list[Any] = [None] * self.world_size
+        dist.all_gather_object(told, found, group=patient)
+        dist.destroy_process_group(patient)
+        for _, wrong in told:
+            if wrong is not None:
+                raise wrong
+        return told[self.rank - local][0]
 
     def barrier(self) -> None:
         """Wait for all workers."""

@@ -18,6 +18,8 @@ from smalti import shards, storage
 from smalti.errors import DataError
 
 TRIES = 3
+BROKEN_OFF_S = 3600
+"""How long nothing was written to a file that is no longer being fetched."""
 
 
 class ShardCache:
@@ -47,14 +49,20 @@ class ShardCache:
         return shards.read_shard(artifact_path, key, columns)
 
     def _make_room(self, fetched: str) -> None:
-        """Remove the least recently used files until the rest fits; never the one just fetched."""
+        """Remove the least recently used files until the rest fits, never the one just fetched; what other processes are
+        fetching counts too, and what is left of a fetch that a kill broke off goes."""
         used: list[tuple[float, int, str]] = []
-        for name in storage.list_names(self.folder, ".parquet"):
+        total, now = 0, time.time()
+        for name in os.listdir(self.folder):
             path = os.path.join(self.folder, name)
             with contextlib.suppress(FileNotFoundError):  # another process made room
                 found = os.stat(path)
-                used.append((found.st_mtime if path != fetched else time.time() + 1e9, found.st_size, path))
-        total = sum(size for _, size, _ in used)
+                if storage.is_temporary(name) and now - found.st_mtime > BROKEN_OFF_S:
+                    os.remove(path)
+                    continue
+                total += found.st_size
+                if name.endswith(".parquet"):
+                    used.append((found.st_mtime if path != fetched else now + 1e9, found.st_size, path))
         for _, size, path in sorted(used)[:-1]:
             if total <= self.limit_bytes:
                 return

@@ -8,34 +8,36 @@ from __future__ import annotations
 import argparse
 import contextlib
 import glob
-import hashlib
 import io
 import os
-import shutil
+import pickle
 import tempfile
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from smalti import storage
 from smalti.errors import TrainingError
 from smalti.workflows.train.collectives import Collectives
+from smalti.workflows.train.scratch import filled
 
 CONVERTED = "universal"
+NO_FIT = (AssertionError, LookupError, ValueError, FileNotFoundError, EOFError, pickle.UnpicklingError)
+"""What DeepSpeed raises for files that are not what it expects."""
 
 
-def load(engine: Any, folder: str, tag: str, collectives: Collectives) -> None:
-    """Load `folder`/`tag`, a checkpoint of a ZeRO engine by another number of workers; every worker calls it."""
-    with _converted(folder, tag, collectives) as made:
+def load(engine: Any, folder: str, tag: str, collectives: Collectives, *, told: str) -> None:
+    """Load `folder`/`tag`, a checkpoint of a ZeRO engine by another number of workers, which errors name as `told`; every
+    worker calls it."""
+    convert = lambda made: _convert(os.path.join(folder, tag), os.path.join(made, CONVERTED), told)  # noqa: E731
+    with filled("smalti-universal-", convert, collectives) as made:
         optimizer = engine.optimizer.optimizer
         groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
         engine._config.load_universal_checkpoint = True
         try:
-            loaded, _ = engine.load_checkpoint(made, tag=CONVERTED)
+            load_engine(engine, made, CONVERTED, told=told)
         finally:
             engine._config.load_universal_checkpoint = False
-        if loaded is None:
-            raise TrainingError(f"DeepSpeed could not load the checkpoint {folder} as a universal one; remove it.")
         for group, own in zip(optimizer.param_groups, groups, strict=True):
             group.update(own)  # DeepSpeed gives all groups the decay of the first
         for state in optimizer.state.values():
@@ -43,25 +45,21 @@ def load(engine: Any, folder: str, tag: str, collectives: Collectives) -> None:
         _load_rest(engine, os.path.join(folder, tag))
 
 
-@contextlib.contextmanager
-def _converted(folder: str, tag: str, collectives: Collectives) -> Iterator[str]:
-    """A folder of this machine that holds the universal checkpoint while the workers load it."""
-    made = os.path.join(tempfile.gettempdir(), f"smalti-universal-{hashlib.sha1(folder.encode()).hexdigest()[:16]}")
-    first = int(os.environ.get("LOCAL_RANK", collectives.rank)) == 0
+def load_engine(engine: Any, folder: str, tag: str, *, told: str) -> None:
+    """Load `folder`/`tag` into an engine. TrainingError, which names the checkpoint `told`, when it does not fit or is not
+    there; what a collective raises, when another worker has died, stays what it is."""
     try:
-        if first:
-            shutil.rmtree(made, ignore_errors=True)
-            os.makedirs(made)
-            _convert(os.path.join(folder, tag), os.path.join(made, CONVERTED))
-        collectives.barrier()
-        yield made
-        collectives.barrier()
-    finally:
-        if first:
-            shutil.rmtree(made, ignore_errors=True)
+        loaded, _ = engine.load_checkpoint(folder, tag=tag)
+        found = "" if loaded is not None else "it is not there"
+    except NO_FIT as error:
+        found = f"{type(error).__name__}: {error}"
+    if found:
+        raise TrainingError(
+            f"DeepSpeed could not load the checkpoint {told} ({found}). Remove its step's folder to go on from the one before."
+        )
 
 
-def _convert(source: str, target: str) -> None:
+def _convert(source: str, target: str, told: str) -> None:
     """DeepSpeed's own conversion, in this process: it is bound by reading and writing, and prints a line a file."""
     from deepspeed.checkpoint import ds_to_universal
 
@@ -78,9 +76,16 @@ def _convert(source: str, target: str) -> None:
     try:
         with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
             ds_to_universal.main(asked)
-    except Exception as error:  # whatever its many steps raise: the mend is the same
+    except Exception as error:  # whatever its many steps raise
+        if isinstance(error, OSError) and error.errno in storage.NO_ROOM:
+            raise TrainingError(
+                f"no room in {tempfile.gettempdir()} for a universal checkpoint ({error.strerror}): at another number of "
+                "workers each machine needs room there for all weights and optimizer states in float32, twice (the first of "
+                "its workers converts them), and for the checkpoint itself when it comes from an object store. Free some "
+                "space, set TMPDIR to a larger disk, or start with the number of workers that wrote it."
+            ) from error
         raise TrainingError(
-            f"DeepSpeed could not make a universal checkpoint of {source} for another number of workers: "
+            f"DeepSpeed could not make a universal checkpoint of {told} for another number of workers: "
             f"{type(error).__name__}: {error}. Start with the number of workers that wrote it."
         ) from error
 
