@@ -115,6 +115,45 @@ def rest_and_wake() -> dict[int, list[dict[str, set[str]]]]:
     return moves
 
 
+def rates_of_waking() -> dict[int, list[float]]:
+    """ZeRO stage → how far a part with the rate 0.01 moves in each of four steps after it rested for thirty."""
+    from smalti.schema import Train
+    from smalti.workflows.train import engines
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.second(self.first(x))
+
+        def rate_parts(self):
+            return {id(p): name for name in ("first", "second") for p in getattr(self, name).parameters()}
+
+    found: dict[int, list[float]] = {}
+    for stage in range(4):
+        torch.manual_seed(0)
+        train = Train(steps=9, batch_size=4, lr=0.01, zero_stage=stage, weight_decay=0, betas=(0.9, 0.999))
+        engine = engines.build_engine(Net(), train, lr=0.01, zero_stage=stage, world_size=1, device=torch.device("cpu"))
+        found[stage] = []
+        for step in range(34):
+            rests = step < 30
+            engines.set_factors(engine, {"first": 0.0 if rests else 1.0, "second": 1.0})
+            engines.set_learning_rate(engine, 0.01)
+            if step == 30:
+                engines.forget_moments(engine, ["first"])
+            before = None if rests else engines.full_weights(engine, on_this_rank=True)["first.weight"]
+            inputs = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+            loss = engine(0 * inputs if rests else inputs).square().mean()
+            engine.backward(loss)
+            engine.step()
+            if before is not None:
+                moved = engines.full_weights(engine, on_this_rank=True)["first.weight"] - before
+                found[stage].append(float(moved.abs().max()))
+    return found
+
+
 def slow_rows() -> dict[int, list[float]]:
     """ZeRO stage → how far text rows and new rows of the head moved in a step with `mllm.old_rows`, plain rows compared."""
     from smalti.mllm.bpe import train_bpe
@@ -166,6 +205,13 @@ def test_parts_rest_and_wake_by_the_schedule_under_every_zero_stage(ranks) -> No
         for number, parts in enumerate(steps):
             expected = moved if number >= 2 else still
             assert parts == {"adapter": moved, "backbone": expected, "new_rows": expected}, (stage, number)
+
+
+def test_a_part_that_wakes_begins_with_steps_of_the_rate_under_every_zero_stage(ranks) -> None:
+    """Its count of steps is not that of the run: with moments of 0 and a count of 30 Adam's steps are up to several times the rate."""
+    for stage, moved in ranks(rates_of_waking, 1)[0].items():
+        assert moved[0] == pytest.approx(0.01, rel=1e-2), stage
+        assert max(moved) < 0.0101, stage
 
 
 def test_old_rows_move_less_under_every_zero_stage(ranks) -> None:

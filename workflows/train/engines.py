@@ -10,7 +10,7 @@ import math
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -148,6 +148,35 @@ def set_factors(engine: Any, factors: Mapping[Any, float]) -> None:
     for group in engine.optimizer.param_groups:
         if "part" in group:
             group["factor"] = factors[group["part"]]
+
+
+@torch.no_grad()
+def forget_moments(engine: Any, parts: Collection[str]) -> None:
+    """Let the optimizer begin anew with the groups of these parts, under any ZeRO stage: moments and count of steps 0.
+
+    After a rest the moments have faded but the count went on: Adam would take them for means over all those steps, and
+    make steps several times the rate."""
+    for group, parameter in _held(engine):
+        if group.get("part") in parts:
+            for name, value in _inner(engine).state.get(parameter, {}).items():
+                if name == "step":  # not in place: parameters may share one
+                    _inner(engine).state[parameter][name] = torch.zeros_like(value)
+                else:
+                    value.zero_()
+
+
+def _inner(engine: Any) -> torch.optim.Optimizer:
+    """Torch's optimizer in an engine."""
+    return engine.optimizer.optimizer if engine.zero_optimization_stage() else engine.optimizer
+
+
+def _held(engine: Any) -> list[tuple[dict[str, Any], Any]]:
+    """What torch's optimizer has states of (parameters, or ZeRO's flat pieces), each with its group."""
+    groups = _inner(engine).param_groups
+    if engine.zero_optimization_stage() == 3:  # whose groups are filled during a step only
+        pieces = enumerate(engine.optimizer.fp32_partitioned_groups_flat)
+        return [(groups[engine.optimizer.sub_group_to_group_id[number]], piece) for number, piece in pieces]
+    return [(group, parameter) for group in groups for parameter in group["params"]]
 
 
 def full_weights(engine: Any, *, on_this_rank: bool) -> dict[str, torch.Tensor] | None:
