@@ -16,20 +16,18 @@ WIDEST = 1.5
 def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
     """Rows of about `room` places, each sequence in one of them, that together have as few places as can be.
 
-    A batch is as wide as its fullest row. So for each number of rows that leaves them below `WIDEST` times `room`, the narrowest
-    width is sought at which best fit gets by with it, and the least area wins: what would be a half-empty last row is
-    spread over all. Deterministic; no lengths, no rows.
+    A batch is as wide as its fullest row. So for each number of rows the narrowest width is sought at which best fit gets by
+    with it, and of those up to `WIDEST` times `room` (or the longest sequence) the least area wins, then the narrowest: what
+    would be a half-empty last row is spread over all. Deterministic; no lengths, no rows.
     """
     if not lengths:
         return []
-    total, best = sum(lengths), [list(range(len(lengths)))]
-    least = 0
-    for num in range(max(1, -(-total // int(WIDEST * room))), round(total / room) + 2):
-        rows, width = narrowest(lengths, num)
-        area = len(rows) * width
-        if not least or area < least:
-            best, least = rows, area
-    return best
+    total, widest = sum(lengths), max(int(WIDEST * room), *lengths)
+    within = best_fit(lengths, max(room, *lengths))
+    found = [(within, width_of(within, lengths))]
+    found += [narrowest(lengths, num) for num in range(max(1, -(-total // widest)), round(total / room) + 2)]
+    areas = [(len(rows) * width, width, rows) for rows, width in found if width <= widest]
+    return min(areas, key=lambda one: one[:2])[2]
 
 
 def narrowest(lengths: Sequence[int], num: int) -> tuple[list[list[int]], int]:
@@ -43,7 +41,12 @@ def narrowest(lengths: Sequence[int], num: int) -> tuple[list[list[int]], int]:
             rows, high = narrower, middle
         else:
             low = middle + 1
-    return rows, max(sum(lengths[index] for index in row) for row in rows)
+    return rows, width_of(rows, lengths)
+
+
+def width_of(rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
+    """Places of the fullest row."""
+    return max(sum(lengths[index] for index in row) for row in rows)
 
 
 def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smalti.errors import ConfigError
-from smalti.mllm.packing import best_fit, efficiency, narrowest, pack
+from smalti.mllm.packing import WIDEST, best_fit, efficiency, narrowest, pack
 from smalti.mllm.sequences import SequenceBuilder, collate
 from smalti.schema import MllmSection
 
@@ -54,11 +54,13 @@ def test_packed_rows_hold_all_in_few_places(lengths: list[int], room: int) -> No
     rows = pack(lengths, room)
     assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
     area, total = len(rows) * max(filled(rows, lengths)), sum(lengths)
+    widest = max(int(WIDEST * room), *lengths)
+    assert max(filled(rows, lengths)) <= widest
     for num in range(max(1, -(-total // int(1.5 * room))), round(total / room) + 2):
         found, width = narrowest(lengths, num)
         assert len(found) <= num and width == max(filled(found, lengths))
         assert width <= max(lengths) + -(-total // num)
-        assert area <= len(found) * width
+        assert width > widest or (area, max(filled(rows, lengths))) <= (len(found) * width, width)
 
 
 def test_half_empty_rows_are_made_narrow() -> None:
@@ -66,7 +68,9 @@ def test_half_empty_rows_are_made_narrow() -> None:
     lengths = [9] * 21
     assert sorted(filled(best_fit(lengths, 90), lengths)) == [9, 90, 90]
     assert filled(pack(lengths, 90), lengths) == [63, 63, 63]
-    assert filled(pack([7] * 6, 20), [7] * 6) == [21, 21]
+    assert filled(pack([7] * 6, 20), [7] * 6) == [14, 14, 14], "of the same area the narrowest"
+    assert filled(pack([1000] * 16, 1000), [1000] * 16) == [1000] * 16
+    assert filled(pack([900] * 16, 1000), [900] * 16) == [900] * 16, "two of them are wider than one and a half rows"
     assert pack([], 5) == [] and pack([7], 5) == [[0]]
 
 
