@@ -290,6 +290,11 @@ def fit_vocabulary(
         )
     num_head = max(vocabulary.size, old_head.out_features)
     bias = old_head.bias is not None
+    if hasattr(old_head.bias, "ds_tensor"):
+        raise VocabularyError(
+            f"The head of {type(causal_lm).__name__} has a bias, which cannot grow while the model lies in parts. "
+            "Set mllm.train.zero_stage to 2 or lower."
+        )
     head = LossHead(old_head.in_features, num_head, bias=bias, device="meta")
 
     def grown(old: nn.Parameter, total: int) -> nn.Parameter:

@@ -194,3 +194,16 @@ def test_every_parameter_is_of_one_part_and_parts_freeze_or_rest(tiny) -> None:
                 assert parameter.grad is None
             else:
                 assert bool(parameter.grad.any()) == (names[name] not in resting), name
+
+
+def test_a_head_with_a_bias_that_lies_in_parts_is_refused_with_the_setting(tiny) -> None:
+    from transformers import Qwen2ForCausalLM
+
+    from smalti.mllm.model import fit_vocabulary
+    from smalti.mllm.rows import Whole
+
+    lm = Qwen2ForCausalLM(tiny.model.lm.config)
+    lm.lm_head = torch.nn.Linear(32, lm.config.vocab_size)
+    lm.lm_head.bias.ds_tensor = lm.lm_head.bias[:1]  # as ZeRO-3 leaves a parameter
+    with pytest.raises(VocabularyError, match=r"has a bias, which .*zero_stage to 2 or lower"):
+        fit_vocabulary(lm, tiny.vocabulary, torch.Generator(), Whole())
