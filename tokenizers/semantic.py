@@ -21,8 +21,10 @@ class SemanticTokenizer(nn.Module):
     """Features of a frozen encoder → projection → vector quantisation → self-attention decoder → features again.
 
     Loss: distillation (cosine or L2) between rebuilt and given features, plus the quantizer's own.
-    grid: rows and columns of the patches; default: a square one.
+    grid: rows and columns of the patches; default: a square one. `ids`: the codes of the last forward, int64 (B, N).
     """
+
+    ids: Tensor | None = None
 
     def __init__(
         self, feature_dim: int, stage: SemanticStage, num_codes: int, grid: tuple[int, int] | None = None
@@ -62,6 +64,7 @@ class SemanticTokenizer(nn.Module):
     def forward(self, features_BNC: Tensor) -> tuple[Tensor, dict[str, Tensor], EMAStats | None]:
         """Loss, detached metrics, and the statistics for `after_step` (EMA while training; else None)."""
         quantized = self.quantizer(self.project(features_BNC))
+        self.ids = quantized.ids
         rebuilt_BNC = self.reconstruct(quantized.q)
         distill = distill_loss(rebuilt_BNC, features_BNC, self.stage.distill)
         loss = distill + quantized.loss

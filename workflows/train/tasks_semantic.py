@@ -85,6 +85,7 @@ class SemanticTask(ImageTask):
         self.tokenizer = SemanticTokenizer(self.dim, self.stage, self.num_codes, self.grid)
         self.tokenizer.init_from(read_centroids(self.centroids))
         self.stats: list[EMAStats] = []
+        self.used = torch.zeros(self.num_codes, device=context.device)
 
     def modules(self) -> dict[str, nn.Module]:
         return {"model": self.tokenizer}
@@ -102,27 +103,33 @@ class SemanticTask(ImageTask):
         pixels = batch["pixels"]
         features = self.memory.get(batch["places"], lambda missing: self.features(pixels[missing]))
         loss, metrics, stats = engines[name](features)
+        assert self.tokenizer.ids is not None
+        self.used[self.tokenizer.ids.flatten()] = 1.0
         if stats is not None:
             self.stats.append(stats)
         return loss, metrics
 
     def after_step(self, step: int, engines: Mapping[str, Any]) -> Metrics:
-        if not self.stats:
-            return {}
-        stats, self.stats = EMAStats.merge(self.stats), []
         collectives = self.context.collectives
-        restarted = self.tokenizer.after_step(
-            stats, collectives.all_reduce, self.context.generator(step), collectives.rank
-        )
-        used = collectives.all_reduce(stats.counts) > 0
-        return {"restarted": float(restarted), "codes_used": used.double().mean()}
+        metrics: dict[str, Tensor | float] = {"codes_used": (collectives.all_reduce(self.used) > 0).double().mean()}
+        if self.stats:
+            generator = self.context.generator(step)
+            stats = EMAStats.merge(self.stats)
+            restarted = self.tokenizer.after_step(stats, collectives.all_reduce, generator, collectives.rank)
+            metrics["restarted"] = float(restarted)
+        self.skipped(step)
+        return metrics
 
     def skipped(self, step: int) -> None:
         self.stats = []
+        self.used.zero_()
 
     def replicated(self, engines: Mapping[str, Any]) -> Mapping[str, Tensor]:
-        """The EMA codebook and its statistics."""
-        return {f"semantic codebook ({name})": b for name, b in self.tokenizer.quantizer.named_buffers()}
+        """The EMA codebook and its statistics; one that is trained, where no worker holds only a part of it."""
+        buffers = {f"semantic codebook ({name})": b for name, b in self.tokenizer.quantizer.named_buffers()}
+        if buffers or engines["model"].zero_optimization_stage() == 3:
+            return buffers
+        return {"semantic codebook": self.tokenizer.codes}
 
     def save(self, path: str, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
         """`semantic.safetensors`."""
