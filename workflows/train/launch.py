@@ -101,7 +101,7 @@ def _trainer(job: Job, resources: Resources) -> Any:
     use_gpu = job.gpus > 0
     wanted: dict[str, float] = {"CPU": job.cpus} | ({"GPU": job.gpus} if use_gpu else {})
     scaling: dict[str, Any] = {"num_workers": resources.workers, "use_gpu": use_gpu, "resources_per_worker": wanted}
-    failures = {"max_failures": max(1, job.train.max_failures), "max_preemption_failures": job.train.max_preemptions}
+    failures = {"max_failures": job.train.max_failures, "max_preemption_failures": job.train.max_preemptions}
     failure: Any = FailureConfig
     told: Any = [Tell()]
     settings: dict[str, Any] = {
@@ -158,7 +158,7 @@ def _one_error(error: Exception, board: Any, run: StageRun) -> SmaltiError:
             return cause
     first = causes[0] if causes else cause_of(getattr(error, "controller_failure", error))
     return TrainingError(
-        f"Training in {run.path} failed, and failed again after restarts (train.max_failures): {brief(first)}\n"
+        f"Training in {run.path} failed more often than it is started again (train.max_failures, max_preemptions): {brief(first)}\n"
         f"Ray's logs of the workers lie under /tmp/ray/session_latest/logs on their machines. The same command goes on "
         f"from the newest checkpoint in {storage.join(run.path, CHECKPOINTS)}."
     )
