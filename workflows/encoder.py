@@ -51,6 +51,8 @@ def check(recipe: Recipe) -> None:
             "No encoder is set. Set encoder.pretrained to a SigLIP directory or hub name (google/siglip-base-patch16-256), "
             "or encoder.train to train one on the corpus."
         )
+    if recipe.encoder.train is not None and not recipe.encoder.pretrained:
+        check_batch("encoder.train", recipe.encoder.train.train, recipe, together="the contrastive loss")
 
 
 def encoder_path(artifact: Artifact) -> str:
@@ -62,17 +64,20 @@ def result_settings(train: dict[str, Any]) -> dict[str, Any]:
     """Training settings that the result depends on: not how often it is logged and saved, how it is cut into pieces that
     add up to the same (`zero_stage`), or what is traded between time and memory."""
     about = {"checkpoint_every", "keep", "best", "log_every", "image_every", "zero_stage", "check_every"}
-    about |= {"max_failures", "max_preemptions", "max_skipped", "cache_dir", "cache_gb"}
+    about |= {"max_failures", "max_preemptions", "max_skipped", "cache_dir", "cache_gb", "data_gb"}
     about |= {"offload", "offload_path", "activation_checkpointing", "compile"}
     return {key: value for key, value in train.items() if key not in about}
 
 
-def check_batch(section: str, train: Any, recipe: Recipe) -> None:
-    """ConfigError, with the section's name, unless the workers can share a batch evenly."""
-    from smalti.workflows.train.elastic import fitting_workers
+def check_batch(section: str, train: Any, recipe: Recipe, *, together: str = "") -> None:
+    """ConfigError, with the section's name, unless the workers can share a batch evenly. `together`: what of the loss sees
+    the samples of a micro batch of all workers at once, so that their number must stay the same on the way."""
+    from smalti.workflows.train.elastic import check_together, fitting_workers
 
     try:
         fitting_workers(train, recipe.resources)
+        if together:
+            check_together(together, train, recipe.resources)
     except ConfigError as error:
         raise ConfigError(f"{section}: {error}") from error
 

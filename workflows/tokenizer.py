@@ -42,7 +42,9 @@ def check(recipe: Recipe) -> None:
     phases |= {"semantic": section.semantic} if section.guidance else {}
     phases |= {"decoder": section.decoder} if section.decoder else {}
     for name, phase in phases.items():
-        check_batch(f"tokenizer.{name}", phase.train, recipe)
+        adaptive = name != "semantic" and phase.loss.gan.adaptive and phase.loss.gan.weight
+        together = "the adaptive weight of loss.gan" if adaptive else ""
+        check_batch(f"tokenizer.{name}", phase.train, recipe, together=together)
         if name != "semantic":
             _check_loss(f"tokenizer.{name}", phase, recipe.corpus.image_size)
 

@@ -68,6 +68,9 @@ class Train(Section):
     )
     cache_gb: Rate = Field(100.0, description="bound of cache_dir in GB; the least recently used shards leave first")
     data_window: Positive = Field(16, description="shards within which rows are shuffled")
+    data_gb: Rate = Field(
+        4.0, description="memory of a worker for the shards that its batches lie in and the next, in GB; else read anew"
+    )
 
     @model_validator(mode="after")
     def _offload_has_what_it_needs(self) -> Train:

@@ -32,6 +32,17 @@ WRONG = {
     ),
     "batch of a phase": (["tokenizer.semantic.train.batch_size=5", "resources.workers=2"], "tokenizer.semantic: "),
     "batch of the model": (["mllm.train.batch_size=5", "resources.workers=2"], "mllm: train.batch_size=5"),
+    "a contrastive loss of another batch on other workers": (
+        ["encoder.train={train: {batch_size: 8, micro_batch_size: 2}}", "resources.workers=[1, 2]"],
+        "2 with 1 workers, 4 with 2 workers, so the curve would jump. Take train.micro_batch_size out",
+    ),
+    "an adaptive weight of another batch on other workers": (
+        [
+            "tokenizer.pixel={train: {batch_size: 8, micro_batch_size: 2}, loss: {gan: {weight: 0.5, adaptive: true}}}",
+            "resources.workers=[1, 2]",
+        ],
+        "tokenizer.pixel: the adaptive weight of loss.gan sees",
+    ),
     "of a baseline": (
         ["baselines={flat: {tokenizer.pixel.train.batch_size: 7}}", "resources.workers=2"],
         "tokenizer.pixel: train.batch_size=7",
@@ -45,6 +56,14 @@ def test_a_recipe_that_would_fail_after_hours_fails_before_the_first_stage(tmp_p
     with pytest.raises(ConfigError, match=named.replace(".", r"\.")):
         run_recipe(recipe(*overrides, f"out={tmp_path / 'out'}"))
     assert not (tmp_path / "out").exists()
+
+
+def test_losses_that_sum_over_micro_batches_go_with_any_number_of_workers() -> None:
+    elastic = ["corpus.image_size=64", "resources.workers=[1, 2]"]
+    cut = "train: {batch_size: 8, micro_batch_size: 2}"
+    check(recipe(f"tokenizer.pixel={{{cut}, loss: {{gan: {{weight: 0.5}}}}}}", *elastic))
+    whole = "tokenizer.pixel={train: {batch_size: 8}, loss: {gan: {weight: 0.5, adaptive: true}}}"
+    check(recipe(whole, *elastic))
 
 
 def test_weights_that_are_not_there_are_told_with_their_key(tmp_path: Path) -> None:

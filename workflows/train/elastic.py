@@ -37,6 +37,20 @@ def fitting_workers(train: Train, resources: Resources) -> list[int]:
     )
 
 
+def check_together(what: str, train: Train, resources: Resources) -> None:
+    """ConfigError where `what` of a loss, which sees a micro batch of all workers at once, would see another number of
+    samples at another of the numbers of workers allowed."""
+    seen = {n: train.batch_size // accumulation(train, n)[1] for n in fitting_workers(train, resources)}
+    if len(set(seen.values())) > 1:
+        told = ", ".join(f"{samples} with {n} workers" for n, samples in seen.items())
+        raise ConfigError(
+            f"{what} sees the micro batches of all workers at once: with train.micro_batch_size={train.micro_batch_size} and "
+            f"resources.workers=[{resources.min_workers}, {resources.max_workers}] that is {told}, so the curve would jump. "
+            "Take train.micro_batch_size out (a worker then takes its whole share at once), or set resources.workers to one "
+            "number."
+        )
+
+
 def left_out(train: Train, resources: Resources) -> str:
     """A line about the numbers of workers in the allowed range that will not be used; "" when there are none."""
     fitting = fitting_workers(train, resources)
