@@ -19,6 +19,7 @@ from smalti.workflows.ray_session import ensure_ray
 from smalti.workflows.stage import StageRun, find_artifact, run_stage
 
 TEXT_ROWS = 10_000  # a shard of text
+PREPARED = "prepared.json"
 
 
 def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
@@ -96,8 +97,7 @@ def _body(parents: dict[str, Artifact]) -> Any:
         from smalti.workflows.train.launch import fit
 
         section, tokens = run.recipe.mllm, parents["tokens"].path
-        text = write_texts(run) if section.whole_mixture.text else None
-        make_text_tokenizer(run, tokens)
+        text = prepare_texts(run, tokens)
         keys, sizes = usable(run, tokens)
         settings = {
             "section": placed(section),
@@ -136,6 +136,18 @@ def usable(run: StageRun, tokens: str) -> tuple[list[str], list[int]]:
 def placed(section: MllmSection) -> MllmSection:
     """The section as workers can use it: they stand in other folders, so a local model goes by its absolute path."""
     return section.model_copy(update={"pretrained": resolve(section.pretrained)}) if section.pretrained else section
+
+
+def prepare_texts(run: StageRun, tokens: str) -> tuple[list[str], list[int]] | None:
+    """Text shards and the text tokenizer, made once: a run that goes on takes what it began with, whatever
+    `mllm.text_source` holds now. Keys and rows of the text shards, None without text-only data."""
+    mark = storage.join(run.path, PREPARED)
+    if not storage.exists(mark):
+        text = write_texts(run) if run.recipe.mllm.whole_mixture.text else None
+        make_text_tokenizer(run, tokens)
+        storage.write_json(mark, {"text": text})
+    found = storage.read_json(mark)["text"]
+    return None if found is None else (found[0], found[1])
 
 
 def make_text_tokenizer(run: StageRun, tokens: str) -> None:

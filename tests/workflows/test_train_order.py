@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smalti.workflows.train.order import Order
+from smalti.workflows.train.order import Mixed, Order
 
 SIZES = st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(any)
 WINDOW, SEED = st.integers(1, 5), st.integers(0, 3)
@@ -90,3 +90,51 @@ def test_no_rows_is_an_error(sizes) -> None:
 def test_a_batch_that_does_not_divide_is_an_error() -> None:
     with pytest.raises(ValueError, match="does not divide among 3"):
         Order([10], 0).part(0, 4, 0, 3)
+
+
+@given(
+    rows=SIZES,
+    texts=SIZES,
+    shares=st.lists(st.floats(0, 0.9), min_size=1, max_size=3),
+    stage=st.integers(1, 3),
+    seed=SEED,
+)
+@settings(max_examples=40, deadline=None)
+def test_texts_and_rows_come_once_an_epoch_each_by_its_own_count(rows, texts, shares, stage, seed) -> None:
+    """Stages of their own shares begin on the way. A step's texts are spread over the workers, whatever their number."""
+    batch_size, steps = 6, 12
+    starts = [k * stage * batch_size for k in range(len(shares))]
+    mixed = Mixed(Order(rows, seed, 2), Order(texts, seed + 1, 2), starts, shares)
+    seen: dict[tuple[bool, int], Counter] = {}
+    for step in range(steps):
+        batch = mixed.batch(step, batch_size)
+        assert sorted(batch.index.tolist()) == list(range(step * batch_size, (step + 1) * batch_size))
+        is_text = batch.shard >= len(rows)
+        assert is_text.sum() == pytest.approx(batch_size * shares[min(step // stage, len(shares) - 1)], abs=1.001)
+        for world in (1, 2, 3, 6):
+            counts = [
+                int((mixed.part(step, batch_size, rank, world).shard >= len(rows)).sum()) for rank in range(world)
+            ]
+            assert sum(counts) == is_text.sum() and max(counts) - min(counts) <= 1
+        for text, epoch, shard, row in zip(is_text, batch.epoch, batch.shard, batch.row, strict=True):
+            seen.setdefault((bool(text), int(epoch)), Counter())[int(shard), int(row)] += 1
+    for text, sizes, shift in ((False, rows, 0), (True, texts, len(rows))):
+        every = Counter((shard + shift, row) for shard, size in enumerate(sizes) for row in range(size))
+        epochs = sorted(epoch for kind, epoch in seen if kind == text)
+        assert epochs == list(range(len(epochs)))
+        for epoch in epochs:
+            assert seen[text, epoch] == every or (epoch == epochs[-1] and seen[text, epoch] <= every)
+
+
+def test_near_a_step_lie_its_window_and_a_workers_shards_of_the_next() -> None:
+    order = Order([10] * 12, seed=0, window=4)
+    for step in range(24):  # two epochs
+        near = order.near(step, 10, 1, 2)
+        batch = order.batch(step, 10)
+        assert set(batch.shard.tolist()) <= near.around and len(near.around) == 4
+        assert len(near.own) == len(near.next) == 2 and set(near.own) <= near.around
+        after = order.near(step - step % 4 + 4, 10, 1, 2)
+        assert near.next == after.own
+    assert len(order.near(3, 12, 0, 1).around) == 8, "a batch that lies in two windows"
+    mixed = Mixed(order, Order([5] * 3, 1), [0], [0.5])
+    assert mixed.near(0, 10, 0, 1).around == order.near(0, 5, 0, 1).around | {12, 13, 14}

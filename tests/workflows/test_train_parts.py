@@ -7,6 +7,7 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -17,15 +18,16 @@ from PIL import Image
 
 from smalti import shards
 from smalti.errors import ConfigError, DataError
-from smalti.schema import Lora, Mixture, MllmSection, MllmStage, PartRates, Resources, Train
+from smalti.schema import LanguageModel, Lora, Mixture, MllmSection, MllmStage, PartRates, Recipe, Resources, Train
 from smalti.workflows.encoder import prompts_of
-from smalti.workflows.mllm import check, check_parts, read_texts, result_config
+from smalti.workflows.mllm import check, check_parts, prepare_texts, read_texts, result_config
 from smalti.workflows.train.collectives import Collectives
 from smalti.workflows.train.data import Feed, ImageRows, ShardRows, TokenRows, shard_index
 from smalti.workflows.train.elastic import fitting_workers, left_out
 from smalti.workflows.train.engines import accumulation, deepspeed_config, learning_rate
 from smalti.workflows.train.meter import Meter
 from smalti.workflows.train.order import Order
+from smalti.workflows.train.pace import Pace
 from smalti.workflows.train.pixels import RowMemory, picture_grid, to_bytes, to_unit
 from smalti.workflows.train.task import Row, seed_of
 from smalti.workflows.train.tasks_semantic import encodes_in_bf16
@@ -173,6 +175,57 @@ def test_rows_are_read_with_bounded_memory(tmp_path) -> None:
         assert rows._bytes <= 9_000 and rows._bytes == sum(size for _, size, _ in rows._tables.values())
 
 
+class Counted(ShardRows):
+    """Keeps which shards were read."""
+
+    def prepare(self, table: pa.Table) -> None:
+        self.count[int(table.column("n")[0].as_py()) // 100] += 1
+
+
+def an_epoch(
+    place: Path, rank: int, world_size: int, window: int = 4, **memory: float
+) -> tuple[Counted, list[int], list[str]]:
+    """The source after a worker's epoch (12 shards of 20 rows), the rows that it
+    took in the epoch, and lines said."""
+    keys, sizes = shards.list_shards(str(place), "train"), [20] * 12
+    rows, told = Counted(str(place), keys, sizes, cache_bytes=memory.get("cache_bytes", 0)), []
+    rows.count = Counter()
+    rows.settle(Train(data_gb=memory.get("data_gb", 1)), told.append)
+    order = Order(sizes, 0, window)
+    taken: list[int] = []
+    feed = Feed(rows, order, lambda found: {"n": [row.values["n"] for row in found]}, batch_size=20, micro=20, rank=rank,
+                world_size=world_size, threads=2)  # fmt: skip
+    for step, batches in feed.steps(0, 12):
+        taken += batches[0]["n"]
+        assert len(rows._tables) <= 2 * window, step
+    assert rows._ahead is not None
+    rows._ahead.shutdown()
+    return rows, taken, told
+
+
+def test_each_shard_is_read_once_an_epoch_and_the_next_window_before_its_first_step(tmp_path) -> None:
+    write(tmp_path, [20] * 12)
+    rows, taken, told = an_epoch(tmp_path, 0, 1)
+    following = Order([20] * 12, 0, 4).near(12, 20, 0, 1).own  # of the next epoch, which is looked ahead to
+    assert Counter(range(12)) <= rows.count <= Counter([*range(12), *following])
+    assert set(following) <= set(rows._tables) and len(following) == 4
+    assert sorted(taken) == [100 * shard + row for shard in range(12) for row in range(20)] and not told
+    for rank in range(2):
+        half, _, _ = an_epoch(tmp_path, rank, 2)
+        assert half.count.total() <= 12, "about half of the shards, and those at the border, and two ahead"
+        assert max(half.count.values()) <= 2
+
+
+def test_a_window_that_does_not_fit_is_told_once_and_part_of_it_stays(tmp_path) -> None:
+    """Room for eight of the window's twelve shards: the rows are right, about four are not read again in a step (the least
+    recently used, let go first, would all be), and a line says why."""
+    write(tmp_path, [20] * 12)
+    rows, taken, told = an_epoch(tmp_path, 0, 1, window=12, data_gb=1.7e-4)
+    assert sorted(taken) == [100 * shard + row for shard in range(12) for row in range(20)]
+    assert 12 < rows.count.total() < 100, "120 shards are touched"
+    assert len(told) == 1 and "take more than train.data_gb=0.00017" in told[0]
+
+
 def test_a_shard_that_changed_meanwhile_is_an_error(tmp_path) -> None:
     keys, sizes = write(tmp_path, [5])
     shards.write_shard(str(tmp_path), keys[0], pa.table({"n": [1]}))
@@ -311,6 +364,34 @@ def test_texts_that_cannot_be_read_say_where(tmp_path, name, content, told) -> N
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=told):
         list(read_texts(str(tmp_path / name)))
+
+
+def test_a_run_that_goes_on_keeps_the_texts_that_it_began_with(tmp_path) -> None:
+    """Also the tokenizer that was made of them, whose ids the checkpoint's rows stand for."""
+    source, tokens, here = tmp_path / "texts.txt", str(tmp_path / "tokens"), tmp_path / "stage"
+    source.write_text("one line\nanother")
+    write(Path(tokens), [1])
+    columns = {"caption": ["a red ball"], "label": [None], "qa": [[]]}
+    table = pa.table({"image_id": ["a"], "codes": shards.list_column(np.zeros((1, 4), np.int32)), **columns})
+    shards.write_shard(tokens, "train/00000", table.cast(shards.token_schema((4,))))
+    section = MllmSection(config=LanguageModel(text_vocab_size=280), mixture=Mixture(text=1), text_source=str(source))
+    run = SimpleNamespace(path=str(here), recipe=Recipe(mllm=section))
+    assert prepare_texts(run, tokens) == (["train/00000"], [2])
+    before = {file: file.read_bytes() for file in here.rglob("*") if file.is_file()}
+    source.write_text("quite another text\n" * 7)
+    assert prepare_texts(run, tokens) == (["train/00000"], [2])
+    assert {file: file.read_bytes() for file in here.rglob("*") if file.is_file()} == before
+
+
+def test_workers_ask_in_the_same_steps_about_once_in_so_many_seconds(monkeypatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("smalti.workflows.train.pace.time.monotonic", lambda: now)
+    pace = Pace(1.0, Collectives(), torch.device("cpu"))
+    due = []
+    for step, took_s in enumerate([0.125] * 40 + [3.0] * 3 + [1e-5] * 10, 1):
+        now += took_s
+        due += [step] if pace.due(step) else []
+    assert due == [1, 9, 17, 25, 33, 41, 43, 44], "every eighth of quick steps, then each slow one"
 
 
 def test_stages_of_the_language_model_name_their_steps() -> None:

@@ -7,23 +7,30 @@ from __future__ import annotations
 
 import queue
 import threading
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from smalti import images, shards, storage
 from smalti.errors import DataError, ImageError
+from smalti.progress import log
 from smalti.workflows.train.again import again
-from smalti.workflows.train.order import Order, Samples
+from smalti.workflows.train.order import Near, Order, Samples
 from smalti.workflows.train.shard_cache import ShardCache
 from smalti.workflows.train.task import Batch, Row, Source
+
+if TYPE_CHECKING:
+    from smalti.schema import Train
 
 TABLE_CACHE_BYTES = 1 << 30
 PIXEL_CACHE_BYTES = 1 << 30
 FOOTER_THREADS = 16
+AHEAD_THREADS = 2
+IN_USE = 3  # shards that threads may be reading rows of at once
 
 
 def shard_index(artifact_path: str, split: str) -> tuple[list[str], list[int]]:
@@ -40,7 +47,8 @@ def shard_index(artifact_path: str, split: str) -> tuple[list[str], list[int]]:
 
 
 class ShardRows:
-    """Rows of the shards of one split; whole tables are kept, the least recently used leave first."""
+    """Rows of the shards of one split. Whole tables are kept: those near the step (`look_ahead`) up to `window_bytes`, of
+    the others the last used up to `cache_bytes`."""
 
     def __init__(
         self,
@@ -49,44 +57,113 @@ class ShardRows:
         sizes: Sequence[int],
         columns: Sequence[str] | None = None,
         *,
-        cache_bytes: int = TABLE_CACHE_BYTES,
+        cache_bytes: float = TABLE_CACHE_BYTES,
     ) -> None:
         self.path, self.keys, self.sizes = artifact_path, list(keys), list(sizes)
         self.columns = list(columns) if columns is not None else None
-        self.cache_bytes = cache_bytes
+        self.cache_bytes = self.window_bytes = cache_bytes
         self.disk: ShardCache | None = None
+        self.say: Callable[[str], None] = log
         self._tables: OrderedDict[int, tuple[pa.Table, int, Any]] = OrderedDict()
         self._bytes = 0
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of the tables kept, never held while one is read
+        self._reading: dict[int, threading.Lock] = {}
+        self._near = Near(frozenset(), (), ())
+        self._short = False  # whether the window did not fit once
+        self._ahead: ThreadPoolExecutor | None = None
+
+    def settle(self, train: Train, say: Callable[[str], None]) -> None:
+        """Take what the settings say of memory and disk; lines for the log go to `say`."""
+        self.window_bytes, self.say = train.data_gb * 1e9, say
+        self.cache_bytes = min(self.cache_bytes, self.window_bytes)
+        if train.cache_dir is not None:
+            self.cache_on_disk(train.cache_dir, train.cache_gb * 1e9)
 
     def cache_on_disk(self, folder: str, limit_bytes: float) -> None:
         """Read the shards of a distant artifact through a local folder of at most `limit_bytes`."""
         if not storage.is_local(self.path):
             self.disk = ShardCache(folder, limit_bytes)
 
+    def look_ahead(self, near: Near) -> None:
+        """Keep what is near a step, and read what is still missing of it in threads; what those meet, `table` raises."""
+        if near == self._near:
+            return
+        with self._lock:
+            self._near = near
+            wanted = [shard for shard in (*near.own, *near.next) if shard not in self._tables]
+        if self._ahead is None:
+            self._ahead = ThreadPoolExecutor(AHEAD_THREADS, thread_name_prefix="ahead")
+        for shard in dict.fromkeys(wanted):
+            self._ahead.submit(self._read_ahead, near, shard)
+
+    def _read_ahead(self, near: Near, shard: int) -> None:
+        if near is self._near and (shard in near.around or self._bytes < self.window_bytes):
+            self.table(shard)
+
     def table(self, shard: int) -> tuple[pa.Table, Any]:
         """A shard's table and what `prepare` made of it."""
-        with self._lock:  # also keeps two threads from reading the same shard twice
-            if shard in self._tables:
-                self._tables.move_to_end(shard)
-                table, _, prepared = self._tables[shard]
-                return table, prepared
-            read = shards.read_shard if self.disk is None else self.disk.read
-            place = (self.path, self.keys[shard], self.columns)
-            table = read(*place) if storage.is_local(self.path) else again(read, *place)
-            prepared = self.prepare(table)
-            found = self.rows_in(table, prepared)
-            if found != self.sizes[shard]:
-                raise DataError(
-                    f"shard {self.keys[shard]} of {self.path} holds {found} rows to train on, but {self.sizes[shard]} "
-                    "when training began: it was rewritten meanwhile. Run the same command again."
-                )
+        found = self._kept(shard)
+        if found is not None:
+            return found
+        with self._lock:
+            reading = self._reading.setdefault(shard, threading.Lock())
+        with reading:  # keeps two threads from reading the same shard twice
+            found = self._kept(shard)
+            if found is None:
+                found = self._read_table(shard)
+                self._keep(shard, *found)
+        return found
+
+    def _kept(self, shard: int) -> tuple[pa.Table, Any] | None:
+        with self._lock:
+            if shard not in self._tables:
+                return None
+            self._tables.move_to_end(shard)
+            table, _, prepared = self._tables[shard]
+            return table, prepared
+
+    def _read_table(self, shard: int) -> tuple[pa.Table, Any]:
+        read = shards.read_shard if self.disk is None else self.disk.read
+        place = (self.path, self.keys[shard], self.columns)
+        table = read(*place) if storage.is_local(self.path) else again(read, *place)
+        prepared = self.prepare(table)
+        found = self.rows_in(table, prepared)
+        if found != self.sizes[shard]:
+            raise DataError(
+                f"shard {self.keys[shard]} of {self.path} holds {found} rows to train on, but {self.sizes[shard]} "
+                "when training began: it was rewritten meanwhile. Run the same command again."
+            )
+        return table, prepared
+
+    def _keep(self, shard: int, table: pa.Table, prepared: Any) -> None:
+        """Keep a table, and let others go: first what is far from the step (least recently used first), then what lies
+        ahead, then of the window itself what was used just before: batches go round it, so that is due last. The latest
+        few stay, which threads are still reading rows of."""
+        with self._lock:
             self._tables[shard] = (table, table.nbytes, prepared)
             self._bytes += table.nbytes
-            while self._bytes > self.cache_bytes and len(self._tables) > 1:
-                _, (_, size, _) = self._tables.popitem(last=False)
-                self._bytes -= size
-            return table, prepared
+            others = [kept for kept in self._tables if kept != shard]
+            ahead = set(self._near.next) - self._near.around
+            far = [kept for kept in others if kept not in self._near.around and kept not in ahead]
+            later = [kept for kept in reversed(others) if kept in ahead]
+            window = [kept for kept in reversed(others) if kept in self._near.around]
+            while far and self._bytes > self.cache_bytes:
+                self._let_go(far.pop(0))
+            while later and self._bytes > self.window_bytes:
+                self._let_go(later.pop(0))
+            short = bool(window) and shard in self._near.around and self._bytes > self.window_bytes
+            while len(window) > IN_USE and self._bytes > self.window_bytes:
+                self._let_go(window.pop(IN_USE))
+            told, self._short = self._short, self._short or short
+        if short and not told:
+            self.say(
+                f"the shards of {self.path} that a worker's batches lie in take more than train.data_gb="
+                f"{self.window_bytes / 1e9:g}, so they are read again and again: raise it, lower train.data_window, or "
+                "take more workers"
+            )
+
+    def _let_go(self, shard: int) -> None:
+        self._bytes -= self._tables.pop(shard)[1]
 
     def prepare(self, table: pa.Table) -> Any:
         """What is worth making once a table; kept with it."""
@@ -124,6 +201,10 @@ class ImageRows(ShardRows):
         keep = sum(sizes) * image_size * image_size * 3 <= pixel_bytes
         self._pixels: dict[tuple[int, int], Mapping[str, Any]] | None = {} if keep else None
 
+    def look_ahead(self, near: Near) -> None:
+        if self._pixels is None or len(self._pixels) < sum(self.sizes):
+            super().look_ahead(near)
+
     def read(self, shard: int, row: int) -> tuple[str, Mapping[str, Any]]:
         """The row with `pixels` in place of `image`; DataError naming it when it does not decode any more."""
         if self._pixels is not None and (shard, row) in self._pixels:
@@ -152,6 +233,29 @@ class TokenRows(ShardRows):
         table, codes = self.table(shard)
         values = {name: table.column(name)[row].as_py() for name in table.column_names if name != "codes"}
         return self.keys[shard], values | {"codes": codes[row]}
+
+
+class Joined:
+    """The rows of several sources as those of one: shards are numbered through."""
+
+    def __init__(self, *parts: ShardRows) -> None:
+        self.parts = parts
+        self.sizes = [size for part in parts for size in part.sizes]
+        self.starts = [sum(len(part.sizes) for part in parts[:n]) for n in range(len(parts))]
+
+    def settle(self, train: Train, say: Callable[[str], None]) -> None:
+        """As `ShardRows.settle`; each part may hold as much."""
+        for part in self.parts:
+            part.settle(train, say)
+
+    def look_ahead(self, near: Near) -> None:
+        """As `ShardRows.look_ahead`, of each part what is its own."""
+        for part, start in zip(self.parts, self.starts, strict=True):
+            part.look_ahead(near.shifted(range(start, start + len(part.sizes))))
+
+    def read(self, shard: int, row: int) -> tuple[str, Mapping[str, Any]]:
+        number = bisect_right(self.starts, shard) - 1
+        return self.parts[number].read(shard - self.starts[number], row)
 
 
 class Feed:
@@ -195,6 +299,8 @@ class Feed:
         def fill() -> None:
             for step in range(first, last):
                 try:
+                    if isinstance(self.source, ShardRows | Joined):
+                        self.source.look_ahead(self.order.near(step, self.batch_size, self.rank, self.world_size))
                     made: list[Batch] | BaseException = self.at(step)
                 except BaseException as error:  # handed to the loop, which raises it
                     made = error

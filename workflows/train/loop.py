@@ -22,11 +22,12 @@ from smalti.errors import SmaltiError
 from smalti.workflows.train import engines as ds
 from smalti.workflows.train import guards
 from smalti.workflows.train.again import again
-from smalti.workflows.train.checkpoints import Checkpoints
+from smalti.workflows.train.checkpoints import Checkpoints, check_best
 from smalti.workflows.train.collectives import Collectives
-from smalti.workflows.train.data import Feed, ShardRows
+from smalti.workflows.train.data import Feed, Joined, ShardRows
 from smalti.workflows.train.meter import Meter
-from smalti.workflows.train.order import Order
+from smalti.workflows.train.pace import Pace
+from smalti.workflows.train.scratch import sweep
 from smalti.workflows.train.task import Batch, Context, Metrics, Task, seed_of
 from smalti.workflows.train.throughput import Throughput
 
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 HISTORY_FILE = "history.jsonl"
 DONE_FILE = "trained.json"
 CHECKPOINTS = "checkpoints"
+NOTICE_S = 1.0
+"""About how often the workers ask, together, whether a node is to be taken away; grace is half a minute and more."""
 TOGETHER = (guards.NotFiniteError, guards.DriftError)
 """Errors that all workers meet in the same step."""
 
@@ -95,6 +98,7 @@ class Loop:
     def __init__(self, job: Job) -> None:
         import ray.train.torch
 
+        sweep()
         self.job, self.train = job, job.train
         self.collectives = Collectives()
         self.rank, self.world_size = self.collectives.rank, self.collectives.world_size
@@ -112,6 +116,7 @@ class Loop:
         )
         self.saved = -1  # steps done at the last checkpoint
         self.notices: list[str] = []  # nodes that are about to be taken away
+        self.asking = Pace(NOTICE_S, self.collectives, self.device)
 
     def run(self) -> dict[str, float]:
         """Train from the newest checkpoint, or from nothing, to the last step; then write the final model."""
@@ -120,12 +125,11 @@ class Loop:
         self.task.setup(Context(self.device, self.collectives, self.job.seed, self.train))
         self.engines = {name: self._engine(name, module) for name, module in self.task.modules().items()}
         source = self.task.source()
-        if self.train.cache_dir is not None and isinstance(source, ShardRows):
-            source.cache_on_disk(self.train.cache_dir, self.train.cache_gb * 1e9)
-        order = Order(source.sizes, self.job.seed, self.train.data_window)
+        if isinstance(source, ShardRows | Joined):
+            source.settle(self.train, self._say)
         self.feed = Feed(
             source,
-            order,
+            self.task.order(source),
             self.task.make_batch,
             batch_size=self.train.batch_size,
             micro=self.micro,
@@ -237,7 +241,7 @@ class Loop:
             self._pictures(done)
         if done % train.checkpoint_every == 0 or last:
             self._checkpoint(done)
-        if self.job.preemptible and self.job.resumable:
+        if self.job.preemptible and self.job.resumable and self.asking.due(done):
             self._heed_notice(done)
 
     def _heed_notice(self, done: int) -> None:
@@ -272,6 +276,8 @@ class Loop:
     def _log(self, done: int) -> None:
         metrics = self.meter.take(self.collectives)
         metrics |= {"lr": ds.learning_rate(self.train, done - 1), "skipped_steps": float(self.skips.total)}
+        if not self.history:
+            check_best(self.train.best, metrics)
         self.history.append({"step": done, **{k: v for k, v in metrics.items() if math.isfinite(v)}})
         rates = self.throughput.take(self.collectives)
         if self.rank == 0:

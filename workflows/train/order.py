@@ -37,6 +37,23 @@ class Samples:
 
 
 @dataclass(frozen=True)
+class Near:
+    """Shards near a step: `around` all those that its windows hold, `own` those of them that a worker will want, `next`
+    those that it will want of the window after."""
+
+    around: frozenset[int]
+    own: tuple[int, ...]
+    next: tuple[int, ...]
+
+    def shifted(self, part: range) -> Near:
+        """Those within `part`, counted from its start."""
+        around, own, following = (
+            [shard - part.start for shard in shards if shard in part] for shards in (self.around, self.own, self.next)
+        )
+        return Near(frozenset(around), tuple(own), tuple(following))
+
+
+@dataclass(frozen=True)
 class _Epoch:
     """One epoch's order of shards and where each window begins (in samples of that epoch)."""
 
@@ -68,15 +85,19 @@ class Order:
         The set is what matters to training; the sorting lets each worker's contiguous part touch few shards: it
         stays at the same shards of a window for as long as the window lasts.
         """
-        index_B = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64)
+        return self.span(step * batch_size, batch_size)
+
+    def span(self, first: int, count: int) -> Samples:
+        """Samples `first` to `first + count` (exclusive) of the run, sorted as in `batch`."""
+        index_B = np.arange(first, first + count, dtype=np.int64)
         epoch_B, place_B = index_B // self.num_rows, index_B % self.num_rows
         shard_B, row_B, rank_B = np.empty_like(index_B), np.empty_like(index_B), np.empty_like(index_B)
         begin = 0
-        while begin < batch_size:
+        while begin < count:
             epoch, place = int(epoch_B[begin]), int(place_B[begin])
             starts = self._epoch(epoch).window_starts
-            window = int(np.searchsorted(starts, place, side="right")) - 1
-            end = min(batch_size, begin + int(starts[window + 1]) - place)
+            window = self._window_at(epoch, place)
+            end = min(count, begin + int(starts[window + 1]) - place)
             order_R, offsets = self._window(epoch, window)
             picked = order_R[place - starts[window] : place - starts[window] + end - begin]
             nth = np.searchsorted(offsets, picked, side="right") - 1
@@ -93,6 +114,36 @@ class Order:
             raise ValueError(f"a batch of {batch_size} does not divide among {world_size} workers")
         share = batch_size // world_size
         return self.batch(step, batch_size).part(rank * share, (rank + 1) * share)
+
+    def near(self, step: int, batch_size: int, rank: int, world_size: int) -> Near:
+        """The shards that a step lies among, and those that a worker will want of them and of the window after."""
+        return self._near(step * batch_size, batch_size, rank, world_size)
+
+    def _near(self, first: int, count: int, rank: int, world_size: int) -> Near:
+        around, own = list[int](), list[int]()
+        epoch, place = divmod(first, self.num_rows)
+        window = self._window_at(epoch, place)
+        end = divmod(first + max(1, count) - 1, self.num_rows)
+        last = (end[0], self._window_at(*end))
+        while (epoch, window) <= last:
+            around += self._epoch(epoch).shards[window * self.window : (window + 1) * self.window].tolist()
+            own += self._share(epoch, window, rank, world_size)
+            epoch, window = (epoch, window + 1) if window + 1 < self._num_windows else (epoch + 1, 0)
+        return Near(frozenset(around), tuple(own), tuple(self._share(epoch, window, rank, world_size)))
+
+    @property
+    def _num_windows(self) -> int:
+        return -(-len(self.sizes_S) // self.window)
+
+    def _window_at(self, epoch: int, place: int) -> int:
+        return int(np.searchsorted(self._epoch(epoch).window_starts, place, side="right")) - 1
+
+    def _share(self, epoch: int, window: int, rank: int, world_size: int) -> list[int]:
+        """Shards of a window in which a worker's parts of its batches lie: but for chance, these alone."""
+        shards = self._epoch(epoch).shards[window * self.window : (window + 1) * self.window]
+        ends = np.cumsum(self.sizes_S[shards])
+        low, high = rank * ends[-1] / world_size, (rank + 1) * ends[-1] / world_size
+        return shards[(ends > low) & (ends - self.sizes_S[shards] < high)].tolist()
 
     def _epoch(self, epoch: int) -> _Epoch:
         if epoch not in self._epochs:
@@ -115,3 +166,54 @@ class Order:
             while len(self._windows) > KEPT_WINDOWS:
                 self._windows.popitem(last=False)
         return self._windows[key]
+
+
+class Mixed(Order):
+    """Samples of two orders by a share that may change with the step: each row and each text of an epoch of its own comes
+    exactly once. Shards of `texts` are numbered after those of `rows`.
+
+    starts, shares: from sample `starts[k]` of the run on (rising from 0), `shares[k]` (below 1) of the samples are texts.
+    """
+
+    def __init__(self, rows: Order, texts: Order, starts: Sequence[int], shares: Sequence[float]) -> None:
+        self.rows, self.texts = rows, texts
+        self.starts_K, self.shares_K = np.asarray(starts, np.int64), np.asarray(shares, np.float64)
+        lengths = np.diff(self.starts_K)
+        self.before_K = np.concatenate([[0.0], np.cumsum(lengths * self.shares_K[:-1])])
+
+    def texts_before(self, index_N: np.ndarray) -> np.ndarray:
+        """How many of the samples before each of these are texts: int64 (N,)."""
+        k = np.searchsorted(self.starts_K, index_N, side="right") - 1
+        return np.floor(self.before_K[k] + self.shares_K[k] * (index_N - self.starts_K[k])).astype(np.int64)
+
+    def batch(self, step: int, batch_size: int) -> Samples:
+        """The global batch of a step: rows sorted as in `Order.batch`, with the texts spread evenly among them."""
+        first = step * batch_size
+        before = self.texts_before(np.arange(first, first + batch_size + 1))
+        num = int(before[-1] - before[0])
+        rows = self.rows.span(first - int(before[0]), batch_size - num)
+        texts = self.texts.span(int(before[0]), num)
+        is_text_B = np.diff(before) > 0
+        even = np.arange(batch_size + 1) * num // batch_size
+        order = np.argsort(np.argsort(np.diff(even) == 0, kind="stable"), kind="stable")  # a text's places come first
+        index_B = np.arange(first, first + batch_size)
+        index = [index_B[is_text_B][texts.index - before[0]], index_B[~is_text_B][rows.index - (first - before[0])]]
+        pairs = (
+            index,
+            (texts.epoch, rows.epoch),
+            (texts.shard + len(self.rows.sizes_S), rows.shard),
+            (texts.row, rows.row),
+        )
+        return Samples(*(np.concatenate(pair)[order] for pair in pairs))
+
+    def near(self, step: int, batch_size: int, rank: int, world_size: int) -> Near:
+        first = step * batch_size
+        before, after = self.texts_before(np.asarray([first, first + batch_size])).tolist()
+        rows = self.rows._near(first - before, batch_size - (after - before), rank, world_size)
+        texts = self.texts._near(before, after - before, rank, world_size)
+        shift = len(self.rows.sizes_S)
+        return Near(
+            rows.around | {shard + shift for shard in texts.around},
+            rows.own + tuple(shard + shift for shard in texts.own),
+            rows.next + tuple(shard + shift for shard in texts.next),
+        )

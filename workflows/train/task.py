@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from smalti.workflows.train.collectives import Collectives
+from smalti.workflows.train.order import Order
 
 if TYPE_CHECKING:
     from smalti.schema import Train
@@ -80,6 +81,10 @@ class Task:
     def source(self) -> Source:
         """Rows to train on."""
         raise NotImplementedError
+
+    def order(self, source: Source) -> Order:
+        """The order of the source's rows; called after `setup`."""
+        return Order(source.sizes, self.context.seed, self.context.train.data_window)
 
     def setup(self, context: Context) -> None:
         """Build modules (seeded: every rank alike) and move the frozen ones to `context.device`."""

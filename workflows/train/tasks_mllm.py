@@ -22,9 +22,9 @@ from smalti.mllm.old_rows import plain_rows
 from smalti.mllm.sequences import SequenceBuilder, TokenSequence, caption_of, collate, questions_of
 from smalti.schema import Mixture, MllmSection
 from smalti.tokenizers.loading import load_tokenizer
-from smalti.workflows.train.data import ShardRows, TokenRows
-from smalti.workflows.train.engines import deepspeed_config, set_factors
-from smalti.workflows.train.order import Order
+from smalti.workflows.train.data import Joined, ShardRows, TokenRows
+from smalti.workflows.train.engines import deepspeed_config, forget_moments, set_factors
+from smalti.workflows.train.order import Mixed, Order
 from smalti.workflows.train.partitioned import partitioned_loading
 from smalti.workflows.train.task import Batch, Context, Metrics, Row, Source, StepReader, Task
 from smalti.workflows.train.throughput import flops_a_token
@@ -109,9 +109,6 @@ class MllmTask(Task):
             dense_images=section.dense_images,
             isolate_questions=section.isolate_questions,
         )
-        if self.text:
-            self.texts = ShardRows(storage.join(self.path, TEXT), *self.text)
-            self.text_order = Order(self.text[1], context.seed + 1)
 
     def _build(self, section: MllmSection, visual: Any, context: Context) -> UnifiedModel:
         """The model, under ZeRO-3 in parts from the start."""
@@ -125,14 +122,25 @@ class MllmTask(Task):
     def source(self) -> Source:
         rows = UsableRows(self.tokens, self.keys, self.sizes)
         rows.mixture = self.section.whole_mixture
-        return rows
+        return Joined(rows, ShardRows(storage.join(self.path, TEXT), *self.text)) if self.text else rows
+
+    def order(self, source: Source) -> Order:
+        """Texts come by the mixture's weight, each once in an epoch of their own."""
+        seed, train = self.context.seed, self.context.train
+        rows = Order(self.sizes, seed, train.data_window)
+        if not self.text:
+            return rows
+        texts = Order(self.text[1], seed + 1, train.data_window)
+        steps = sorted({0, *(stage.from_step for stage in self.section.stages)})
+        mixtures = [self.section.stage_at(step).mixture or self.section.mixture for step in steps]
+        shares = [mixture.text / sum(mixture.model_dump().values()) for mixture in mixtures]
+        return Mixed(rows, texts, [step * train.batch_size for step in steps], shares)
 
     def modules(self) -> dict[str, nn.Module]:
         return {"model": self.model}
 
     def make_batch(self, rows: Sequence[Row]) -> Batch:
-        """`smalti.mllm.sequences.collate` of a sequence a row, by mixture and weights of the stage that the step lies in;
-        a row's place may go to a text, by the mixture's weight."""
+        """`smalti.mllm.sequences.collate` of a sequence a row, by mixture and weights of the stage that the step lies in."""
         stage = self.section.stage_at(rows[0].index // self.section.train.batch_size)
         mixture = stage.mixture or self.section.mixture
         room = self.section.max_length if self.section.packing else None
@@ -142,11 +150,9 @@ class MllmTask(Task):
 
     def _sequence(self, row: Row, mixture: Mixture) -> TokenSequence:
         rng = row.random(self.context.seed)
-        share = mixture.text / sum(mixture.model_dump().values()) if self.text else 0.0
-        if rng.random() < share:
-            place = self.text_order.batch(row.index, 1)
-            _, values = self.texts.read(int(place.shard[0]), int(place.row[0]))
-            return self.builder.build("text", values, rng)
+        rng.random()  # of no use any more: drawn so that a seed goes on giving the same sequences
+        if "text" in row.values:
+            return self.builder.build("text", row.values, rng)
         kind = self.builder.sample_kind(row.values, rng, mixture)
         if kind is None:  # a row that this stage has no use for, but another one has
             kind = self.builder.sample_kind(row.values, rng, self.section.whole_mixture)
@@ -154,11 +160,13 @@ class MllmTask(Task):
         return self.builder.build(kind, row.values, rng)
 
     def begin_step(self, step: int, engines: Mapping[str, Any], read: StepReader) -> None:
-        """Rates of the parts in this step; those that rest get no gradient either."""
+        """Rates of the parts in this step; those that rest get no gradient either, those that wake begin anew."""
         if self.section.has_part_rates:
             rates = self.section.rates_at(step)
             set_factors(engines["model"], rates)
             self.model.rest([part for part, rate in rates.items() if not rate])
+            before = self.section.rates_at(step - 1) if step else rates
+            forget_moments(engines["model"], [part for part, rate in rates.items() if rate and not before[part]])
 
     def amount(self, batch: Batch) -> tuple[str, float]:
         """Tokens, without padding."""
