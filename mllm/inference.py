@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -85,18 +85,18 @@ class VisualModel:
         top_p: float = 1.0,
         seed: int = 0,
         batch_size: int = 16,
+        compile: str | None = None,
     ) -> Tensor:
         """Codes of one image a prompt: int64 (B, T) on the CPU. An empty prompt draws without a condition.
 
-        `seed` and a prompt's place in the list decide its random numbers, whatever the batch size.
+        `seed` and a prompt's place in the list decide its random numbers, whatever the batch size. compile: see
+        `smalti.mllm.generation.draw`.
         """
         sampling = Sampling(cfg=cfg, temperature=temperature, top_k=top_k, top_p=top_p)
         ids = [self.text.caption_prompt(prompt) for prompt in prompts]
         seeds = [sample_seed(seed, index) for index in range(len(ids))]
-        parts = [
-            draw(self.lm, self.vocabulary, ids[part], tokens=self.num_tokens, sampling=sampling, seed=seeds[part])
-            for part in _batches(len(ids), batch_size)
-        ]
+        one = partial(draw, self.lm, self.vocabulary, tokens=self.num_tokens, sampling=sampling, compile=compile)
+        parts = [one(ids[part], seed=seeds[part]) for part in _batches(len(ids), batch_size)]
         return torch.cat(parts) if parts else torch.empty((0, self.num_tokens), dtype=torch.int64)
 
     def generate(
@@ -109,10 +109,18 @@ class VisualModel:
         top_p: float = 1.0,
         seed: int = 0,
         batch_size: int = 16,
+        compile: str | None = None,
     ) -> list[Image.Image]:
         """One RGB picture a prompt; see `draw_codes`."""
         codes_BT = self.draw_codes(
-            prompts, cfg=cfg, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, batch_size=batch_size
+            prompts,
+            cfg=cfg,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            batch_size=batch_size,
+            compile=compile,
         )
         return [picture for part in _batches(len(codes_BT), batch_size) for picture in self.decode(codes_BT[part])]
 

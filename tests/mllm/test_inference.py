@@ -38,6 +38,8 @@ def test_text_to_pictures_whatever_the_batch(folder: str) -> None:
     assert torch.equal(model.draw_codes(prompts, seed=5, batch_size=2), whole)
     assert not torch.equal(model.draw_codes(prompts, seed=6), whole)
     images = model.generate(prompts, seed=5, batch_size=2)
+    with pytest.raises(torch._dynamo.exc.InvalidBackend, match="no-such"):
+        model.generate(prompts[:1], compile="no-such")  # it reaches torch.compile
     assert [image.size for image in images] == [(32, 32)] * 3
     decoded = model.visual_tokenizer.decode(whole[:1])[0].add(1).mul(127.5).round().clamp(0, 255).byte()
     assert bytes(decoded.permute(1, 2, 0).flatten().tolist()) == images[0].tobytes()
