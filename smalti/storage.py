@@ -24,8 +24,6 @@ from fsspec.core import url_to_fs
 
 from smalti.errors import DataError
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
-"""Error numbers of a disk that takes no more."""
 _TEMP_SUFFIX = ".smalti-tmp"
 _MENDS = {
     errno.ENOSPC: "the disk is full: free some space, or set another `out`",

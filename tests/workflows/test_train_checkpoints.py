@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
+from types import SimpleNamespace
 
 import pytest
 
 from smalti import storage
-from smalti.errors import ConfigError, DataError
-from smalti.workflows.train import again, checkpoints
+from smalti.errors import ConfigError, DataError, TrainingError
+from smalti.workflows.train import again, checkpoints, universal
 from smalti.workflows.train.checkpoints import Checkpoints, Whole, fetched, look, newest, step_folder, to_drop
 from smalti.workflows.train.collectives import Collectives
 from smalti.workflows.train.scratch import Scratch, sweep
@@ -142,14 +144,32 @@ def test_a_worker_fetches_its_own_files_and_those_for_all(memory_url) -> None:
     assert not storage.exists(folder)
 
 
+def test_an_engine_that_does_not_load_is_one_error_and_a_lost_connection_stays_what_it_is(monkeypatch) -> None:
+    def engine(error: Exception) -> SimpleNamespace:
+        return SimpleNamespace(load_checkpoint=lambda folder, tag: (_ for _ in ()).throw(error))
+
+    with pytest.raises(TrainingError, match=r"the checkpoint s3://x/step-5/model \(AssertionError: no files\)"):
+        universal.load_engine(engine(AssertionError("no files")), "here", "tag", told="s3://x/step-5/model")
+    with pytest.raises(TrainingError, match="it is not there"):
+        universal.load_engine(SimpleNamespace(load_checkpoint=lambda *a, **k: (None, {})), "here", "tag", told="x")
+    with pytest.raises(RuntimeError, match="Connection closed"):
+        universal.load_engine(engine(RuntimeError("Connection closed by peer")), "here", "tag", told="x")
+
+    for error in (OSError(28, "No space left on device"), RuntimeError("[enforce fail at inline_container.cc:5] x")):
+        full = SimpleNamespace(main=lambda asked, error=error: (_ for _ in ()).throw(error))
+        monkeypatch.setitem(sys.modules, "deepspeed.checkpoint", SimpleNamespace(ds_to_universal=full))
+        with pytest.raises(TrainingError, match=r"room there for all weights .* set TMPDIR"):
+            universal._convert("here", "there", "x")
+
+
 def test_what_a_killed_process_left_is_swept_and_nothing_else(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    held = Scratch("smalti-checkpoint-")
-    for name in ("smalti-resume-left", "smalti-universal-left/zero", "smalti-other", "not-ours"):
+    held = Scratch("checkpoint")
+    for name in ("smalti-scratch-resume-left", "smalti-scratch-universal-left/zero", "smalti-other", "not-ours"):
         (tmp_path / name).mkdir(parents=True)
     sweep()
     left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == ["not-ours", os.path.basename(held.path), "smalti-other"]
+    assert left == ["not-ours", "smalti-other", os.path.basename(held.path)]
     held.remove()
     assert not os.path.exists(held.path)
 

@@ -27,7 +27,7 @@ from smalti.errors import ConfigError, DataError
 from smalti.workflows.train import universal
 from smalti.workflows.train.again import again
 from smalti.workflows.train.collectives import Collectives
-from smalti.workflows.train.scratch import Scratch, filled
+from smalti.workflows.train.scratch import Scratch, filled, takes_no_more
 from smalti.workflows.train.task import Task
 
 STATE_FILE = "loop.json"
@@ -294,13 +294,12 @@ def _made_here() -> Iterator[Scratch]:
     """A folder on this machine's disk that stays when the block ends well. DataError: the disk holds no more."""
     scratch: Scratch | None = None
     try:
-        scratch = Scratch("smalti-checkpoint-")
+        scratch = Scratch("checkpoint")
         yield scratch
     except BaseException as error:
         if scratch is not None:
             scratch.remove()
-        full = isinstance(error, OSError) and error.errno in storage.NO_ROOM
-        if full or (isinstance(error, RuntimeError) and "inline_container" in str(error)):  # torch's writer of files
+        if takes_no_more(error):
             raise DataError(
                 f"cannot write a checkpoint to {tempfile.gettempdir()}: {str(error).splitlines()[0]}. Each worker needs "
                 "room for its part there: free some space, or set TMPDIR to a larger disk. The checkpoints before stand."
@@ -316,7 +315,7 @@ def fetched(chosen: Whole, collectives: Collectives) -> Iterator[str]:
     if storage.is_local(chosen.path):
         yield storage.local_path(chosen.path)
     elif len(chosen.files) == collectives.world_size:
-        scratch = Scratch("smalti-resume-")
+        scratch = Scratch("resume")
         try:
             fetch(chosen.path, {*chosen.files[0], *chosen.files[collectives.rank]}, scratch.path)
             yield scratch.path
@@ -324,7 +323,7 @@ def fetched(chosen: Whole, collectives: Collectives) -> Iterator[str]:
             scratch.remove()
     else:
         every = {name for files in chosen.files for name in files}
-        with filled("smalti-resume-", lambda folder: fetch(chosen.path, every, folder), collectives) as folder:
+        with filled("resume", lambda folder: fetch(chosen.path, every, folder), collectives) as folder:
             yield folder
 
 

@@ -6,6 +6,7 @@ the next worker of that machine sweeps it away.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -15,16 +16,24 @@ from contextlib import contextmanager, suppress
 
 from smalti.workflows.train.collectives import Collectives
 
-KINDS = ("smalti-checkpoint-", "smalti-resume-", "smalti-universal-")
+PREFIX = "smalti-scratch-"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+
+
+def takes_no_more(error: BaseException) -> bool:
+    """Whether the disk is why a file could not be written; torch's writer of files says it in its own way."""
+    if isinstance(error, OSError):
+        return error.errno in NO_ROOM
+    return isinstance(error, RuntimeError) and "inline_container" in str(error)
 
 
 class Scratch:
-    """A new folder `path`, its name beginning with `kind` (one of `KINDS`), until `remove()`."""
+    """A new folder `path`, with `kind` in its name, until `remove()`."""
 
     def __init__(self, kind: str) -> None:
         self.path, self._lock = "", -1
         while not os.path.isdir(self.path):  # a sweep may come between making and locking
-            self.path = tempfile.mkdtemp(prefix=kind)
+            self.path = tempfile.mkdtemp(prefix=f"{PREFIX}{kind}-")
             with suppress(OSError):  # a file system without locks: nothing is swept there either
                 self._lock = os.open(self.path, os.O_RDONLY)
                 fcntl.flock(self._lock, fcntl.LOCK_EX)
@@ -41,7 +50,7 @@ def sweep() -> None:
     """Remove what processes left that were killed; what another user's left stays."""
     place = tempfile.gettempdir()
     for name in os.listdir(place):
-        if name.startswith(KINDS):
+        if name.startswith(PREFIX):
             with suppress(OSError):
                 _remove_unheld(os.path.join(place, name))
 

@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 
-from smalti import storage
 from smalti.errors import TrainingError
 from smalti.workflows.train.collectives import Collectives
-from smalti.workflows.train.scratch import filled
+from smalti.workflows.train.scratch import filled, takes_no_more
 
 CONVERTED = "universal"
 NO_FIT = (AssertionError, LookupError, ValueError, FileNotFoundError, EOFError, pickle.UnpicklingError)
@@ -30,7 +29,7 @@ def load(engine: Any, folder: str, tag: str, collectives: Collectives, *, told: 
     """Load `folder`/`tag`, a checkpoint of a ZeRO engine by another number of workers, which errors name as `told`; every
     worker calls it."""
     convert = lambda made: _convert(os.path.join(folder, tag), os.path.join(made, CONVERTED), told)  # noqa: E731
-    with filled("smalti-universal-", convert, collectives) as made:
+    with filled("universal", convert, collectives) as made:
         optimizer = engine.optimizer.optimizer
         groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
         engine._config.load_universal_checkpoint = True
@@ -77,9 +76,9 @@ def _convert(source: str, target: str, told: str) -> None:
         with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
             ds_to_universal.main(asked)
     except Exception as error:  # whatever its many steps raise
-        if isinstance(error, OSError) and error.errno in storage.NO_ROOM:
+        if takes_no_more(error):
             raise TrainingError(
-                f"no room in {tempfile.gettempdir()} for a universal checkpoint ({error.strerror}): at another number of "
+                f"no room in {tempfile.gettempdir()} for a universal checkpoint ({str(error).splitlines()[0]}): at another number of "
                 "workers each machine needs room there for all weights and optimizer states in float32, twice (the first of "
                 "its workers converts them), and for the checkpoint itself when it comes from an object store. Free some "
                 "space, set TMPDIR to a larger disk, or start with the number of workers that wrote it."
