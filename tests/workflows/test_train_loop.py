@@ -106,12 +106,6 @@ def test_a_killed_worker_is_restarted_from_the_checkpoint(reference, toy, tmp_pa
         assert ours == pytest.approx(theirs, abs=1e-4 if zero else 0)
 
 
-def test_a_metric_that_is_not_logged_ends_the_run_at_the_first_log(session, toy, tmp_path) -> None:
-    with pytest.raises(ConfigError, match=r"train.best=los names no metric .* it logs .*loss, "):
-        toy.train(str(tmp_path), best="los", checkpoint_every=20)
-    assert not (tmp_path / "history.jsonl").exists()
-
-
 def test_a_broken_shard_is_one_clear_error_and_not_tried_over_and_over(session, toy, tmp_path) -> None:
     with pytest.raises(DataError, match="train/00001 is torn"):
         toy.train(str(tmp_path), workers=2, settings={"broken": True}, max_failures=0)

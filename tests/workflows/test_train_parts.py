@@ -25,6 +25,8 @@ from smalti.workflows.train.collectives import Collectives
 from smalti.workflows.train.data import Feed, ImageRows, ShardRows, TokenRows, shard_index
 from smalti.workflows.train.elastic import fitting_workers, left_out
 from smalti.workflows.train.engines import accumulation, deepspeed_config, learning_rate
+from smalti.workflows.train.guards import SkipCount
+from smalti.workflows.train.loop import Loop
 from smalti.workflows.train.meter import Meter
 from smalti.workflows.train.order import Order
 from smalti.workflows.train.pace import Pace
@@ -141,6 +143,24 @@ def test_every_step_weighs_the_same_in_a_mean_whatever_the_number_of_parts() -> 
     for value in (7.0, 11.0):
         meter.add({"a": value, "b": (torch.tensor(value), torch.tensor(2.0))}, parts=2)
     assert meter.take(Collectives()) == {"a": 6.0, "b": 6.0}
+
+
+def test_a_metric_that_is_not_logged_ends_the_run_at_the_first_log() -> None:
+    """One that is not finite, or counted nothing yet, is logged all the same; where every step was passed over, it is too
+    early to tell."""
+    loop = Loop.__new__(Loop)  # as far as a log goes
+    loop.collectives, loop.meter, loop.skips = Collectives(), Meter(torch.device("cpu")), SkipCount(1)
+    loop.rank, loop.history, loop.throughput = 1, [], Throughput(torch.device("cpu"), 1, None)
+    for best in ("loss", "max:psnr", "max:accuracy"):
+        loop.train, loop.history, loop.best_checked = Train(best=best), [], False
+        loop.meter.add({"loss": 2.0, "psnr": float("nan"), "accuracy": (torch.tensor(0.0), torch.tensor(0.0))})
+        loop._log(4)
+        assert loop.history[0]["loss"] == 2.0
+    loop.train, loop.history, loop.best_checked = Train(best="los"), [], False
+    loop._log(4)
+    loop.meter.add({"loss": 2.0})
+    with pytest.raises(ConfigError, match=r"train.best=los names no metric .* it logs loss, lr, skipped_steps"):
+        loop._log(4)
 
 
 def test_throughput_by_hand(monkeypatch) -> None:

@@ -114,6 +114,7 @@ class Loop:
             best=job.train.best,
             say=self._say,
         )
+        self.best_checked = False
         self.saved = -1  # steps done at the last checkpoint
         self.notices: list[str] = []  # nodes that are about to be taken away
         self.asking = Pace(NOTICE_S, self.collectives, self.device)
@@ -274,10 +275,12 @@ class Loop:
         self.collectives.barrier()
 
     def _log(self, done: int) -> None:
+        added = set(self.meter.sums)
         metrics = self.meter.take(self.collectives)
         metrics |= {"lr": ds.learning_rate(self.train, done - 1), "skipped_steps": float(self.skips.total)}
-        if not self.history:
-            check_best(self.train.best, metrics)
+        if added and not self.best_checked:  # nothing is added while steps are passed over
+            check_best(self.train.best, added | metrics.keys())
+            self.best_checked = True
         self.history.append({"step": done, **{k: v for k, v in metrics.items() if math.isfinite(v)}})
         rates = self.throughput.take(self.collectives)
         if self.rank == 0:
