@@ -31,7 +31,8 @@ from smalti.workflows.train.meter import Meter
 from smalti.workflows.train.order import Order
 from smalti.workflows.train.pace import Pace
 from smalti.workflows.train.pixels import RowMemory, picture_grid, to_bytes, to_unit
-from smalti.workflows.train.task import Row, seed_of
+from smalti.workflows.train.task import Row, Task, seed_of
+from smalti.workflows.train.tasks_encoder import EncoderTask
 from smalti.workflows.train.tasks_semantic import encodes_in_bf16
 from smalti.workflows.train.throughput import Throughput, flops_a_token
 from smalti.workflows.train.watch import rates
@@ -161,6 +162,21 @@ def test_a_metric_that_is_not_logged_ends_the_run_at_the_first_log() -> None:
     loop.meter.add({"loss": 2.0})
     with pytest.raises(ConfigError, match=r"train.best=los names no metric .* it logs loss, lr, skipped_steps"):
         loop._log(4)
+
+
+def test_a_loss_that_will_see_other_samples_at_once_is_told_when_the_run_goes_on() -> None:
+    state = {"history": [], "skips": SkipCount(1).state_dict(), "meter": {}, "step": 4, "at_once": 4}
+    told: list[str] = []
+    loop = Loop.__new__(Loop)  # as far as going on goes
+    loop.job, loop.engines, loop.rank = SimpleNamespace(resumable=True), {}, 0
+    loop.checkpoints = SimpleNamespace(load=lambda engines, task: state)
+    loop.meter, loop.skips, loop.train, loop._say = Meter(torch.device("cpu")), SkipCount(1), Train(), told.append
+    for task, loop.accumulation in ((Task(), 1), (EncoderTask, 8), (EncoderTask, 4)):
+        loop.task, loop.train = task, Train(batch_size=32)
+        assert loop._resume() == 4
+    assert [line.split(" (")[0] for line in told] == [
+        "the contrastive loss saw 4 samples at once before and sees 8 from here on"
+    ]
 
 
 def test_throughput_by_hand(monkeypatch) -> None:

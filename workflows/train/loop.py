@@ -310,6 +310,7 @@ class Loop:
             self.saved = done
             state: dict[str, Any] = {"step": done, "history": self.history, "skips": self.skips.state_dict()}
             state["meter"] = self.meter.totals(self.collectives)
+            state["at_once"] = self.train.batch_size // self.accumulation
             self.checkpoints.save(self.engines, self.task, state)
 
     def _resume(self) -> int:
@@ -321,6 +322,12 @@ class Loop:
         self.skips.load_state_dict(state["skips"])
         self.meter.restore(state["meter"], self.rank)
         self.saved = int(state["step"])
+        before, now = state.get("at_once"), self.train.batch_size // self.accumulation
+        if self.task.together and before not in (None, now):
+            self._say(
+                f"{self.task.together} saw {before} samples at once before and sees {now} from here on (train.batch_size / "
+                "accumulation steps): the curve may jump. The same number of workers as before would keep it."
+            )
         return self.saved
 
     def _write_history(self) -> None:

@@ -76,7 +76,12 @@ class Task:
 
     A task with several trained modules (a GAN) names each one: the loop makes an engine of each and asks for the
     losses in that order. Frozen modules stay outside the engines: move them in `setup`.
+
+    together: what of the losses sees a micro batch of all workers at once ("the contrastive loss"), so that its value
+    depends on how many samples that is; "" where all are sums over samples.
     """
+
+    together = ""
 
     def source(self) -> Source:
         """Rows to train on."""

@@ -69,6 +69,8 @@ def augment(pixels: np.ndarray, shift: int, flip: bool, rng: np.random.Generator
 class EncoderTask(Task):
     """SigLIP from nothing; the final model is an ordinary Hugging Face SiglipModel directory with its tokenizer."""
 
+    together = "the contrastive loss"
+
     def __init__(
         self,
         corpus: str,

@@ -97,6 +97,7 @@ class PixelTask(ImageTask):
             raise ConfigError(
                 "loss.gan.adaptive reads the decoder's last weight whole; set zero_stage below 3 with it."
             )
+        self.together = "the adaptive weight of loss.gan" if gan.adaptive and gan.weight else ""
         self.discriminator = PatchGAN(gan.channels, gan.layers) if gan.weight else None
         self.used = torch.zeros(self.num_codes, device=context.device)
         self.rebuilt: Tensor | None = None
