@@ -110,14 +110,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         settings: _Settings,
     ) -> tuple[Tensor, Tensor, Tensor]:
         grads = _Gradients(hidden_ND, weight_VD, bias_V, ctx.needs_input_grad[:3], settings)
-        matrix_VD = weight_VD.to(hidden_ND.dtype)
+        low = _product_dtype(hidden_ND)
+        matrix_VD = weight_VD.to(low)
         wide = _wide(hidden_ND.dtype)
         weights_N = weights_N.to(wide)
         losses_N = hidden_ND.new_zeros(labels_N.shape, dtype=wide)
         correct_N = torch.zeros_like(labels_N, dtype=torch.bool)
         of_rows = _by_liger if settings.kernel else _by_torch
         for rows in (labels_N != IGNORE).nonzero().squeeze(1).split(settings.chunk):
-            hidden_nD = hidden_ND[rows]
+            hidden_nD = hidden_ND[rows].to(low)
             losses_N[rows], correct_N[rows], grad_nV = of_rows(
                 _logits(hidden_nD, matrix_VD, bias_V, settings.scaled),
                 labels_N[rows],
@@ -178,6 +179,14 @@ def _by_liger(logits_nV: Tensor, labels_n: Tensor, weights_n: Tensor | None) -> 
 def has_kernel(hidden_ND: Tensor) -> bool:
     """Whether liger-kernel can make the losses: on a GPU, and installed."""
     return hidden_ND.is_cuda and hidden_ND.dtype != torch.float64 and find_spec("liger_kernel") is not None
+
+
+def _product_dtype(hidden_ND: Tensor) -> torch.dtype:
+    """The hidden states' own, or autocast's: it casts what `@` is given, and nothing that is computed in place."""
+    kind = hidden_ND.device.type
+    if torch.is_autocast_enabled(kind) and hidden_ND.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return hidden_ND.dtype
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

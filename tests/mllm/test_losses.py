@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from smalti.mllm.losses import IGNORE, LossHead, Scaled, chunked_cross_entropy
 
@@ -192,6 +193,33 @@ def test_scaled_rows_are_those_times_their_factor() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
     for grad, right in zip(torch.autograd.grad(found, (hidden, weight, bias)), rights, strict=True):
         torch.testing.assert_close(grad, right, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("low_weight", [False, True])
+def test_under_autocast_every_product_is_in_its_dtype(low_weight: bool) -> None:
+    """Float32 hidden states, as norms of a language model give them, and a head in float32 or, gathered, in bf16."""
+    hidden, weight, bias, labels, weights = problem(n=400)
+    weight = weight.detach().to(torch.bfloat16 if low_weight else torch.float32).requires_grad_()
+    wide = [t.detach().float().requires_grad_() for t in (hidden, weight, bias)]
+    expected, each = reference(*wide, labels, weights)
+    rights = torch.autograd.grad(expected, wide)
+    seen: list[torch.dtype] = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket.__name__ in ("mm", "addmm", "addmm_", "bmm"):
+                seen.extend(t.dtype for t in args if isinstance(t, torch.Tensor))
+            return func(*args, **(kwargs or {}))
+
+    with Products(), torch.autocast("cpu", torch.bfloat16):
+        found = chunked_cross_entropy(hidden, weight, labels, 64, bias_V=bias, weights_N=weights)
+        grads = torch.autograd.grad(found.total, (hidden, weight, bias))
+    assert set(seen) == {torch.bfloat16}
+    assert len(seen) == 2 * 3 * 5  # logits and two gradients of five chunks
+    torch.testing.assert_close(found.losses_N, each, rtol=0.02, atol=0.02)
+    for grad, right, tensor in zip(grads, rights, (hidden, weight, bias), strict=True):
+        assert grad.dtype == tensor.dtype
+        assert relative(grad, right) < 0.01
 
 
 LIGER = """
