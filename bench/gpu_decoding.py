@@ -9,6 +9,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -17,7 +19,6 @@ import torch
 from bench import gpu
 from bench.language_models import unified
 from smalti.mllm.generation import draw
-from smalti.schema import Sampling
 
 GOALS = {"milliseconds a step": ("<=", 6.2), "with guidance / without": ("<=", 1.1)}
 
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     backend = None if asked.tiny else "inductor"
 
     def run(cfg: float, count: int, compile: str | None = backend) -> None:
-        sampling = Sampling(cfg=cfg, temperature=1.0, top_k=0 if asked.tiny else 2000)
+        sampling: Any = SimpleNamespace(cfg=cfg, temperature=1.0, top_k=0 if asked.tiny else 2000, top_p=1.0)
         draw(model, model.vocabulary, [prompt] * count, tokens=tokens, sampling=sampling, seed=0, compile=compile)
 
     plain = gpu.seconds(lambda: run(1.0, 1), asked.device, asked.turns, warm=1)

@@ -23,9 +23,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 from bench import gpu
 from bench.pictures import jpeg, photo
 from smalti import images
-from smalti.schema import FeaturesSection
-from smalti.tokenizers.encoders import VisionEncoder
-from smalti.workflows.features import as_set, batches
+from smalti.tokenizers.encoders import VisionEncoder, as_set, batches
 from smalti.workflows.plan.configs import vision_config
 
 GOALS = {"MFU": (">=", 0.45), "fed from JPEG / from memory": (">=", 0.9)}
@@ -63,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config, _ = vision_config("google/siglip-so400m-patch14-384")
     torch.manual_seed(0)
     encoder = VisionEncoder(SiglipVisionModel(config)).to(asked.device)
-    encode = as_set(encoder, asked.device, FeaturesSection(precision="bf16", compile=not asked.tiny))
+    encode = as_set(encoder, asked.device, "bf16", compile=not asked.tiny)
     size = encoder.image_size
 
     def run(pixels: np.ndarray) -> torch.Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,9 @@ from smalti.mllm.cache import as_columns, few_row_linears, make_cache
 from smalti.mllm.model import UnifiedModel
 from smalti.mllm.prompts import LINE_END, TextEncoder
 from smalti.mllm.vocabulary import VisualVocabulary
-from smalti.schema import Sampling
+
+if TYPE_CHECKING:
+    from smalti.schema import Sampling
 
 
 @torch.no_grad()

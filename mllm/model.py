@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,9 @@ from smalti.mllm.adapters import Adapter
 from smalti.mllm.losses import IGNORE, LossHead, Scaled
 from smalti.mllm.rows import Matrices, Whole, WholeRows, grow, ranges, root_mean_square
 from smalti.mllm.vocabulary import VisualVocabulary
-from smalti.schema import Part
+
+if TYPE_CHECKING:
+    from smalti.schema import Part
 
 Batch = Mapping[str, Tensor]
 

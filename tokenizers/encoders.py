@@ -5,11 +5,12 @@ Axis letters: B batch, N patches (row-major), C hidden width, E embedding width,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -39,6 +40,27 @@ def check_pixels(pixels: Tensor, image_size: int) -> None:
             raise DataError(f"Pixels hold NaN or Inf, expected {wanted}.")
         if low < -1 - RANGE_SLACK or high > 1 + RANGE_SLACK:
             raise DataError(f"Pixels lie in [{float(low):.4g}, {float(high):.4g}], expected {wanted}.")
+
+
+def batches(pixels: np.ndarray, size: int, device: torch.device | str) -> Iterator[Tensor]:
+    """Images uint8 (N, H, W, 3) as models want them: float32 (B, 3, H, W) in [-1, 1] on `device`, `size` at a time."""
+    for start in range(0, len(pixels), size):
+        block = pixels[start : start + size]
+        part = torch.from_numpy(block if block.flags.writeable else block.copy()).to(device)
+        yield part.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+
+
+def as_set(
+    function: Callable[[Tensor], Tensor], device: torch.device, precision: str, compile: bool
+) -> Callable[[Tensor], Tensor]:
+    """`function` of pixels, compiled where that is asked for, and under bf16 autocast with the precision `bf16`."""
+    call = torch.compile(function) if compile else function
+
+    def run(pixels_BCHW: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            return call(pixels_BCHW)
+
+    return run
 
 
 class VisionEncoder(nn.Module):

@@ -14,7 +14,7 @@ from smalti.artifact import Artifact
 from smalti.errors import ConfigError, DataError
 from smalti.schema import EncoderTrain, Recipe
 from smalti.tracking import Tracker
-from smalti.workflows.features import batches, load_pixels, open_encoder
+from smalti.workflows.features import load_pixels, open_encoder
 from smalti.workflows.ray_session import ensure_ray
 from smalti.workflows.stage import StageRun, find_artifact, run_stage
 
@@ -161,7 +161,7 @@ def zero_shot(corpus: Artifact, model: str, texts: Counter[tuple[str, str]], rec
     training text: value, n, classes; None when fewer than two labels are held out with a known text."""
     import torch
 
-    from smalti.tokenizers.encoders import VisionEncoder
+    from smalti.tokenizers.encoders import VisionEncoder, batches
 
     prompts = prompts_of(texts)
     labels = sorted(prompts)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import socket
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -75,16 +74,6 @@ def block_bytes(recipe: Recipe, image_size: int) -> int:
     return recipe.corpus.shard_images * image_size**2 * 3
 
 
-def batches(pixels: np.ndarray, size: int, device: Any) -> Any:
-    """Pixels as the models want them: float32 (B, 3, H, W) in [-1, 1] on `device`, `size` at a time."""
-    import torch
-
-    for start in range(0, len(pixels), size):
-        block = pixels[start : start + size]
-        part = torch.from_numpy(block if block.flags.writeable else block.copy()).to(device)
-        yield part.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
-
-
 def actor_device(resources: Resources) -> Any:
     """The actor's device; on a CPU torch gets the actor's share of the cores. Errors: ConfigError when a GPU is asked for
     and torch sees none."""
@@ -105,19 +94,6 @@ def actor_device(resources: Resources) -> Any:
 def numerics(section: FeaturesSection | TokensSection) -> dict[str, Any]:
     """Settings that change the last bits of a stage's result, those that are not the defaults."""
     return section.model_dump(mode="json", include={"precision", "compile"}, exclude_defaults=True)
-
-
-def as_set(function: Callable[[Any], Any], device: Any, section: FeaturesSection | TokensSection) -> Any:
-    """`function` of pixels, compiled and under bf16 autocast where the section says so."""
-    import torch
-
-    call = torch.compile(function) if section.compile else function
-
-    def run(pixels_BCHW: Any) -> Any:
-        with torch.autocast(device.type, torch.bfloat16, enabled=section.precision == "bf16"):
-            return call(pixels_BCHW)
-
-    return run
 
 
 def open_encoder(path_or_name: str, layer: int) -> Any:
@@ -165,12 +141,14 @@ class Featurizer:
     """The encoder of a recipe on the actor's device, and what of its features is kept."""
 
     def __init__(self, encoder_dir: str, recipe: Recipe) -> None:
+        from smalti.tokenizers.encoders import as_set
+
         self.encoder_dir, self.recipe = encoder_dir, recipe
         self.device = actor_device(recipe.resources)
         with HERE.part("start"):
             encoder = open_encoder(encoder_dir, recipe.encoder.layer).to(self.device)
         self.dim: int = encoder.dim
-        self.encode = as_set(encoder, self.device, recipe.features)
+        self.encode = as_set(encoder, self.device, recipe.features.precision, recipe.features.compile)
 
     def rows(self, pixels: np.ndarray, ids: list[str], where: str) -> pa.Table:
         """Feature rows of images uint8 (B, S, S, 3), all patches or the sampled ones; one batch's features are held.
@@ -178,6 +156,8 @@ class Featurizer:
         Errors: DataError naming the first image with a feature that is not finite in float16; `where` names the file.
         """
         import torch
+
+        from smalti.tokenizers.encoders import batches
 
         size, parts, chosen = self.recipe.features.batch_size, [], []
         with HERE.part("model"), torch.inference_mode():

@@ -12,7 +12,7 @@ from smalti.artifact import Artifact
 from smalti.errors import DataError
 from smalti.schema import Recipe
 from smalti.tracking import Tracker
-from smalti.workflows.features import actor_device, as_set, batches, block_bytes, load_pixels, numerics
+from smalti.workflows.features import actor_device, block_bytes, load_pixels, numerics
 from smalti.workflows.ray_session import ensure_ray
 from smalti.workflows.shard_pipeline import refuse_foreign, run_shards, standing_for
 from smalti.workflows.shard_tally import HERE, shard_progress
@@ -56,17 +56,20 @@ class EncodeShard:
 
     def start(self) -> None:
         """Load the tokenizer onto the actor's device."""
+        from smalti.tokenizers.encoders import as_set
         from smalti.tokenizers.loading import load_tokenizer
 
         self.device = actor_device(self.recipe.resources)
         with HERE.part("start"):
             tokenizer = load_tokenizer(self.tokenizer_dir).to(self.device)
         self.num_codes = tokenizer.num_codes
-        self.model = as_set(tokenizer.encode, self.device, self.recipe.tokens)
+        self.model = as_set(tokenizer.encode, self.device, self.recipe.tokens.precision, self.recipe.tokens.compile)
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         """Codes of the images: int32 (images, …). Errors: DataError when the tokenizer gives a code out of its range."""
         import torch
+
+        from smalti.tokenizers.encoders import batches
 
         size = self.recipe.tokens.batch_size
         with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""The GPU benchmarks in their tiny CPU mode: they run, print one table, and load neither Ray nor DeepSpeed."""
+"""The GPU benchmarks in their tiny CPU mode: they run, print one table, and need little beside torch and transformers."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from smalti.schema import Train
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(path.stem for path in (ROOT / "bench").glob("gpu_*.py"))
 CODE = """
 import importlib, sys
-for name in ('ray', 'deepspeed', 'mlflow'):
-    sys.modules[name] = None  # as on a machine that has none of them
+for name in ('ray', 'deepspeed', 'mlflow', 'pydantic', 'annotated_types', 'torchvision', 'accelerate', 'peft', 'liger_kernel', 'faiss'):
+    sys.modules[name] = None  # as on the machine with the GPU, which has none of them
 import torch
 torch.set_num_threads(1)
 for name in sys.argv[1:]:
@@ -36,6 +38,13 @@ def test_each_goal_has_its_script_and_prints_its_table(printed: list[str]) -> No
     results = [json.loads(line) for line in printed if line.startswith("{")]
     assert [result["goal"] for result in results] == SCRIPTS
     assert all(result["tiny"] and not result["met"] for result in results)
+
+
+def test_the_bare_loops_optimizer_is_a_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench.gpu_training import ADAMW
+
+    assert vars(ADAMW).items() <= Train().model_dump().items()
 
 
 def test_the_quick_ways_give_the_same_result(printed: list[str]) -> None:

@@ -8,8 +8,8 @@ import pytest
 
 from smalti.errors import ConfigError
 from smalti.schema import CodebookSection
-from smalti.workflows.plan import Rates, plan_codebook
-from smalti.workflows.plan.base import cpu_rates, gpu_rates
+from smalti.workflows.plan.base import Rates, cpu_rates, gpu_rates
+from smalti.workflows.plan.codebook import plan_codebook
 from smalti.workflows.plan.measured import measurements
 
 RATES = Rates("box", flops=1e12, read=1e9, memory=16e9, origin="stated")

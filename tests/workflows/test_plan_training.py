@@ -19,8 +19,7 @@ from smalti.cli import main
 from smalti.config import load_recipe
 from smalti.errors import ConfigError
 from smalti.schema import LanguageModel, Lora, MllmSection, Recipe, Resources, Train
-from smalti.workflows.plan import Rates
-from smalti.workflows.plan.base import gpu_rates
+from smalti.workflows.plan.base import Rates, gpu_rates
 from smalti.workflows.plan.configs import language_config, vision_config
 from smalti.workflows.plan.devices import shared_among
 from smalti.workflows.plan.models import Model, _mllm, models_of

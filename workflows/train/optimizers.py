@@ -8,13 +8,15 @@ looked up one by one, and vectors (biases, norms, scales) are AdamW's.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from smalti.mllm.losses import LossHead
-from smalti.schema import Train
+
+if TYPE_CHECKING:
+    from smalti.schema import Train
 
 
 def build_optimizer(module: nn.Module, train: Train, lr: float, device: torch.device) -> torch.optim.Optimizer:
