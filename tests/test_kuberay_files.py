@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import yaml
 
 from smalti.cli.doctor import read_lock
 from smalti.cli.parser import parse
+from smalti.workflows import placement
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "deploy" / "kuberay"
@@ -88,6 +90,17 @@ def test_params_are_strings_and_pods_ask_for_what_they_may_use(spec: dict[str, A
             volume["name"] for volume in group["template"]["spec"]["volumes"]
         }
     assert groups[0]["rayStartParams"]["num-cpus"] == "0"
+
+
+def test_the_head_knows_the_worker_groups(spec: dict[str, Any]) -> None:
+    (variable,) = spec["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]
+    assert variable["name"] == placement.GROUPS
+    known = json.loads(variable["value"])
+    assert set(known) == {group["groupName"] for group in spec["workerGroupSpecs"]}
+    for group in spec["workerGroupSpecs"]:
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        offer = {"CPU": int(limits["cpu"])} | ({"GPU": limits["nvidia.com/gpu"]} if "nvidia.com/gpu" in limits else {})
+        assert known[group["groupName"]] == {"max_workers": group["maxReplicas"], "resources": offer}
 
 
 def test_the_jobs_command_is_one_of_smalti() -> None:

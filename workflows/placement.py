@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -17,6 +19,8 @@ from smalti.schema import Recipe
 Bundle = dict[str, float]
 BOOTSTRAP = "~/ray_bootstrap_config.yaml"
 KUBERAY = "KUBERAY_GEN_RAY_START_CMD"  # set by its operator in every pod of a cluster
+GROUPS = "SMALTI_WORKER_GROUPS"  # deploy/kuberay: {group: {max_workers, resources}} as JSON, in the head's pod
+KIND = "ray.io/node-group"  # Ray's label of a node
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,30 @@ class Node:
     count: int = 1
 
 
+class Nodes(NamedTuple):
+    """Nodes that are up, and kinds of which more may come: at most `most` in all."""
+
+    up: Sequence[Node]
+    to_come: Sequence[Node] = ()
+    most: float = math.inf
+
+    def room(self, bundle: Bundle) -> int:
+        """How many such bundles all of them hold, with the roomiest of those to come."""
+        room, left = sum(room_for(bundle, node) * node.count for node in self.up), self.most
+        for each, count in sorted(((room_for(bundle, node), node.count) for node in self.to_come), reverse=True):
+            came = min(count, left)
+            room, left = room + each * int(came), left - came
+        return room
+
+    def __str__(self) -> str:
+        """`4 x 96 CPU and 8 GPU, 1 x 0 CPU`: the nodes by what they offer."""
+        counts: dict[str, int] = {}
+        for node in [*self.up, *self.to_come]:
+            text = bundle_text({name: amount for name, amount in node.resources.items() if amount or name == "CPU"})
+            counts[text] = counts.get(text, 0) + node.count
+        return ", ".join(f"{count} x {text}" for text, count in counts.items()) or "there are no nodes"
+
+
 def needs_of(recipe: Recipe) -> list[Need]:
     """What the stages of a recipe place: training workers as one group, pools of actors and tasks one by one."""
     resources = recipe.resources
@@ -57,31 +85,51 @@ def _bundle(cpus: float, gpus: float) -> Bundle:
     return {"CPU": float(cpus)} | ({"GPU": float(gpus)} if gpus else {})
 
 
-def cluster_nodes() -> list[Node]:
-    """Nodes of the cluster that this process is connected to, and those that `ray up`'s autoscaler may add."""
+def cluster_nodes() -> Nodes:
+    """Nodes of the cluster that this process is connected to, and those that its autoscaler may add."""
     import ray
 
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    return [Node(node["NodeManagerHostname"], _offer(node["Resources"])) for node in alive] + _to_come()
+    return with_those_to_come([node for node in ray.nodes() if node["Alive"]])
 
 
-def _to_come() -> list[Node]:
-    """Kinds of nodes in the cluster file that `ray up` leaves on the head, where jobs run; none elsewhere."""
+def with_those_to_come(alive: Sequence[Mapping[str, Any]]) -> Nodes:
+    """The nodes of `ray.nodes()`, and what is left of each kind that the autoscaler starts. A node is of the kind that its
+    label names, else of the first that offers the same."""
+    kinds, most = _kinds()
+    left = {kind.name: kind.count for kind in kinds}
+    up = []
+    for node in alive:
+        offer = _offer(node["Resources"])
+        up.append(Node(node["NodeManagerHostname"], offer))
+        named = node.get("Labels", {}).get(KIND)
+        same = [kind.name for kind in kinds if kind.resources == offer]
+        for name in [named] if named in left else [] if named else same[:1]:
+            left[name] -= 1
+            most -= 1
+    coming = [Node(kind.name, kind.resources, left[kind.name]) for kind in kinds if left[kind.name] > 0]
+    return Nodes(up, coming, max(0, most))
+
+
+def _kinds() -> tuple[list[Node], float]:
+    """(kinds of workers and how many of each there may be, how many in all): from deploy/kuberay's variable, or the cluster
+    file that `ray up` leaves on the head, where jobs run; none elsewhere."""
     path = Path(BOOTSTRAP).expanduser()
-    if not path.is_file():
-        return []
-    config = yaml.safe_load(path.read_text())
-    kinds = {name: kind for name, kind in config["available_node_types"].items() if name != config["head_node_type"]}
-    most = config.get("max_workers", 2)  # Ray's default
+    if GROUPS in os.environ:
+        kinds, most = json.loads(os.environ[GROUPS]), math.inf
+    elif path.is_file():
+        config = yaml.safe_load(path.read_text())
+        types, head = config["available_node_types"], config["head_node_type"]
+        kinds, most = {name: kind for name, kind in types.items() if name != head}, config.get("max_workers", 2)
+    else:
+        return [], math.inf
     return [
-        Node(name, _offer(kind.get("resources", {})), min(most, kind.get("max_workers", most)))
-        for name, kind in kinds.items()
-    ]
+        Node(name, _offer(kind.get("resources", {})), kind.get("max_workers", most)) for name, kind in kinds.items()
+    ], most
 
 
 def grows_unseen() -> bool:
     """Whether nodes may come that cannot be known here: KubeRay's autoscaler has its list in Kubernetes."""
-    return KUBERAY in os.environ
+    return KUBERAY in os.environ and GROUPS not in os.environ
 
 
 def _offer(resources: Bundle) -> Bundle:
@@ -93,38 +141,38 @@ def room_for(bundle: Bundle, node: Node) -> int:
     return min(math.floor(node.resources.get(name, 0.0) / amount + 1e-9) for name, amount in bundle.items())
 
 
-def unplaceable(recipe: Recipe, nodes: Sequence[Node]) -> list[str]:
+def unplaceable(recipe: Recipe, nodes: Nodes) -> list[str]:
     """A line for each need that could never be met on these nodes, with its mend; none when all can."""
     found = []
     for need in needs_of(recipe):
-        room = sum(room_for(need.bundle, node) * node.count for node in nodes)
+        room = nodes.room(need.bundle)
         asked = bundle_text(need.bundle)
         if room == 0:
             found.append(
                 f"{need.stages}: one of resources.{need.key} takes {asked}, and no node has that "
-                f"({_kinds(nodes)}). Lower {_keys(need.bundle)}, or add such nodes."
+                f"({nodes}). Lower {_keys(need.bundle)}, or add such nodes."
             )
         elif need.gang and room < need.count:
             found.append(
                 f"{need.stages}: resources.{need.key}={need.count} take {asked} each, all at once, and the nodes have "
-                f"room for {room} ({_kinds(nodes)}). Set resources.{need.key}={room}, or add nodes."
+                f"room for {room} ({nodes}). Set resources.{need.key}={room}, or add nodes."
             )
     return found
 
 
-def shortages(recipe: Recipe, nodes: Sequence[Node]) -> list[str]:
+def shortages(recipe: Recipe, nodes: Nodes) -> list[str]:
     """A line for each pool that has room for a part of itself only: it runs, with fewer."""
     found = []
     for need in needs_of(recipe):
-        room = sum(room_for(need.bundle, node) * node.count for node in nodes)
+        room = nodes.room(need.bundle)
         if not need.gang and 0 < room < need.count:
             found.append(f"{need.stages}: room for {room} of resources.{need.key}={need.count} at once")
     resources = recipe.resources
     group = next(need for need in needs_of(recipe) if need.gang)
-    room = sum(room_for(group.bundle, node) * node.count for node in nodes)
+    room = nodes.room(group.bundle)
     if resources.min_workers <= room < resources.max_workers:
         found.append(f"{group.stages}: room for {room} of up to {resources.max_workers} workers")
-    cpus = sum(node.resources.get("CPU", 0.0) * node.count for node in nodes)
+    cpus = nodes.room({"CPU": 1.0})
     wanted = resources.readers + resources.actors * resources.cpus_per_worker
     if resources.gpus_per_worker and cpus < wanted:
         found.append(
@@ -150,12 +198,3 @@ def _keys(bundle: Bundle) -> str:
 def bundle_text(bundle: Bundle) -> str:
     """`10 CPU and 1 GPU`."""
     return " and ".join(f"{amount:g} {name}" for name, amount in bundle.items())
-
-
-def _kinds(nodes: Sequence[Node]) -> str:
-    """`4 x 96 CPU and 8 GPU, 1 x 0 CPU`: the nodes by what they offer."""
-    counts: dict[str, int] = {}
-    for node in nodes:
-        text = bundle_text({name: amount for name, amount in node.resources.items() if amount or name == "CPU"})
-        counts[text] = counts.get(text, 0) + node.count
-    return ", ".join(f"{count} x {text}" for text, count in counts.items()) or "there are no nodes"

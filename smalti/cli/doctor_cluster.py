@@ -16,14 +16,14 @@ MUST_AGREE = ("python", "ray", "torch", "deepspeed", "transformers")
 def cluster_checks(out: str, recipe: Recipe | None) -> list[Check]:
     """Lines about all nodes. Ray must be connected."""
     from smalti.workflows import cluster_checks as work
-    from smalti.workflows.placement import cluster_nodes
+    from smalti.workflows.placement import cluster_nodes, grows_unseen
 
     facts, unseen, silent = work.survey(out)
     hosts = {fact.node: fact.host for fact in facts}
     checks = [_answers(facts, silent), *_versions(facts), *_gpus(facts), *_disk(facts)]
     checks += _storage(out, facts, {hosts[node]: [hosts[name] for name in lost] for node, lost in unseen.items()})
     checks += _reduce(facts, work.all_reduce)
-    return checks + ([] if recipe is None else room_checks(recipe, cluster_nodes()))
+    return checks + ([] if recipe is None else room_checks(recipe, cluster_nodes(), grows_unseen()))
 
 
 def _answers(facts: list[Any], silent: list[str]) -> Check:
@@ -112,14 +112,18 @@ def _reduce(facts: list[Any], all_reduce: Any) -> list[Check]:
     return [Check(name, "ok", f"{versions} all-reduce of {world} processes adds up right".strip())]
 
 
-def room_checks(recipe: Recipe, nodes: Any) -> list[Check]:
-    """Whether the recipe's stages can be placed on these nodes."""
+def room_checks(recipe: Recipe, nodes: Any, unseen: bool = False) -> list[Check]:
+    """Whether the recipe's stages can be placed on these nodes. unseen: others may come, of which nothing is known here."""
     from smalti.workflows.placement import shortages, unplaceable
 
     checks = []
     for line in unplaceable(recipe, nodes):
         text, _, mend = line.partition("). ")
-        checks.append(Check("room", "problem", text + ")", mend))
+        if unseen:
+            text, mend = text + "); a run waits for KubeRay's autoscaler", "set SMALTI_WORKER_GROUPS (deploy/kuberay)"
+            checks.append(Check("room", "note", text, mend))
+        else:
+            checks.append(Check("room", "problem", text + ")", mend))
     for line in shortages(recipe, nodes):
         checks.append(Check("room", "note", f"{line}: it runs with fewer"))
     return checks or [Check("room", "ok", f"every stage of {recipe.name} can be placed")]
@@ -130,7 +134,7 @@ def local_room(recipe: Recipe) -> list[Check]:
     `resources.device: cpu` says it has as many GPUs."""
     import torch
 
-    from smalti.workflows.placement import Node
+    from smalti.workflows.placement import Node, Nodes
 
     gpus = 1e6 if recipe.resources.device == "cpu" else float(torch.cuda.device_count())
-    return room_checks(recipe, [Node("this machine", {"CPU": 1e6, "GPU": gpus})])
+    return room_checks(recipe, Nodes([Node("this machine", {"CPU": 1e6, "GPU": gpus})]))
