@@ -56,6 +56,20 @@ def test_the_head_is_no_spot_machine_and_all_workers_are(config: dict[str, Any])
     assert markets == {"head": None, "gpu_worker": "spot", "cpu_worker": "spot"}
 
 
+def test_workers_reach_the_bucket_and_stand_beside_each_other(config: dict[str, Any]) -> None:
+    """Ray gives an instance profile to the head alone; a comma would spread the machines over zones."""
+    workers = [config["available_node_types"][name]["node_config"] for name in ("gpu_worker", "cpu_worker")]
+    assert all(node["IamInstanceProfile"]["Arn"].startswith("arn:aws:iam::") for node in workers)
+    assert workers[0]["Placement"]["GroupName"] and "," not in config["provider"]["availability_zone"]
+
+
+def test_nodes_may_open_many_files_and_have_what_recipes_name(config: dict[str, Any]) -> None:
+    for key in ("head_start_ray_commands", "worker_start_ray_commands"):
+        assert config[key][-1].startswith("ulimit -n 65536; RAY_AUTH_MODE=token ray start")
+    (install,) = [command for command in config["setup_commands"] if "bin/pip install" in command]
+    assert {"s3fs", "peft", "liger-kernel", "accelerate"} <= set(install.split())
+
+
 def test_objects_spill_to_a_disk_of_the_machine(config: dict[str, Any]) -> None:
     for key in ("head_start_ray_commands", "worker_start_ray_commands"):
         assert "--object-spilling-directory=/nvme/" in config[key][-1]
