@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}  # bf16 without sparsity, by the makers' data sheets
+from smalti.workflows.gpus import bf16_peak
 
 
 def arguments(description: str | None, argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -64,9 +64,8 @@ def extra_bytes(call: Callable[[], Any], device: torch.device) -> float:
 
 def peak_share(flops_s: float, device: torch.device) -> float:
     """Share of the device's bf16 peak; nan where that is not known."""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else ""
-    peak = next((value for key, value in PEAK_TFLOPS.items() if key in name), float("nan"))
-    return flops_s / 1e12 / peak
+    peak = bf16_peak(torch.cuda.get_device_name()) if device.type == "cuda" else None
+    return flops_s / (peak or float("nan"))
 
 
 def report(title: str, rows: Sequence[tuple[str, float, str]], goals: dict[str, tuple[str, float]], tiny: bool) -> None:

@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
     from smalti.workflows.plan.base import cpu_rates, gpu_rates
     from smalti.workflows.plan.recipe import RecipePlan
 
-    cpu = arguments.gpu == "cpu"
+    cpu = arguments.gpu.lower() == "cpu"
     rates = cpu_rates(arguments.width or 1152) if cpu else gpu_rates(arguments.gpu)
     vectors = int(arguments.vectors) if arguments.vectors else None
     images = int(arguments.images or 0)

@@ -14,15 +14,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from smalti.cli import main
 from smalti.config import load_recipe
 from smalti.errors import ConfigError
-from smalti.schema import LanguageModel, Lora, MllmSection, Recipe, Resources, Train
+from smalti.schema import FeaturesSection, LanguageModel, Lora, MllmSection, Recipe, Resources, Train
+from smalti.tokenizers.encoders import VisionEncoder
+from smalti.workflows.gpus import bf16_peak
 from smalti.workflows.plan.base import Rates, gpu_rates
 from smalti.workflows.plan.configs import language_config, vision_config
 from smalti.workflows.plan.devices import shared_among
+from smalti.workflows.plan.looks import Look
 from smalti.workflows.plan.models import Model, _mllm, models_of
+from smalti.workflows.plan.trace import fake, trace
 from smalti.workflows.plan.training import Setting, TrainPlan, Trial, states
 from smalti.workflows.train.memory import blocks_of, recompute
 
@@ -264,6 +269,66 @@ def test_what_cannot_fit_names_the_smallest_change_that_does() -> None:
     assert "Nothing that is tried here makes it fit" in hopeless
 
 
+def test_muon_keeps_one_moment_without_zero_alone() -> None:
+    """Under ZeRO it does not run: those columns are AdamW's."""
+    model = language_model(steps=9, batch_size=32, optimizer="muon")
+    trial, parameters = Trial(model), model.parameters("model")
+    assert trial.states("model", 0, 64) == 16 * parameters - 4 * model.muon("model")
+    assert [trial.states("model", stage, 64) for stage in (1, 2, 3)] == [states(parameters, s, 64) for s in (1, 2, 3)]
+
+
+def test_the_mend_tries_every_divisor_of_a_micro_batch() -> None:
+    trial = Trial(language_model(steps=9, batch_size=48, micro_batch_size=12))
+    needed = sum(trial.memory(Setting(4, 4, 0)).values())
+    refusal = TrainPlan(trial, Rates("box", 1e12, 1e9, needed / 0.92 + 1, "stated"), 4).refusal() or ""
+    assert "With mllm.train.micro_batch_size=4 it is" in refusal
+
+
+def test_more_gpus_are_proposed_where_every_stage_can_share_its_batch_among_them() -> None:
+    """A box without main memory to speak of, so that offload is no way out; the other stage's batch is 12."""
+    trial = Trial(
+        language_model(steps=9, batch_size=32, micro_batch_size=1, zero_stage=3, activation_checkpointing=True)
+    )
+    needed = sum(trial.memory(Setting(8, 1, 3, True)).values())
+    box = Rates("box", 1e12, 1e9, needed / 0.92 + 1, "stated", host=1.0)
+    assert "With --gpus 8 it is" in (TrainPlan(trial, box, 4).refusal() or "")
+    other = language_model(steps=9, batch_size=12)
+    assert "Nothing that is tried" in (TrainPlan(trial, box, 4, [other]).refusal() or "")
+
+
+def test_what_is_offloaded_must_fit_into_main_memory() -> None:
+    trial = Trial(language_model(steps=9, batch_size=32, zero_stage=3, offload="cpu"))
+    box = Rates("box", 1e12, 1e9, 16e9, "stated")
+    away = TrainPlan(trial, box, 4).away(Setting(4, 8, 3, offload=True))
+    assert away == pytest.approx(20 * trial.model.parameters("model") / 4)
+    assert TrainPlan(trial, replace(box, host=away / 0.6 + 1), 4).refusal() is None
+    refusal = TrainPlan(trial, replace(box, host=away / 1.2), 4).refusal() or ""
+    assert re.search(
+        r"mllm puts .* into main memory for each box .* With mllm\.train\.micro_batch_size=1 and --gpus 8", refusal
+    )
+    disk = Trial(language_model(steps=9, batch_size=32, zero_stage=3, offload="nvme", offload_path="/nvme"))
+    assert TrainPlan(disk, replace(box, host=1.0), 4).refusal() is None, "a disk's room is not known"
+
+
+def test_memory_of_stages_that_train_nothing() -> None:
+    """Five images by the figures of one and two, against a pass of five; what does not fit names the largest batch."""
+    section = FeaturesSection(batch_size=5)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    encoder = VisionEncoder(SiglipVisionModel(SiglipVisionConfig(**size, image_size=32, patch_size=8)))
+    weights = 4 * sum(t.numel() for t in (*encoder.parameters(), *encoder.buffers()))
+    modules = nn.ModuleDict({"encoder": encoder})
+    look = Look.at(section, modules, [encoder], [encoder], 32)
+
+    def step(backward: Any, autocast: Any) -> None:
+        with torch.no_grad():
+            encoder(fake(5, 3, 32, 32))
+
+    assert look.memory == pytest.approx(weights + trace(modules, step, bf16=False).peak)
+    box = Rates("box", 1e12, 1e9, (weights + look.first + 2.5 * look.further) / 0.92, "stated", {"fp32": 1e12})
+    assert (look.refusal("features", box) or "").endswith("Set features.batch_size=3.")
+    assert look.refusal("features", gpu_rates("a100")) is None
+
+
 @pytest.mark.parametrize(("name", "billions"), [("Qwen/Qwen2.5-0.5B", 0.494), ("Qwen/Qwen2.5-7B-Instruct", 7.616)])
 def test_sizes_of_public_language_models(name: str, billions: float) -> None:
     """Their model cards say 0.49B and 7.61B; the tests run without the hub, so the table speaks."""
@@ -288,6 +353,14 @@ def test_sizes_of_public_encoders() -> None:
 def test_a_gpu_without_bf16_is_planned_at_its_float32_rate() -> None:
     assert gpu_rates("v100").training("bf16") == gpu_rates("v100").training("fp32")
     assert gpu_rates("h100").training("bf16") > 10 * gpu_rates("h100").training("fp32")
+    assert "CUDA 13" in gpu_rates("V100").note and not gpu_rates("A100").note
+
+
+def test_cards_of_one_name_have_peaks_of_their_own() -> None:
+    """Names as torch gives them."""
+    names = ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA H200", "NVIDIA A100 80GB PCIe")
+    assert [bf16_peak(name) for name in names] == [989e12, 756e12, 835e12, 989e12, 312e12]
+    assert bf16_peak("NVIDIA GeForce RTX 4090") is None
 
 
 def test_the_command_prints_every_stage_and_refuses_what_cannot_fit(
@@ -307,6 +380,7 @@ def test_the_command_prints_every_stage_and_refuses_what_cannot_fit(
     ]
     assert main([*asked, "mllm.train.batch_size=65536", "mllm.train.micro_batch_size=32768"]) == 1
     seen = capsys.readouterr()
+    assert re.search(r"features +.* GPU-hours; .* a GPU for \d+ images", seen.out)
     for part in ("encoder:", "semantic:", "pixel:", "mllm:", "storage:", "states a GPU", "GPU-hours", "ASSUMED"):
         assert part in seen.out
     assert "N = 150,000,000 vectors x C = 1,152 -> K = 500,000 codes in P = 1,000 cells" in seen.out

@@ -30,7 +30,8 @@ MEASURE_S = 0.5
 class Rates:
     """What one device does in a second, and where the figures come from. `peaks`: FLOP/s in training by precision,
     where they are not `flops`; `inside` and `network`: bytes a second within a node and of a node (0: not counted);
-    `call_s`: seconds until an operator is started."""
+    `call_s`: seconds until an operator is started; `host`: bytes of main memory for each device (0: not known);
+    `note`: what to know before renting one."""
 
     device: str
     flops: float
@@ -41,6 +42,8 @@ class Rates:
     inside: float = 0.0
     network: float = 0.0
     call_s: float = 0.0
+    host: float = 0.0
+    note: str = ""
 
     def training(self, precision: str) -> float:
         """FLOP/s of a training step in this precision."""
@@ -133,6 +136,7 @@ def time_text(hours: float) -> str:
 
 def gpu_rates(name: str) -> Rates:
     """Assumed rates of a GPU. ConfigError: one that is not in the list."""
+    name = name.lower()
     if name not in GPUS:
         raise ConfigError(f"--gpu {name} is not known; there are {', '.join(GPUS)} and cpu (measured on this machine)")
     gpu = GPUS[name]
@@ -140,7 +144,8 @@ def gpu_rates(name: str) -> Rates:
     origin = f"ASSUMED, {ASSUMED_FRACTION:.0%} of the {kind} {gpu.bf16 / 1e12:.0f} TFLOP/s and {ASSUMED_READ / 1e9:g} GB/s of the store"
     peaks = {key: ASSUMED_TRAINING * getattr(gpu, key) for key in ("bf16", "tf32", "fp32")}
     flops = ASSUMED_FRACTION * gpu.bf16
-    return Rates(name, flops, ASSUMED_READ, gpu.memory, origin, peaks, gpu.inside, gpu.network, ASSUMED_CALL_S)
+    links = (gpu.inside, gpu.network, ASSUMED_CALL_S, gpu.host)
+    return Rates(name, flops, ASSUMED_READ, gpu.memory, origin, peaks, *links, note=gpu.note)
 
 
 def cpu_rates(width: int) -> Rates:

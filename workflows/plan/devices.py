@@ -17,15 +17,15 @@ def shared_among(models: Sequence[Model], resources: Resources, given: int | Non
     """
     if given is None:
         allowed = range(resources.max_workers, resources.min_workers - 1, -1)
-        num = next((num for num in allowed if not _stuck(models, num)), resources.max_workers)
+        num = next((num for num in allowed if not cannot_share(models, num)), resources.max_workers)
     else:
         num = given
-    stuck = _stuck(models, num)
+    stuck = cannot_share(models, num)
     if stuck:
         key = "resources.workers" if given is None else "--gpus"
         told = ", ".join(f"{m.section}.batch_size={m.train.batch_size}{_micro(m)}" for m in stuck)
         most = max(model.train.batch_size for model in models)
-        fitting = [n for n in range(1, most + 1) if not _stuck(models, n)]
+        fitting = [n for n in range(1, most + 1) if not cannot_share(models, n)]
         near = [str(n) for n in (*[n for n in fitting if n < num][-1:], *[n for n in fitting if n > num][:1])]
         raise ConfigError(
             f"{key}={num}: {told} cannot be shared evenly by {num} devices. Set {key} to {' or '.join(near)}, or "
@@ -34,8 +34,8 @@ def shared_among(models: Sequence[Model], resources: Resources, given: int | Non
     return num
 
 
-def _stuck(models: Sequence[Model], num: int) -> list[Model]:
-    """Those whose batch so many devices cannot share."""
+def cannot_share(models: Sequence[Model], num: int) -> list[Model]:
+    """Models whose batch so many devices cannot share."""
     found = []
     for model in models:
         try:

@@ -14,7 +14,7 @@ GOAL = 16  # bench/16_plan.py
 def measurements(folder: Path = RESULTS) -> dict[str, str]:
     """Stage → how the measured memory and time of a small model of its kind stood to the plan; empty without results.
 
-    Results are what `python -m bench` writes; the entry of goal 15 holds {"stages": {name: {"memory", "seconds"}}}.
+    Results are what `python -m bench` writes; the entry of goal 16 holds {"stages": {name: {"memory", "seconds"}}}.
     """
     found: dict[str, str] = {}
     for path in sorted(folder.glob("*.json")) if folder.is_dir() else []:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import nn
 
 from smalti.artifact import Artifact
@@ -17,10 +16,10 @@ from smalti.schema import Recipe
 from smalti.workflows.plan.base import Plan, Rates, size_text, time_text
 from smalti.workflows.plan.codebook import plan_codebook
 from smalti.workflows.plan.devices import shared_among
+from smalti.workflows.plan.looks import Look
 from smalti.workflows.plan.measured import measurements
 from smalti.workflows.plan.models import Model, encoder_of, models_of
 from smalti.workflows.plan.table import lines
-from smalti.workflows.plan.trace import fake, trace
 from smalti.workflows.plan.training import TrainPlan, Trial
 from smalti.workflows.stage import stage_path
 
@@ -80,7 +79,10 @@ class RecipePlan:
     @cached_property
     def trained(self) -> list[TrainPlan]:
         fill = self.mean_length / self.recipe.mllm.max_length
-        return [TrainPlan(Trial(m, fill if m.head else 1.0), self.rates, self.num) for m in self.models]
+        return [
+            TrainPlan(Trial(m, fill if m.head else 1.0), self.rates, self.num, [o for o in self.models if o is not m])
+            for m in self.models
+        ]
 
     @property
     def mean_length(self) -> int:
@@ -104,6 +106,8 @@ class RecipePlan:
         """The plan as text, stage by stage; `refusals` names what cannot fit."""
         yield f"{self.recipe.name} on {self.num} x {self.rates.device}: {self.images:,} images of {self.patches} patches"
         yield f"  {self.rates.origin}{self._training_rates()}"
+        if self.rates.note:
+            yield f"  {self.rates.note}"
         yield from (
             f"  {origin}" for origin in dict.fromkeys([self.origin, *(m.origin for m in self.models)]) if origin
         )
@@ -143,30 +147,35 @@ class RecipePlan:
 
     def _data_lines(self) -> list[str]:
         found = ["features and tokens: one look at every image, decoding left out"]
-        for name, hours in self.data_hours.items():
-            found.append(f"  {name:<15} {time_text(hours)}, {hours * self.num:.3g} GPU-hours")
+        for name, look in self.looks.items():
+            hours = self.data_hours[name]
+            found.append(
+                f"  {name:<15} {time_text(hours)}, {hours * self.num:.3g} GPU-hours; {size_text(look.memory)} a GPU "
+                f"for {look.batch} images (4·F and what the pass holds)"
+            )
+            self._refuse(look.refusal(name, self.rates))
         return found
 
     @cached_property
-    def data_hours(self) -> dict[str, float]:
-        """Hours of the encoder over all images, and of encoder and tokenizer."""
-        pixel = next(m for m in self.models if m.name == "pixel").modules["model"]
-        modules = nn.ModuleDict({"encoder": self.encoder, "pixel": pixel})
-        guided, recipe = self.recipe.tokenizer.guidance, self.recipe
-
-        def flops(precision: str, *parts: Any) -> float:
-            def step(backward: Any, autocast: Any) -> None:
-                with torch.no_grad(), autocast():
-                    for part in parts:
-                        part(fake(1, 3, self.encoder.image_size, self.encoder.image_size))
-
-            counted = trace(modules, step, bf16=precision == "bf16").flops
-            return sum(count / self.rates.training(name) for name, count in counted.items())
-
+    def looks(self) -> dict[str, Look]:
+        """The encoder over images, and encoder and tokenizer: the stages that train nothing."""
+        pixel, recipe = next(m for m in self.models if m.name == "pixel").modules["model"], self.recipe
         encoder: Any = self.encoder
-        seconds = {"features": flops(recipe.features.precision, encoder)} if guided else {}
-        parts = [encoder, pixel.encode_vectors] if guided else [pixel.encode_vectors]
-        seconds["tokens"] = flops(recipe.tokens.precision, *parts)
+        guided: list[Any] = [encoder] if recipe.tokenizer.guidance else []
+        modules = nn.ModuleDict({"encoder": encoder, "pixel": pixel})
+        kept = [m.modules["model"] for m in self.models if m.name in ("semantic", "pixel", "decoder")]
+        size = encoder.image_size
+        found = {"features": Look.at(recipe.features, modules, guided, guided, size)} if guided else {}
+        parts = [*guided, pixel.encode_vectors]
+        return found | {"tokens": Look.at(recipe.tokens, modules, parts, [*guided, *kept], size)}
+
+    @cached_property
+    def data_hours(self) -> dict[str, float]:
+        """Hours of these stages."""
+        seconds = {
+            name: sum(count / self.rates.training(precision) for precision, count in look.flops.items())
+            for name, look in self.looks.items()
+        }
         return {name: value * self.images / self.num / 3600 for name, value in seconds.items()}
 
     @cached_property

@@ -53,7 +53,9 @@ def _away(plan: TrainPlan) -> str:
     """What `train.offload` puts into main memory, or on NVMe."""
     if not plan.setting.offload:
         return ""
-    return f", offloaded {size_text(plan.away(plan.setting))} a worker"
+    where = f" of {size_text(plan.rates.host)} of main memory" if plan.rates.host else ""
+    where = "; the disk's room is not known" if plan.model.train.offload == "nvme" else where
+    return f", offloaded {size_text(plan.away(plan.setting))} a worker{where}"
 
 
 def _left_out(plan: TrainPlan) -> str:

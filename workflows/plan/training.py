@@ -7,11 +7,13 @@ float32 (bf16 is autocast), and ZeRO a float32 copy of its partition beside them
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from smalti.schema import Train
 from smalti.workflows.plan.base import Rates, size_text
+from smalti.workflows.plan.devices import cannot_share
 from smalti.workflows.plan.models import Model
 from smalti.workflows.plan.trace import PRECISIONS, Traced, recomputing, trace
 from smalti.workflows.train.engines import accumulation, deepspeed_config
@@ -19,6 +21,7 @@ from smalti.workflows.train.engines import accumulation, deepspeed_config
 SINGLE, HALF = 4, 2  # bytes of a number
 MAX_LIVE = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
 HELD_BACK = 0.08  # of a GPU's memory, ASSUMED: CUDA's context, NCCL, fragmentation
+HOST_SHARE = 0.6  # of main memory, ASSUMED for `train.offload`: Ray's object store takes 30 %, processes the rest
 STATES = {  # ZeRO stage: (bytes a parameter that every GPU holds, bytes a parameter shared out)
     0: (16, 0),  # parameters, gradients, two moments
     1: (8, 12),  # parameters, gradients | copy, two moments
@@ -114,9 +117,10 @@ class Trial:
         return SINGLE * self.model.resting(engine) * share
 
     def states(self, engine: str, stage: int, num: int, offloaded: bool = False) -> float:
-        """Bytes of an engine's parameters, gradients and moments on a GPU; Muon keeps one moment of its matrices."""
+        """Bytes of an engine's parameters, gradients and moments on a GPU; Muon, which runs without ZeRO alone, keeps one
+        moment of its matrices."""
         whole = states(self.model.parameters(engine), stage, num, offloaded=offloaded)
-        return whole - SINGLE * self.model.muon(engine)
+        return whole if stage else whole - SINGLE * self.model.muon(engine)
 
     def _buffers(self, train: Train, setting: Setting) -> float:
         """ZeRO's: a bucket for each precision in which gradients are reduced, and under stage 3 the parameters gathered
@@ -124,7 +128,8 @@ class Trial:
         if setting.zero == 0:
             return 0.0
         trained = int(self.model.parameters("model"))
-        zero = deepspeed_config(train, 1, zero_stage=setting.zero, trained=trained)["zero_optimization"]
+        here = train.model_copy(update={"offload": "none"})  # changes no bucket, and nvme wants a GPU in sight
+        zero = deepspeed_config(here, 1, zero_stage=setting.zero, trained=trained)["zero_optimization"]
         size = float(sum(self.buckets(setting.zero)) * zero["reduce_bucket_size"])
         if setting.zero == 3:
             held = self.model.parameters("model") + self.model.resting("model")
@@ -158,11 +163,12 @@ class Trial:
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """A trained stage on `num` GPUs."""
+    """A trained stage on `num` GPUs. `others`: models whose batches the same GPUs must share."""
 
     trial: Trial
     rates: Rates
     num: int
+    others: Sequence[Model] = ()
 
     @property
     def model(self) -> Model:
@@ -197,7 +203,12 @@ class TrainPlan:
         return self.rates.memory * (1 - HELD_BACK)
 
     def fits(self, setting: Setting) -> bool:
-        return sum(self.trial.memory(setting).values()) <= self.room
+        return sum(self.trial.memory(setting).values()) <= self.room and self.has_room_beside(setting)
+
+    def has_room_beside(self, setting: Setting) -> bool:
+        """Whether main memory holds what is put there, where it is known; a disk's room is not."""
+        there = setting.offload and self.model.train.offload != "nvme" and self.rates.host
+        return not there or self.away(setting) <= self.rates.host * HOST_SHARE
 
     @property
     def flops(self) -> float:
@@ -266,8 +277,13 @@ class TrainPlan:
     def refusal(self) -> str | None:
         """Why it cannot fit, and what would make it fit; None when it fits."""
         total = sum(self.memory.values())
-        if total <= self.room:
+        if self.fits(self.setting):
             return None
+        if total <= self.room:
+            return (
+                f"{self.model.name} puts {size_text(self.away(self.setting))} into main memory for each {self.rates.device} "
+                f"(offload: cpu), of {size_text(self.rates.host)} ({HOST_SHARE:.0%} to plan with, ASSUMED). {self._mend()}"
+            )
         parts = ", ".join(f"{name} {size_text(size)}" for name, size in self.memory.items() if size)
         return (
             f"{self.model.name} needs {size_text(total)} on each {self.rates.device}, of {size_text(self.rates.memory)} "
@@ -277,7 +293,7 @@ class TrainPlan:
     def _mend(self) -> str:
         """The smallest change that fits: one alone, else several, else more GPUs."""
         key, now = self.model.section, self.setting
-        smaller = [replace(now, micro=micro) for micro in _halves(now.micro)]
+        smaller = [replace(now, micro=micro) for micro in _divisors(now.micro)]
         shared = [replace(now, zero=stage) for stage in range(now.zero + 1, 4)]
         both = [replace(one, zero=3) for one in [now, *smaller]]
         away = [replace(one, offload=True) for one in both if self.model.train.optimizer != "muon"]
@@ -286,7 +302,7 @@ class TrainPlan:
         more = [
             replace(one, num=self.num * times, micro=1)
             for times in (2, 4, 8, 16, 32)
-            if batch % (self.num * times) == 0
+            if batch % (self.num * times) == 0 and not cannot_share(self.others, self.num * times)
             for one in (both[0], replace(both[0], checkpointing=True))
         ]
         found = next((one for one in [*smaller, *shared, *both, *checkpointed, *away, *more] if self.fits(one)), None)
@@ -312,5 +328,6 @@ class TrainPlan:
         return sum(here[name] - rest[name] for name in ("states", "frozen"))
 
 
-def _halves(micro: int) -> list[int]:
-    return [micro // 2**i for i in range(1, micro.bit_length()) if micro % 2**i == 0]
+def _divisors(micro: int) -> list[int]:
+    """Those of a micro batch that are smaller, the largest first: a GPU's share of the batch divides by each."""
+    return [part for part in range(micro // 2, 0, -1) if micro % part == 0]

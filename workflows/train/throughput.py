@@ -9,7 +9,7 @@ import time
 import torch
 from torch import Tensor, nn
 
-from smalti.workflows.gpus import GPUS
+from smalti.workflows.gpus import bf16_peak
 from smalti.workflows.train.collectives import Collectives
 
 
@@ -17,8 +17,7 @@ def peak_flops(device: torch.device) -> float | None:
     """The device's dense bf16 peak in FLOP/s; None for a CPU and for devices that `smalti.workflows.gpus` does not know."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device).lower()
-    return next((gpu.bf16 for part, gpu in GPUS.items() if part in name), None)
+    return bf16_peak(torch.cuda.get_device_name(device))
 
 
 def flops_a_token(module: nn.Module, *, without: nn.Module | None = None, backward: bool = True) -> float:

@@ -1,0 +1,65 @@
+"""Stages that run models over every image once and train nothing: FLOPs of an image, and memory of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from smalti.schema import FeaturesSection, TokensSection
+from smalti.workflows.plan.base import Rates, size_text
+from smalti.workflows.plan.trace import fake, trace
+from smalti.workflows.plan.training import HELD_BACK
+
+
+class Look(NamedTuple):
+    """FLOPs of an image by precision; bytes of weights, of a batch of one image, and of each further one."""
+
+    flops: dict[str, float]
+    batch: int
+    weights: float
+    first: float
+    further: float
+
+    @classmethod
+    def at(
+        cls,
+        section: FeaturesSection | TokensSection,
+        modules: nn.Module,
+        parts: Sequence[Callable[[Any], Any]],
+        kept: Sequence[nn.Module],
+        size: int,
+    ) -> Look:
+        """`parts` one after the other on images of `size` pixels as the section has it. `modules` holds what they use (on
+        meta), `kept` what lies on the device."""
+
+        def step(num: int) -> Any:
+            def run(backward: Any, autocast: Any) -> None:
+                with torch.no_grad(), autocast():
+                    for part in parts:
+                        part(fake(num, 3, size, size))
+
+            return run
+
+        one, two = (trace(modules, step(num), bf16=section.precision == "bf16") for num in (1, 2))
+        numbers = {id(t): t.numel() for module in kept for t in (*module.parameters(), *module.buffers())}
+        return cls(one.flops, section.batch_size, 4.0 * sum(numbers.values()), one.peak, two.peak - one.peak)
+
+    @property
+    def memory(self) -> float:
+        """Bytes on a device."""
+        return self.weights + self.first + self.further * (self.batch - 1)
+
+    def refusal(self, stage: str, rates: Rates) -> str | None:
+        """Why a batch does not fit on a GPU, and the largest that does; None when it fits, or there is no GPU."""
+        room = rates.memory * (1 - HELD_BACK)
+        if not rates.peaks or self.memory <= room:
+            return None
+        most = int((room - self.weights - self.first) / self.further) + 1
+        mend = f"Set {stage}.batch_size={most}." if most > 0 else "Not one image fits."
+        return (
+            f"{stage} needs {size_text(self.memory)} on each {rates.device} for {self.batch} images, of "
+            f"{size_text(rates.memory)} ({size_text(room)} to plan with). {mend}"
+        )
