@@ -36,9 +36,11 @@ def shrink(recipe: Recipe) -> Recipe:
 
 
 def _resources(recipe: Recipe) -> dict[str, Any]:
-    """At most two workers. Where the recipe wants GPUs and Ray sees one, the workers have as many as it wants (or as there
-    are), and are no more than these GPUs allow: CUDA and nccl are tried wherever they can be."""
-    workers, gpus = min(recipe.resources.max_workers, 2), recipe.resources.gpus_per_worker
+    """At most two workers. Where Ray sees a GPU, and the recipe does not keep to the CPU, the workers have as many as it
+    wants (one where it wants none, fewer where there are), and are no more than these GPUs allow: CUDA and nccl are tried
+    wherever they can be."""
+    wanted = recipe.resources.gpus_per_worker or float(recipe.resources.device == "auto")
+    workers, gpus = min(recipe.resources.max_workers, 2), wanted
     if gpus:
         seen = _gpus_in_sight(recipe)
         gpus = min(gpus, seen)
