@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -135,3 +141,40 @@ def test_no_vectors_give_no_codes_and_what_does_not_fit_is_refused() -> None:
         index.tree(drawn(1, 8), 0)
     with pytest.raises(ValueError, match="is asked for"):
         index.probes_for(drawn(9, 8), 1.5)
+
+
+def test_codes_in_another_precision_are_made_once() -> None:
+    index, x = tree_index(), drawn(300, 8)
+    index.exact(x, torch.bfloat16)
+    low = index._low[torch.bfloat16]
+    index.exact(x, torch.bfloat16)
+    assert index._low[torch.bfloat16] is low
+
+
+KERNEL = """
+import sys
+import torch
+from smalti.tokenizers import code_index
+sys.path.insert(0, "tests/tokenizers")
+from test_code_index import drawn
+code_index._has_kernel = lambda device, dtype: True
+code_index.KERNEL_ROWS = 100
+for num, width in ((700, 64), (700, 40), (3, 8)):
+    codes, x = drawn(num, width, seed=1), drawn(150, width)
+    codes[-1] = codes[0]
+    x[7] = codes[0]
+    index = code_index.CodeIndex(codes)
+    ids, distance = index.exact(x, torch.float16)
+    wanted, right = index.exact(x)
+    assert torch.equal(ids, wanted) and ids[7] == 0
+    torch.testing.assert_close(distance, right, rtol=1e-5, atol=1e-4)
+"""
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_the_kernel_finds_the_same_under_tritons_interpreter(root: Path) -> None:
+    """On the CPU, in a process of its own: tiles that are full, cut and nearly empty, widths that steps divide and not.
+    In float16, as the interpreter has no product of bfloat16."""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", KERNEL], cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
