@@ -6,26 +6,38 @@ import argparse
 import datetime
 import json
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from smalti.workflows.gpus import bf16_peak
 
+RESULTS = Path(__file__).resolve().parent / "results"
+
 
 def arguments(description: str | None, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """`--tiny` and `--turns`; without a GPU only `--tiny` runs."""
+    """`--tiny`, `--turns` and `--out`; without a GPU only `--tiny` runs."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="smallest sizes, on the CPU: does it run at all?")
     parser.add_argument("--turns", type=int, default=10)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="file of results that this one is added to (default: bench/results/DATE-DEVICE-gpu.json)",
+    )
     found = parser.parse_args(argv)
     if not found.tiny and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device here; --tiny runs on the CPU")
     found.device = torch.device("cpu" if found.tiny else "cuda")
     found.turns = 1 if found.tiny else found.turns
+    if found.out is None and not found.tiny:
+        device = re.sub(r"[^A-Za-z0-9]+", "-", torch.cuda.get_device_name())
+        found.out = RESULTS / f"{datetime.date.today().isoformat()}-{device}-gpu.json"
     return found
 
 
@@ -68,8 +80,12 @@ def peak_share(flops_s: float, device: torch.device) -> float:
     return flops_s / (peak or float("nan"))
 
 
-def report(title: str, rows: Sequence[tuple[str, float, str]], goals: dict[str, tuple[str, float]], tiny: bool) -> None:
-    """Print (measure, value, unit) as a table with its goals, (`>=` or `<=`, value) by measure; the last line is JSON."""
+def report(
+    title: str, rows: Sequence[tuple[str, float, str]], goals: dict[str, tuple[str, float]], asked: argparse.Namespace
+) -> None:
+    """Print (measure, value, unit) as a table with its goals, (`>=` or `<=`, value) by measure; the last line is JSON, and
+    is added to the file `--out`, in place of an earlier one of this script."""
+    tiny: bool = asked.tiny
     print(f"{title}{' (tiny: figures mean nothing)' if tiny else ''}")
     met: dict[str, bool] = {}
     for name, value, unit in rows:
@@ -85,4 +101,11 @@ def report(title: str, rows: Sequence[tuple[str, float, str]], goals: dict[str, 
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     result = {"goal": title.partition(":")[0], "date": datetime.date.today().isoformat(), "machine": machine}
     result |= {"torch": torch.__version__, "tiny": tiny, "met": bool(met) and all(met.values())}
-    print(json.dumps(result | {"measures": {name: None if value != value else value for name, value, _ in rows}}))
+    result |= {"goals": {name: list(goal) for name, goal in goals.items()}}
+    result |= {"measures": {name: None if value != value else value for name, value, _ in rows}}
+    print(json.dumps(result))
+    if asked.out is not None:
+        standing = json.loads(asked.out.read_text()) if asked.out.exists() else []
+        others = [item for item in standing if item["goal"] != result["goal"]]
+        asked.out.parent.mkdir(parents=True, exist_ok=True)
+        asked.out.write_text(json.dumps(sorted([*others, result], key=lambda item: item["goal"]), indent=2) + "\n")

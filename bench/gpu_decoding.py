@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("with guidance / without", guided / plain, ""),
         ("images a minute, 8 at once with guidance", 8 * 60 / eight, "1/min"),
     ]
-    gpu.report("gpu_decoding: drawing with 7B", rows, GOALS, asked.tiny)
+    gpu.report("gpu_decoding: drawing with 7B", rows, GOALS, asked)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,22 @@
 """H100: images a second through SigLIP-so400m, fed from memory and fed from JPEG files, as the stage `features` runs it.
 
 Goals: 45 % MFU or more; fed from JPEG at 0.9 of the rate from memory or more. Model FLOPs are those of the forward pass, counted
-by torch. The files are decoded by processes beside the GPU, which hand over whole batches of uint8 pixels.
+by torch. The files are decoded by processes beside the GPU, which hand over whole batches of uint8 pixels. Either way a batch of
+pixels goes to the GPU and its float16 features come back to the CPU, while the next one is computed.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -23,10 +28,11 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 from bench import gpu
 from bench.pictures import jpeg, photo
 from smalti import images
-from smalti.tokenizers.encoders import VisionEncoder, as_set, batches
+from smalti.tokenizers.encoders import VisionEncoder, as_set, batches, on_host
 from smalti.workflows.plan.configs import vision_config
 
 GOALS = {"MFU": (">=", 0.45), "fed from JPEG / from memory": (">=", 0.9)}
+PART = 32  # images that a process decodes at once
 
 
 def decoded(task: tuple[list[bytes], int]) -> np.ndarray:
@@ -35,19 +41,34 @@ def decoded(task: tuple[list[bytes], int]) -> np.ndarray:
     return np.stack([images.to_pixels(file, size) for file in files])
 
 
+def in_order(pool: Executor, call: Callable[[Any], Any], tasks: Iterable[Any], window: int) -> Iterator[Any]:
+    """Results of `call` of each task, in order; at most `window` are under way or wait at once."""
+    running: deque[Future[Any]] = deque()
+    for task in tasks:
+        running.append(pool.submit(call, task))
+        if len(running) == window:
+            yield running.popleft().result()
+    while running:
+        yield running.popleft().result()
+
+
 def from_files(files: list[bytes], size: int, batch: int, num: int, workers: int) -> Iterator[np.ndarray]:
-    """`num` batches decoded by `workers` processes, in order, a few ahead."""
-    tasks = [([files[(i * batch + j) % len(files)] for j in range(batch)], size) for i in range(num)]
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(decoded, [(files[:1], size)] * workers))  # the processes are up before the clock runs
+    """`num` batches decoded by `workers` processes, in order; all processes are up before the first `next` returns."""
+    part = math.gcd(batch, PART)
+    tasks = (([files[(start + i) % len(files)] for i in range(part)], size) for start in range(0, num * batch, part))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=context.Barrier(workers, timeout=300).wait) as pool:
+        list(pool.map(decoded, [(files[:1], size)] * workers))  # none begins before all have come
         yield np.empty(0)
-        yield from pool.map(decoded, tasks)
+        parts = in_order(pool, decoded, tasks, 2 * workers)
+        for _ in range(num):
+            yield np.concatenate(list(itertools.islice(parts, batch // part)))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table."""
     asked = gpu.arguments(__doc__, argv)
-    batch, num, workers = (4, 1, 0) if asked.tiny else (256, 40, max(1, (os.cpu_count() or 2) - 2))
+    batch, num, workers = (4, 2, 0) if asked.tiny else (256, 40, max(1, (os.cpu_count() or 2) - 2))
     if asked.tiny:
         config = SiglipVisionConfig(
             hidden_size=32,
@@ -64,28 +85,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     encode = as_set(encoder, asked.device, "bf16", compile=not asked.tiny)
     size = encoder.image_size
 
-    def run(pixels: np.ndarray) -> torch.Tensor:
+    def run(feed: Iterable[np.ndarray]) -> None:
         with torch.inference_mode():
-            return torch.cat([encode(part).half() for part in batches(pixels, batch, asked.device)])
+            parts = (part for pixels in feed for part in batches(pixels, batch, asked.device))
+            for _ in on_host(encode(part).half() for part in parts):
+                pass
 
     pixels = np.random.default_rng(0).integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         encoder(torch.zeros(1, 3, size, size, device=asked.device))
     flops = counter.get_total_flops()
-    took = gpu.seconds(lambda: run(pixels), asked.device, asked.turns)
-    memory_rate = batch / took
+    took = gpu.seconds(lambda: run(itertools.repeat(pixels, num)), asked.device, 1, warm=1)
+    memory_rate = batch * num / took
     files = [jpeg(photo(seed, *((64, 48) if asked.tiny else (640, 480)))) for seed in range(2 if asked.tiny else 64)]
-
-    def stream() -> None:
-        for part in feed:
-            run(part).cpu()
-
     if workers:
         feed = from_files(files, size, batch, num, workers)
         next(feed)
     else:
-        feed = iter([decoded(([files[i % 2] for i in range(batch)], size))])
-    files_rate = batch * num / gpu.seconds(stream, asked.device, 1, warm=0)
+        feed = iter([decoded(([files[i % 2] for i in range(batch)], size))] * num)
+    files_rate = batch * num / gpu.seconds(lambda: run(feed), asked.device, 1, warm=0)
     rows = [
         ("images a second, from memory", memory_rate, "1/s"),
         ("FLOPs an image", flops / 1e9, "GFLOP"),
@@ -93,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         (f"images a second, from JPEG, {workers} processes", files_rate, "1/s"),
         ("fed from JPEG / from memory", files_rate / memory_rate, ""),
     ]
-    gpu.report("gpu_encoder: SigLIP-so400m features", rows, GOALS, asked.tiny)
+    gpu.report("gpu_encoder: SigLIP-so400m features", rows, GOALS, asked)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ Axis letters: B batch, N patches (row-major), C hidden width, E embedding width,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -43,11 +43,33 @@ def check_pixels(pixels: Tensor, image_size: int) -> None:
 
 
 def batches(pixels: np.ndarray, size: int, device: torch.device | str) -> Iterator[Tensor]:
-    """Images uint8 (N, H, W, 3) as models want them: float32 (B, 3, H, W) in [-1, 1] on `device`, `size` at a time."""
+    """Images uint8 (N, H, W, 3) as models want them: float32 (B, 3, H, W) in [-1, 1] on `device`, `size` at a time. They go
+    to a GPU while it still computes."""
+    pinned = torch.device(device).type == "cuda"
     for start in range(0, len(pixels), size):
         block = pixels[start : start + size]
-        part = torch.from_numpy(block if block.flags.writeable else block.copy()).to(device)
+        part = torch.from_numpy(block if block.flags.writeable else block.copy())
+        part = (part.pin_memory() if pinned else part).to(device, non_blocking=True)
         yield part.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+
+
+def on_host(results: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The results on the CPU, in order. Those of a GPU come one late, so that the next is computed while one is waited for."""
+    waiting: tuple[Tensor, torch.cuda.Event] | None = None
+    for result in results:
+        if result.device.type != "cuda":
+            yield result.cpu()
+            continue
+        host = torch.empty(result.shape, dtype=result.dtype, pin_memory=True).copy_(result, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record(torch.cuda.current_stream(result.device))
+        if waiting is not None:
+            waiting[1].synchronize()
+            yield waiting[0]
+        waiting = host, copied
+    if waiting is not None:
+        waiting[1].synchronize()
+        yield waiting[0]
 
 
 def as_set(

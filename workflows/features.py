@@ -157,13 +157,13 @@ class Featurizer:
         """
         import torch
 
-        from smalti.tokenizers.encoders import batches
+        from smalti.tokenizers.encoders import batches, on_host
 
         size, parts, chosen = self.recipe.features.batch_size, [], []
         with HERE.part("model"), torch.inference_mode():
-            for start, part in zip(range(0, len(ids), size), batches(pixels, size, self.device), strict=True):
-                names = ids[start : start + size]
-                vectors_BNC = self.encode(part).half().cpu().numpy()
+            results = on_host(self.encode(part).half() for part in batches(pixels, size, self.device))
+            for start, result in zip(range(0, len(ids), size), results, strict=True):
+                names, vectors_BNC = ids[start : start + size], result.numpy()
                 self.check(vectors_BNC, names, where)
                 chosen_BM = self.choose(names, vectors_BNC.shape[1])
                 parts.append(np.take_along_axis(vectors_BNC, chosen_BM[:, :, None], axis=1))

@@ -69,11 +69,11 @@ class EncodeShard:
         """Codes of the images: int32 (images, …). Errors: DataError when the tokenizer gives a code out of its range."""
         import torch
 
-        from smalti.tokenizers.encoders import batches
+        from smalti.tokenizers.encoders import batches, on_host
 
         size = self.recipe.tokens.batch_size
         with torch.inference_mode():
-            codes = torch.cat([self.model(part).cpu() for part in batches(pixels, size, self.device)])
+            codes = torch.cat(list(on_host(self.model(part) for part in batches(pixels, size, self.device))))
         low, high = int(codes.min()), int(codes.max())
         if low < 0 or high >= self.num_codes:
             raise DataError(

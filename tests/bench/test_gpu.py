@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,38 @@ def test_the_bare_loops_optimizer_is_a_recipes(monkeypatch: pytest.MonkeyPatch) 
     from bench.gpu_training import ADAMW
 
     assert vars(ADAMW).items() <= Train().model_dump().items()
+
+
+def test_decoding_runs_ahead_in_order_and_no_farther_than_its_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench.gpu_encoder import in_order
+
+    begun: list[int] = []
+
+    def tasks() -> Iterator[int]:
+        for number in range(20):
+            begun.append(number)
+            yield number
+
+    with ThreadPoolExecutor(2) as pool:
+        for place, result in enumerate(in_order(pool, lambda number: number**2, tasks(), 3)):
+            assert result == place**2
+            assert len(begun) <= place + 3
+    assert begun == list(range(20))
+
+
+def test_results_are_kept_in_one_file_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script's newest result takes the place of its last one; the others stay."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench import gpu
+
+    out = tmp_path / "results" / "gpu.json"
+    asked = gpu.arguments("x", ["--tiny", "--out", str(out)])
+    for title, value in (("gpu_b: b", 1.0), ("gpu_a: a", 2.0), ("gpu_b: b", float("nan"))):
+        gpu.report(title, [("rate", value, "1/s")], {"rate": (">=", 1.0)}, asked)
+    found = json.loads(out.read_text())
+    assert [(entry["goal"], entry["measures"]["rate"]) for entry in found] == [("gpu_a", 2.0), ("gpu_b", None)]
+    assert gpu.arguments("x", ["--tiny"]).out is None
 
 
 def test_the_quick_ways_give_the_same_result(printed: list[str]) -> None:
