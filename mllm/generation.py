@@ -6,11 +6,13 @@ Axes: B sequences, R rows of the batch (B, or 2B with guidance), L prompt positi
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from smalti.errors import VocabularyError
 from smalti.mllm.cache import as_columns, few_row_linears, make_cache
@@ -20,6 +22,11 @@ from smalti.mllm.vocabulary import VisualVocabulary
 
 if TYPE_CHECKING:
     from smalti.schema import Sampling
+
+STEP = 64
+"""Positions of a static cache are a multiple of it, so that prompts of about one length share what was compiled."""
+SHAPES = 4
+"""Static caches that are kept."""
 
 
 @torch.no_grad()
@@ -42,7 +49,7 @@ def draw(
     seed: one number, from which each sample of the batch gets its own, or the samples' own. A sample's random numbers depend
     on its seed alone, so it comes out the same in any batch (up to rounding in the network).
     compile: the backend of `torch.compile` for the steps after the prompt, None without; "inductor" makes CUDA graphs on a GPU,
-    which pays where many images of one prompt length and batch size are drawn.
+    which pays where many images are drawn in batches of one size. Caches of the last few shapes stay with the model.
     """
     if not prompts_ids:
         return torch.empty((0, tokens), dtype=torch.int64)
@@ -168,6 +175,14 @@ def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
     return list(seed)
 
 
+class _Compiled(NamedTuple):
+    """What stays with a language model whose steps are compiled: its caches by shape, the newest last."""
+
+    backend: str
+    step: Any
+    caches: dict[Any, Cache]
+
+
 class _Decoder:
     """One batch of left-padded rows run through a language model with a key–value cache of `room` further positions.
 
@@ -187,13 +202,15 @@ class _Decoder:
         longest = max(len(row) for row in rows)
         ids_RL = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows], device=self.device)
         self.pads_R = torch.tensor([longest - len(row) for row in rows], device=self.device)
-        self.length, total = longest, longest + room
+        self.length, self.compile = longest, compile
+        total = longest + room if compile is None else math.ceil((longest + room) / STEP) * STEP
         places_T = torch.arange(total, device=self.device)
         self.seen_R1T = (places_T >= self.pads_R[:, None])[:, None]  # what all later positions of a row see
         causal_LT = places_T[:longest, None] >= places_T
-        self.compile = compile
         self.thin = few_row_linears(self.causal_lm.base_model, len(rows)) if compile is None else []
-        self.cache = make_cache(self.causal_lm.config, total, static=compile is not None)
+        self.cache = (
+            make_cache(self.causal_lm.config, total, static=False) if compile is None else self._kept(len(rows), total)
+        )
         seen_RLT = self.seen_R1T & causal_LT | torch.eye(longest, total, dtype=torch.bool, device=self.device)
         positions_RL = (places_T[:longest] - self.pads_R[:, None]).clamp_min(0)
         self._run(ids_RL, seen_RLT, positions_RL, self.causal_lm.base_model)
@@ -215,17 +232,29 @@ class _Decoder:
         positions_R1 = (self.length - self.pads_R)[:, None]
         self.length += 1
         with as_columns(self.thin):
-            self._run(ids_R.to(self.device)[:, None], seen_R1T, positions_R1, self._stepper())
+            model = self.causal_lm.base_model if self.compile is None else self._compiled().step
+            self._run(ids_R.to(self.device)[:, None], seen_R1T, positions_R1, model)
 
-    def _stepper(self) -> Any:
-        if self.compile is None:
-            return self.causal_lm.base_model
-        made = getattr(self.causal_lm, "_compiled_step", None)
-        if made is None or made[0] != self.compile:
+    def _compiled(self) -> _Compiled:
+        made: _Compiled | None = getattr(self.causal_lm, "_compiled_step", None)
+        if made is None or made.backend != self.compile:
+            assert self.compile is not None
             mode = "reduce-overhead" if self.compile == "inductor" else None
-            made = self.compile, torch.compile(self.causal_lm.base_model.forward, backend=self.compile, mode=mode)
+            forward = self.causal_lm.base_model.forward
+            made = _Compiled(self.compile, torch.compile(forward, backend=self.compile, mode=mode, dynamic=False), {})
             object.__setattr__(self.causal_lm, "_compiled_step", made)
-        return made[1]
+        return made
+
+    def _kept(self, rows: int, total: int) -> Cache:
+        """An empty cache at the place of the last one of its shape: recorded CUDA graphs read and write there."""
+        caches = self._compiled().caches
+        key = rows, total, self.device, next(self.causal_lm.parameters()).dtype, torch.is_inference_mode_enabled()
+        cache = caches.pop(key, None) or make_cache(self.causal_lm.config, total, static=True)
+        cache.reset()
+        caches[key] = cache
+        if len(caches) > SHAPES:
+            del caches[next(iter(caches))]
+        return cache
 
     def _run(self, ids_RL: Tensor, seen_RLT: Tensor, positions_RL: Tensor, model: Any) -> None:
         out = model(

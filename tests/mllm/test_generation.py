@@ -85,13 +85,22 @@ def test_logits_equal_two_passes_with_a_cache_in_transformers(tiny, attention: s
             decoder.step(torch.full((6,), v.first_visual + drawn[t]))
 
 
-def test_a_static_cache_for_compiled_steps_draws_the_same(tiny) -> None:
-    prompts = [tiny.text.caption_prompt(prompt) for prompt in PROMPTS]
-    plain, compiled = (
-        draw(tiny.model, tiny.vocabulary, prompts, tokens=T, sampling=Sampling(cfg=2.0), seed=3, compile=how)
-        for how in (None, "eager")
-    )
-    assert torch.equal(plain, compiled)
+def test_compiled_steps_draw_the_same_and_find_their_cache_where_it_was(tiny) -> None:
+    """One cache for a shape, which CUDA graphs are recorded for: empty again, whatever was drawn before."""
+    places = set()
+    for texts in (PROMPTS, ["a blue circle", "red", "no"], PROMPTS[::-1]):
+        prompts = [tiny.text.caption_prompt(text) for text in texts]
+        plain, compiled = (
+            draw(tiny.model, tiny.vocabulary, prompts, tokens=T, sampling=Sampling(cfg=2.0), seed=3, compile=how)
+            for how in (None, "eager")
+        )
+        assert torch.equal(plain, compiled)
+        caches = tiny.model.lm._compiled_step.caches
+        places |= {cache.layers[0].keys.data_ptr() for cache in caches.values()}
+    assert len(places) == 1
+    for count in (1, 2, 4, 5, 1):
+        _Decoder(tiny.model, prompts[:1] * count, tiny.vocabulary.pad, T, "eager")
+    assert [key[0] for key in caches] == [2, 4, 5, 1], "the last four shapes"
 
 
 def test_guidance_matters_and_the_empty_prompt_is_its_own_condition(tiny) -> None:
