@@ -10,22 +10,33 @@ import os
 import platform
 import shutil
 import socket
+import subprocess
+import sys
+import tempfile
+import time
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from smalti import storage
 from smalti.errors import SmaltiError
+from smalti.workflows.placement import Nodes, cluster_nodes, needs_of
+
+if TYPE_CHECKING:
+    from smalti.schema import Recipe
 
 PACKAGES = ("ray", "torch", "deepspeed", "transformers", "pyarrow", "numpy")
 MARKS = ".smalti-doctor"
 TIMEOUT_S = 120
+DRIVER = "/dev/nvidiactl"  # where there is one, torch may see GPUs that Ray was not told of
 
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """What a task saw on its node. `wrote`: '' or why it could not write into the output folder."""
+    """What a task saw on its node. `free_bytes`: of the folders that a run writes to there; `wrote`: '' or why it could not
+    write into the output folder."""
 
     node: str
     host: str
@@ -45,7 +56,8 @@ def look(node: str, gpus_ray: float, marks: str, folders: Sequence[str]) -> Node
         wrote = ""
     except (SmaltiError, OSError) as error:
         wrote = str(error).splitlines()[0]
-    gpus_torch, nccl = _cuda() if gpus_ray else (0, "")
+    gpus_torch, nccl = _cuda() if gpus_ray or os.path.exists(DRIVER) else (0, "")
+    local = [*(folder for folder in folders if storage.is_local(folder)), tempfile.gettempdir(), spill_folder()]
     return NodeFacts(
         node=node,
         host=socket.gethostname(),
@@ -54,9 +66,19 @@ def look(node: str, gpus_ray: float, marks: str, folders: Sequence[str]) -> Node
         gpus_ray=gpus_ray,
         gpus_torch=gpus_torch,
         nccl=nccl,
-        free_bytes={folder: _free(folder) for folder in folders if storage.is_local(folder)},
+        free_bytes={folder: _free(folder) for folder in local},
         wrote=wrote,
     )
+
+
+def spill_folder() -> str:
+    """Where the Ray of this node puts objects that memory has no room for, by the command line of the raylet that started
+    this process; where that says nothing, Ray's own folder."""
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
+    except OSError:
+        words = []
+    return next((word.partition("=")[2] for word in words if word.startswith("--fallback_directory=")), "/tmp/ray")
 
 
 def _cuda() -> tuple[int, str]:
@@ -87,10 +109,10 @@ def _free(folder: str) -> int:
     return shutil.disk_usage(path).free
 
 
-def survey(out: str) -> tuple[list[NodeFacts], dict[str, list[str]], list[str]]:
+def survey(out: str, folders: Sequence[str] = ()) -> tuple[list[NodeFacts], dict[str, list[str]], list[str]]:
     """(facts of every node that answered, node → marks of other nodes that it does not see, nodes that did not answer).
 
-    Ray must be connected; nothing that was written stays.
+    Ray must be connected; nothing that was written stays. folders: others that a run writes to on every node.
     """
     import ray
 
@@ -98,7 +120,7 @@ def survey(out: str) -> tuple[list[NodeFacts], dict[str, list[str]], list[str]]:
     marks = storage.join(out, f"{MARKS}-{uuid.uuid4().hex[:8]}")
     marks = marks if not storage.is_local(marks) else os.path.abspath(storage.local_path(marks))
     gpus = {node["NodeID"]: node["Resources"].get("GPU", 0.0) for node in nodes}
-    facts = _on_each(gpus, look, lambda node: (node, gpus[node], marks, (out, "/tmp")))
+    facts = _on_each(gpus, look, lambda node: (node, gpus[node], marks, (out, *folders)))
     answered = {fact.node for fact in facts.values()}
     wrote = {fact.node for fact in facts.values() if not fact.wrote}
     try:
@@ -107,6 +129,49 @@ def survey(out: str) -> tuple[list[NodeFacts], dict[str, list[str]], list[str]]:
     finally:
         _on_each(answered, _forget, lambda node: (marks,))
     return list(facts.values()), {node: lost for node, lost in unseen.items() if lost}, sorted(set(gpus) - answered)
+
+
+def wait_for_room(recipe: Recipe, most_s: float) -> tuple[float, bool]:
+    """Ask the autoscaler for the nodes of the recipe's training workers and pools, and wait until they are up: (seconds,
+    whether they came). The request is taken back: nodes without work leave after their idle time."""
+    from ray.autoscaler.sdk import request_resources
+
+    largest = [need for need in needs_of(recipe) if need.gang or need.key == "actors"]
+    bundles = max(([dict(need.bundle)] * need.count for need in largest), key=len)
+    started = time.monotonic()
+    request_resources(bundles=bundles)
+    try:
+        while True:
+            up = Nodes(cluster_nodes().up)
+            came = all(up.room(need.bundle) >= need.count for need in largest)
+            waited_s = time.monotonic() - started
+            if came or waited_s >= most_s:
+                return waited_s, came
+            time.sleep(min(5.0, most_s - waited_s))
+    finally:
+        request_resources(bundles=[])
+
+
+def asks_for_token(address: str) -> bool | None:
+    """Whether a cluster refuses a client that shows no token; None when that could not be found out."""
+    hidden = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_JOB_CONFIG_JSON_ENV_VAR")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    code = f"import ray; ray.init({address!r}, logging_level='ERROR', log_to_driver=False)"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment | {"RAY_AUTH_MODE": "disabled"},
+            capture_output=True, text=True, timeout=TIMEOUT_S,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return None
+    return refused(done.returncode, done.stderr)
+
+
+def refused(returncode: int, errors: str) -> bool | None:
+    """What the end of a client without a token tells: it came in (False), it was turned away (True), or something else."""
+    if returncode == 0:
+        return False
+    return True if "auth" in errors.lower() else None
 
 
 def _forget(marks: str) -> None:

@@ -70,6 +70,10 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", metavar="DIR", help="folder or URL that runs would write to (default: the recipe's, else out)"
     )
+    parser.add_argument(
+        "--wait", metavar="SECONDS", type=float, default=0.0,
+        help="with a RECIPE: ask the cluster's autoscaler for its nodes first, and wait so long for them",
+    )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -78,7 +82,7 @@ def run(arguments: argparse.Namespace) -> None:
     groups: dict[str, list[Callable[[], list[Check]]]] = {
         "software": [_python, _packages, _optional_packages, _compiler],
         "machine": [_cores, _memory, lambda: _disk(out), _gpus],
-        "cluster": [lambda: _ray(out, recipe)],
+        "cluster": [lambda: _ray(out, recipe, arguments.wait)],
         "data": [_data],
     }
     found: list[Check] = []
@@ -244,7 +248,7 @@ def _gpus() -> list[Check]:
     return [Check("GPUs", "note", "none: everything runs on the CPU, at small sizes")]
 
 
-def _ray(out: str = "out", recipe: Recipe | None = None) -> list[Check]:
+def _ray(out: str = "out", recipe: Recipe | None = None, wait_s: float = 0.0) -> list[Check]:
     """The cluster that a run would join; without one a local session is started by the run itself."""
     address = os.environ.get("RAY_ADDRESS")
     mode = os.environ.get("RAY_AUTH_MODE", "")
@@ -272,24 +276,27 @@ def _ray(out: str = "out", recipe: Recipe | None = None) -> list[Check]:
         return [*checks, Check("ray", "note", f"{address} takes jobs; {inside}")]
     if any(item.state == "problem" for item in checks):
         return checks
-    return [*checks, *_reach(address, mode, out, recipe)]
+    return [*checks, *_reach(address, mode, out, recipe, wait_s)]
 
 
-def _reach(address: str, mode: str, out: str, recipe: Recipe | None) -> list[Check]:
+def _reach(address: str, mode: str, out: str, recipe: Recipe | None, wait_s: float) -> list[Check]:
     """The cluster, and what a task on each of its nodes finds."""
     import ray
 
     from smalti.cli.doctor_cluster import cluster_checks
+    from smalti.workflows.cluster_checks import asks_for_token
     from smalti.workflows.ray_session import remote_env
 
     here = ray.is_initialized()
     try:
         if not here:
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, runtime_env=remote_env())
+        guarded = token_check(asks_for_token(ray.get_runtime_context().gcs_address))
+        found = cluster_checks(out, recipe, wait_s)
         nodes = [node for node in ray.nodes() if node["Alive"]]
         total = ray.cluster_resources()
         text = f"{address}: {len(nodes)} nodes, {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs"
-        return [Check("ray", "ok", text), _token(mode), *cluster_checks(out, recipe)]
+        return [Check("ray", "ok", text), guarded, *found]
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         mend = (
@@ -303,11 +310,16 @@ def _reach(address: str, mode: str, out: str, recipe: Recipe | None) -> list[Che
             ray.shutdown()
 
 
-def _token(mode: str) -> Check:
-    if mode == "token":
-        return Check("ray token", "ok", "this client shows its token")
+def token_check(asked: bool | None) -> Check:
+    """asked: whether the cluster turned a client without a token away."""
+    if asked:
+        return Check("ray token", "ok", "a client without a token is turned away")
+    if asked is None:
+        return Check(
+            "ray token", "note", "whether the cluster asks for a token could not be tried: no answer to a client"
+        )
     mend = "whoever reaches its ports runs code there: RAY_AUTH_MODE=token on every node and client (docs/cluster.md)"
-    return Check("ray token", "missing", f"RAY_AUTH_MODE is {mode or 'not set'}: the cluster asks for no token", mend)
+    return Check("ray token", "missing", "a client without a token came in", mend)
 
 
 def _data() -> list[Check]:

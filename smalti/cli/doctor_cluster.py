@@ -13,17 +13,36 @@ if TYPE_CHECKING:
 MUST_AGREE = ("python", "ray", "torch", "deepspeed", "transformers")
 
 
-def cluster_checks(out: str, recipe: Recipe | None) -> list[Check]:
-    """Lines about all nodes. Ray must be connected."""
+def cluster_checks(out: str, recipe: Recipe | None, wait_s: float = 0.0) -> list[Check]:
+    """Lines about all nodes. Ray must be connected. wait_s: how long the nodes of a recipe are waited for first."""
+    import ray
+
     from smalti.workflows import cluster_checks as work
     from smalti.workflows.placement import cluster_nodes, grows_unseen
 
-    facts, unseen, silent = work.survey(out)
+    checks = [] if recipe is None or not wait_s else [came_check(*work.wait_for_room(recipe, wait_s))]
+    facts, unseen, silent = work.survey(out, [] if recipe is None else local_folders(recipe))
     hosts = {fact.node: fact.host for fact in facts}
-    checks = [_answers(facts, silent), *_versions(facts), *_gpus(facts), *_disk(facts)]
+    checks += [_answers(facts, silent), *_versions(facts), *_gpus(facts), *_disk(facts)]
     checks += _storage(out, facts, {hosts[node]: [hosts[name] for name in lost] for node, lost in unseen.items()})
-    checks += _reduce(facts, work.all_reduce)
+    checks += _reduce(facts, work.all_reduce, ray.available_resources().get("GPU", 0.0))
     return checks + ([] if recipe is None else room_checks(recipe, cluster_nodes(), grows_unseen()))
+
+
+def came_check(waited_s: float, came: bool) -> Check:
+    if came:
+        return Check("autoscaler", "ok", f"the nodes of the recipe are up after {waited_s:.0f} s")
+    mend = "what is found below is of the nodes that are up; `ray status` names what is waited for, or wait longer"
+    return Check("autoscaler", "note", f"the nodes of the recipe are not up after {waited_s:.0f} s", mend)
+
+
+def local_folders(recipe: Recipe) -> list[str]:
+    """Folders on each machine that the recipe's trainings write to: caches of shards, and states that are offloaded."""
+    tokenizer, encoder = recipe.tokenizer, recipe.encoder.train
+    trains = [recipe.mllm.train, tokenizer.semantic.train, tokenizer.pixel.train]
+    trains += [part.train for part in (tokenizer.decoder, encoder) if part]
+    found = [path for train in trains for path in (train.cache_dir, train.offload_path) if path]
+    return list(dict.fromkeys(found))
 
 
 def _answers(facts: list[Any], silent: list[str]) -> Check:
@@ -62,8 +81,18 @@ def _gpus(facts: list[Any]) -> list[Check]:
         )
         for fact in wrong
     ]
+    checks += [
+        Check(
+            "GPUs",
+            "missing",
+            f"{fact.host}: torch sees {fact.gpus_torch}, and Ray offers {fact.gpus_ray:g}",
+            "start its Ray with --num-gpus of what it has, unless the others are kept for something else",
+        )
+        for fact in facts
+        if fact.gpus_torch > fact.gpus_ray
+    ]
     total = sum(fact.gpus_ray for fact in facts)
-    if total and not wrong:
+    if total and not checks:
         checks.append(Check("GPUs", "ok", f"{total:g}, as many as torch sees"))
     return checks
 
@@ -77,7 +106,7 @@ def _disk(facts: list[Any]) -> list[Check]:
     }
     if low:
         text = ", ".join(f"{where} has {gib(free)}" for where, free in low.items())
-        mend = "free some space, or let Ray spill elsewhere: ray start --object-spilling-directory"
+        mend = "free some space; Ray spills to another disk with ray start --object-spilling-directory, TMPDIR moves the rest"
         return [Check("disk on nodes", "missing", text, mend)]
     least = min((free for fact in facts for free in fact.free_bytes.values()), default=0)
     return [Check("disk on nodes", "ok", f"at least {gib(least)} free on each")] if least else []
@@ -95,14 +124,17 @@ def _storage(out: str, facts: list[Any], unseen: dict[str, list[str]]) -> list[C
     return [Check("storage", "ok", f"{out}: every node writes there, and sees what the others wrote")]
 
 
-def _reduce(facts: list[Any], all_reduce: Any) -> list[Check]:
-    """NCCL over all GPUs; without GPUs gloo over a process a node, where there are several."""
+def _reduce(facts: list[Any], all_reduce: Any, free_gpus: float) -> list[Check]:
+    """NCCL over all GPUs; without GPUs gloo over a process a node, where there are several. Not tried while others work."""
     gpus = int(sum(fact.gpus_ray for fact in facts))
     if gpus and any(fact.gpus_ray > fact.gpus_torch for fact in facts):
         return []
     world = gpus or len(facts)
     if world < 2 and not gpus:
         return []
+    if free_gpus < gpus:
+        text = f"not tried: {gpus - free_gpus:g} of {gpus} GPUs are in use"
+        return [Check("NCCL", "note", text, "run doctor while nothing else runs there")]
     name = "NCCL" if gpus else "gloo"
     versions = ", ".join(sorted({fact.nccl for fact in facts if fact.nccl}))
     wrong = all_reduce(world, 1.0 if gpus else 0.0)
