@@ -132,6 +132,14 @@ def test_what_would_wait_for_ever_is_refused_before(simulated: Any) -> None:
         simulated.schedule(recipe(workers=17, cpus_per_worker=1), 0)
 
 
+def test_the_nodes_of_a_recipe_are_waited_for_only_so_long(simulated: Any) -> None:
+    from smalti.workflows.cluster_checks import wait_for_room
+
+    assert wait_for_room(recipe(workers=16, actors=16, readers=9), 60)[1]
+    waited_s, came = wait_for_room(recipe(workers=17, actors=1, cpus_per_worker=1), 0.5)
+    assert not came and 0.5 <= waited_s < 30
+
+
 def test_doctor_looks_at_every_node(simulated: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nodes of one machine share its folders and versions; their GPUs are not there, and torch says so."""
     from smalti.cli.doctor_cluster import cluster_checks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from smalti.mllm.losses import PART
 from smalti.workflows.plan.base import size_text, time_text
 from smalti.workflows.plan.trace import PRECISIONS
 from smalti.workflows.plan.training import HELD_BACK, MAX_LIVE, STATES, STAYS, TrainPlan
@@ -45,8 +46,9 @@ def lines(plan: TrainPlan, measured: Sequence[str] = ()) -> list[str]:
 
 def _head_formula(plan: TrainPlan) -> str:
     bf16, head = plan.trial.bf16, plan.model.head
-    width = 4 * (head is not None and head.trained) + 2 * bf16
-    return f"{width}·V·H + {8 if bf16 else 4}·chunk·V + 4·L·H"
+    trained = head is not None and head.trained
+    part = f" + 2·min(V·H, {PART:,})" if bf16 and trained else ""
+    return f"{4 * trained + 2 * bf16}·V·H{part} + {8 if bf16 else 4}·chunk·V + 4·L·H"
 
 
 def _away(plan: TrainPlan) -> str:

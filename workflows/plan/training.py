@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from smalti.mllm.losses import PART
 from smalti.schema import Train
 from smalti.workflows.plan.base import Rates, size_text
 from smalti.workflows.plan.devices import cannot_share
@@ -151,13 +152,14 @@ class Trial:
         return {"activations": max(saved, peak - logits), "logits": logits}
 
     def logits(self, rows: int) -> float:
-        """The loss of the head: its weight's gradient where it is trained, in bf16 its copy too; a chunk of logits; the
-        inputs' gradients."""
+        """The loss of the head: its weight's gradient where it is trained, in bf16 its copy and a part of a chunk's product
+        too; a chunk of logits; the inputs' gradients."""
         head = self.model.head
         if head is None:
             return 0.0
         chunk = min(head.chunk, rows * head.length)
         weight = head.rows * head.width * (SINGLE * head.trained + HALF * self.bf16)
+        weight += HALF * min(head.rows * head.width, PART) * (self.bf16 and head.trained)
         return float(weight + chunk * head.rows * (8 if self.bf16 else 4) + SINGLE * rows * head.length * head.width)
 
 
