@@ -228,11 +228,12 @@ import torch
 from smalti.mllm.losses import chunked_cross_entropy
 sys.path.insert(0, "tests/mllm")
 from test_losses import problem, reference
-for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.01)):
+for dtype, autocast, tolerance in ((torch.float32, False, 1e-5), (torch.bfloat16, False, 0.01), (torch.float32, True, 0.01)):
     hidden, weight, bias, labels, weights = problem(n=23, dtype=dtype)
     wide = [t.detach().float().requires_grad_() for t in (hidden, weight, bias)]
     expected, each = reference(*wide, labels, weights)
-    found = chunked_cross_entropy(hidden, weight, labels, 8, bias_V=bias, weights_N=weights, kernel=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = chunked_cross_entropy(hidden, weight, labels, 8, bias_V=bias, weights_N=weights, kernel=True)
     torch.testing.assert_close(found.losses_N, each, rtol=tolerance, atol=tolerance)
     for grad, right in zip(torch.autograd.grad(found.total, (hidden, weight, bias)), torch.autograd.grad(expected, wide)):
         assert (grad.float() - right).norm() < tolerance * right.norm()
