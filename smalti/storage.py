@@ -199,6 +199,19 @@ def read_bytes(path: str) -> bytes:
         return bytes(fs.cat_file(key))
 
 
+def read_range(path: str, start: int, size: int) -> bytes:
+    """`size` bytes of a file from `start` on, fewer where it ends; no others are fetched."""
+    if not size:
+        return b""
+    with _told("read", path):
+        if is_local(path):
+            with open(local_path(path), "rb") as file:
+                file.seek(start)
+                return file.read(size)
+        fs, key = _remote(path)
+        return bytes(fs.cat_file(key, start=start, end=start + size))
+
+
 def open_read(path: str) -> IO[bytes]:
     """A seekable binary file to read from."""
     with _told("read", path):

@@ -17,6 +17,8 @@ from smalti.tokenizers import quantizers
 
 PAIRS = 1 << 24
 """Cells of vectors that a tree search looks at together."""
+APART = 1 << 26
+"""Distances between cells that an index keeps; those of more cells are taken again for the vectors at hand."""
 ROUNDING = 1e-6
 """Of a vector's squared norm: the error of a squared distance."""
 TINY = torch.finfo(torch.float32).tiny
@@ -62,16 +64,22 @@ def lower_bound(found: int, num: int) -> float:
 
 
 class CodeIndex:
-    """Codes (K, C) and, for the tree search, cells (P, C) and the cell of each code, int64 (K,).
+    """Codes (K, C) and, for the tree search, cells (P, C), the cell of each code, int64 (K,), and how much of it to see.
 
     The codes lie sorted by cell and their half-norms beside them, so that a cell is one GEMM against contiguous rows.
     Results lie on the codes' device, where the vectors must lie too. ValueError: shapes that do not go together.
     """
 
-    def __init__(self, codes_KC: Tensor, cells_PC: Tensor | None = None, cell_of_K: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        codes_KC: Tensor,
+        cells_PC: Tensor | None = None,
+        cell_of_K: Tensor | None = None,
+        probes: Probes | None = None,
+    ) -> None:
         if codes_KC.ndim != 2 or not len(codes_KC):
             raise ValueError(f"CodeIndex wants codes (K, C) with K >= 1, got {tuple(codes_KC.shape)}")
-        self.codes = codes_KC.float()
+        self.codes, self.probes = codes_KC.float(), probes
         if cells_PC is None or cell_of_K is None:
             cells_PC, cell_of_K = self.codes.mean(0, keepdim=True), codes_KC.new_zeros(len(codes_KC), dtype=torch.int64)
         if cell_of_K.shape != (len(codes_KC),) or cells_PC.shape[1:] != codes_KC.shape[1:]:
@@ -88,10 +96,10 @@ class CodeIndex:
         self._order = torch.argsort(cell_of_K, stable=True)
         in_place = bool((cell_of_K.diff() >= 0).all())  # codes that lie in the order of their cells are not copied
         self._sorted = self.codes if in_place else self.codes[self._order]
-        self._half_norms = _norms(self.codes) / 2
+        self._half_norms = quantizers.squared_norms(self.codes) / 2
         self._sorted_half_norms = self._half_norms[self._order]
-        self._cell_half_norms = _norms(self.cells) / 2
-        self._apart = torch.cdist(self.cells, self.cells)
+        self._cell_half_norms = quantizers.squared_norms(self.cells) / 2
+        self._apart = torch.cdist(self.cells, self.cells) if len(self.cells) ** 2 <= APART else None
         self._starts = [0, *sizes_P[full].cumsum(0).tolist()]
         self._low: dict[torch.dtype, Tensor] = {}
 
@@ -108,7 +116,7 @@ class CodeIndex:
         if dtype == torch.float32:
             for rows in _blocks(len(x_NC), block):
                 scores_N[rows], ids_N[rows] = quantizers.best_score(x_NC[rows], self.codes, self._half_norms)
-            return ids_N, _distance(_norms(x_NC), scores_N)
+            return ids_N, _distance(quantizers.squared_norms(x_NC), scores_N)
         if dtype not in self._low:
             self._low[dtype] = self.codes.to(dtype).contiguous()
         low_KC, low_NC, kernel = self._low[dtype], x_NC.to(dtype).contiguous(), _has_kernel(x_NC.device, dtype)
@@ -118,7 +126,11 @@ class CodeIndex:
             dots_NB = torch.einsum("nc,nbc->nb", x_NC[rows], self.codes[found_NB])
             scores_N[rows], place_N = (self._half_norms[found_NB] - dots_NB).min(-1)
             ids_N[rows] = found_NB.gather(1, place_N[:, None])[:, 0]
-        return ids_N, _distance(_norms(x_NC), scores_N)
+        return ids_N, _distance(quantizers.squared_norms(x_NC), scores_N)
+
+    def nearest(self, x_NC: Tensor) -> tuple[Tensor, Tensor]:
+        """As `exact`, by a search of the tree that sees as much as `probes` say; exact without them."""
+        return self.exact(x_NC) if self.probes is None else self.tree(x_NC, self.probes.cells, self.probes.reach)
 
     def tree(self, x_NC: Tensor, num_cells: int, reach: float = 1.0) -> tuple[Tensor, Tensor]:
         """As `exact`, among the codes of the `num_cells` cells nearest to each vector (all that hold codes, if fewer).
@@ -134,7 +146,7 @@ class CodeIndex:
             return self.exact(x_NC)
         x_NC, num = x_NC.float(), min(num_cells, len(self.cells))
         ids_N, scores_N = _empty(x_NC)
-        norms_N = _norms(x_NC)
+        norms_N = quantizers.squared_norms(x_NC)
         for block in _blocks(len(x_NC), num, PAIRS):
             found = ids_N[block], scores_N[block]
             probed, planes, near_N = self._nearest_cell(x_NC[block], norms_N[block], num, *found)
@@ -173,7 +185,7 @@ class CodeIndex:
         reach_N = torch.zeros(len(x_NC), device=x_NC.device)
         for block in _blocks(len(x_NC) if num > 1 else 0, num, PAIRS):
             mine = x_NC[block]
-            probed, planes, near_N = self._nearest_cell(mine, _norms(mine), num, *_empty(mine))
+            probed, planes, near_N = self._nearest_cell(mine, quantizers.squared_norms(mine), num, *_empty(mine))
             rank_N = (probed == home_N[block, None]).int().argmax(-1)
             cells_N[block] = rank_N + 1
             reach_N[block] = planes.gather(1, rank_N[:, None])[:, 0] / near_N.clamp(min=TINY)
@@ -201,7 +213,9 @@ class CodeIndex:
         for rows in _blocks(len(x_NC), len(self.cells)):
             scores = torch.addmm(self._cell_half_norms, x_NC[rows], self.cells.T, alpha=-1)
             best, probed[rows] = scores.topk(num, largest=False)
-            apart = self._apart[probed[rows, :1], probed[rows]]
+            home_N = probed[rows, 0]
+            apart = torch.cdist(self.cells[home_N], self.cells) if self._apart is None else self._apart[home_N]
+            apart = apart.gather(1, probed[rows])
             planes[rows] = (best - best[:, :1]) / apart.clamp(min=TINY)
         return probed, planes
 
@@ -240,11 +254,6 @@ def _blocks(num: int, width: int, most: int | None = None) -> list[slice]:
     """Rows in slices that have at most `most` numbers (`quantizers.SCRATCH_SCORES`) each when a row has `width`."""
     rows = max(1, (most or quantizers.SCRATCH_SCORES) // max(1, width))
     return [slice(at, min(num, at + rows)) for at in range(0, num, rows)]
-
-
-def _norms(x_NC: Tensor) -> Tensor:
-    """‖x‖² of every row, without a second matrix of their size: float32 (N,)."""
-    return torch.linalg.vector_norm(x_NC, dim=-1).square_()
 
 
 def _empty(x_NC: Tensor) -> tuple[Tensor, Tensor]:

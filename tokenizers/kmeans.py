@@ -5,12 +5,12 @@ Axis letters: N vectors, C their width, K centroids. Sums are float64 and added 
 
 from __future__ import annotations
 
+import hashlib
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from smalti.tokenizers.quantizers import search
@@ -21,6 +21,8 @@ SUM_NUMBERS = 1 << 17
 """Numbers turned into float64 at once when sums are taken: they stay in cache."""
 BLOCK_NUMBERS = 1 << 16
 """Numbers of the vectors that k-means++ compares at once: differences that stay in cache cost a ninth."""
+NAMED_ROWS = 1 << 12
+"""Rows copied at once to be told apart."""
 PLUSPLUS_MAX = 512
 """Up to this many centroids are seeded by k-means++; above, by distinct random vectors (each seed is a pass)."""
 
@@ -48,26 +50,36 @@ def seed_random(x_NC: Tensor, num: int, generator: torch.Generator | None = None
     order = torch.randperm(len(x_NC), generator=generator)
     if len(x_NC) < num:
         order = order.repeat(-(-num // max(1, len(x_NC))))
-    chosen = x_NC[order[:num].to(x_NC.device)]
-    spare = order[num:]
-    _, first = _first_of_each(chosen)
-    doubles = torch.ones(num, dtype=torch.bool, device=chosen.device)
-    doubles[first] = False
-    if bool(doubles.any()) and len(spare):
-        _, pool_first = _first_of_each(torch.cat([chosen[first], x_NC[spare.to(x_NC.device)]]))
-        fresh = pool_first[pool_first >= len(first)].sort().values - len(first)
-        fresh = fresh[: int(doubles.sum())]
-        places = doubles.nonzero().flatten()[: len(fresh)]
-        chosen[places] = x_NC[spare.to(x_NC.device)[fresh]]
+    chosen, known = x_NC[order[:num].to(x_NC.device)], set[bytes]()
+    doubles = torch.ones(num, dtype=torch.bool)
+    doubles[first_distinct(chosen, torch.arange(num), num, known)] = False
+    fresh = first_distinct(x_NC, order[num:], int(doubles.sum()), known)
+    places = doubles.nonzero().flatten()[: len(fresh)]
+    chosen[places.to(x_NC.device)] = x_NC[fresh.to(x_NC.device)]
     return chosen
 
 
-def _first_of_each(x_NC: Tensor) -> tuple[Tensor, Tensor]:
-    """Distinct rows, and where each stands first."""
-    rows, inverse = torch.unique(x_NC, dim=0, return_inverse=True)
-    first = torch.full((len(rows),), len(x_NC), dtype=torch.int64, device=x_NC.device)
-    first.scatter_reduce_(0, inverse, torch.arange(len(x_NC), device=x_NC.device), "amin")
-    return rows, first
+def row_names(x_NC: Tensor) -> Iterator[bytes]:
+    """16 bytes a row, equal for equal rows: the names of all codes take little."""
+    for rows in x_NC.float().split(NAMED_ROWS):
+        for row in (rows.cpu() + 0.0).numpy():  # +0 and -0 are equal
+            yield hashlib.blake2b(row, digest_size=16).digest()
+
+
+def first_distinct(x_NC: Tensor, ids_N: Tensor, num: int, known: set[bytes]) -> Tensor:
+    """Of these rows, in their order, the first `num` that are not `known` and repeat none before: int64 (at most num,).
+
+    No more rows are looked at than it takes; `known` gets their names.
+    """
+    found: list[int] = []
+    for ids in ids_N.split(NAMED_ROWS) if num else ():
+        for row, name in zip(ids.tolist(), row_names(x_NC[ids.to(x_NC.device)]), strict=True):
+            if name not in known:
+                known.add(name)
+                found.append(row)
+                if len(found) == num:
+                    return torch.tensor(found)
+    return torch.tensor(found, dtype=torch.int64)
 
 
 def seed_plusplus(x_NC: Tensor, num: int, generator: torch.Generator | None = None) -> Tensor:
@@ -116,10 +128,23 @@ def add_up(sums_KC: Tensor, x_NC: Tensor, ids_N: Tensor) -> None:
 
 
 def move(c_KC: Tensor, sums_KC: Tensor, counts_K: Tensor, spherical: bool = False) -> Tensor:
-    """New centroids: the means; those without a vector stay. `spherical` puts them back on the unit sphere."""
+    """New centroids: the means; those without a vector stay. `spherical` puts them back on the unit sphere; those whose
+    vectors cancel out stay too."""
     means = sums_KC / counts_K.clamp(min=1)[:, None]
     moved = torch.where(counts_K[:, None] > 0, means, c_KC.double()).float()
-    return F.normalize(moved, dim=-1) if spherical else moved
+    if not spherical:
+        return moved
+    norms_K = torch.linalg.vector_norm(moved, dim=-1, keepdim=True)
+    return torch.where(norms_K > 0, moved / norms_K, c_KC)
+
+
+def on_sphere(x_NC: Tensor) -> Tensor:
+    """Those of the vectors that have a direction, put on the unit sphere in place (a copy where a zero vector is left out)."""
+    norms_N = torch.linalg.vector_norm(x_NC, dim=-1, keepdim=True)
+    some_N = norms_N[:, 0] > 0
+    if not bool(some_N.all()):
+        x_NC, norms_N = x_NC[some_N], norms_N[some_N]
+    return x_NC.div_(norms_N)
 
 
 def reseed_empty(c_KC: Tensor, counts_K: Tensor, x_NC: Tensor, distance_N: Tensor) -> tuple[Tensor, int]:
@@ -139,9 +164,7 @@ def fresh_for_empty(counts_K: Tensor, x_NC: Tensor, distance_N: Tensor) -> tuple
     empty = (counts_K == 0).nonzero().flatten()
     far = distance_N.sort(descending=True, stable=True).indices[: 4 * len(empty)]
     far = far[distance_N[far] > 0]
-    if len(far):
-        _, first = _first_of_each(x_NC[far])
-        far = far[first.sort().values][: len(empty)]
+    far = first_distinct(x_NC, far.cpu(), len(empty), set()).to(x_NC.device)
     return empty[: len(far)], x_NC[far].float()
 
 
@@ -156,15 +179,18 @@ def kmeans(
     """Centroids of the vectors by Lloyd's iterations: float32 (num, C), finite.
 
     Empty clusters are re-seeded on far vectors at every iteration. With fewer distinct vectors than `num` some
-    centroids repeat; the caller who needs distinct ones counts them. ValueError: no vectors, or NaN/Inf among them.
+    centroids repeat; the caller who needs distinct ones counts them. Spherical k-means leaves vectors of norm 0 out.
+    ValueError: no vectors, or NaN/Inf among them.
     """
     if not len(x_NC) or num < 1:
         raise ValueError(f"k-means of {len(x_NC)} vectors into {num} clusters")
-    x_NC = x_NC.float()
-    if not bool(torch.isfinite(x_NC).all()):
+    x_NC = x_NC.to(torch.float32, copy=spherical)
+    if not bool(torch.isfinite(torch.stack(torch.aminmax(x_NC))).all()):
         raise ValueError("k-means of vectors with NaN or Inf")
     if spherical:
-        x_NC = F.normalize(x_NC, dim=-1)
+        x_NC = on_sphere(x_NC)
+        if not len(x_NC):
+            raise ValueError("spherical k-means of zero vectors, which have no direction")
     c_KC = seed(x_NC, num, generator, seeding)
     for _ in range(iterations):
         ids_N, distance_N = assign(x_NC, c_KC)
@@ -174,26 +200,24 @@ def kmeans(
     return c_KC
 
 
-def allocate(total: int, cell_sizes: Sequence[int]) -> list[int]:
+def allocate(total: int, cell_sizes: Sequence[int], most: Sequence[int] | None = None) -> list[int]:
     """Share `total` centroids among cells in proportion to their sizes; the sum is exactly `total`.
 
-    Largest remainder, at least 1 a cell that has vectors, 0 for an empty one, and no more than a cell's vectors as
-    long as all cells together have `total`. ValueError: no vectors, or fewer centroids than cells that have some.
+    Largest remainder, at least 1 a cell that has vectors, 0 for an empty one, and no more than a cell's `most` (default:
+    its vectors) as long as all cells together have `total`: what it leaves goes to the others, in proportion too.
+    ValueError: no vectors, or fewer centroids than cells that have some.
     """
-    cells = [i for i, size in enumerate(cell_sizes) if size > 0]
-    vectors = sum(cell_sizes[i] for i in cells)
-    if not cells or total < len(cells):
-        raise ValueError(f"{total} centroids for {len(cells)} cells that hold vectors; at least one each is needed")
-    capped = vectors >= total
-    quota = {i: total * cell_sizes[i] / vectors for i in cells}
-    share = {i: max(1, min(int(quota[i]), cell_sizes[i] if capped else int(quota[i]))) for i in cells}
+    cells, most = _open_cells(total, cell_sizes), cell_sizes if most is None else most
+    capped = sum(most[i] for i in cells) >= total
+    quota = _quotas(total, {i: cell_sizes[i] for i in cells}, most if capped else [total] * len(most))
+    share = {i: max(1, min(int(quota[i]), most[i] if capped else int(quota[i]))) for i in cells}
     missing = total - sum(share.values())
     sign = 1 if missing > 0 else -1
     heap = [(sign * (share[i] - quota[i]), i) for i in cells]
     heapq.heapify(heap)
     while missing:
         need, i = heapq.heappop(heap)
-        full = sign > 0 and capped and share[i] >= cell_sizes[i]
+        full = sign > 0 and capped and share[i] >= most[i]
         if full or (sign < 0 and share[i] <= 1):
             continue
         share[i] += sign
@@ -202,27 +226,42 @@ def allocate(total: int, cell_sizes: Sequence[int]) -> list[int]:
     return [share.get(i, 0) for i in range(len(cell_sizes))]
 
 
-def share_equally(total: int, cell_sizes: Sequence[int]) -> list[int]:
+def _open_cells(total: int, cell_sizes: Sequence[int]) -> list[int]:
+    """Cells that hold vectors; ValueError: fewer centroids than those, or none."""
+    cells = [i for i, size in enumerate(cell_sizes) if size > 0]
+    if not cells or total < len(cells):
+        raise ValueError(f"{total} centroids for {len(cells)} cells that hold vectors; at least one each is needed")
+    return cells
+
+
+def _quotas(total: int, sizes: Mapping[int, int], most: Sequence[int]) -> dict[int, float]:
+    """Parts of `total` in proportion to the sizes, none above `most`."""
+    full: dict[int, float] = {}
+    while True:
+        rest, vectors = total - sum(full.values()), sum(size for i, size in sizes.items() if i not in full)
+        quota = {i: rest * size / vectors for i, size in sizes.items() if i not in full}
+        over = {i: float(most[i]) for i in quota if quota[i] > most[i]}
+        if not over:
+            return quota | full
+        full |= over
+
+
+def share_equally(total: int, cell_sizes: Sequence[int], most: Sequence[int] | None = None) -> list[int]:
     """Share `total` centroids equally among the cells that hold vectors (within one); the sum is exactly `total`.
 
-    A cell gets no more than its vectors as long as all cells together have `total`; what it leaves goes to the others.
-    ValueError: as `allocate`.
+    A cell gets no more than its `most` (default: its vectors) as long as all cells together have `total`; what it leaves
+    goes to the others. ValueError: as `allocate`.
     """
-    open_cells = [i for i, size in enumerate(cell_sizes) if size > 0]
-    vectors = sum(cell_sizes[i] for i in open_cells)
-    if not open_cells or total < len(open_cells):
-        raise ValueError(
-            f"{total} centroids for {len(open_cells)} cells that hold vectors; at least one each is needed"
-        )
+    open_cells, most = _open_cells(total, cell_sizes), cell_sizes if most is None else most
     share, missing = [0] * len(cell_sizes), total
-    if vectors >= total:
-        by_size = sorted(open_cells, key=lambda i: cell_sizes[i])
+    if sum(most[i] for i in open_cells) >= total:
+        by_most = sorted(open_cells, key=lambda i: most[i])
         full = 0
-        while full < len(by_size) and cell_sizes[by_size[full]] * (len(by_size) - full) <= missing:
-            share[by_size[full]] = cell_sizes[by_size[full]]
-            missing -= share[by_size[full]]
+        while full < len(by_most) and most[by_most[full]] * (len(by_most) - full) <= missing:
+            share[by_most[full]] = most[by_most[full]]
+            missing -= share[by_most[full]]
             full += 1
-        open_cells = sorted(by_size[full:])
+        open_cells = sorted(by_most[full:])
     for place, i in enumerate(open_cells):
         share[i] = missing // len(open_cells) + (place < missing % len(open_cells))
     return share

@@ -39,14 +39,19 @@ def search(z_MD: Tensor, codes_KD: Tensor, chunk: int | None = None) -> tuple[Te
         raise ValueError("search among 0 codes")
     with torch.no_grad(), torch.autocast(z_MD.device.type, enabled=False):
         z_MD, codes_KD = z_MD.float(), codes_KD.float()
-        half_norms_K = codes_KD.square().sum(-1) / 2
+        half_norms_K = squared_norms(codes_KD) / 2
         rows = chunk or max(1, SCRATCH_SCORES // min(len(codes_KD), CODE_BLOCK))
         ids_M = torch.empty(len(z_MD), dtype=torch.int64, device=z_MD.device)
         scores_M = torch.empty(len(z_MD), dtype=torch.float32, device=z_MD.device)
         for start in range(0, len(z_MD), rows):
             part = slice(start, start + rows)
             scores_M[part], ids_M[part] = best_score(z_MD[part], codes_KD, half_norms_K)
-        return ids_M, (2 * scores_M + z_MD.square().sum(-1)).clamp_(min=0)
+        return ids_M, (2 * scores_M + squared_norms(z_MD)).clamp_(min=0)
+
+
+def squared_norms(x_MD: Tensor) -> Tensor:
+    """‖x‖² of every row, without a second matrix of their size: (M,)."""
+    return torch.linalg.vector_norm(x_MD, dim=-1).square_()
 
 
 def best_score(z_MD: Tensor, codes_KD: Tensor, half_norms_K: Tensor) -> tuple[Tensor, Tensor]:

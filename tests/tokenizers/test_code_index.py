@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from smalti.tokenizers import quantizers
+from smalti.tokenizers import code_index, quantizers
 from smalti.tokenizers.code_index import CodeIndex, Probes
 
 
@@ -118,6 +118,15 @@ def test_cells_behind_a_far_plane_are_not_scored(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(CodeIndex, "_score", watched)
     assert torch.equal(index.tree(x, 99)[0], index.exact(x)[0])
     assert pairs[0] == 300 and pairs[1] < 300 * (len(index.cells) - 1)
+
+
+def test_distances_between_many_cells_are_not_kept_and_the_search_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, kept = drawn(300, 8), tree_index(cells=60)
+    monkeypatch.setattr(code_index, "APART", 100)
+    index = tree_index(cells=60)
+    assert index._apart is None and kept._apart is not None
+    for found, wanted in zip(index.tree(x, 9, 0.5), kept.tree(x, 9, 0.5), strict=True):
+        torch.testing.assert_close(found, wanted)
 
 
 def test_bfloat16_scores_with_rescoring_equal_float32() -> None:

@@ -159,3 +159,36 @@ def test_equal_shares_are_equal_up_to_what_small_cells_hold() -> None:
     assert module.share_equally(8, [1, 2, 3]) == [3, 3, 2], "more codes than vectors: equal again"
     with pytest.raises(ValueError, match="2 centroids for 3 cells"):
         module.share_equally(2, [5, 5, 5])
+
+
+def test_no_cell_gets_more_than_its_most_and_the_others_take_what_it_leaves() -> None:
+    assert allocate(100, [800, 100, 100], [20, 900, 900]) == [20, 40, 40]
+    assert allocate(12, [100, 60, 20, 0], [5, 5, 5, 0]) == [5, 5, 2, 0]
+    assert module.share_equally(12, [100, 100, 100], [2, 9, 9]) == [2, 5, 5]
+
+
+def test_vectors_without_a_direction_have_no_part_in_spherical_kmeans() -> None:
+    x = torch.cat([torch.zeros(50, 3), torch.randn(40, 3, generator=seeded(0))])
+    torch.testing.assert_close(kmeans(x, 20, 3, seeded(1), spherical=True).norm(dim=-1), torch.ones(20))
+    assert float(x[:50].abs().max()) == 0, "the argument is not written to"
+    with pytest.raises(ValueError, match="no direction"):
+        kmeans(torch.zeros(4, 3), 2, 1, spherical=True)
+    c = torch.tensor([[1.0, 0.0]])
+    assert torch.equal(move(c, torch.zeros(1, 2, dtype=torch.float64), torch.tensor([2]), spherical=True), c), (
+        "cancelled"
+    )
+
+
+def test_one_double_among_the_seeds_is_mended_without_a_look_at_all_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, looked = torch.arange(20_000).float()[:, None], []
+    order = torch.randperm(len(x), generator=seeded(4))
+    x[order[1]] = x[order[0]]
+    inner = module.row_names
+
+    def watched(rows: torch.Tensor) -> object:
+        looked.append(len(rows))
+        return inner(rows)
+
+    monkeypatch.setattr(module, "row_names", watched)
+    assert len(seed_random(x, 10, seeded(4)).unique()) == 10
+    assert sum(looked) <= 10 + module.NAMED_ROWS
