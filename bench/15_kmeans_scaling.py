@@ -33,7 +33,7 @@ DIM, CODES, CELLS, CHUNKS, GOAL = 256, 4_096, 64, 16, 1.7
 
 def start(parts: list[Chunk]) -> Tree:
     """Codes and cells drawn from the vectors, each code in its nearest cell."""
-    x_NC = next(iter(parts[0].vectors()))[1]
+    x_NC = next(iter(parts[0].vectors()))
     codes_KC, cells_PC = x_NC[:CODES].clone(), x_NC[-CELLS:].clone()
     return Tree(cells_PC, codes_KC, kmeans.assign(codes_KC, cells_PC)[0]).in_cell_order()
 

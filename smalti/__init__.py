@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load_tokenizer"]
+__all__ = ["__version__", "load_codebook", "load_tokenizer"]
 
 _PACKAGE = Path(__file__).resolve().parent
 ROOMS = ("tokenizers", "mllm", "workflows", "tune")
@@ -29,13 +29,13 @@ if _is_checkout(_PACKAGE) and str(_PACKAGE.parent) not in __path__:
     __path__.append(str(_PACKAGE.parent))
 
 if TYPE_CHECKING:
-    from smalti.api import load_tokenizer
+    from smalti.api import load_codebook, load_tokenizer
 
 
 def __getattr__(name: str) -> Any:
-    """`smalti.load_tokenizer`, loaded on first use: it needs torch, and most of the base does not."""
-    if name == "load_tokenizer":
-        from smalti.api import load_tokenizer
+    """`smalti.load_tokenizer` and `load_codebook`, loaded on first use: they need torch, and most of the base does not."""
+    if name in ("load_codebook", "load_tokenizer"):
+        from smalti import api
 
-        return load_tokenizer
+        return getattr(api, name)
     raise AttributeError(f"module 'smalti' has no attribute {name!r}")

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from types import ModuleType
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from smalti import storage
 from smalti.errors import DataError
 from smalti.tokenizers import kmeans
+from smalti.workflows import clustering
 from smalti.workflows.clustering import Chunk, in_order
+
+WRITTEN_ROWS = 8_192  # of a cell file, put in order at once
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class CellSettings:
     bound: int
     seeding: kmeans.Seeding = "auto"
     spherical: bool = False
-    gpus: float = 0.0
+    device: str = "cpu"
 
 
 def cell_file(folder: str, chunk: Chunk) -> str:
@@ -46,39 +49,41 @@ def codes_file(folder: str, cell: int) -> str:
     return storage.join(folder, f"{cell:06d}.npy")
 
 
-def write_cells(parts: Sequence[Chunk], cells_PC: Tensor, folder: str, workers: int) -> Tensor:
-    """Write every chunk's vectors sorted by their nearest cell; returns the cells' sizes, int64 (P,). One pass.
-
-    Files that stand are kept.
-    """
+def write_cells(parts: Sequence[Chunk], cells_PC: Tensor, folder: str, workers: int) -> np.ndarray:
+    """Write every chunk's vectors sorted by their nearest cell; returns where the cells of each file start: int32
+    (files, P + 1). One pass. Files that stand are kept."""
     import ray
 
-    sizes_P = torch.zeros(len(cells_PC), dtype=torch.int64)
-    shared = ray.put(cells_PC)
-    items = [(chunk, shared, folder) for chunk in parts]
-    for part in in_order(_chunk_cells, items, workers, parts[0].gpus if parts else 0):
-        sizes_P += part
-    return sizes_P
+    standing = set(storage.list_names(folder, ".npy"))
+    missing = [chunk for chunk in parts if f"{cell_file('', chunk)}.npy" not in standing]
+    if missing:
+        shared = ray.put(cells_PC)
+        for _ in in_order(_chunk_cells, [(chunk, shared, folder) for chunk in missing], workers, parts[0].gpus):
+            pass
+    names = [f"{cell_file(folder, chunk)}.npy" for chunk in parts]
+    with ThreadPoolExecutor(clustering.FOOTER_THREADS) as threads:
+        return np.stack(list(threads.map(lambda name: _load(name).astype(np.int32), names)))
 
 
-def _chunk_cells(chunk: Chunk, cells_PC: Tensor, folder: str) -> Tensor:
+def _chunk_cells(chunk: Chunk, cells_PC: Tensor, folder: str) -> None:
     """Task of `write_cells`."""
     name = cell_file(folder, chunk)
-    if not storage.exists(f"{name}.npy"):
-        cells_PC = cells_PC.to(chunk.device)
-        rows_NC, ids_N = np.empty((chunk.rows, chunk.width), np.float16), torch.empty(chunk.rows, dtype=torch.int64)
-        start = 0
-        for _, x_NC in replace(chunk, spherical=False).vectors():
-            block = slice(start, start + len(x_NC))
-            rows_NC[block] = x_NC.half().cpu().numpy()  # exact: they came as float16
-            placed_NC = F.normalize(x_NC, dim=-1) if chunk.spherical else x_NC
-            ids_N[block] = kmeans.assign(placed_NC, cells_PC)[0].cpu()
-            start += len(x_NC)
-        rows_NC = rows_NC[torch.argsort(ids_N, stable=True).numpy()]
-        counts_P = torch.bincount(ids_N, minlength=len(cells_PC))
-        storage.write_atomic(f"{name}.bin", memoryview(rows_NC).cast("B"))
-        storage.write_atomic(f"{name}.npy", _npy(np.concatenate([[0], np.cumsum(counts_P.numpy())])))
-    return torch.from_numpy(np.diff(_load(f"{name}.npy")))
+    cells_PC = cells_PC.to(chunk.device)
+    rows_NC, ids_N = np.empty((chunk.rows, chunk.width), np.float16), torch.empty(chunk.rows, dtype=torch.int64)
+    held = 0
+    for x_NC in replace(chunk, spherical=False).vectors():
+        if chunk.spherical:
+            x_NC = x_NC[(x_NC != 0).any(-1)]
+        block = slice(held, held + len(x_NC))
+        rows_NC[block] = x_NC.half().cpu().numpy()  # exact: they came as float16
+        ids_N[block] = kmeans.assign(kmeans.on_sphere(x_NC) if chunk.spherical else x_NC, cells_PC)[0].cpu()
+        held += len(x_NC)
+    order = torch.argsort(ids_N[:held], stable=True).numpy()
+    counts_P = torch.bincount(ids_N[:held], minlength=len(cells_PC))
+    with storage.atomic_file(f"{name}.bin") as temp, open(temp, "wb") as file:
+        for first in range(0, held, WRITTEN_ROWS):
+            file.write(rows_NC[order[first : first + WRITTEN_ROWS]].data)
+    storage.write_atomic(f"{name}.npy", _npy(np.concatenate([[0], np.cumsum(counts_P.numpy())])))
 
 
 def read_cells(names: Sequence[str], first: int, last: int, settings: CellSettings) -> list[Tensor]:
@@ -93,24 +98,24 @@ def read_cells(names: Sequence[str], first: int, last: int, settings: CellSettin
         for cell, size in enumerate(sizes)
         if size > settings.bound
     }
-    pieces: list[list[np.ndarray]] = [[] for _ in sizes]
-    before = np.zeros(len(sizes), np.int64)
+    vectors = [np.empty((min(size, settings.bound), settings.width), np.float32) for size in sizes.tolist()]
+    before, held = np.zeros(len(sizes), np.int64), [0] * len(sizes)
     for name, own in zip(names, starts, strict=True):
-        rows = _rows(name, int(own[0]), int(own[-1]), settings.width)
+        rows = read_rows(name, int(own[0]), int(own[-1]), settings.width)
         for cell, (low, high) in enumerate(zip(own[:-1] - own[0], own[1:] - own[0], strict=True)):
             piece, at = rows[low:high], before[cell]
             if cell in drawn:
                 inside = drawn[cell][np.searchsorted(drawn[cell], at) : np.searchsorted(drawn[cell], at + high - low)]
                 piece = piece[inside - at]
-            pieces[cell].append(piece)
+            vectors[cell][held[cell] : held[cell] + len(piece)] = piece
             before[cell] += high - low
-    return [torch.from_numpy(np.concatenate(parts).astype(np.float32)) for parts in pieces]
+            held[cell] += len(piece)
+    return [torch.from_numpy(x_NC) for x_NC in vectors]
 
 
-def _rows(name: str, low: int, high: int, width: int) -> np.ndarray:
-    with storage.open_read(f"{name}.bin") as file:
-        file.seek(low * width * 2)
-        rows = np.frombuffer(file.read((high - low) * width * 2), np.float16)
+def read_rows(name: str, low: int, high: int, width: int) -> np.ndarray:
+    """The rows low … high − 1 of a cell file, by one range read: float16. Errors: DataError, a file cut short."""
+    rows = np.frombuffer(storage.read_range(f"{name}.bin", low * width * 2, (high - low) * width * 2), np.float16)
     if len(rows) != (high - low) * width:
         raise DataError(f"{name}.bin is shorter than its index says. Remove its folder and run the stage again.")
     return rows.reshape(-1, width)
@@ -133,20 +138,21 @@ def fine(names: Sequence[str], folder: str, first: int, shares: Sequence[int], s
 
 
 def cell_codes(x_NC: Tensor, num: int, cell: int, settings: CellSettings) -> Tensor:
-    """k-means of a cell's vectors: float32 (num, C), by faiss where it is installed and no GPU is asked for."""
+    """k-means of a cell's vectors: float32 (num, C), by faiss where it is installed and no GPU is asked for (for one
+    iteration it would not do). The vectors may be written over."""
     faiss = _faiss()
-    if faiss is None or settings.gpus or len(x_NC) <= num:
-        x_NC = x_NC.to("cuda" if settings.gpus else "cpu")
+    if faiss is None or settings.device != "cpu" or len(x_NC) <= num or settings.iterations == 1:
+        x_NC = x_NC.to(settings.device)
         generator = torch.Generator().manual_seed(int(_rng(settings.seed, cell).integers(2**63)))
         how = (settings.iterations, generator, settings.spherical, settings.seeding)
         return kmeans.kmeans(x_NC, num, *how).cpu()
     if settings.spherical:
-        x_NC = F.normalize(x_NC, dim=-1)
+        x_NC = kmeans.on_sphere(x_NC)
     plusplus = kmeans.by_plusplus(settings.seeding, num)
     machine = faiss.Kmeans(
         x_NC.shape[1],
         num,
-        niter=max(1, settings.iterations - 1),
+        niter=settings.iterations - 1,
         seed=int(_rng(settings.seed, cell).integers(1, 2**31)),
         spherical=settings.spherical,
         min_points_per_centroid=1,

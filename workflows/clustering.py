@@ -9,24 +9,22 @@ tasks run at once. A pass over the data is what costs: each function says how ma
 from __future__ import annotations
 
 import math
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from smalti import shards, storage
+from smalti import shards
 from smalti.errors import DataError, SmaltiError
 from smalti.tokenizers import kmeans
 from smalti.tokenizers.code_index import CodeIndex, Probes
-from smalti.workflows.code_sums import RangeSums, UsedSums
+from smalti.workflows.code_sums import RangeSums, UsedSums, mapped
 
 CHUNK_VECTORS = 262_144  # of a task: what a lost task costs
 SAMPLE_CHUNK_VECTORS = 16_384  # of a task of the first level: its sample is small
@@ -35,25 +33,36 @@ PROBES = 4  # cells searched for a vector while codes still move
 POLISH = Probes(PROBES, 1.0, math.nan)
 FAR_A_CHUNK = 256  # candidates for codes without a vector
 FAR_KEPT = 16_384  # of all chunks
-COLUMNS = 64  # of the codes, moved at once
+MOVED_NUMBERS = 1 << 23  # of the codes, moved at once
+COLUMNS = 16  # moved at once, if more numbers than those
 FOOTER_THREADS = 16
+
+
+class Vectors(Protocol):
+    """What a task of a pass sees of the data: a chunk, or a piece of the sorted vectors (`cell_pieces`)."""
+
+    @property
+    def rows(self) -> int: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def gpus(self) -> float: ...
+    @property
+    def spherical(self) -> bool: ...
+    def vectors(self) -> Iterator[Tensor]: ...
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some whole shards of a features artifact: (key, rows) each. With `gpus` its vectors come on the GPU; `spherical`
-    ones come on the unit sphere."""
+    """Some whole shards of a features artifact: (key, rows) each. A task of it takes so many `gpus` and has its vectors on
+    `device`; `spherical` ones come on the unit sphere, those of norm 0 left out."""
 
     path: str
     parts: tuple[tuple[str, int], ...]
     width: int = 0
     spherical: bool = False
     gpus: float = 0.0
-
-    @property
-    def device(self) -> str:
-        """Where its task computes."""
-        return "cuda" if self.gpus else "cpu"
+    device: str = "cpu"
 
     @property
     def rows(self) -> int:
@@ -62,33 +71,44 @@ class Chunk:
 
     def on_cpu(self) -> Chunk:
         """The same for a process without a GPU, such as the driver."""
-        return replace(self, gpus=0.0)
+        return replace(self, gpus=0.0, device="cpu")
 
-    def vectors(self) -> Iterator[tuple[str, Tensor]]:
-        """(key of the first shard, float32 (n, C)) of shards that together have `BLOCK_VECTORS`, or are the last.
+    def vectors(self) -> Iterator[Tensor]:
+        """float32 (`BLOCK_VECTORS`, C), the last with what is left. Errors: DataError, a vector that is not finite."""
+        for x_NC in in_blocks((self._shard(key, rows) for key, rows in self.parts), self.rows, self.width):
+            if not bool(torch.isfinite(x_NC.sum())):  # one sum tells: float16 cannot overflow it
+                raise DataError(f"{self._not_finite()} holds NaN or Inf. Make the features again.")
+            yield kmeans.on_sphere(x_NC.to(self.device)) if self.spherical else x_NC.to(self.device)
 
-        Errors: DataError, a vector that is not finite.
-        """
-        first, waiting, held = "", [], 0
-        for key, rows in self.parts:
-            first = first or key
-            waiting.append(self._finite(key))
-            held += rows
-            if held >= BLOCK_VECTORS:
-                yield first, self._block(waiting)
-                first, waiting, held = "", [], 0
-        if waiting:
-            yield first, self._block(waiting)
-
-    def _finite(self, key: str) -> Tensor:
-        x_NC = torch.from_numpy(shards.vectors(shards.read_shard(self.path, key, ["vector"])).astype(np.float32))
-        if not bool(torch.isfinite(x_NC.sum())):  # one sum tells: float16 cannot overflow it
-            raise DataError(f"{shards.shard_path(self.path, key)} holds NaN or Inf. Make the features again.")
+    def _shard(self, key: str, rows: int) -> np.ndarray:
+        x_NC = shards.vectors(shards.read_shard(self.path, key, ["vector"]))
+        if len(x_NC) != rows:
+            raise DataError(
+                f"{shards.shard_path(self.path, key)} holds {len(x_NC)} vectors, where it held {rows} when this run began. "
+                "Let nothing else write there, and run again."
+            )
         return x_NC
 
-    def _block(self, waiting: list[Tensor]) -> Tensor:
-        x_NC = (waiting[0] if len(waiting) == 1 else torch.cat(waiting)).to(self.device)
-        return F.normalize(x_NC, dim=-1) if self.spherical else x_NC
+    def _not_finite(self) -> str:
+        """Path of the first shard that holds NaN or Inf."""
+        bad = (key for key, rows in self.parts if not np.isfinite(self._shard(key, rows)).all())
+        return shards.shard_path(self.path, next(bad))
+
+
+def in_blocks(arrays: Iterable[np.ndarray], rows: int, width: int) -> Iterator[Tensor]:
+    """Arrays (n, C) that together have `rows` rows as float32 (`BLOCK_VECTORS`, C), the last with what is left."""
+    held, left = 0, rows
+    block_NC = np.empty((min(left, BLOCK_VECTORS), width), np.float32)
+    for array in arrays:
+        start = 0
+        while start < len(array):
+            part = array[start : start + len(block_NC) - held]
+            block_NC[held : held + len(part)] = part
+            start, held = start + len(part), held + len(part)
+            if held == len(block_NC):
+                left -= held
+                yield torch.from_numpy(block_NC)
+                held, block_NC = 0, np.empty((min(left, BLOCK_VECTORS), width), np.float32)
 
 
 @dataclass(frozen=True)
@@ -105,8 +125,9 @@ class Tree:
     def in_cell_order(self) -> Tree:
         """The same with the codes in the order of their cells, as the search wants them; they are moved in place."""
         order = torch.argsort(self.cell_of, stable=True)
-        for columns in range(0, self.codes.shape[1], COLUMNS):
-            part = slice(columns, columns + COLUMNS)
+        step = max(COLUMNS, MOVED_NUMBERS // max(1, len(order)))
+        for columns in range(0, self.codes.shape[1], step):
+            part = slice(columns, columns + step)
             self.codes[:, part] = self.codes[order, part]
         return replace(self, cell_of=self.cell_of[order])
 
@@ -119,9 +140,7 @@ class Tree:
     @classmethod
     def of_shared(cls, arrays: tuple[np.ndarray, ...], device: str) -> Tree:
         """The tree in a task, not to be written to."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            return cls(*(torch.from_numpy(array).to(device) for array in arrays))
+        return cls(*(mapped(array).to(device) for array in arrays))
 
 
 @dataclass
@@ -148,19 +167,20 @@ class PassStats:
         self.far_distance = distances[order]
 
 
-def chunks(
-    path: str, split: str, target: int | None = None, *, spherical: bool = False, gpus: float = 0.0
-) -> list[Chunk]:
-    """The shards of a split in chunks of about `target` vectors (default `CHUNK_VECTORS`), in order, from their footers.
+def chunks(path: str, split: str, target: int | None = None) -> list[Chunk]:
+    """The shards of a split in chunks of about `target` vectors (default `CHUNK_VECTORS`), in order, from their footers; shards
+    without a vector are left out.
 
     Errors: DataError, a shard whose vectors have another width than those of most shards.
     """
     keys = shards.list_shards(path, split)
     with ThreadPoolExecutor(FOOTER_THREADS) as threads:
         shapes = list(threads.map(lambda key: shards.vector_shape(path, key), keys))
-    width = Counter(shape[1] for shape in shapes).most_common(1)[0][0] if shapes else 0
+    width = Counter(own for rows, own in shapes if rows).most_common(1)[0][0] if any(r for r, _ in shapes) else 0
     found: list[list[tuple[str, int]]] = [[]]
     for key, (rows, own) in zip(keys, shapes, strict=True):
+        if not rows:
+            continue
         if own != width:
             raise DataError(
                 f"{shards.shard_path(path, key)} holds vectors of {own} numbers, where the other shards of {path} hold "
@@ -169,7 +189,7 @@ def chunks(
         if sum(count for _, count in found[-1]) + rows > (target or CHUNK_VECTORS) and found[-1]:
             found.append([])
         found[-1].append((key, rows))
-    return [Chunk(path, tuple(parts), width, spherical, gpus) for parts in found if parts]
+    return [Chunk(path, tuple(parts), width) for parts in found if parts]
 
 
 def in_order(
@@ -197,7 +217,7 @@ def in_order(
 
 
 def full_pass(
-    parts: Sequence[Chunk], tree: Tree, workers: int, *, sums: RangeSums | None = None, probes: Probes = POLISH
+    parts: Sequence[Vectors], tree: Tree, workers: int, *, sums: RangeSums | None = None, probes: Probes = POLISH
 ) -> PassStats:
     """Assign every vector, by a search of the tree: counts, distances, the farthest vectors and, if given, the sums. One
     pass."""
@@ -209,13 +229,13 @@ def full_pass(
             total.add(*found)
         return total
     items = [(chunk, shared, probes, sums.bounds) for chunk in parts]
-    for found, *references in in_order(_chunk_sums, items, workers, gpus, len(sums.bounds)):
-        sums.add(references)
+    for (found, used), *references in in_order(_chunk_sums, items, workers, gpus, len(sums.bounds)):
+        sums.add(references, used)
         total.add(*found)
     return total
 
 
-def _chunk_pass(chunk: Chunk, shared: tuple[np.ndarray, ...], probes: Probes) -> tuple[Any, ...]:
+def _chunk_pass(chunk: Vectors, shared: tuple[np.ndarray, ...], probes: Probes) -> tuple[Any, ...]:
     """Task of `full_pass`: (counts, sum of distances, far vectors, their distances)."""
     tree = Tree.of_shared(shared, chunk.device)
     with torch.device(chunk.device):
@@ -223,23 +243,25 @@ def _chunk_pass(chunk: Chunk, shared: tuple[np.ndarray, ...], probes: Probes) ->
 
 
 def _chunk_sums(
-    chunk: Chunk, shared: tuple[np.ndarray, ...], probes: Probes, bounds: Sequence[tuple[int, int]]
+    chunk: Vectors, shared: tuple[np.ndarray, ...], probes: Probes, bounds: Sequence[tuple[int, int]]
 ) -> Iterator[Any]:
-    """Task of `full_pass`: what `_chunk_pass` finds, then each range's part, one at a time."""
+    """Task of `full_pass`: what `_chunk_pass` finds and how many codes of each range, then each range's part, one at a
+    time."""
     tree = Tree.of_shared(shared, chunk.device)
     with torch.device(chunk.device):
         sums = UsedSums(len(tree.codes), tree.codes.shape[1], chunk.rows)
-        yield _chunk_stats(chunk, tree, probes, sums)
+        found = _chunk_stats(chunk, tree, probes, sums)
+        yield found, [sums.num_used(low, high) for low, high in bounds]
     for low, high in bounds:
         yield sums.part(low, high)
 
 
-def _chunk_stats(chunk: Chunk, tree: Tree, probes: Probes, sums: UsedSums | None) -> tuple[Any, ...]:
+def _chunk_stats(chunk: Vectors, tree: Tree, probes: Probes, sums: UsedSums | None) -> tuple[Any, ...]:
     num, width = tree.codes.shape
     index = CodeIndex(tree.codes, tree.cells, tree.cell_of)
     counts_K = torch.zeros(num, dtype=torch.int64)
     distance_sum, far_NC, far_N = 0.0, torch.empty(0, width), torch.empty(0)
-    for _, x_NC in chunk.vectors():
+    for x_NC in chunk.vectors():
         ids_N, distance_N = index.tree(x_NC, probes.cells, probes.reach)
         if sums is not None:
             sums.add(x_NC, ids_N)
@@ -252,7 +274,7 @@ def _chunk_stats(chunk: Chunk, tree: Tree, probes: Probes, sums: UsedSums | None
     return counts_K.cpu(), distance_sum, far_NC.cpu(), far_N.cpu()
 
 
-def lloyd(parts: Sequence[Chunk], tree: Tree, workers: int) -> tuple[Tree, PassStats, int]:
+def lloyd(parts: Sequence[Vectors], tree: Tree, workers: int) -> tuple[Tree, PassStats, int]:
     """One Lloyd iteration over all vectors: (tree with moved codes, stats before the move, codes re-seeded). One pass.
 
     Codes without a vector go to the vectors farthest from theirs. The tree's codes are written over: a second matrix of
@@ -280,25 +302,26 @@ def sample(parts: Sequence[Chunk], num: int, seed: int, workers: int, folder: st
 
     Shards that stand in the folder are kept.
     """
-    rows = [chunk.rows for chunk in parts]
-    total = sum(rows)
-    quotas = rows if num >= total else kmeans.allocate(max(num, sum(count > 0 for count in rows)), rows)
+    rows, kind = [chunk.rows for chunk in parts], parts[0]
+    total, standing = sum(rows), set(shards.list_shards(folder, "train"))
+    quotas = rows if num >= total else kmeans.allocate(max(num, len(rows)), rows)
     items = [
-        (chunk, quota, seed, number, folder) for number, (chunk, quota) in enumerate(zip(parts, quotas, strict=True))
+        (chunk, quota, seed, shards.shard_key("train", number), folder)
+        for number, (chunk, quota) in enumerate(zip(parts, quotas, strict=True))
     ]
-    for _ in in_order(_chunk_sample, items, workers):
+    missing = [item for item in items if item[3] not in standing]
+    for _ in in_order(_chunk_sample, missing, workers) if missing else ():
         pass
-    return chunks(folder, "train", SAMPLE_CHUNK_VECTORS, spherical=parts[0].spherical, gpus=parts[0].gpus)
+    made = chunks(folder, "train", SAMPLE_CHUNK_VECTORS)
+    return [replace(kind, path=folder, parts=chunk.parts) for chunk in made]
 
 
-def _chunk_sample(chunk: Chunk, quota: int, seed: int, number: int, folder: str) -> None:
+def _chunk_sample(chunk: Chunk, quota: int, seed: int, key: str, folder: str) -> None:
     """Task of `sample`."""
-    key = shards.shard_key("train", number)
-    if storage.exists(shards.shard_path(folder, key)):
-        return
+    number = int(key.rpartition("/")[2])
     chosen = np.sort(np.random.default_rng([abs(seed), number]).permutation(chunk.rows)[:quota])
     taken, start = [], 0
-    for _, x_NC in replace(chunk.on_cpu(), spherical=False).vectors():
+    for x_NC in replace(chunk.on_cpu(), spherical=False).vectors():
         mine = chosen[(chosen >= start) & (chosen < start + len(x_NC))] - start
         taken.append(x_NC.numpy()[mine].astype(np.float16))  # exact: they came as float16
         start += len(x_NC)

@@ -6,6 +6,7 @@ vectors in a chunk, then of the chunks. No process holds the sums of all codes.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,7 +17,15 @@ from torch import Tensor
 from smalti.tokenizers import kmeans
 
 RANGE_NUMBERS = 1 << 25  # numbers in a range of codes: 268 MB of sums
-FOLD = 8  # chunks that a task adds to the sums of a range
+MOVED_NUMBERS = 1 << 21  # of a range, handed out at once
+FOLD = 64  # parts that a task adds to the sums of a range, at most
+
+
+def mapped(array: np.ndarray) -> Tensor:
+    """A tensor over an array of Ray's object store, not to be written to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
 
 
 class UsedSums:
@@ -24,7 +33,10 @@ class UsedSums:
 
     def __init__(self, num: int, width: int, vectors: int) -> None:
         self.row_K = torch.full((num,), -1)
-        self.sums = torch.zeros(min(num, vectors), width, dtype=torch.float64)
+        zeros = np.zeros(
+            (min(num, vectors), width)
+        )  # takes memory as rows are written to, where torch's takes it at once
+        self.sums = torch.from_numpy(zeros).to(self.row_K.device)
         self.used = 0
 
     def add(self, x_NC: Tensor, ids_N: Tensor) -> None:
@@ -35,6 +47,10 @@ class UsedSums:
         self.used += len(fresh)
         kmeans.add_up(self.sums, x_NC, self.row_K[ids_N])
 
+    def num_used(self, low: int, high: int) -> int:
+        """How many of the codes low … high − 1 occur."""
+        return int((self.row_K[low:high] >= 0).sum())
+
     def part(self, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
         """Of the codes low … high − 1 those that occur, counted from `low`, and their sums: int64 (U,), float64 (U, C)."""
         used = (self.row_K[low:high] >= 0).nonzero().flatten()
@@ -42,42 +58,55 @@ class UsedSums:
 
 
 class RangeSums:
-    """Sums of the vectors of each code, a range of codes an object: added in the order of the chunks, by tasks."""
+    """Sums of the vectors of each code, a range of codes an object: added in the order of the chunks, by tasks.
+
+    A range is added to as soon as the parts that wait for it hold as many rows as a range has (or are `FOLD`): so the sums
+    that are read and written again are no more than the parts.
+    """
 
     def __init__(self, num: int, width: int) -> None:
-        self.width, step = width, max(1, RANGE_NUMBERS // max(1, width))
-        self.bounds = [(low, min(num, low + step)) for low in range(0, num, step)]
+        self.width, self.step = width, max(1, RANGE_NUMBERS // max(1, width))
+        self.bounds = [(low, min(num, low + self.step)) for low in range(0, num, self.step)]
         self.totals: list[Any] = [None] * len(self.bounds)
-        self.waiting: list[Sequence[Any]] = []
+        self.waiting: list[list[Any]] = [[] for _ in self.bounds]
+        self.rows = [0] * len(self.bounds)
 
-    def add(self, references: Sequence[Any]) -> None:
-        """The next chunk's parts, one a range: (codes counted from the range's first, their sums)."""
-        self.waiting.append(references)
-        if len(self.waiting) == FOLD:
-            self._fold()
+    def add(self, references: Sequence[Any], used: Sequence[int]) -> None:
+        """The next chunk's parts, one a range, (codes counted from the range's first, their sums), and how many codes."""
+        for place, (reference, rows) in enumerate(zip(references, used, strict=True)):
+            if rows:
+                self.waiting[place].append(reference)
+                self.rows[place] += rows
+                if self.rows[place] >= self.step or len(self.waiting[place]) == FOLD:
+                    self._fold(place)
 
-    def _fold(self) -> None:
+    def _fold(self, place: int) -> None:
         import ray
 
-        before = [total for total in self.totals if total is not None]
-        if before:  # no more than two rounds of parts are held by the store
-            ray.wait(before, num_returns=len(before))
+        (low, high), total = self.bounds[place], self.totals[place]
+        if total is not None:  # no more than two rounds of parts are held by the store
+            ray.wait([total], fetch_local=False)
         remote = ray.remote(num_cpus=1)(_add_up)
-        self.totals = [
-            remote.remote(total, high - low, self.width, *(parts[place] for parts in self.waiting))
-            for place, ((low, high), total) in enumerate(zip(self.bounds, self.totals, strict=True))
-        ]
-        self.waiting = []
+        self.totals[place] = remote.remote(total, high - low, self.width, *self.waiting[place])
+        self.waiting[place], self.rows[place] = [], 0
 
     def ranges(self) -> Iterator[tuple[slice, Tensor]]:
-        """(codes, float64 (codes, C)) of each range that a chunk added to, one at a time."""
+        """(codes, float64 (codes, C)) of the ranges that a chunk added to, in order, some codes at a time."""
         import ray
 
-        if self.waiting:
-            self._fold()
-        for (low, high), total in zip(self.bounds, self.totals, strict=True):
-            if total is not None:
-                yield slice(low, high), torch.tensor(ray.get(total))
+        for place, waiting in enumerate(self.waiting):
+            if waiting:
+                self._fold(place)
+        step = max(1, MOVED_NUMBERS // max(1, self.width))
+        for place, (low, high) in enumerate(self.bounds):
+            if self.totals[place] is None:
+                continue
+            sums_KC = mapped(ray.get(self.totals[place]))
+            self.totals[place] = None
+            for start in range(low, high, step):
+                rows = slice(start, min(high, start + step))
+                yield rows, sums_KC[rows.start - low : rows.stop - low]
+            del sums_KC
 
 
 def _add_up(total: np.ndarray | None, rows: int, width: int, *parts: tuple[np.ndarray, np.ndarray]) -> np.ndarray:

@@ -9,23 +9,23 @@ With K1 = 1 it is flat k-means over all vectors. Exactly K distinct codes come o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from smalti import storage
 from smalti.artifact import Artifact
 from smalti.errors import ConfigError, DataError
-from smalti.schema import Recipe
+from smalti.schema import CodebookSection, Recipe
 from smalti.tokenizers import kmeans
-from smalti.tokenizers.code_index import Probes
+from smalti.tokenizers.code_index import CodeIndex, Probes
 from smalti.tokenizers.metrics import entropy, imbalance, perplexity, usage
 from smalti.tracking import Tracker
-from smalti.workflows import cells, clustering, distinct, recall
-from smalti.workflows.clustering import Chunk, PassStats, Tree
+from smalti.workflows import cell_pieces, cells, clustering, distinct, recall, tensor_files
+from smalti.workflows.clustering import Chunk, PassStats, Tree, Vectors
 from smalti.workflows.code_sizes import sizes_picture
 from smalti.workflows.ray_session import ensure_ray
 from smalti.workflows.stage import StageRun, find_artifact, run_stage
@@ -34,8 +34,8 @@ CENTROIDS = "centroids.safetensors"
 TREE = "tree.safetensors"
 COUNTS = "counts.safetensors"
 PICTURE = "sizes.png"
-WORK = "work"
 SAMPLED = "sampled_cells.json"
+DISTINCT = "distinct.json"
 SAMPLE_MIN = 65_536
 SAMPLE_A_CELL = 256
 SEEDS_A_CODE = 4  # vectors looked at for each seed of flat k-means
@@ -58,18 +58,36 @@ def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
 
 
 def check(recipe: Recipe) -> None:
-    """ConfigError when there are more cells than codes."""
+    """ConfigError when there are more cells than codes, or more codes than the vectors that cells may draw."""
     section = recipe.codebook
     if section.coarse > section.size and recipe.tokenizer.guidance:
         raise ConfigError(
             f"codebook.coarse={section.coarse} cells for codebook.size={section.size} codes; every cell needs one. "
             "Lower codebook.coarse."
         )
+    if section.coarse > 1 and recipe.tokenizer.guidance:
+        _check_reach(section, section.coarse * section.cell_vectors)
+
+
+def _check_reach(section: CodebookSection, drawn: int) -> None:
+    """ConfigError when the vectors that the cells' k-means see are fewer than the codes."""
+    if drawn < section.size:
+        raise ConfigError(
+            f"codebook.size={section.size:,}, but with codebook.cell_vectors={section.cell_vectors:,} the k-means of all cells "
+            f"together see {drawn:,} vectors at most. Set a larger codebook.cell_vectors, or a smaller codebook.size."
+        )
 
 
 def load_centroids(artifact: Artifact) -> Tensor:
     """The codes of a codebook artifact: float32 (K, C)."""
-    return load_tensors(storage.read_bytes(storage.join(artifact.path, CENTROIDS)))["centroids"]
+    return tensor_files.read(storage.join(artifact.path, CENTROIDS))["centroids"]
+
+
+def load_index(artifact: Artifact) -> CodeIndex:
+    """The codes of a codebook artifact with their tree and the search that the stage chose."""
+    tree = tensor_files.read(storage.join(artifact.path, TREE))
+    seen = Probes(int(tree["searched_cells"]), float(tree["reach"]), float(tree["recall"]))
+    return CodeIndex(load_centroids(artifact), tree["cells"], tree["cell_of"], seen)
 
 
 def _body(features: Artifact) -> Any:
@@ -85,16 +103,21 @@ def _body(features: Artifact) -> Any:
             )
         workers = max(run.recipe.resources.readers, run.recipe.resources.actors)
         with ensure_ray(run.recipe):
+            drawn = recall.draw(run, parts, held_out, workers)  # looks at all held-out vectors: bad ones are told first
             tree, counts = _Build(run, parts, workers).tree()
-            probes = _probes(run, held_out or parts, tree, workers)
+            probes = recall.probes(run, drawn, tree, workers)
             _score(run, {"train": parts, "val": held_out}, tree, workers, probes)
+        zeros = num_vectors - run.scores["vectors/train"]
+        if zeros:
+            run.log(f"{zeros} training vectors are 0, have no direction, and were left out")
         _save(run.path, tree, probes)
-        storage.remove(storage.join(run.path, WORK))
+        storage.remove(recall.work(run))
         return {
             "codes": len(tree.codes),
             "cells": len(tree.cells),
             "searched_cells": probes.cells,
             "vectors": num_vectors,
+            "zero_vectors": zeros,
             **counts,
         }
 
@@ -103,8 +126,12 @@ def _body(features: Artifact) -> Any:
 
 def _chunks(recipe: Recipe, path: str) -> tuple[list[Chunk], list[Chunk]]:
     """Chunks of the train and val vectors. Errors: DataError, shards of different widths."""
-    spherical, gpus = recipe.codebook.spherical, recipe.resources.gpus_per_worker
-    parts, held_out = (clustering.chunks(path, split, spherical=spherical, gpus=gpus) for split in ("train", "val"))
+    gpus, spherical = recipe.resources.gpus_per_worker, recipe.codebook.spherical
+    device = "cuda" if gpus and recipe.resources.device == "auto" else "cpu"
+    parts, held_out = (
+        [replace(chunk, spherical=spherical, gpus=gpus, device=device) for chunk in clustering.chunks(path, split)]
+        for split in ("train", "val")
+    )
     if parts and held_out and parts[0].width != held_out[0].width:
         raise DataError(
             f"{path}: train vectors have {parts[0].width} numbers, val vectors {held_out[0].width}. "
@@ -119,34 +146,41 @@ class _Build:
     def __init__(self, run: StageRun, parts: Sequence[Chunk], workers: int) -> None:
         self.run, self.parts, self.workers = run, parts, workers
         self.section, self.seed = run.recipe.codebook, run.recipe.seed
-        self.work = storage.join(run.path, WORK)
+        self.work = recall.work(run)
+        self.cell_files = storage.join(self.work, "cells")
 
     def tree(self) -> tuple[Tree, dict[str, int]]:
         if self.section.coarse == 1:
-            tree = self.iterate("lloyd", self.parts, self.seeds, self.section.iterations)
+            tree = self.iterate("lloyd", lambda: self.parts, self.seeds, self.section.iterations)
         else:
-            tree = self.iterate("polish", self.parts, self.two_level, self.section.polish)
-        counts = {"replaced": 0, "dropped": 0, "sampled_cells": self.noted_sampled()}
-        bad_K = distinct.unusable(tree.codes)
-        if bool(bad_K.any()):
-            tree, counts = self.mended(tree, bad_K, counts)
-        return tree.in_cell_order(), counts
+            tree = self.iterate("polish", self.pieces, self.two_level, self.section.polish)
+        storage.remove(self.cell_files)
+        counts = {"replaced": 0, "dropped": 0, "sampled_cells": self.noted(SAMPLED, 0)}
+        tree, changed = self.usable(tree)
+        return tree.in_cell_order(), counts | changed
 
-    def mended(self, tree: Tree, bad_K: Tensor, counts: dict[str, int]) -> tuple[Tree, dict[str, int]]:
-        """Codes that repeat another one or are not finite put on other vectors or dropped, as the recipe says."""
+    def usable(self, tree: Tree) -> tuple[Tree, dict[str, int]]:
+        """Codes that repeat another one or are not finite put on other vectors or dropped, as the recipe says; kept."""
+        done = self.kept("distinct")
+        if done is not None:
+            return done, self.noted(DISTINCT, {})
+        bad_K = distinct.unusable(tree.codes)
         num = int(bad_K.sum())
-        what = f"{num} codes repeated another one or were not finite"
+        if not num:
+            return tree, {}
         if self.section.duplicates == "drop":
-            tree = distinct.without(tree, bad_K)
-            self.run.log(f"{what} and were dropped: {len(tree.codes)} are left")
-            return tree, counts | {"dropped": num}
-        try:
-            tree = distinct.replaced(self.parts, tree, bad_K, self.workers)
-        except DataError:
-            storage.remove(self.work)  # no try with these settings ends otherwise: others may stand here
-            raise
-        self.run.log(f"{what} and were put on other vectors")
-        return tree, counts | {"replaced": num}
+            tree, counts, what = distinct.without(tree, bad_K), {"dropped": num}, "were dropped"
+        else:
+            counts, what = {"replaced": num}, "were put on other vectors"
+            try:
+                tree = distinct.replaced(self.parts, tree, bad_K, self.workers)
+            except DataError:
+                storage.remove(self.work)  # no try with these settings ends otherwise: others may stand here
+                raise
+        self.run.log(f"{num} codes repeated another one or were not finite and {what}: there are {len(tree.codes)}")
+        storage.write_json(storage.join(self.work, DISTINCT), counts)
+        self.keep("distinct", tree)
+        return tree, counts
 
     def seeds(self) -> Tree:
         """Where flat k-means over all vectors starts."""
@@ -161,19 +195,30 @@ class _Build:
         done = self.kept("seeds")
         if done is not None:
             return done
-        x_NC = torch.cat([x_NC for chunk in sample for _, x_NC in chunk.on_cpu().vectors()])
+        x_NC, held = torch.empty(sum(chunk.rows for chunk in sample), self.parts[0].width), 0
+        for chunk in sample:
+            for block_NC in chunk.on_cpu().vectors():
+                x_NC[held : held + len(block_NC)] = block_NC
+                held += len(block_NC)
+        x_NC = x_NC[:held]
+        if not held:
+            storage.remove(self.work)
+            raise DataError(
+                "The vectors drawn are all 0, and codebook.spherical=true wants directions. Set it to false."
+            )
         codes_KC = kmeans.seed(x_NC, num, torch.Generator().manual_seed(self.seed), self.section.seeding).float()
         seeds = Tree(x_NC.mean(0, keepdim=True), codes_KC, torch.zeros(num, dtype=torch.int64))
         self.keep("seeds", seeds)
         return seeds
 
-    def iterate(self, name: str, parts: Sequence[Chunk], first: Callable[[], Tree], steps: int) -> Tree:
+    def iterate(self, name: str, parts: Callable[[], Sequence[Vectors]], first: Callable[[], Tree], steps: int) -> Tree:
         """Lloyd passes over the parts, from `first()` or from the last pass that was kept."""
         last = max((n for n in range(steps) if storage.exists(self.file(f"{name}-{n:03d}"))), default=-1)
         tree = first() if last < 0 else self.kept(f"{name}-{last:03d}")
         assert tree is not None
+        data = parts() if last + 1 < steps else ()
         for number in range(last + 1, steps):
-            tree, stats, reseeded = clustering.lloyd(parts, tree, self.workers)
+            tree, stats, reseeded = clustering.lloyd(data, tree, self.workers)
             step = f"{name}-{number:03d}"
             self.run.log(f"{step}: distortion {stats.distortion:.5g} before it, {reseeded} codes re-seeded")
             metric = "distortion_of_cells" if name == "coarse" else "distortion"
@@ -187,31 +232,47 @@ class _Build:
         done = self.kept("fine")
         if done is not None:
             return done
-        cells_PC = self.cells()
-        names, codes = storage.join(self.work, "cells"), storage.join(self.work, "codes")
+        cells_PC, codes = self.cells(), storage.join(self.work, "codes")
         self.run.log(f"sorting the vectors into {len(cells_PC)} cells")
-        sizes = cells.write_cells(self.parts, cells_PC, names, self.workers).tolist()
-        divide = {"proportional": kmeans.allocate, "equal": kmeans.share_equally}[self.section.split]
-        shares = divide(self.section.size, sizes)
-        sampled = sum(size > self.section.cell_vectors for size in sizes)
-        if sampled:
-            self.run.log(
-                f"{sampled} cells hold more than codebook.cell_vectors={self.section.cell_vectors:,} vectors: their codes "
-                "come from a sample of so many"
-            )
-        self.fine(names, codes, sizes, shares)
+        starts_FP = cells.write_cells(self.parts, cells_PC, self.cell_files, self.workers)
+        sizes = np.diff(starts_FP.sum(0, dtype=np.int64)).tolist()
+        shares = self.shares(sizes)
+        self.fine(codes, sizes, shares)
         codes_KC = cells.load_codes(codes, shares, cells_PC.shape[1])
         cell_of_K = torch.repeat_interleave(torch.arange(len(shares)), torch.tensor(shares))
         tree = Tree(cells_PC, codes_KC, cell_of_K)
+        sampled = sum(size > self.section.cell_vectors for size in sizes)
         storage.write_json(storage.join(self.work, SAMPLED), sampled)
         self.keep("fine", tree)
-        storage.remove(names)
         storage.remove(codes)
         return tree
 
-    def noted_sampled(self) -> int:
-        path = storage.join(self.work, SAMPLED)
-        return int(storage.read_json(path)) if storage.exists(path) else 0
+    def shares(self, sizes: list[int]) -> list[int]:
+        """Codes of each cell: no more than the vectors that its k-means sees."""
+        bound = self.section.cell_vectors
+        most = [min(size, bound) for size in sizes]
+        sampled = sum(size > bound for size in sizes)
+        if sampled:
+            self.run.log(
+                f"{sampled} cells hold more than codebook.cell_vectors={bound:,} vectors: their codes come from a sample of "
+                "so many"
+            )
+            try:
+                _check_reach(self.section, sum(most))
+            except ConfigError:
+                storage.remove(self.work)  # no try with these settings ends otherwise: others may stand here
+                raise
+        divide = {"proportional": kmeans.allocate, "equal": kmeans.share_equally}[self.section.split]
+        return divide(self.section.size, sizes, most)
+
+    def pieces(self) -> list[cell_pieces.Piece]:
+        """All vectors by their cells; those files that do not stand are made."""
+        starts_FP = cells.write_cells(self.parts, self.cells(), self.cell_files, self.workers)
+        return cell_pieces.pieces(self.parts, starts_FP, self.cell_files)
+
+    def noted(self, name: str, default: Any) -> Any:
+        path = storage.join(self.work, name)
+        return storage.read_json(path) if storage.exists(path) else default
 
     def cells(self) -> Tensor:
         """Centroids of the first level by Lloyd over a sample: float32 (K1, C)."""
@@ -221,22 +282,21 @@ class _Build:
         num = self.section.coarse
         sample = self.sampled(max(self.section.sample or max(SAMPLE_MIN, SAMPLE_A_CELL * num), num))
         self.run.log(f"{num} cells from {sum(chunk.rows for chunk in sample):,} sampled vectors")
-        cells_PC = self.iterate("coarse", sample, lambda: self.seeds_of(sample, num), self.section.iterations).codes
+        cells_PC = self.iterate(
+            "coarse", lambda: sample, lambda: self.seeds_of(sample, num), self.section.iterations
+        ).codes
         self.keep("cells", Tree(cells_PC, torch.empty(0, cells_PC.shape[1]), torch.empty(0, dtype=torch.int64)))
         storage.remove(storage.join(self.work, "sample"))
         return cells_PC
 
-    def fine(self, folder: str, codes: str, sizes: list[int], shares: list[int]) -> None:
+    def fine(self, codes: str, sizes: list[int], shares: list[int]) -> None:
         """Codes of all cells, a task for some neighbouring cells."""
-        names = [cells.cell_file(folder, chunk) for chunk in self.parts]
+        names = [cells.cell_file(self.cell_files, chunk) for chunk in self.parts]
         section, chunk = self.section, self.parts[0]
-        how = (section.seeding, section.spherical, chunk.gpus)
+        how = (section.seeding, section.spherical, chunk.device)
         settings = cells.CellSettings(chunk.width, section.iterations, self.seed, section.cell_vectors, *how)
-        items, first = [], 0
-        for last in range(1, len(sizes) + 1):
-            if last == len(sizes) or sum(sizes[first : last + 1]) > FINE_VECTORS:
-                items.append((names, codes, first, shares[first:last], settings))
-                first = last
+        runs = cell_pieces.runs(sizes, FINE_VECTORS)
+        items = [(names, codes, first, shares[first:last], settings) for first, last in runs]
         with self.run.progress(sum(shares), "codes") as bar:
             for made in clustering.in_order(cells.fine, items, self.workers, chunk.gpus):
                 bar.update(made)
@@ -247,30 +307,11 @@ class _Build:
     def kept(self, name: str) -> Tree | None:
         if not storage.exists(self.file(name)):
             return None
-        loaded = load_tensors(storage.read_bytes(self.file(name)))
+        loaded = tensor_files.read(self.file(name))
         return Tree(loaded["cells"], loaded["codes"], loaded["cell_of"])
 
     def keep(self, name: str, tree: Tree) -> None:
-        tensors = {"cells": tree.cells, "codes": tree.codes, "cell_of": tree.cell_of}
-        data = save_tensors({key: value.contiguous() for key, value in tensors.items()})
-        storage.write_atomic(self.file(name), data)
-
-
-def _probes(run: StageRun, parts: Sequence[Chunk], tree: Tree, workers: int) -> Probes:
-    """How much of the tree a search sees to reach `codebook.recall` on vectors drawn from the parts."""
-    wanted, num = run.recipe.codebook.recall, len(tree.cells)
-    if num == 1:
-        return Probes(1, 1.0, 1.0)
-    folder, kept = storage.join(run.path, WORK, "recall"), storage.join(run.path, WORK, "recall.json")
-    if not storage.exists(kept):
-        found = recall.probes_for(parts, tree, wanted, run.recipe.seed, workers, folder)
-        storage.write_json(kept, found._asdict())
-        storage.remove(folder)
-    probes = Probes(**storage.read_json(kept))
-    told = f"{probes.recall:.2%} of held-out vectors find their nearest code in at most {probes.cells} of {num} cells"
-    run.log(told if probes.cells < num else f"{told}: codebook.recall={wanted} needs all of them")
-    run.scores["recall"] = probes.recall
-    return probes
+        tensor_files.write(self.file(name), {"cells": tree.cells, "codes": tree.codes, "cell_of": tree.cell_of})
 
 
 def _score(run: StageRun, splits: dict[str, list[Chunk]], tree: Tree, workers: int, probes: Probes) -> None:
@@ -290,7 +331,7 @@ def _score(run: StageRun, splits: dict[str, list[Chunk]], tree: Tree, workers: i
             f"imbalance/{split}": imbalance(stats.counts),
             f"vectors/{split}": int(stats.counts.sum()),
         }
-    storage.write_atomic(storage.join(run.path, COUNTS), save_tensors(counted))
+    tensor_files.write(storage.join(run.path, COUNTS), counted)
     picture = sizes_picture(counted["train"], "training vectors of a code")
     storage.write_atomic(storage.join(run.path, PICTURE), picture)
     shown = {key: f"{value:.4g}" for key, value in run.scores.items() if not key.startswith(("vectors", "entropy"))}
@@ -303,6 +344,5 @@ def _save(path: str, tree: Tree, probes: Probes) -> None:
         "reach": torch.tensor(probes.reach, dtype=torch.float64),
         "recall": torch.tensor(probes.recall, dtype=torch.float64),
     }
-    kept = save_tensors({"cells": tree.cells, "cell_of": tree.cell_of, **search})
-    storage.write_atomic(storage.join(path, TREE), kept)
-    storage.write_atomic(storage.join(path, CENTROIDS), save_tensors({"centroids": tree.codes.contiguous()}))
+    tensor_files.write(storage.join(path, TREE), {"cells": tree.cells, "cell_of": tree.cell_of, **search})
+    tensor_files.write(storage.join(path, CENTROIDS), {"centroids": tree.codes})

@@ -17,12 +17,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import smalti
 from smalti import shards
 from smalti.artifact import RECORD, Artifact
-from smalti.errors import DataError
+from smalti.errors import ConfigError, DataError
 from smalti.schema import Recipe
 from smalti.tokenizers.code_index import CodeIndex
-from smalti.workflows import cells, clustering, code_sums, codebook, distinct
+from smalti.tracking import NullTracker
+from smalti.workflows import cell_pieces, cells, clustering, code_sums, codebook, distinct, recall
 from smalti.workflows.clustering import Tree
 from smalti.workflows.ray_session import ensure_ray
 from smalti.workflows.stage import StageRun, run_stage
@@ -125,56 +127,62 @@ def test_a_kill_in_every_phase_ends_with_the_same_bytes_and_nothing_is_made_twic
 def test_ranges_added_in_tasks_are_the_sums_of_a_loop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(code_sums, "RANGE_NUMBERS", 7 * DIM)
     monkeypatch.setattr(code_sums, "FOLD", 2)
+    monkeypatch.setattr(code_sums, "MOVED_NUMBERS", 3 * DIM)
     parts = clustering.chunks(str(Path(planted(tmp_path).out) / "features"), "train")
     assert [chunk.rows for chunk in parts] == [1000, 1000, 1000, 1000, 500]
-    x_NC = torch.cat([x_NC for chunk in parts for _, x_NC in chunk.vectors()])
+    x_NC = torch.cat([x_NC for chunk in parts for x_NC in chunk.vectors()])
     codes_KC = x_NC[:20].clone()
     sums = code_sums.RangeSums(20, DIM)
     clustering.full_pass(parts, Tree(x_NC[:1], codes_KC, torch.zeros(20, dtype=torch.int64)), 2, sums=sums)
-    found = torch.cat([rows for _, rows in sums.ranges()])
+    given = list(sums.ranges())
+    assert [codes.stop - codes.start for codes, _ in given] == [3, 3, 1, 3, 3, 1, 3, 3], "some codes at a time"
+    found = torch.cat([rows for _, rows in given])
     ids_N = torch.cdist(x_NC.double(), codes_KC.double()).argmin(1)
     expected = torch.stack([x_NC[ids_N == code].double().sum(0) for code in range(20)])
     assert len(sums.bounds) == 3
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_the_sums_of_a_chunk_are_those_of_a_loop_in_a_row_a_code_that_occurs() -> None:
-    draw = torch.Generator().manual_seed(0)
-    x_NC, ids_N = torch.randn(50, DIM, generator=draw), torch.randint(1000, (50,), generator=draw)
-    sums = code_sums.UsedSums(1000, DIM, 50)
-    for rows in (slice(0, 30), slice(30, 50)):
-        sums.add(x_NC[rows], ids_N[rows])
-    used, found = sums.part(100, 900)
-    expected = sorted(code for code in set(ids_N.tolist()) if 100 <= code < 900)
-    assert (used + 100).tolist() == expected
-    for code, row in zip(expected, found, strict=True):
-        np.testing.assert_allclose(row, x_NC[ids_N == code].double().sum(0).numpy(), rtol=1e-12)
-    assert len(sums.sums) == 50, "rows follow the vectors, not the codes"
-
-
-def test_codes_put_in_the_order_of_their_cells_keep_their_cells(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clustering, "COLUMNS", 3)
-    codes_KC, cell_of_K = torch.randn(20, DIM), torch.randint(4, (20,))
-    tree = Tree(torch.randn(4, DIM), codes_KC.clone(), cell_of_K).in_cell_order()
-    order = torch.argsort(cell_of_K, stable=True)
-    assert torch.equal(tree.codes, codes_KC[order])
-    assert torch.equal(tree.cell_of, cell_of_K[order])
+def test_pieces_of_the_cell_files_hold_every_vector_once_and_meet_fewer_codes(tmp_path: Path) -> None:
+    parts = clustering.chunks(str(Path(planted(tmp_path).out) / "features"), "train")
+    x_NC = torch.cat([x_NC for chunk in parts for x_NC in chunk.vectors()])
+    cells_PC, codes_KC = x_NC[:40], x_NC[1000:1200]
+    starts_FP = cells.write_cells(parts, cells_PC, str(tmp_path / "cells"), 2)
+    pieces = cell_pieces.pieces(parts, starts_FP, str(tmp_path / "cells"))
+    seen_NC = torch.cat([block for piece in pieces for block in piece.vectors()])
+    assert sorted(map(tuple, seen_NC.tolist())) == sorted(map(tuple, x_NC.tolist()))
+    assert max(piece.rows for piece in pieces) <= 1000
+    tree = clustering.placed(Tree(cells_PC, codes_KC, torch.zeros(200, dtype=torch.int64)))
+    arrays, bounds = (tree.cells.numpy(), tree.codes.numpy(), tree.cell_of.numpy()), [(0, 200)]
+    met = [
+        sum(next(clustering._chunk_sums(part, arrays, clustering.POLISH, bounds))[1][0] for part in side)
+        for side in (pieces, parts)
+    ]
+    assert met[0] < 0.5 * met[1], "rows of sums that go to the tasks that add them"
+    by_pieces, by_chunks = (
+        clustering.lloyd(side, tree.with_codes(tree.codes.clone()), 2)[0].codes for side in (pieces, parts)
+    )
+    torch.testing.assert_close(by_pieces, by_chunks)
 
 
 @pytest.mark.parametrize(("coarse", "asked"), [(5, 0.9), (2, 1.0)])
 def test_the_cells_searched_reach_the_recall_asked_for(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], coarse: int, asked: float
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, coarse: int, asked: float
 ) -> None:
+    monkeypatch.setattr(recall, "VECTORS", ROWS)
+    monkeypatch.setattr(recall, "MOST_VECTORS", ROWS)
     made = codebook.run(planted(tmp_path, coarse=coarse, recall=asked, polish=0))
     tree = load_file(Path(made.path) / codebook.TREE)
     index = CodeIndex(codebook.load_centroids(made), tree["cells"], tree["cell_of"])
     (held_out,) = clustering.chunks(str(tmp_path / "features"), "val")
-    x_NC = next(held_out.vectors())[1]
+    x_NC = next(held_out.vectors())
     probes = index.probes_for(x_NC, asked)
     assert (int(tree["searched_cells"]), float(tree["reach"]), float(tree["recall"])) == probes
     assert (made.counts["searched_cells"], made.scores["recall"]) == (probes.cells, probes.recall)
     assert probes.recall >= asked
-    distance_N = index.tree(x_NC, probes.cells, probes.reach)[1]
+    index = smalti.load_codebook(made.path)
+    assert index.probes == probes
+    distance_N = index.nearest(x_NC)[1]
     assert made.scores["distortion/val"] == pytest.approx(float(distance_N.double().mean()), rel=1e-6)
     assert ("codebook.recall=1.0 needs all of them" in capfd.readouterr().err) == (probes.cells == coarse)
 
@@ -182,13 +190,14 @@ def test_the_cells_searched_reach_the_recall_asked_for(
 def test_large_cells_are_sampled_and_it_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     made = codebook.run(planted(tmp_path, cell_vectors=300, polish=0))
     assert made.counts["sampled_cells"] == 5
+    assert made.counts["replaced"] == 0
     assert "5 cells hold more than codebook.cell_vectors=300 vectors" in capfd.readouterr().err
     assert made.scores["distortion/val"] < 2 * 0.09 * DIM
 
 
 def test_a_sample_of_a_cell_is_among_its_vectors_and_the_same_for_any_files(tmp_path: Path) -> None:
     parts = clustering.chunks(str(Path(planted(tmp_path).out) / "features"), "train")
-    centres_PC = next(parts[0].vectors())[1][:3]
+    centres_PC = next(parts[0].vectors())[:3]
     for chunk in parts:
         cells._chunk_cells(chunk, centres_PC, str(tmp_path / "cells"))
     names = [cells.cell_file(str(tmp_path / "cells"), chunk) for chunk in parts]
@@ -227,20 +236,79 @@ def test_codes_that_repeat_or_are_not_finite_are_dropped_and_k_says_so(tmp_path:
     assert distinct.unusable(codes_KC).tolist() == [False, True, True, False, True]
 
 
-@pytest.mark.parametrize("bad", ["width", "nan", "val"])
+def test_codes_that_must_move_go_to_the_farthest_distinct_vectors_and_this_is_done_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clustering, "FAR_A_CHUNK", 2)
+    wanted = planted(tmp_path)
+    parts = clustering.chunks(str(tmp_path / "features"), "train")
+    x_NC = torch.cat([x_NC for chunk in parts for x_NC in chunk.vectors()])
+    codes_KC, bad_K = x_NC[:50].clone(), torch.arange(50) >= 20
+    codes_KC[30:] = float("nan")
+    nearest_N = torch.cdist(x_NC, codes_KC[:20]).amin(-1)
+    tree = Tree(x_NC[:1], codes_KC, torch.zeros(50, dtype=torch.int64))
+    assert torch.equal(distinct.unusable(codes_KC), torch.arange(50) >= 30)
+    made = distinct.replaced(parts, tree, bad_K, 2)
+    assert made.codes.data_ptr() == codes_KC.data_ptr(), "in place"
+    torch.testing.assert_close(torch.cdist(made.codes[20:], made.codes[:20]).amin(-1), nearest_N.topk(30).values)
+    assert not distinct.unusable(made.codes).any()
+    with ensure_ray(wanted):
+        build = codebook._Build(
+            StageRun("codebook", str(tmp_path / "codebook"), wanted, NullTracker(), False, ""), parts, 2
+        )
+        first = build.usable(Tree(x_NC[:1], x_NC[:1].repeat(9, 1), torch.zeros(9, dtype=torch.int64)))
+        again = build.usable(Tree(x_NC[:1], x_NC[:1].repeat(9, 1), torch.zeros(9, dtype=torch.int64)))
+    assert torch.equal(first[0].codes, again[0].codes) and first[1] == again[1] == {"replaced": 8}
+
+
+def test_recall_is_measured_on_training_vectors_too_where_few_are_held_out(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    wanted = planted(tmp_path, polish=0)
+    write(str(tmp_path / "features"), "val/00000", np.zeros((5, DIM)))
+    write(str(tmp_path / "features"), "val/00001", np.zeros((0, DIM)))
+    made = codebook.run(wanted)
+    assert made.scores["vectors/recall"] == 4096
+    assert "of 5 held-out and 4,091 training vectors find" in capfd.readouterr().err
+    assert made.scores["vectors/val"] == 5
+
+
+def test_zero_vectors_have_no_part_in_spherical_codes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    wanted = planted(tmp_path, spherical=True, polish=1, size=200)
+    write(str(tmp_path / "features"), "train/00004", np.zeros((ROWS, DIM)))
+    made = codebook.run(wanted)
+    torch.testing.assert_close(codebook.load_centroids(made).norm(dim=-1), torch.ones(200))
+    assert made.counts["zero_vectors"] == ROWS and made.scores["vectors/train"] == 8 * ROWS
+    assert f"{ROWS} training vectors are 0" in capfd.readouterr().err
+
+
+def test_codes_that_sampled_cells_cannot_give_are_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"codebook.size=2,000.*cell_vectors=500.* see 1,000 vectors at most"):
+        codebook.run(planted(tmp_path / "a", size=2000, coarse=2, cell_vectors=500))
+    wanted = planted(tmp_path / "b", size=2000, coarse=2, cell_vectors=1000)
+    few = np.random.default_rng(0).normal(size=(ROWS, DIM)) + 100
+    for number in range(SHARDS - 1):
+        write(str(tmp_path / "b" / "features"), shards.shard_key("train", number), few if number < 1 else few - 200)
+    with pytest.raises(ConfigError, match=r"cell_vectors=1,000 .* see 1,500 vectors at most"):
+        codebook.run(wanted)
+
+
+@pytest.mark.parametrize("bad", ["width", "nan", "val", "nan in val"])
 def test_a_bad_shard_is_named(tmp_path: Path, bad: str) -> None:
     wanted = planted(tmp_path)
     folder = str(Path(wanted.out) / "features")
     x_NC = np.zeros((ROWS, DIM + (bad == "width") + (bad == "val")))
-    x_NC[3, 2] = np.nan if bad == "nan" else 0
-    write(folder, "val/00000" if bad == "val" else "train/00004", x_NC)
+    x_NC[3, 2] = np.nan if bad.startswith("nan") else 0
+    write(folder, "val/00000" if bad.endswith("val") else "train/00004", x_NC)
     message = {
         "width": r"train/00004.parquet holds vectors of 9 numbers, where the other shards .* hold 8",
         "nan": r"train/00004.parquet holds NaN or Inf",
+        "nan in val": r"val/00000.parquet holds NaN or Inf",
         "val": r"train vectors have 8 numbers, val vectors 9",
     }[bad]
     with pytest.raises(DataError, match=message):
         codebook.run(wanted)
     assert Artifact.find(str(Path(wanted.out) / "codebook")) is None
-    if bad != "nan":
+    assert not list((Path(wanted.out) / "codebook").glob("work/coarse-*")), "told before k-means"
+    if not bad.startswith("nan"):
         assert not (Path(wanted.out) / "codebook" / "work").exists(), "told before any work"

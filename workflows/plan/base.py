@@ -18,7 +18,7 @@ from smalti.tokenizers import kmeans
 from smalti.workflows.clustering import Chunk
 from smalti.workflows.gpus import GPUS
 
-ASSUMED_FRACTION = 0.45  # of the bf16 peak, the goal of code assignment on a GPU
+ASSUMED_FRACTION = 0.45  # of the float32 peak: k-means and tree search compute in float32
 ASSUMED_READ = 1e9  # bytes a second and GPU from the store
 ASSUMED_TRAINING = 0.40  # of the peaks in training
 ASSUMED_CALL_S = 5e-6  # until an operator is started on a GPU: what bounds small models
@@ -57,7 +57,8 @@ class Rates:
 
 @dataclass(frozen=True)
 class Phase:
-    """Part of a stage: FLOPs, bytes read and written, and how many devices can share it (0: all)."""
+    """Part of a stage: FLOPs, bytes read and written, how many devices can share it (0: all), and bytes of sums that pass
+    through Ray's object store."""
 
     name: str
     formula: str
@@ -65,12 +66,13 @@ class Phase:
     read: float = 0.0
     written: float = 0.0
     devices: int = 0
+    moved: float = 0.0
 
     def seconds(self, rates: Rates, num: int) -> tuple[float, str]:
         """Seconds on `num` devices, and what bounds them (`FLOPs` or `bytes`): reading overlaps with computing."""
         shared = min(num, self.devices) if self.devices else num
         compute = self.flops / (rates.flops * shared)
-        transfer = (self.read + self.written) / (rates.read * shared)
+        transfer = (self.read + self.written + self.moved) / (rates.read * shared)
         return max(compute, transfer), "FLOPs" if compute >= transfer else "bytes"
 
 
@@ -101,14 +103,16 @@ class Plan:
     def lines(self) -> list[str]:
         """The plan as text, a line each."""
         found = [self.title, ""]
-        found.append(f"  {'phase':<14}{'read':>10}{'written':>10}{'FLOPs':>10}{'hours':>9}  bound by")
+        found.append(f"  {'phase':<14}{'read':>10}{'written':>10}{'sums':>10}{'FLOPs':>10}{'hours':>9}  bound by")
         for phase in self.phases:
             seconds, bound = phase.seconds(self.rates, self.num)
-            sizes = f"{size_text(phase.read):>10}{size_text(phase.written):>10}{phase.flops:>10.2g}"
-            found.append(f"  {phase.name:<14}{sizes}{seconds / 3600:>9.3g}  {bound}; {phase.formula}")
-        read, written = (sum(getattr(phase, name) for phase in self.phases) for name in ("read", "written"))
+            sizes = "".join(f"{size_text(size):>10}" for size in (phase.read, phase.written, phase.moved))
+            found.append(
+                f"  {phase.name:<14}{sizes}{phase.flops:>10.2g}{seconds / 3600:>9.3g}  {bound}; {phase.formula}"
+            )
+        sums = [sum(getattr(phase, name) for phase in self.phases) for name in ("read", "written", "moved")]
         flops = sum(phase.flops for phase in self.phases)
-        total = f"{size_text(read):>10}{size_text(written):>10}{flops:>10.2g}{self.seconds / 3600:>9.3g}"
+        total = "".join(f"{size_text(size):>10}" for size in sums) + f"{flops:>10.2g}{self.seconds / 3600:>9.3g}"
         found += [f"  {'total':<14}{total}", ""]
         found += [f"  memory of {who}: {size_text(size)} ({formula})" for who, size, formula, _ in self.memory]
         found.append(
@@ -140,10 +144,12 @@ def gpu_rates(name: str) -> Rates:
     if name not in GPUS:
         raise ConfigError(f"--gpu {name} is not known; there are {', '.join(GPUS)} and cpu (measured on this machine)")
     gpu = GPUS[name]
-    kind = "float32 peak (it has no bf16 units)," if gpu.bf16 == gpu.fp32 else "bf16 peak"
-    origin = f"ASSUMED, {ASSUMED_FRACTION:.0%} of the {kind} {gpu.bf16 / 1e12:.0f} TFLOP/s and {ASSUMED_READ / 1e9:g} GB/s of the store"
+    origin = (
+        f"ASSUMED, {ASSUMED_FRACTION:.0%} of the float32 peak {gpu.fp32 / 1e12:g} TFLOP/s for k-means and "
+        f"{ASSUMED_READ / 1e9:g} GB/s of the store"
+    )
     peaks = {key: ASSUMED_TRAINING * getattr(gpu, key) for key in ("bf16", "tf32", "fp32")}
-    flops = ASSUMED_FRACTION * gpu.bf16
+    flops = ASSUMED_FRACTION * gpu.fp32
     links = (gpu.inside, gpu.network, ASSUMED_CALL_S, gpu.host)
     return Rates(name, flops, ASSUMED_READ, gpu.memory, origin, peaks, *links, note=gpu.note)
 
@@ -179,7 +185,7 @@ def _read_rate(width: int, rows: int = 16_384) -> float:
     columns = [pa.array(["x"] * rows), pa.array(np.arange(rows, dtype=np.int32)), shards.list_column(x_NC)]
     with tempfile.TemporaryDirectory() as folder:
         shards.write_shard(folder, "train/00000", pa.table(columns, shards.feature_schema(width)))
-        chunk = Chunk(folder, (("train/00000", rows),))
+        chunk = Chunk(folder, (("train/00000", rows),), width)
         started, calls = time.process_time(), 0
         while time.process_time() - started < MEASURE_S:
             list(chunk.vectors())

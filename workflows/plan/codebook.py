@@ -6,10 +6,13 @@ import math
 
 from smalti.schema import CodebookSection
 from smalti.workflows import clustering, code_sums, recall
-from smalti.workflows.codebook import SAMPLE_A_CELL, SAMPLE_MIN, SEEDS_A_CODE
+from smalti.workflows.codebook import FINE_VECTORS, SAMPLE_A_CELL, SAMPLE_MIN, SEEDS_A_CODE
 from smalti.workflows.plan.base import Phase, Plan, Rates
 
-HALF, SINGLE, DOUBLE, INDEX = 2, 4, 8, 8  # bytes
+HALF, SINGLE, DOUBLE = 2, 4, 8  # bytes
+ASSUMED_MET = 5  # times the codes of its own cells: those that the vectors of a piece meet (3.3 to 5.2 were seen)
+BESIDE = 0.1e9  # bytes of the blocks in which the driver moves codes
+NAMES = 128  # bytes of a code's name while codes that repeat are looked for
 
 
 def plan_codebook(section: CodebookSection, vectors: int, width: int, rates: Rates, num: int) -> Plan:
@@ -25,10 +28,12 @@ def plan_codebook(section: CodebookSection, vectors: int, width: int, rates: Rat
     flops = 2.0 * vectors * searched * width
     formula = f"2·N·(P + {probes}·K/P)·C" if two_level else "2·N·K·C"
     data = float(HALF * vectors * width)
-    phases += [Phase(f"polish {step + 1}", formula, flops, data) for step in range(section.polish)]
+    sums = _sums(section, vectors, width)
+    phases += [Phase(f"polish {step + 1}", formula, flops, data, moved=sums) for step in range(section.polish)]
     if two_level:
         drawn = recall.num_vectors(section.recall)
-        phases.append(Phase("recall", f"2·{drawn:,}·K·C", 2.0 * drawn * section.size * width))
+        tasks = -(-drawn // recall.TASK_VECTORS)
+        phases.append(Phase("recall", f"2·{drawn:,}·K·C", 2.0 * drawn * section.size * width, devices=tasks))
         seen = _cells_seen(section)
         formula, flops = f"2·N·(P + {seen:.1f}·K/P)·C", 2.0 * vectors * (cells + seen * section.size / cells) * width
     phases.append(Phase("scores", formula, flops, data))
@@ -46,18 +51,35 @@ def _cells_seen(section: CodebookSection) -> float:
 def _two_level(section: CodebookSection, vectors: int, width: int) -> list[Phase]:
     cells, turns, data = section.coarse, section.iterations, float(HALF * vectors * width)
     sample = _sample(section, vectors)
-    tasks = -(-sample // clustering.SAMPLE_CHUNK_VECTORS)
+    tasks, seen = -(-sample // clustering.SAMPLE_CHUNK_VECTORS), min(vectors, cells * section.cell_vectors)
+    of_cells = "N" if seen == vectors else f"{seen:,}"
     return [
         Phase("sample", "every shard is read once", read=data),
         Phase("cells", "2·S·P·C a Lloyd iteration", 2.0 * sample * cells * width * turns, devices=tasks),
         Phase("sorting", "2·N·P·C", 2.0 * vectors * cells * width, data, data),
-        Phase("codes", "2·N·(K/P)·C a Lloyd iteration", 2.0 * vectors * section.size / cells * width * turns, data),
+        Phase(
+            "codes", f"2·{of_cells}·(K/P)·C a Lloyd iteration", 2.0 * seen * section.size / cells * width * turns, data
+        ),
     ]
+
+
+def _sums(section: CodebookSection, vectors: int, width: int) -> float:
+    """Bytes of the sums that the tasks of a Lloyd pass hand on: a row of float64 a code that a chunk or piece meets."""
+    num, chunk = section.size, min(vectors, clustering.CHUNK_VECTORS)
+    met = num * -math.expm1(-chunk / num)  # of equally frequent codes
+    tasks = -(-vectors // chunk)
+    if section.coarse > 1:
+        cell = vectors / section.coarse
+        together = max(1, chunk // max(1, round(cell)))  # cells of a piece
+        met = min(met, ASSUMED_MET * together * num / section.coarse)
+        tasks = max(section.coarse // together, math.ceil(vectors / chunk))
+    return float(DOUBLE * width * met * tasks)
 
 
 def _flat(section: CodebookSection, vectors: int, width: int) -> list[Phase]:
     data, flops = float(HALF * vectors * width), 2.0 * vectors * section.size * width
-    lloyd = Phase("codes", "2·N·K·C a Lloyd iteration", flops * section.iterations, data * section.iterations)
+    turns, sums = section.iterations, _sums(section, vectors, width)
+    lloyd = Phase("codes", "2·N·K·C a Lloyd iteration", flops * turns, data * turns, moved=sums * turns)
     return [Phase("sample", "every shard is read once", read=data), lloyd]
 
 
@@ -70,32 +92,44 @@ def _sample(section: CodebookSection, vectors: int) -> int:
 
 
 def _memory(section: CodebookSection, vectors: int, width: int) -> list[tuple[str, float, str, str]]:
-    """(who, bytes, formula, mend) of the largest needs of the driver and of a task."""
-    codes = float(SINGLE * section.size * width)
-    moves = section.polish > 0 or section.coarse == 1
-    summed = float(DOUBLE * width)
-    ranges = summed * min(section.size, code_sums.RANGE_NUMBERS // width) if moves else 0.0
-    met = summed * min(section.size, clustering.CHUNK_VECTORS) if moves else 0.0
-    smaller = "Set a smaller codebook.size, or features of fewer numbers."
+    """(who, bytes, formula, mend) of the largest needs of the driver and of a task, beside what Python and torch take."""
+    chunk, block = min(vectors, clustering.CHUNK_VECTORS), min(vectors, clustering.BLOCK_VECTORS)
+    codes, far = float(SINGLE * section.size * width), float(3 * SINGLE * clustering.FAR_KEPT * width)
+    rows = min(section.size, max(1, code_sums.RANGE_NUMBERS // width)) if section.polish or section.coarse == 1 else 0
+    met = min(section.size, chunk) if rows else 0
+    sample, seeds = _sample(section, vectors), section.coarse if section.coarse > 1 else section.size
+    shard, smaller = "Use smaller shards.", "Set a smaller codebook.size, or features of fewer numbers."
+    read = float((HALF * chunk + SINGLE * block) * width)  # shards, no larger than a chunk, and a block of them
     needs = [
-        ("the driver in a pass", codes + ranges, "4·K·C" + " and a range of sums" * moves, smaller),
-        ("a task in a pass", codes + met, "4·K·C" + f" + 8·min(K, {clustering.CHUNK_VECTORS:,})·C" * moves, smaller),
+        (
+            "the driver in a pass",
+            codes + max(float(DOUBLE * rows * width) + far, float(NAMES * section.size)) + BESIDE,
+            "4·K·C"
+            + " and a range of sums" * bool(rows)
+            + f" and 12·{clustering.FAR_KEPT:,}·C of far vectors and 0.1 GB",
+            smaller,
+        ),
+        (
+            "a task in a pass",
+            codes + read + float(DOUBLE * (met + rows) * width),
+            f"4·K·C + 2·{chunk:,}·C + 4·{block:,}·C" + f" + 8·({met:,} + {rows:,})·C" * bool(rows),
+            smaller,
+        ),
         (
             "the driver in the sample",
-            float(SINGLE * _sample(section, vectors) * width),
-            "4·S·C",
+            float(SINGLE * (sample + seeds) * width),
+            "4·(S + seeds)·C",
             "Set codebook.sample lower.",
         ),
     ]
     if section.coarse > 1:
-        cell = min(vectors / section.coarse, section.cell_vectors)
-        size = cell * (SINGLE + HALF) * width + DOUBLE * section.size / section.coarse * width
-        needs.append(
-            (
-                "a task in a cell",
-                size,
-                "(4 + 2)·(N/P)·C + 8·(K/P)·C",
-                "Set codebook.coarse higher, or codebook.cell_vectors lower.",
-            )
-        )
+        whole = vectors / section.coarse
+        cell = min(whole, section.cell_vectors)
+        together = max(1.0, FINE_VECTORS // whole) * cell * (2 if section.spherical else 1)
+        size = SINGLE * together * width + DOUBLE * section.size / section.coarse * width
+        mend = "Set codebook.coarse higher, or codebook.cell_vectors lower."
+        needs += [
+            ("a task in the sorting", read + HALF * chunk * width, "(2 + 2)·N/chunks·C + 4·block·C", shard),
+            ("a task in a cell", size, "4·n·C + 8·(K/P)·C, n vectors of cells read together", mend),
+        ]
     return needs

@@ -1,0 +1,84 @@
+"""The parts of the stage codebook that need no Ray: memory of the driver, pieces of cells, sums of a chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from smalti import shards
+from smalti.schema import Recipe
+from smalti.workflows import cell_pieces, clustering, code_sums, codebook, distinct, tensor_files
+from smalti.workflows.clustering import Tree
+
+DIM = 8
+
+
+def test_the_sums_of_a_chunk_are_those_of_a_loop_in_a_row_a_code_that_occurs() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x_NC, ids_N = torch.randn(50, DIM, generator=draw), torch.randint(1000, (50,), generator=draw)
+    sums = code_sums.UsedSums(1000, DIM, 50)
+    for rows in (slice(0, 30), slice(30, 50)):
+        sums.add(x_NC[rows], ids_N[rows])
+    used, found = sums.part(100, 900)
+    expected = sorted(code for code in set(ids_N.tolist()) if 100 <= code < 900)
+    assert (used + 100).tolist() == expected
+    for code, row in zip(expected, found, strict=True):
+        np.testing.assert_allclose(row, x_NC[ids_N == code].double().sum(0).numpy(), rtol=1e-12)
+    assert len(sums.sums) == 50, "rows follow the vectors, not the codes"
+
+
+def test_codes_put_in_the_order_of_their_cells_keep_their_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clustering, "COLUMNS", 3)
+    monkeypatch.setattr(clustering, "MOVED_NUMBERS", 0)
+    codes_KC, cell_of_K = torch.randn(20, DIM), torch.randint(4, (20,))
+    tree = Tree(torch.randn(4, DIM), codes_KC.clone(), cell_of_K).in_cell_order()
+    order = torch.argsort(cell_of_K, stable=True)
+    assert torch.equal(tree.codes, codes_KC[order])
+    assert torch.equal(tree.cell_of, cell_of_K[order])
+
+
+def test_a_cell_larger_than_a_chunk_is_cut_between_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clustering, "CHUNK_VECTORS", 1_000)
+    parts = [clustering.Chunk("", ((f"train/{number:05d}", 600),), DIM) for number in range(3)]
+    starts_FP = np.array([[0, 50, 600, 600], [0, 0, 550, 600], [0, 100, 600, 600]], np.int32)
+    spans = [piece.spans for piece in cell_pieces.pieces(parts, starts_FP, "f")]
+    a, b, c = (f"f/train-{number:05d}" for number in range(3))
+    assert spans == [((a, 0, 50), (c, 0, 100)), ((a, 50, 600),), ((b, 0, 550),), ((c, 100, 600),), ((b, 550, 600),)]
+
+
+def test_no_second_matrix_of_codes_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peak memory of what the driver does with its codes, in multiples of these."""
+    monkeypatch.setattr(clustering, "MOVED_NUMBERS", 1 << 18)
+    codes_KC = torch.randn(100_000, 160)  # 64 MB
+    tree, path = Tree(codes_KC[:8].clone(), codes_KC, torch.zeros(100_000, dtype=torch.int64)), str(tmp_path / "a")
+    bad_K = torch.arange(100_000) % 1000 == 3
+
+    def peak(work: Callable[[], object]) -> float:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+        before = memory("VmRSS")
+        kept = work()
+        found = (memory("VmHWM") - before) / (codes_KC.nbytes / 1024)
+        del kept
+        return found
+
+    def memory(name: str) -> int:
+        return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0])
+
+    assert peak(lambda: tensor_files.write(path, {"codes": codes_KC})) < 0.3
+    assert peak(lambda: tensor_files.read(path)["codes"].sum()) < 1.3
+    assert peak(lambda: distinct.unusable(codes_KC)) < 0.6, "names of the codes"
+    assert peak(lambda: clustering.placed(tree)) < 0.6, "scores of a block"
+    assert peak(lambda: distinct.without(tree, bad_K)) < 0.3
+
+
+def test_a_layout_of_gpus_is_tried_on_cpus(tmp_path: Path) -> None:
+    columns = [["x"] * 9, list(range(9)), shards.list_column(np.ones((9, DIM), np.float16))]
+    shards.write_shard(str(tmp_path), "train/00000", pa.table(columns, shards.feature_schema(DIM)))
+    asked = Recipe.model_validate({"resources": {"gpus_per_worker": 1, "device": "cpu"}})
+    ((chunk,), held_out) = codebook._chunks(asked, str(tmp_path))
+    assert (chunk.gpus, chunk.device, held_out) == (1, "cpu", [])
