@@ -51,8 +51,7 @@ def main() -> None:
     asked = options.parse_args()
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
-    x_NC = vectors.chosen(asked, VECTORS + HELD_OUT, WIDTH)
-    held, train = x_NC[:HELD_OUT], x_NC[HELD_OUT:].contiguous()
+    held, train = vectors.chosen(asked, HELD_OUT, VECTORS, WIDTH)
     made: dict[str, np.ndarray] = {}
     ours = TwoLevel(asked.codes, asked.cells, iterations=5, sample=16_384, polish=2)
     seconds = medians(

@@ -32,8 +32,7 @@ def main() -> None:
     asked = options.parse_args()
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
-    x_NC = vectors.chosen(asked, VECTORS + HELD_OUT, WIDTH)
-    held, train = x_NC[:HELD_OUT], x_NC[HELD_OUT:].contiguous()
+    held, train = vectors.chosen(asked, HELD_OUT, VECTORS, WIDTH)
     made: dict[str, torch.Tensor] = {}
     shared = TwoLevel(asked.codes, asked.cells, iterations=3)
     equal = TwoLevel(asked.codes, asked.cells, iterations=4, split="equal")

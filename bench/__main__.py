@@ -1,4 +1,6 @@
-"""Run every benchmark and write bench/results/DATE-MACHINE.json: `python -m bench [number …]`.
+"""Run every benchmark and write bench/results/DATE-MACHINE.json: `python -m bench [number …] [--option value …]`.
+
+Options, from the first that begins with `--` on, go to each script.
 
 A benchmark is a script `bench/NN_what.py`, NN its goal's number, that measures both sides in one run and prints one line of
 JSON last: `{"goal": 10, "ratio": …, "quality": …, "met": …, "machine": …}`.
@@ -34,7 +36,9 @@ def standing(path: Path) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    wanted = {int(number) for number in sys.argv[1:]}
+    given = sys.argv[1:]
+    first = next((place for place, word in enumerate(given) if word.startswith("--")), len(given))
+    wanted, options = {int(number) for number in given[:first]}, given[first:]
     scripts = [path for path in sorted(HERE.glob("[0-9][0-9]_*.py")) if not wanted or int(path.name[:2]) in wanted]
     if not scripts:
         print("no such benchmark", file=sys.stderr)
@@ -42,7 +46,8 @@ def main() -> int:
     results, failed = [], []
     for script in scripts:
         print(f"== {script.name}", flush=True)
-        done = subprocess.run([sys.executable, str(script)], cwd=HERE.parent, stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, str(script), *options]
+        done = subprocess.run(command, cwd=HERE.parent, stdout=subprocess.PIPE, text=True)
         print(done.stdout, flush=True)
         found = last_json(done.stdout)
         if done.returncode or found is None:

@@ -27,11 +27,14 @@ def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--turns", type=int, default=3)
 
 
-def chosen(asked: argparse.Namespace, num: int, width: int) -> Tensor:
-    """`num` vectors as the options say (fewer if the artifact has fewer): float32 (N, C), in random order."""
+def chosen(asked: argparse.Namespace, held: int, num: int, width: int) -> tuple[Tensor, Tensor]:
+    """`held` vectors to judge by and `num` to train on, as the options say (fewer if the artifact has fewer): float32
+    (N, C). Of an artifact those to judge by are of other images, image by image; the others are in random order."""
     if asked.features is None:
-        return planted(num, width)
-    return stored(asked.features, asked.window)[:num]
+        x_NC = planted(held + num, width)
+        return x_NC[:held], x_NC[held:].contiguous()
+    held_NC, train_NC = stored(asked.features, asked.window, held)
+    return held_NC, train_NC[:num]
 
 
 def told(asked: argparse.Namespace) -> str:
@@ -52,22 +55,27 @@ def planted(num: int, width: int) -> Tensor:
     return low @ torch.randn(INNER, width, generator=draw) / INNER**0.5 + noise
 
 
-def stored(path: str, window: int) -> Tensor:
-    """The training vectors of a features artifact that holds all patches, in random order: float32 (N, C·window²).
+def stored(path: str, window: int, held: int) -> tuple[Tensor, Tensor]:
+    """`held` vectors (at most a quarter) and the others of the training images of a features artifact that holds all
+    patches, none of an image on both sides: float32 (N, C·window²).
 
     With a window a vector is that of a patch and of its neighbours; those at the edge of an image are left out.
     """
-    keys = shards.list_shards(path, "train")
+    keys, draw = shards.list_shards(path, "train"), torch.Generator().manual_seed(0)
     parts = [_windows(shards.read_shard(path, key, ["patch", "vector"]), window) for key in keys]
-    x_NC = torch.from_numpy(np.concatenate(parts))
-    return x_NC[torch.randperm(len(x_NC), generator=torch.Generator().manual_seed(0))]
+    x_BPC = torch.from_numpy(np.concatenate(parts))
+    order = torch.randperm(len(x_BPC), generator=draw)
+    images = min(-(-held // x_BPC.shape[1]), len(x_BPC) // 4)
+    held_NC, train_NC = (x_BPC[part].flatten(0, 1) for part in (order[:images], order[images:]))
+    return held_NC[:held], train_NC[torch.randperm(len(train_NC), generator=draw)]
 
 
 def _windows(shard: pa.Table, window: int) -> np.ndarray:
+    """float32 (images, patches, C·window²)."""
     x_NC = shards.vectors(shard).astype(np.float32)
-    if window == 1:
-        return x_NC
     side = round((int(np.max(shard["patch"].to_numpy())) + 1) ** 0.5)
+    if window == 1:
+        return x_NC.reshape(-1, side**2, x_NC.shape[1])
     images = x_NC.reshape(-1, side, side, x_NC.shape[1])
     view = np.lib.stride_tricks.sliding_window_view(images, (window, window), (1, 2))  # (B, rows, columns, C, w, w)
-    return view.reshape(-1, x_NC.shape[1] * window**2)
+    return view.reshape(len(images), -1, x_NC.shape[1] * window**2)
