@@ -24,6 +24,8 @@ ROUNDING = 1e-6
 TINY = torch.finfo(torch.float32).tiny
 SIGMAS = 1.645
 """Of a normal distribution, below which 95 % of it lie."""
+CANDIDATE_BLOCK = 1 << 16
+"""Codes among which candidates are looked for at once: each look is a sort, and few of them suit a GPU."""
 CANDIDATES = 16
 """Codes of each vector that are scored again in float32 after a search in another precision."""
 KERNEL_ROWS = 4096
@@ -120,7 +122,7 @@ class CodeIndex:
         if dtype not in self._low:
             self._low[dtype] = self.codes.to(dtype).contiguous()
         low_KC, low_NC, kernel = self._low[dtype], x_NC.to(dtype).contiguous(), _has_kernel(x_NC.device, dtype)
-        width = max(x_NC.shape[1] * CANDIDATES, block)
+        width = max(x_NC.shape[1] * CANDIDATES, min(len(self.codes), CANDIDATE_BLOCK))
         for rows in _blocks(len(x_NC), 1, KERNEL_ROWS) if kernel else _blocks(len(x_NC), width):
             found_NB = (_by_kernel if kernel else _candidates)(low_NC[rows], low_KC, self._half_norms)
             dots_NB = torch.einsum("nc,nbc->nb", x_NC[rows], self.codes[found_NB])
@@ -224,8 +226,8 @@ def _candidates(low_NC: Tensor, low_KC: Tensor, half_norms_K: Tensor) -> Tensor:
     """The best `CANDIDATES` codes by scores of low precision, lowest id first: int64 (N, B)."""
     scores = low_NC.new_empty(len(low_NC), 0, dtype=torch.float32)
     ids = scores.to(torch.int64)
-    for start in range(0, len(low_KC), quantizers.CODE_BLOCK):
-        block = slice(start, start + quantizers.CODE_BLOCK)
+    for start in range(0, len(low_KC), CANDIDATE_BLOCK):
+        block = slice(start, start + CANDIDATE_BLOCK)
         part = half_norms_K[block] - (low_NC @ low_KC[block].T).float()
         part, place = part.topk(min(CANDIDATES, part.shape[1]), largest=False)
         scores, ids = torch.cat([scores, part], 1), torch.cat([ids, place + start], 1)

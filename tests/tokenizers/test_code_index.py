@@ -69,10 +69,23 @@ def test_no_matrix_of_scores_is_larger_than_the_scratch(monkeypatch: pytest.Monk
     monkeypatch.setattr(quantizers, "best_score", watched)
     monkeypatch.setattr(quantizers, "SCRATCH_SCORES", 2048)
     monkeypatch.setattr(quantizers, "CODE_BLOCK", 64)
+    monkeypatch.setattr(code_index, "CANDIDATE_BLOCK", 64)
     assert torch.equal(index.exact(x)[0], wanted) and len(sizes) == -(-300 // 32)
     assert torch.equal(index.exact(x, torch.bfloat16)[0], wanted)
     assert torch.equal(index.tree(x, 12)[0], wanted)
     assert max(sizes) <= 2048
+
+
+def test_many_codes_leave_room_for_many_vectors_in_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, inner = [], quantizers.best_score
+
+    def watched(z: Tensor, codes: Tensor, half_norms: Tensor) -> tuple[Tensor, Tensor]:
+        rows.append(len(z))
+        return inner(z, codes, half_norms)
+
+    monkeypatch.setattr(quantizers, "best_score", watched)
+    CodeIndex(drawn(70_000, 2)).exact(drawn(1024, 2, seed=1))
+    assert rows == [1024]
 
 
 def test_recall_is_that_of_the_search_grows_with_the_cells_and_ends_at_one() -> None:

@@ -12,10 +12,16 @@ import torch
 
 from smalti import shards
 from smalti.schema import Recipe
-from smalti.workflows import cell_pieces, clustering, code_sums, codebook, distinct, tensor_files
+from smalti.tokenizers import kmeans
+from smalti.workflows import cell_pieces, cells, clustering, code_sums, codebook, distinct, tensor_files
 from smalti.workflows.clustering import Tree
 
 DIM = 8
+
+
+def write(folder: Path, key: str, x_NC: np.ndarray) -> None:
+    columns = [["x"] * len(x_NC), list(range(len(x_NC))), shards.list_column(x_NC)]
+    shards.write_shard(str(folder), key, pa.table(columns, shards.feature_schema(x_NC.shape[1])))
 
 
 def test_the_sums_of_a_chunk_are_those_of_a_loop_in_a_row_a_code_that_occurs() -> None:
@@ -76,9 +82,24 @@ def test_no_second_matrix_of_codes_is_held(tmp_path: Path, monkeypatch: pytest.M
     assert peak(lambda: distinct.without(tree, bad_K)) < 0.3
 
 
+def test_one_iteration_is_one_with_faiss_too() -> None:
+    x_NC = torch.randn(200, DIM, generator=torch.Generator().manual_seed(0))
+    settings = cells.CellSettings(DIM, iterations=1, seed=3, bound=999)
+    made = cells.cell_codes(x_NC, 9, 4, settings)
+    draw = torch.Generator().manual_seed(int(cells._rng(3, 4).integers(2**63)))
+    assert torch.equal(made, kmeans.kmeans(x_NC, 9, 1, draw))
+
+
+def test_shards_without_a_vector_are_left_out(tmp_path: Path) -> None:
+    write(tmp_path, "train/00000", np.ones((3, DIM), np.float16))
+    write(tmp_path, "train/00001", np.ones((0, DIM + 1), np.float16))
+    write(tmp_path, "val/00000", np.ones((0, DIM), np.float16))
+    assert [chunk.parts for chunk in clustering.chunks(str(tmp_path), "train")] == [(("train/00000", 3),)]
+    assert clustering.chunks(str(tmp_path), "val") == []
+
+
 def test_a_layout_of_gpus_is_tried_on_cpus(tmp_path: Path) -> None:
-    columns = [["x"] * 9, list(range(9)), shards.list_column(np.ones((9, DIM), np.float16))]
-    shards.write_shard(str(tmp_path), "train/00000", pa.table(columns, shards.feature_schema(DIM)))
+    write(tmp_path, "train/00000", np.ones((9, DIM), np.float16))
     asked = Recipe.model_validate({"resources": {"gpus_per_worker": 1, "device": "cpu"}})
     ((chunk,), held_out) = codebook._chunks(asked, str(tmp_path))
     assert (chunk.gpus, chunk.device, held_out) == (1, "cpu", [])
