@@ -323,7 +323,8 @@ def _chunk_sample(chunk: Chunk, quota: int, seed: int, key: str, folder: str) ->
     taken, start = [], 0
     for x_NC in replace(chunk.on_cpu(), spherical=False).vectors():
         mine = chosen[(chosen >= start) & (chosen < start + len(x_NC))] - start
-        taken.append(x_NC.numpy()[mine].astype(np.float16))  # exact: they came as float16
+        drawn = x_NC.numpy()[mine].astype(np.float16)  # exact: they came as float16
+        taken.append(drawn[(drawn != 0).any(1)] if chunk.spherical else drawn)
         start += len(x_NC)
     vectors = shards.list_column(np.concatenate(taken))
     schema = pa.schema([shards.feature_schema(chunk.width).field("vector")])

@@ -6,21 +6,23 @@ import json
 from collections.abc import Mapping
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from smalti import storage
+from smalti.errors import DataError
 
-_NAMES = {torch.float64: "F64", torch.int64: "I64", torch.float32: "F32"}
+DTYPES = {"F64": torch.float64, "I64": torch.int64, "F32": torch.float32}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNED = 8  # bytes that the header's length is a multiple of
+_READ = 1 << 24  # bytes read at once: a store's client holds as many beside
 
 
 def write(path: str, tensors: Mapping[str, Tensor]) -> None:
     """A safetensors file of float64, int64 and float32 tensors on the CPU, whole or absent, streamed from where they lie.
 
-    Errors: DataError, as `storage.write_atomic`.
+    Errors: DataError, as `storage.atomic_file`.
     """
-    flat = {key: value.contiguous().flatten().view(torch.uint8) for key, value in tensors.items()}
+    flat = {key: _bytes_of(value.contiguous()) for key, value in tensors.items()}
     order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))  # each aligned to its numbers
     header, end = {}, 0
     for key in order:
@@ -32,13 +34,36 @@ def write(path: str, tensors: Mapping[str, Tensor]) -> None:
     with storage.atomic_file(path) as temp, open(temp, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for key in order:
-            file.write(flat[key].numpy().data)
+            file.write(flat[key])
 
 
 def read(path: str) -> dict[str, Tensor]:
-    """The tensors of a file, mapped into memory: pages come when they are looked at, and writes to them stay here.
+    """The tensors of such a file. Not mapped: the file may be removed, on any file system, while they are held.
 
-    Errors: DataError, no such file.
+    Errors: DataError, no such file, a torn one, or numbers of another kind.
     """
-    with storage.local_copy(path) as local:
-        return load_file(local)
+    found: dict[str, Tensor] = {}
+    try:
+        with storage.open_read(path) as file:
+            size = int.from_bytes(file.read(8), "little")
+            if size > _READ:
+                raise ValueError(f"a header of {size} bytes")
+            header = json.loads(file.read(size))
+            header.pop("__metadata__", None)
+            for key, told in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                found[key] = torch.empty(told["shape"], dtype=DTYPES[told["dtype"]])
+                left = _bytes_of(found[key])
+                while len(left):
+                    got = file.readinto(left[:_READ])  # type: ignore[attr-defined]
+                    if not got:
+                        raise ValueError(f"it ends within {key}")
+                    left = left[got:]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise DataError(
+            f"{path} is no whole file of float64, int64 and float32 tensors ({error!r}): remove it and run the stage again"
+        ) from error
+    return found
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.flatten().view(torch.uint8).numpy().data
