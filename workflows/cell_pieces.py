@@ -7,6 +7,7 @@ takes one range read of each file.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,9 +35,14 @@ class Piece:
 
     def vectors(self) -> Iterator[Tensor]:
         """float32 blocks (n, C), file by file. Errors: DataError, a file cut short."""
-        arrays = (cells.read_rows(*span, self.width) for span in self.spans)
-        for x_NC in clustering.in_blocks(arrays, self.rows, self.width):
-            yield kmeans.on_sphere(x_NC.to(self.device)) if self.spherical else x_NC.to(self.device)
+        with ThreadPoolExecutor(clustering.READ_THREADS) as threads:  # many small reads: a store answers late
+            arrays = threads.map(self._read, self.spans)
+            for x_NC in clustering.in_blocks(arrays, self.rows, self.width):
+                yield kmeans.on_sphere(x_NC.to(self.device)) if self.spherical else x_NC.to(self.device)
+
+    def _read(self, span: tuple[str, int, int]) -> np.ndarray:
+        name, first, end = span
+        return cells.read_rows(name, first, end, self.width)
 
 
 def pieces(parts: Sequence[Chunk], starts_FP: np.ndarray, folder: str) -> list[Piece]:

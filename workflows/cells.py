@@ -61,7 +61,7 @@ def write_cells(parts: Sequence[Chunk], cells_PC: Tensor, folder: str, workers: 
         for _ in in_order(_chunk_cells, [(chunk, shared, folder) for chunk in missing], workers, parts[0].gpus):
             pass
     names = [f"{cell_file(folder, chunk)}.npy" for chunk in parts]
-    with ThreadPoolExecutor(clustering.FOOTER_THREADS) as threads:
+    with ThreadPoolExecutor(clustering.READ_THREADS) as threads:
         return np.stack(list(threads.map(lambda name: _load(name).astype(np.int32), names)))
 
 

@@ -35,7 +35,7 @@ FAR_A_CHUNK = 256  # candidates for codes without a vector
 FAR_KEPT = 16_384  # of all chunks
 MOVED_NUMBERS = 1 << 23  # of the codes, moved at once
 COLUMNS = 16  # moved at once, if more numbers than those
-FOOTER_THREADS = 16
+READ_THREADS = 16
 
 
 class Vectors(Protocol):
@@ -174,7 +174,7 @@ def chunks(path: str, split: str, target: int | None = None) -> list[Chunk]:
     Errors: DataError, a shard whose vectors have another width than those of most shards.
     """
     keys = shards.list_shards(path, split)
-    with ThreadPoolExecutor(FOOTER_THREADS) as threads:
+    with ThreadPoolExecutor(READ_THREADS) as threads:
         shapes = list(threads.map(lambda key: shards.vector_shape(path, key), keys))
     width = Counter(own for rows, own in shapes if rows).most_common(1)[0][0] if any(r for r, _ in shapes) else 0
     found: list[list[tuple[str, int]]] = [[]]

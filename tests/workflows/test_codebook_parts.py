@@ -21,6 +21,20 @@ from smalti.workflows.clustering import Tree
 DIM = 8
 
 
+def peak_bytes(work: Callable[[], object]) -> int:
+    """Memory that the work takes at its peak, with what it returns, beyond what this process had."""
+
+    def memory(name: str) -> int:
+        return 1024 * int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0])
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    before = memory("VmRSS")
+    kept = work()
+    found = memory("VmHWM") - before
+    del kept
+    return found
+
+
 def write(folder: Path, key: str, x_NC: np.ndarray) -> None:
     columns = [["x"] * len(x_NC), list(range(len(x_NC))), shards.list_column(x_NC)]
     shards.write_shard(str(folder), key, pa.table(columns, shards.feature_schema(x_NC.shape[1])))
@@ -67,21 +81,24 @@ def test_no_second_matrix_of_codes_is_held(tmp_path: Path, monkeypatch: pytest.M
     bad_K = torch.arange(100_000) % 1000 == 3
 
     def peak(work: Callable[[], object]) -> float:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
-        before = memory("VmRSS")
-        kept = work()
-        found = (memory("VmHWM") - before) / (codes_KC.nbytes / 1024)
-        del kept
-        return found
-
-    def memory(name: str) -> int:
-        return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0])
+        return peak_bytes(work) / codes_KC.nbytes
 
     assert peak(lambda: tensor_files.write(path, {"codes": codes_KC})) < 0.3
     assert peak(lambda: tensor_files.read(path)) < 1.3
     assert peak(lambda: distinct.unusable(codes_KC)) < 0.6, "names of the codes"
     assert peak(lambda: clustering.placed(tree)) < 0.6, "scores of a block"
     assert peak(lambda: distinct.without(tree, bad_K)) < 0.3
+    assert peak(lambda: kmeans.assign(codes_KC, codes_KC[:8])) < 0.3
+
+
+def test_the_vectors_of_a_cell_are_read_into_their_place(tmp_path: Path) -> None:
+    rows_NC = np.ones((40_000, 128), np.float16)
+    names = [str(tmp_path / f"{number}") for number in range(4)]
+    for name in names:
+        storage.write_atomic(f"{name}.bin", rows_NC.data)
+        np.save(f"{name}.npy", np.array([0, len(rows_NC)]))
+    settings = cells.CellSettings(128, iterations=1, seed=0, bound=999_999)
+    assert peak_bytes(lambda: cells.read_cells(names, 0, 1, settings)) < 1.4 * 4 * rows_NC.size * 4
 
 
 def test_one_iteration_is_one_with_faiss_too() -> None:

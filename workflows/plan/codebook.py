@@ -12,7 +12,7 @@ from smalti.workflows.plan.base import Phase, Plan, Rates
 HALF, SINGLE, DOUBLE = 2, 4, 8  # bytes
 ASSUMED_MET = 5  # times the codes of its own cells: those that the vectors of a piece meet (3.3 to 5.2 were seen)
 BESIDE = 0.1e9  # bytes of the blocks in which the driver moves codes
-NAMES = 128  # bytes of a code's name while codes that repeat are looked for
+NAMES = 160  # bytes of a code's name while codes that repeat are looked for
 
 
 def plan_codebook(section: CodebookSection, vectors: int, width: int, rates: Rates, num: int) -> Plan:
