@@ -19,6 +19,7 @@ from smalti.workflows.stage import StageRun
 VECTORS, MOST_VECTORS = 4_096, 32_768  # drawn; each is compared with all K codes
 MISSED = 16  # of them by a search of just the recall asked for, where these bounds let so many be drawn
 TASK_VECTORS = 512
+FILL_CHUNKS = 64  # from which training vectors are drawn, at most
 
 
 def work(run: StageRun) -> str:
@@ -31,8 +32,8 @@ def draw(
 ) -> tuple[list[Chunk], list[Chunk]]:
     """Seeded samples of held-out vectors and, where these are too few and there are cells to search, of training ones.
 
-    A pass over the held-out vectors, which tells what is wrong with them, and seldom one over the others. Nothing where
-    `probes` has been there.
+    A pass over the held-out vectors, which tells what is wrong with them, and where they are too few a read of
+    `FILL_CHUNKS` of the others. Nothing where `probes` has been there.
     """
     if storage.exists(_noted(run)):
         return [], []
@@ -42,7 +43,8 @@ def draw(
     missing = wanted - sum(chunk.rows for chunk in first)
     if missing <= 0 or section.coarse == 1:
         return first, []
-    return first, sample(parts, missing, seed, workers, storage.join(folder, "train"))
+    some = parts[:: -(-len(parts) // FILL_CHUNKS)]
+    return first, sample(some, missing, seed, workers, storage.join(folder, "train"))
 
 
 def probes(run: StageRun, drawn: tuple[list[Chunk], list[Chunk]], tree: Tree, workers: int) -> Probes:

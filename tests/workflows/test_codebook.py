@@ -273,6 +273,23 @@ def test_recall_is_measured_on_training_vectors_too_where_few_are_held_out(
     assert made.scores["vectors/val"] == 5
 
 
+def test_a_cell_without_codes_is_not_among_all_that_are_needed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recall, "MOST_VECTORS", ROWS)
+    wanted = planted(tmp_path, coarse=3, recall=1.0)
+    run = StageRun("codebook", str(tmp_path / "codebook"), wanted, NullTracker(), False, "")
+    parts = clustering.chunks(str(tmp_path / "features"), "train")
+    x_NC = next(parts[0].vectors())
+    cells_PC = torch.cat([x_NC[:2], torch.full((1, DIM), 99.0)])
+    tree = clustering.placed(Tree(cells_PC, x_NC[100:120].clone(), torch.zeros(20, dtype=torch.int64)))
+    assert recall.probes(run, recall.draw(run, parts, [], 2), tree, 2).cells == 2
+    told = (
+        "of 500 training vectors find their nearest code in at most 2 of 2 cells: codebook.recall=1.0 needs all of them"
+    )
+    assert told in capfd.readouterr().err
+
+
 def test_zero_vectors_have_no_part_in_spherical_codes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     wanted = planted(tmp_path, spherical=True, polish=1, size=200)
     for key in ("train/00004", "train/00005"):  # a whole chunk
