@@ -99,7 +99,9 @@ def _memory(section: CodebookSection, vectors: int, width: int) -> list[tuple[st
     met = min(section.size, chunk) if rows else 0
     sample, seeds = _sample(section, vectors), section.coarse if section.coarse > 1 else section.size
     shard, smaller = "Use smaller shards.", "Set a smaller codebook.size, or features of fewer numbers."
-    read = float((HALF * chunk + SINGLE * block) * width)  # shards, no larger than a chunk, and a block of them
+    read = float(
+        (HALF * chunk + 2 * SINGLE * block) * width
+    )  # shards, no larger than a chunk; a block of them, and the next
     needs = [
         (
             "the driver in a pass",
@@ -112,7 +114,7 @@ def _memory(section: CodebookSection, vectors: int, width: int) -> list[tuple[st
         (
             "a task in a pass",
             codes + read + float(DOUBLE * (met + rows) * width),
-            f"4·K·C + 2·{chunk:,}·C + 4·{block:,}·C" + f" + 8·({met:,} + {rows:,})·C" * bool(rows),
+            f"4·K·C + 2·{chunk:,}·C + 8·{block:,}·C" + f" + 8·({met:,} + {rows:,})·C" * bool(rows),
             smaller,
         ),
         (
@@ -129,7 +131,7 @@ def _memory(section: CodebookSection, vectors: int, width: int) -> list[tuple[st
         size = SINGLE * together * width + DOUBLE * section.size / section.coarse * width
         mend = "Set codebook.coarse higher, or codebook.cell_vectors lower."
         needs += [
-            ("a task in the sorting", read + HALF * chunk * width, "(2 + 2)·N/chunks·C + 4·block·C", shard),
+            ("a task in the sorting", read + HALF * chunk * width, f"(2 + 2)·{chunk:,}·C + 8·{block:,}·C", shard),
             ("a task in a cell", size, "4·n·C + 8·(K/P)·C, n vectors of cells read together", mend),
         ]
     return needs
