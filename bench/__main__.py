@@ -31,8 +31,13 @@ def last_json(text: str) -> dict[str, Any] | None:
 
 
 def standing(path: Path) -> list[dict[str, Any]]:
-    """What an earlier run of the day wrote, for the goals that this one leaves out."""
+    """What an earlier run of the day wrote, for the results that this one leaves out."""
     return json.loads(path.read_text()) if path.exists() else []
+
+
+def which(item: dict[str, Any]) -> tuple[int, str]:
+    """What a result is told apart by: its goal, and on what vectors."""
+    return item["goal"], item.get("vectors", "")
 
 
 def main() -> int:
@@ -58,9 +63,9 @@ def main() -> int:
         machine = re.sub(r"[^A-Za-z0-9]+", "-", str(results[0].get("machine", os.uname().machine))).strip("-")
         path = HERE / "results" / f"{datetime.date.today().isoformat()}-{machine}.json"
         path.parent.mkdir(exist_ok=True)
-        goals = {item["goal"] for item in results}
-        others = [item for item in standing(path) if item["goal"] not in goals]
-        path.write_text(json.dumps(sorted(others + results, key=lambda item: item["goal"]), indent=2) + "\n")
+        new = {which(item) for item in results}
+        others = [item for item in standing(path) if which(item) not in new]
+        path.write_text(json.dumps(sorted(others + results, key=which), indent=2) + "\n")
         print(
             f"{sum(bool(item.get('met')) for item in results)} of {len(results)} goals met; {path.relative_to(HERE.parent)}"
         )
