@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -188,14 +189,15 @@ def give_notice(node_id: str, seconds: float) -> None:
 
 
 def kill_driver(path: Path, kills: int, rng: random.Random) -> int:
-    """The toy's own script, killed at random moments after it began to train, until it ends by itself."""
+    """The toy's own script, killed at random moments after steps that it told of, until it ends by itself."""
+    told = re.compile(r"toy: [1-9]\d*/")
     for kill in range(kills + 1):
         command = [sys.executable, str(TOY), str(path), str(SLOW_S), json.dumps(CHANGES | {"workers": 2})]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as running:
             assert running.stderr is not None
             for line in running.stderr:
-                if "worker(s) ready after" in line and kill < kills:
-                    time.sleep(rng.uniform(0.5, 5.0))
+                if told.match(line) and kill < kills:
+                    time.sleep(rng.uniform(0.0, 5.0))
                     os.kill(running.pid, signal.SIGKILL)
                     break
             running.wait()
