@@ -33,9 +33,8 @@ class UsedSums:
 
     def __init__(self, num: int, width: int, vectors: int) -> None:
         self.row_K = torch.full((num,), -1)
-        zeros = np.zeros(
-            (min(num, vectors), width)
-        )  # takes memory as rows are written to, where torch's takes it at once
+        # numpy's zeros take memory as rows are written to, where torch's take it at once
+        zeros = np.zeros((min(num, vectors), width))
         self.sums = torch.from_numpy(zeros).to(self.row_K.device)
         self.used = 0
 

@@ -146,7 +146,10 @@ class WriteShards:
             return [self.shard(key, parts, stack) for key, parts in item]
 
     def shard(self, key: str, parts: list[tuple[Place, Group, list[int]]], stack: ExitStack) -> tuple[Receipt, int]:
-        """Write one shard; its receipt and how many of its images have no caption. Readers are opened on `stack`; one that the next shard begins with stays open."""
+        """Write one shard; its receipt and how many of its images have no caption.
+
+        Readers are opened on `stack`; one that the next shard begins with stays open.
+        """
         done = standing(self.path, key, ["image_id", "caption"])
         if done is not None:
             HERE.count("kept")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,25 @@ import pytest
 
 from smalti.workflows import corpus, corpus_look
 from smalti.workflows.shard_tally import HERE
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[[type[http.server.SimpleHTTPRequestHandler]], str]]:
+    """`serve(Handler)`: the address of a web server of the test's folder, until the test ends."""
+    with ExitStack() as ends:
+
+        def served(handler: type[http.server.SimpleHTTPRequestHandler]) -> str:
+            here = http.server.ThreadingHTTPServer(
+                ("127.0.0.1", 0), functools.partial(handler, directory=str(tmp_path))
+            )
+            thread = threading.Thread(target=here.serve_forever, args=(0.05,), daemon=True)
+            ends.enter_context(here)
+            thread.start()
+            ends.callback(thread.join)
+            ends.callback(here.shutdown)
+            return f"http://127.0.0.1:{here.server_address[1]}"
+
+        yield served
 
 
 @pytest.fixture

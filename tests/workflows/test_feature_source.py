@@ -117,14 +117,12 @@ def test_features_of_a_source_are_the_encoders_and_nothing_vanishes(source: Path
     assert [(row["key"], row["reason"]) for row in lost] == [("05a.png", "empty"), ("05b.png", "truncated")]
 
 
-def test_a_restart_makes_what_is_missing_and_ends_with_the_same_bytes(
-    source: Path, siglip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = features.run(recipe(tmp_path / "whole", source, siglip))
-    wanted, write = recipe(tmp_path / "torn", source, siglip), shards.write_shard
+def broken_off(wanted: Recipe, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stage, interrupted at the first shard that has `part` in its key."""
+    write = shards.write_shard
 
     def breaks_off(path: str, key: str, table: Any) -> Any:
-        if "/00002-" in key:
+        if part in key:
             raise KeyboardInterrupt
         return write(path, key, table)
 
@@ -132,6 +130,14 @@ def test_a_restart_makes_what_is_missing_and_ends_with_the_same_bytes(
         patched.setattr(shards, "write_shard", breaks_off)
         with pytest.raises(KeyboardInterrupt):
             features.run(wanted)
+
+
+def test_a_restart_makes_what_is_missing_and_ends_with_the_same_bytes(
+    source: Path, siglip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = features.run(recipe(tmp_path / "whole", source, siglip))
+    wanted = recipe(tmp_path / "torn", source, siglip)
+    broken_off(wanted, "/00002-", monkeypatch)
     made = features.run(wanted)
     assert files(made) == files(whole)
     assert (made.counts, made.fingerprint) == (whole.counts, whole.fingerprint)
@@ -150,19 +156,10 @@ def test_pieces_of_a_group_that_was_killed_do_not_stay_beside_those_of_another(
     siglip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tar is another one at the next try, and gives fewer pieces."""
-    source, write = tmp_path / "x.tar", shards.write_shard
+    source = tmp_path / "x.tar"
     write_tar(source, range(11))
     wanted = recipe(tmp_path / "out", source, siglip)
-
-    def breaks_off(path: str, key: str, table: Any) -> Any:
-        if key.endswith("-002"):
-            raise KeyboardInterrupt
-        return write(path, key, table)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(shards, "write_shard", breaks_off)
-        with pytest.raises(KeyboardInterrupt):
-            features.run(wanted)
+    broken_off(wanted, "-002", monkeypatch)
     write_tar(source, range(4))
     made = features.run(wanted)
     assert {key.partition("/")[2] for key in shards.list_shards(made.path)} == {"00000-000"}

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import http.server
 import io
 import json
 import tarfile
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -223,14 +221,8 @@ class Plain(Ranged):
 
 
 @pytest.fixture(params=[Ranged, Plain])
-def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    handler = functools.partial(request.param, directory=str(tmp_path))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as here:
-        thread = threading.Thread(target=here.serve_forever, args=(0.05,), daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{here.server_address[1]}"
-        here.shutdown()
-        thread.join()
+def server(request: pytest.FixtureRequest, serve: Callable[..., str]) -> str:
+    return serve(request.param)
 
 
 def test_sources_on_a_server(server: str, tmp_path: Path) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import http.server
 import io
 import json
 import tarfile
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -234,16 +232,10 @@ class Moody(http.server.SimpleHTTPRequestHandler):
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def server(serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> str:
     for module in (patience, jsonl):
         monkeypatch.setattr(module, "PAUSES_S", (0.0, 0.0, 0.0))
-    handler = functools.partial(Moody, directory=str(tmp_path))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as here:
-        thread = threading.Thread(target=here.serve_forever, args=(0.05,), daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{here.server_address[1]}"
-        here.shutdown()
-        thread.join()
+    return serve(Moody)
 
 
 def test_a_server_in_a_mood_and_a_signed_address(server: str, tmp_path: Path) -> None:

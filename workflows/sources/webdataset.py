@@ -182,9 +182,8 @@ class _Far:
         self.texts: dict[str, list[tuple[str, Locator, bytes | None]]] | None = None
         self.images: dict[str, int] = {}  # where they lie
         self.passed = False  # whether the window was full
-        self.given = (
-            self.given_before
-        ) = -1  # where the last image lies that was given: now, and when the headers were read
+        self.given = -1  # where the last image lies that was given
+        self.given_before = -1  # the same when the headers were read
 
     def complete(self, key: str, members: _Members) -> None:
         """Add the texts of a key that lie elsewhere."""
