@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 
 from smalti.errors import ArtifactError
-from smalti.tokenizers.semhitok import SYSTEM, SemHiTok, read_config
+from smalti.tokenizers.saved import read_config
+from smalti.tokenizers.semhitok import SYSTEM, SemHiTok
 
 SYSTEMS: dict[str, type[SemHiTok]] = {SYSTEM: SemHiTok}
 

@@ -6,28 +6,36 @@ Axis letters: B batch, T tokens an image, H W pixels, V the flat vocabulary (K·
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from smalti import storage
-from smalti.errors import ArtifactError, ConfigError, VocabularyError
+from smalti.errors import ArtifactError, ConfigError
 from smalti.schema import TokenizerSection, VitSize
 from smalti.tokenizers.encoders import VisionEncoder, check_pixels
 from smalti.tokenizers.pixel import PixelOutputs, PixelTokenizer
+from smalti.tokenizers.saved import (
+    CONFIG_NAME,
+    ENCODER_NAME,
+    WEIGHTS_NAME,
+    check_format,
+    checked_codes,
+    read_config,
+    under,
+    write_folder,
+)
 from smalti.tokenizers.semantic import SemanticTokenizer
 
 __all__ = ["PixelOutputs", "PixelTokenizer", "SemHiTok", "SemanticTokenizer", "flatten_codes", "split_codes"]
 
 SYSTEM = "semhitok"
 FORMAT = 1
-CONFIG_NAME, WEIGHTS_NAME, ENCODER_NAME = "config.json", "model.safetensors", "encoder"
 
 
 def flatten_codes(i: Tensor, j: Tensor, num_sub: int) -> Tensor:
@@ -170,24 +178,7 @@ class SemHiTok(nn.Module):
 
     def _checked(self, codes: Tensor, whole: bool) -> Tensor:
         """Codes as int64 on the right device; VocabularyError when they are not this tokenizer's."""
-        found = f"{tuple(codes.shape)} {codes.dtype}" if isinstance(codes, Tensor) else type(codes).__name__
-        if (
-            not isinstance(codes, Tensor)
-            or codes.is_floating_point()
-            or codes.is_complex()
-            or codes.dtype == torch.bool
-        ):
-            raise VocabularyError(f"Codes are {found}, expected an integer tensor (B, {self.num_tokens}).")
-        if whole and (codes.ndim != 2 or codes.shape[1] != self.num_tokens):
-            raise VocabularyError(
-                f"Codes are {found}, expected (B, {self.num_tokens}): {self.grid[0]}x{self.grid[1]} tokens an image."
-            )
-        if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= self.num_codes):
-            raise VocabularyError(
-                f"Codes lie in [{int(codes.min())}, {int(codes.max())}], but this tokenizer has {self.num_codes}, "
-                "from 0 on. Subtract the vocabulary's first visual id, or take the tokenizer that made them."
-            )
-        return codes.to(self.device, torch.int64)
+        return checked_codes(codes, self.num_codes, self.grid if whole else None).to(self.device, torch.int64)
 
     def config_dict(self) -> dict[str, Any]:
         """What `config.json` holds."""
@@ -207,38 +198,15 @@ class SemHiTok(nn.Module):
         }
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write config.json, model.safetensors and encoder/ into a folder or URL; it then stands on its own.
-
-        config.json comes last: a folder without one was not finished.
-        """
-        target = os.fspath(path)
-        tensors = {
-            n: t.detach().cpu().contiguous() for n, t in self.state_dict().items() if not n.startswith("encoder.")
-        }
-        storage.make_dirs(target)
-        with tempfile.TemporaryDirectory(prefix="smalti-") as folder:
-            save_file(tensors, os.path.join(folder, WEIGHTS_NAME), metadata={"format": "pt"})
-            if self.encoder is not None:
-                self.encoder.save_tower(os.path.join(folder, ENCODER_NAME))
-                storage.make_dirs(storage.join(target, ENCODER_NAME))
-            for base, _, names in os.walk(folder):
-                for name in sorted(names):
-                    source = os.path.join(base, name)
-                    parts = os.path.relpath(source, folder).split(os.sep)
-                    with open(source, "rb") as file:
-                        storage.write_atomic(storage.join(target, *parts), file.read())
-        storage.write_json(storage.join(target, CONFIG_NAME), self.config_dict())
+        """Write config.json, model.safetensors and encoder/ into a folder or URL; it then stands on its own."""
+        write_folder(os.fspath(path), self.config_dict(), self.state_dict(), self.encoder)
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str]) -> SemHiTok:
         """Load what `save_pretrained` wrote, in float32 on the CPU. ArtifactError: missing, torn or another system."""
         source = os.fspath(path)
         config = read_config(source)
-        if config.get("system") != SYSTEM or config.get("format") != FORMAT:
-            raise ArtifactError(
-                f"{source} holds a {config.get('system')!r} tokenizer of format {config.get('format')!r}, expected "
-                f"{SYSTEM!r} of format {FORMAT}."
-            )
+        check_format(config, source, SYSTEM, FORMAT)
         with storage.local_copy(source) as folder:
             return cls._load(config, os.fspath(folder), source)
 
@@ -253,7 +221,7 @@ class SemHiTok(nn.Module):
                 semantic = SemanticTokenizer(config["feature_dim"], section.semantic, config["num_semantic"], grid)
             tensors = load_file(os.path.join(folder, WEIGHTS_NAME))
             if semantic is not None:
-                semantic.load_state_dict(_under("semantic.", tensors))
+                semantic.load_state_dict(under("semantic.", tensors))
             pixel = PixelTokenizer(
                 section.pixel,
                 None if semantic is None else semantic.codes,
@@ -262,7 +230,7 @@ class SemHiTok(nn.Module):
                 config["num_codes"],
                 VitSize.model_validate(config["decoder_size"]),
             )
-            pixel.load_state_dict(_under("pixel.", tensors))
+            pixel.load_state_dict(under("pixel.", tensors))
         except (KeyError, TypeError, IndexError, ValueError, ConfigError) as error:
             raise ArtifactError(f"{source}/{CONFIG_NAME} is not a SemHiTok config: {error!r}.") from error
         except (OSError, SafetensorError, RuntimeError) as error:
@@ -270,24 +238,3 @@ class SemHiTok(nn.Module):
                 f"The weights in {source} are missing, torn or do not fit its config: {error}. Save it again."
             ) from error
         return cls(section, pixel, semantic, encoder)
-
-
-def read_config(source: str) -> dict[str, Any]:
-    """config.json of a saved tokenizer. ArtifactError: none there, or no JSON object."""
-    path = storage.join(source, CONFIG_NAME)
-    if not storage.exists(path):
-        raise ArtifactError(
-            f"{source} holds no tokenizer: {CONFIG_NAME} is missing. Expected a folder written by save_pretrained, "
-            "such as <out>/tokenizer; if the run stopped before that stage was done, run it again."
-        )
-    try:
-        config = storage.read_json(path)
-    except ValueError as error:
-        raise ArtifactError(f"{path} is no JSON: {error}.") from error
-    if not isinstance(config, dict):
-        raise ArtifactError(f"{path} holds a {type(config).__name__}, expected a tokenizer's config.")
-    return config
-
-
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

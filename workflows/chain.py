@@ -24,7 +24,7 @@ from smalti.workflows.ray_session import ensure_ray
 from smalti.workflows.stage import find_artifact
 
 STAGES = ("corpus", "encoder", "features", "codebook", "tokenizer", "tokens", "mllm", "export", "evaluate")
-_GUIDANCE_ONLY = ("features", "codebook")  # they make the semantic codebook
+_CLUSTERING = ("features", "codebook")
 
 
 def run_recipe(recipe: Recipe, *, only: str | None = None) -> list[Artifact]:
@@ -90,7 +90,7 @@ def _run_of(tracker: Tracker) -> Iterator[Tracker]:
 
 def stages_of(recipe: Recipe) -> list[str]:
     """Names of the stages that this recipe needs, in order."""
-    return [name for name in STAGES if recipe.tokenizer.guidance or name not in _GUIDANCE_ONLY]
+    return [name for name in STAGES if recipe.clusters or name not in _CLUSTERING]
 
 
 def baseline_recipe(recipe: Recipe, name: str) -> Recipe:

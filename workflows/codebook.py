@@ -60,12 +60,12 @@ def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
 def check(recipe: Recipe) -> None:
     """ConfigError when there are more cells than codes, or more codes than the vectors that cells may draw."""
     section = recipe.codebook
-    if section.coarse > section.size and recipe.tokenizer.guidance:
+    if section.coarse > section.size and recipe.clusters:
         raise ConfigError(
             f"codebook.coarse={section.coarse} cells for codebook.size={section.size} codes; every cell needs one. "
             "Lower codebook.coarse."
         )
-    if section.coarse > 1 and recipe.tokenizer.guidance:
+    if section.coarse > 1 and recipe.clusters:
         _check_reach(section, section.coarse * section.cell_vectors)
 
 

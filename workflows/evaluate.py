@@ -92,7 +92,7 @@ def baseline_scores(recipe: Recipe) -> dict[str, dict[str, Any]]:
 
 def job_of(recipe: Recipe, parents: dict[str, Artifact], path: str) -> Job:
     """The job of a recipe: places, sizes and the device."""
-    from smalti.tokenizers.semhitok import read_config
+    from smalti.tokenizers.saved import read_config
     from smalti.workflows.encoder import encoder_path
 
     return Job(

@@ -55,7 +55,7 @@ class Recipe(Section):
     """A whole recipe."""
 
     name: str = "smalti"
-    system: Literal["semhitok"] = "semhitok"
+    system: Literal["semhitok", "dualtoken", "unicode2"] = "semhitok"
     out: str = "out"
     seed: int = Field(0, description="0 or above")
     share: list[str] = Field([], description="other outputs whose stages are used where their fingerprint is the same")
@@ -73,6 +73,11 @@ class Recipe(Section):
     )
     resources: Resources = Resources()
     tracking: Tracking = Tracking()
+
+    @property
+    def clusters(self) -> bool:
+        """Whether a codebook is made of the encoder's features: SemHiTok's with guidance, and UniCode²'s."""
+        return self.system == "unicode2" or (self.system == "semhitok" and self.tokenizer.guidance)
 
     @field_validator("out")
     @classmethod

@@ -341,7 +341,7 @@ def test_a_tokenizer_has_as_many_codes_as_the_codebook_that_lost_some(
     from safetensors.torch import save_file
 
     from smalti.tracking import NullTracker
-    from smalti.workflows.tokenizer import Phases
+    from smalti.workflows.systems.semhitok import SemHiTokPhases
     from smalti.workflows.train.collectives import Collectives
     from smalti.workflows.train.task import Context
     from smalti.workflows.train.tasks_semantic import SemanticTask
@@ -355,8 +355,8 @@ def test_a_tokenizer_has_as_many_codes_as_the_codebook_that_lost_some(
 
     run_stage(wanted, "codebook", "codebook", {}, {}, seventeen)
     parents = {name: find_artifact(wanted, name) for name in ("corpus", "encoder", "codebook")}
-    phases = Phases(StageRun("tokenizer", "", wanted, NullTracker(), False, ""), parents)
-    monkeypatch.setattr(Phases, "_phase", lambda self, name, task, settings, *rest: settings)
+    phases = SemHiTokPhases(StageRun("tokenizer", "", wanted, NullTracker(), False, ""), parents)
+    monkeypatch.setattr(SemHiTokPhases, "phase", lambda self, name, task, settings, *rest: settings)
     settings = phases.semantic()
     task = SemanticTask(**settings)
     task.setup(Context(torch.device("cpu"), Collectives(), 0, wanted.tokenizer.semantic.train))

@@ -11,7 +11,8 @@ from smalti.errors import ArtifactError, ConfigError
 from smalti.schema import Loss, MllmSection, Perceptual, Recipe
 from smalti.workflows import mllm
 from smalti.workflows.chain import run_recipe
-from smalti.workflows.tokenizer import check, placed
+from smalti.workflows.systems.phases import placed
+from smalti.workflows.tokenizer import check
 
 CHAIN = ["mllm.config={}", "encoder.train={}", "corpus.source=generated:4", "tracking.uri=off"]
 

@@ -93,8 +93,8 @@ class RecipePlan:
 
     @cached_property
     def codebook(self) -> Plan | None:
-        """k-means over the features; None without guidance."""
-        if not self.recipe.tokenizer.guidance:
+        """k-means over the features; None where the system has none."""
+        if not self.recipe.clusters:
             return None
         features = Artifact.find(stage_path(self.recipe, "features"))
         counts = features.counts if features else {}
@@ -183,7 +183,7 @@ class RecipePlan:
         """(what, bytes, formula)."""
         recipe, images = self.recipe, self.images
         found = [("corpus", float(images * ASSUMED_IMAGE_BYTES), f"{ASSUMED_IMAGE_BYTES:,} bytes an image, ASSUMED")]
-        if recipe.tokenizer.guidance:
+        if recipe.clusters:
             size = float(HALF * images * self.kept * self.encoder.dim)
             found.append(("features", size, f"2·{self.kept} patches·{self.encoder.dim:,} an image"))
             cells = size if recipe.codebook.coarse > 1 else 0.0

@@ -1,0 +1,88 @@
+"""A tokenizer's folder on disk, the same for every system: config.json, model.safetensors and encoder/."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from smalti import storage
+from smalti.errors import ArtifactError, VocabularyError
+from smalti.tokenizers.encoders import VisionEncoder
+
+CONFIG_NAME, WEIGHTS_NAME, ENCODER_NAME = "config.json", "model.safetensors", "encoder"
+
+
+def write_folder(
+    target: str, config: Mapping[str, Any], state: Mapping[str, Tensor], encoder: VisionEncoder | None
+) -> None:
+    """Write a tokenizer into a folder or URL. `state`: its state dict, of which `encoder.…` goes to encoder/.
+
+    config.json comes last: a folder without one was not finished.
+    """
+    tensors = {n: t.detach().cpu().contiguous() for n, t in state.items() if not n.startswith("encoder.")}
+    storage.make_dirs(target)
+    with tempfile.TemporaryDirectory(prefix="smalti-") as folder:
+        save_file(tensors, os.path.join(folder, WEIGHTS_NAME), metadata={"format": "pt"})
+        if encoder is not None:
+            encoder.save_tower(os.path.join(folder, ENCODER_NAME))
+            storage.make_dirs(storage.join(target, ENCODER_NAME))
+        for base, _, names in os.walk(folder):
+            for name in sorted(names):
+                source = os.path.join(base, name)
+                parts = os.path.relpath(source, folder).split(os.sep)
+                with open(source, "rb") as file:
+                    storage.write_atomic(storage.join(target, *parts), file.read())
+    storage.write_json(storage.join(target, CONFIG_NAME), dict(config))
+
+
+def read_config(source: str) -> dict[str, Any]:
+    """config.json of a saved tokenizer. ArtifactError: none there, or no JSON object."""
+    path = storage.join(source, CONFIG_NAME)
+    if not storage.exists(path):
+        raise ArtifactError(
+            f"{source} holds no tokenizer: {CONFIG_NAME} is missing. Expected a folder written by save_pretrained, "
+            "such as <out>/tokenizer; if the run stopped before that stage was done, run it again."
+        )
+    try:
+        config = storage.read_json(path)
+    except ValueError as error:
+        raise ArtifactError(f"{path} is no JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise ArtifactError(f"{path} holds a {type(config).__name__}, expected a tokenizer's config.")
+    return config
+
+
+def check_format(config: Mapping[str, Any], source: str, system: str, number: int) -> None:
+    """ArtifactError unless a config is of this system and format."""
+    if config.get("system") != system or config.get("format") != number:
+        raise ArtifactError(
+            f"{source} holds a {config.get('system')!r} tokenizer of format {config.get('format')!r}, expected "
+            f"{system!r} of format {number}."
+        )
+
+
+def checked_codes(codes: Tensor, num_codes: int, grid: tuple[int, int] | None) -> Tensor:
+    """The codes, or VocabularyError: no integer tensor, with a grid not (B, T), codes outside [0, num_codes)."""
+    found = f"{tuple(codes.shape)} {codes.dtype}" if isinstance(codes, Tensor) else type(codes).__name__
+    num_tokens = "T" if grid is None else grid[0] * grid[1]
+    if not isinstance(codes, Tensor) or codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
+        raise VocabularyError(f"Codes are {found}, expected an integer tensor (B, {num_tokens}).")
+    if grid is not None and (codes.ndim != 2 or codes.shape[1] != num_tokens):
+        raise VocabularyError(f"Codes are {found}, expected (B, {num_tokens}): {grid[0]}x{grid[1]} tokens an image.")
+    if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= num_codes):
+        raise VocabularyError(
+            f"Codes lie in [{int(codes.min())}, {int(codes.max())}], but this tokenizer has {num_codes}, "
+            "from 0 on. Subtract the vocabulary's first visual id, or take the tokenizer that made them."
+        )
+    return codes
+
+
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with the prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

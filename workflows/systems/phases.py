@@ -1,0 +1,115 @@
+"""What the phases of every system share: the encoder and images that they train on, and a stage for each phase."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from smalti import storage
+from smalti.artifact import Artifact
+from smalti.errors import ArtifactError, ConfigError
+from smalti.schema import Loss
+from smalti.workflows.encoder import encoder_path, result_settings
+from smalti.workflows.features import open_encoder
+from smalti.workflows.stage import StageRun, run_stage
+
+PHASES = "tokenizer/phases"
+
+
+def check_loss(key: str, phase: Any, image_size: int) -> None:
+    """ConfigError, with the phase's key: LPIPS or a GAN that cannot see such images. ArtifactError: no weights there."""
+    from smalti.tokenizers.lpips import MIN_SIZE
+    from smalti.tokenizers.patchgan import smallest_image
+
+    perceptual, gan = phase.loss.perceptual, phase.loss.gan
+    if perceptual.kind == "lpips" and perceptual.weight:
+        where = f"{key}.loss.perceptual.weights"
+        if not perceptual.weights:
+            raise ConfigError(f"{key}.loss.perceptual.kind=lpips needs {where}, a file made by lpips.convert.")
+        if not storage.exists(perceptual.weights):
+            raise ArtifactError(
+                f"{where}={perceptual.weights} does not exist. `make setup` fetches LPIPS-VGG16 weights into .data/, which "
+                "a Ray job does not carry along: on a cluster set a URL or a path that all machines see."
+            )
+        if image_size < MIN_SIZE:
+            raise ConfigError(
+                f"{key}.loss.perceptual.kind=lpips needs images of at least {MIN_SIZE} px, but corpus.image_size={image_size}."
+            )
+    if gan.weight and image_size < smallest_image(gan.layers):
+        raise ConfigError(
+            f"{key}.loss.gan.layers={gan.layers} needs images of at least {smallest_image(gan.layers)} px, but "
+            f"corpus.image_size={image_size}. Set fewer layers."
+        )
+    if gan.weight and gan.adaptive and phase.train.zero_stage == 3:
+        raise ConfigError(
+            f"{key}.loss.gan.adaptive reads the decoder's last weight whole: set {key}.train.zero_stage below 3."
+        )
+
+
+def placed(loss: Loss) -> Loss:
+    """The loss as workers can use it: they stand in other folders, so local LPIPS weights go by their absolute path."""
+    perceptual = loss.perceptual
+    if not perceptual.weights:
+        return loss
+    found = perceptual.model_copy(update={"weights": storage.absolute(perceptual.weights)})
+    return loss.model_copy(update={"perceptual": found})
+
+
+class Phases:
+    """The phases of one tokenizer. `grid`, `dim`: patches and width of the encoder; `keys`, `sizes`: training shards."""
+
+    def __init__(self, run: StageRun, parents: Mapping[str, Artifact]) -> None:
+        from smalti.workflows.train.data import shard_index
+
+        self.run, self.recipe, self.parents = run, run.recipe, dict(parents)
+        self.section = run.recipe.tokenizer
+        self.encoder = encoder_path(parents["encoder"])
+        encoder = open_encoder(self.encoder, self.recipe.encoder.layer)
+        if encoder.image_size != self.recipe.corpus.image_size:
+            raise ConfigError(
+                f"corpus.image_size={self.recipe.corpus.image_size}, but the encoder {self.encoder} reads "
+                f"{encoder.image_size} px. Set corpus.image_size={encoder.image_size}."
+            )
+        self.grid, self.dim = encoder.grid, encoder.dim
+        self.keys, self.sizes = shard_index(parents["corpus"].path, "train")
+
+    def images(self, needs_encoder: bool) -> dict[str, Any]:
+        """Settings that every phase's task shares."""
+        return {
+            "corpus": self.parents["corpus"].path,
+            "keys": self.keys,
+            "sizes": self.sizes,
+            "image_size": self.recipe.corpus.image_size,
+            "max_pixels": self.recipe.corpus.max_pixels,
+            "encoder": self.encoder if needs_encoder else None,
+            "layer": self.recipe.encoder.layer,
+            "encoder_precision": self.section.encoder_precision,
+        }
+
+    def phase(
+        self,
+        name: str,
+        task: str,
+        settings: dict[str, Any],
+        stage: Any,
+        parents: Mapping[str, Artifact],
+        more: Mapping[str, Any],
+    ) -> Artifact:
+        """Train one phase as a stage of its own under `tokenizer/phases/<name>`; found where it stands already.
+
+        settings: of the task. stage: the phase's section, with `train`. more: what its result depends on beside
+        section, parents, seed, layer and image size.
+        """
+        from smalti.workflows.train.launch import fit
+
+        def body(run: StageRun) -> dict[str, int]:
+            run.scores |= fit(task, settings, stage.train, run, seed=self.recipe.seed)
+            return {"steps": stage.train.steps, "images": sum(self.sizes)}
+
+        config = stage.model_dump(mode="json")
+        config["train"] = result_settings(config["train"])
+        config |= {"seed": self.recipe.seed, "layer": self.recipe.encoder.layer}
+        config |= {"image_size": self.recipe.corpus.image_size, **more}
+        if self.section.encoder_precision != "auto":
+            config["encoder_precision"] = self.section.encoder_precision
+        return run_stage(self.recipe, f"{PHASES}/{name}", name, config, parents, body, tracker=self.run.tracker)
