@@ -77,17 +77,23 @@ def test_a_finished_run_is_not_run_again(reference, toy, monkeypatch) -> None:
     assert toy.train(str(reference)) == {"calls": 48.0}
 
 
-@pytest.mark.parametrize("changes", [{}, {"zero_stage": 3}], ids=["zero0", "zero3"])
-def test_two_workers_come_to_what_one_does(reference, toy, tmp_path, changes) -> None:
-    toy.train(str(tmp_path), workers=2, **changes)
-    assert distance(tmp_path, reference) < 1e-5
-    for ours, theirs in zip(history(tmp_path), history(reference), strict=True):
+WAYS = {"zero0": {}, "zero3": {"zero_stage": 3}, "accumulation": {"micro_batch_size": 2, "zero_stage": 2}}
+
+
+@pytest.fixture(scope="module")
+def pair(session, toy, tmp_path_factory) -> tuple[Path, dict[str, dict[str, float]]]:
+    """Two workers, in each of `WAYS`: the folder, and the final numbers."""
+    path = tmp_path_factory.mktemp("pair")
+    return path, toy.train_in_turn(str(path), 2, WAYS)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_workers_come_to_what_one_does(reference, pair, way) -> None:
+    path, numbers = pair
+    assert numbers[way]["calls"] == (96.0 if way == "accumulation" else 48.0)
+    assert distance(path / way, reference) < 1e-5
+    for ours, theirs in zip(history(path / way), history(reference), strict=True):
         assert ours == pytest.approx(theirs, abs=1e-4)
-
-
-def test_accumulation_and_zero_2_come_to_the_same(reference, toy, tmp_path) -> None:
-    assert toy.train(str(tmp_path), workers=2, micro_batch_size=2, zero_stage=2)["calls"] == 96.0
-    assert distance(tmp_path, reference) < 1e-5
 
 
 @pytest.mark.parametrize("zero", [0, 3])

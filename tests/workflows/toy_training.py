@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -175,6 +176,44 @@ def train(path: str, *, workers: int | tuple[int, int] = 1, settings=None, run=N
     by_value()
     run = run or FakeRun(path, workers)
     return fit(sys.modules[Toy.__module__].Toy, settings or {}, TRAIN.model_copy(update=changes), run, seed=3)
+
+
+def _in_turn(jobs: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """In a worker: one training after the other; the final numbers of each."""
+    from smalti.workflows.train import engines
+    from smalti.workflows.train.loop import Loop
+
+    engines.prepare_process(False, 1)
+    return {name: Loop(job).run() for name, job in jobs.items()}
+
+
+def train_in_turn(path: str, workers: int, variants: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Train the toy once for each variant, into `<path>/<name>`, all in one group of workers: starting one takes longer
+    than the training. The final numbers by name."""
+    import ray
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from smalti.workflows.train.board import Board
+    from smalti.workflows.train.loop import Job
+
+    by_value()
+    board = ray.remote(num_cpus=0)(Board).remote()
+    jobs = {}
+    for name, changes in variants.items():
+        own = os.path.join(path, name)
+        os.makedirs(own)
+        jobs[name] = Job(
+            sys.modules[Toy.__module__].Toy, {}, TRAIN.model_copy(update=changes), 3, own, 1, 0, board, resumable=False
+        )
+    trainer = TorchTrainer(
+        _in_turn,
+        train_loop_config=jobs,
+        torch_config=TorchConfig(backend="gloo"),
+        scaling_config=ScalingConfig(num_workers=workers),
+        run_config=RunConfig(name="in-turn", storage_path=path),
+    )
+    return trainer.fit().return_value
 
 
 def by_value() -> None:
