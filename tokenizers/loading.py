@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from smalti.errors import ArtifactError
+from smalti.tokenizers import semhitok, unicode2
 from smalti.tokenizers.saved import read_config
-from smalti.tokenizers.semhitok import SYSTEM, SemHiTok
 
-SYSTEMS: dict[str, type[SemHiTok]] = {SYSTEM: SemHiTok}
+SYSTEMS: dict[str, Any] = {
+    semhitok.SYSTEM: semhitok.SemHiTok,
+    unicode2.SYSTEM: unicode2.Unicode2,
+}
 
 
-def load_tokenizer(path: str | os.PathLike[str]) -> SemHiTok:
+def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     """The tokenizer saved in a folder or URL, in float32 on the CPU, in eval mode.
 
     ArtifactError: no tokenizer there, a torn one, or a system that this version does not know.

@@ -36,8 +36,7 @@ def write_folder(
             for name in sorted(names):
                 source = os.path.join(base, name)
                 parts = os.path.relpath(source, folder).split(os.sep)
-                with open(source, "rb") as file:
-                    storage.write_atomic(storage.join(target, *parts), file.read())
+                storage.put_file(source, storage.join(target, *parts))  # never read whole: a codebook may be gigabytes
     storage.write_json(storage.join(target, CONFIG_NAME), dict(config))
 
 

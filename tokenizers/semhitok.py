@@ -55,6 +55,8 @@ class SemHiTok(nn.Module):
     pixels alone. Runs in eval mode, without gradients, in float32; on a CPU the same input gives the same bits.
     """
 
+    has_decoder = True
+
     def __init__(
         self,
         section: TokenizerSection,
