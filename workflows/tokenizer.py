@@ -10,7 +10,10 @@ from smalti.schema import Recipe
 from smalti.tracking import Tracker
 from smalti.workflows.stage import find_artifact, run_stage
 
-SYSTEMS = {"semhitok": "smalti.workflows.systems.semhitok"}
+SYSTEMS = {
+    "semhitok": "smalti.workflows.systems.semhitok",
+    "unicode2": "smalti.workflows.systems.unicode2",
+}
 """A module a system: `parents(recipe)`, names of the stages before; `check(recipe)`; `settings_of(recipe)`, what the
 tokenizer depends on; `body(parents)`, which makes it."""
 

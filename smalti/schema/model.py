@@ -72,7 +72,11 @@ class MllmSection(Section):
 
     pretrained: str | None = None
     config: LanguageModel | None = None
-    adapter: Literal["dual", "single"] = "dual"
+    adapter: Literal["dual", "single", "cascade"] = Field(
+        "dual",
+        description="from code vectors to inputs: an MLP a part, one MLP, or one on a trained codebook that begins as the "
+        "tokenizer's (default for unicode2)",
+    )
     adapter_hidden: Positive | None = Field(None, description="hidden width of each adapter MLP; default: the model's")
     uncond_probability: Fraction = Field(0.1, description="share of prompts replaced by the unconditional text")
     mixture: Mixture = Mixture()

@@ -79,6 +79,16 @@ class Recipe(Section):
         """Whether a codebook is made of the encoder's features: SemHiTok's with guidance, and UniCode²'s."""
         return self.system == "unicode2" or (self.system == "semhitok" and self.tokenizer.guidance)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _cascade_of_unicode2(cls, data: Any) -> Any:
+        """The adapter that a unicode2 recipe has where it names none."""
+        if isinstance(data, dict) and data.get("system") == "unicode2":
+            mllm = data.get("mllm") or {}
+            if isinstance(mllm, dict):
+                return data | {"mllm": {"adapter": "cascade"} | mllm}
+        return data
+
     @field_validator("out")
     @classmethod
     def _some_folder(cls, out: str) -> str:
