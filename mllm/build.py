@@ -76,10 +76,11 @@ def build_unified(
         vocabulary = VisualVocabulary.extend(hf_tokenizer, visual_tokenizer.num_codes)
         width = causal_lm.get_input_embeddings().embedding_dim
         adapter = ADAPTERS[section.adapter](visual_tokenizer.embed_splits, section.adapter_hidden or width, width)
+        codes_VC = visual_tokenizer.code_vectors()
         model = UnifiedModel(
             causal_lm,
             adapter,
-            visual_tokenizer.code_vectors(),
+            codes_VC,
             vocabulary,
             image_loss_weight=section.image_loss_weight,
             answer_loss_weight=section.answer_loss_weight,
@@ -91,7 +92,7 @@ def build_unified(
             add_lora(model, section.lora)
     if section.attention == "flash":
         use_flash_attention(model)
-    model.start_visual(SMALL_HEAD_GAIN if section.config else 1.0)
+    model.start_visual(SMALL_HEAD_GAIN if section.config else 1.0, codes_VC=codes_VC)
     if section.old_rows != 1:
         slow_old_rows(model, section.old_rows)
     return model
@@ -199,7 +200,8 @@ def save_unified(path: str, model: UnifiedModel, hf_tokenizer: Any, state: Mappi
             f"{len(missing)} weights of the trained model are missing, such as {missing[0]}; nothing was saved."
         )
     tensors = {name: state[name].detach().cpu().contiguous() for name in expected}
-    tensors[_CODES] = model.code_vectors_VC.detach().float().cpu().contiguous()
+    if not model.adapter.own_codes:
+        tensors[_CODES] = model.code_vectors_VC.detach().float().cpu().contiguous()
     model.lm.config.save_pretrained(path)
     model.lm.generation_config.save_pretrained(path)
     hf_tokenizer.save_pretrained(path)
@@ -229,10 +231,11 @@ def load_unified(path: str) -> tuple[UnifiedModel, Any]:
     fit_shapes(causal_lm, vocabulary)
     width = causal_lm.get_input_embeddings().embedding_dim
     adapter: Adapter = ADAPTERS[settings["adapter"]](settings["splits"], settings["adapter_hidden"], width)
+    nothing = torch.empty(vocabulary.num_codes, 0)  # of an adapter that holds the vectors itself
     model = UnifiedModel(
         causal_lm,
         adapter,
-        tensors.pop(_CODES),
+        nothing if adapter.own_codes else tensors.pop(_CODES),
         vocabulary,
         image_loss_weight=settings["image_loss_weight"],
         answer_loss_weight=settings["answer_loss_weight"],

@@ -105,7 +105,8 @@ def swapped_rows(model: UnifiedModel, dtype: torch.dtype, chunk: int = 8192) -> 
     rows_VH = torch.zeros((head.out_features, embed.embedding_dim), dtype=dtype)
     rows_VH[:first] = embed.weight.to(dtype).cpu()
     for start in range(0, model.vocabulary.num_codes, chunk):
-        vectors_nH = model.adapter(model.code_vectors_VC[start : start + chunk])
+        stop = min(start + chunk, model.vocabulary.num_codes)
+        vectors_nH = model.visual_inputs(torch.arange(start, stop, device=embed.weight.device))
         rows_VH[first + start : first + start + len(vectors_nH)] = vectors_nH.to(dtype).cpu()
     return rows_VH
 

@@ -67,7 +67,9 @@ class UnifiedModel(nn.Module):
         self.one_row = False
         self.old_rows: Scaled | None = None
         self._resting: set[Part] | None = None
-        self.register_buffer("code_vectors_VC", code_vectors_VC.detach().float().clone(), persistent=False)
+        adapter.hold(vocabulary.num_codes, matrices)
+        held = code_vectors_VC.new_empty(0, code_vectors_VC.shape[1]) if adapter.own_codes else code_vectors_VC
+        self.register_buffer("code_vectors_VC", held.detach().float().clone(), persistent=False)
         if not is_fitted(causal_lm, vocabulary):
             fit_vocabulary(causal_lm, vocabulary, torch.Generator().manual_seed(seed), matrices)
 
@@ -77,26 +79,33 @@ class UnifiedModel(nn.Module):
         return self.lm.config
 
     @torch.no_grad()
-    def start_visual(self, head_gain: float = 1.0, chunk: int = 65_536) -> None:
+    def start_visual(self, head_gain: float = 1.0, chunk: int = 65_536, codes_VC: Tensor | None = None) -> None:
         """Start the visual side from the codebook, at the scales of the text side.
 
         The adapter is fitted to the code vectors and its output scaled to the root mean square of the text embedding. The
         head's visual rows start as the directions of the adapter's outputs, much as a tied embedding would have them, all at
         `head_gain` times the root mean square of its text rows: codes that lie close begin alike in the output as well, and
         what is learned of one counts for its neighbours. Random rows would each have to be learned by themselves.
+
+        codes_VC: the visual tokenizer's codebook, where the adapter holds code vectors of its own.
         """
-        self.adapter.fit(self.code_vectors_VC)
+        codes_VC = self.code_vectors_VC if codes_VC is None else codes_VC
+        self.adapter.fit(codes_VC, self.matrices)
         head = self.lm.get_output_embeddings()
         embed_rows, head_rows = (self.matrices.rows(matrix.weight) for matrix in (self.lm.get_input_embeddings(), head))
         num_text = self.vocabulary.num_text
-        sample = torch.linspace(0, len(self.code_vectors_VC) - 1, min(4096, len(self.code_vectors_VC))).long()
-        vectors_NH = self.adapter(self.code_vectors_VC[sample])
+        sample = torch.linspace(0, len(codes_VC) - 1, min(4096, len(codes_VC))).long()
+        vectors_NH = self.adapter.of_vectors(codes_VC[sample])
         scale = root_mean_square(WholeRows(vectors_NH), len(vectors_NH)).clamp_min(1e-12)
         self.adapter.scale_output(float(root_mean_square(embed_rows, num_text) / scale))
         size = float(head_gain * root_mean_square(head_rows, num_text) * head.in_features**0.5)
         for start, stop in ranges(0, self.vocabulary.num_codes, head_rows.step or chunk):
-            rows_nH = F.normalize(self.adapter(self.code_vectors_VC[start:stop]).float(), dim=-1) * size
+            rows_nH = F.normalize(self.adapter.of_vectors(codes_VC[start:stop]).float(), dim=-1) * size
             head_rows.write(self.vocabulary.first_visual + start, rows_nH)
+
+    def visual_inputs(self, codes: Tensor) -> Tensor:
+        """What stands in place of the embedding rows of visual codes, int64 (…): (…, H)."""
+        return self.adapter(codes if self.adapter.own_codes else self.code_vectors_VC[codes])
 
     def inputs_embeds(self, ids_BL: Tensor) -> Tensor:
         """Token ids (any in the flat vocabulary) → (B, L, H): embedding rows for text, adapter outputs for visual ids.
@@ -112,8 +121,8 @@ class UnifiedModel(nn.Module):
             )
         codes_N = ids_BL[visual_BL] - self.vocabulary.first_visual
         if not len(codes_N):
-            return embeds_BLH + 0 * self.adapter(self.code_vectors_VC[:1]).sum().to(embeds_BLH.dtype)
-        vectors_NH = self.adapter(self.code_vectors_VC[codes_N]).to(embeds_BLH.dtype)
+            return embeds_BLH + 0 * self.visual_inputs(ids_BL.new_zeros(1)).sum().to(embeds_BLH.dtype)
+        vectors_NH = self.visual_inputs(codes_N).to(embeds_BLH.dtype)
         return embeds_BLH.masked_scatter(visual_BL[..., None], vectors_NH)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -71,7 +71,7 @@ def rest_and_wake() -> dict[int, list[dict[str, set[str]]]]:
     first = MllmStage(from_step=0, freeze=["backbone", "new_rows"])
     section = MllmSection(
         config=size,
-        adapter="single",
+        adapter="cascade",
         lr=PartRates(adapter=2.0, backbone=0.5),
         stages=[first, MllmStage(from_step=2)],
         train=Train(steps=9, batch_size=2, lr=0.01, weight_decay=0.1),

@@ -31,7 +31,7 @@ def section(folder: Path):
     from smalti.schema import MllmSection, Train
 
     return MllmSection(
-        pretrained=str(folder / "lm"), adapter="single", train=Train(batch_size=2, zero_stage=3, lr=0.01)
+        pretrained=str(folder / "lm"), adapter="cascade", train=Train(batch_size=2, zero_stage=3, lr=0.01)
     )
 
 
@@ -123,7 +123,8 @@ def test_rows_made_in_parts_and_their_first_step_are_those_of_a_whole_model(fold
         clear = parameter.grad.abs() > 1e-3 * parameter.grad.abs().max()
         if not name.endswith("k_proj.bias"):  # all noise: softmax cancels it
             torch.testing.assert_close(after[name][clear], parameter[clear], rtol=1e-5, atol=2e-5, msg=name)
-    assert not torch.equal(after["lm.lm_head.weight"], found["lm.lm_head.weight"])
+    for name in ("lm.lm_head.weight", "adapter.codes.weight"):
+        assert not torch.equal(after[name], found[name])
 
 
 def test_a_worker_holds_its_part_and_never_the_whole_head(folder: Path) -> None:
@@ -132,4 +133,5 @@ def test_a_worker_holds_its_part_and_never_the_whole_head(folder: Path) -> None:
     assert rows > CODES and width == WIDTH
     for worker in told:
         assert worker["held"]["lm.lm_head.weight"] == -(-rows * width // 2)
+        assert worker["held"]["adapter.codes.weight"] == CODES * 6 // 2, "the second codebook too"
         assert worker["largest"] == 4 * worker["held"]["lm.lm_head.weight"]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from smalti import storage
+from smalti.mllm.adapters import fitting
 from smalti.mllm.build import build_unified, save_unified
 from smalti.mllm.lora import merge_lora, without_lora
 from smalti.mllm.model import UnifiedModel
@@ -201,5 +202,5 @@ class MllmTask(Task):
 
 
 def with_fitting_adapter(section: MllmSection, splits: Sequence[int]) -> MllmSection:
-    """The section with the adapter it means: over code vectors of one part (no guidance) a dual adapter is a single one."""
-    return section.model_copy(update={"adapter": "single"}) if len(splits) == 1 else section
+    """The section with the adapter it means; see `smalti.mllm.adapters.fitting`."""
+    return section.model_copy(update={"adapter": fitting(section.adapter, splits)})
