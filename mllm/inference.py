@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from smalti.errors import ArtifactError, VocabularyError
+from smalti.errors import ArtifactError, ConfigError, VocabularyError
 from smalti.images import to_pixels
 from smalti.mllm.build import UNREADABLE, load_causal_lm
 from smalti.mllm.export import SETTINGS
@@ -111,7 +111,9 @@ class VisualModel:
         batch_size: int = 16,
         compile: str | None = None,
     ) -> list[Image.Image]:
-        """One RGB picture a prompt; see `draw_codes`."""
+        """One RGB picture a prompt; see `draw_codes`. ConfigError: the visual tokenizer cannot decode."""
+        if not getattr(self.visual_tokenizer, "has_decoder", True):  # before anything is drawn
+            raise ConfigError(self.visual_tokenizer.no_decoder)
         codes_BT = self.draw_codes(
             prompts,
             cfg=cfg,

@@ -50,7 +50,7 @@ class Unicode2(nn.Module):
     codes: Tensor
     cells: Tensor
     cell_of: Tensor
-    has_decoder = False
+    has_decoder, no_decoder = False, NO_DECODER
     has_semantic_only = False
     num_semantic, num_sub = 0, 1  # no level of codes above the flat ones
 
@@ -138,7 +138,7 @@ class Unicode2(nn.Module):
 
     def decode(self, codes: Tensor) -> NoReturn:
         """ConfigError: there is no pixel decoder."""
-        raise ConfigError(NO_DECODER)
+        raise ConfigError(self.no_decoder)
 
     @torch.no_grad()
     def embed(self, codes: Tensor) -> Tensor:

@@ -31,7 +31,9 @@ def shrink(recipe: Recipe) -> Recipe:
     """The same recipe at toy size, in `<out>-smoke`; makes the tiny stand-ins for pretrained models there."""
     out = recipe.out.rstrip("/") + "-smoke"
     values: dict[str, Any] = {"out": out, "name": f"{recipe.name}-smoke", "share": []}
-    values |= _data(recipe) | _tokenizer(recipe) | _model(recipe, out) | _resources(recipe)
+    values |= _data(recipe) | _model(recipe, out) | _resources(recipe)
+    if recipe.system == "semhitok":
+        values |= _tokenizer(recipe)
     return with_overrides(recipe, values)
 
 
@@ -76,6 +78,7 @@ def _data(recipe: Recipe) -> dict[str, Any]:
         "corpus.limit": None,
         "features.batch_size": 8,
         "features.source": None,
+        "features.patches": "all" if recipe.features.patches == "all" else min(recipe.features.patches, 8),
         "tokens.batch_size": 8,
         "codebook.size": 16,
         "codebook.coarse": min(recipe.codebook.coarse, 4),

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModelForCausalLM
 
+from smalti.errors import ConfigError
 from smalti.mllm import adapters
 from smalti.mllm.adapters import CascadeAdapter, SingleAdapter
 from smalti.mllm.bpe import train_bpe
 from smalti.mllm.build import build_unified
-from smalti.mllm.export import export_language_model
+from smalti.mllm.export import export, export_language_model
+from smalti.mllm.inference import VisualModel
 from smalti.mllm.model import UnifiedModel
 from smalti.schema import LanguageModel, MllmSection
+from smalti.tokenizers.code_index import CodeIndex
+from smalti.tokenizers.loading import load_tokenizer
+from smalti.tokenizers.unicode2 import Unicode2
 
 K, C = 30, 10
 SIZE = LanguageModel(hidden_size=32, layers=2, heads=4, kv_heads=2, intermediate_size=64, text_vocab_size=290)
@@ -107,6 +113,21 @@ def test_the_export_is_a_plain_model_with_the_trained_rows(tmp_path) -> None:
     with torch.no_grad():
         expected = model.lm(inputs_embeds=model.inputs_embeds(ids)).logits
         torch.testing.assert_close(lm(ids).logits, expected, rtol=0, atol=1e-4)
+
+
+def test_an_exported_unicode2_answers_and_says_that_it_cannot_draw(visual_tokenizer_dir, tmp_path) -> None:
+    encoder = load_tokenizer(visual_tokenizer_dir).encoder
+    Unicode2(encoder, CodeIndex(torch.randn(K, encoder.dim))).save_pretrained(tmp_path / "visual")
+    hf_tokenizer = train_bpe(["a blue circle"] * 3, 290)
+    section = MllmSection(config=SIZE, max_length=64, adapter="cascade")
+    model = build_unified(section, hf_tokenizer, load_tokenizer(tmp_path / "visual"))
+    export(model, hf_tokenizer, str(tmp_path / "visual"), str(tmp_path / "export"))
+    exported = VisualModel.from_pretrained(str(tmp_path / "export"), device="cpu")
+    picture = Image.new("RGB", (40, 50), (255, 0, 0))
+    assert len(exported.ask([picture], ["what is it?"], max_new_tokens=3)) == 1
+    assert exported.draw_codes(["a blue circle"]).shape == (1, 16)
+    with pytest.raises(ConfigError, match="no pixel decoder"):
+        exported.generate(["a blue circle"])
 
 
 def test_a_large_codebooks_moments_are_those_of_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:

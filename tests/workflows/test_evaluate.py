@@ -248,6 +248,22 @@ def test_drawings_are_judged_by_both_judges(planted: tuple[HeldOut, Models]) -> 
     assert {line["seen"]["judge"] for line in wrong} == {"blue"}
 
 
+def test_without_a_decoder_what_needs_pixels_is_skipped_with_the_reason(planted: tuple[HeldOut, Models]) -> None:
+    class Undecodable(PaletteTokenizer):
+        has_decoder, no_decoder = False, "no decoder here"
+
+        def decode(self, codes_BT: Tensor) -> Tensor:
+            raise AssertionError("asked for pixels")
+
+    models = Models(planted[0])
+    vars(models).update(vars(planted[1]) | {"tokenizer": Undecodable()})
+    for name in ("reconstruction", "drawing"):
+        part = evaluate.MEASURES[name](planted[0], models)
+        assert part.skipped == "no decoder here" and not part.scores and not part.pictures
+    for name in ("codes", "questions", "zero_shot"):
+        assert evaluate.MEASURES[name](planted[0], models).scores
+
+
 def test_zero_shot_names_every_colour(planted: tuple[HeldOut, Models]) -> None:
     part = take("zero_shot", planted)
     assert part.scores["zero_shot/accuracy"].value == 1.0

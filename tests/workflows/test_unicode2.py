@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from smalti import storage
 from smalti.artifact import Artifact
+from smalti.cli import main
 from smalti.config import dump, load_recipe, with_overrides
 from smalti.errors import ConfigError, DataError
 from smalti.schema import EncoderTrain, Recipe
@@ -60,6 +62,16 @@ def test_the_tokenizer_is_the_encoder_with_the_codebook(recipe: Recipe) -> None:
     assert torch.equal(loaded.code_vectors(), codes_KC) and loaded.probes.cells == 2
     assert loaded.encode(torch.zeros(1, 3, 32, 32)).shape == (1, 16)
     assert stages_of(recipe)[2:5] == ["features", "codebook", "tokenizer"]
+
+
+def test_reconstruct_says_that_there_is_no_decoder(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parents(recipe, torch.randn(12, WIDTH))
+    made = tokenizer.run(recipe)
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    assert main(["reconstruct", made.path, str(tmp_path / "a.png"), "--out", str(tmp_path / "pictures")]) == 2
+    assert "UniCode² has no pixel decoder" in capsys.readouterr().err and not (tmp_path / "pictures").exists()
 
 
 def test_codes_that_are_not_finite_are_refused(recipe: Recipe) -> None:

@@ -42,6 +42,8 @@ def measure_drawing(data: HeldOut, models: Models) -> Part:
         return Part(skipped="no exported language model")
     if settings.drawings == 0:
         return Part(skipped="evaluate.drawings is 0")
+    if models.no_decoder:
+        return Part(skipped=models.no_decoder)
     prompts = [prompt for prompt in prompts_of(data) for _ in range(settings.drawings)]
     if not prompts:
         return Part(

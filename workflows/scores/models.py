@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from smalti.workflows.scores.judge import Judge, train_judge
 if TYPE_CHECKING:
     from smalti.mllm.inference import VisualModel
     from smalti.tokenizers.encoders import VisionEncoder
-    from smalti.tokenizers.semhitok import SemHiTok
 
 JUDGE_IMAGES, JUDGE_SIZE = 20_000, 64
 
@@ -26,7 +25,7 @@ class Models:
         self.data, self.job = data, data.job
 
     @cached_property
-    def tokenizer(self) -> SemHiTok:
+    def tokenizer(self) -> Any:
         """The trained visual tokenizer."""
         from smalti.tokenizers.loading import load_tokenizer
 
@@ -54,6 +53,11 @@ class Models:
         size = min(JUDGE_SIZE, self.job.image_size)
         pixels, labels = self.data.labelled_training_pixels(JUDGE_IMAGES, size)
         return train_judge(pixels, labels, seed=self.job.seed, device=self.job.device)
+
+    @property
+    def no_decoder(self) -> str | None:
+        """Why codes cannot be turned into pixels; None where they can."""
+        return None if getattr(self.tokenizer, "has_decoder", True) else self.tokenizer.no_decoder
 
     def to_codes(self, codes: object) -> Tensor:
         """int32 rows (B, T) as int64 on the device."""

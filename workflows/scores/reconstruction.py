@@ -19,6 +19,8 @@ MOST_DB = 100.0  # of one image: an exact copy would be infinite, and so would t
 def measure_reconstruction(data: HeldOut, models: Models) -> Part:
     """PSNR (dB) and SSIM, mean over images, of the decoder on all codes and, where it was trained, of the decoder that
     sees the semantic codes alone; their difference as `reconstruction/psnr_over_semantic_only`."""
+    if models.no_decoder:
+        return Part(skipped=models.no_decoder)
     tokenizer = models.tokenizer
     semantic = tokenizer.has_semantic_only
     found: dict[str, list[float]] = {"psnr": [], "ssim": [], "psnr_semantic_only": [], "ssim_semantic_only": []}
