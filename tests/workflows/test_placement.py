@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ def recipe(**resources: Any) -> Recipe:
 
 def test_the_papers_recipe_has_room_on_four_nodes_of_eight() -> None:
     assert unplaceable(recipe(), FOUR) == []
+    large, sixteen = load_recipe("unicode2-500k"), Nodes([replace(NODE, count=16)])
+    assert unplaceable(large, sixteen) == [] == shortages(large, sixteen)
     assert room_for({"CPU": 10.0, "GPU": 1.0}, NODE) == 8
     assert room_for({"CPU": 0.5, "GPU": 0.5}, NODE) == 16
     assert {need.key for need in needs_of(recipe())} == {"readers", "actors", "workers", "evaluation"}

@@ -34,14 +34,14 @@ def plan_codebook(section: CodebookSection, vectors: int, width: int, rates: Rat
         drawn = recall.num_vectors(section.recall)
         tasks = -(-drawn // recall.TASK_VECTORS)
         phases.append(Phase("recall", f"2·{drawn:,}·K·C", 2.0 * drawn * section.size * width, devices=tasks))
-        seen = _cells_seen(section)
+        seen = cells_seen(section)
         formula, flops = f"2·N·(P + {seen:.1f}·K/P)·C", 2.0 * vectors * (cells + seen * section.size / cells) * width
     phases.append(Phase("scores", formula, flops, data))
     title = f"codebook: N = {vectors:,} vectors x C = {width:,} -> K = {section.size:,} codes in P = {cells:,} cells"
     return Plan(title, phases, _memory(section, vectors, width), rates, num)
 
 
-def _cells_seen(section: CodebookSection) -> float:
+def cells_seen(section: CodebookSection) -> float:
     """Cells whose codes a vector is compared with at `codebook.recall`, ASSUMED: 4 at 0.99, twice as many for a tenth of
     the misses."""
     missed = max(1 - section.recall, 1e-9)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, SiglipVisionModel
 
-from smalti.mllm.adapters import ADAPTERS
+from smalti.mllm.adapters import ADAPTERS, fitting
 from smalti.mllm.build import _qwen2_config
 from smalti.mllm.lora import add_lora
 from smalti.mllm.model import UnifiedModel, fit_shapes, visible_mask
@@ -109,13 +109,18 @@ def models_of(recipe: Recipe, *, gpu: bool = False) -> Iterator[Model]:
     encoder, origin = encoder_of(recipe)
     if recipe.encoder.train is not None:
         yield _encoder(recipe)
+    if recipe.system == "semhitok":
+        yield from _phases(recipe, encoder, origin, gpu)
+    if recipe.mllm.pretrained or recipe.mllm.config:
+        yield _mllm(recipe, encoder.grid, encoder.dim)
+
+
+def _phases(recipe: Recipe, encoder: VisionEncoder, origin: str, gpu: bool) -> Iterator[Model]:
     if recipe.tokenizer.guidance:
         yield _semantic(recipe, encoder, origin, gpu)
     yield _pixels(recipe, encoder, origin, gpu, decoder=False)
     if recipe.tokenizer.decoder is not None:
         yield _pixels(recipe, encoder, origin, gpu, decoder=True)
-    if recipe.mllm.pretrained or recipe.mllm.config:
-        yield _mllm(recipe, encoder.grid)
 
 
 def encoder_of(recipe: Recipe) -> tuple[VisionEncoder, str]:
@@ -256,7 +261,8 @@ class _Tokens:
         return self.count
 
 
-def _mllm(recipe: Recipe, grid: tuple[int, int]) -> Model:
+def _mllm(recipe: Recipe, grid: tuple[int, int], width: int = 0) -> Model:
+    """`width`: of a code of UniCode², which is as wide as a feature."""
     section, tokenizer = recipe.mllm, recipe.tokenizer
     if section.config is not None:
         tokens, origin = section.config.text_vocab_size, ""
@@ -265,13 +271,15 @@ def _mllm(recipe: Recipe, grid: tuple[int, int]) -> Model:
         config, tokens, origin = language_config(section.pretrained or "")
     num_codes = recipe.codebook.size * tokenizer.pixel.codes
     splits = ((tokenizer.semantic.dim,) if tokenizer.guidance else ()) + (tokenizer.pixel.dim,)
+    if recipe.system == "unicode2":
+        num_codes, splits = recipe.codebook.size, (width,)
     first = tokens + len(DELIMITERS)
     vocabulary = VisualVocabulary(tokens, first, num_codes, tokens, tokens + 1, tokens + 2, tokens + 3, 0, 0, None)
     with torch.device("meta"):
         lm: Any = AutoModelForCausalLM.from_config(config)
         fit_shapes(lm, vocabulary)
         width = lm.get_input_embeddings().embedding_dim
-        kind = ADAPTERS["single" if len(splits) == 1 else section.adapter]
+        kind = ADAPTERS[fitting(section.adapter, splits)]
         adapter = kind(splits, section.adapter_hidden or width, width)
         model = UnifiedModel(lm, adapter, torch.empty(num_codes, sum(splits)), vocabulary)
         if section.lora:
@@ -284,7 +292,7 @@ def _mllm(recipe: Recipe, grid: tuple[int, int]) -> Model:
         ids_BL = fake(num, length, dtype=torch.int64)
         with autocast():
             embeds_BLH = lm.get_input_embeddings()(ids_BL)
-            vectors_BLH = adapter(model.code_vectors_VC[ids_BL]).to(embeds_BLH.dtype)
+            vectors_BLH = model.visual_inputs(ids_BL).to(embeds_BLH.dtype)
             embeds_BLH = torch.where(fake(num, length, 1, dtype=torch.bool), vectors_BLH, embeds_BLH)
             mask = visible_mask(ids_BL, ids_BL, embeds_BLH.dtype)
             hidden = model.backbone(

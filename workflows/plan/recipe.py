@@ -13,6 +13,7 @@ from torch import nn
 from smalti.artifact import Artifact
 from smalti.errors import ConfigError
 from smalti.schema import Recipe
+from smalti.workflows.plan import unicode2
 from smalti.workflows.plan.base import Plan, Rates, size_text, time_text
 from smalti.workflows.plan.codebook import plan_codebook
 from smalti.workflows.plan.devices import shared_among
@@ -60,10 +61,18 @@ class RecipePlan:
         self.images = self.images or self._images()
 
     def _images(self) -> int:
-        """Those of the corpus that stands, else what the longest stage over images sees once."""
+        """Those of the corpus that stands, else what the longest stage over images sees once (that over tokens, where none
+        is over images)."""
         if self.corpus is not None and self.corpus.counts.get("images"):
             return self.corpus.counts["images"]
-        return max(m.train.steps * m.train.batch_size for m in self.models if m.pixels)
+        seen = [m for m in self.models if m.pixels] or self.models
+        return max((m.train.steps * m.train.batch_size for m in seen), default=1)
+
+    @property
+    def featured(self) -> int:
+        """Images whose features are made: of a source of their own as many as `vectors` say."""
+        given = self.vectors if self.recipe.features.source else None
+        return max(1, given // self.kept) if given else self.images
 
     @property
     def patches(self) -> int:
@@ -98,7 +107,7 @@ class RecipePlan:
             return None
         features = Artifact.find(stage_path(self.recipe, "features"))
         counts = features.counts if features else {}
-        vectors = int(self.vectors or counts.get("train") or self.images * self.kept)
+        vectors = int(self.vectors or counts.get("train") or self.featured * self.kept)
         width = self.width or counts.get("dim") or self.encoder.dim
         return plan_codebook(self.recipe.codebook, vectors, width, self.rates, self.num)
 
@@ -121,6 +130,7 @@ class RecipePlan:
             yield from ["", *lines(plan, [known[name]] if name in known else [])]
             if plan.model.head:
                 yield f"  {'':<15} {self._length_told()}"
+                yield from (f"  {'':<15} {told}" for told in self._parts_told(plan.model))
             self._refuse(plan.refusal())
         yield from ["", *self._storage_lines(), "", self._total()]
 
@@ -131,6 +141,21 @@ class RecipePlan:
         assumed = "" if self.length else ", ASSUMED (--length)"
         packed = "packed into rows of" if self.recipe.mllm.packing else "for hours; memory at"
         return f"sequences of {mean:,} tokens in the mean{assumed}, {packed} {longest:,}"
+
+    def _parts_told(self, model: Model) -> Iterator[str]:
+        """What learns when, where a stage lets parts rest: they keep their states, and a step costs the same."""
+        section, modules = self.recipe.mllm, model.modules["model"]
+        part_of: dict[int, str] = modules.parts()  # type: ignore[operator]
+        awake: dict[int, tuple[str, ...]] = {}
+        for start in sorted({0, *(stage.from_step for stage in section.stages)}):
+            parts: tuple[str, ...] = tuple(part for part, rate in section.rates_at(start).items() if rate)
+            if parts not in list(awake.values())[-1:]:
+                awake[start] = parts
+        if len(awake) == 1:
+            return
+        for (start, parts), stop in zip(awake.items(), [*list(awake)[1:], section.train.steps], strict=True):
+            count = sum(p.numel() for p in modules.parameters() if part_of[id(p)] in parts)
+            yield f"steps {start:,} to {stop:,}: {count / 1e9:.3g}B parameters learn ({', '.join(parts)})"
 
     def _refuse(self, refusal: str | None) -> None:
         if refusal is not None:
@@ -159,6 +184,8 @@ class RecipePlan:
     @cached_property
     def looks(self) -> dict[str, Look]:
         """The encoder over images, and encoder and tokenizer: the stages that train nothing."""
+        if self.recipe.system == "unicode2":
+            return unicode2.looks(self.recipe, self.encoder)
         pixel, recipe = next(m for m in self.models if m.name == "pixel").modules["model"], self.recipe
         encoder: Any = self.encoder
         guided: list[Any] = [encoder] if recipe.tokenizer.guidance else []
@@ -176,7 +203,8 @@ class RecipePlan:
             name: sum(count / self.rates.training(precision) for precision, count in look.flops.items())
             for name, look in self.looks.items()
         }
-        return {name: value * self.images / self.num / 3600 for name, value in seconds.items()}
+        images = {"features": self.featured, "tokens": self.images}
+        return {name: value * images[name] / self.num / 3600 for name, value in seconds.items()}
 
     @cached_property
     def stored(self) -> list[tuple[str, float, str]]:
@@ -184,7 +212,7 @@ class RecipePlan:
         recipe, images = self.recipe, self.images
         found = [("corpus", float(images * ASSUMED_IMAGE_BYTES), f"{ASSUMED_IMAGE_BYTES:,} bytes an image, ASSUMED")]
         if recipe.clusters:
-            size = float(HALF * images * self.kept * self.encoder.dim)
+            size = float(HALF * self.featured * self.kept * self.encoder.dim)
             found.append(("features", size, f"2·{self.kept} patches·{self.encoder.dim:,} an image"))
             cells = size if recipe.codebook.coarse > 1 else 0.0
             found.append(

@@ -1,0 +1,36 @@
+"""What UniCode² adds to a plan: its stages over images, which train nothing and search a large codebook."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+
+from smalti.schema import CodebookSection, Recipe
+from smalti.tokenizers.encoders import VisionEncoder
+from smalti.tokenizers.unicode2 import EXACT_CODES
+from smalti.workflows.plan.codebook import cells_seen
+from smalti.workflows.plan.looks import Look
+
+SINGLE = 4  # bytes
+
+
+def looks(recipe: Recipe, encoder: VisionEncoder) -> dict[str, Look]:
+    """The encoder over images, and the encoder with the search of the codes, which lie on the device in float32."""
+    modules = nn.ModuleDict({"encoder": encoder})
+    found = {
+        name: Look.at(section, modules, [encoder], [encoder], encoder.image_size)
+        for name, section in (("features", recipe.features), ("tokens", recipe.tokens))
+    }
+    tokens, book = found["tokens"], recipe.codebook
+    search = 2.0 * math.prod(encoder.grid) * compared(book) * encoder.dim
+    flops = tokens.flops | {"fp32": tokens.flops["fp32"] + search}
+    codes = float(SINGLE * (book.size + book.coarse) * encoder.dim)
+    return found | {"tokens": tokens._replace(flops=flops, weights=tokens.weights + codes)}
+
+
+def compared(book: CodebookSection) -> float:
+    """Cells and codes that a patch is compared with."""
+    if book.size <= EXACT_CODES or book.coarse == 1:
+        return book.size
+    return book.coarse + cells_seen(book) * book.size / book.coarse
