@@ -9,6 +9,7 @@ import io
 import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,9 @@ from transformers import AutoTokenizer
 
 from smalti.errors import ArtifactError, ConfigError, VocabularyError
 from smalti.images import to_pixels
+from smalti.mllm.bridge import Bridge, load_bridge
 from smalti.mllm.build import UNREADABLE, load_causal_lm
+from smalti.mllm.diffusion import NEEDS_DIFFUSERS, Diffuser
 from smalti.mllm.export import SETTINGS
 from smalti.mllm.generation import answer, draw, sample_seed
 from smalti.mllm.prompts import TextEncoder
@@ -36,6 +39,7 @@ class VisualModel:
         self.vocabulary = VisualVocabulary.from_tokenizer(hf_tokenizer)
         self.text = TextEncoder(hf_tokenizer, self.vocabulary)
         self._visual_tokenizer_dir = visual_tokenizer_dir
+        self._bridge: tuple[Bridge, Tensor] | None = None
         if self.vocabulary.num_codes != settings["num_codes"]:
             raise VocabularyError(
                 f"{SETTINGS} says {settings['num_codes']} visual codes, but the tokenizer beside it has "
@@ -54,6 +58,9 @@ class VisualModel:
         with local_copy(export_dir) as folder:
             lm, hf_tokenizer = _load(folder, export_dir)
             model = cls(lm.to(target), hf_tokenizer, settings, os.path.join(folder, settings["visual_tokenizer"]))
+            if exists(join(folder, "bridge")):
+                bridge, codes_VC = load_bridge(os.path.join(folder, "bridge"))
+                model._bridge = bridge.to(target), codes_VC
             if folder != export_dir:
                 model.visual_tokenizer  # noqa: B018 (the local copy of a URL is gone after this block)
         return model
@@ -111,9 +118,9 @@ class VisualModel:
         batch_size: int = 16,
         compile: str | None = None,
     ) -> list[Image.Image]:
-        """One RGB picture a prompt; see `draw_codes`. ConfigError: the visual tokenizer cannot decode."""
-        if not getattr(self.visual_tokenizer, "has_decoder", True):  # before anything is drawn
-            raise ConfigError(self.visual_tokenizer.no_decoder)
+        """One RGB picture a prompt; see `draw_codes`. ConfigError: nothing here turns codes into pictures."""
+        if self.cannot_draw:  # before any code is drawn
+            raise ConfigError(self.cannot_draw)
         codes_BT = self.draw_codes(
             prompts,
             cfg=cfg,
@@ -124,7 +131,9 @@ class VisualModel:
             batch_size=batch_size,
             compile=compile,
         )
-        return [picture for part in _batches(len(codes_BT), batch_size) for picture in self.decode(codes_BT[part])]
+        parts = list(_batches(len(codes_BT), batch_size))
+        seeds = [sample_seed(seed, index) for index in range(len(codes_BT))]
+        return [picture for part in parts for picture in self.decode(codes_BT[part], seeds[part])]
 
     def ask(
         self, images: Sequence[Image.Image], questions: Sequence[str], max_new_tokens: int = 32, batch_size: int = 32
@@ -159,9 +168,31 @@ class VisualModel:
         pixels_BCHW = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(127.5).sub(1)
         return self.visual_tokenizer.encode(pixels_BCHW.to(self.device)).flatten(1)
 
+    @cached_property
+    def cannot_draw(self) -> str | None:
+        """Why codes cannot be turned into pictures; None where they can."""
+        if getattr(self.visual_tokenizer, "has_decoder", True):
+            return None
+        if self._bridge is None:
+            return self.visual_tokenizer.no_decoder
+        return None if find_spec("diffusers") else NEEDS_DIFFUSERS
+
+    @cached_property
+    def _diffuser(self) -> Diffuser:
+        """The diffusion decoder that the export's bridge leads to."""
+        assert self._bridge is not None
+        return Diffuser(self._bridge[0].section.decoder, self.device)
+
     @torch.no_grad()
-    def decode(self, codes_BT: Tensor) -> list[Image.Image]:
-        """Pictures of codes."""
+    def decode(self, codes_BT: Tensor, seeds: Sequence[int] | None = None) -> list[Image.Image]:
+        """Pictures of codes; those of a diffusion decoder follow from `seeds` too (default: their places)."""
+        if not getattr(self.visual_tokenizer, "has_decoder", True) and self._bridge is not None:
+            bridge, codes_VC = self._bridge
+            given = bridge(codes_VC[codes_BT.cpu()].to(self.device))
+            seeds = range(len(codes_BT)) if seeds is None else seeds
+            return (
+                self._diffuser.draw(given, seeds, bridge.section.steps, bridge.section.guidance) if len(seeds) else []
+            )
         pixels_BCHW = self.visual_tokenizer.decode(codes_BT.to(self.device)).float().cpu()
         pixels = pixels_BCHW.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
         return [Image.fromarray(array) for array in pixels]

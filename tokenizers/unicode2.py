@@ -34,8 +34,8 @@ FORMAT = 1
 EXACT_CODES = 8192
 """Up to so many codes all are compared: a search of the tree gains nothing there."""
 NO_DECODER = (
-    "UniCode² has no pixel decoder: a code says what a patch shows, not its pixels. `embed(codes)` gives the vectors that a "
-    "diffusion decoder would be conditioned on; docs/unicode2.md tells what of it stands."
+    "UniCode² has no pixel decoder: a code says what a patch shows, not its pixels. An export draws through a diffusion decoder "
+    "where the recipe sets `bridge.decoder` (docs/unicode2.md)."
 )
 
 

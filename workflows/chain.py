@@ -1,4 +1,4 @@
-"""The chain of stages: corpus → encoder → features → codebook → tokenizer → tokens → mllm → export → evaluation.
+"""The chain of stages: corpus → encoder → features → codebook → tokenizer → tokens → mllm → (bridge →) export → evaluation.
 
 `run_recipe` runs all of it, or one stage. What stands already with the same fingerprint is skipped. Baselines of the
 recipe run just before the evaluation, which shows their scores beside the recipe's own.
@@ -23,7 +23,7 @@ from smalti.workflows.mlflow_tracking import flatten, open_tracker
 from smalti.workflows.ray_session import ensure_ray
 from smalti.workflows.stage import find_artifact
 
-STAGES = ("corpus", "encoder", "features", "codebook", "tokenizer", "tokens", "mllm", "export", "evaluate")
+STAGES = ("corpus", "encoder", "features", "codebook", "tokenizer", "tokens", "mllm", "bridge", "export", "evaluate")
 _CLUSTERING = ("features", "codebook")
 
 
@@ -64,7 +64,7 @@ def _check(recipe: Recipe, only: str | None) -> None:
     if only is not None:
         return
     for variant in (recipe, *(baseline_recipe(recipe, name) for name in recipe.baselines)):
-        for name in ("encoder", "codebook", "tokenizer", "mllm"):
+        for name in ("encoder", "codebook", "tokenizer", "mllm", "bridge"):
             importlib.import_module(f"smalti.workflows.{name}").check(variant)
 
 
@@ -90,7 +90,8 @@ def _run_of(tracker: Tracker) -> Iterator[Tracker]:
 
 def stages_of(recipe: Recipe) -> list[str]:
     """Names of the stages that this recipe needs, in order."""
-    return [name for name in STAGES if recipe.clusters or name not in _CLUSTERING]
+    left_out = () if recipe.clusters else _CLUSTERING
+    return [name for name in STAGES if name not in left_out and (name != "bridge" or recipe.bridge)]
 
 
 def baseline_recipe(recipe: Recipe, name: str) -> Recipe:

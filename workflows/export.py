@@ -12,6 +12,7 @@ from smalti import storage
 from smalti.artifact import Artifact
 from smalti.schema import Recipe
 from smalti.tracking import Tracker
+from smalti.workflows.bridge import copy_into
 from smalti.workflows.stage import StageRun, find_artifact, run_stage
 
 
@@ -20,7 +21,8 @@ def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
 
     Counts: parameters, embedding rows, codes.
     """
-    parents = {name: find_artifact(recipe, name) for name in ("tokenizer", "mllm")}
+    names = ("tokenizer", "mllm", *(["bridge"] if recipe.bridge else []))
+    parents = {name: find_artifact(recipe, name) for name in names}
     config = {"dtype": recipe.export.dtype}
     return run_stage(recipe, "export", "export", config, parents, _body(parents), tracker=tracker)
 
@@ -33,6 +35,8 @@ def _body(parents: dict[str, Artifact]) -> Any:
         with storage.local_copy(storage.join(parents["mllm"].path, "model")) as folder:
             model, hf_tokenizer = load_unified(folder)
         with local_dir(run.path) as out:
+            if "bridge" in parents:
+                copy_into(parents["bridge"].path, out)
             return export(model, hf_tokenizer, parents["tokenizer"].path, out, run.recipe.export.dtype)
 
     return body

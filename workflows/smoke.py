@@ -6,12 +6,14 @@ in the output folder and loaded from there like any other. Kinds, losses, phases
 
 from __future__ import annotations
 
+import importlib
 import os
+from importlib.util import find_spec
 from typing import Any
 
 from smalti.config import with_overrides
 from smalti.schema import EncoderTrain, Recipe
-from smalti.storage import atomic_local_dir, exists, join, write_atomic
+from smalti.storage import atomic_local_dir, exists, join, write_atomic, write_json
 from smalti.workflows.ray_session import ensure_ray
 
 _STEPS = 3
@@ -34,6 +36,10 @@ def shrink(recipe: Recipe) -> Recipe:
     values |= _data(recipe) | _model(recipe, out) | _resources(recipe)
     if recipe.system == "semhitok":
         values |= _tokenizer(recipe)
+    if recipe.bridge:
+        values |= _train("bridge.train", recipe.bridge.train) | {"bridge.steps": 2}
+        values |= {"bridge.width": 16, "bridge.layers": 1, "bridge.heads": 2}
+        values["bridge.decoder"] = _tiny_diffuser(join(out, "stand-ins", "diffuser"))
     return with_overrides(recipe, values)
 
 
@@ -152,6 +158,55 @@ def _model(recipe: Recipe, out: str) -> dict[str, Any]:
     else:
         values["mllm.pretrained"] = _tiny_qwen2(join(out, "stand-ins", "qwen2"))
     return values
+
+
+def _tiny_diffuser(path: str) -> str:
+    """A random Stable Diffusion at `path`: its text encoder of width 16; the whole pipeline where diffusers is installed."""
+    if exists(join(path, "model_index.json")):
+        return path
+    import torch
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from smalti.mllm.bpe import train_bpe
+
+    tokenizer = train_bpe(_words(), 300)
+    tokenizer.model_max_length = 12
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=12, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    with torch.random.fork_rng(), atomic_local_dir(path) as folder:
+        torch.manual_seed(0)
+        text_encoder = CLIPTextModel(config)
+        if find_spec("diffusers"):
+            _tiny_pipeline(text_encoder, tokenizer).save_pretrained(folder)
+        else:
+            text_encoder.save_pretrained(os.path.join(folder, "text_encoder"))
+            tokenizer.save_pretrained(os.path.join(folder, "tokenizer"))
+            kinds = {"_class_name": "StableDiffusionPipeline", "text_encoder": ["transformers", "CLIPTextModel"]}
+            write_json(os.path.join(folder, "model_index.json"), kinds)
+    return path
+
+
+def _tiny_pipeline(text_encoder: Any, tokenizer: Any) -> Any:
+    """A Stable Diffusion of 32 px on this text encoder."""
+    diffusers: Any = importlib.import_module("diffusers")
+    channels = {"block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=16, cross_attention_dim=16, attention_head_dim=4, **channels,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        **channels,
+    )
+    return diffusers.StableDiffusionPipeline(
+        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=diffusers.DDIMScheduler(clip_sample=False, steps_offset=1),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
 
 
 def _words() -> list[str]:

@@ -60,6 +60,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         _stage("tokenizer", "train the visual tokenizer"),
         _stage("tokens", "shards → visual tokens"),
         _stage("mllm", "train the language model on text and visual tokens"),
+        _stage("bridge", "unicode2: from codes to the conditioning of a diffusion decoder"),
         _stage("export", "a plain Hugging Face model that needs no smalti"),
         _stage("evaluate", "scores on held-out images, and the report"),
     ),

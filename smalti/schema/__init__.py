@@ -5,6 +5,7 @@ Models are frozen and strict: an unknown key or a wrong type fails (`smalti.conf
 """
 
 from smalti.schema.base import Section, Train
+from smalti.schema.bridge import BridgeSection
 from smalti.schema.data import (
     CodebookSection,
     CorpusSection,
@@ -40,6 +41,7 @@ from smalti.schema.tokenizer import (
 
 __all__ = [
     "PARTS",
+    "BridgeSection",
     "CodebookSection",
     "CorpusSection",
     "DecoderStage",

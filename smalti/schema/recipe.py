@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from smalti.schema.base import Positive, Section, Weight
+from smalti.schema.bridge import BridgeSection
 from smalti.schema.data import CodebookSection, CorpusSection, EncoderSection, FeaturesSection, TokensSection
 from smalti.schema.model import EvaluateSection, ExportSection, MllmSection
 from smalti.schema.tokenizer import TokenizerSection
@@ -66,6 +67,7 @@ class Recipe(Section):
     tokenizer: TokenizerSection = TokenizerSection()
     tokens: TokensSection = TokensSection()
     mllm: MllmSection = MllmSection()
+    bridge: BridgeSection | None = Field(None, description="unicode2: how its codes become pictures; null: not at all")
     export: ExportSection = ExportSection()
     evaluate: EvaluateSection = EvaluateSection()
     baselines: dict[str, dict[str, Any]] = Field(
@@ -126,6 +128,8 @@ class Recipe(Section):
             sizes["encoder.train"] = (siglip.hidden_size, siglip.heads, "hidden_size", "heads")
         if qwen2:
             sizes["mllm.config"] = (qwen2.hidden_size, qwen2.heads, "hidden_size", "heads")
+        if self.bridge:
+            sizes["bridge"] = (self.bridge.width, self.bridge.heads, "width", "heads")
         for section, (width, heads, key, by) in sizes.items():
             if width % heads:
                 raise ValueError(f"{section}.{key}={width} does not split over {section}.{by}={heads}; set a multiple")

@@ -255,13 +255,25 @@ def test_without_a_decoder_what_needs_pixels_is_skipped_with_the_reason(planted:
         def decode(self, codes_BT: Tensor) -> Tensor:
             raise AssertionError("asked for pixels")
 
-    models = Models(planted[0])
-    vars(models).update(vars(planted[1]) | {"tokenizer": Undecodable()})
+    class Drawer(Oracle):
+        cannot_draw: str | None = "no decoder here"
+
+        def decode(self, codes_BT: Tensor) -> list[Image.Image]:
+            return [Image.fromarray(PALETTE[row.numpy().reshape(GRID)].repeat(8, 0).repeat(8, 1)) for row in codes_BT]
+
+    models, drawer = Models(planted[0]), Drawer()
+    vars(models).update(vars(planted[1]) | {"tokenizer": Undecodable(), "language": drawer})
     for name in ("reconstruction", "drawing"):
         part = evaluate.MEASURES[name](planted[0], models)
         assert part.skipped == "no decoder here" and not part.scores and not part.pictures
     for name in ("codes", "questions", "zero_shot"):
         assert evaluate.MEASURES[name](planted[0], models).scores
+    drawer.cannot_draw = None  # a diffusion decoder stands by: what is drawn is judged, reconstructions are not made
+    drawn = evaluate.MEASURES["drawing"](planted[0], models).scores["drawing/accuracy"]
+    assert (
+        drawn.value == take("drawing", planted).scores["drawing/accuracy"].value
+        and "reconstructed" not in drawn.baseline
+    )
 
 
 def test_zero_shot_names_every_colour(planted: tuple[HeldOut, Models]) -> None:

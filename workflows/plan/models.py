@@ -16,7 +16,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, SiglipVisionModel
 
 from smalti.mllm.adapters import ADAPTERS, fitting
+from smalti.mllm.bridge import Bridge, BridgeLoss
 from smalti.mllm.build import _qwen2_config
+from smalti.mllm.diffusion import PromptSide
 from smalti.mllm.lora import add_lora
 from smalti.mllm.model import UnifiedModel, fit_shapes, visible_mask
 from smalti.mllm.vocabulary import DELIMITERS, VisualVocabulary
@@ -113,6 +115,8 @@ def models_of(recipe: Recipe, *, gpu: bool = False) -> Iterator[Model]:
         yield from _phases(recipe, encoder, origin, gpu)
     if recipe.mllm.pretrained or recipe.mllm.config:
         yield _mllm(recipe, encoder.grid, encoder.dim)
+    if recipe.bridge:
+        yield _bridge(recipe, encoder)
 
 
 def _phases(recipe: Recipe, encoder: VisionEncoder, origin: str, gpu: bool) -> Iterator[Model]:
@@ -306,4 +310,27 @@ def _mllm(recipe: Recipe, grid: tuple[int, int], width: int = 0) -> Model:
         "mllm", "mllm.train", f"language model over {rows:,} tokens", section.train, nn.ModuleDict({"model": model}),
         {"model": section.train.zero_stage}, step, origin,
         Head(rows, width, length, section.loss_chunk, head.weight.requires_grad), section.packing,
+    )  # fmt: skip
+
+
+def _bridge(recipe: Recipe, encoder: VisionEncoder) -> Model:
+    """UniCode²'s bridge beside the text encoders of its diffusion decoder; vectors of codes come with the batch."""
+    section, tokens = recipe.bridge, encoder.grid[0] * encoder.grid[1]
+    assert section is not None
+    text = PromptSide.from_pretrained(section.decoder, meta=True)
+    with torch.device("meta"):
+        ids = {name: ids_BL.to("meta") for name, ids_BL in text.tokenize([""]).items()}
+        model = BridgeLoss(Bridge(section, text(ids).shape(tokens, encoder.dim)))
+
+    def step(num: int, backward: Backward, autocast: Autocast) -> None:
+        prompts = {name: fake(num, ids_BL.shape[1], dtype=torch.int64) for name, ids_BL in ids.items()}
+        wanted = text(prompts)
+        with autocast():
+            loss, _ = model(fake(num, tokens, encoder.dim), wanted, torch.cat([*prompts.values()], -1))
+        backward(loss)
+
+    return Model(
+        "bridge", "bridge.train", "codes to a diffusion decoder's conditioning", section.train,
+        nn.ModuleDict({"model": model, "text": text}), {"model": section.train.zero_stage}, step,
+        f"{section.decoder}: its text encoders' own configs",
     )  # fmt: skip

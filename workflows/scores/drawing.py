@@ -42,8 +42,8 @@ def measure_drawing(data: HeldOut, models: Models) -> Part:
         return Part(skipped="no exported language model")
     if settings.drawings == 0:
         return Part(skipped="evaluate.drawings is 0")
-    if models.no_decoder:
-        return Part(skipped=models.no_decoder)
+    if models.cannot_draw:
+        return Part(skipped=models.cannot_draw)
     prompts = [prompt for prompt in prompts_of(data) for _ in range(settings.drawings)]
     if not prompts:
         return Part(
@@ -94,7 +94,7 @@ def draw(prompts: list[Prompt], data: HeldOut, models: Models) -> Tensor:
             seed = data.job.seed + start
             codes_BT = models.language.draw_codes(texts, **sampling, seed=seed, batch_size=settings.batch_size)
             for first in range(0, len(texts), settings.batch_size):
-                drawn.append(models.tokenizer.decode(codes_BT[first : first + settings.batch_size]).cpu())
+                drawn.append(models.decode(codes_BT[first : first + settings.batch_size]).cpu())
             progress.update(len(texts))
     return torch.cat(drawn)
 
@@ -138,7 +138,9 @@ def _judge_on_held_out(data: HeldOut, models: Models) -> tuple[float | None, flo
     rebuilt: list[bool] = []
     for batch, bhwc in data.batches(rows, "judge on held-out images"):
         right = [row.label for row in batch]
-        codes_BT = models.to_codes(np.stack([row.codes for row in batch]))
-        for hits, pixels in ((real, to_model(bhwc)), (rebuilt, models.tokenizer.decode(codes_BT))):
+        seen = [(real, to_model(bhwc))]
+        if models.no_decoder is None:  # a diffusion decoder takes seconds a picture
+            seen.append((rebuilt, models.tokenizer.decode(models.to_codes(np.stack([row.codes for row in batch])))))
+        for hits, pixels in seen:
             hits += [one == other for one, other in zip(models.judge.classify(pixels), right, strict=True)]
-    return share(real), share(rebuilt), len(rows)
+    return share(real), share(rebuilt) if rebuilt else None, len(rows)

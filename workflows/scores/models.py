@@ -5,11 +5,13 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from smalti.workflows.scores.heldout import HeldOut
 from smalti.workflows.scores.judge import Judge, train_judge
+from smalti.workflows.scores.pixels import to_model
 
 if TYPE_CHECKING:
     from smalti.mllm.inference import VisualModel
@@ -58,6 +60,17 @@ class Models:
     def no_decoder(self) -> str | None:
         """Why codes cannot be turned into pixels; None where they can."""
         return None if getattr(self.tokenizer, "has_decoder", True) else self.tokenizer.no_decoder
+
+    @property
+    def cannot_draw(self) -> str | None:
+        """Why codes cannot be turned into pictures, by a diffusion decoder either; None where they can."""
+        return self.no_decoder and self.language.cannot_draw
+
+    def decode(self, codes_BT: Tensor) -> Tensor:
+        """Pixels of codes, by the tokenizer or by the export's diffusion decoder: float (B, 3, S, S) in [-1, 1]."""
+        if self.no_decoder is None:
+            return self.tokenizer.decode(codes_BT)
+        return to_model(np.stack([np.asarray(picture.convert("RGB")) for picture in self.language.decode(codes_BT)]))
 
     def to_codes(self, codes: object) -> Tensor:
         """int32 rows (B, T) as int64 on the device."""
