@@ -6,11 +6,12 @@ import os
 from typing import Any
 
 from smalti.errors import ArtifactError
-from smalti.tokenizers import semhitok, unicode2
+from smalti.tokenizers import dualtoken, semhitok, unicode2
 from smalti.tokenizers.saved import read_config
 
 SYSTEMS: dict[str, Any] = {
     semhitok.SYSTEM: semhitok.SemHiTok,
+    dualtoken.SYSTEM: dualtoken.DualToken,
     unicode2.SYSTEM: unicode2.Unicode2,
 }
 

@@ -162,7 +162,9 @@ class PixelLoss(nn.Module):
             if self.config.gan.adaptive:
                 if last_layer is None:
                     raise ValueError("gan.adaptive needs the decoder's last layer")
-                weight = weight * adaptive_weight(loss, gan, last_layer, rebuilt=rebuilt_BCHW)
+                weight = weight * adaptive_weight(
+                    loss, gan, last_layer, *self.config.gan.adaptive_range, rebuilt=rebuilt_BCHW
+                )
             loss = loss + weight * gan
             metrics |= {"gan": gan.detach(), "gan_weight": weight}
         metrics["pixel_loss"] = loss.detach()

@@ -66,14 +66,18 @@ def check_format(config: Mapping[str, Any], source: str, system: str, number: in
         )
 
 
-def checked_codes(codes: Tensor, num_codes: int, grid: tuple[int, int] | None) -> Tensor:
-    """The codes, or VocabularyError: no integer tensor, with a grid not (B, T), codes outside [0, num_codes)."""
+def checked_codes(codes: Tensor, num_codes: int, grid: tuple[int, int] | None, inner: tuple[int, ...] = ()) -> Tensor:
+    """The codes, or VocabularyError: no integer tensor, with a grid not (B, T, *inner), without one not (…, *inner), codes
+    outside [0, num_codes)."""
     found = f"{tuple(codes.shape)} {codes.dtype}" if isinstance(codes, Tensor) else type(codes).__name__
     num_tokens = "T" if grid is None else grid[0] * grid[1]
+    wanted = ", ".join(map(str, ("B", num_tokens, *inner)))
     if not isinstance(codes, Tensor) or codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
-        raise VocabularyError(f"Codes are {found}, expected an integer tensor (B, {num_tokens}).")
-    if grid is not None and (codes.ndim != 2 or codes.shape[1] != num_tokens):
-        raise VocabularyError(f"Codes are {found}, expected (B, {num_tokens}): {grid[0]}x{grid[1]} tokens an image.")
+        raise VocabularyError(f"Codes are {found}, expected an integer tensor ({wanted}).")
+    if grid is not None and (codes.ndim != 2 + len(inner) or codes.shape[1:] != (num_tokens, *inner)):
+        raise VocabularyError(f"Codes are {found}, expected ({wanted}): {grid[0]}x{grid[1]} tokens an image.")
+    if inner and tuple(codes.shape[-len(inner) :]) != inner:
+        raise VocabularyError(f"Codes are {found}, expected ({wanted}): the last axes are those of one token.")
     if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= num_codes):
         raise VocabularyError(
             f"Codes lie in [{int(codes.min())}, {int(codes.max())}], but this tokenizer has {num_codes}, "

@@ -113,6 +113,11 @@ class SemHiTok(nn.Module):
         return self.pixel.image_size
 
     @property
+    def code_shape(self) -> tuple[int, ...]:
+        """Of the codes of a token: one number."""
+        return ()
+
+    @property
     def embed_splits(self) -> tuple[int, ...]:
         """Widths of the parts of a code's vector: (semantic, pixel), or (pixel,) without guidance."""
         return ((self.section.semantic.dim,) if self.section.guidance else ()) + (self.section.pixel.dim,)

@@ -39,7 +39,7 @@ def came_check(waited_s: float, came: bool) -> Check:
 def local_folders(recipe: Recipe) -> list[str]:
     """Folders on each machine that the recipe's trainings write to: caches of shards, and states that are offloaded."""
     tokenizer, encoder = recipe.tokenizer, recipe.encoder.train
-    trains = [recipe.mllm.train, tokenizer.semantic.train, tokenizer.pixel.train]
+    trains = [recipe.mllm.train, tokenizer.semantic.train, tokenizer.pixel.train, tokenizer.dual.train]
     trains += [part.train for part in (tokenizer.decoder, encoder) if part]
     found = [path for train in trains for path in (train.cache_dir, train.offload_path) if path]
     return list(dict.fromkeys(found))

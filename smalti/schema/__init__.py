@@ -16,6 +16,7 @@ from smalti.schema.data import (
 )
 from smalti.schema.model import (
     PARTS,
+    DepthHeads,
     EvaluateSection,
     ExportSection,
     LanguageModel,
@@ -30,6 +31,7 @@ from smalti.schema.model import (
 from smalti.schema.recipe import Recipe, Resources, Tracking
 from smalti.schema.tokenizer import (
     DecoderStage,
+    DualStage,
     Gan,
     Loss,
     Perceptual,
@@ -45,6 +47,8 @@ __all__ = [
     "CodebookSection",
     "CorpusSection",
     "DecoderStage",
+    "DepthHeads",
+    "DualStage",
     "EncoderSection",
     "EncoderTrain",
     "EvaluateSection",

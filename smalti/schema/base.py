@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
@@ -14,9 +21,22 @@ Weight = Annotated[float, Field(ge=0.0)]
 
 
 class Section(BaseModel):
-    """Base of every section: frozen, no unknown keys, no silent conversion (an int may stand for a float)."""
+    """Base of every section: frozen, no unknown keys, no silent conversion (an int may stand for a float).
+
+    late: keys that a dump leaves out while they have their defaults. They came after results were fingerprinted, or belong
+    to one system alone; so the fingerprints of what does without them stay.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    late: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_late(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        dumped = handler(self)
+        for name in self.late:
+            if getattr(self, name) == type(self).model_fields[name].get_default(call_default_factory=True):
+                dumped.pop(name, None)
+        return dumped
 
 
 class Train(Section):

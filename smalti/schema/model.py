@@ -56,6 +56,15 @@ class Lora(Section):
     )
 
 
+class DepthHeads(Section):
+    """The two heads of a model whose visual places hold several codes (DualToken): a small causal transformer over the
+    codes of a place, with a classifier for each depth."""
+
+    layers: Positive = 3
+    heads: Positive = Field(16, description="attention heads; the width is the language model's")
+    mlp_ratio: Positive = 4
+
+
 class MllmStage(Section):
     """From a step on, another mixture, weights of the loss, or trained parts; what is not named stays as `mllm` has it."""
 
@@ -69,6 +78,8 @@ class MllmStage(Section):
 
 class MllmSection(Section):
     """The unified language model."""
+
+    late = ("depth_heads",)
 
     pretrained: str | None = None
     config: LanguageModel | None = None
@@ -103,6 +114,7 @@ class MllmSection(Section):
     )
     freeze: list[Part] = Field([], description="parts that are not trained at all (a stage cannot wake them)")
     lora: Lora | None = None
+    depth_heads: DepthHeads = DepthHeads()
     train: Train = Train()
 
     @model_validator(mode="after")

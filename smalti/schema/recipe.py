@@ -123,6 +123,7 @@ class Recipe(Section):
         sizes = {"tokenizer.semantic": (semantic.decoder_dim, semantic.decoder_heads, "decoder_dim", "decoder_heads")}
         vits = {"pixel.encoder": pixel.encoder, "pixel.decoder": pixel.decoder}
         vits |= {"decoder.decoder": decoder.decoder} if decoder else {}
+        vits |= {"dual.decoder": tokenizer.dual.decoder} if self.system == "dualtoken" else {}
         sizes |= {f"tokenizer.{name}": (vit.dim, vit.heads, "dim", "heads") for name, vit in vits.items()}
         if siglip:
             sizes["encoder.train"] = (siglip.hidden_size, siglip.heads, "hidden_size", "heads")

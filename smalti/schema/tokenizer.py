@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from smalti.schema.base import Fraction, NonNegative, Positive, Rate, Section, Train, Weight
 
@@ -46,13 +46,25 @@ class Perceptual(Section):
 class Gan(Section):
     """Adversarial part of the reconstruction loss: hinge loss, PatchGAN."""
 
+    late = ("adaptive_range",)
+
     weight: Weight = Field(0.0, description="0 is off")
     start_step: NonNegative = 20_000
     ramp_steps: NonNegative = Field(0, description="steps over which the weight rises linearly from start_step on")
     adaptive: bool = Field(False, description="scale by the ratio of gradient norms on the decoder's last layer")
+    adaptive_range: Annotated[tuple[Weight, Weight], Field(strict=False)] = Field(
+        (0.0, 1e4), description="bounds of that ratio"
+    )
     channels: Positive = 64
     layers: Positive = 3
     lr: Rate = 1e-4
+
+    @field_validator("adaptive_range")
+    @classmethod
+    def _low_first(cls, bounds: tuple[float, float]) -> tuple[float, float]:
+        if bounds[0] > bounds[1]:
+            raise ValueError(f"adaptive_range: [low, high] with low above high: {list(bounds)}")
+        return bounds
 
 
 class Loss(Section):
@@ -92,8 +104,41 @@ class DecoderStage(Section):
     train: Train = Train()
 
 
+class DualStage(Section):
+    """DualToken: one trained encoder; residual codes of shallow layers for pixels, of `encoder.layer` for meaning."""
+
+    codes: Positive = Field(16_384, description="K, codes of each of the two codebooks")
+    dim: Positive = Field(32, description="width of a code")
+    depth: Positive = Field(8, description="D, codes of a patch in each codebook")
+    pixel_layers: list[Positive] = Field(
+        [6, 4], description="blocks whose outputs, weighted and summed, are the pixels'"
+    )
+    pixel_weights: list[Rate] = Field([1.0, 0.6], description="a weight for each of them")
+    decay: Fraction = 0.99
+    eps: Rate = 1e-5
+    restart_below: Weight = Field(1.0, description="EMA count under which a code restarts; 0 is off")
+    init_steps: NonNegative = Field(
+        0, description="steps before quantisation starts; the codebooks are then k-means of what was seen"
+    )
+    commitment: Weight = Field(5.0, description="weight of the commitment of both codebooks")
+    semantic_weight: Weight = Field(1.0, description="weight of the distance to the features of the encoder as it was")
+    decoder: VitSize = VitSize()
+    loss: Loss = Loss()
+    train: Train = Train()
+
+    @model_validator(mode="after")
+    def _a_weight_a_layer(self) -> DualStage:
+        if not self.pixel_layers or len(self.pixel_layers) != len(self.pixel_weights):
+            raise ValueError(
+                f"pixel_layers {self.pixel_layers} and pixel_weights {self.pixel_weights}: expected a weight for each layer"
+            )
+        return self
+
+
 class TokenizerSection(Section):
-    """The three phases of SemHiTok."""
+    """How the tokenizer is made: SemHiTok's three phases, or `dual`, DualToken's one."""
+
+    late = ("dual",)
 
     guidance: bool = Field(
         True, description="false: one flat pixel codebook of codebook.size x pixel.codes, no semantic codes"
@@ -105,3 +150,4 @@ class TokenizerSection(Section):
     semantic: SemanticStage = SemanticStage()
     pixel: PixelStage = PixelStage()
     decoder: DecoderStage | None = None
+    dual: DualStage = DualStage()

@@ -309,3 +309,21 @@ def test_merge_keeps_every_key_and_lets_the_later_win(under: dict[str, Any], ove
         else:
             assert merged[key] == value
     assert merge(merged, over) == merged
+
+
+def test_keys_of_another_system_are_in_no_dump_until_they_are_set() -> None:
+    """They came after results were fingerprinted: those of a recipe without them must stay."""
+    plain = load_recipe(None, []).model_dump(mode="json")
+    assert "dual" not in plain["tokenizer"] and "depth_heads" not in plain["mllm"]
+    assert "adaptive_range" not in plain["tokenizer"]["pixel"]["loss"]["gan"]
+    own = ["tokenizer.dual.dim=8", "tokenizer.dual.loss.gan.adaptive_range=[0.3, 10]", "mllm.depth_heads.layers=2"]
+    recipe = load_recipe(None, own)
+    dumped = recipe.model_dump(mode="json")
+    assert dumped["tokenizer"]["dual"]["dim"] == 8 and dumped["mllm"]["depth_heads"]["layers"] == 2
+    assert dumped["tokenizer"]["dual"]["loss"]["gan"]["adaptive_range"] == [0.3, 10]
+    assert Recipe.model_validate(dumped) == recipe
+    assert with_overrides(recipe, {"tokenizer.dual.depth": 2}).tokenizer.dual.dim == 8
+    with pytest.raises(ConfigError, match="low above high"):
+        load_recipe(None, ["tokenizer.dual.loss.gan.adaptive_range=[10, 0.3]"])
+    with pytest.raises(ConfigError, match="a weight for each layer"):
+        load_recipe(None, ["tokenizer.dual.pixel_layers=[3]"])

@@ -63,6 +63,9 @@ def test_adaptive_weight_through_a_function_runs_no_hook_of_the_images(pixels: T
     torch.testing.assert_close(metrics["gan_weight"], plain["gan_weight"])
     loss.backward()
     assert ran == [1]
+    bounded = Loss(gan=Gan(weight=0.5, start_step=0, adaptive=True, adaptive_range=[1e-9, 1e-6]))
+    _, found = PixelLoss(bounded)(layer(pixels), pixels, discriminator=discriminator, last_layer=layer.weight)
+    assert float(found["gan_weight"]) == pytest.approx(0.5e-6) and float(plain["gan_weight"]) > 1e-4
 
 
 def test_pixel_loss_weights_its_parts(pixels: Tensor) -> None:

@@ -111,7 +111,7 @@ def history(path: str) -> list[dict[str, Any]]:
 def _phases(path: str) -> list[Stage]:
     folder = storage.join(path, "phases")
     found = []
-    for name in ("semantic", "pixel", "decoder"):
+    for name in ("semantic", "pixel", "decoder", "dual"):
         artifact = Artifact.find(storage.join(folder, name))
         if artifact is not None:
             found.append(Stage(f"tokenizer/{name}", artifact, history(artifact.path)))

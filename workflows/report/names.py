@@ -31,6 +31,9 @@ NAMES: dict[str, Name] = {
     "zero_shot/accuracy": Name(
         "Encoder, zero-shot", "Held-out images whose label's sentence is nearest in the encoder."
     ),
+    "zero_shot/through_codes": Name(
+        "Zero-shot through codes", "The same through the tokenizer's semantic codes, by the trained tower."
+    ),
     "reconstruction/psnr": Name(
         "Reconstruction PSNR", "Held-out images decoded from their codes; mean over images.", "dB"
     ),
@@ -68,6 +71,7 @@ BASELINES = {
     "chance": "chance",
     "most_frequent": "most frequent label",
     "reconstructed": "reconstructed images",
+    "encoder": "the encoder itself",
 }
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from smalti.tokenizers.dualtoken import DualToken
+from smalti.tokenizers.loading import VisualTokenizer
 from smalti.tokenizers.metrics import code_counts, entropy, perplexity, usage, vrr
 from smalti.workflows.scores.heldout import HeldOut, choose
 from smalti.workflows.scores.models import Models
@@ -22,19 +24,18 @@ HISTOGRAM_POINTS = 256
 
 
 def measure_codes(data: HeldOut, models: Models) -> Part:
-    """Usage, perplexity, entropy (nats) and VRR of the flat codes and, with guidance, of the semantic codes."""
+    """Usage, perplexity, entropy (nats) and VRR of the flat codes and, with guidance, of the semantic codes; of DualToken's
+    pixel and semantic codes, of all depths together, VRR by the first."""
     tokenizer = models.tokenizer
     codes_NT = np.stack([row.codes for row in data.rows])
     chosen = choose(len(data.rows), data.job.evaluate.vrr_images, data.job.seed + 3)
     pixels = data.pixels([data.rows[index] for index in chosen])
     patches_NHWC = cut_patches(pixels, tokenizer.grid)
     part = Part()
-    levels = {"": (codes_NT, int(tokenizer.num_codes))}
-    guided = tokenizer.num_semantic > 0
-    if guided:
-        levels["semantic_"] = (codes_NT // tokenizer.num_sub, tokenizer.num_semantic)
-    for prefix, (ids_NT, num_codes) in levels.items():
-        counts = code_counts(torch.from_numpy(ids_NT), num_codes).numpy()
+    levels = levels_of(tokenizer, codes_NT)
+    guided = "semantic_" in levels
+    for prefix, (ids_NT, every, num_codes) in levels.items():
+        counts = code_counts(torch.from_numpy(every), num_codes).numpy()
         part.scores |= count_scores(prefix, counts)
         part.tables[f"{prefix}histogram"] = histogram(counts)
         score = _vrr_score(patches_NHWC, ids_NT[chosen].reshape(-1), data.job.seed)
@@ -45,6 +46,20 @@ def measure_codes(data: HeldOut, models: Models) -> Part:
     part.tables["gallery_of"] = "semantic" if guided else "flat"
     part.pictures |= pictures
     return part
+
+
+def levels_of(tokenizer: VisualTokenizer, codes: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
+    """By the prefix of their scores: the code of each token (N, T), all codes that are counted, and how many there are."""
+    if isinstance(tokenizer, DualToken):
+        parts = {"": codes[:, :, 0], "semantic_": codes[:, :, 1]}
+        return {
+            prefix: (part[..., 0], np.ascontiguousarray(part), tokenizer.num_codes) for prefix, part in parts.items()
+        }
+    levels = {"": (codes, codes, tokenizer.num_codes)}
+    if tokenizer.num_semantic:
+        semantic = codes // tokenizer.num_sub
+        levels["semantic_"] = (semantic, semantic, tokenizer.num_semantic)
+    return levels
 
 
 def count_scores(prefix: str, counts: np.ndarray) -> dict[str, Score]:

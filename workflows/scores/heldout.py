@@ -47,7 +47,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Row:
-    """One held-out image: where it lies, its codes int32 (T,) and its texts."""
+    """One held-out image: where it lies, its codes int32 (T,) or (T, 2, R) and its texts."""
 
     image_id: str
     key: str  # of the shard

@@ -73,5 +73,5 @@ class Models:
         return to_model(np.stack([np.asarray(picture.convert("RGB")) for picture in self.language.decode(codes_BT)]))
 
     def to_codes(self, codes: object) -> Tensor:
-        """int32 rows (B, T) as int64 on the device."""
+        """int32 rows (B, T, …) as int64 on the device."""
         return torch.as_tensor(codes, dtype=torch.int64, device=self.job.device)

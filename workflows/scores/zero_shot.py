@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smalti.errors import ArtifactError
+from smalti.tokenizers.dualtoken import DualToken
 from smalti.workflows.scores.heldout import HeldOut, Row
 from smalti.workflows.scores.models import Models
 from smalti.workflows.scores.part import Part, Score, share
@@ -28,8 +29,11 @@ class ZeroShot:
     @torch.no_grad()
     def classify(self, pixels_BCHW: Tensor) -> list[str]:
         """The label whose sentence is nearest to each image, float (B, 3, S, S) in [-1, 1]."""
-        images_BE = F.normalize(self.encoder.pooled(fit(pixels_BCHW, self.encoder.image_size)), dim=-1)
-        return [self.labels[index] for index in (images_BE @ self.texts_LE.T).argmax(1).tolist()]
+        return self.nearest(self.encoder.pooled(fit(pixels_BCHW, self.encoder.image_size)))
+
+    def nearest(self, images_BE: Tensor) -> list[str]:
+        """The same for image embeddings, float (B, E)."""
+        return [self.labels[index] for index in (F.normalize(images_BE, dim=-1) @ self.texts_LE.T).argmax(1).tolist()]
 
 
 def embed_texts(models: Models, texts: list[str]) -> Tensor:
@@ -56,7 +60,8 @@ def no_text_tower(models: Models) -> str | None:
 
 
 def measure_zero_shot(data: HeldOut, models: Models) -> Part:
-    """Share of held-out images with a label whose own sentence is the nearest; chance stands beside it."""
+    """Share of held-out images with a label whose own sentence is the nearest; chance stands beside it. With DualToken
+    also through its semantic codes, by the trained tower's last layers and the encoder's texts."""
     if not data.labels:
         return Part(skipped="the corpus has fewer than two labels")
     why = no_text_tower(models)
@@ -68,13 +73,22 @@ def measure_zero_shot(data: HeldOut, models: Models) -> Part:
         return Part(skipped="no held-out image has one of the training labels")
     classifier = ZeroShot(models)
     given: list[str] = []
-    for _, bhwc in data.batches(rows, "zero-shot"):
+    coded: list[str] = []
+    tokenizer = models.tokenizer
+    for batch, bhwc in data.batches(rows, "zero-shot"):
         given += classifier.classify(to_model(bhwc).to(data.job.device))
+        if isinstance(tokenizer, DualToken):
+            codes = models.to_codes(np.stack([row.codes for row in batch]))
+            coded += classifier.nearest(tokenizer.pooled(codes))
     right = [row.label or "" for row in rows]
     hits = [one == other for one, other in zip(given, right, strict=True)]
     score = Score(share(hits), len(rows), baseline={"most_frequent": most_frequent_share(data, rows)})
     table = {"classes": by_class(right, hits), "sentences": dict(list(data.zero_shot_sentences.items())[:200])}
-    return Part({"zero_shot/accuracy": score}, {"zero_shot": table})
+    part = Part({"zero_shot/accuracy": score}, {"zero_shot": table})
+    if coded:
+        hits = [one == other for one, other in zip(coded, right, strict=True)]
+        part.scores["zero_shot/through_codes"] = Score(share(hits), len(rows), baseline={"encoder": score.value})
+    return part
 
 
 def most_frequent_share(data: HeldOut, rows: list[Row]) -> float:

@@ -224,7 +224,7 @@ class ImageRows(ShardRows):
 
 
 class TokenRows(ShardRows):
-    """Rows of a token artifact; `codes` is int32 (T,)."""
+    """Rows of a token artifact; `codes` is int32 (T,), or of more axes as the tokenizer gives them."""
 
     def prepare(self, table: pa.Table) -> Any:
         return shards.codes(table)

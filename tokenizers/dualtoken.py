@@ -1,0 +1,298 @@
+"""DualToken: one vision tower, pixel codes of its shallow layers and semantic codes of a deep one (arXiv 2503.14324).
+
+Axis letters: B batch, N tokens (patches), C tower width, D code width, R depth, H W pixels, E embedding width.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from smalti import storage
+from smalti.errors import ArtifactError, ConfigError
+from smalti.schema import DualStage
+from smalti.tokenizers.encoders import VisionEncoder, check_pixels
+from smalti.tokenizers.quantizers import VQ, EMAStats, Quantized
+from smalti.tokenizers.residual import ResidualQuantizer
+from smalti.tokenizers.saved import (
+    CONFIG_NAME,
+    ENCODER_NAME,
+    WEIGHTS_NAME,
+    check_format,
+    checked_codes,
+    read_config,
+    write_folder,
+)
+from smalti.tokenizers.vit import PixelDecoder, init_linear
+
+SYSTEM = "dualtoken"
+FORMAT = 1
+BOOKS = ("pixel", "semantic")
+"""The two codebooks, in the order in which they stand in the codes of a token."""
+
+
+class DualOutputs(NamedTuple):
+    """Rebuilt images (B, 3, H, W), not clamped; the semantic and the commitment loss, weighted, and the distance of the
+    rebuilt features alone; codes int64 (B, N, 2, R) and the statistics of both codebooks (None before quantisation)."""
+
+    pixels: Tensor
+    semantic: Tensor
+    commitment: Tensor
+    distance: Tensor
+    codes: Tensor | None
+    stats: tuple[EMAStats | None, EMAStats | None]
+
+
+class DualModel(nn.Module):
+    """What trains: the tower up to `encoder.layer`, two projections with a residual quantizer each, a pixel decoder.
+
+    z_pix is a projection of the weighted sum of the blocks `pixel_layers`; the decoder rebuilds the image from its codes.
+    z_sem is a projection of the hidden state h of `encoder.layer`, and its codes rebuild that state for the layers behind
+    it, which stay as they were. Losses on the semantic side: ‖h − F0‖² and ‖rebuilt − F0‖² (means over elements), F0 the
+    state of the encoder as it was. Gradients: the reconstruction reaches the blocks up to the last pixel layer, the
+    semantic loss all blocks up to `encoder.layer`; nothing is detached.
+    ConfigError: layers that the tower has not, or no layer behind `encoder.layer`.
+    """
+
+    def __init__(self, stage: DualStage, encoder: VisionEncoder) -> None:
+        super().__init__()
+        self.stage, self.encoder = stage, encoder
+        self.depth = semantic_depth(stage, encoder)
+        for trained in (encoder.tower.embeddings, encoder.tower.encoder.layers[: self.depth]):
+            trained.requires_grad_(True)
+        config = VQ(stage.codes, stage.dim, stage.commitment, stage.decay, stage.eps, stage.restart_below)
+        self.pixel_down, self.semantic_down = nn.Linear(encoder.dim, stage.dim), nn.Linear(encoder.dim, stage.dim)
+        self.semantic_up = nn.Linear(stage.dim, encoder.dim)
+        init_linear(self.semantic_up)
+        self.pixel, self.semantic = ResidualQuantizer(config, stage.depth), ResidualQuantizer(config, stage.depth)
+        self.decoder = PixelDecoder(encoder.image_size, encoder.grid, stage.decoder, (stage.dim,))
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        return self.encoder.grid
+
+    @property
+    def last_layer(self) -> Tensor:
+        """The decoder's last weight, for the adaptive GAN weight."""
+        return self.decoder.last_layer
+
+    def hidden(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """The weighted sum of the pixel layers' outputs, and the hidden state of `encoder.layer`: both (B, N, C)."""
+        tower, weights = self.encoder.tower, dict(zip(self.stage.pixel_layers, self.stage.pixel_weights, strict=True))
+        x_BNC = tower.embeddings(pixels_BCHW)
+        shallow: Tensor | None = None
+        for number, block in enumerate(tower.encoder.layers[: self.depth], 1):
+            x_BNC = block(x_BNC, None)
+            if number in weights:
+                part_BNC = weights[number] * x_BNC
+                shallow = part_BNC if shallow is None else shallow + part_BNC
+        assert shallow is not None
+        return shallow, x_BNC
+
+    def vectors(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """What is quantized, z_pix and z_sem: both (B, N, D)."""
+        shallow_BNC, deep_BNC = self.hidden(pixels_BCHW)
+        return self.pixel_down(shallow_BNC), self.semantic_down(deep_BNC)
+
+    def forward(self, pixels_BCHW: Tensor, target_BNC: Tensor, quantize: bool = True) -> DualOutputs:
+        """Losses of images and of F0 (float32). `quantize=False` passes the vectors themselves on: the codebooks rest."""
+        shallow_BNC, deep_BNC = self.hidden(pixels_BCHW)
+        z_pixel, z_semantic = self.pixel_down(shallow_BNC), self.semantic_down(deep_BNC)
+        none = z_pixel.new_zeros((), dtype=torch.float32)
+        pixel, semantic = Quantized(z_pixel, none, none, None), Quantized(z_semantic, none, none, None)
+        if quantize:
+            pixel, semantic = self.pixel(z_pixel), self.semantic(z_semantic)
+        distance = F.mse_loss(self.semantic_up(semantic.q).float(), target_BNC.float())
+        kept = F.mse_loss(deep_BNC.float(), target_BNC.float())
+        codes = torch.stack([pixel.ids, semantic.ids], -2) if quantize else None
+        return DualOutputs(
+            self.decoder(pixel.q),
+            self.stage.semantic_weight * (distance + kept),
+            pixel.loss + semantic.loss,
+            distance.detach(),
+            codes,
+            (pixel.stats, semantic.stats),
+        )
+
+    @torch.no_grad()
+    def encode(self, pixels_BCHW: Tensor) -> Tensor:
+        """Codes: int64 (B, N, 2, R), pixel before semantic."""
+        z_pixel, z_semantic = self.vectors(pixels_BCHW)
+        return torch.stack([self.pixel.assign(z_pixel), self.semantic.assign(z_semantic)], -2)
+
+    def embed(self, codes_BN2R: Tensor) -> Tensor:
+        """[ẑ_pix ; ẑ_sem]: float32 (…, 2·D)."""
+        return torch.cat([self.pixel.embed(codes_BN2R[..., 0, :]), self.semantic.embed(codes_BN2R[..., 1, :])], -1)
+
+    @torch.no_grad()
+    def pooled(self, codes_BN2R: Tensor) -> Tensor:
+        """Image embeddings through the semantic codes, by the layers behind them and the pooling head: float32 (B, E)."""
+        tower = self.encoder.tower
+        x_BNC = self.semantic_up(self.semantic.embed(codes_BN2R[..., 1, :]))
+        for block in tower.encoder.layers[self.depth :]:
+            x_BNC = block(x_BNC, None)
+        if not tower.use_head:
+            raise ArtifactError(f"{self.encoder.source} has no pooling head (vision_use_head is false).")
+        return tower.head(tower.post_layernorm(x_BNC)).float()
+
+
+def semantic_depth(stage: DualStage, encoder: VisionEncoder) -> int:
+    """Blocks up to the hidden state of `encoder.layer`. ConfigError: it or the pixel layers do not fit the tower."""
+    layers, layer = encoder.num_layers, encoder.layer
+    depth = layer if layer >= 0 else layers + 1 + layer
+    if layer == -1 or not 0 < depth < layers:
+        raise ConfigError(
+            f"encoder.layer={layer}, but DualToken takes its semantic codes before the last of the encoder's {layers} "
+            "blocks, which read what they rebuild. Set encoder.layer=-2 (the last but one)."
+        )
+    if max(stage.pixel_layers) > depth or len(set(stage.pixel_layers)) != len(stage.pixel_layers):
+        raise ConfigError(
+            f"tokenizer.dual.pixel_layers={stage.pixel_layers}, expected different blocks of 1 to {depth}, where the semantic "
+            f"codes are taken (encoder.layer={layer} of {layers} blocks)."
+        )
+    return depth
+
+
+class DualToken(nn.Module):
+    """The whole tokenizer. Runs in eval mode, without gradients, in float32; on a CPU the same input gives the same bits."""
+
+    def __init__(self, model: DualModel) -> None:
+        super().__init__()
+        self.model = model
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> DualToken:
+        """Stay in eval mode; what trains is `DualModel`."""
+        return super().train(False)
+
+    @property
+    def num_codes(self) -> int:
+        """K, codes of each codebook."""
+        return self.model.stage.codes
+
+    @property
+    def code_shape(self) -> tuple[int, ...]:
+        """Of the codes of a token: (2, R), pixel before semantic."""
+        return (len(BOOKS), self.model.stage.depth)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        return self.model.grid
+
+    @property
+    def num_tokens(self) -> int:
+        """T, tokens an image."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def image_size(self) -> int:
+        """Pixels a side that `encode` wants and `decode` gives."""
+        return self.model.encoder.image_size
+
+    @property
+    def embed_splits(self) -> tuple[int, ...]:
+        """Widths of the parts of a token's vector: (pixel, semantic)."""
+        return (self.model.stage.dim,) * len(BOOKS)
+
+    @property
+    def has_semantic_only(self) -> bool:
+        """There is no decoder for semantic codes."""
+        return False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie; inputs are brought there."""
+        return self.model.pixel.codes.device
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Codes of images (B, 3, S, S) in [-1, 1]: int64 (B, T, 2, R). DataError: other shape, dtype or range, NaN."""
+        check_pixels(pixels, self.image_size)
+        if not len(pixels):
+            return torch.empty(0, self.num_tokens, *self.code_shape, dtype=torch.int64, device=self.device)
+        return self.model.encode(pixels.to(self.device, torch.float32))
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Images of codes (B, T, 2, R), of which only the pixel ones are looked at: float32 (B, 3, S, S) in [-1, 1].
+        VocabularyError: not this tokenizer's codes."""
+        codes = self._checked(codes, whole=True)
+        if not len(codes):
+            return torch.empty(0, 3, self.image_size, self.image_size, device=self.device)
+        return self.model.decoder(self.model.pixel.embed(codes[..., 0, :])).float().clamp(-1, 1)
+
+    def decode_semantic_only(self, codes: Tensor) -> Tensor:
+        """ConfigError: there is no such decoder."""
+        raise ConfigError("DualToken decodes its pixel codes alone; it has no decoder for semantic codes.")
+
+    @torch.no_grad()
+    def embed(self, codes: Tensor) -> Tensor:
+        """Vectors that a language model receives, [ẑ_pix ; ẑ_sem], of codes (…, 2, R): float32 (…, C)."""
+        return self.model.embed(self._checked(codes, whole=False))
+
+    @torch.no_grad()
+    def pooled(self, codes: Tensor) -> Tensor:
+        """The image embedding that zero-shot uses, of the semantic codes of (B, T, 2, R): float32 (B, E), not normalised."""
+        return self.model.pooled(self._checked(codes, whole=True))
+
+    def code_vectors(self) -> Tensor:
+        """Both codebooks: float32 (2, K, D)."""
+        return torch.stack([self.model.pixel.codes, self.model.semantic.codes])
+
+    def _checked(self, codes: Tensor, whole: bool) -> Tensor:
+        """Codes as int64 on the right device; VocabularyError when they are not this tokenizer's."""
+        grid = self.grid if whole else None
+        return checked_codes(codes, self.num_codes, grid, self.code_shape).to(self.device, torch.int64)
+
+    def config_dict(self) -> dict[str, Any]:
+        """What `config.json` holds."""
+        return {
+            "system": SYSTEM,
+            "format": FORMAT,
+            "image_size": self.image_size,
+            "grid": list(self.grid),
+            "num_codes": self.num_codes,
+            "code_shape": list(self.code_shape),
+            "feature_dim": self.model.encoder.dim,
+            "encoder_layer": self.model.encoder.layer,
+            "embed_splits": list(self.embed_splits),
+            "dual": self.model.stage.model_dump(mode="json"),
+        }
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Write config.json, model.safetensors and encoder/ (the trained tower) into a folder or URL; it then stands alone."""
+        write_folder(os.fspath(path), self.config_dict(), self.model.state_dict(), self.model.encoder)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str]) -> DualToken:
+        """Load what `save_pretrained` wrote, in float32 on the CPU. ArtifactError: missing, torn or another system."""
+        source = os.fspath(path)
+        config = read_config(source)
+        check_format(config, source, SYSTEM, FORMAT)
+        with storage.local_copy(source) as folder:
+            return cls._load(config, os.fspath(folder), source)
+
+    @classmethod
+    def _load(cls, config: Mapping[str, Any], folder: str, source: str) -> DualToken:
+        try:
+            stage = DualStage.model_validate(config["dual"])
+            encoder = VisionEncoder.from_pretrained(os.path.join(folder, ENCODER_NAME), config["encoder_layer"])
+            model = DualModel(stage, encoder)
+            tower = {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
+            model.load_state_dict(tower | load_file(os.path.join(folder, WEIGHTS_NAME)))
+        except (KeyError, TypeError, ValueError, ConfigError) as error:
+            raise ArtifactError(f"{source}/{CONFIG_NAME} is not a DualToken config: {error!r}.") from error
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise ArtifactError(
+                f"The weights in {source} are missing, torn or do not fit its config: {error}. Save it again."
+            ) from error
+        return cls(model)
