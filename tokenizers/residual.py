@@ -22,6 +22,9 @@ from smalti.tokenizers.quantizers import (
     straight_through,
 )
 
+SAMPLES_A_CODE = 256
+"""Vectors that the k-means of a start looks at, at most, for each code."""
+
 
 class ResidualQuantizer(nn.Module):
     """`depth` codes a vector, each the nearest to what the codes before it left over; all of one EMA codebook.
@@ -84,15 +87,16 @@ class ResidualQuantizer(nn.Module):
         return self.book.update(stats, all_reduce, generator, rank)
 
     @torch.no_grad()
-    def init_from(self, z_MD: Tensor, generator: torch.Generator | None = None, iterations: int = 10) -> None:
-        """Start the codebook: an even share of its codes for each depth, as k-means of what the depths before left over.
+    def start_of(self, z_MD: Tensor, generator: torch.Generator | None = None, iterations: int = 10) -> Tensor:
+        """A codebook to start from, float32 (K, D): an even share of the codes for each depth, as k-means of what the depths
+        before left over of these vectors.
 
-        At most 256 vectors a code of a depth are looked at. ValueError: NaN or Inf among the vectors.
+        At most `SAMPLES_A_CODE` vectors a code of a depth are looked at. ValueError: NaN or Inf among the vectors.
         """
         rest_MD = z_MD.detach().float().reshape(-1, self.book.config.dim)
         num_codes = self.book.config.num_codes
         shares = [num_codes * (d + 1) // self.depth - num_codes * d // self.depth for d in range(self.depth)]
-        most = 256 * max(shares)
+        most = SAMPLES_A_CODE * max(shares)
         if len(rest_MD) > most:
             rest_MD = rest_MD[torch.randperm(len(rest_MD), generator=generator)[:most].to(rest_MD.device)]
         parts = []
@@ -100,4 +104,8 @@ class ResidualQuantizer(nn.Module):
             codes_kD = kmeans(rest_MD, share, iterations, generator)
             rest_MD = rest_MD - F.embedding(nearest(rest_MD, codes_kD), codes_kD)
             parts.append(codes_kD)
-        self.book.set_codes(torch.cat(parts))
+        return torch.cat(parts)
+
+    def init_from(self, z_MD: Tensor, generator: torch.Generator | None = None) -> None:
+        """Start the codebook so, with fresh statistics."""
+        self.book.set_codes(self.start_of(z_MD, generator))

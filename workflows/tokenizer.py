@@ -13,6 +13,7 @@ from smalti.workflows.stage import find_artifact, run_stage
 SYSTEMS = {
     "semhitok": "smalti.workflows.systems.semhitok",
     "unicode2": "smalti.workflows.systems.unicode2",
+    "dualtoken": "smalti.workflows.systems.dualtoken",
 }
 """A module a system: `parents(recipe)`, names of the stages before; `check(recipe)`; `settings_of(recipe)`, what the
 tokenizer depends on; `body(parents)`, which makes it."""

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from smalti import shards
 from smalti.schema import (
     DecoderStage,
+    DualStage,
     EncoderTrain,
     Gan,
     LanguageModel,
@@ -52,11 +53,12 @@ ENCODER = EncoderTrain(
     augment_shift=1,
     augment_flip=True,
 )
+DUAL = DualStage(codes=8, dim=4, depth=2, pixel_layers=[1], pixel_weights=[1.0], decoder=VIT, init_steps=2, decay=0.8)
 LOSS = Loss(l1=0.2, gan=Gan(weight=0.1, start_step=3, channels=8, layers=1, lr=1e-3))
 TASKS = "smalti.workflows.train.tasks_"
-NAMES = ["encoder", "semantic", "pixel", "flat", "adaptive", "decoder", "mllm"]
-RESUMED = ["semantic", "pixel", "mllm-old"]
-ZERO3 = ["encoder", "semantic", "pixel", "flat", "mllm"]
+NAMES = ["encoder", "semantic", "pixel", "flat", "adaptive", "decoder", "dual", "mllm"]
+RESUMED = ["semantic", "pixel", "dual", "mllm-old"]
+ZERO3 = ["encoder", "semantic", "pixel", "flat", "dual", "mllm"]
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +113,8 @@ def make_models(root: Path) -> None:
     )
     torch.manual_seed(0)
     build_siglip(ENCODER, SIZE, 270, 0, 2).save_pretrained(root / "encoder")
+    build_siglip(ENCODER.model_copy(update={"layers": 2}), SIZE, 270, 0, 2).save_pretrained(root / "tower")
+    torch.manual_seed(1)
     save_file({"centroids": torch.randn(K, DIM)}, root / "centroids.safetensors")
     encoder = VisionEncoder.from_pretrained(str(root / "encoder"))
     semantic = SemanticTokenizer(DIM, SEMANTIC, K, GRID)
@@ -145,6 +149,7 @@ def jobs(root: Path) -> dict[str, tuple[str, dict, Train]]:
     perceptual = Loss(perceptual=Perceptual(kind="encoder", weight=0.5))
     flat_stage = PIXEL.model_copy(update={"semantic_only_decoder": False, "init_steps": 0})
     adaptive = LOSS.model_copy(update={"gan": LOSS.gan.model_copy(update={"adaptive": True, "start_step": 1})})
+    dual = {"stage": DUAL, "loss": LOSS, **images, "encoder": str(root / "tower"), "layer": -2}
     at_once = PIXEL.model_copy(update={"init_steps": 0})
     semantic = {"stage": SEMANTIC, "num_codes": K, "grid": GRID, "dim": DIM, **with_encoder}
     encoder = {k: v for k, v in images.items() if k != "layer"} | {"sizes": [7, 5, 6]}
@@ -182,6 +187,7 @@ def jobs(root: Path) -> dict[str, tuple[str, dict, Train]]:
             pixel | {"decoder": DecoderStage(decoder=VIT).decoder, "start": str(root / "pixel.safetensors")},
             TRAIN,
         ),
+        "dual": (f"{TASKS}dual:DualTask", dual, TRAIN),
         "mllm": (f"{TASKS}mllm:MllmTask", tokens | {"section": section}, TRAIN),
     }
 
@@ -263,7 +269,7 @@ def results(place, tmp_path_factory) -> dict[str, tuple[Path, dict[str, float]]]
     for name in ZERO3:
         task, settings, train = plain[name]
         more[f"{name}-zero3"] = (task, settings, train.model_copy(update={"zero_stage": 3}))
-    for name, stage in (("semantic", 0), ("pixel", 1), ("mllm", 3)):
+    for name, stage in (("semantic", 0), ("pixel", 1), ("dual", 1), ("mllm", 3)):
         task, settings, train = plain[name]
         more[f"{name}-bf16"] = (task, settings, train.model_copy(update={"zero_stage": stage, "precision": "bf16"}))
     task, settings, train = plain["adaptive"]
@@ -325,9 +331,9 @@ def test_zero_3_comes_to_the_same_whole_weights(results, name) -> None:
 def test_every_pixel_phase_ends_with_a_picture_under_zero_3_too(results, place) -> None:
     """Three held-out images in a row each: input, rebuilt, and from semantic codes alone where there is guidance."""
     for folder, jobs_of in ((results["one"][0], NAMES), (results["two"][0], list(results["two"][1]))):
-        drawing = [name for name in jobs_of if name.startswith(("pixel", "flat", "adaptive", "decoder"))]
+        drawing = [name for name in jobs_of if name.startswith(("pixel", "flat", "adaptive", "decoder", "dual"))]
         shapes = [picture.shape for picture in np.load(folder / "pictures.npz").values()]
-        columns = [2 if name.startswith("flat") else 3 for name in drawing]
+        columns = [2 if name.startswith(("flat", "dual")) else 3 for name in drawing]
         assert sorted(shapes) == sorted((3 * (SIZE + 2) - 2, n * (SIZE + 2) - 2, 3) for n in columns)
     one, two = (next(iter(np.load(results[n][0] / "pictures.npz").values())).astype(int) for n in ("one", "two"))
     assert np.abs(one - two).max() <= 1
@@ -379,7 +385,7 @@ def test_all_ranks_end_alike(results) -> None:
     assert set(NAMES) < set(apart) and set(apart.values()) == {0.0}
 
 
-@pytest.mark.parametrize("name", ["semantic-bf16", "pixel-bf16", "mllm-bf16"])
+@pytest.mark.parametrize("name", ["semantic-bf16", "pixel-bf16", "dual-bf16", "mllm-bf16"])
 def test_bf16_stays_near_float32(results, name) -> None:
     """The same losses but for rounding, and whole weights in float32."""
     ours = history(results["two"][0] / name)
@@ -387,6 +393,23 @@ def test_bf16_stays_near_float32(results, name) -> None:
     assert [row["loss"] for row in ours] != [row["loss"] for row in plain]
     assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in plain], rel=0.02)
     assert all(t.dtype in (torch.float32, torch.int64) for t in tensors(results["two"][0] / name).values())
+
+
+def test_the_dual_phase_moves_the_tower_up_to_its_layer_and_what_it_learns_loads(results, place) -> None:
+    from smalti.tokenizers.dualtoken import DualModel, DualToken
+    from smalti.tokenizers.encoders import VisionEncoder
+
+    model = DualModel(DUAL, VisionEncoder.from_pretrained(str(place / "tower"), -2))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(tensors(results["one"][0] / "dual"))
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    behind = ("encoder.tower.encoder.layers.1", "encoder.tower.post", "encoder.tower.head")
+    assert not any(name.startswith(behind) for name in moved)
+    assert {"pixel.book.codes", "semantic.book.codes", "encoder.tower.encoder.layers.0.mlp.fc1.weight"} < moved
+    assert DualToken(model).encode(torch.zeros(1, 3, SIZE, SIZE)).shape == (1, 16, 2, 2)
+    rows = history(results["one"][0] / "dual")
+    assert {"codes_used", "semantic_codes_used", "restarted", "psnr", "semantic", "gan_weight"} <= set(rows[-1])
+    assert 0 < rows[-1]["codes_used"] <= 1 and "codes_used" not in rows[0]
 
 
 def test_the_semantic_codebook_and_encoder_are_untouched_by_the_pixel_phase(results, place) -> None:

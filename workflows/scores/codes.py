@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from smalti.tokenizers.dualtoken import DualToken
-from smalti.tokenizers.loading import VisualTokenizer
 from smalti.tokenizers.metrics import code_counts, entropy, perplexity, usage, vrr
 from smalti.workflows.scores.heldout import HeldOut, choose
 from smalti.workflows.scores.models import Models
@@ -48,7 +47,7 @@ def measure_codes(data: HeldOut, models: Models) -> Part:
     return part
 
 
-def levels_of(tokenizer: VisualTokenizer, codes: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
+def levels_of(tokenizer: Any, codes: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
     """By the prefix of their scores: the code of each token (N, T), all codes that are counted, and how many there are."""
     if isinstance(tokenizer, DualToken):
         parts = {"": codes[:, :, 0], "semantic_": codes[:, :, 1]}

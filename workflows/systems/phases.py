@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 from smalti import storage
 from smalti.artifact import Artifact
 from smalti.errors import ArtifactError, ConfigError
-from smalti.schema import Loss
+from smalti.schema import Loss, Recipe, TokenizerSection
 from smalti.workflows.encoder import encoder_path, result_settings
 from smalti.workflows.features import open_encoder
 from smalti.workflows.stage import StageRun, run_stage
 
 PHASES = "tokenizer/phases"
+
+
+def refuse_foreign(recipe: Recipe, *, tokenizer: Sequence[str], sections: Sequence[str] = ()) -> None:
+    """ConfigError for keys that are set and that this recipe's system would pass over in silence. `tokenizer`: the keys of
+    that section which it reads; `sections`: the others that it does not."""
+    plain = Recipe()
+    read = [f"tokenizer.{name}" for name in tokenizer]
+    unread = [f"tokenizer.{name}" for name in TokenizerSection.model_fields if name not in tokenizer]
+    for key in [*unread, *sections]:
+        found, default = (attrgetter(key)(one) for one in (recipe, plain))
+        if found != default:
+            raise ConfigError(
+                f"The recipe sets {key}, which system: {recipe.system} does not read; of the tokenizer it reads "
+                f"{', '.join(read)}. Take {key} out, or set the system that it is meant for."
+            )
 
 
 def check_loss(key: str, phase: Any, image_size: int) -> None:

@@ -13,7 +13,7 @@ from smalti.workflows.encoder import check_batch, result_settings
 from smalti.workflows.features import open_encoder
 from smalti.workflows.ray_session import ensure_ray
 from smalti.workflows.stage import StageRun
-from smalti.workflows.systems.phases import Phases, check_loss, placed
+from smalti.workflows.systems.phases import Phases, check_loss, placed, refuse_foreign
 
 
 def parents(recipe: Recipe) -> tuple[str, ...]:
@@ -25,6 +25,7 @@ def check(recipe: Recipe) -> None:
     """ConfigError: batches that workers cannot share, losses that cannot be computed. ArtifactError: weights that are
     not there."""
     section = recipe.tokenizer
+    refuse_foreign(recipe, tokenizer=("guidance", "encoder_precision", "semantic", "pixel", "decoder"))
     phases: dict[str, Any] = {"pixel": section.pixel}
     phases |= {"semantic": section.semantic} if section.guidance else {}
     phases |= {"decoder": section.decoder} if section.decoder else {}

@@ -7,40 +7,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from smalti import images, shards, storage
-from smalti.errors import ConfigError
+from smalti import storage
 from smalti.schema import Loss, PixelStage, SemanticStage, VitSize
-from smalti.tokenizers.losses import PixelLoss, build_perceptual, discriminator_loss, gan_active
-from smalti.tokenizers.patchgan import PatchGAN
 from smalti.tokenizers.semhitok import PixelTokenizer, SemanticTokenizer
 from smalti.tokenizers.subcodes import SAMPLES_PER_ROW
 from smalti.workflows.train.engines import set_parameter
-from smalti.workflows.train.pixels import picture_grid, stack_pixels, to_unit
-from smalti.workflows.train.task import Batch, Context, Metrics, Row, StepReader
-from smalti.workflows.train.tasks_semantic import ImageTask, read_tensors, write_tensors
+from smalti.workflows.train.pixels import picture_grid, to_unit
+from smalti.workflows.train.rebuilding import RebuildModule, RebuildTask
+from smalti.workflows.train.task import Batch, Context, Metrics, StepReader
+from smalti.workflows.train.tasks_semantic import read_tensors, write_tensors
 
 WEIGHTS = "pixel.safetensors"
-PICTURES = 8
 INIT_VECTORS = 1 << 22
 """Vectors looked at, at most, when the pixel codebooks start."""
 
 
-class PixelModule(nn.Module):
-    """A PixelTokenizer whose outputs are a plain tuple, as DeepSpeed's hooks want them. `made`: the rebuilt images of
-    the last forward before those hooks, through which a gradient can be taken beside the engine's backward."""
-
-    made: Tensor | None = None
+class PixelModule(RebuildModule):
+    """A PixelTokenizer in an engine."""
 
     def __init__(self, tokenizer: PixelTokenizer) -> None:
         super().__init__()
         self.tokenizer = tokenizer
+
+    @property
+    def last_layer(self) -> Tensor:
+        return self.tokenizer.last_layer
 
     def forward(
         self, pixels: Tensor, semantic_ids: Tensor | None, quantize: bool = True, vectors_only: bool = False
@@ -54,7 +51,7 @@ class PixelModule(nn.Module):
         return out.pixels.view_as(out.pixels), out.vq_loss, out.codes, out.semantic_only
 
 
-class PixelTask(ImageTask):
+class PixelTask(RebuildTask):
     """Pixel encoder, codebooks and decoder; `decoder`: only a new decoder of that size, on the codes as they are.
 
     semantic: weights of the semantic phase, None without guidance. start: weights of the pixel phase (for `decoder`).
@@ -71,8 +68,8 @@ class PixelTask(ImageTask):
         start: str | None = None,
         **images_of: Any,
     ) -> None:
-        super().__init__(**images_of)
-        self.stage, self.loss_config, self.grid, self.num_codes = stage, loss, grid, num_codes
+        super().__init__(loss, **images_of)
+        self.stage, self.grid, self.num_codes = stage, grid, num_codes
         self.semantic_settings, self.decoder_size, self.start = semantic, decoder, start
 
     def setup(self, context: Context) -> None:
@@ -89,30 +86,11 @@ class PixelTask(ImageTask):
             assert self.start is not None
             self.tokenizer.load_state_dict(read_tensors(self.start))
             self.tokenizer.replace_decoder(self.decoder_size)
-        self.criterion = PixelLoss(self.loss_config, build_perceptual(self.loss_config, self.encoder)).to(
-            context.device
-        )
-        gan = self.loss_config.gan
-        if gan.adaptive and gan.weight and context.train.zero_stage == 3:
-            raise ConfigError(
-                "loss.gan.adaptive reads the decoder's last weight whole; set zero_stage below 3 with it."
-            )
-        self.together = "the adaptive weight of loss.gan" if gan.adaptive and gan.weight else ""
-        self.discriminator = PatchGAN(gan.channels, gan.layers) if gan.weight else None
+        self.setup_losses(context)
         self.used = torch.zeros(self.num_codes, device=context.device)
-        self.rebuilt: Tensor | None = None
-        self.shown: Tensor | None = None
 
-    def modules(self) -> dict[str, nn.Module]:
-        modules: dict[str, nn.Module] = {"model": PixelModule(self.tokenizer)}
-        return modules if self.discriminator is None else modules | {"discriminator": self.discriminator}
-
-    def peak_lr(self, name: str) -> float:
-        return self.loss_config.gan.lr if name == "discriminator" else super().peak_lr(name)
-
-    def zero_stage(self, name: str) -> int:
-        """The discriminator is small, and is looked at from outside its engine: whole on every worker."""
-        return 0 if name == "discriminator" else super().zero_stage(name)
+    def main_module(self) -> PixelModule:
+        return PixelModule(self.tokenizer)
 
     def semantic_ids(self, batch: Batch) -> Tensor | None:
         """Semantic codes of a batch: int64 (B, N); computed once a row."""
@@ -166,21 +144,11 @@ class PixelTask(ImageTask):
         self, name: str, engines: Mapping[str, Any], batch: Batch, step: int, share: Tensor | None
     ) -> tuple[Tensor, Metrics] | None:
         if name == "discriminator":
-            return self._discriminator_loss(engines, batch, step)
+            return self.discriminator_loss(engines, batch, step)
         target = to_unit(batch["pixels"])
         quantize = step >= self.quantize_from
         rebuilt, vq, codes, semantic_only = engines[name](target, self.semantic_ids(batch), quantize)
-        watching = self.discriminator is not None and gan_active(self.loss_config.gan, step)
-        loss, metrics = self.criterion(
-            rebuilt,
-            target,
-            discriminator=engines["discriminator"].module if watching else None,
-            last_layer=partial(self._last_layer_gradient, engines[name].module),
-            step=step,
-        )
-        engines[name].module.made = None
-        self.rebuilt = rebuilt.detach() if watching else None
-        metrics["psnr"] = -10 * torch.log10(metrics["l2"] / 4)
+        loss, metrics = self.image_loss(engines, rebuilt, target, step)
         if self.decoder_size is None:
             loss = loss + self.stage.vq_weight * vq
             metrics["vq"] = vq.detach()
@@ -192,19 +160,6 @@ class PixelTask(ImageTask):
                 loss = loss + other
                 metrics["psnr_semantic_only"] = -10 * torch.log10(parts["l2"] / 4)
         return loss, metrics | {"loss": loss.detach()}
-
-    def _last_layer_gradient(self, module: PixelModule, gradient_BCHW: Tensor) -> Tensor:
-        """The gradient on the decoder's last weight of a gradient on the rebuilt images; mean over the workers."""
-        collectives, weight = self.context.collectives, self.tokenizer.last_layer
-        assert module.made is not None
-        (own,) = torch.autograd.grad(module.made, weight, gradient_BCHW, retain_graph=True)
-        return collectives.all_reduce(own) / collectives.world_size
-
-    def _discriminator_loss(self, engines: Mapping[str, Any], batch: Batch, step: int) -> tuple[Tensor, Metrics] | None:
-        if self.rebuilt is None or not gan_active(self.loss_config.gan, step):
-            return None
-        rebuilt, self.rebuilt = self.rebuilt, None
-        return discriminator_loss(engines["discriminator"], rebuilt, to_unit(batch["pixels"]))
 
     def after_step(self, step: int, engines: Mapping[str, Any]) -> Metrics:
         """Share of all codes that the batch of a logged step uses, over all workers; batches before it are left out."""
@@ -225,11 +180,9 @@ class PixelTask(ImageTask):
 
     def pictures(self, engines: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Held-out images: input | rebuilt (| from semantic codes alone)."""
-        if self.shown is None:
-            self.shown = held_out_pixels(self.corpus, self.image_size, self.max_pixels, PICTURES)
-        if not len(self.shown):
+        pixels = self.held_out()
+        if not len(pixels):
             return {}
-        pixels = self.shown.to(self.context.device)
         ids = None if self.semantic is None else self.semantic.encode(self.features(pixels))
         rebuilt, _, _, semantic_only = engines["model"](to_unit(pixels), ids, True)
         columns = [to_unit(pixels), rebuilt] + ([] if semantic_only is None else [semantic_only])
@@ -240,15 +193,3 @@ class PixelTask(ImageTask):
         state = {name.removeprefix("tokenizer."): tensor for name, tensor in weights["model"].items()}
         write_tensors(storage.join(path, WEIGHTS), state)
         return {}
-
-
-def held_out_pixels(corpus: str, image_size: int, max_pixels: int, count: int) -> Tensor:
-    """The first held-out images: uint8 (n, 3, H, W), n ≤ count."""
-    rows: list[Row] = []
-    for key in shards.list_shards(corpus, "val"):
-        for data in shards.read_shard(corpus, key, ["image"]).column("image").to_pylist()[: count - len(rows)]:
-            pixels = images.to_pixels(data, image_size, max_pixels=max_pixels)
-            rows.append(Row(0, 0, key, len(rows), {"pixels": pixels}))
-        if len(rows) == count:
-            break
-    return stack_pixels(rows) if rows else torch.empty(0, 3, image_size, image_size, dtype=torch.uint8)
