@@ -54,26 +54,42 @@ def draw(
     if not prompts_ids:
         return torch.empty((0, tokens), dtype=torch.int64)
     guided = sampling.cfg != 1.0
-    rows = [list(prompt) for prompt in prompts_ids]
-    if guided:
-        begin = [] if vocabulary.bos is None else [vocabulary.bos]
-        unconditional = [*begin, vocabulary.boi] if unconditional_ids is None else list(unconditional_ids)
-        rows += [unconditional] * len(prompts_ids)
+    rows = prompt_rows(vocabulary, prompts_ids, guided, unconditional_ids)
     decoder = _Decoder(lm, rows, vocabulary.pad, tokens - 1, compile)
     head = decoder.head_rows(vocabulary.first_visual, vocabulary.num_codes)
     uniform_BT = sample_uniform(_seeds(seed, len(prompts_ids)), tokens)
     codes_BT = torch.empty((len(prompts_ids), tokens), dtype=torch.int64)
     for t in range(tokens):
-        logits_RK = head(decoder.last_RH).float()
-        if guided:
-            conditional_BK, unconditional_BK = logits_RK.chunk(2)
-            logits_RK = unconditional_BK + sampling.cfg * (conditional_BK - unconditional_BK)
-        codes_B = choose(logits_RK, sampling, uniform_BT[:, t].to(logits_RK.device))
+        logits_BK = guidance(head(decoder.last_RH).float(), sampling.cfg)
+        codes_B = choose(logits_BK, sampling, uniform_BT[:, t].to(logits_BK.device))
         codes_BT[:, t] = codes_B.cpu()
         if t + 1 < tokens:
             ids_B = codes_B + vocabulary.first_visual
             decoder.step(torch.cat([ids_B, ids_B]) if guided else ids_B)
     return codes_BT
+
+
+def prompt_rows(
+    vocabulary: VisualVocabulary,
+    prompts_ids: Sequence[Sequence[int]],
+    guided: bool,
+    unconditional_ids: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """The prompts, and with guidance as many times the unconditional one behind them."""
+    rows = [list(prompt) for prompt in prompts_ids]
+    if guided:
+        begin = [] if vocabulary.bos is None else [vocabulary.bos]
+        unconditional = [*begin, vocabulary.boi] if unconditional_ids is None else list(unconditional_ids)
+        rows += [unconditional] * len(prompts_ids)
+    return rows
+
+
+def guidance(logits_RK: Tensor, cfg: float) -> Tensor:
+    """ℓ_u + s (ℓ_c − ℓ_u), (B, K), of conditional rows above unconditional ones; with s = 1, where there are none, as given."""
+    if cfg == 1.0:
+        return logits_RK
+    conditional_BK, unconditional_BK = logits_RK.chunk(2)
+    return unconditional_BK + cfg * (conditional_BK - unconditional_BK)
 
 
 @torch.no_grad()
@@ -85,7 +101,7 @@ def answer(
     questions: Sequence[str],
     max_new_tokens: int = 32,
 ) -> list[str]:
-    """The greedy answer to one question about each image (B of both), as text on one line.
+    """The greedy answer to one question about each image (B of both), as text on one line. Codes: (B, T), or (B, T, 2, R).
 
     Only text ids can come out. A row ends at the end token or at a line's end.
     """
@@ -94,13 +110,14 @@ def answer(
     if not len(questions):
         return []
     text = TextEncoder(hf_tokenizer, vocabulary)
-    images = vocabulary.to_ids(codes_BT).tolist()
+    several = codes_BT.ndim > 2  # codes of a place: the model embeds them
+    images = vocabulary.to_ids(torch.zeros_like(codes_BT[:, :, 0, 0]) if several else codes_BT).tolist()
     rows = [
         [*text.begin(), vocabulary.und_start, *image, vocabulary.und_end, *text.question_prompt(question)]
         for image, question in zip(images, questions, strict=True)
     ]
     ends = end_ids(lm, vocabulary)
-    decoder = _Decoder(lm, rows, vocabulary.pad, max_new_tokens)
+    decoder = _Decoder(lm, rows, vocabulary.pad, max_new_tokens, codes=codes_BT.flatten(0, 1) if several else None)
     head = decoder.head_rows(0, vocabulary.num_text)
     banned = torch.tensor(sorted(i for i in text.reserved - ends if i < vocabulary.num_text), dtype=torch.int64)
     answers: list[list[int]] = [[] for _ in rows]
@@ -185,6 +202,7 @@ class _Compiled(NamedTuple):
 
 class _Decoder:
     """One batch of left-padded rows run through a language model with a key–value cache of `room` further positions.
+    codes: those of the rows' visual places, where a place holds several (N, 2, R).
 
     Mask and cache are laid out once. compile: the backend of `torch.compile` for single steps ("inductor" makes CUDA graphs
     on a GPU); shapes then never change, and the compiled model is kept with the language model.
@@ -192,7 +210,15 @@ class _Decoder:
 
     last_RH: Tensor
 
-    def __init__(self, lm: Any, rows: Sequence[Sequence[int]], pad: int, room: int, compile: str | None = None) -> None:
+    def __init__(
+        self,
+        lm: Any,
+        rows: Sequence[Sequence[int]],
+        pad: int,
+        room: int,
+        compile: str | None = None,
+        codes: Tensor | None = None,
+    ) -> None:
         unified = isinstance(lm, UnifiedModel)
         self.causal_lm = lm.lm if unified else lm
         self.embed = lm.inputs_embeds if unified else lm.get_input_embeddings()
@@ -213,7 +239,8 @@ class _Decoder:
         )
         seen_RLT = self.seen_R1T & causal_LT | torch.eye(longest, total, dtype=torch.bool, device=self.device)
         positions_RL = (places_T[:longest] - self.pads_R[:, None]).clamp_min(0)
-        self._run(ids_RL, seen_RLT, positions_RL, self.causal_lm.base_model)
+        embeds_RLH = self.embed(ids_RL) if codes is None else self.embed(ids_RL, codes.to(self.device))
+        self._run(embeds_RLH, seen_RLT, positions_RL, self.causal_lm.base_model)
 
     def head_rows(self, start: int, count: int) -> nn.Module:
         """The output head cut to `count` rows from `start`: (…, H) → (…, count)."""
@@ -226,6 +253,10 @@ class _Decoder:
 
     def step(self, ids_R: Tensor) -> None:
         """Append one token to every row."""
+        self.append(self.embed(ids_R.to(self.device)[:, None]))
+
+    def append(self, embeds_R1H: Tensor) -> None:
+        """Append one position to every row."""
         seen_R1T = self.seen_R1T
         if self.compile:
             seen_R1T = seen_R1T & (torch.arange(seen_R1T.shape[-1], device=self.device) <= self.length)
@@ -233,7 +264,7 @@ class _Decoder:
         self.length += 1
         with as_columns(self.thin):
             model = self.causal_lm.base_model if self.compile is None else self._compiled().step
-            self._run(ids_R.to(self.device)[:, None], seen_R1T, positions_R1, model)
+            self._run(embeds_R1H, seen_R1T, positions_R1, model)
 
     def _compiled(self) -> _Compiled:
         made: _Compiled | None = getattr(self.causal_lm, "_compiled_step", None)
@@ -256,9 +287,9 @@ class _Decoder:
             del caches[next(iter(caches))]
         return cache
 
-    def _run(self, ids_RL: Tensor, seen_RLT: Tensor, positions_RL: Tensor, model: Any) -> None:
+    def _run(self, embeds_RLH: Tensor, seen_RLT: Tensor, positions_RL: Tensor, model: Any) -> None:
         out = model(
-            inputs_embeds=self.embed(ids_RL),
+            inputs_embeds=embeds_RLH,
             attention_mask=self._mask(seen_RLT if self.compile else seen_RLT[..., : self.length]),
             position_ids=positions_RL,
             past_key_values=self.cache,

@@ -53,11 +53,7 @@ class UnifiedModel(nn.Module):
     ) -> None:
         super().__init__()
         self.matrices = matrices
-        if code_vectors_VC.shape[0] != vocabulary.num_codes:
-            raise VocabularyError(
-                f"The visual tokenizer has {code_vectors_VC.shape[0]} code vectors, but the language model's vocabulary "
-                f"has {vocabulary.num_codes} visual codes. Both must come from the same visual tokenizer."
-            )
+        self.check_vectors(code_vectors_VC, vocabulary)
         check_supported(causal_lm)
         self.lm = causal_lm
         self.adapter = adapter
@@ -72,6 +68,14 @@ class UnifiedModel(nn.Module):
         self.register_buffer("code_vectors_VC", held.detach().float().clone(), persistent=False)
         if not is_fitted(causal_lm, vocabulary):
             fit_vocabulary(causal_lm, vocabulary, torch.Generator().manual_seed(seed), matrices)
+
+    def check_vectors(self, code_vectors_VC: Tensor, vocabulary: VisualVocabulary) -> None:
+        """VocabularyError unless there is a vector for each visual token."""
+        if code_vectors_VC.shape[0] != vocabulary.num_codes:
+            raise VocabularyError(
+                f"The visual tokenizer has {code_vectors_VC.shape[0]} code vectors, but the language model's vocabulary "
+                f"has {vocabulary.num_codes} visual codes. Both must come from the same visual tokenizer."
+            )
 
     @property
     def config(self) -> Any:
@@ -105,24 +109,33 @@ class UnifiedModel(nn.Module):
 
     def visual_inputs(self, codes: Tensor) -> Tensor:
         """What stands in place of the embedding rows of visual codes, int64 (…): (…, H)."""
-        return self.adapter(codes if self.adapter.own_codes else self.code_vectors_VC[codes])
+        return self.adapter(self._adapted(codes))
+
+    def _adapted(self, codes: Tensor) -> Tensor:
+        """What the adapter takes for codes: their vectors, or the codes themselves where the vectors are its own."""
+        return codes if self.adapter.own_codes else self.code_vectors_VC[codes]
 
     def inputs_embeds(self, ids_BL: Tensor) -> Tensor:
-        """Token ids (any in the flat vocabulary) → (B, L, H): embedding rows for text, adapter outputs for visual ids.
-
-        The adapter runs even where there is no visual id (on one code, with no effect on the result), so that every rank
-        of a parallel run does the same communication.
-        """
+        """Token ids (any in the flat vocabulary) → (B, L, H): embedding rows for text, adapter outputs for visual ids."""
         visual_BL = self.vocabulary.is_visual(ids_BL)
+        codes_N = ids_BL[visual_BL] - self.vocabulary.first_visual
+        return self._embedded(ids_BL, visual_BL, self._adapted(codes_N))
+
+    def _embedded(self, ids_BL: Tensor, visual_BL: Tensor, adapted_N: Tensor) -> Tensor:
+        """Embedding rows for text, the adapter's outputs of `adapted` (N, …) at the visual places: (B, L, H).
+
+        The adapter runs even where there is no visual id (on zeros, with no effect on the result), so that every rank of a
+        parallel run does the same communication.
+        """
         embeds_BLH = self.lm.get_input_embeddings()(ids_BL.masked_fill(visual_BL, self.vocabulary.boi))
         if self.old_rows is not None:
             embeds_BLH = torch.where(
                 (ids_BL < self.old_rows.rows)[..., None], embeds_BLH * self.old_rows.factor, embeds_BLH
             )
-        codes_N = ids_BL[visual_BL] - self.vocabulary.first_visual
-        if not len(codes_N):
-            return embeds_BLH + 0 * self.visual_inputs(ids_BL.new_zeros(1)).sum().to(embeds_BLH.dtype)
-        vectors_NH = self.visual_inputs(codes_N).to(embeds_BLH.dtype)
+        if not len(adapted_N):
+            nothing = adapted_N.new_zeros(1, *adapted_N.shape[1:])
+            return embeds_BLH + 0 * self.adapter(nothing).sum().to(embeds_BLH.dtype)
+        vectors_NH = self.adapter(adapted_N).to(embeds_BLH.dtype)
         return embeds_BLH.masked_scatter(visual_BL[..., None], vectors_NH)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -36,6 +36,7 @@ class TokenSequence:
     segments: np.ndarray  # int64 (L,): 0 what all of the sequence sees, k > 0 what only the k-th segment sees
     positions: np.ndarray  # int64 (L,): each segment goes on where the shared part ended
     num_cut: int = 0  # text tokens left out so that the image fits max_length
+    codes: np.ndarray | None = None  # int64 (N, 2, R): of its visual places, where a place holds several
 
 
 class SequenceBuilder:
@@ -237,7 +238,8 @@ def collate(sequences: Sequence[TokenSequence], pad: int, room: int | None = Non
 
     Short sequences share a row, so B may be below their number. Rows are as long as the longest sequence (`best_fit`), or
     with `room` about that long (`pack`). Where a row is shared or a sequence has segments there are also position_ids,
-    document_ids and segment_ids int64 (padding: document −1); see `visible_mask`.
+    document_ids and segment_ids int64 (padding: document −1); see `visible_mask`. Where visual places hold several codes
+    there are `codes` int64 (N, 2, R), of all places of the batch in reading order.
     """
     lengths = [len(sequence.ids) for sequence in sequences]
     rows = best_fit(lengths, max(lengths)) if room is None else pack(lengths, room)
@@ -258,6 +260,9 @@ def collate(sequences: Sequence[TokenSequence], pad: int, room: int | None = Non
             batch["attention_mask"][place] = 1
             batch["document_ids"][place] = document
             start += len(sequence.ids)
+    codes = [found for members in rows for member in members if (found := sequences[member].codes) is not None]
+    if codes:
+        batch["codes"] = torch.from_numpy(np.concatenate(codes))
     if len(rows) == len(sequences) and not batch["segment_ids"].any():
         for name in ("position_ids", "document_ids", "segment_ids"):
             del batch[name]

@@ -16,13 +16,13 @@ from smalti.schema import VitSize
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over all tokens."""
+    """Multi-head self-attention over all tokens, or with `causal` over those up to each."""
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, causal: bool = False) -> None:
         super().__init__()
         if dim % heads:
             raise ValueError(f"width {dim} does not split over {heads} heads")
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
 
@@ -30,17 +30,17 @@ class Attention(nn.Module):
         """Attend: (B, N, D) → (B, N, D)."""
         batch, tokens, dim = x_BND.shape
         qkv = self.qkv(x_BND).view(batch, tokens, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])
+        mixed = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], is_causal=self.causal)
         return self.out(mixed.transpose(1, 2).reshape(batch, tokens, dim))
 
 
 class Block(nn.Module):
     """Pre-norm transformer block: x + attention(norm(x)), then x + MLP(norm(x))."""
 
-    def __init__(self, dim: int, heads: int, mlp_ratio: int = 4) -> None:
+    def __init__(self, dim: int, heads: int, mlp_ratio: int = 4, causal: bool = False) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attention = Attention(dim, heads)
+        self.attention = Attention(dim, heads, causal)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Linear(mlp_ratio * dim, dim))
 
@@ -53,9 +53,9 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Blocks and a final norm; weights start as in ViT (truncated normal 0.02, residual outputs scaled by depth)."""
 
-    def __init__(self, dim: int, layers: int, heads: int, mlp_ratio: int = 4) -> None:
+    def __init__(self, dim: int, layers: int, heads: int, mlp_ratio: int = 4, causal: bool = False) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, causal) for _ in range(layers))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.apply(init_linear)
         for name, parameter in self.blocks.named_parameters():

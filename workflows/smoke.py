@@ -33,9 +33,8 @@ def shrink(recipe: Recipe) -> Recipe:
     """The same recipe at toy size, in `<out>-smoke`; makes the tiny stand-ins for pretrained models there."""
     out = recipe.out.rstrip("/") + "-smoke"
     values: dict[str, Any] = {"out": out, "name": f"{recipe.name}-smoke", "share": []}
-    values |= _data(recipe) | _model(recipe, out) | _resources(recipe)
-    if recipe.system == "semhitok":
-        values |= _tokenizer(recipe)
+    tokenizer = {"semhitok": _tokenizer, "dualtoken": _dual, "unicode2": lambda recipe: {}}[recipe.system]
+    values |= _data(recipe) | tokenizer(recipe) | _model(recipe, out) | _resources(recipe)
     if recipe.bridge:
         values |= _train("bridge.train", recipe.bridge.train) | {"bridge.steps": 2}
         values |= {"bridge.width": 16, "bridge.layers": 1, "bridge.heads": 2}
@@ -75,27 +74,33 @@ def _gpus_in_sight(recipe: Recipe) -> float:
 
 
 def _data(recipe: Recipe) -> dict[str, Any]:
-    return {
+    clustering = {} if recipe.system == "dualtoken" else _clustering(recipe)
+    return clustering | {
         "corpus.source": "generated:48",
         "corpus.val_source": "generated:16:val",
         "corpus.format": "generated",
         "corpus.image_size": 32,
         "corpus.shard_images": 16,
         "corpus.limit": None,
-        "features.batch_size": 8,
-        "features.source": None,
-        "features.patches": "all" if recipe.features.patches == "all" else min(recipe.features.patches, 8),
         "tokens.batch_size": 8,
-        "codebook.size": 16,
-        "codebook.coarse": min(recipe.codebook.coarse, 4),
-        "codebook.iterations": 2,
-        "codebook.sample": None,
         "evaluate.images": 16,
         "evaluate.questions": 8,
         "evaluate.vrr_images": 16,
         "evaluate.drawings": min(recipe.evaluate.drawings, 1),
         "evaluate.prompts": ["a red circle", "a blue rectangle"],
         "evaluate.batch_size": 8,
+    }
+
+
+def _clustering(recipe: Recipe) -> dict[str, Any]:
+    return {
+        "features.batch_size": 8,
+        "features.source": None,
+        "features.patches": "all" if recipe.features.patches == "all" else min(recipe.features.patches, 8),
+        "codebook.size": 16,
+        "codebook.coarse": min(recipe.codebook.coarse, 4),
+        "codebook.iterations": 2,
+        "codebook.sample": None,
     }
 
 
@@ -139,6 +144,24 @@ def _tokenizer(recipe: Recipe) -> dict[str, Any]:
     return values
 
 
+def _dual(recipe: Recipe) -> dict[str, Any]:
+    dual = recipe.tokenizer.dual
+    values: dict[str, Any] = {
+        "encoder.layer": -2,
+        "tokenizer.dual.codes": 16,
+        "tokenizer.dual.dim": 8,
+        "tokenizer.dual.depth": min(dual.depth, 2),
+        "tokenizer.dual.pixel_layers": [2, 1],
+        "tokenizer.dual.pixel_weights": [1.0, 0.6],
+        "tokenizer.dual.init_steps": min(dual.init_steps, 1),
+        "mllm.depth_heads.layers": 1,
+        "mllm.depth_heads.heads": 2,
+    }
+    values |= {f"tokenizer.dual.decoder.{key}": value for key, value in _VIT.items()}
+    values |= _train("tokenizer.dual.train", dual.train)
+    return values | _loss("tokenizer.dual.loss", dual.loss)
+
+
 def _model(recipe: Recipe, out: str) -> dict[str, Any]:
     values: dict[str, Any] = {"mllm.max_length": 128, "mllm.loss_chunk": 64, "mllm.adapter_hidden": None}
     values |= _train("mllm.train", recipe.mllm.train)
@@ -147,11 +170,19 @@ def _model(recipe: Recipe, out: str) -> dict[str, Any]:
     if recipe.mllm.whole_mixture.text:
         values["mllm.text_source"] = _some_text(join(out, "stand-ins", "text.txt"))
     if recipe.encoder.train:
-        tiny = {"patch_size": 32 // _NUM_PATCHES_A_SIDE, "hidden_size": 16, "layers": 1, "heads": 2, "text_layers": 1}
+        layers = 3 if recipe.system == "dualtoken" else 1
+        tiny = {
+            "patch_size": 32 // _NUM_PATCHES_A_SIDE,
+            "hidden_size": 16,
+            "layers": layers,
+            "heads": 2,
+            "text_layers": 1,
+        }
         values |= {f"encoder.train.{key}": value for key, value in tiny.items()}
         values |= _train("encoder.train.train", recipe.encoder.train.train)
     else:
-        values["encoder.pretrained"] = _tiny_siglip(join(out, "stand-ins", "siglip"))
+        layers = 3 if recipe.system == "dualtoken" else 2
+        values["encoder.pretrained"] = _tiny_siglip(join(out, "stand-ins", "siglip"), layers)
     if recipe.mllm.config:
         tiny = {"hidden_size": 32, "layers": 2, "heads": 2, "kv_heads": 1, "intermediate_size": 64}
         values |= {f"mllm.config.{key}": value for key, value in (tiny | {"text_vocab_size": 300}).items()}
@@ -222,8 +253,8 @@ def _some_text(path: str) -> str:
     return path
 
 
-def _tiny_siglip(path: str) -> str:
-    """A random SigLIP with its tokenizer at `path`: 32 px, 4 x 4 patches, width 16."""
+def _tiny_siglip(path: str, layers: int) -> str:
+    """A random SigLIP with its tokenizer at `path`: 32 px, 4 x 4 patches, width 16, so many blocks."""
     if exists(join(path, "config.json")):
         return path
     import torch
@@ -231,7 +262,7 @@ def _tiny_siglip(path: str) -> str:
     from smalti.mllm.bpe import train_bpe
     from smalti.tokenizers.siglip import build_siglip
 
-    size = EncoderTrain(patch_size=32 // _NUM_PATCHES_A_SIDE, hidden_size=16, layers=2, heads=2, text_layers=1)
+    size = EncoderTrain(patch_size=32 // _NUM_PATCHES_A_SIDE, hidden_size=16, layers=layers, heads=2, text_layers=1)
     tokenizer = train_bpe(_words(), 300)
     with torch.random.fork_rng():
         torch.manual_seed(0)
