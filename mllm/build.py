@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -28,12 +29,13 @@ from transformers.initialization import no_init_weights
 
 from smalti.errors import ArtifactError, ConfigError, TrainingError
 from smalti.mllm.adapters import ADAPTERS, Adapter
+from smalti.mllm.depth import DepthModel
 from smalti.mllm.lora import add_lora
 from smalti.mllm.model import UnifiedModel, fit_shapes
 from smalti.mllm.old_rows import slow_old_rows
 from smalti.mllm.rows import Matrices, Whole
 from smalti.mllm.vocabulary import VisualVocabulary
-from smalti.schema import LanguageModel, MllmSection
+from smalti.schema import DepthHeads, LanguageModel, MllmSection
 from smalti.tokenizers.encoders import quiet
 
 FORMAT = 1
@@ -52,6 +54,9 @@ class VisualTokenizer(Protocol):
     def num_codes(self) -> int: ...
 
     @property
+    def code_shape(self) -> tuple[int, ...]: ...
+
+    @property
     def embed_splits(self) -> tuple[int, ...]: ...
 
     def code_vectors(self) -> Tensor: ...
@@ -64,8 +69,10 @@ def build_unified(
     *,
     seed: int = 0,
     matrices: Matrices = Whole(),  # noqa: B008 (has no state)
+    sample_MC: Tensor | None = None,
 ) -> UnifiedModel:
-    """A unified model in float32 on the CPU; `hf_tokenizer` is extended in place (`VisualVocabulary.extend`).
+    """A unified model in float32 on the CPU; `hf_tokenizer` is extended in place (`VisualVocabulary.extend`). A `DepthModel`
+    where the tokenizer gives several codes a token; `sample_MC` then holds vectors of real tokens, for the adapter's start.
 
     Its language model comes from `section.pretrained` or, when that is not set, from `section.config`'s numbers. The same
     seed gives the same weights; the caller's random state is left alone. matrices: how embedding and head lie.
@@ -73,11 +80,13 @@ def build_unified(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         causal_lm = load_language_model(section, hf_tokenizer)
-        vocabulary = VisualVocabulary.extend(hf_tokenizer, visual_tokenizer.num_codes)
+        several = visual_tokenizer.code_shape
+        vocabulary = VisualVocabulary.extend(hf_tokenizer, 1 if several else visual_tokenizer.num_codes)
         width = causal_lm.get_input_embeddings().embedding_dim
         adapter = ADAPTERS[section.adapter](visual_tokenizer.embed_splits, section.adapter_hidden or width, width)
         codes_VC = visual_tokenizer.code_vectors()
-        model = UnifiedModel(
+        kind = partial(DepthModel, size=section.depth_heads, depth=several[-1]) if several else UnifiedModel
+        model = kind(
             causal_lm,
             adapter,
             codes_VC,
@@ -92,7 +101,10 @@ def build_unified(
             add_lora(model, section.lora)
     if section.attention == "flash":
         use_flash_attention(model)
-    model.start_visual(SMALL_HEAD_GAIN if section.config else 1.0, codes_VC=codes_VC)
+    if isinstance(model, DepthModel):
+        model.start_visual(sample_MC=sample_MC)
+    else:
+        model.start_visual(SMALL_HEAD_GAIN if section.config else 1.0, codes_VC=codes_VC)
     if section.old_rows != 1:
         slow_old_rows(model, section.old_rows)
     return model
@@ -206,7 +218,7 @@ def save_unified(path: str, model: UnifiedModel, hf_tokenizer: Any, state: Mappi
     model.lm.generation_config.save_pretrained(path)
     hf_tokenizer.save_pretrained(path)
     save_file(tensors, os.path.join(path, WEIGHTS), metadata={"format": "pt"})
-    settings = {
+    settings: dict[str, Any] = {
         "format": FORMAT,
         "adapter": next(name for name, kind in ADAPTERS.items() if type(model.adapter) is kind),
         "splits": list(model.adapter.splits),
@@ -215,6 +227,8 @@ def save_unified(path: str, model: UnifiedModel, hf_tokenizer: Any, state: Mappi
         "answer_loss_weight": model.answer_loss_weight,
         "loss_chunk": model.loss_chunk,
     }
+    if isinstance(model, DepthModel):
+        settings["depth"] = {"size": model.size.model_dump(mode="json"), "depth": model.depth}
     with open(os.path.join(path, SETTINGS), "w", encoding="utf-8") as file:
         json.dump(settings, file, indent=2)
 
@@ -232,7 +246,8 @@ def load_unified(path: str) -> tuple[UnifiedModel, Any]:
     width = causal_lm.get_input_embeddings().embedding_dim
     adapter: Adapter = ADAPTERS[settings["adapter"]](settings["splits"], settings["adapter_hidden"], width)
     nothing = torch.empty(vocabulary.num_codes, 0)  # of an adapter that holds the vectors itself
-    model = UnifiedModel(
+    kind: Any = partial(DepthModel, **depth_settings(settings["depth"])) if "depth" in settings else UnifiedModel
+    model = kind(
         causal_lm,
         adapter,
         nothing if adapter.own_codes else tensors.pop(_CODES),
@@ -248,6 +263,11 @@ def load_unified(path: str) -> tuple[UnifiedModel, Any]:
             f"{path}/{WEIGHTS} does not fit its config.json: {error}. Train the model again."
         ) from error
     return model.eval(), hf_tokenizer
+
+
+def depth_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a `DepthModel` that its folder keeps."""
+    return {"size": DepthHeads.model_validate(saved["size"]), "depth": int(saved["depth"])}
 
 
 def _read_settings(path: str) -> dict[str, Any]:

@@ -55,9 +55,9 @@ def draw(
         return torch.empty((0, tokens), dtype=torch.int64)
     guided = sampling.cfg != 1.0
     rows = prompt_rows(vocabulary, prompts_ids, guided, unconditional_ids)
-    decoder = _Decoder(lm, rows, vocabulary.pad, tokens - 1, compile)
+    decoder = Decoder(lm, rows, vocabulary.pad, tokens - 1, compile)
     head = decoder.head_rows(vocabulary.first_visual, vocabulary.num_codes)
-    uniform_BT = sample_uniform(_seeds(seed, len(prompts_ids)), tokens)
+    uniform_BT = sample_uniform(seeds_of(seed, len(prompts_ids)), tokens)
     codes_BT = torch.empty((len(prompts_ids), tokens), dtype=torch.int64)
     for t in range(tokens):
         logits_BK = guidance(head(decoder.last_RH).float(), sampling.cfg)
@@ -117,7 +117,7 @@ def answer(
         for image, question in zip(images, questions, strict=True)
     ]
     ends = end_ids(lm, vocabulary)
-    decoder = _Decoder(lm, rows, vocabulary.pad, max_new_tokens, codes=codes_BT.flatten(0, 1) if several else None)
+    decoder = Decoder(lm, rows, vocabulary.pad, max_new_tokens, codes=codes_BT.flatten(0, 1) if several else None)
     head = decoder.head_rows(0, vocabulary.num_text)
     banned = torch.tensor(sorted(i for i in text.reserved - ends if i < vocabulary.num_text), dtype=torch.int64)
     answers: list[list[int]] = [[] for _ in rows]
@@ -184,7 +184,8 @@ def end_ids(lm: nn.Module, vocabulary: VisualVocabulary) -> set[int]:
     return {vocabulary.eos, *more}
 
 
-def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
+def seeds_of(seed: int | Sequence[int], count: int) -> list[int]:
+    """A seed for each of so many samples: of one number, or as given. ValueError: given for another number of them."""
     if isinstance(seed, int):
         return [sample_seed(seed, index) for index in range(count)]
     if len(seed) != count:
@@ -200,7 +201,7 @@ class _Compiled(NamedTuple):
     caches: dict[Any, Cache]
 
 
-class _Decoder:
+class Decoder:
     """One batch of left-padded rows run through a language model with a key–value cache of `room` further positions.
     codes: those of the rows' visual places, where a place holds several (N, 2, R).
 

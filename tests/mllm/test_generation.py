@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from smalti.errors import VocabularyError
-from smalti.mllm.generation import _Decoder, answer, choose, draw, sample_seed, sample_uniform
+from smalti.mllm.generation import Decoder, answer, choose, draw, sample_seed, sample_uniform
 from smalti.mllm.prompts import LINE_END
 from smalti.schema import Sampling
 
@@ -73,7 +73,7 @@ def test_logits_equal_two_passes_with_a_cache_in_transformers(tiny, attention: s
     tiny.model.lm.set_attn_implementation(attention)
     v, drawn = tiny.vocabulary, [3, 0, 23, 7, 7]
     prompts = [tiny.text.caption_prompt(prompt) for prompt in PROMPTS]
-    decoder = _Decoder(tiny.model, [*prompts, *[[v.bos, v.boi]] * 3], v.pad, len(drawn))
+    decoder = Decoder(tiny.model, [*prompts, *[[v.bos, v.boi]] * 3], v.pad, len(drawn))
     head = decoder.head_rows(v.first_visual, v.num_codes)
     expected = [two_pass_logits(tiny, prompt, drawn, 3.0) for prompt in prompts]
     for t in range(len(drawn) + 1):
@@ -99,7 +99,7 @@ def test_compiled_steps_draw_the_same_and_find_their_cache_where_it_was(tiny) ->
         places |= {cache.layers[0].keys.data_ptr() for cache in caches.values()}
     assert len(places) == 1
     for count in (1, 2, 4, 5, 1):
-        _Decoder(tiny.model, prompts[:1] * count, tiny.vocabulary.pad, T, "eager")
+        Decoder(tiny.model, prompts[:1] * count, tiny.vocabulary.pad, T, "eager")
     assert [key[0] for key in caches] == [2, 4, 5, 1], "the last four shapes"
 
 

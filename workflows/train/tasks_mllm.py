@@ -6,6 +6,7 @@ Axes: B sequences of this worker, L positions, T codes of an image, V visual cod
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from smalti import storage
+from smalti import shards, storage
 from smalti.mllm.adapters import fitting
 from smalti.mllm.build import build_unified, save_unified
+from smalti.mllm.depth import DepthModel, PlaceBuilder
 from smalti.mllm.lora import merge_lora, without_lora
 from smalti.mllm.model import UnifiedModel
 from smalti.mllm.old_rows import plain_rows
@@ -34,6 +36,8 @@ MODEL = "model"
 TEXT_TOKENIZER = "text_tokenizer"
 TEXT = "text"
 COUNTED = {"loss_text": "tokens_text", "loss_image": "tokens_image", "answer_accuracy": "tokens_answer"}
+COUNTED |= {"loss_pixel": "tokens_image", "loss_semantic": "tokens_image"}
+SAMPLE_IMAGES = 256
 
 
 def usable_rows(table: pa.Table, mixture: Mixture) -> np.ndarray:
@@ -99,7 +103,10 @@ class MllmTask(Task):
         self.model.freeze(section.freeze)
         if section.has_part_rates:
             self.model.split_rates()
-        self.builder = SequenceBuilder(
+        kind: Any = SequenceBuilder
+        if isinstance(self.model, DepthModel):
+            kind = partial(PlaceBuilder, num_codes=visual.num_codes, code_shape=visual.code_shape)
+        self.builder: SequenceBuilder = kind(
             self.hf_tokenizer,
             self.model.vocabulary,
             mixture=section.mixture,
@@ -114,11 +121,19 @@ class MllmTask(Task):
     def _build(self, section: MllmSection, visual: Any, context: Context) -> UnifiedModel:
         """The model, under ZeRO-3 in parts from the start."""
         train = context.train
+        build = partial(build_unified, section, self.hf_tokenizer, visual, seed=context.seed)
+        if visual.code_shape:
+            build = partial(build, sample_MC=self._sample(visual))
         if train.zero_stage < 3 or train.offload == "nvme":
-            return build_unified(section, self.hf_tokenizer, visual, seed=context.seed)
+            return build()
         config = deepspeed_config(train, context.collectives.world_size)
         with partitioned_loading(config, context.collectives) as matrices:
-            return build_unified(section, self.hf_tokenizer, visual, seed=context.seed, matrices=matrices)
+            return build(matrices=matrices)
+
+    def _sample(self, visual: Any) -> Tensor:
+        """Vectors of the tokens of some training images: float32 (M, C)."""
+        codes = shards.codes(shards.read_shard(self.tokens, self.keys[0], ["codes"]))[:SAMPLE_IMAGES]
+        return visual.embed(torch.from_numpy(np.ascontiguousarray(codes)).flatten(0, 1))
 
     def source(self) -> Source:
         rows = UsableRows(self.tokens, self.keys, self.sizes)
@@ -174,7 +189,8 @@ class MllmTask(Task):
         return "tokens", float(batch["attention_mask"].sum())
 
     def flops_per_unit(self) -> float:
-        """Of a token: the language model without its embedding, which is looked up; the adapter is left out."""
+        """Of a token: the language model without its embedding, which is looked up; the adapter and the heads of a
+        `DepthModel`, which see places alone, are left out."""
         lm = self.model.lm
         table, head = lm.get_input_embeddings(), lm.get_output_embeddings()
         return flops_a_token(lm, without=None if table.weight is head.weight else table)
