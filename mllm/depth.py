@@ -129,6 +129,10 @@ class DepthModel(UnifiedModel):
         embed_rows = self.matrices.rows(self.lm.get_input_embeddings().weight)
         self.adapter.scale_output(float(root_mean_square(embed_rows, self.vocabulary.num_text) / scale))
 
+    def visual_rows(self, start: int, stop: int) -> Tensor:
+        """Zeros: what stands at a place depends on its codes, which a plain embedding row does not see."""
+        return self.lm.get_input_embeddings().weight.new_zeros(min(stop, 1) - start, self.adapter.out)
+
     def parts(self) -> dict[int, Part]:
         return super().parts() | {id(p): "new_rows" for p in self.heads.parameters()}
 

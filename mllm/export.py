@@ -15,8 +15,10 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from smalti.errors import VocabularyError
+from smalti.mllm.depth import DepthModel
 from smalti.mllm.model import UnifiedModel
 from smalti.mllm.prompts import UNCONDITIONAL
+from smalti.mllm.visual_side import save_side, side_settings
 from smalti.mllm.vocabulary import DELIMITERS, VisualVocabulary, visual_token
 from smalti.tokenizers.encoders import quiet
 
@@ -40,14 +42,15 @@ def export(
 
     Beside the usual files: `smalti.json` (tokens an image, patch grid, where the visual ids begin, system) and
     `visual_tokenizer/`, a whole copy of the visual tokenizer at `tokenizer_path`, so that the folder can be moved alone.
+    Of a `DepthModel` the plain part reads and writes text alone; `visual_heads.safetensors` holds what sees and draws.
     `chunk`: codes that pass the adapter at once. The unified model is left as it is.
     """
     from smalti.tokenizers.loading import load_tokenizer
 
     visual = load_tokenizer(tokenizer_path)
-    if visual.num_codes != model.vocabulary.num_codes:
+    if visual.num_codes != model.num_codes:
         raise VocabularyError(
-            f"{tokenizer_path} has {visual.num_codes} codes, but this model was trained with {model.vocabulary.num_codes} "
+            f"{tokenizer_path} has {visual.num_codes} codes, but this model was trained with {model.num_codes} "
             f"visual codes. Export it with the tokenizer that made its tokens."
         )
     os.makedirs(out_dir, exist_ok=True)
@@ -66,6 +69,12 @@ def export(
         "unconditional": UNCONDITIONAL,
         "visual_tokenizer": VISUAL_TOKENIZER,
     }
+    if isinstance(model, DepthModel):
+        counts |= {
+            "parameters": counts["parameters"] + save_side(model, out_dir, DTYPES[dtype]),
+            "codes": visual.num_codes,
+        }
+        settings |= {"code_shape": list(visual.code_shape), "visual_side": side_settings(model)}
     with open(os.path.join(out_dir, SETTINGS), "w", encoding="utf-8") as file:
         json.dump(settings, file, indent=2)
     return counts
@@ -105,8 +114,7 @@ def swapped_rows(model: UnifiedModel, dtype: torch.dtype, chunk: int = 8192) -> 
     rows_VH = torch.zeros((head.out_features, embed.embedding_dim), dtype=dtype)
     rows_VH[:first] = embed.weight.to(dtype).cpu()
     for start in range(0, model.vocabulary.num_codes, chunk):
-        stop = min(start + chunk, model.vocabulary.num_codes)
-        vectors_nH = model.visual_inputs(torch.arange(start, stop, device=embed.weight.device))
+        vectors_nH = model.visual_rows(start, start + chunk)
         rows_VH[first + start : first + start + len(vectors_nH)] = vectors_nH.to(dtype).cpu()
     return rows_VH
 

@@ -22,10 +22,12 @@ from smalti.errors import ArtifactError, ConfigError, VocabularyError
 from smalti.images import to_pixels
 from smalti.mllm.bridge import Bridge, load_bridge
 from smalti.mllm.build import UNREADABLE, load_causal_lm
+from smalti.mllm.depth import draw_places
 from smalti.mllm.diffusion import NEEDS_DIFFUSERS, Diffuser
 from smalti.mllm.export import SETTINGS
 from smalti.mllm.generation import answer, draw, sample_seed
 from smalti.mllm.prompts import TextEncoder
+from smalti.mllm.visual_side import load_side
 from smalti.mllm.vocabulary import VisualVocabulary
 from smalti.schema import Sampling
 from smalti.storage import exists, join, local_copy, read_json
@@ -57,6 +59,8 @@ class VisualModel:
         settings = read_json(join(export_dir, SETTINGS))
         with local_copy(export_dir) as folder:
             lm, hf_tokenizer = _load(folder, export_dir)
+            if "visual_side" in settings:
+                lm = load_side(folder, lm, VisualVocabulary.from_tokenizer(hf_tokenizer), settings["visual_side"])
             model = cls(lm.to(target), hf_tokenizer, settings, os.path.join(folder, settings["visual_tokenizer"]))
             if exists(join(folder, "bridge")):
                 bridge, codes_VC = load_bridge(os.path.join(folder, "bridge"))
@@ -68,12 +72,17 @@ class VisualModel:
     @property
     def device(self) -> torch.device:
         """Where the language model stands."""
-        return self.lm.device
+        return next(self.lm.parameters()).device
 
     @property
     def num_tokens(self) -> int:
         """T, codes of an image."""
         return int(self.settings["tokens"])
+
+    @property
+    def code_shape(self) -> tuple[int, ...]:
+        """Of the codes of a token: () or (2, R)."""
+        return tuple(self.settings.get("code_shape", ()))
 
     @cached_property
     def visual_tokenizer(self) -> Any:
@@ -94,7 +103,7 @@ class VisualModel:
         batch_size: int = 16,
         compile: str | None = None,
     ) -> Tensor:
-        """Codes of one image a prompt: int64 (B, T) on the CPU. An empty prompt draws without a condition.
+        """Codes of one image a prompt: int64 (B, T, *code_shape) on the CPU. An empty prompt draws without a condition.
 
         `seed` and a prompt's place in the list decide its random numbers, whatever the batch size. compile: see
         `smalti.mllm.generation.draw`.
@@ -102,9 +111,10 @@ class VisualModel:
         sampling = Sampling(cfg=cfg, temperature=temperature, top_k=top_k, top_p=top_p)
         ids = [self.text.caption_prompt(prompt) for prompt in prompts]
         seeds = [sample_seed(seed, index) for index in range(len(ids))]
-        one = partial(draw, self.lm, self.vocabulary, tokens=self.num_tokens, sampling=sampling, compile=compile)
+        drawing = partial(draw_places, self.lm) if self.code_shape else partial(draw, self.lm, self.vocabulary)
+        one = partial(drawing, tokens=self.num_tokens, sampling=sampling, compile=compile)
         parts = [one(ids[part], seed=seeds[part]) for part in _batches(len(ids), batch_size)]
-        return torch.cat(parts) if parts else torch.empty((0, self.num_tokens), dtype=torch.int64)
+        return torch.cat(parts) if parts else torch.empty((0, self.num_tokens, *self.code_shape), dtype=torch.int64)
 
     def generate(
         self,
@@ -148,7 +158,7 @@ class VisualModel:
     def ask_codes(
         self, codes_BT: Tensor, questions: Sequence[str], max_new_tokens: int = 32, batch_size: int = 32
     ) -> list[str]:
-        """As `ask`, for images that are codes already, int (B, T). Questions of like length go into a batch together."""
+        """As `ask`, for images that are codes already, int (B, T, *code_shape). Questions of like length go into a batch together."""
         _same_number(len(codes_BT), questions)
         order = sorted(range(len(questions)), key=lambda i: len(questions[i]))
         answers = [""] * len(questions)
@@ -162,11 +172,11 @@ class VisualModel:
 
     @torch.no_grad()
     def encode(self, images: Sequence[Image.Image]) -> Tensor:
-        """Codes of pictures of any size and mode (resized and centre-cropped as in training): int64 (B, T)."""
+        """Codes of pictures of any size and mode (resized and centre-cropped as in training): int64 (B, T, *code_shape)."""
         size = int(self.settings["image_size"])
         pixels = np.stack([to_pixels(_png(image), size) for image in images])
         pixels_BCHW = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(127.5).sub(1)
-        return self.visual_tokenizer.encode(pixels_BCHW.to(self.device)).flatten(1)
+        return self.visual_tokenizer.encode(pixels_BCHW.to(self.device))
 
     @cached_property
     def cannot_draw(self) -> str | None:

@@ -162,6 +162,16 @@ class UnifiedModel(nn.Module):
         divisor = batch["loss_weight"] if "loss_weight" in batch else self.loss_weight(batch)
         return total / divisor.clamp_min(1e-6), self._metrics(labels_N, losses_N, correct_N, answers)
 
+    @property
+    def num_codes(self) -> int:
+        """Codes of the visual tokenizer that it was built for."""
+        return self.vocabulary.num_codes
+
+    def visual_rows(self, start: int, stop: int) -> Tensor:
+        """Embedding rows that stand for visual tokens in a plain language model: (n, H)."""
+        stop = min(stop, self.vocabulary.num_codes)
+        return self.visual_inputs(torch.arange(start, stop, device=self.lm.get_input_embeddings().weight.device))
+
     def parts(self) -> dict[int, Part]:
         """`id` of each parameter → the part of the model that it belongs to."""
         matrices = (self.lm.get_input_embeddings(), self.lm.get_output_embeddings())

@@ -103,6 +103,11 @@ class Unicode2(nn.Module):
         return self.encoder.image_size
 
     @property
+    def code_shape(self) -> tuple[int, ...]:
+        """Of the codes of a token: one number."""
+        return ()
+
+    @property
     def embed_splits(self) -> tuple[int, ...]:
         """Widths of the parts of a code's vector: one."""
         return (self.codes.shape[1],)

@@ -131,6 +131,8 @@ class Recipe(Section):
             sizes["mllm.config"] = (qwen2.hidden_size, qwen2.heads, "hidden_size", "heads")
         if self.bridge:
             sizes["bridge"] = (self.bridge.width, self.bridge.heads, "width", "heads")
+        if qwen2 and self.system == "dualtoken":
+            sizes["mllm"] = (qwen2.hidden_size, self.mllm.depth_heads.heads, "config.hidden_size", "depth_heads.heads")
         for section, (width, heads, key, by) in sizes.items():
             if width % heads:
                 raise ValueError(f"{section}.{key}={width} does not split over {section}.{by}={heads}; set a multiple")

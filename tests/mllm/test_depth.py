@@ -10,16 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smalti.errors import ConfigError, VocabularyError
+from smalti.errors import ArtifactError, ConfigError, VocabularyError
 from smalti.mllm.adapters import SingleAdapter
 from smalti.mllm.bpe import train_bpe
 from smalti.mllm.build import load_unified, save_unified
 from smalti.mllm.depth import DepthModel, PlaceBuilder, draw_places
+from smalti.mllm.export import export
 from smalti.mllm.generation import answer
+from smalti.mllm.inference import VisualModel
 from smalti.mllm.prompts import TextEncoder
 from smalti.mllm.sequences import collate
 from smalti.mllm.vocabulary import VisualVocabulary
-from smalti.schema import DepthHeads, Mixture, Sampling
+from smalti.schema import DepthHeads, DualStage, Mixture, Sampling, VitSize
+from smalti.tokenizers.dualtoken import DualModel, DualToken
+from smalti.tokenizers.encoders import VisionEncoder
 
 K, W, R, T = 7, 3, 3, 4
 TEXTS = ["a blue circle", "a red square", "is it red?", "yes", "no"] * 4
@@ -27,8 +31,8 @@ SIZE = DepthHeads(layers=2, heads=4, mlp_ratio=2)
 
 
 @pytest.fixture(scope="module")
-def made(request: pytest.FixtureRequest) -> tuple[DepthModel, Any]:
-    """Qwen2 of width 32 with heads of two layers, and weights large enough that outputs differ clearly."""
+def made() -> tuple[DepthModel, Any]:
+    """A Qwen2 of width 32 with heads of two layers, and weights large enough that outputs differ clearly."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
@@ -207,6 +211,45 @@ def test_saved_and_loaded_is_the_same(made: tuple[DepthModel, Any], tmp_path: An
     assert isinstance(loaded, DepthModel) and loaded.depth == R and loaded.size == SIZE
     batch = collate(sequences(made), model.vocabulary.pad)
     assert torch.equal(loaded(batch)[0], model(batch)[0])
+
+
+def test_an_export_draws_and_answers_as_the_model_does(made: tuple[DepthModel, Any], tmp_path: Any) -> None:
+    """Its plain part loads without this project and has the text side's logits."""
+    from PIL import Image
+    from transformers import AutoModelForCausalLM, SiglipVisionConfig, SiglipVisionModel
+
+    model, hf_tokenizer = made
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tower = VisionEncoder(SiglipVisionModel(SiglipVisionConfig(**size, image_size=16, patch_size=8)), -2)
+    vit = VitSize(dim=16, layers=1, heads=2)
+    stage = DualStage(codes=K, dim=W, depth=R, pixel_layers=[1], pixel_weights=[1.0], decoder=vit)
+    tokenizer = DualToken(DualModel(stage, tower))
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    export(model, hf_tokenizer, str(tmp_path / "tokenizer"), str(tmp_path / "export"))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "export").eval()
+    ids = torch.tensor([TextEncoder(hf_tokenizer, model.vocabulary)("is it red?")])
+    hidden = model.backbone(inputs_embeds=model.inputs_embeds(ids)).last_hidden_state
+    torch.testing.assert_close(plain(ids).logits, model.lm.get_output_embeddings()(hidden))
+
+    loaded = VisualModel.from_pretrained(str(tmp_path / "export"), device="cpu")
+    prompt = TextEncoder(hf_tokenizer, model.vocabulary).caption_prompt("no")
+    sampling = Sampling(cfg=3.0, temperature=0.0)
+    drawn = loaded.draw_codes(["no"], temperature=0.0)
+    assert torch.equal(drawn, draw_places(model, [prompt], tokens=T, sampling=sampling))
+    (picture,) = loaded.generate(["no"], temperature=0.0)
+    assert picture.size == (16, 16)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    codes = loaded.encode([image])
+    assert codes.shape == (1, T, 2, R) and torch.equal(codes, loaded.visual_tokenizer.encode(codes_input(image)))
+    expected = answer(model, hf_tokenizer, model.vocabulary, codes, ["is it red?"], 4)
+    assert loaded.ask([image], ["is it red?"], max_new_tokens=4) == expected
+    (tmp_path / "export" / "visual_heads.safetensors").write_bytes(b"torn")
+    with pytest.raises(ArtifactError, match="Export it again"):
+        VisualModel.from_pretrained(str(tmp_path / "export"), device="cpu")
+
+
+def codes_input(image: Any) -> Tensor:
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
 def test_the_heads_count_as_new_rows(made: tuple[DepthModel, Any]) -> None:
