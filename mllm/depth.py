@@ -54,7 +54,7 @@ class DepthHead(nn.Module):
         for linear in (self.code_in, *self.classifiers):
             init_linear(linear)
 
-    def _outputs(self, hidden_NH: Tensor, sums_NdW: Tensor) -> Tensor:
+    def outputs(self, hidden_NH: Tensor, sums_NdW: Tensor) -> Tensor:
         """Outputs of the first d + 1 depths, given the sums of their codes so far: (N, d + 1, H)."""
         begun_NdH = self.code_in(sums_NdW.to(self.code_in.weight.dtype))
         x_NdH = torch.cat([hidden_NH[:, None], begun_NdH.to(hidden_NH.dtype)], 1)
@@ -71,8 +71,8 @@ class DepthHead(nn.Module):
         """With codes (IGNORE where nothing is predicted): Σ weights · losses, differentiable, and the losses float32 (N, R);
         without: logits of the code behind the given sums (N, d, W), which may be none: (N, K)."""
         if codes_NR is None:
-            return self.classifiers[sums_NRW.shape[1]](self._outputs(hidden_NH, sums_NRW)[:, -1])
-        out_NRH = self._outputs(hidden_NH, sums_NRW[:, :-1])
+            return self.classifiers[sums_NRW.shape[1]](self.outputs(hidden_NH, sums_NRW)[:, -1])
+        out_NRH = self.outputs(hidden_NH, sums_NRW[:, :-1])
         parts = [
             classifier(out_NRH[:, d], codes_NR[:, d], weights_N, chunk) for d, classifier in enumerate(self.classifiers)
         ]
@@ -136,14 +136,14 @@ class DepthModel(UnifiedModel):
     def parts(self) -> dict[int, Part]:
         return super().parts() | {id(p): "new_rows" for p in self.heads.parameters()}
 
-    def _sums(self, codes_NPR: Tensor) -> Tensor:
+    def sums(self, codes_NPR: Tensor) -> Tensor:
         """ẑ_1 … ẑ_R of both codebooks: float32 (N, P, R, W)."""
         parts = [F.embedding(codes_NPR[:, p], vectors) for p, vectors in enumerate(self.code_vectors_VC)]
         return torch.stack(parts, 1).cumsum(-2)
 
     def place_vectors(self, codes_NPR: Tensor) -> Tensor:
         """[ẑ_pix ; ẑ_sem] of places: float32 (N, C)."""
-        return self._sums(codes_NPR)[:, :, -1].flatten(1)
+        return self.sums(codes_NPR)[:, :, -1].flatten(1)
 
     def inputs_embeds(self, ids_BL: Tensor, codes_NPR: Tensor | None = None) -> Tensor:
         """Token ids → (B, L, H); the codes of their visual places come in reading order (None: there are no places)."""
@@ -186,7 +186,7 @@ class DepthModel(UnifiedModel):
     ) -> tuple[Tensor, Tensor]:
         """Σ weights · losses of places, differentiable, and the losses float32 (N, P, R)."""
         count = len(codes_NPR)
-        sums_NPRW, labels_NPR = self._sums(codes_NPR), codes_NPR
+        sums_NPRW, labels_NPR = self.sums(codes_NPR), codes_NPR
         if not count:
             hidden_NH, weights_N = any_1H, weights_N.new_zeros(1)
             sums_NPRW = sums_NPRW.new_zeros(1, *sums_NPRW.shape[1:])

@@ -118,7 +118,7 @@ def reconstruct(arguments: argparse.Namespace) -> None:
                 row.append(tokenizer.decode_semantic_only(codes))
         _save(_grid([[_picture(part) for part in row]]), storage.join(arguments.out, name))
         distinct = int(codes.unique().numel())
-        log(f"{path}: {codes.shape[1]} codes, {distinct} of them different")
+        log(f"{path}: {codes[0].numel()} codes, {distinct} of them different")
 
 
 def _picture(pixels: Any) -> Image:

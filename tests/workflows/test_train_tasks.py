@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from smalti import shards
 from smalti.schema import (
     DecoderStage,
+    DepthHeads,
     DualStage,
     EncoderTrain,
     Gan,
@@ -56,9 +57,9 @@ ENCODER = EncoderTrain(
 DUAL = DualStage(codes=8, dim=4, depth=2, pixel_layers=[1], pixel_weights=[1.0], decoder=VIT, init_steps=2, decay=0.8)
 LOSS = Loss(l1=0.2, gan=Gan(weight=0.1, start_step=3, channels=8, layers=1, lr=1e-3))
 TASKS = "smalti.workflows.train.tasks_"
-NAMES = ["encoder", "semantic", "pixel", "flat", "adaptive", "decoder", "dual", "mllm"]
+NAMES = ["encoder", "semantic", "pixel", "flat", "adaptive", "decoder", "dual", "mllm", "places"]
 RESUMED = ["semantic", "pixel", "dual", "mllm-old"]
-ZERO3 = ["encoder", "semantic", "pixel", "flat", "dual", "mllm"]
+ZERO3 = ["encoder", "semantic", "pixel", "flat", "dual", "mllm", "places"]
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +102,7 @@ def make_models(root: Path) -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from smalti.mllm.bpe import train_bpe
+    from smalti.tokenizers.dualtoken import DualModel, DualToken
     from smalti.tokenizers.encoders import VisionEncoder
     from smalti.tokenizers.semhitok import PixelTokenizer, SemanticTokenizer, SemHiTok
     from smalti.tokenizers.siglip import build_siglip
@@ -130,12 +132,18 @@ def make_models(root: Path) -> None:
     for index, count in enumerate((5, 4)):
         lines = pa.table({"text": [f"line {n} about nothing" for n in range(count)]})
         shards.write_shard(str(root / "mllm" / "text"), shards.shard_key("train", index), lines)
-    rng, schema = np.random.default_rng(1), shards.token_schema((16,))
+    write_tokens(root, "tokens", K * M, (16,))
+    DualToken(DualModel(DUAL, VisionEncoder.from_pretrained(str(root / "tower"), -2))).save_pretrained(root / "dual")
+    write_tokens(root, "dual-tokens", DUAL.codes, (16, 2, DUAL.depth))
+
+
+def write_tokens(root: Path, name: str, num_codes: int, shape: tuple[int, ...]) -> None:
+    rng, schema = np.random.default_rng(1), shards.token_schema(shape)
     for key in shards.list_shards(str(root / "corpus")):
         table = shards.read_shard(str(root / "corpus"), key)
         columns = {name: table.column(name) for name in ("image_id", "caption", "label", "qa")}
-        columns["codes"] = shards.list_column(rng.integers(0, K * M, (table.num_rows, 16), dtype=np.int32))
-        shards.write_shard(str(root / "tokens"), key, pa.table([columns[n] for n in schema.names], schema))
+        columns["codes"] = shards.list_column(rng.integers(0, num_codes, (table.num_rows, *shape), dtype=np.int32))
+        shards.write_shard(str(root / name), key, pa.table([columns[n] for n in schema.names], schema))
 
 
 def jobs(root: Path) -> dict[str, tuple[str, dict, Train]]:
@@ -168,6 +176,8 @@ def jobs(root: Path) -> dict[str, tuple[str, dict, Train]]:
         "path": str(root / "mllm"),
         **rows,
     }
+    places = section.model_copy(update={"depth_heads": DepthHeads(layers=1, heads=2, mlp_ratio=1)})
+    of_places = {"tokenizer": str(root / "dual"), "tokens": str(root / "dual-tokens")}
     return {
         "encoder": (
             f"{TASKS}encoder:EncoderTask",
@@ -189,6 +199,7 @@ def jobs(root: Path) -> dict[str, tuple[str, dict, Train]]:
         ),
         "dual": (f"{TASKS}dual:DualTask", dual, TRAIN),
         "mllm": (f"{TASKS}mllm:MllmTask", tokens | {"section": section}, TRAIN),
+        "places": (f"{TASKS}mllm:MllmTask", tokens | of_places | {"section": places}, TRAIN),
     }
 
 
@@ -517,6 +528,12 @@ def test_the_results_load_as_what_they_are(results) -> None:
     AutoTokenizer.from_pretrained(folder / "encoder" / "model")
     model, _ = load_unified(str(folder / "mllm-zero3" / "model"))
     assert model.vocabulary.num_codes == K * M
+    model, _ = load_unified(str(folder / "places-zero3" / "model"))
+    assert model.num_codes == DUAL.codes and model.depth == DUAL.depth
+    rows = history(folder / "places")
+    for row in rows:
+        assert row["loss_image"] == pytest.approx(row["loss_pixel"] + row["loss_semantic"], rel=1e-5)
+    assert rows[-1]["loss_image"] < rows[0]["loss_image"]
 
 
 def test_low_rank_updates_end_as_plain_weights_beside_rows_that_never_moved(results, place) -> None:

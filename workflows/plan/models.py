@@ -22,7 +22,7 @@ from smalti.mllm.diffusion import PromptSide
 from smalti.mllm.lora import add_lora
 from smalti.mllm.model import UnifiedModel, fit_shapes, visible_mask
 from smalti.mllm.vocabulary import DELIMITERS, VisualVocabulary
-from smalti.schema import Loss, Recipe, Train
+from smalti.schema import Loss, MllmSection, Recipe, Train
 from smalti.tokenizers.encoders import VisionEncoder
 from smalti.tokenizers.losses import PixelLoss, build_perceptual, discriminator_loss, distill_loss
 from smalti.tokenizers.lpips import LPIPS
@@ -41,13 +41,30 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 @dataclass(frozen=True)
 class Head:
     """An output head whose loss is made in chunks of positions: rows, width, positions of a sample, chunk; `trained`:
-    whether its weight is."""
+    whether its weight is. `depths` classifiers of `codes` rows each stand beside it for visual places, one after the other."""
 
     rows: int
     width: int
     length: int
     chunk: int
     trained: bool = True
+    depths: int = 0
+    codes: int = 0
+
+    @property
+    def every(self) -> int:
+        """Rows of all matrices."""
+        return self.rows + self.depths * self.codes
+
+    @property
+    def passed(self) -> int:
+        """Rows that a position passes at most: those for text, or those for a place."""
+        return max(self.rows, self.depths * self.codes)
+
+    @property
+    def at_once(self) -> int:
+        """Rows of the largest matrix."""
+        return max(self.rows, self.codes)
 
 
 @dataclass(frozen=True)
@@ -111,10 +128,17 @@ def models_of(recipe: Recipe, *, gpu: bool = False) -> Iterator[Model]:
     encoder, origin = encoder_of(recipe)
     if recipe.encoder.train is not None:
         yield _encoder(recipe)
+    if recipe.system == "dualtoken":
+        from smalti.workflows.plan.dualtoken import dual_model, places_model
+
+        yield dual_model(recipe, encoder, origin, gpu)
+        if recipe.mllm.pretrained or recipe.mllm.config:
+            yield places_model(recipe)
+        return
     if recipe.system == "semhitok":
         yield from _phases(recipe, encoder, origin, gpu)
     if recipe.mllm.pretrained or recipe.mllm.config:
-        yield _mllm(recipe, encoder.grid, encoder.dim)
+        yield _mllm(recipe, encoder.dim)
     if recipe.bridge:
         yield _bridge(recipe, encoder)
 
@@ -204,7 +228,7 @@ def _pixels(recipe: Recipe, encoder: VisionEncoder, origin: str, gpu: bool, *, d
         )  # fmt: skip
         if decoder:
             model.replace_decoder(stage.decoder)
-        perceptual = _perceptual(loss, encoder)
+        perceptual = perceptual_of(loss, encoder)
         criterion = PixelLoss(loss, perceptual)
         critic = PatchGAN(loss.gan.channels, loss.gan.layers) if loss.gan.weight else None
     modules = nn.ModuleDict({"model": model.to("meta"), "criterion": criterion})
@@ -248,7 +272,7 @@ def _pixels(recipe: Recipe, encoder: VisionEncoder, origin: str, gpu: bool, *, d
     )  # fmt: skip
 
 
-def _perceptual(loss: Loss, encoder: VisionEncoder) -> nn.Module | None:
+def perceptual_of(loss: Loss, encoder: VisionEncoder) -> nn.Module | None:
     wanted = loss.perceptual.kind == "lpips" and loss.perceptual.weight > 0
     return LPIPS() if wanted else build_perceptual(loss, encoder)
 
@@ -265,23 +289,30 @@ class _Tokens:
         return self.count
 
 
-def _mllm(recipe: Recipe, grid: tuple[int, int], width: int = 0) -> Model:
-    """`width`: of a code of UniCode², which is as wide as a feature."""
-    section, tokenizer = recipe.mllm, recipe.tokenizer
+def language_of(section: MllmSection, num_codes: int) -> tuple[Any, VisualVocabulary, str]:
+    """(language model on meta with the matrices of its vocabulary, that vocabulary, where its sizes come from)."""
     if section.config is not None:
         tokens, origin = section.config.text_vocab_size, ""
         config: Any = _qwen2_config(section.config, section.max_length, _Tokens(tokens))
     else:
         config, tokens, origin = language_config(section.pretrained or "")
-    num_codes = recipe.codebook.size * tokenizer.pixel.codes
-    splits = ((tokenizer.semantic.dim,) if tokenizer.guidance else ()) + (tokenizer.pixel.dim,)
-    if recipe.system == "unicode2":
-        num_codes, splits = recipe.codebook.size, (width,)
     first = tokens + len(DELIMITERS)
     vocabulary = VisualVocabulary(tokens, first, num_codes, tokens, tokens + 1, tokens + 2, tokens + 3, 0, 0, None)
     with torch.device("meta"):
         lm: Any = AutoModelForCausalLM.from_config(config)
         fit_shapes(lm, vocabulary)
+    return lm, vocabulary, origin
+
+
+def _mllm(recipe: Recipe, code_width: int) -> Model:
+    """`code_width`: of a code of UniCode², which is as wide as a feature."""
+    section, tokenizer = recipe.mllm, recipe.tokenizer
+    num_codes = recipe.codebook.size * tokenizer.pixel.codes
+    splits = ((tokenizer.semantic.dim,) if tokenizer.guidance else ()) + (tokenizer.pixel.dim,)
+    if recipe.system == "unicode2":
+        num_codes, splits = recipe.codebook.size, (code_width,)
+    lm, vocabulary, origin = language_of(section, num_codes)
+    with torch.device("meta"):
         width = lm.get_input_embeddings().embedding_dim
         kind = ADAPTERS[fitting(section.adapter, splits)]
         adapter = kind(splits, section.adapter_hidden or width, width)

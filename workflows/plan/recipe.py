@@ -6,13 +6,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from smalti.artifact import Artifact
 from smalti.errors import ConfigError
 from smalti.schema import Recipe
+from smalti.tokenizers.dualtoken import BOOKS
 from smalti.workflows.plan import unicode2
 from smalti.workflows.plan.base import Plan, Rates, size_text, time_text
 from smalti.workflows.plan.codebook import plan_codebook
@@ -78,6 +79,11 @@ class RecipePlan:
     def patches(self) -> int:
         """Of an image: tokens too."""
         return math.prod(self.encoder.grid)
+
+    @property
+    def codes_a_token(self) -> int:
+        """Numbers that stand for a token."""
+        return len(BOOKS) * self.recipe.tokenizer.dual.depth if self.recipe.system == "dualtoken" else 1
 
     @property
     def kept(self) -> int:
@@ -184,10 +190,13 @@ class RecipePlan:
     @cached_property
     def looks(self) -> dict[str, Look]:
         """The encoder over images, and encoder and tokenizer: the stages that train nothing."""
-        if self.recipe.system == "unicode2":
-            return unicode2.looks(self.recipe, self.encoder)
-        pixel, recipe = next(m for m in self.models if m.name == "pixel").modules["model"], self.recipe
-        encoder: Any = self.encoder
+        recipe, encoder = self.recipe, cast(Any, self.encoder)
+        if recipe.system == "unicode2":
+            return unicode2.looks(recipe, encoder)
+        if recipe.system == "dualtoken":
+            dual: Any = next(m for m in self.models if m.name == "dual").modules["model"]
+            return {"tokens": Look.at(recipe.tokens, dual, [dual.vectors], [dual], encoder.image_size)}
+        pixel = next(m for m in self.models if m.name == "pixel").modules["model"]
         guided: list[Any] = [encoder] if recipe.tokenizer.guidance else []
         modules = nn.ModuleDict({"encoder": encoder, "pixel": pixel})
         kept = [m.modules["model"] for m in self.models if m.name in ("semantic", "pixel", "decoder")]
@@ -218,7 +227,8 @@ class RecipePlan:
             found.append(
                 ("codebook", cells + SINGLE * recipe.codebook.size * self.encoder.dim, "4·K·C, and the sorted features")
             )
-        found.append(("tokens", float(CODE_BYTES * images * self.patches), f"4·{self.patches} an image"))
+        codes = self.patches * self.codes_a_token
+        found.append(("tokens", float(CODE_BYTES * images * codes), f"4·{codes} an image"))
         for plan in self.trained:
             keep, name = plan.model.train.keep + 1, plan.model.name
             found.append(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from smalti.mllm.losses import PART
 from smalti.workflows.plan.base import size_text, time_text
+from smalti.workflows.plan.models import Head
 from smalti.workflows.plan.trace import PRECISIONS
 from smalti.workflows.plan.training import HELD_BACK, MAX_LIVE, STATES, STAYS, TrainPlan
 from smalti.workflows.train.engines import REDUCE_BUCKET
@@ -28,7 +29,7 @@ def lines(plan: TrainPlan, measured: Sequence[str] = ()) -> list[str]:
     ]  # fmt: skip
     if head is not None:
         rows.append(
-            ("logits", size_text(plan.memory["logits"]), f"V={head.rows:,}, H={head.width:,}: {_head_formula(plan)}")
+            ("logits", size_text(plan.memory["logits"]), f"{_sizes(head)}: {_head_formula(plan)}")
         )  # fmt: skip
     rows += [
         ("memory a GPU", f"{size_text(total)} of {size_text(plan.room)}", f"{HELD_BACK:.0%} of {size_text(plan.rates.memory)} held back"),
@@ -42,6 +43,11 @@ def lines(plan: TrainPlan, measured: Sequence[str] = ()) -> list[str]:
     found += [f"  {name:<15} {value:<58} {formula}".rstrip() for name, value, formula in rows]
     found += [f"  {'measured':<15} {text}" for text in measured]
     return found
+
+
+def _sizes(head: Head) -> str:
+    beside = f" and {head.depths} classifiers of {head.codes:,}" if head.depths else ""
+    return f"V={head.rows:,}{beside}, H={head.width:,}"
 
 
 def _head_formula(plan: TrainPlan) -> str:

@@ -93,7 +93,7 @@ class Trial:
         found = {name: max(two[name] - one[name], 0.0) for name in PRECISIONS}
         head = self.model.head
         if head is not None:
-            found["bf16" if self.bf16 else "fp32"] += (4.0 + 2 * head.trained) * head.length * head.rows * head.width
+            found["bf16" if self.bf16 else "fp32"] += (4.0 + 2 * head.trained) * head.length * head.passed * head.width
         return found
 
     def calls(self, checkpointing: bool = False) -> int:
@@ -153,14 +153,16 @@ class Trial:
 
     def logits(self, rows: int) -> float:
         """The loss of the head: its weight's gradient where it is trained, in bf16 its copy and a part of a chunk's product
-        too; a chunk of logits; the inputs' gradients."""
+        too; a chunk of logits; the inputs' gradients. Of several heads the gradients of all, the rest of the largest."""
         head = self.model.head
         if head is None:
             return 0.0
         chunk = min(head.chunk, rows * head.length)
-        weight = head.rows * head.width * (SINGLE * head.trained + HALF * self.bf16)
-        weight += HALF * min(head.rows * head.width, PART) * (self.bf16 and head.trained)
-        return float(weight + chunk * head.rows * (8 if self.bf16 else 4) + SINGLE * rows * head.length * head.width)
+        largest = head.at_once * head.width
+        weight = SINGLE * head.every * head.width * head.trained + HALF * largest * self.bf16
+        weight += HALF * min(largest, PART) * (self.bf16 and head.trained)
+        inputs = SINGLE * rows * head.length * head.width * (1 + head.depths)
+        return float(weight + chunk * head.at_once * (8 if self.bf16 else 4) + inputs)
 
 
 @dataclass(frozen=True)
