@@ -45,6 +45,7 @@ def peak_of(call: Callable[[], None]) -> int:
 def real_step(model: Model, batch: int) -> Callable[[], None]:
     """A micro batch of the stage with its own modules and real numbers, forward and backward, as its task makes it."""
     modules, side = model.modules, model.pixels
+    criterion: Any = dict(modules.items()).get("criterion")
     main, bf16 = modules["model"], model.train.precision == "bf16"
 
     def autocast() -> Any:
@@ -66,26 +67,41 @@ def real_step(model: Model, batch: int) -> Callable[[], None]:
             ids = modules["semantic"].encode(modules["encoder"](pixels))  # type: ignore[operator]
         with autocast():
             out = main(pixels, ids)
+        more = out.vq_loss if out.semantic_only is None else out.vq_loss + criterion(out.semantic_only, pixels)[0]
+        return rebuilt(out.pixels, pixels, more)
+
+    def dual() -> Tensor:
+        pixels = torch.rand(batch, 3, side, side)
+        with torch.no_grad():
+            features = modules["encoder"](pixels)
+        with autocast():
+            out = main(pixels, features)
+        return rebuilt(out.pixels, pixels, out.semantic + out.commitment)
+
+    def rebuilt(made: Tensor, pixels: Tensor, more: Tensor) -> Tensor:
+        """The losses of rebuilt images and the model's own; with a discriminator they are backward already."""
         critic = dict(modules.items()).get("discriminator")
-        criterion = modules["criterion"]
-        loss = criterion(out.pixels, pixels, discriminator=critic, step=10**9)[0] + out.vq_loss
-        loss = loss if out.semantic_only is None else loss + criterion(out.semantic_only, pixels)[0]
+        loss = criterion(made, pixels, discriminator=critic, last_layer=main.last_layer, step=10**9)[0] + more
         if critic is None:
             return loss
         loss.backward()
         with autocast():
-            return discriminator_loss(critic, out.pixels.detach(), pixels)[0]
+            return discriminator_loss(critic, made.detach(), pixels)[0]
 
     def mllm() -> Tensor:
         assert model.head is not None
         ids = torch.randint(model.head.rows - 8, (batch, model.head.length))
+        if model.head.depths:  # every position a place
+            ids = torch.full_like(ids, int(main.vocabulary.first_visual))  # type: ignore[union-attr]
         same = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
         same |= {name: torch.zeros_like(ids) for name in ("document_ids", "segment_ids", "position_ids")}
+        if model.head.depths:
+            same["codes"] = torch.randint(model.head.codes, (ids.numel(), 2, model.head.depths // 2))
         main.loss_chunk = model.head.chunk  # type: ignore[assignment]
         with autocast():
             return main(same)[0]
 
-    loss = {"encoder": encoder, "semantic": semantic, "pixel": pixel, "mllm": mllm}[model.name]
+    loss = {"encoder": encoder, "semantic": semantic, "pixel": pixel, "dual": dual, "mllm": mllm}[model.name]
     return lambda: loss().backward()
 
 

@@ -7,11 +7,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from smalti.errors import DataError
-from smalti.schema import EvaluateSection
+from smalti.schema import DualStage, EvaluateSection, VitSize
+from smalti.tokenizers.dualtoken import DualModel, DualToken
+from smalti.tokenizers.encoders import VisionEncoder
+from smalti.tokenizers.metrics import code_counts
 from smalti.workflows.scores.answers import QuestionOnly, answer_kind, breakdown, normalise, opening, same_answer
-from smalti.workflows.scores.codes import count_scores, histogram
+from smalti.workflows.scores.codes import count_scores, histogram, levels_of
 from smalti.workflows.scores.drawing import named_label, prompts_of
 from smalti.workflows.scores.heldout import HeldOut, Job, choose, spread
 from smalti.workflows.scores.judge import Judge, train_judge, training_steps
@@ -147,6 +151,23 @@ def test_code_scores_of_known_counts() -> None:
     assert scores["codes/entropy"].value == pytest.approx(math.log(4))
     one = count_scores("semantic_", np.array([7, 0]))
     assert one["codes/semantic_perplexity"].value == pytest.approx(1.0)
+
+
+def test_codes_of_several_depths_are_counted_together_and_patches_go_by_the_first() -> None:
+    tower = SiglipVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1, image_size=16, patch_size=8
+    )
+    stage = DualStage(
+        codes=5, depth=3, pixel_layers=[1], pixel_weights=[1.0], decoder=VitSize(dim=8, layers=1, heads=1)
+    )
+    tokenizer = DualToken(DualModel(stage, VisionEncoder(SiglipVisionModel(tower), -2)))
+    codes = np.random.default_rng(0).integers(0, 5, (2, 4, 2, 3), dtype=np.int32)
+    found = levels_of(tokenizer, codes)
+    assert list(found) == ["", "semantic_"]
+    for book, (first, every, num_codes) in enumerate(found.values()):
+        assert first.tolist() == codes[:, :, book, 0].tolist() and num_codes == 5
+        counts = code_counts(torch.from_numpy(every), num_codes)
+        assert counts.tolist() == [int((codes[:, :, book] == k).sum()) for k in range(5)]
 
 
 def test_histogram_is_sorted_and_thinned() -> None:

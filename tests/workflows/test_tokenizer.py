@@ -21,6 +21,7 @@ def recipe(*overrides: str) -> Recipe:
     return load_recipe(None, [*CHAIN, *overrides])
 
 
+DUAL = ["system=dualtoken", "encoder.layer=-2", "tokenizer.dual.pixel_layers=[2, 1]"]
 WRONG = {
     "no weights": (["tokenizer.pixel.loss.perceptual.kind=lpips"], "tokenizer.pixel.loss.perceptual.weights"),
     "small for the GAN": (
@@ -43,6 +44,26 @@ WRONG = {
             "resources.workers=[1, 2]",
         ],
         "tokenizer.pixel: the adaptive weight of loss.gan sees",
+    ),
+    "keys of another system": (["tokenizer.dual.depth=4"], "sets tokenizer.dual, which system: semhitok does not read"),
+    "heads of another system": (["mllm.depth_heads.layers=2"], "mllm.depth_heads"),
+    "clustering where there is none": (
+        [*DUAL, "codebook.size=512"],
+        "sets codebook, which system: dualtoken does not read; of the tokenizer it reads tokenizer.dual",
+    ),
+    "stages of SemHiTok": ([*DUAL, "tokenizer.pixel.codes=4"], "sets tokenizer.pixel"),
+    "features after the last norm": ([*DUAL, "encoder.layer=-1"], "Set encoder.layer=-2"),
+    "layers that the encoder has not": (
+        [*DUAL, "tokenizer.dual.pixel_layers=[6, 4]"],
+        "expected different blocks of 1 to 3",
+    ),
+    "batch of the phase dual": (
+        [*DUAL, "tokenizer.dual.train.batch_size=5", "resources.workers=2"],
+        "tokenizer.dual: ",
+    ),
+    "images too small for its GAN": (
+        [*DUAL, "corpus.image_size=16", "tokenizer.dual.loss.gan.weight=0.5"],
+        "tokenizer.dual.loss.gan.layers=3 needs images of at least 24 px",
     ),
     "of a baseline": (
         ["baselines={flat: {tokenizer.pixel.train.batch_size: 7}}", "resources.workers=2"],

@@ -293,14 +293,16 @@ def test_image_rows_decode_once_and_name_what_is_damaged(tmp_path, monkeypatch) 
         rows.read(0, 1)
 
 
-def test_token_rows_give_codes(tmp_path) -> None:
-    codes = np.arange(12, dtype=np.int32).reshape(2, 6)
+@pytest.mark.parametrize("shape", [(6,), (1, 2, 3)])
+def test_token_rows_give_codes(tmp_path, shape) -> None:
+    """Of one axis, or of those that DualToken gives."""
+    codes = np.arange(12, dtype=np.int32).reshape(2, *shape)
     columns = [["a", "b"], shards.list_column(codes), [None, "c"], [None, None], [[], []]]
-    schema = shards.token_schema((6,))
+    schema = shards.token_schema(shape)
     by_name = dict(zip(["image_id", "codes", "caption", "label", "qa"], columns, strict=True))
     shards.write_shard(str(tmp_path), "train/00000", pa.table([by_name[n] for n in schema.names], schema))
     _, values = TokenRows(str(tmp_path), ["train/00000"], [2]).read(0, 1)
-    assert values["codes"].tolist() == [6, 7, 8, 9, 10, 11] and values["caption"] == "c"
+    assert values["codes"].tolist() == codes[1].tolist() and values["caption"] == "c"
 
 
 class Numbers:

@@ -5,6 +5,8 @@ Axis letters: B samples, N patches, L positions, R depth, C tower width, W width
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -89,7 +91,8 @@ def places_model(recipe: Recipe) -> Model:
                 inputs_embeds=embeds_BLH, attention_mask=mask, position_ids=ids_BL, use_cache=False
             ).last_hidden_state
             hidden_NH = hidden_BLH.flatten(0, 1)
-            outs = [head.outputs(hidden_NH, sums_NPRW[:, p, :-1]) for p, head in enumerate(model.heads.values())]
+            heads: list[Any] = list(model.heads.values())
+            outs = [head.outputs(hidden_NH, sums_NPRW[:, p, :-1]) for p, head in enumerate(heads)]
         backward(hidden_NH.float().sum() + sum(out.sum(dtype=torch.float32) for out in outs))
 
     head = lm.get_output_embeddings()
