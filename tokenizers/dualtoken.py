@@ -57,7 +57,7 @@ class DualModel(nn.Module):
     z_sem is a projection of the hidden state h of `encoder.layer`, and its codes rebuild that state for the layers behind
     it, which stay as they were. Losses on the semantic side: ‖h − F0‖² and ‖rebuilt − F0‖² (means over elements), F0 the
     state of the encoder as it was. Gradients: the reconstruction reaches the blocks up to the last pixel layer, the
-    semantic loss all blocks up to `encoder.layer`; nothing is detached.
+    semantic loss all blocks up to `encoder.layer`; nothing is detached. With `semantic_weight` 0 the deep side rests.
     ConfigError: layers that the tower has not, or no layer behind `encoder.layer`.
     """
 
@@ -67,12 +67,20 @@ class DualModel(nn.Module):
         self.depth = semantic_depth(stage, encoder)
         for trained in (encoder.tower.embeddings, encoder.tower.encoder.layers[: self.depth]):
             trained.requires_grad_(True)
+        for block in encoder.tower.encoder.layers:
+            block.self_attn.dropout = 0.0  # as F0 is made, which it is held to
         config = VQ(stage.codes, stage.dim, stage.commitment, stage.decay, stage.eps, stage.restart_below)
         self.pixel_down, self.semantic_down = nn.Linear(encoder.dim, stage.dim), nn.Linear(encoder.dim, stage.dim)
         self.semantic_up = nn.Linear(stage.dim, encoder.dim)
         init_linear(self.semantic_up)
         self.pixel, self.semantic = ResidualQuantizer(config, stage.depth), ResidualQuantizer(config, stage.depth)
         self.decoder = PixelDecoder(encoder.image_size, encoder.grid, stage.decoder, (stage.dim,))
+
+    def train(self, mode: bool = True) -> DualModel:
+        """The tower too, which a VisionEncoder keeps in eval mode: its blocks can be computed again on the way back."""
+        super().train(mode)
+        self.encoder.tower.train(mode)
+        return self
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -116,7 +124,7 @@ class DualModel(nn.Module):
         return DualOutputs(
             self.decoder(pixel.q),
             self.stage.semantic_weight * (distance + kept),
-            pixel.loss + semantic.loss,
+            pixel.loss + semantic.loss * float(self.stage.semantic_weight > 0),
             distance.detach(),
             codes,
             (pixel.stats, semantic.stats),

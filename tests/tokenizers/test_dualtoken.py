@@ -63,6 +63,10 @@ def test_each_loss_reaches_what_it_should(
     assert moved(model, out.pixels.square().mean()) == {"encoder", "0", "1", "pixel_down", "decoder"}
     assert moved(model, out.semantic) == {"encoder", "0", "1", "2", "semantic_down", "semantic_up"}
     assert moved(model, out.commitment) == {"encoder", "0", "1", "2", "pixel_down", "semantic_down"}
+    alone = DualModel(STAGE.model_copy(update={"semantic_weight": 0.0}), model.encoder).train()(
+        pixels, towers[0](pixels)
+    )
+    assert not float(alone.semantic.detach()) and "2" not in moved(model, alone.commitment), "reconstruction alone"
     stays = {name for name, p in model.encoder.tower.named_parameters() if not p.requires_grad}
     assert stays == {
         n for n, _ in model.encoder.tower.named_parameters() if n.startswith(("encoder.layers.3", "post", "head"))
@@ -87,6 +91,40 @@ def test_losses_by_hand(towers: tuple[VisionEncoder, DualModel], model: DualMode
     whole = model(pixels, target, quantize=False)
     assert whole.codes is None and float(whole.commitment) == 0
     torch.testing.assert_close(whole.pixels, model.decoder(z_pixel))
+
+
+def test_activations_of_the_tower_can_be_computed_again(model: DualModel, pixels: Tensor) -> None:
+    from smalti.workflows.train.memory import blocks_of, recompute
+
+    target, runs = model.encoder(pixels).detach() + 0.1, []
+    plain = [p.grad for p in backward(model.train(), pixels, target)]
+    for block in blocks_of(model):
+        count(block, runs)
+        recompute(block)
+    again = backward(model, pixels, target)
+    assert len(runs) == 2 * 4, "three blocks of the tower and one of the decoder, twice each"
+    for ours, theirs in zip(again, plain, strict=True):
+        torch.testing.assert_close(ours.grad, theirs)
+    assert all(block.training for block in model.encoder.tower.encoder.layers)
+    assert not any(module.training for module in DualToken(model).modules())
+
+
+def count(block: torch.nn.Module, runs: list[int]) -> None:
+    """Note every run of the block's own forward."""
+    forward = block.forward
+
+    def run(*args: object, **kwargs: object) -> object:
+        runs.append(1)
+        return forward(*args, **kwargs)
+
+    block.forward = run  # type: ignore[method-assign]
+
+
+def backward(model: DualModel, pixels: Tensor, target: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    out = model(pixels, target)
+    (out.pixels.square().mean() + out.semantic + out.commitment).backward()
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def test_pooled_is_the_tower_where_codes_rebuild_its_state(model: DualModel, pixels: Tensor) -> None:
