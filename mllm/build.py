@@ -247,15 +247,16 @@ def load_unified(path: str) -> tuple[UnifiedModel, Any]:
     adapter: Adapter = ADAPTERS[settings["adapter"]](settings["splits"], settings["adapter_hidden"], width)
     nothing = torch.empty(vocabulary.num_codes, 0)  # of an adapter that holds the vectors itself
     kind: Any = partial(DepthModel, **depth_settings(settings["depth"])) if "depth" in settings else UnifiedModel
-    model = kind(
-        causal_lm,
-        adapter,
-        nothing if adapter.own_codes else tensors.pop(_CODES),
-        vocabulary,
-        image_loss_weight=settings["image_loss_weight"],
-        answer_loss_weight=settings["answer_loss_weight"],
-        loss_chunk=settings["loss_chunk"],
-    )
+    with torch.device("meta"):  # what is not there yet gets its weights below
+        model = kind(
+            causal_lm,
+            adapter,
+            nothing if adapter.own_codes else tensors.pop(_CODES),
+            vocabulary,
+            image_loss_weight=settings["image_loss_weight"],
+            answer_loss_weight=settings["answer_loss_weight"],
+            loss_chunk=settings["loss_chunk"],
+        )
     try:
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:

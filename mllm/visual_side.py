@@ -55,7 +55,8 @@ def load_side(folder: str, causal_lm: Any, vocabulary: VisualVocabulary, setting
         adapter = ADAPTERS[settings["adapter"]](settings["splits"], settings["adapter_hidden"], width)
         size = DepthHeads.model_validate(settings["size"])
         codes = tensors.pop(_CODES)
-        model = DepthModel(causal_lm, adapter, codes, vocabulary, size=size, depth=settings["depth"])
+        with torch.device("meta"):  # the heads get their weights below
+            model = DepthModel(causal_lm, adapter, codes, vocabulary, size=size, depth=settings["depth"])
         lm = {f"lm.{name}": tensor for name, tensor in causal_lm.state_dict().items()}
         model.load_state_dict(lm | tensors, assign=True)
     except (OSError, SafetensorError, RuntimeError, KeyError) as error:

@@ -72,10 +72,12 @@ def needs_of(recipe: Recipe) -> list[Need]:
     resources = recipe.resources
     model = _bundle(resources.cpus_per_worker, resources.gpus_per_worker)
     measure = _bundle(resources.cpus_per_worker, min(1, resources.gpus_per_worker))
+    data = "features, tokens" if recipe.clusters else "tokens"
+    codebook = Need("codebook", "actors", resources.actors, _bundle(1, resources.gpus_per_worker), gang=False)
     return [
-        Need("corpus, features, tokens", "readers", resources.readers, _bundle(1, 0), gang=False),
-        Need("features, tokens", "actors", resources.actors, model, gang=False),
-        Need("codebook", "actors", resources.actors, _bundle(1, resources.gpus_per_worker), gang=False),
+        Need(f"corpus, {data}", "readers", resources.readers, _bundle(1, 0), gang=False),
+        Need(data, "actors", resources.actors, model, gang=False),
+        *([codebook] if recipe.clusters else []),
         Need("encoder, tokenizer, mllm", "workers", resources.min_workers, model, gang=True),
         Need("evaluate", "evaluation", 1, measure, gang=False),
     ]
