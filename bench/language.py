@@ -26,6 +26,7 @@ class RandomCodes:
     """The language model's view of a visual tokenizer: random code vectors of two parts."""
 
     num_codes: int
+    code_shape: tuple[int, ...] = ()
     embed_splits: tuple[int, ...] = (48, 8)
 
     def code_vectors(self) -> Tensor:

@@ -28,6 +28,7 @@ class Codes:
     """The language model's view of a UniCode²: vectors of one part, far from the origin."""
 
     num_codes = K
+    code_shape = ()
     embed_splits = (C,)
 
     def code_vectors(self) -> torch.Tensor:

@@ -110,7 +110,7 @@ def test_the_codes_are_the_trained_ones(tmp_path: Path) -> None:
 
 
 class Codes:
-    num_codes, embed_splits = K, (C,)
+    num_codes, code_shape, embed_splits = K, (), (C,)
 
     def code_vectors(self) -> torch.Tensor:
         return torch.randn(K, C, generator=torch.Generator().manual_seed(0))

@@ -27,7 +27,7 @@ def small(*overrides: str):
 
 
 class Codes:
-    num_codes, embed_splits = K, (WIDTH,)
+    num_codes, code_shape, embed_splits = K, (), (WIDTH,)
 
     def code_vectors(self) -> torch.Tensor:
         return torch.randn(K, WIDTH)

@@ -51,6 +51,7 @@ class Codes:
     """The language model's view of a visual tokenizer: random vectors of one part."""
 
     num_codes: int = 12
+    code_shape: tuple[int, ...] = ()
     embed_splits: tuple[int, ...] = (6,)
 
     def code_vectors(self) -> torch.Tensor:
