@@ -59,7 +59,7 @@ def tokens(tmp_path: Path) -> str:
 def task(tokens: str, decoder: str, tmp_path: Path) -> BridgeTask:
     """Set up on this process, with random code vectors."""
     (tmp_path / "bridge").mkdir()
-    save_file({"codes": torch.randn(K, C)}, tmp_path / "bridge" / CODES)
+    save_file({"codes": torch.randn(K, C, generator=torch.Generator().manual_seed(0))}, tmp_path / "bridge" / CODES)
     section = BridgeSection(decoder=decoder, width=16, layers=1, heads=2, steps=2, train=TRAIN)
     keys, sizes = bridge.captioned(tokens)
     assert sizes == [3]
