@@ -133,6 +133,14 @@ class PaletteTokenizer:
         return torch.where(exact > 0, exact - OFFSET, exact + OFFSET)
 
 
+class EmbeddingTokenizer(PaletteTokenizer):
+    """One that keeps the colour of an image among its codes, but takes blue for green."""
+
+    def pooled(self, codes_BT: Tensor) -> Tensor:
+        names = [list(COLORS)[int(codes.max()) - 1].replace("blue", "green") for codes in codes_BT]
+        return ColorEncoder().prompt_embeddings(names)
+
+
 class Oracle:
     """Names the colour rightly and says `yes` to everything else; draws blue for green."""
 
@@ -281,6 +289,19 @@ def test_zero_shot_names_every_colour(planted: tuple[HeldOut, Models]) -> None:
     assert part.scores["zero_shot/accuracy"].value == 1.0
     assert part.scores["zero_shot/accuracy"].baseline["most_frequent"] == pytest.approx(1 / 3)
     assert ZeroShot(planted[1]).labels == ["blue", "green", "red"]
+
+
+def test_a_tokenizer_that_keeps_embeddings_is_measured_through_its_codes(planted: tuple[HeldOut, Models]) -> None:
+    """One of three colours is lost: a third of the images, and of the captions."""
+    data, models = HeldOut(planted[0].job), Models(planted[0])
+    vars(models).update(tokenizer=EmbeddingTokenizer(), encoder=ColorEncoder())
+    scores = evaluate.MEASURES["zero_shot"](data, models).scores
+    assert scores["zero_shot/through_codes"].value == pytest.approx(2 / 3)
+    assert scores["zero_shot/through_codes"].baseline == {"encoder": 1.0}
+    vars(data)["images"] = [next(row for row in planted[0].rows if row.label == color) for color in COLORS]
+    scores = evaluate.MEASURES["retrieval"](data, models).scores
+    assert scores["retrieval/i2t_r1_through_codes"].value == pytest.approx(2 / 3)
+    assert scores["retrieval/i2t_r1_through_codes"].baseline["encoder"] == scores["retrieval/i2t_r1"].value == 1.0
 
 
 def test_retrieval_is_not_taken_where_captions_repeat(planted: tuple[HeldOut, Models]) -> None:

@@ -61,6 +61,8 @@ NAMES: dict[str, Name] = {
     "codes/semantic_vrr": Name("Patch likeness, semantic", "The same for patches that share a semantic code."),
     "retrieval/t2i_r1": Name("Caption → image", "Captions whose nearest image is their own (recall at 1)."),
     "retrieval/i2t_r1": Name("Image → caption", "Images whose nearest caption is their own (recall at 1)."),
+    "retrieval/t2i_r1_through_codes": Name("Caption → codes", "The same through the tokenizer's semantic codes."),
+    "retrieval/i2t_r1_through_codes": Name("Codes → caption", "The same through the tokenizer's semantic codes."),
 }
 ORDER = list(NAMES)
 HEADLINES = ("qa/accuracy", "drawing/accuracy", "reconstruction/psnr", "reconstruction/psnr_over_semantic_only")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,11 @@ class Models:
         from smalti.tokenizers.loading import load_tokenizer
 
         return load_tokenizer(self.job.tokenizer).to(self.job.device).eval()
+
+    @property
+    def code_embedder(self) -> Callable[[Tensor], Tensor] | None:
+        """Image embeddings (B, E) of codes, for a tokenizer that keeps them: DualToken, through its semantic codes."""
+        return getattr(self.tokenizer, "pooled", None)
 
     @cached_property
     def encoder(self) -> VisionEncoder:

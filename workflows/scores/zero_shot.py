@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smalti.errors import ArtifactError
-from smalti.tokenizers.dualtoken import DualToken
 from smalti.workflows.scores.heldout import HeldOut, Row
 from smalti.workflows.scores.models import Models
 from smalti.workflows.scores.part import Part, Score, share
@@ -74,12 +73,11 @@ def measure_zero_shot(data: HeldOut, models: Models) -> Part:
     classifier = ZeroShot(models)
     given: list[str] = []
     coded: list[str] = []
-    tokenizer = models.tokenizer
+    embed = models.code_embedder
     for batch, bhwc in data.batches(rows, "zero-shot"):
         given += classifier.classify(to_model(bhwc).to(data.job.device))
-        if isinstance(tokenizer, DualToken):
-            codes = models.to_codes(np.stack([row.codes for row in batch]))
-            coded += classifier.nearest(tokenizer.pooled(codes))
+        if embed is not None:
+            coded += classifier.nearest(embed(models.to_codes(np.stack([row.codes for row in batch]))))
     right = [row.label or "" for row in rows]
     hits = [one == other for one, other in zip(given, right, strict=True)]
     score = Score(share(hits), len(rows), baseline={"most_frequent": most_frequent_share(data, rows)})
