@@ -62,9 +62,9 @@ def row(seed: int, **more: Any) -> dict[str, Any]:
     return {"codes": codes, "caption": TEXTS[seed % 2], "qa": [{"question": "is it red?", "answer": "yes"}], **more}
 
 
-def sequences(made: tuple[DepthModel, Any]) -> list[Any]:
+def sequences(made: tuple[DepthModel, Any], **settings: Any) -> list[Any]:
     """An image drawn, one described, one asked about, and a text."""
-    make, rng = builder(made, mixture=Mixture(text=1.0)), np.random.default_rng(0)
+    make, rng = builder(made, mixture=Mixture(text=1.0), **settings), np.random.default_rng(0)
     kinds = ("caption_to_image", "image_to_caption", "qa")
     return [make.build(kind, row(n), rng) for n, kind in enumerate(kinds)] + [make.build("text", {"text": "no"}, rng)]
 
@@ -138,6 +138,16 @@ def test_two_half_batches_and_packed_rows_come_to_one(made: tuple[DepthModel, An
         for name, gradient in gradients(model, other).items():
             torch.testing.assert_close(gradient, found[name], rtol=1e-3, atol=1e-5)
     assert all(bool(found[name].any()) for name in found if name.startswith(("heads", "adapter")))
+
+
+def test_places_that_are_only_looked_at_have_no_loss(made: tuple[DepthModel, Any]) -> None:
+    """Each predicted place has its own codes, whatever stands before it in the batch."""
+    model, _ = made
+    drawn, *seen = sequences(made, dense_images=False)
+    _, alone = model(collate([drawn], model.vocabulary.pad))
+    _, found = model(collate([*seen, drawn], model.vocabulary.pad, room=10_000))
+    assert float(found["tokens_image"]) == float(alone["tokens_image"]) == T
+    torch.testing.assert_close(found["loss_image"], alone["loss_image"])
 
 
 def test_a_batch_without_places_runs_the_heads_without_effect(made: tuple[DepthModel, Any]) -> None:
