@@ -29,6 +29,7 @@ from smalti.workflows.plan.looks import Look
 from smalti.workflows.plan.models import Model, _mllm, models_of
 from smalti.workflows.plan.trace import fake, trace
 from smalti.workflows.plan.training import Setting, TrainPlan, Trial, states
+from smalti.workflows.train import engines
 from smalti.workflows.train.memory import blocks_of, recompute
 
 SMALL = [
@@ -90,8 +91,6 @@ def test_activations_computed_again_are_traced_too(trials: dict[str, Trial], rec
 def engine_bytes(folder: str) -> dict[int, int]:
     """ZeRO stage → bytes of all tensors of a process that trains a small model in an engine of this stage."""
     import torch.distributed as dist
-
-    from smalti.workflows.train import engines
 
     engines.prepare_process(False, 1)
     engines.REDUCE_BUCKET = 1000  # buckets are buffers, not states
@@ -170,9 +169,46 @@ def language_model(freeze: Any = (), lora: Lora | None = None, **train: Any) -> 
     return _mllm(load_recipe("semhitok-quickstart", []).model_copy(update={"mllm": section}), (8, 8))
 
 
+def counted_traffic(sizes: dict[str, int]) -> dict[str, float]:
+    """On one of two workers: bytes that it sends in a real step, ZeRO-3's sizes being these."""
+    sys.path.insert(0, str(ROOT))
+    from bench.traffic import counted
+
+    engines.STAGE_3 |= sizes
+    return {name: counted(made).sent for name, made in traffic_recipes().items()}
+
+
+def traffic_recipes() -> dict[str, Recipe]:
+    sys.path.insert(0, str(ROOT))
+    from bench.traffic import recipe_of
+
+    train = Train(steps=9, batch_size=8, micro_batch_size=2)
+    changes = {
+        "ZeRO-2": {"zero_stage": 2},
+        "ZeRO-3": {"zero_stage": 3, "precision": "bf16"},
+        "again": {"zero_stage": 3, "activation_checkpointing": True},
+    }
+    return {name: recipe_of(train.model_copy(update=change), 64, 4) for name, change in changes.items()}
+
+
+def test_traffic_is_what_two_workers_send(ranks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of which ZeRO-3 gathers about two thirds twice a micro batch, two micro batches a step."""
+    sizes = dict(zip(engines.STAGE_3, (60_000, 60_000, 3_000, 1_000), strict=True))
+    sent = ranks(counted_traffic, 2, sizes)
+    for name, size in sizes.items():
+        monkeypatch.setitem(engines.STAGE_3, name, size)
+    from bench.traffic import planned
+
+    for name, made in traffic_recipes().items():
+        expected = planned(made)
+        for worker in sent:
+            assert worker[name] == pytest.approx(expected, rel=0.03 if name != "ZeRO-2" else 1e-4), name
+
+
 def test_traffic_steps_and_hours_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """8 of a device that does 1 TFLOP/s, over links of 1 GB/s: ZeRO-3 gathers what is small once a micro batch, what is
-    not twice, and reduces once."""
+    """8 of a device that does 1 TFLOP/s, over links of 1 GB/s: ZeRO-3 gathers the first 1B once a micro batch, what is beyond
+    twice, what is small once a step, and reduces once; activations computed again gather nothing more."""
+    monkeypatch.setitem(engines.STAGE_3, "stage3_param_persistence_threshold", 0)
     model = language_model(steps=100, batch_size=32, micro_batch_size=2, zero_stage=3)
     rates = Rates("box", 1e12, 1e9, 16e9, "stated", inside=1e9, network=0.5e9)
     plan = TrainPlan(Trial(model), rates, 8)
@@ -188,8 +224,15 @@ def test_traffic_steps_and_hours_by_hand(monkeypatch: pytest.MonkeyPatch) -> Non
     assert 100 < plan.trial.calls() < 1000, "two layers forward and backward"
     two_nodes = TrainPlan(plan.trial, rates, 16)
     assert two_nodes.step_seconds[0] == pytest.approx(2 * 4 * parameters * 15 / 16 / 0.5e9)
-    monkeypatch.setattr("smalti.workflows.plan.training.STAYS", parameters // 2)
+    monkeypatch.setitem(engines.STAGE_3, "stage3_max_live_parameters", parameters // 2)
     assert plan.traffic == pytest.approx(2.5 * 4 * parameters * 2 * 7 / 8)
+    again = language_model(steps=100, batch_size=32, micro_batch_size=2, zero_stage=3, activation_checkpointing=True)
+    assert TrainPlan(Trial(again), rates, 8).traffic == plan.traffic
+    monkeypatch.setitem(engines.STAGE_3, "stage3_param_persistence_threshold", 64 * 64)
+    small = sum(p.numel() for p in model.modules["model"].parameters() if p.numel() <= 64 * 64)
+    assert 0 < small < parameters / 4
+    sent = 4 * (2 * (1.5 * (parameters - small) + parameters) + small)
+    assert plan.traffic == pytest.approx(sent * 7 / 8)
     monkeypatch.undo()
     half = Trial(model, 0.5)
     assert TrainPlan(half, rates, 8).flops == plan.flops / 2
@@ -200,7 +243,7 @@ def test_traffic_steps_and_hours_by_hand(monkeypatch: pytest.MonkeyPatch) -> Non
     )  # type: ignore[union-attr]
 
 
-def test_parts_that_are_not_trained_have_no_states_and_no_gradients() -> None:
+def test_parts_that_are_not_trained_have_no_states_and_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """By hand: 4 bytes a frozen weight, shared out by ZeRO-3; the head's loss without its weight's gradient; a checkpoint
     of 4 bytes; ZeRO-3 gathers all, and sums the gradients of the trained ones."""
     rates = Rates("box", 1e12, 1e9, 16e9, "stated")
@@ -223,6 +266,7 @@ def test_parts_that_are_not_trained_have_no_states_and_no_gradients() -> None:
     plain = TrainPlan(trial, rates, 4)
     assert plain.traffic == pytest.approx(2 * 4 * trained * 3 / 4)
     assert plain.checkpoint == 12 * trained + 4 * resting
+    monkeypatch.setitem(engines.STAGE_3, "stage3_param_persistence_threshold", 0)
     shared = TrainPlan(Trial(language_model(freeze=["new_rows", "backbone"], zero_stage=3, **train)), rates, 4)
     assert shared.traffic == pytest.approx((2 * trained + resting) * 4 * 4 * 3 / 4), "four micro batches"
     assert shared.states(3) == 20 * trained / 4

@@ -8,8 +8,8 @@ from smalti.mllm.losses import PART
 from smalti.workflows.plan.base import size_text, time_text
 from smalti.workflows.plan.models import Head
 from smalti.workflows.plan.trace import PRECISIONS
-from smalti.workflows.plan.training import HELD_BACK, MAX_LIVE, STATES, STAYS, TrainPlan
-from smalti.workflows.train.engines import REDUCE_BUCKET
+from smalti.workflows.plan.training import HELD_BACK, STATES, TrainPlan
+from smalti.workflows.train.engines import REDUCE_BUCKET, STAGE_3
 
 
 def lines(plan: TrainPlan, measured: Sequence[str] = ()) -> list[str]:
@@ -75,18 +75,18 @@ def _buffer_formula(plan: TrainPlan) -> str:
     if stage == 0:
         return "none without ZeRO"
     bucket = f"({' + '.join(map(str, plan.trial.buckets(stage)))})·min(P, {REDUCE_BUCKET:,}) (reduce_bucket_size)"
-    return bucket + (f" + 4·min(P + F, {MAX_LIVE:,}) gathered" if stage == 3 else "")
+    return bucket + (f" + 4·min(P + F, {STAGE_3['stage3_max_live_parameters']:,}) gathered" if stage == 3 else "")
 
 
 def _traffic_formula(plan: TrainPlan) -> str:
     stage, model = plan.setting.zero, plan.model
     held = model.parameters("model") + model.resting("model")
-    times = 1 if held <= STAYS else 2 + plan.setting.checkpointing
+    twice = held > STAGE_3["stage3_max_live_parameters"]
     each = {
         0: "2·4·P",
         1: "2·G + 4·P",
         2: "2·G a micro batch + 4·P",
-        3: f"{times} x weights{' less what stays' * (times > 1)} + G, a micro batch",
+        3: f"{'2 x weights less what stays' if twice else 'weights'} + G, a micro batch",
     }[stage]
     widths = "2 bytes a number of linear layers, 4 of others" if plan.trial.bf16 else "4·P"
     return f"({each})·(N − 1)/N" + (f"; gradients G: {widths}" if stage else "")

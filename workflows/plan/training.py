@@ -17,10 +17,9 @@ from smalti.workflows.plan.base import Rates, size_text
 from smalti.workflows.plan.devices import cannot_share
 from smalti.workflows.plan.models import Model
 from smalti.workflows.plan.trace import PRECISIONS, Traced, recomputing, trace
-from smalti.workflows.train.engines import accumulation, deepspeed_config
+from smalti.workflows.train.engines import SENT_LOW, STAGE_3, accumulation, deepspeed_config
 
 SINGLE, HALF = 4, 2  # bytes of a number
-MAX_LIVE = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
 HELD_BACK = 0.08  # of a GPU's memory, ASSUMED: CUDA's context, NCCL, fragmentation
 HOST_SHARE = 0.6  # of main memory, ASSUMED for `train.offload`: Ray's object store takes 30 %, processes the rest
 STATES = {  # ZeRO stage: (bytes a parameter that every GPU holds, bytes a parameter shared out)
@@ -34,8 +33,6 @@ OFFLOADED = {
     2: (4, 0),
     3: (0, 0),
 }  # train.offload: what stays on the GPU; the rest lies in main memory or on NVMe
-STAYS = MAX_LIVE // 2
-"""Parameters that ZeRO-3 gathers once a micro batch: those whose way forward and back is at most `stage3_max_reuse_distance`."""
 
 
 def states(parameters: float, stage: int, num: int, *, offloaded: bool = False) -> float:
@@ -134,7 +131,7 @@ class Trial:
         size = float(sum(self.buckets(setting.zero)) * zero["reduce_bucket_size"])
         if setting.zero == 3:
             held = self.model.parameters("model") + self.model.resting("model")
-            live = min(held, zero.get("stage3_max_live_parameters", MAX_LIVE))
+            live = min(held, zero["stage3_max_live_parameters"])
             size += SINGLE * max(live, self.model.largest)
         return size
 
@@ -244,9 +241,9 @@ class TrainPlan:
         if stage < 3:
             return 2 * gradients * (micros if stage == 2 else 1) + weights
         held = model.parameters(engine) + model.resting(engine)
-        whole = gradients + SINGLE * model.resting(engine) - HALF * model.low(engine, trained=False)
-        again = (1 + self.setting.checkpointing) * (1 - min(held, STAYS) / held)
-        return (whole * (1 + again) + gradients) * micros
+        again = 1 - min(held, STAGE_3["stage3_max_live_parameters"]) / held
+        weights, kept = _as_sent(model, engine)
+        return (weights * (1 + again) + gradients) * micros + kept
 
     @property
     def step_seconds(self) -> tuple[float, str]:
@@ -330,6 +327,24 @@ class TrainPlan:
         """Bytes a worker that `train.offload` puts into main memory, or on NVMe."""
         here, rest = (self.trial.memory(replace(setting, offload=offload)) for offload in (False, True))
         return sum(here[name] - rest[name] for name in ("states", "frozen"))
+
+
+def _as_sent(model: Model, engine: str) -> tuple[float, float]:
+    """Bytes of the weights that ZeRO-3 gathers for a micro batch, and of the small ones, which it keeps whole and gathers once
+    a step, in float32."""
+    modules = [module for module in model.modules[engine].modules() if type(module) in SENT_LOW]
+    low = (
+        {id(p) for module in modules for p in module.parameters(recurse=False)}
+        if model.train.precision == "bf16"
+        else ()
+    )
+    large = kept = 0
+    for parameter in model.modules[engine].parameters():
+        if parameter.numel() <= STAGE_3["stage3_param_persistence_threshold"]:
+            kept += SINGLE * parameter.numel()
+        else:
+            large += (HALF if id(parameter) in low else SINGLE) * parameter.numel()
+    return float(large), float(kept)
 
 
 def _divisors(micro: int) -> list[int]:

@@ -26,6 +26,12 @@ if TYPE_CHECKING:
     from smalti.schema import Train
 
 REDUCE_BUCKET = 500_000_000  # DeepSpeed's own size, in numbers
+STAGE_3: dict[str, Any] = {  # in numbers, DeepSpeed's own sizes
+    "stage3_max_live_parameters": 1_000_000_000,
+    "stage3_max_reuse_distance": 1_000_000_000,
+    "stage3_prefetch_bucket_size": 50_000_000,
+    "stage3_param_persistence_threshold": 100_000,
+}
 SENT_LOW = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, LossHead)
 """Layers whose weights and gradients ZeRO sends in bf16 under `train.precision: bf16`; those that compute in it."""
 
@@ -115,7 +121,7 @@ def deepspeed_config(
     if stage and trained is not None:
         config["zero_optimization"]["reduce_bucket_size"] = max(1, min(trained, REDUCE_BUCKET))
     if stage == 3:
-        config["zero_optimization"] |= {"stage3_gather_16bit_weights_on_model_save": False}
+        config["zero_optimization"] |= STAGE_3 | {"stage3_gather_16bit_weights_on_model_save": False}
     config["zero_optimization"] |= offload(train, stage)
     if stage and train.offload == "cpu":
         config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW updates what lies in main memory
