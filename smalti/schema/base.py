@@ -81,7 +81,7 @@ class Train(Section):
         description="steps in a row passed over for a loss or gradient that is no finite number; one more ends the run",
     )
     check_every: NonNegative = Field(
-        100, description="steps between comparisons of codebooks across the workers; 0: never"
+        100, description="steps between comparisons of what every worker holds whole; 0: never"
     )
     cache_dir: str | None = Field(
         None, description="local folder for whole shards of a distant artifact; default: read by ranges, nothing kept"

@@ -493,8 +493,7 @@ def test_texts_come_by_their_share_and_are_read_as_images_are(place, tmp_path) -
 
 
 @pytest.mark.parametrize("vq", ["ema", "vanilla", "norm"])
-def test_every_kind_of_semantic_codebook_is_compared_and_its_use_counted(place, vq) -> None:
-    """A trained one as it stands for the codes, but not where it lies in parts."""
+def test_the_use_of_every_kind_of_semantic_codebook_is_counted(place, vq) -> None:
     from smalti.workflows.train.collectives import Collectives
     from smalti.workflows.train.task import Context, Row
     from smalti.workflows.train.tasks_semantic import SemanticTask
@@ -511,11 +510,6 @@ def test_every_kind_of_semantic_codebook_is_compared_and_its_use_counted(place, 
         used |= set(model.ids.flatten().tolist())
     for expected in (len(used) / K, 0.0):
         assert float(task.after_step(0, {"model": model})["codes_used"]) == expected
-    model.zero_optimization_stage = lambda: 2
-    compared = task.replicated({"model": model})
-    assert any(torch.equal(tensor, model.codes) for tensor in compared.values())
-    model.zero_optimization_stage = lambda: 3
-    assert bool(task.replicated({"model": model})) == (vq == "ema")
 
 
 def test_the_results_load_as_what_they_are(results) -> None:

@@ -116,9 +116,6 @@ class Toy(Task):
     def skipped(self, step):
         self.moved.clear()
 
-    def replicated(self, engines):
-        return {"the running mean": self.net.mean}
-
     def amount(self, batch):
         return "numbers", float(batch["x"].numel())
 

@@ -1,4 +1,4 @@
-"""Guards of a training step: gradients that are no finite numbers, and codebooks that drift apart between workers.
+"""Guards of a training step: gradients that are no finite numbers, and weights that drift apart between workers.
 
 A step that meets a loss or a gradient that is not finite is passed over as a whole: no engine of it moves, on any
 worker. A loss that is not finite makes every gradient NaN, so that the workers agree without a collective of their own.
@@ -136,6 +136,17 @@ def checksum(tensor: Tensor) -> Tensor:
         places = torch.arange(start, start + len(part), device=tensor.device, dtype=torch.int64)
         total += (part * (places * 2_654_435_761 + 1_013_904_223)).sum()  # wraps round at 64 bits
     return total
+
+
+def held_whole(engines: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Buffers and weights by name that each worker holds whole, so that they can drift apart: all of them below ZeRO-3, where
+    no weight is cut; under it buffers (EMA codebooks) and the weights that are too small to be."""
+    found: dict[str, Tensor] = {}
+    for name, engine in engines.items():
+        tensors: dict[str, Any] = dict(engine.module.named_parameters()) | dict(engine.module.named_buffers())
+        whole = {key: t for key, t in tensors.items() if t.numel() == getattr(t, "ds_numel", t.numel())}
+        found |= {f"{name}'s {key}": t for key, t in whole.items() if getattr(t, "ds_persist", True)}
+    return found
 
 
 def check_same(tensors: Mapping[str, Tensor], collectives: Collectives, step: int) -> None:

@@ -233,7 +233,7 @@ class Loop:
         done, train = step + 1, self.train
         last = done == train.steps
         if last or (train.check_every and done % train.check_every == 0):
-            guards.check_same(self.task.replicated(self.engines), self.collectives, done)
+            guards.check_same(guards.held_whole(self.engines), self.collectives, done)
         if done % train.log_every == 0 or last:
             self._log(done)
             if self.job.elastic and not last:

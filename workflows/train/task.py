@@ -134,11 +134,6 @@ class Task:
     def skipped(self, step: int) -> None:
         """In place of `after_step` when the step was passed over: forget what its forwards gathered."""
 
-    def replicated(self, engines: Mapping[str, Any]) -> Mapping[str, Tensor]:
-        """Tensors by name, whole on every worker, that must be the same on all of them (codebooks); they are compared
-        every `train.check_every` steps."""
-        return {}
-
     def amount(self, batch: Batch) -> tuple[str, float] | None:
         """What the throughput of this task is told in beside samples, and how much of it a micro batch of this worker
         holds: ("tokens", 4096.0), say."""

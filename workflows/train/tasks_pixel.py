@@ -172,12 +172,6 @@ class PixelTask(RebuildTask):
     def skipped(self, step: int) -> None:
         self.used.zero_()
 
-    def replicated(self, engines: Mapping[str, Any]) -> Mapping[str, Tensor]:
-        """The pixel codebook, where no worker holds only a part of it."""
-        return (
-            {} if engines["model"].zero_optimization_stage() == 3 else {"pixel codebook": self.tokenizer.codebook.codes}
-        )
-
     def pictures(self, engines: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Held-out images: input | rebuilt (| from semantic codes alone)."""
         pixels = self.held_out()

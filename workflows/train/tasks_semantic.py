@@ -124,13 +124,6 @@ class SemanticTask(ImageTask):
         self.stats = []
         self.used.zero_()
 
-    def replicated(self, engines: Mapping[str, Any]) -> Mapping[str, Tensor]:
-        """The EMA codebook and its statistics; one that is trained, where no worker holds only a part of it."""
-        buffers = {f"semantic codebook ({name})": b for name, b in self.tokenizer.quantizer.named_buffers()}
-        if buffers or engines["model"].zero_optimization_stage() == 3:
-            return buffers
-        return {"semantic codebook": self.tokenizer.codes}
-
     def save(self, path: str, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
         """`semantic.safetensors`."""
         write_tensors(storage.join(path, WEIGHTS), weights["model"])
