@@ -61,6 +61,8 @@ def _check(recipe: Recipe, only: str | None) -> None:
         raise ConfigError(
             "corpus.source is not set. Name a folder of images, WebDataset tars, Parquet files, or easy-vqa:train."
         )
+    if only in _CLUSTERING and recipe.system == "dualtoken":
+        raise ConfigError(f"system: {recipe.system} has no stage {only}: its chain is {' → '.join(stages_of(recipe))}.")
     if only is not None:
         return
     for variant in (recipe, *(baseline_recipe(recipe, name) for name in recipe.baselines)):

@@ -39,6 +39,12 @@ def test_a_stage_alone_needs_its_own_keys_only(tmp_path: Path) -> None:
         run_recipe(recipe, only="corpus")
 
 
+def test_a_stage_that_the_system_has_not_is_told_with_its_chain() -> None:
+    recipe = load_recipe("dualtoken-384")
+    with pytest.raises(ConfigError, match="has no stage codebook: its chain is corpus → encoder → tokenizer → tokens"):
+        run_recipe(recipe, only="codebook")
+
+
 def test_a_corpus_that_holds_nothing_out_ends_the_chain_before_the_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
