@@ -330,28 +330,48 @@ def test_the_mend_tries_every_divisor_of_a_micro_batch() -> None:
 
 def test_more_gpus_are_proposed_where_every_stage_can_share_its_batch_among_them() -> None:
     """A box without main memory to speak of, so that offload is no way out; the other stage's batch is 12."""
-    trial = Trial(
-        language_model(steps=9, batch_size=32, micro_batch_size=1, zero_stage=3, activation_checkpointing=True)
-    )
+    train = {"micro_batch_size": 1, "zero_stage": 3, "activation_checkpointing": True, "data_gb": 1e-9}
+    trial = Trial(language_model(steps=9, batch_size=32, **train))
     needed = sum(trial.memory(Setting(8, 1, 3, True)).values())
-    box = Rates("box", 1e12, 1e9, needed / 0.92 + 1, "stated", host=1.0)
+    host = sum(TrainPlan(trial, Rates("box", 1e12, 1e9, needed, "stated"), 4).host(Setting(4, 1, 3)).values()) / 0.6 + 1
+    box = Rates("box", 1e12, 1e9, needed / 0.92 + 1, "stated", host=host)
     assert "With --gpus 8 it is" in (TrainPlan(trial, box, 4).refusal() or "")
     other = language_model(steps=9, batch_size=12)
     assert "Nothing that is tried" in (TrainPlan(trial, box, 4, [other]).refusal() or "")
 
 
 def test_what_is_offloaded_must_fit_into_main_memory() -> None:
-    trial = Trial(language_model(steps=9, batch_size=32, zero_stage=3, offload="cpu"))
+    trial = Trial(language_model(steps=9, batch_size=32, zero_stage=3, offload="cpu", data_gb=1e-9))
     box = Rates("box", 1e12, 1e9, 16e9, "stated")
-    away = TrainPlan(trial, box, 4).away(Setting(4, 8, 3, offload=True))
-    assert away == pytest.approx(20 * trial.model.parameters("model") / 4)
-    assert TrainPlan(trial, replace(box, host=away / 0.6 + 1), 4).refusal() is None
-    refusal = TrainPlan(trial, replace(box, host=away / 1.2), 4).refusal() or ""
+    plan = TrainPlan(trial, box, 4)
+    assert plan.away(plan.setting) == pytest.approx(20 * trial.model.parameters("model") / 4)
+    needed = sum(plan.host(plan.setting).values())
+    assert needed == plan.away(plan.setting) + 2 + 5 * 8 * 32 * 64, "two windows, and five batches of eight samples"
+    assert TrainPlan(trial, replace(box, host=needed / 0.6 + 1), 4).refusal() is None
+    refusal = TrainPlan(trial, replace(box, host=needed / 1.1), 4).refusal() or ""
     assert re.search(
         r"mllm puts .* into main memory for each box .* With mllm\.train\.micro_batch_size=1 and --gpus 8", refusal
     )
-    disk = Trial(language_model(steps=9, batch_size=32, zero_stage=3, offload="nvme", offload_path="/nvme"))
-    assert TrainPlan(disk, replace(box, host=1.0), 4).refusal() is None, "a disk's room is not known"
+    nvme = language_model(steps=9, batch_size=32, zero_stage=3, offload="nvme", offload_path="/nvme", data_gb=1e-9)
+    assert TrainPlan(Trial(nvme), replace(box, host=3e5), 4).refusal() is None, "a disk's room is not known"
+
+
+def test_windows_and_batches_must_fit_into_main_memory(trials: dict[str, Trial]) -> None:
+    """4 GB of shards for images, for the language model as much again for texts; batches of uint8 pixels."""
+    pixel = TrainPlan(trials["pixel"], Rates("box", 1e12, 1e9, 16e9, "stated", host=16e9), 2)
+    size, share = pixel.model.pixels, pixel.model.train.batch_size / 2
+    assert pixel.host(pixel.setting) == {"shards": 4e9, "batches": 5 * share * 3 * size**2, "offload": 0}
+    assert pixel.refusal() is None
+    text = TrainPlan(trials["mllm"], replace(pixel.rates, host=10e9), 2)
+    assert text.host(text.setting)["shards"] == 8e9
+    refusal = text.refusal() or ""
+    assert re.search(
+        r"mllm puts 8 GB into main memory .*shards 8 GB.* of 10 GB .* With mllm\.train\.data_gb=2\.9 it", refusal
+    )
+    small = text.model.train.model_copy(update={"data_gb": 2.9})
+    trial = Trial.__new__(Trial)
+    vars(trial).update(vars(trials["mllm"]) | {"model": replace(text.model, train=small)})
+    assert TrainPlan(trial, text.rates, 2).refusal() is None, "the mend holds"
 
 
 def test_memory_of_stages_that_train_nothing() -> None:

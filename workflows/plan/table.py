@@ -33,6 +33,7 @@ def lines(plan: TrainPlan, measured: Sequence[str] = ()) -> list[str]:
         )  # fmt: skip
     rows += [
         ("memory a GPU", f"{size_text(total)} of {size_text(plan.room)}", f"{HELD_BACK:.0%} of {size_text(plan.rates.memory)} held back"),
+        ("main memory", f"{size_text(sum(plan.host(setting).values()))} a worker{_of_host(plan)}", "data_gb (texts as much again), batches ahead, offload" if head else "data_gb, batches ahead, offload"),
         ("traffic a step", f"{size_text(plan.traffic)} a GPU each way", _traffic_formula(plan)),
         ("steps", f"{train.steps:,} of {train.batch_size:,} samples", f"{plan.micros} micro batch(es) of {setting.micro} a GPU"),
         (f"FLOPs a {'row' if model.packed else 'sample'}", shares, "counted in the trace" + (", the head 6·L·V·H" if head else "")),
@@ -61,9 +62,12 @@ def _away(plan: TrainPlan) -> str:
     """What `train.offload` puts into main memory, or on NVMe."""
     if not plan.setting.offload:
         return ""
-    where = f" of {size_text(plan.rates.host)} of main memory" if plan.rates.host else ""
-    where = "; the disk's room is not known" if plan.model.train.offload == "nvme" else where
+    where = "; the disk's room is not known" if plan.model.train.offload == "nvme" else ""
     return f", offloaded {size_text(plan.away(plan.setting))} a worker{where}"
+
+
+def _of_host(plan: TrainPlan) -> str:
+    return f" at most, of {size_text(plan.rates.host)}" if plan.rates.host else " at most"
 
 
 def _left_out(plan: TrainPlan) -> str:

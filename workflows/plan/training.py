@@ -7,7 +7,7 @@ float32 (bf16 is autocast), and ZeRO a float32 copy of its partition beside them
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -22,6 +22,8 @@ from smalti.workflows.train.engines import SENT_LOW, STAGE_3, accumulation, deep
 SINGLE, HALF = 4, 2  # bytes of a number
 HELD_BACK = 0.08  # of a GPU's memory, ASSUMED: CUDA's context, NCCL, fragmentation
 HOST_SHARE = 0.6  # of main memory, ASSUMED for `train.offload`: Ray's object store takes 30 %, processes the rest
+BATCHES = 5  # of a worker's share at once: two ready, one in the making (twice, as rows and as a batch), one in use
+TOKEN = 64  # bytes of a position in a batch of sequences: ids, labels, places, int64 each
 STATES = {  # ZeRO stage: (bytes a parameter that every GPU holds, bytes a parameter shared out)
     0: (16, 0),  # parameters, gradients, two moments
     1: (8, 12),  # parameters, gradients | copy, two moments
@@ -207,9 +209,19 @@ class TrainPlan:
         return sum(self.trial.memory(setting).values()) <= self.room and self.has_room_beside(setting)
 
     def has_room_beside(self, setting: Setting) -> bool:
-        """Whether main memory holds what is put there, where it is known; a disk's room is not."""
-        there = setting.offload and self.model.train.offload != "nvme" and self.rates.host
-        return not there or self.away(setting) <= self.rates.host * HOST_SHARE
+        """Whether main memory holds what a worker puts there, where it is known; a disk's room is not."""
+        return not self.rates.host or sum(self.host(setting).values()) <= self.rates.host * HOST_SHARE
+
+    def host(self, setting: Setting) -> dict[str, float]:
+        """Bytes of main memory a worker by what holds them, at most: shards (of texts as many again), batches that are made
+        ahead, and what is offloaded there."""
+        model = self.model
+        share = model.train.batch_size / setting.num
+        return {
+            "shards": model.train.data_gb * 1e9 * (2 if model.head else 1),
+            "batches": BATCHES * share * (3 * model.pixels**2 + (TOKEN * model.head.length if model.head else 0)),
+            "offload": self.away(setting) if setting.offload and model.train.offload != "nvme" else 0.0,
+        }
 
     @property
     def flops(self) -> float:
@@ -282,14 +294,23 @@ class TrainPlan:
             return None
         if total <= self.room:
             return (
-                f"{self.model.name} puts {size_text(self.away(self.setting))} into main memory for each {self.rates.device} "
-                f"(offload: cpu), of {size_text(self.rates.host)} ({HOST_SHARE:.0%} to plan with, ASSUMED). {self._mend()}"
+                f"{self.model.name} puts {size_text(sum(self.host(self.setting).values()))} into main memory for each "
+                f"{self.rates.device} ({_parts(self.host(self.setting))}), of {size_text(self.rates.host)} ({HOST_SHARE:.0%} to "
+                f"plan with, ASSUMED). {self._smaller_window() or self._mend()}"
             )
-        parts = ", ".join(f"{name} {size_text(size)}" for name, size in self.memory.items() if size)
         return (
             f"{self.model.name} needs {size_text(total)} on each {self.rates.device}, of {size_text(self.rates.memory)} "
-            f"({size_text(self.room)} to plan with): {parts}. {self._mend()}"
+            f"({size_text(self.room)} to plan with): {_parts(self.memory)}. {self._mend()}"
         )
+
+    def _smaller_window(self) -> str:
+        """The `data_gb` with which main memory suffices, "" where none does (in tenths of a gigabyte)."""
+        parts = self.host(self.setting)
+        spare = self.rates.host * HOST_SHARE - parts["batches"] - parts["offload"]
+        tenths = math.floor(10 * self.model.train.data_gb * spare / parts["shards"])
+        if tenths < 1:
+            return ""
+        return f"With {self.model.section}.data_gb={tenths / 10:g} it fits (a window that takes more is read again)."
 
     def _mend(self) -> str:
         """The smallest change that fits: one alone, else several, else more GPUs."""
@@ -327,6 +348,10 @@ class TrainPlan:
         """Bytes a worker that `train.offload` puts into main memory, or on NVMe."""
         here, rest = (self.trial.memory(replace(setting, offload=offload)) for offload in (False, True))
         return sum(here[name] - rest[name] for name in ("states", "frozen"))
+
+
+def _parts(sizes: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {size_text(size)}" for name, size in sizes.items() if size)
 
 
 def _as_sent(model: Model, engine: str) -> tuple[float, float]:
