@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +167,21 @@ def two_ranks(folder: Path) -> dict[str, Any]:
     return found
 
 
+def slow_storage() -> str:
+    """What worker 0 meets that waits for the other's storage where collectives give up after a tenth of a second."""
+    ranks = Collectives()
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=0.1), dist.group.WORLD)
+    if ranks.rank:
+        time.sleep(0.5)
+    ranks.storage_barrier()
+    if not ranks.rank:
+        try:
+            ranks.barrier()  # the other never comes
+        except RuntimeError as error:
+            return str(error)
+    return ""
+
+
 def drifting(pair: Pair) -> tuple[list[str], list[str]]:
     """What is compared after a step, and what is told when one of it after the other differs on rank 1."""
     pair.step(0)
@@ -303,6 +320,11 @@ def test_more_workers_go_on_alike_and_what_is_damaged_is_passed_over(ranks, one,
     assert step == other[0] == 4
     assert told == other[1] and len(told) == 1
     assert "step-000000006 is passed over: " in told[0] and "rank_1" in told[0] and "is damaged" in told[0]
+
+
+def test_workers_wait_longer_for_storage_than_for_other_collectives(ranks) -> None:
+    told, _ = ranks(slow_storage, 2)
+    assert "imed out" in told
 
 
 def test_a_checksum_sees_every_byte_and_its_place() -> None:

@@ -158,6 +158,7 @@ class Checkpoints:
         Returns when it stands on this worker's disk; errors of sending it are raised by the next `save` or `wait`.
         """
         self.wait()
+        self.collectives.storage_barrier()  # the one before was sent
         score = self._score(state)
         rank, target = self.collectives.rank, storage.join(self.folder, step_folder(state["step"]))
         with _made_here() as scratch:
@@ -170,7 +171,7 @@ class Checkpoints:
                 with open(os.path.join(local, STATE_FILE), "w") as out:
                     json.dump({**state, "world_size": self.collectives.world_size, "zero_stages": stages}, out)
                 again(storage.remove, target)  # what an earlier try left: not whole, or it would have been gone on from
-            self.collectives.barrier()
+            self.collectives.storage_barrier()
         self._sending = self._thread.submit(self._send, scratch, target, score)
 
     def wait(self) -> None:
@@ -212,7 +213,7 @@ class Checkpoints:
                 universal.load_engine(engine, source, TAG, told=f"{path}/{name}")
         device = next(iter(engines.values())).device
         task.load_state_dict(torch.load(os.path.join(folder, TASK_FILE), map_location=device, weights_only=True))
-        self.collectives.barrier()
+        self.collectives.storage_barrier()
         return state
 
     def _changed(self, chosen: Whole, folder: str, device: torch.device) -> str:
@@ -221,6 +222,7 @@ class Checkpoints:
         own = [name for rank in ranks for name in chosen.files[rank] if name in chosen.sums]
         wrong = [name for name in own if checksum(os.path.join(folder, name)) != chosen.sums[name]]
         told = torch.tensor(list("".join(f"{name}\n" for name in ["", *wrong]).encode()), dtype=torch.uint8)
+        self.collectives.storage_barrier()
         all_told = bytes(self.collectives.all_gather(told.to(device)).tolist()).decode()
         return next((name for name in all_told.split("\n") if name), "")
 

@@ -5,6 +5,7 @@ Legend: W workers, B rows.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -17,7 +18,7 @@ from torch import Tensor
 from smalti.errors import SmaltiError
 
 PATIENCE = timedelta(hours=12)
-"""How long workers wait for what the first worker of each machine does alone; for all else, torch's half hour."""
+"""How long workers wait for one another's reading and writing of storage; for all else, torch's half hour."""
 
 T = TypeVar("T")
 
@@ -25,13 +26,15 @@ T = TypeVar("T")
 class Collectives:
     """Collectives of the default process group; tensors keep their device and dtype.
 
-    `rank` and `world_size` default to those of `torch.distributed`, or to one worker when it is not initialised.
+    `rank` and `world_size` default to those of `torch.distributed`, or to one worker when it is not initialised. Every
+    worker makes one alike: the first of a process opens the group that waits for storage.
     """
 
     def __init__(self) -> None:
         ready = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if ready else 0
         self.world_size = dist.get_world_size() if ready else 1
+        self._patient = patient_group(dist.group.WORLD) if self.world_size > 1 else None
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum over the workers, the same on all."""
@@ -77,7 +80,6 @@ class Collectives:
         if self.world_size == 1:
             return work()
         local = int(os.environ.get("LOCAL_RANK", self.rank))
-        patient = dist.new_group(backend="gloo", timeout=PATIENCE)
         found: tuple[Any, Exception | None] = (None, None)
         if local == 0:
             try:
@@ -85,8 +87,7 @@ class Collectives:
             except Exception as error:  # raised below, by all
                 found = (None, error if isinstance(error, SmaltiError) else RuntimeError(f"{error!r}"))
         told: list[Any] = [None] * self.world_size
-        dist.all_gather_object(told, found, group=patient)
-        dist.destroy_process_group(patient)
+        dist.all_gather_object(told, found, group=self._patient)
         for _, wrong in told:
             if wrong is not None:
                 raise wrong
@@ -96,3 +97,15 @@ class Collectives:
         """Wait for all workers."""
         if self.world_size > 1:
             dist.barrier()
+
+    def storage_barrier(self) -> None:
+        """Wait for all workers as long as `PATIENCE`, after what each or one of them read from storage or wrote there. One that
+        died is seen at once all the same, by its closed connection and by Ray."""
+        if self.world_size > 1:
+            dist.barrier(group=self._patient)
+
+
+@functools.cache
+def patient_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """The group over all workers of `world` whose collectives wait as long as `PATIENCE`; every worker calls it."""
+    return dist.new_group(backend="gloo", timeout=PATIENCE)

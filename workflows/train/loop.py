@@ -124,6 +124,7 @@ class Loop:
         torch.manual_seed(self.job.seed)
         self.task = self.job.make_task()
         self.task.setup(Context(self.device, self.collectives, self.job.seed, self.train))
+        self.collectives.storage_barrier()  # weights were read
         self.engines = {name: self._engine(name, module) for name, module in self.task.modules().items()}
         source = self.task.source()
         if isinstance(source, ShardRows | Joined):
@@ -149,6 +150,7 @@ class Loop:
             self._after(step)
             ready = time.monotonic()
         self.checkpoints.wait()
+        self.collectives.storage_barrier()
         return self._finish()
 
     def _say(self, line: str) -> None:
@@ -272,7 +274,7 @@ class Loop:
         """A checkpoint that stands, of all workers, when this returns."""
         self._checkpoint(done)
         self.checkpoints.wait()
-        self.collectives.barrier()
+        self.collectives.storage_barrier()
 
     def _log(self, done: int) -> None:
         added = set(self.meter.sums)
@@ -354,5 +356,5 @@ class Loop:
             final = {"steps": self.train.steps, "metrics": dict(numbers), "history": self.history[-1:]}
             storage.write_json(storage.join(self.job.path, DONE_FILE), final)
             ray.get(self.job.board.fatal.remote())  # calls arrive in order: after this one all that was told is there
-        self.collectives.barrier()
+        self.collectives.storage_barrier()
         return dict(numbers)

@@ -76,7 +76,7 @@ def filled(kind: str, fill: Callable[[str], None], collectives: Collectives) -> 
 
     try:
         yield collectives.once_a_machine(make)
-        collectives.barrier()
+        collectives.storage_barrier()
     finally:
         for scratch in made:
             scratch.remove()
