@@ -80,6 +80,51 @@ def test_doors_are_shut_and_the_head_can_come_back(spec: dict[str, Any]) -> None
     assert redis["spec"]["template"]["metadata"]["labels"] == service["spec"]["selector"]
 
 
+def labels_of_pods() -> dict[str, dict[str, str]]:
+    """Labels that pods have: KubeRay's own on Ray's, those of the files and of the operator's chart on the others."""
+    name, ray = read("raycluster.yaml")["metadata"]["name"], {"ray.io/is-ray-node": "yes"}
+    _, redis = yaml.safe_load_all((FOLDER / "redis.yaml").read_text())
+    return {
+        "head": ray | {"ray.io/cluster": name, "ray.io/node-type": "head", "ray.io/group": "headgroup"},
+        "worker": ray | {"ray.io/cluster": name, "ray.io/node-type": "worker", "ray.io/group": "gpu"},
+        "another cluster's": ray | {"ray.io/cluster": "other", "ray.io/node-type": "worker"},
+        "operator": {"app.kubernetes.io/name": "kuberay-operator"},
+        "redis": redis["spec"]["template"]["metadata"]["labels"],
+        "stranger": {"app": "web"},
+    }
+
+
+def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
+    """Kubernetes' own rule: all labels match, and each key that must exist does."""
+    assert set(selector) <= {"matchLabels", "matchExpressions"}
+    wanted = selector.get("matchLabels", {})
+    present = [one["key"] for one in selector.get("matchExpressions", []) if one["operator"] == "Exists"]
+    assert len(present) == len(selector.get("matchExpressions", []))
+    return wanted.items() <= labels.items() and set(present) <= set(labels)
+
+
+def test_only_the_clusters_pods_and_the_operator_reach_its_ports() -> None:
+    policies = list(yaml.safe_load_all((FOLDER / "networkpolicy.yaml").read_text()))
+    pods = labels_of_pods()
+    assert all((p["apiVersion"], p["kind"]) == ("networking.k8s.io/v1", "NetworkPolicy") for p in policies)
+    assert all(set(p["spec"]) == {"podSelector", "policyTypes", "ingress"} for p in policies)
+
+    def reached(target: str, port: int) -> set[str]:
+        rules = [
+            rule for p in policies if selects(p["spec"]["podSelector"], pods[target]) for rule in p["spec"]["ingress"]
+        ]
+        assert rules, "a pod that no policy selects is open to all"
+        opened = [rule for rule in rules if port in [one["port"] for one in rule.get("ports", [{"port": port}])]]
+        peers = [peer["podSelector"] for rule in opened for peer in rule["from"]]
+        return {name for name, labels in pods.items() if any(selects(peer, labels) for peer in peers)}
+
+    assert reached("head", 8265) == {"head", "worker", "operator"}
+    for target, port in (("head", 6379), ("head", 10001), ("worker", 8265), ("worker", 40000)):
+        assert reached(target, port) == {"head", "worker"}, (target, port)
+    assert reached("redis", 6379) == {"head", "worker", "another cluster's"}
+    assert reached("redis", 22) == set()
+
+
 def test_params_are_strings_and_pods_ask_for_what_they_may_use(spec: dict[str, Any]) -> None:
     groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
     for group in groups:
