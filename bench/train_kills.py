@@ -4,7 +4,8 @@
 or by the same command; its loss curve must be that of the unbroken run (to 1e-5 with the same number of workers, to 1e-4
 with another), and each sample of an epoch must have come exactly once. `node`: the raylet and all else of a node with a
 worker is killed, and workers may be one or two; `fixed`: the same with two workers, which wait for the node that comes half a
-minute later; `notice`: as `node`, half a minute after a notice; `grow`: a node comes. The last line is JSON.
+minute later; `notice`: as `node`, half a minute after a notice; `grow`: a node comes. `mllm`: no toy but the packed language model
+of the tests with `old_rows` under ZeRO-3, a worker of which is killed in random steps. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import psutil
 
 from bench.machine import machine
+from smalti.workflows.train.tasks_mllm import MllmTask
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY = ROOT / "tests" / "workflows" / "toy_training.py"
@@ -36,13 +38,14 @@ SLOW_S, GROWING_S, STEPS, BATCH = 0.4, 2.0, 60, 8
 CHANGES: dict[str, Any] = {"steps": STEPS, "checkpoint_every": 5, "log_every": 1, "max_failures": 99}
 
 
-def load_toy() -> Any:
+def load(path: Path) -> Any:
+    """A file of the tests as a module."""
     import importlib.util
 
-    spec = importlib.util.spec_from_file_location("toy_training", TOY)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["toy_training"] = module
+    sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     return module
 
@@ -206,13 +209,59 @@ def kill_driver(path: Path, kills: int, rng: random.Random) -> int:
     raise RuntimeError("the toy did not end")
 
 
-KINDS = ("worker-zero0", "worker-zero3", "driver", "node", "fixed", "notice", "grow")
+class Mortal(MllmTask):
+    """The language model's task, a worker of which kills itself before the steps of `deaths` (step → rank), once each."""
+
+    def __init__(self, deaths: dict[int, int], record: str, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.deaths, self.record = deaths, Path(record)
+
+    def begin_step(self, step: int, engines: Any, read: Any) -> None:
+        super().begin_step(step, engines, read)
+        rank = self.context.collectives.rank
+        mark = self.record / f"killed-{step}"
+        if self.deaths.get(step) == rank and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if rank == 0:
+            with open(self.record / "steps", "a") as file:
+                file.write(f"{step}\n")
+
+
+def kill_language_model(toy: Any, root: Path, kills: int, rng: random.Random) -> dict[str, float]:
+    """A run unbroken, and one whose workers are killed; what `compare` tells, and how many were."""
+    from smalti.workflows.train.launch import fit
+
+    tasks, data = load(TOY.with_name("test_train_tasks.py")), root / "made"
+    tasks.make_data(data)
+    _, settings, train = tasks.jobs(data)["mllm"]
+    section = settings["section"].model_copy(update={"old_rows": 0.25, "packing": True})
+    train = train.model_copy(update=CHANGES | {"zero_stage": 3})
+    deaths = {step: rng.randrange(2) for step in rng.sample(range(1, STEPS), kills)}
+    curves, paths = [], [root / "mllm-whole", root / "mllm"]
+    for path, dying in zip(paths, ({}, deaths), strict=True):
+        (path / "record").mkdir(parents=True)
+        more = {"section": section, "deaths": dying, "record": str(path / "record")}
+        fit(Mortal, settings | more, train, toy.FakeRun(str(path), 2), seed=5)  # type: ignore[arg-type]
+        curves.append(curve(path))
+    whole, ours = curves
+    assert whole.keys() == ours.keys() and len(ours) == STEPS
+    taken = (paths[1] / "record" / "steps").read_text().split()
+    killed = len(list((paths[1] / "record").glob("killed-*")))
+    return {
+        "kills": killed,
+        "loss": max(abs(ours[step] - whole[step]) for step in whole),
+        "again": len(taken) - STEPS,
+    }
+
+
+KINDS = ("worker-zero0", "worker-zero3", "driver", "node", "fixed", "notice", "grow", "mllm")
 AWAY_S = 30.0
 
 
 def main() -> None:
     kills, kinds = int(sys.argv[1]) if len(sys.argv) > 1 else 5, sys.argv[2:] or list(KINDS)
-    rng, toy = random.Random(0), load_toy()
+    rng, toy = random.Random(0), load(TOY)
     os.environ["PYTHONPATH"] = str(ROOT)
     os.environ["SMALTI_KILLS"] = str(os.getpid())  # seen again in the workers, which inherit it
     found: dict[str, dict[str, float]] = {}
@@ -225,7 +274,11 @@ def main() -> None:
             print(kind, found[kind], flush=True)
 
         with session():
-            train(toy, whole)
+            if "mllm" in kinds:
+                found["mllm"] = kill_language_model(toy, root, kills, rng)
+                print("mllm", found["mllm"], flush=True)
+            if kinds != ["mllm"]:
+                train(toy, whole)
             for kind in ("worker-zero0", "worker-zero3"):
                 if kind in kinds:
                     harm = kill_workers(kills, rng)

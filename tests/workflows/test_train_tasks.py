@@ -64,14 +64,18 @@ ZERO3 = ["encoder", "semantic", "pixel", "flat", "dual", "mllm", "places"]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A corpus of 21 images in three shards, and everything that the tasks read."""
     root = tmp_path_factory.mktemp("made")
+    make_data(root)
+    return root
+
+
+def make_data(root: Path) -> None:
+    """A corpus of 21 images in three shards, and everything that the tasks read."""
     rng = np.random.default_rng(0)
     for index, count in enumerate((8, 6, 7)):
         write_images(root / "corpus", shards.shard_key("train", index), count, rng)
     write_images(root / "corpus", shards.shard_key("val", 0), 3, rng)
     make_models(root)
-    return root
 
 
 def write_images(corpus: Path, key: str, count: int, rng: np.random.Generator) -> None:
