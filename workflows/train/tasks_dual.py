@@ -144,11 +144,6 @@ class DualTask(RebuildTask):
         self.stats = []
         self.used.zero_()
 
-    def replicated(self, engines: Mapping[str, Any]) -> Mapping[str, Tensor]:
-        """Both codebooks and their statistics."""
-        named = ((name, buffer) for name, quantizer in self.books.items() for buffer in quantizer.book.named_buffers())
-        return {f"{name} codebook ({key})": buffer for name, (key, buffer) in named}
-
     def pictures(self, engines: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Held-out images: input | rebuilt from pixel codes."""
         pixels = self.held_out()
