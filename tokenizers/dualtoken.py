@@ -211,6 +211,8 @@ class DualToken(nn.Module):
         """Widths of the parts of a token's vector: (pixel, semantic)."""
         return (self.model.stage.dim,) * len(BOOKS)
 
+    has_decoder = True
+
     @property
     def has_semantic_only(self) -> bool:
         """There is no decoder for semantic codes."""

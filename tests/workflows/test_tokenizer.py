@@ -51,6 +51,7 @@ WRONG = {
         [*DUAL, "codebook.size=512"],
         "sets codebook, which system: dualtoken does not read; of the tokenizer it reads tokenizer.dual",
     ),
+    "a second codebook for places": ([*DUAL, "mllm.adapter=cascade"], "Set mllm.adapter=single"),
     "stages of SemHiTok": ([*DUAL, "tokenizer.pixel.codes=4"], "sets tokenizer.pixel"),
     "features after the last norm": ([*DUAL, "encoder.layer=-1"], "Set encoder.layer=-2"),
     "layers that the encoder has not": (

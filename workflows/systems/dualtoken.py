@@ -24,6 +24,11 @@ def check(recipe: Recipe) -> None:
     """ConfigError: keys of other systems, layers that the encoder has not, batches that workers cannot share, losses that
     cannot be computed. ArtifactError: weights that are not there."""
     refuse_foreign(recipe, tokenizer=("dual", "encoder_precision"), sections=("features", "codebook"))
+    if recipe.mllm.adapter == "cascade":
+        raise ConfigError(
+            "mllm.adapter=cascade trains a second codebook of one code a token, and a place of dualtoken has several. Set "
+            "mllm.adapter=single (one MLP over both parts of a place) or dual (one for each)."
+        )
     stage = recipe.tokenizer.dual
     check_layers(recipe)
     adaptive = stage.loss.gan.adaptive and stage.loss.gan.weight

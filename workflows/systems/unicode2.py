@@ -22,7 +22,7 @@ def parents(recipe: Recipe) -> tuple[str, ...]:
 
 
 def check(recipe: Recipe) -> None:
-    """ConfigError: keys of SemHiTok's phases, or an adapter for code vectors of two parts."""
+    """ConfigError: keys of other systems, or an adapter for code vectors of two parts."""
     plain = TokenizerSection()
     strange = [
         name for name in TokenizerSection.model_fields if getattr(recipe.tokenizer, name) != getattr(plain, name)
@@ -30,7 +30,7 @@ def check(recipe: Recipe) -> None:
     if strange:
         raise ConfigError(
             f"system=unicode2 trains no tokenizer, but the recipe sets {', '.join(f'tokenizer.{name}' for name in strange)}: "
-            "keys of SemHiTok's phases. Take them out; the codebook is set in `codebook` and `features`."
+            "keys of other systems. Take them out; the codebook is set in `codebook` and `features`."
         )
     if recipe.mllm.adapter == "dual":
         raise ConfigError(
