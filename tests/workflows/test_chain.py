@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import re
-import selectors
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,6 +50,63 @@ def contents(artifact: Path) -> dict[str, str]:
     return {str(path.relative_to(artifact)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+def _fork(arguments: list[str], told: str) -> int:
+    """In the process that is kept for it, which has imported the libraries: a child that runs the command; its pid."""
+    import mlflow.tracking  # noqa: F401
+    import ray.data  # noqa: F401
+
+    import smalti.workflows.evaluate  # noqa: F401
+    from smalti.cli import main
+
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        output = os.open(told, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.chdir(ROOT)
+        for key in set(os.environ) - set(environment()):
+            del os.environ[key]
+        code = main(arguments)
+    finally:
+        os._exit(code)
+
+
+def _ended(pid: int, wait: bool) -> int | None:
+    """In the process that is kept: how a child ended, None while it runs."""
+    found, status = os.waitpid(pid, 0 if wait else os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if found else None
+
+
+@dataclass(frozen=True)
+class Running:
+    """A command at work, forked by `server`; what it prints is in `told`."""
+
+    server: ProcessPoolExecutor
+    pid: int
+    told: Path
+
+    def text(self) -> str:
+        return self.told.read_text(errors="replace") if self.told.exists() else ""
+
+    def ended(self, wait: bool = False) -> int | None:
+        return self.server.submit(_ended, self.pid, wait).result()
+
+
+@pytest.fixture(scope="module")
+def start() -> Iterator[Callable[[list[str], Path], Running]]:
+    """`start(command, told)`: the command in a new process, without the seconds that its imports take."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as server:
+
+        def started(command: list[str], told: Path) -> Running:
+            arguments = command[command.index("smalti") + 1 :]
+            return Running(server, server.submit(_fork, arguments, str(told)).result(), told)
+
+        yield started
+
+
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run("semhitok-quickstart", tmp_path_factory.mktemp("unbroken") / "out")
@@ -52,9 +114,11 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if name not in ("semhitok-quickstart", "semhitok-256")])
-def test_smoke_of_a_recipe(recipe: str, tmp_path: Path) -> None:
+def test_smoke_of_a_recipe(start: Any, recipe: str, tmp_path: Path) -> None:
     """semhitok-quickstart: below; semhitok-256: as a job, in test_jobs.py."""
-    assert (run(recipe, tmp_path / "out") / "report.html").is_file()
+    running = start(command(recipe, tmp_path / "out"), tmp_path / "told")
+    assert running.ended(wait=True) == 0, running.text()[-6000:]
+    assert (tmp_path / "out-smoke" / "report.html").is_file()
 
 
 @pytest.mark.timeout(400)
@@ -86,40 +150,27 @@ def test_the_same_command_again_skips_every_stage(unbroken: Path) -> None:
     assert done.stderr.count("skipped") >= len(before)
 
 
-def kill_in(stage: str, recipe: str, out: Path) -> None:
-    """Start the chain and SIGKILL it some moments after `stage` began (or went on, where a kill came late before)."""
+def kill_in(stage: str, running: Running) -> None:
+    """SIGKILL the chain some moments after `stage` began (or went on, where a kill came late before)."""
     begun = re.compile(rf"^{stage}: (starting|going on) ", re.MULTILINE)
-    with subprocess.Popen(
-        command(recipe, out, "baselines={}"),
-        cwd=ROOT,
-        env=environment(),
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-    ) as process:
-        assert process.stderr is not None
-        selector = selectors.DefaultSelector()
-        selector.register(process.stderr, selectors.EVENT_READ)
-        seen, deadline = b"", time.monotonic() + 120
-        while time.monotonic() < deadline and not begun.search(seen.decode(errors="replace")):
-            if selector.select(1.0):
-                read = os.read(process.stderr.fileno(), 65536)
-                if not read:  # it ended
-                    break
-                seen += read
-        reached = begun.search(seen.decode(errors="replace")) is not None
-        if reached:
-            time.sleep(0.7)
-        process.kill()
-        assert reached, f"{stage} did not start: {seen.decode()[-3000:]}"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not begun.search(running.text()) and running.ended() is None:
+        time.sleep(0.1)
+    assert begun.search(running.text()), f"{stage} did not start: {running.text()[-3000:]}"
+    time.sleep(0.7)
+    os.kill(running.pid, signal.SIGKILL)
+    assert running.ended(wait=True) == -signal.SIGKILL
 
 
 @pytest.mark.timeout(900)
-def test_a_run_killed_in_every_stage_ends_with_the_same_artifacts(unbroken: Path, tmp_path: Path) -> None:
+def test_a_run_killed_in_every_stage_ends_with_the_same_artifacts(unbroken: Path, start: Any, tmp_path: Path) -> None:
     recipe = load_recipe(find_recipe("semhitok-quickstart"))
-    out = tmp_path / "out"
+    out, broken = tmp_path / "out", tmp_path / "out-smoke"
+    whole_command = command("semhitok-quickstart", out, "baselines={}")
     for stage in [*stages_of(recipe)[:-1], "evaluation"]:
-        kill_in(stage, "semhitok-quickstart", out)
-    broken = run("semhitok-quickstart", out, "baselines={}")
+        kill_in(stage, start(whole_command, tmp_path / f"{stage}.txt"))
+    last = start(whole_command, tmp_path / "last.txt")
+    assert last.ended(wait=True) == 0, last.text()[-6000:]
     for stage in stages_of(recipe)[:-1]:
         assert contents(broken / stage) == contents(unbroken / stage), stage
     values = [
