@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from smalti import storage
 from smalti.errors import ArtifactError, ConfigError
 from smalti.schema import DualStage
 from smalti.tokenizers.encoders import VisionEncoder, check_pixels
@@ -25,15 +24,12 @@ from smalti.tokenizers.saved import (
     CONFIG_NAME,
     ENCODER_NAME,
     WEIGHTS_NAME,
-    check_format,
+    SavedTokenizer,
     checked_codes,
-    read_config,
-    write_folder,
 )
 from smalti.tokenizers.vit import PixelDecoder, init_linear
 
 SYSTEM = "dualtoken"
-FORMAT = 1
 BOOKS = ("pixel", "semantic")
 """The two codebooks, in the order in which they stand in the codes of a token."""
 
@@ -169,17 +165,15 @@ def semantic_depth(stage: DualStage, encoder: VisionEncoder) -> int:
     return depth
 
 
-class DualToken(nn.Module):
+class DualToken(SavedTokenizer):
     """The whole tokenizer. Runs in eval mode, without gradients, in float32; on a CPU the same input gives the same bits."""
+
+    system = SYSTEM
 
     def __init__(self, model: DualModel) -> None:
         super().__init__()
         self.model = model
         self.requires_grad_(False).eval()
-
-    def train(self, mode: bool = True) -> DualToken:
-        """Stay in eval mode; what trains is `DualModel`."""
-        return super().train(False)
 
     @property
     def num_codes(self) -> int:
@@ -197,11 +191,6 @@ class DualToken(nn.Module):
         return self.model.grid
 
     @property
-    def num_tokens(self) -> int:
-        """T, tokens an image."""
-        return self.grid[0] * self.grid[1]
-
-    @property
     def image_size(self) -> int:
         """Pixels a side that `encode` wants and `decode` gives."""
         return self.model.encoder.image_size
@@ -210,8 +199,6 @@ class DualToken(nn.Module):
     def embed_splits(self) -> tuple[int, ...]:
         """Widths of the parts of a token's vector: (pixel, semantic)."""
         return (self.model.stage.dim,) * len(BOOKS)
-
-    has_decoder = True
 
     @property
     def has_semantic_only(self) -> bool:
@@ -266,8 +253,8 @@ class DualToken(nn.Module):
     def config_dict(self) -> dict[str, Any]:
         """What `config.json` holds."""
         return {
-            "system": SYSTEM,
-            "format": FORMAT,
+            "system": self.system,
+            "format": self.format,
             "image_size": self.image_size,
             "grid": list(self.grid),
             "num_codes": self.num_codes,
@@ -278,21 +265,12 @@ class DualToken(nn.Module):
             "dual": self.model.stage.model_dump(mode="json"),
         }
 
-    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write config.json, model.safetensors and encoder/ (the trained tower) into a folder or URL; it then stands alone."""
-        write_folder(os.fspath(path), self.config_dict(), self.model.state_dict(), self.model.encoder)
+    def _saved(self) -> tuple[Mapping[str, Tensor], VisionEncoder]:
+        """The trained model, and its tower."""
+        return self.model.state_dict(), self.model.encoder
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str]) -> DualToken:
-        """Load what `save_pretrained` wrote, in float32 on the CPU. ArtifactError: missing, torn or another system."""
-        source = os.fspath(path)
-        config = read_config(source)
-        check_format(config, source, SYSTEM, FORMAT)
-        with storage.local_copy(source) as folder:
-            return cls._load(config, os.fspath(folder), source)
-
-    @classmethod
-    def _load(cls, config: Mapping[str, Any], folder: str, source: str) -> DualToken:
+    def _load(cls, config: Mapping[str, Any], folder: str, source: str) -> Self:
         try:
             stage = DualStage.model_validate(config["dual"])
             encoder = VisionEncoder.from_pretrained(os.path.join(folder, ENCODER_NAME), config["encoder_layer"])

@@ -1,21 +1,72 @@
-"""A tokenizer's folder on disk, the same for every system: config.json, model.safetensors and encoder/."""
+"""What every system's tokenizer shares: its folder on disk (config.json, model.safetensors, encoder/) and what opens it."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from smalti import storage
 from smalti.errors import ArtifactError, VocabularyError
 from smalti.tokenizers.encoders import VisionEncoder
 
 CONFIG_NAME, WEIGHTS_NAME, ENCODER_NAME = "config.json", "model.safetensors", "encoder"
+
+
+class SavedTokenizer(nn.Module):
+    """Base of a whole tokenizer, in eval mode for good: its parts are trained before they are put together.
+
+    A system sets `system` and `format`, has a `grid`, and gives `config_dict` and `_load`.
+    """
+
+    system, format = "", 1
+    has_decoder = True
+    encoder: Any
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in eval mode."""
+        return super().train(False)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        raise NotImplementedError
+
+    @property
+    def num_tokens(self) -> int:
+        """T, tokens an image."""
+        return self.grid[0] * self.grid[1]
+
+    def config_dict(self) -> dict[str, Any]:
+        """What `config.json` holds."""
+        raise NotImplementedError
+
+    def _saved(self) -> tuple[Mapping[str, Tensor], VisionEncoder | None]:
+        """The state that is saved, and the encoder, which gets a folder of its own."""
+        return self.state_dict(), self.encoder
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Write config.json, model.safetensors and encoder/ into a folder or URL; it then stands on its own."""
+        write_folder(os.fspath(path), self.config_dict(), *self._saved())
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str]) -> Self:
+        """Load what `save_pretrained` wrote, in float32 on the CPU. ArtifactError: missing, torn or another system."""
+        source = os.fspath(path)
+        config = read_config(source)
+        check_format(config, source, cls.system, cls.format)
+        with storage.local_copy(source) as folder:
+            return cls._load(config, os.fspath(folder), source)
+
+    @classmethod
+    def _load(cls, config: Mapping[str, Any], folder: str, source: str) -> Self:
+        """From a local folder. `source`: its name for errors (ArtifactError)."""
+        raise NotImplementedError
 
 
 def write_folder(

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from smalti import storage
 from smalti.errors import ArtifactError, ConfigError
 from smalti.schema import TokenizerSection, VitSize
 from smalti.tokenizers.encoders import VisionEncoder, check_pixels
@@ -24,18 +23,15 @@ from smalti.tokenizers.saved import (
     CONFIG_NAME,
     ENCODER_NAME,
     WEIGHTS_NAME,
-    check_format,
+    SavedTokenizer,
     checked_codes,
-    read_config,
     under,
-    write_folder,
 )
 from smalti.tokenizers.semantic import SemanticTokenizer
 
 __all__ = ["PixelOutputs", "PixelTokenizer", "SemHiTok", "SemanticTokenizer", "flatten_codes", "split_codes"]
 
 SYSTEM = "semhitok"
-FORMAT = 1
 
 
 def flatten_codes(i: Tensor, j: Tensor, num_sub: int) -> Tensor:
@@ -48,14 +44,15 @@ def split_codes(t: Tensor, num_sub: int) -> tuple[Tensor, Tensor]:
     return t // num_sub, t % num_sub
 
 
-class SemHiTok(nn.Module):
+class SemHiTok(SavedTokenizer):
     """The whole tokenizer: frozen encoder, semantic codebook, pixel codebooks, decoder.
 
     section: the recipe's tokenizer section. Without guidance `semantic` and `encoder` are None: encoding reads the
     pixels alone. Runs in eval mode, without gradients, in float32; on a CPU the same input gives the same bits.
     """
 
-    has_decoder = True
+    system = SYSTEM
+    encoder: VisionEncoder | None
 
     def __init__(
         self,
@@ -78,10 +75,6 @@ class SemHiTok(nn.Module):
         self.section, self.pixel, self.semantic, self.encoder = section, pixel, semantic, encoder
         self.requires_grad_(False).eval()
 
-    def train(self, mode: bool = True) -> SemHiTok:
-        """Stay in eval mode; its parts are trained before they are put together."""
-        return super().train(False)
-
     @property
     def num_codes(self) -> int:
         """V, the size of the flat vocabulary."""
@@ -101,11 +94,6 @@ class SemHiTok(nn.Module):
     def grid(self) -> tuple[int, int]:
         """Rows and columns of tokens."""
         return self.pixel.grid
-
-    @property
-    def num_tokens(self) -> int:
-        """T, tokens an image."""
-        return self.grid[0] * self.grid[1]
 
     @property
     def image_size(self) -> int:
@@ -190,8 +178,8 @@ class SemHiTok(nn.Module):
     def config_dict(self) -> dict[str, Any]:
         """What `config.json` holds."""
         return {
-            "system": SYSTEM,
-            "format": FORMAT,
+            "system": self.system,
+            "format": self.format,
             "image_size": self.image_size,
             "grid": list(self.grid),
             "num_codes": self.num_codes,
@@ -204,21 +192,8 @@ class SemHiTok(nn.Module):
             "tokenizer": self.section.model_dump(mode="json"),
         }
 
-    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write config.json, model.safetensors and encoder/ into a folder or URL; it then stands on its own."""
-        write_folder(os.fspath(path), self.config_dict(), self.state_dict(), self.encoder)
-
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str]) -> SemHiTok:
-        """Load what `save_pretrained` wrote, in float32 on the CPU. ArtifactError: missing, torn or another system."""
-        source = os.fspath(path)
-        config = read_config(source)
-        check_format(config, source, SYSTEM, FORMAT)
-        with storage.local_copy(source) as folder:
-            return cls._load(config, os.fspath(folder), source)
-
-    @classmethod
-    def _load(cls, config: Mapping[str, Any], folder: str, source: str) -> SemHiTok:
+    def _load(cls, config: Mapping[str, Any], folder: str, source: str) -> Self:
         try:
             section = TokenizerSection.model_validate(config["tokenizer"])
             grid = (int(config["grid"][0]), int(config["grid"][1]))

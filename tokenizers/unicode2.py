@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from smalti import storage
 from smalti.errors import ArtifactError, ConfigError, DataError
 from smalti.tokenizers.code_index import CodeIndex, Probes
 from smalti.tokenizers.encoders import VisionEncoder, check_pixels
@@ -23,14 +22,11 @@ from smalti.tokenizers.saved import (
     CONFIG_NAME,
     ENCODER_NAME,
     WEIGHTS_NAME,
-    check_format,
+    SavedTokenizer,
     checked_codes,
-    read_config,
-    write_folder,
 )
 
 SYSTEM = "unicode2"
-FORMAT = 1
 EXACT_CODES = 8192
 """Up to so many codes all are compared: a search of the tree gains nothing there."""
 NO_DECODER = (
@@ -39,7 +35,7 @@ NO_DECODER = (
 )
 
 
-class Unicode2(nn.Module):
+class Unicode2(SavedTokenizer):
     """The whole tokenizer: frozen encoder and frozen codebook. A code is the one nearest to a patch's feature.
 
     index: the codes (K, C) with their tree and how much of it a search sees; it may lie in a mapped file and is not copied.
@@ -47,6 +43,8 @@ class Unicode2(nn.Module):
     search is float32 under autocast too. ConfigError: codes of another width than the features.
     """
 
+    system = SYSTEM
+    encoder: VisionEncoder
     codes: Tensor
     cells: Tensor
     cell_of: Tensor
@@ -66,10 +64,6 @@ class Unicode2(nn.Module):
         for name in ("codes", "cells", "cell_of"):
             self.register_buffer(name, getattr(index, name))
         self.requires_grad_(False).eval()
-
-    def train(self, mode: bool = True) -> Unicode2:
-        """Stay in eval mode: nothing of it is trained."""
-        return super().train(False)
 
     def _apply(self, *args: Any, **options: Any) -> Unicode2:
         self._index = None  # it holds tensors beside the buffers that are moved
@@ -91,11 +85,6 @@ class Unicode2(nn.Module):
     def grid(self) -> tuple[int, int]:
         """Rows and columns of tokens."""
         return self.encoder.grid
-
-    @property
-    def num_tokens(self) -> int:
-        """T, tokens an image."""
-        return self.grid[0] * self.grid[1]
 
     @property
     def image_size(self) -> int:
@@ -157,8 +146,8 @@ class Unicode2(nn.Module):
     def config_dict(self) -> dict[str, Any]:
         """What `config.json` holds."""
         return {
-            "system": SYSTEM,
-            "format": FORMAT,
+            "system": self.system,
+            "format": self.format,
             "image_size": self.image_size,
             "grid": list(self.grid),
             "num_codes": self.num_codes,
@@ -168,22 +157,10 @@ class Unicode2(nn.Module):
             "search": None if self.probes is None else self.probes._asdict(),
         }
 
-    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write config.json, model.safetensors and encoder/ into a folder or URL; it then stands on its own."""
-        write_folder(os.fspath(path), self.config_dict(), self.state_dict(), self.encoder)
-
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str]) -> Unicode2:
-        """Load what `save_pretrained` wrote, on the CPU. The codes stay in the file, which is mapped: processes of one
-        machine share them, and a range of codes reads no more than that. ArtifactError: missing, torn or another system."""
-        source = os.fspath(path)
-        config = read_config(source)
-        check_format(config, source, SYSTEM, FORMAT)
-        with storage.local_copy(source) as folder:
-            return cls._load(config, os.fspath(folder), source)
-
-    @classmethod
-    def _load(cls, config: Mapping[str, Any], folder: str, source: str) -> Unicode2:
+    def _load(cls, config: Mapping[str, Any], folder: str, source: str) -> Self:
+        """The codes stay in the file, which is mapped: processes of one machine share them, and a range of codes reads no
+        more than that."""
         try:
             encoder = VisionEncoder.from_pretrained(os.path.join(folder, ENCODER_NAME), config["encoder_layer"])
             tensors = load_file(os.path.join(folder, WEIGHTS_NAME))
