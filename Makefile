@@ -36,7 +36,8 @@ test: $(STAMP)  ## all tests
 check: $(STAMP)  ## lint, format, types and all tests: what CI runs
 	$(BIN)/ruff check $(wildcard $(SOURCES))
 	$(BIN)/ruff format --check $(wildcard $(SOURCES))
-	$(BIN)/python scripts/typecheck.py
+	$(BIN)/mypy
+	$(BIN)/basedpyright
 	$(PYTEST)
 
 format: $(STAMP)  ## mend what ruff can mend

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import feature_runs
 from bench.machine import report
-from smalti.workflows.ray_session import ensure_ray
+from smalti.workflows.cluster.session import ensure_ray
 
 SHARDS, TURNS, GOAL = 16, 3, 1.7
 

@@ -23,10 +23,10 @@ from bench.kmeans_at_scale import Shape, plant
 from bench.machine import report
 from smalti.schema import Recipe
 from smalti.tokenizers import kmeans
-from smalti.workflows import clustering
-from smalti.workflows.clustering import Chunk, Tree
-from smalti.workflows.ray_session import ensure_ray
-from smalti.workflows.stage import run_stage
+from smalti.workflows.cluster.session import ensure_ray
+from smalti.workflows.codebook import passes
+from smalti.workflows.codebook.passes import Chunk, Tree
+from smalti.workflows.pipeline.stage import run_stage
 
 DIM, CODES, CELLS, CHUNKS, GOAL = 256, 4_096, 64, 16, 1.7
 
@@ -42,7 +42,7 @@ def one_pass(parts: list[Chunk], tree: Tree, workers: int) -> tuple[float, torch
     """Vectors a second of a Lloyd iteration, and the codes after it."""
     mine = tree.with_codes(tree.codes.clone())
     started = time.monotonic()
-    moved, _, _ = clustering.lloyd(parts, mine, workers)
+    moved, _, _ = passes.lloyd(parts, mine, workers)
     return sum(chunk.rows for chunk in parts) / (time.monotonic() - started), moved.codes
 
 
@@ -56,7 +56,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         recipe = Recipe.model_validate({"out": folder, "tracking": {"uri": "off"}, "resources": {"actors": 2}})
         features = run_stage(recipe, "features", "features", {}, {}, lambda run: plant(shape, run))
-        parts = clustering.chunks(features.path, "train", asked.vectors // CHUNKS)
+        parts = passes.chunks(features.path, "train", asked.vectors // CHUNKS)
         tree = start(parts)
         with ensure_ray(recipe):
             one_pass(parts[:2], tree, 2)  # starts the workers

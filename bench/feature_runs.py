@@ -24,8 +24,8 @@ import pyarrow as pa
 from bench.pictures import save_encoder
 from smalti import shards
 from smalti.schema import Recipe
-from smalti.workflows.features import FeatureShard
-from smalti.workflows.shard_pipeline import run_shards
+from smalti.workflows.features.stage import FeatureShard
+from smalti.workflows.pipeline.shards import run_shards
 from smalti.workflows.sources.generated import draw
 
 IMAGE_SIZE, DISTINCT, WARM = 64, 1000, 4

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from smalti.workflows.gpus import bf16_peak
+from smalti.workflows.cluster.gpu_specs import bf16_peak
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

@@ -39,7 +39,7 @@ def losses(chunk: int, plain_chunk: int) -> dict[str, Loss]:
         "whole logits": lambda h, w, y: F.cross_entropy((h @ w.T).float(), y),
     }
     if fused:
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy  # pyright: ignore[reportMissingImports]  # an extra
 
         found["ours, without the kernel"] = lambda h, w, y: (
             chunked_cross_entropy(h, w, y, plain_chunk, low_sums=True, kernel=False).total / len(y)

@@ -30,8 +30,8 @@ import pyarrow as pa
 from bench.machine import machine
 from smalti import shards
 from smalti.schema import Recipe
-from smalti.workflows import codebook
-from smalti.workflows.stage import StageRun, run_stage
+from smalti.workflows.codebook import stage as codebook
+from smalti.workflows.pipeline.stage import StageRun, run_stage
 
 SHARD, HELD_OUT = 40_000, 20_000
 NOISE = 0.5

@@ -28,8 +28,10 @@ from bench.machine import machine
 from bench.pictures import save_encoder, save_tokenizer
 from smalti import storage
 from smalti.schema import Recipe
-from smalti.workflows import corpus, encoder, features, tokens
-from smalti.workflows.ray_session import ensure_ray
+from smalti.workflows import encoder, tokens
+from smalti.workflows.cluster.session import ensure_ray
+from smalti.workflows.corpus import stage as corpus
+from smalti.workflows.features import stage as features
 from smalti.workflows.sources.generated import draw
 
 ROOT = Path(__file__).resolve().parents[1]

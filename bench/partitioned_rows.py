@@ -33,7 +33,7 @@ def start(rank: int, folder: str, parts: bool, told: multiprocessing.Queue) -> N
     from smalti.schema import MllmSection, Train
     from smalti.workflows.train import engines
     from smalti.workflows.train.collectives import Collectives
-    from smalti.workflows.train.partitioned import partitioned_loading
+    from smalti.workflows.train.zero3_init import partitioned_loading
 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(WORKERS), "LOCAL_RANK": str(rank)}
     engines.prepare_process(False, 1)

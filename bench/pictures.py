@@ -72,7 +72,7 @@ def save_tokenizer(out: str, encoder: str, image_size: int) -> None:
     from smalti.schema import PixelStage, Recipe, SemanticStage, TokenizerSection, VitSize
     from smalti.tokenizers.encoders import VisionEncoder
     from smalti.tokenizers.semhitok import PixelTokenizer, SemanticTokenizer, SemHiTok
-    from smalti.workflows.stage import StageRun, run_stage
+    from smalti.workflows.pipeline.stage import StageRun, run_stage
 
     def body(run: StageRun) -> dict[str, int]:
         torch.manual_seed(3)

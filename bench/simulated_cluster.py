@@ -27,7 +27,7 @@ from smalti.errors import ConfigError
 from smalti.schema import Recipe
 
 if TYPE_CHECKING:
-    from smalti.workflows.placement import Need
+    from smalti.workflows.cluster.placement import Need
 
 STORE_BYTES, LIMIT_S = 80 * 2**20, 300
 
@@ -50,7 +50,7 @@ def start(nodes: int, gpus: int, cpus: int) -> Any:
     import ray
     from ray.cluster_utils import Cluster
 
-    from smalti.workflows.ray_session import quiet_ray_data
+    from smalti.workflows.cluster.session import quiet_ray_data
 
     head = {
         "num_cpus": 0,
@@ -85,7 +85,7 @@ def pool(recipe: Recipe, size: int) -> tuple[float, int]:
     """(seconds, different actors) of items through the pools of a data stage, `size` readers and actors."""
     import ray
 
-    from smalti.workflows.shard_pipeline import run_shards
+    from smalti.workflows.pipeline.shards import run_shards
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[Sleeper.__module__])
     resources = recipe.resources.model_copy(update={"readers": size, "actors": size})
@@ -96,8 +96,8 @@ def pool(recipe: Recipe, size: int) -> tuple[float, int]:
 
 def schedule(recipe: Recipe, size: int) -> list[tuple[str, float, str]]:
     """(stages, seconds, what) of everything that the recipe places. ConfigError: what could never be placed."""
-    from smalti.workflows import placement
-    from smalti.workflows.cluster_checks import all_reduce
+    from smalti.workflows.cluster import placement
+    from smalti.workflows.cluster.checks import all_reduce
 
     placement.check(recipe)
     needs = placement.needs_of(recipe)

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import psutil
 
 from bench.machine import machine
-from smalti.workflows.train.tasks_mllm import MllmTask
+from smalti.workflows.train.tasks.mllm import MllmTask
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY = ROOT / "tests" / "workflows" / "toy_training.py"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from smalti.tokenizers import kmeans
 from smalti.tokenizers.code_index import CodeIndex
-from smalti.workflows import cells
+from smalti.workflows.codebook import cell_files
 
 SPLITS = {"proportional": kmeans.allocate, "equal": kmeans.share_equally}
 
@@ -38,10 +38,10 @@ class TwoLevel:
         home_N = kmeans.assign(x_NC, cells_PC)[0]
         sizes = torch.bincount(home_N, minlength=self.coarse).tolist()
         shares = SPLITS[self.split](self.size, sizes)
-        settings = cells.CellSettings(x_NC.shape[1], self.iterations, seed=1, bound=len(x_NC))
+        settings = cell_files.CellSettings(x_NC.shape[1], self.iterations, seed=1, bound=len(x_NC))
         members = torch.argsort(home_N, stable=True).split(sizes)
         codes = [
-            cells.cell_codes(x_NC[rows], share, cell, settings)
+            cell_files.cell_codes(x_NC[rows], share, cell, settings)
             for cell, (rows, share) in enumerate(zip(members, shares, strict=True))
             if share
         ]

@@ -32,7 +32,7 @@ from smalti.mllm.adapters import ADAPTERS, Adapter
 from smalti.mllm.depth import DepthModel
 from smalti.mllm.lora import add_lora
 from smalti.mllm.model import UnifiedModel, fit_shapes
-from smalti.mllm.old_rows import slow_old_rows
+from smalti.mllm.row_lr_scaling import slow_old_rows
 from smalti.mllm.rows import Matrices, Whole
 from smalti.mllm.vocabulary import VisualVocabulary
 from smalti.schema import DepthHeads, LanguageModel, MllmSection

@@ -166,7 +166,7 @@ def _by_torch(logits_nV: Tensor, labels_n: Tensor, weights_n: Tensor | None) -> 
 def _by_liger(logits_nV: Tensor, labels_n: Tensor, weights_n: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The same by liger-kernel's kernel: softmax minus one-hot is written over the logits, in their dtype. Of several best
     ones only the first counts as correct."""
-    from liger_kernel.ops.cross_entropy import cross_entropy_forward
+    from liger_kernel.ops.cross_entropy import cross_entropy_forward  # pyright: ignore[reportMissingImports]  # an extra
 
     logits_nV.requires_grad_(weights_n is not None)  # how the kernel is told to make gradients
     losses_n, _, correct_n, _, grad_nV = cross_entropy_forward(

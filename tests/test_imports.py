@@ -89,7 +89,7 @@ def test_the_rooms_are_the_folders_at_the_root() -> None:
     import smalti.workflows
 
     for room in (smalti.mllm, smalti.tokenizers, smalti.tune, smalti.workflows):
-        assert [Path(path) for path in room.__path__] == [ROOT / room.__name__.split(".")[-1]]
+        assert [Path(path).resolve() for path in room.__path__] == [ROOT / room.__name__.split(".")[-1]]
     import tokenizers
 
     assert "site-packages" in tokenizers.__file__
@@ -112,7 +112,7 @@ def test_the_bridge_in_a_fresh_process(place: str, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     ours, name, theirs = done.stdout.split()
-    assert Path(ours) == ROOT / "tokenizers" / "vit.py"
+    assert Path(ours).resolve() == ROOT / "tokenizers" / "vit.py"
     assert name == "tokenizers"
     assert "site-packages" in theirs
 

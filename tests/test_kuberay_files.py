@@ -11,7 +11,7 @@ import yaml
 
 from smalti.cli.doctor import read_lock
 from smalti.cli.parser import parse
-from smalti.workflows import placement
+from smalti.workflows.cluster import placement
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "deploy" / "kuberay"

@@ -7,8 +7,8 @@ beside each other, as k-means leaves those that are alike, are in different tile
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
+import triton  # pyright: ignore[reportMissingImports]  # comes with CUDA builds of torch
+import triton.language as tl  # pyright: ignore[reportMissingImports]  # comes with CUDA builds of torch
 from torch import Tensor
 
 ROWS, TILE, STEP, KEPT = 128, 256, 64, 2

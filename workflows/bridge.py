@@ -11,10 +11,10 @@ from smalti.artifact import Artifact
 from smalti.errors import ConfigError, DataError
 from smalti.schema import Recipe
 from smalti.tracking import Tracker
-from smalti.workflows import tensor_files
+from smalti.workflows.cluster.session import ensure_ray
+from smalti.workflows.codebook import tensor_files
 from smalti.workflows.encoder import check_batch, resolve, result_settings
-from smalti.workflows.ray_session import ensure_ray
-from smalti.workflows.stage import StageRun, find_artifact, run_stage
+from smalti.workflows.pipeline.stage import StageRun, find_artifact, run_stage
 
 
 def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
@@ -68,7 +68,7 @@ def _body(parents: dict[str, Artifact]) -> Any:
             "path": run.path,
         }
         with ensure_ray(run.recipe):
-            fit("smalti.workflows.train.tasks_bridge:BridgeTask", settings, section.train, run, seed=run.recipe.seed)
+            fit("smalti.workflows.train.tasks.bridge:BridgeTask", settings, section.train, run, seed=run.recipe.seed)
         return {"pairs": sum(sizes), "steps": section.train.steps}
 
     return body
@@ -76,8 +76,8 @@ def _body(parents: dict[str, Artifact]) -> Any:
 
 def captioned(tokens: str) -> tuple[list[str], list[int]]:
     """Training shards of tokens, and in each the rows with a caption. DataError: none at all."""
-    from smalti.workflows.train.tasks_bridge import CAPTIONED
-    from smalti.workflows.train.tasks_mllm import usable_rows
+    from smalti.workflows.train.tasks.bridge import CAPTIONED
+    from smalti.workflows.train.tasks.mllm import usable_rows
 
     keys = shards.list_shards(tokens, "train")
     sizes = [len(usable_rows(shards.read_shard(tokens, key, ["caption", "label", "qa"]), CAPTIONED)) for key in keys]

@@ -19,11 +19,17 @@ from smalti.progress import log
 from smalti.schema import Recipe
 from smalti.storage import join
 from smalti.tracking import Tracker
-from smalti.workflows.mlflow_tracking import flatten, open_tracker
-from smalti.workflows.ray_session import ensure_ray
-from smalti.workflows.stage import find_artifact
+from smalti.workflows.cluster.session import ensure_ray
+from smalti.workflows.pipeline.stage import find_artifact
+from smalti.workflows.tracking.mlflow import flatten, open_tracker
 
 STAGES = ("corpus", "encoder", "features", "codebook", "tokenizer", "tokens", "mllm", "bridge", "export", "evaluate")
+_MODULES = {
+    "corpus": "corpus.stage",
+    "features": "features.stage",
+    "codebook": "codebook.stage",
+    "evaluate": "evaluation.stage",
+}
 _CLUSTERING = ("features", "codebook")
 
 
@@ -67,7 +73,7 @@ def _check(recipe: Recipe, only: str | None) -> None:
         return
     for variant in (recipe, *(baseline_recipe(recipe, name) for name in recipe.baselines)):
         for name in ("encoder", "codebook", "tokenizer", "mllm", "bridge"):
-            importlib.import_module(f"smalti.workflows.{name}").check(variant)
+            stage_module(name).check(variant)
 
 
 def _check_held_out(corpus: Artifact) -> None:
@@ -127,4 +133,9 @@ def _run_baseline(recipe: Recipe, name: str, tracker: Tracker) -> None:
 
 def _stage(name: str) -> Any:
     """The `run(recipe, tracker)` of a stage; its room is loaded when it is needed."""
-    return importlib.import_module(f"smalti.workflows.{name}").run
+    return stage_module(name).run
+
+
+def stage_module(name: str) -> Any:
+    """The module of a stage, imported when it is needed."""
+    return importlib.import_module(f"smalti.workflows.{_MODULES.get(name, name)}")

@@ -14,9 +14,9 @@ from smalti.artifact import Artifact
 from smalti.errors import ConfigError, DataError
 from smalti.schema import EncoderTrain, Recipe
 from smalti.tracking import Tracker
-from smalti.workflows.features import load_pixels, open_encoder
-from smalti.workflows.ray_session import ensure_ray
-from smalti.workflows.stage import StageRun, find_artifact, run_stage
+from smalti.workflows.cluster.session import ensure_ray
+from smalti.workflows.features.stage import load_pixels, open_encoder
+from smalti.workflows.pipeline.stage import StageRun, find_artifact, run_stage
 
 MODEL = "model"
 TEXT_TOKENIZER = "text_tokenizer"
@@ -114,7 +114,7 @@ def _train(section: EncoderTrain, corpus: Artifact) -> Any:
             "path": run.path,
         }
         with ensure_ray(recipe):
-            fit("smalti.workflows.train.tasks_encoder:EncoderTask", settings, section.train, run, seed=recipe.seed)
+            fit("smalti.workflows.train.tasks.encoder:EncoderTask", settings, section.train, run, seed=recipe.seed)
         scored = zero_shot(corpus, storage.join(run.path, MODEL), texts, recipe)
         if scored is not None:
             run.scores["zero_shot/accuracy"] = scored["value"]
@@ -129,7 +129,7 @@ def _train(section: EncoderTrain, corpus: Artifact) -> Any:
 
 def captioned(corpus: Artifact) -> tuple[list[str], list[int], Counter[tuple[str, str]]]:
     """Shards of the training split, their rows with a text, and how often each (text, label) pair occurs."""
-    from smalti.workflows.train.tasks_encoder import text_of
+    from smalti.workflows.train.tasks.encoder import text_of
 
     keys, sizes, texts = [], [], Counter[tuple[str, str]]()
     for key, table in _tables(corpus, "train", ["caption", "label"]):

@@ -13,7 +13,7 @@ from smalti.artifact import Artifact
 from smalti.schema import Recipe
 from smalti.tracking import Tracker
 from smalti.workflows.bridge import copy_into
-from smalti.workflows.stage import StageRun, find_artifact, run_stage
+from smalti.workflows.pipeline.stage import StageRun, find_artifact, run_stage
 
 
 def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:

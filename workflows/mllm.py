@@ -14,9 +14,9 @@ from smalti.artifact import Artifact
 from smalti.errors import ConfigError, DataError
 from smalti.schema import PARTS, DepthHeads, MllmSection, Recipe
 from smalti.tracking import Tracker
+from smalti.workflows.cluster.session import ensure_ray
 from smalti.workflows.encoder import check_batch, resolve, result_settings
-from smalti.workflows.ray_session import ensure_ray
-from smalti.workflows.stage import StageRun, find_artifact, run_stage
+from smalti.workflows.pipeline.stage import StageRun, find_artifact, run_stage
 
 TEXT_ROWS = 10_000  # a shard of text
 PREPARED = "prepared.json"
@@ -114,7 +114,7 @@ def _body(parents: dict[str, Artifact]) -> Any:
             "text": text,
         }
         with ensure_ray(run.recipe):
-            fit("smalti.workflows.train.tasks_mllm:MllmTask", settings, section.train, run, seed=run.recipe.seed)
+            fit("smalti.workflows.train.tasks.mllm:MllmTask", settings, section.train, run, seed=run.recipe.seed)
         return {"rows": sum(sizes), "texts": sum(text[1]) if text else 0, "steps": section.train.steps}
 
     return body
@@ -123,7 +123,7 @@ def _body(parents: dict[str, Artifact]) -> Any:
 def usable(run: StageRun, tokens: str) -> tuple[list[str], list[int]]:
     """Training shards of tokens, and in each the rows that the mixture can use."""
     from smalti.workflows.train.data import shard_index
-    from smalti.workflows.train.tasks_mllm import usable_rows
+    from smalti.workflows.train.tasks.mllm import usable_rows
 
     mixture = run.recipe.mllm.whole_mixture
     if mixture.caption_to_image:

@@ -14,7 +14,7 @@ from typing import Any
 from smalti.config import with_overrides
 from smalti.schema import EncoderTrain, Recipe
 from smalti.storage import atomic_local_dir, exists, join, write_atomic, write_json
-from smalti.workflows.ray_session import ensure_ray
+from smalti.workflows.cluster.session import ensure_ray
 
 _STEPS = 3
 _TRAIN = {

@@ -8,7 +8,7 @@ from typing import Any
 from smalti.artifact import Artifact
 from smalti.schema import Recipe
 from smalti.tracking import Tracker
-from smalti.workflows.stage import find_artifact, run_stage
+from smalti.workflows.pipeline.stage import find_artifact, run_stage
 
 SYSTEMS = {
     "semhitok": "smalti.workflows.systems.semhitok",

@@ -12,11 +12,11 @@ from smalti.artifact import Artifact
 from smalti.errors import DataError
 from smalti.schema import Recipe
 from smalti.tracking import Tracker
-from smalti.workflows.features import actor_device, block_bytes, load_pixels, numerics
-from smalti.workflows.ray_session import ensure_ray
-from smalti.workflows.shard_pipeline import refuse_foreign, run_shards, standing_for
-from smalti.workflows.shard_tally import HERE, shard_progress
-from smalti.workflows.stage import StageRun, find_artifact, run_stage
+from smalti.workflows.cluster.session import ensure_ray
+from smalti.workflows.features.stage import actor_device, block_bytes, load_pixels, numerics
+from smalti.workflows.pipeline.shards import refuse_foreign, run_shards, standing_for
+from smalti.workflows.pipeline.stage import StageRun, find_artifact, run_stage
+from smalti.workflows.pipeline.timings import HERE, shard_progress
 
 CARRIED = ["image_id", "caption", "label", "qa"]
 

@@ -284,8 +284,8 @@ def _reach(address: str, mode: str, out: str, recipe: Recipe | None, wait_s: flo
     import ray
 
     from smalti.cli.doctor_cluster import cluster_checks
-    from smalti.workflows.cluster_checks import asks_for_token
-    from smalti.workflows.ray_session import remote_env
+    from smalti.workflows.cluster.checks import asks_for_token
+    from smalti.workflows.cluster.session import remote_env
 
     here = ray.is_initialized()
     try:

@@ -9,7 +9,7 @@ from smalti.cli.doctor import MIN_DISK_BYTES, Check, gib
 if TYPE_CHECKING:
     from smalti.schema import Recipe
 
-# `facts` are the `NodeFacts` of `smalti.workflows.cluster_checks`.
+# `facts` are the `NodeFacts` of `smalti.workflows.cluster.checks`.
 MUST_AGREE = ("python", "ray", "torch", "deepspeed", "transformers")
 
 
@@ -17,8 +17,8 @@ def cluster_checks(out: str, recipe: Recipe | None, wait_s: float = 0.0) -> list
     """Lines about all nodes. Ray must be connected. wait_s: how long the nodes of a recipe are waited for first."""
     import ray
 
-    from smalti.workflows import cluster_checks as work
-    from smalti.workflows.placement import cluster_nodes, grows_unseen
+    from smalti.workflows.cluster import checks as work
+    from smalti.workflows.cluster.placement import cluster_nodes, grows_unseen
 
     checks = [] if recipe is None or not wait_s else [came_check(*work.wait_for_room(recipe, wait_s))]
     facts, unseen, silent = work.survey(out, [] if recipe is None else local_folders(recipe))
@@ -146,7 +146,7 @@ def _reduce(facts: list[Any], all_reduce: Any, free_gpus: float) -> list[Check]:
 
 def room_checks(recipe: Recipe, nodes: Any, unseen: bool = False) -> list[Check]:
     """Whether the recipe's stages can be placed on these nodes. unseen: others may come, of which nothing is known here."""
-    from smalti.workflows.placement import shortages, unplaceable
+    from smalti.workflows.cluster.placement import shortages, unplaceable
 
     checks = []
     for line in unplaceable(recipe, nodes):
@@ -166,7 +166,7 @@ def local_room(recipe: Recipe) -> list[Check]:
     `resources.device: cpu` says it has as many GPUs."""
     import torch
 
-    from smalti.workflows.placement import Node, Nodes
+    from smalti.workflows.cluster.placement import Node, Nodes
 
     gpus = 1e6 if recipe.resources.device == "cpu" else float(torch.cuda.device_count())
     return room_checks(recipe, Nodes([Node("this machine", {"CPU": 1e6, "GPU": gpus})]))

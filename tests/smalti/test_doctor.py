@@ -8,7 +8,7 @@ import pytest
 
 from smalti.cli import doctor, doctor_cluster, main
 from smalti.config import load_recipe
-from smalti.workflows.cluster_checks import PACKAGES, NodeFacts, refused
+from smalti.workflows.cluster.checks import PACKAGES, NodeFacts, refused
 
 
 @pytest.fixture(autouse=True)

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
-from smalti.workflows import corpus, corpus_look
-from smalti.workflows.shard_tally import HERE
+from smalti.workflows.corpus import scan
+from smalti.workflows.corpus import stage as corpus
+from smalti.workflows.pipeline.timings import HERE
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> None:
             tally.add(HERE.drain())
             yield result
 
-    monkeypatch.setattr(corpus_look, "run_shards", here)
+    monkeypatch.setattr(scan, "run_shards", here)
     monkeypatch.setattr(corpus, "ensure_ray", lambda recipe: nullcontext())
 
 

@@ -31,7 +31,7 @@ from smalti.workflows.plan.models import models_of
 from smalti.workflows.smoke import _tiny_diffuser
 from smalti.workflows.train.collectives import Collectives
 from smalti.workflows.train.task import Context, Row
-from smalti.workflows.train.tasks_bridge import BridgeTask
+from smalti.workflows.train.tasks.bridge import BridgeTask
 
 K, C, TOKENS = 20, 6, 16
 CAPTIONS = ["a red circle", None, "a blue circle", "a green triangle"]
@@ -150,7 +150,7 @@ def test_an_export_with_a_bridge_draws_where_diffusers_is_installed(exported: st
 
 
 def test_tokens_without_captions_are_told(tokens: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("smalti.workflows.train.tasks_mllm.caption_of", lambda row: "")
+    monkeypatch.setattr("smalti.workflows.train.tasks.mllm.caption_of", lambda row: "")
     with pytest.raises(DataError, match="has a caption"):
         bridge.captioned(tokens)
 

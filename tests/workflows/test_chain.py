@@ -55,7 +55,7 @@ def _fork(arguments: list[str], told: str) -> int:
     import mlflow.tracking  # noqa: F401
     import ray.data  # noqa: F401
 
-    import smalti.workflows.evaluate  # noqa: F401
+    import smalti.workflows.evaluation.stage  # noqa: F401
     from smalti.cli import main
 
     pid = os.fork()

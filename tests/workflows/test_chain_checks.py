@@ -10,8 +10,10 @@ import pytest
 
 from smalti.config import load_recipe
 from smalti.errors import ConfigError, DataError
-from smalti.workflows import chain, corpus, corpus_look
+from smalti.workflows import chain
 from smalti.workflows.chain import run_recipe
+from smalti.workflows.corpus import scan
+from smalti.workflows.corpus import stage as corpus
 
 WRONG = {
     "no source": (["corpus.source=null"], "corpus.source is not set"),
@@ -51,7 +53,7 @@ def test_a_corpus_that_holds_nothing_out_ends_the_chain_before_the_training(
     monkeypatch.setattr(chain, "ensure_ray", lambda recipe: nullcontext())
     monkeypatch.setattr(corpus, "ensure_ray", lambda recipe: nullcontext())
     monkeypatch.setattr(
-        corpus_look, "run_shards", lambda items, worker, args, resources, **more: map(worker(*args).work, items)
+        scan, "run_shards", lambda items, worker, args, resources, **more: map(worker(*args).work, items)
     )
     own = ["corpus.source=generated:4", "corpus.format=auto", "corpus.val_source=null", "corpus.val_fraction=0"]
     recipe = load_recipe("semhitok-quickstart", [f"out={tmp_path}/out", "tracking.uri=off", *own])

@@ -12,7 +12,8 @@ from smalti.artifact import Artifact
 from smalti.config import find_recipe, load_recipe
 from smalti.errors import ConfigError, DataError
 from smalti.schema import Recipe
-from smalti.workflows import corpus, mllm, quickstart, tokenizer
+from smalti.workflows import mllm, quickstart, tokenizer
+from smalti.workflows.corpus import stage as corpus
 from smalti.workflows.encoder import check_batch
 
 

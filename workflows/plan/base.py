@@ -15,8 +15,8 @@ import torch
 from smalti import shards
 from smalti.errors import ConfigError
 from smalti.tokenizers import kmeans
-from smalti.workflows.clustering import Chunk
-from smalti.workflows.gpus import GPUS
+from smalti.workflows.cluster.gpu_specs import GPUS
+from smalti.workflows.codebook.passes import Chunk
 
 ASSUMED_FRACTION = 0.45  # of the float32 peak: k-means and tree search compute in float32
 ASSUMED_READ = 1e9  # bytes a second and GPU from the store

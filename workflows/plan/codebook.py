@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from smalti.schema import CodebookSection
-from smalti.workflows import clustering, code_sums, recall
-from smalti.workflows.codebook import FINE_VECTORS, SAMPLE_A_CELL, SAMPLE_MIN, SEEDS_A_CODE
+from smalti.workflows.codebook import partial_sums, passes, recall
+from smalti.workflows.codebook.stage import FINE_VECTORS, SAMPLE_A_CELL, SAMPLE_MIN, SEEDS_A_CODE
 from smalti.workflows.plan.base import Phase, Plan, Rates
 
 HALF, SINGLE, DOUBLE = 2, 4, 8  # bytes
@@ -23,7 +23,7 @@ def plan_codebook(section: CodebookSection, vectors: int, width: int, rates: Rat
     """
     two_level = section.coarse > 1
     phases = (_two_level if two_level else _flat)(section, vectors, width)
-    cells, probes = section.coarse, min(clustering.PROBES, section.coarse)
+    cells, probes = section.coarse, min(passes.PROBES, section.coarse)
     searched = cells + probes * section.size / cells if two_level else section.size
     flops = 2.0 * vectors * searched * width
     formula = f"2·N·(P + {probes}·K/P)·C" if two_level else "2·N·K·C"
@@ -51,7 +51,7 @@ def cells_seen(section: CodebookSection) -> float:
 def _two_level(section: CodebookSection, vectors: int, width: int) -> list[Phase]:
     cells, turns, data = section.coarse, section.iterations, float(HALF * vectors * width)
     sample = _sample(section, vectors)
-    tasks, seen = -(-sample // clustering.SAMPLE_CHUNK_VECTORS), min(vectors, cells * section.cell_vectors)
+    tasks, seen = -(-sample // passes.SAMPLE_CHUNK_VECTORS), min(vectors, cells * section.cell_vectors)
     of_cells = "N" if seen == vectors else f"{seen:,}"
     return [
         Phase("sample", "every shard is read once", read=data),
@@ -65,7 +65,7 @@ def _two_level(section: CodebookSection, vectors: int, width: int) -> list[Phase
 
 def _sums(section: CodebookSection, vectors: int, width: int) -> float:
     """Bytes of the sums that the tasks of a Lloyd pass hand on: a row of float64 a code that a chunk or piece meets."""
-    num, chunk = section.size, min(vectors, clustering.CHUNK_VECTORS)
+    num, chunk = section.size, min(vectors, passes.CHUNK_VECTORS)
     met = num * -math.expm1(-chunk / num)  # of equally frequent codes
     tasks = -(-vectors // chunk)
     if section.coarse > 1:
@@ -93,9 +93,11 @@ def _sample(section: CodebookSection, vectors: int) -> int:
 
 def _memory(section: CodebookSection, vectors: int, width: int) -> list[tuple[str, float, str, str]]:
     """(who, bytes, formula, mend) of the largest needs of the driver and of a task, beside what Python and torch take."""
-    chunk, block = min(vectors, clustering.CHUNK_VECTORS), min(vectors, clustering.BLOCK_VECTORS)
-    codes, far = float(SINGLE * section.size * width), float(3 * SINGLE * clustering.FAR_KEPT * width)
-    rows = min(section.size, max(1, code_sums.RANGE_NUMBERS // width)) if section.polish or section.coarse == 1 else 0
+    chunk, block = min(vectors, passes.CHUNK_VECTORS), min(vectors, passes.BLOCK_VECTORS)
+    codes, far = float(SINGLE * section.size * width), float(3 * SINGLE * passes.FAR_KEPT * width)
+    rows = (
+        min(section.size, max(1, partial_sums.RANGE_NUMBERS // width)) if section.polish or section.coarse == 1 else 0
+    )
     met = min(section.size, chunk) if rows else 0
     sample, seeds = _sample(section, vectors), section.coarse if section.coarse > 1 else section.size
     shard, smaller = "Use smaller shards.", "Set a smaller codebook.size, or features of fewer numbers."
@@ -106,9 +108,7 @@ def _memory(section: CodebookSection, vectors: int, width: int) -> list[tuple[st
         (
             "the driver in a pass",
             codes + max(float(DOUBLE * rows * width) + far, float(NAMES * section.size)) + BESIDE,
-            "4·K·C"
-            + " and a range of sums" * bool(rows)
-            + f" and 12·{clustering.FAR_KEPT:,}·C of far vectors and 0.1 GB",
+            "4·K·C" + " and a range of sums" * bool(rows) + f" and 12·{passes.FAR_KEPT:,}·C of far vectors and 0.1 GB",
             smaller,
         ),
         (

@@ -21,7 +21,7 @@ from smalti.tokenizers.losses import PixelLoss, discriminator_loss
 from smalti.tokenizers.patchgan import PatchGAN
 from smalti.workflows.plan.models import Autocast, Head, Model, encoder_of, language_of, perceptual_of
 from smalti.workflows.plan.trace import Backward, fake
-from smalti.workflows.train.tasks_semantic import encodes_in_bf16
+from smalti.workflows.train.tasks.semantic import encodes_in_bf16
 
 
 def dual_model(recipe: Recipe, encoder: VisionEncoder, origin: str, gpu: bool) -> Model:

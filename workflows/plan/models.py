@@ -33,7 +33,7 @@ from smalti.workflows.plan.configs import language_config, vision_config
 from smalti.workflows.plan.trace import Backward, fake
 from smalti.workflows.train.engines import SENT_LOW
 from smalti.workflows.train.optimizers import hidden_matrices
-from smalti.workflows.train.tasks_semantic import encodes_in_bf16
+from smalti.workflows.train.tasks.semantic import encodes_in_bf16
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 

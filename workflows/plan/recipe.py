@@ -14,16 +14,16 @@ from smalti.artifact import Artifact
 from smalti.errors import ConfigError
 from smalti.schema import Recipe
 from smalti.tokenizers.dualtoken import BOOKS
+from smalti.workflows.pipeline.stage import stage_path
 from smalti.workflows.plan import unicode2
 from smalti.workflows.plan.base import Plan, Rates, size_text, time_text
 from smalti.workflows.plan.codebook import plan_codebook
 from smalti.workflows.plan.devices import shared_among
-from smalti.workflows.plan.looks import Look
+from smalti.workflows.plan.inference_cost import Look
 from smalti.workflows.plan.measured import measurements
 from smalti.workflows.plan.models import Model, encoder_of, models_of
 from smalti.workflows.plan.table import lines
 from smalti.workflows.plan.training import TrainPlan, Trial
-from smalti.workflows.stage import stage_path
 
 ASSUMED_IMAGE_BYTES = 100_000  # an encoded image of the corpus
 ASSUMED_TEXT = 64  # tokens of text beside an image

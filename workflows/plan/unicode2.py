@@ -10,7 +10,7 @@ from smalti.schema import CodebookSection, Recipe
 from smalti.tokenizers.encoders import VisionEncoder
 from smalti.tokenizers.unicode2 import EXACT_CODES
 from smalti.workflows.plan.codebook import cells_seen
-from smalti.workflows.plan.looks import Look
+from smalti.workflows.plan.inference_cost import Look
 
 SINGLE = 4  # bytes
 

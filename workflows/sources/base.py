@@ -28,7 +28,7 @@ from fsspec.implementations.local import LocalFileSystem
 from smalti import storage
 from smalti.errors import DataError
 from smalti.schema import CorpusSection
-from smalti.workflows.shard_tally import HERE
+from smalti.workflows.pipeline.timings import HERE
 from smalti.workflows.sources.patience import BUFFER_BYTES, PatientFiles, PatientStream, patiently
 
 IMAGE_SUFFIXES = frozenset(

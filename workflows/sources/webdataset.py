@@ -17,7 +17,7 @@ from fsspec.utils import infer_compression
 
 from smalti.errors import DataError
 from smalti.schema import CorpusSection
-from smalti.workflows.shard_tally import HERE
+from smalti.workflows.pipeline.timings import HERE
 from smalti.workflows.sources.base import (
     DEFAULT_CAPTION,
     IMAGE_SUFFIXES,

@@ -9,10 +9,10 @@ from smalti import storage
 from smalti.artifact import Artifact
 from smalti.errors import ConfigError
 from smalti.schema import Recipe
+from smalti.workflows.cluster.session import ensure_ray
 from smalti.workflows.encoder import check_batch, result_settings
-from smalti.workflows.features import open_encoder
-from smalti.workflows.ray_session import ensure_ray
-from smalti.workflows.stage import StageRun
+from smalti.workflows.features.stage import open_encoder
+from smalti.workflows.pipeline.stage import StageRun
 from smalti.workflows.systems.phases import Phases, check_loss, placed, refuse_foreign
 
 
@@ -76,15 +76,15 @@ def train(phases: Phases) -> Artifact:
     """The phase `dual`."""
     stage = phases.section.dual
     settings = {"stage": stage, "loss": placed(stage.loss)} | phases.images(needs_encoder=True)
-    task = "smalti.workflows.train.tasks_dual:DualTask"
+    task = "smalti.workflows.train.tasks.dual:DualTask"
     return phases.phase("dual", task, settings, stage, phases.parents, {})
 
 
 def assemble(phases: Phases, dual: Artifact) -> dict[str, int]:
     """Write the DualToken at the root of the artifact."""
     from smalti.tokenizers.dualtoken import DualModel, DualToken
-    from smalti.workflows.train.tasks_dual import WEIGHTS
-    from smalti.workflows.train.tasks_semantic import read_tensors
+    from smalti.workflows.train.tasks.dual import WEIGHTS
+    from smalti.workflows.train.tasks.semantic import read_tensors
 
     model = DualModel(phases.section.dual, open_encoder(phases.encoder, phases.recipe.encoder.layer))
     model.load_state_dict(read_tensors(storage.join(dual.path, WEIGHTS)))

@@ -11,8 +11,8 @@ from smalti.artifact import Artifact
 from smalti.errors import ArtifactError, ConfigError
 from smalti.schema import Loss, Recipe, TokenizerSection
 from smalti.workflows.encoder import encoder_path, result_settings
-from smalti.workflows.features import open_encoder
-from smalti.workflows.stage import StageRun, run_stage
+from smalti.workflows.features.stage import open_encoder
+from smalti.workflows.pipeline.stage import StageRun, run_stage
 
 PHASES = "tokenizer/phases"
 

@@ -8,11 +8,11 @@ from typing import Any
 from smalti import storage
 from smalti.artifact import Artifact
 from smalti.schema import Recipe
-from smalti.workflows import codebook
+from smalti.workflows.cluster.session import ensure_ray
+from smalti.workflows.codebook import stage as codebook
 from smalti.workflows.encoder import check_batch, result_settings
-from smalti.workflows.features import open_encoder
-from smalti.workflows.ray_session import ensure_ray
-from smalti.workflows.stage import StageRun
+from smalti.workflows.features.stage import open_encoder
+from smalti.workflows.pipeline.stage import StageRun
 from smalti.workflows.systems.phases import Phases, check_loss, placed, refuse_foreign
 
 
@@ -83,7 +83,7 @@ class SemHiTokPhases(Phases):
             "dim": self.dim,
             "centroids": storage.join(self.parents["codebook"].path, codebook.CENTROIDS),
         } | self.images(needs_encoder=True)
-        task = "smalti.workflows.train.tasks_semantic:SemanticTask"
+        task = "smalti.workflows.train.tasks.semantic:SemanticTask"
         return self._sized("semantic", task, settings, stage, self.parents)
 
     def pixel(self, semantic: Artifact | None) -> Artifact:
@@ -92,7 +92,7 @@ class SemHiTokPhases(Phases):
         settings = self._pixel_settings(semantic, stage.loss)
         parents = {"corpus": self.parents["corpus"], "encoder": self.parents["encoder"]}
         parents |= {} if semantic is None else {"semantic": semantic}
-        return self._sized("pixel", "smalti.workflows.train.tasks_pixel:PixelTask", settings, stage, parents)
+        return self._sized("pixel", "smalti.workflows.train.tasks.pixel:PixelTask", settings, stage, parents)
 
     def decoder(self, semantic: Artifact | None, pixel: Artifact) -> Artifact:
         """Stage D: a larger decoder, all else frozen."""
@@ -101,7 +101,7 @@ class SemHiTokPhases(Phases):
         settings = self._pixel_settings(semantic, stage.loss)
         settings |= {"decoder": stage.decoder, "start": storage.join(pixel.path, "pixel.safetensors")}
         parents = {"corpus": self.parents["corpus"], "encoder": self.parents["encoder"], "pixel": pixel}
-        return self._sized("decoder", "smalti.workflows.train.tasks_pixel:PixelTask", settings, stage, parents)
+        return self._sized("decoder", "smalti.workflows.train.tasks.pixel:PixelTask", settings, stage, parents)
 
     def _pixel_settings(self, semantic: Artifact | None, loss: Any) -> dict[str, Any]:
         needs_encoder = semantic is not None or loss.perceptual.kind == "encoder"
@@ -129,7 +129,7 @@ class SemHiTokPhases(Phases):
     def assemble(self, semantic: Artifact | None, pixel: Artifact, decoder: Artifact | None) -> dict[str, int]:
         """Put the phases together as one SemHiTok and write it at the root of the artifact."""
         from smalti.tokenizers.semhitok import PixelTokenizer, SemanticTokenizer, SemHiTok
-        from smalti.workflows.train.tasks_semantic import read_tensors
+        from smalti.workflows.train.tasks.semantic import read_tensors
 
         encoder = None if semantic is None else open_encoder(self.encoder, self.recipe.encoder.layer)
         codes = model = None

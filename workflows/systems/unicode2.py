@@ -10,10 +10,10 @@ import torch
 from smalti.artifact import Artifact
 from smalti.errors import ConfigError, DataError
 from smalti.schema import Recipe, TokenizerSection
-from smalti.workflows import codebook
+from smalti.workflows.codebook import stage as codebook
 from smalti.workflows.encoder import encoder_path
-from smalti.workflows.features import open_encoder
-from smalti.workflows.stage import StageRun
+from smalti.workflows.features.stage import open_encoder
+from smalti.workflows.pipeline.stage import StageRun
 
 
 def parents(recipe: Recipe) -> tuple[str, ...]:

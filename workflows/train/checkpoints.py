@@ -24,9 +24,9 @@ import torch
 
 from smalti import storage
 from smalti.errors import ConfigError, DataError
-from smalti.workflows.train import universal
-from smalti.workflows.train.again import again
+from smalti.workflows.train import reshard
 from smalti.workflows.train.collectives import Collectives
+from smalti.workflows.train.retry import again
 from smalti.workflows.train.scratch import Scratch, filled, takes_no_more
 from smalti.workflows.train.task import Task
 
@@ -208,9 +208,9 @@ class Checkpoints:
         for name, engine in engines.items():
             source = os.path.join(folder, name)
             if cut and engine.zero_optimization_stage():
-                universal.load(engine, source, TAG, self.collectives, told=f"{path}/{name}")
+                reshard.load(engine, source, TAG, self.collectives, told=f"{path}/{name}")
             else:
-                universal.load_engine(engine, source, TAG, told=f"{path}/{name}")
+                reshard.load_engine(engine, source, TAG, told=f"{path}/{name}")
         device = next(iter(engines.values())).device
         task.load_state_dict(torch.load(os.path.join(folder, TASK_FILE), map_location=device, weights_only=True))
         self.collectives.storage_barrier()

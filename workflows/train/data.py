@@ -18,8 +18,8 @@ import pyarrow as pa
 from smalti import images, shards, storage
 from smalti.errors import DataError, ImageError
 from smalti.progress import log
-from smalti.workflows.train.again import again
 from smalti.workflows.train.order import Near, Order, Samples
+from smalti.workflows.train.retry import again
 from smalti.workflows.train.shard_cache import ShardCache
 from smalti.workflows.train.task import Batch, Row, Source
 

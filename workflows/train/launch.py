@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from smalti import storage
 from smalti.errors import SmaltiError, TrainingError
-from smalti.workflows.train.board import Board
+from smalti.workflows.train.driver_channel import Board
 from smalti.workflows.train.elastic import elastic_trainer, fitting_workers, left_out
 from smalti.workflows.train.failures import brief, cause_of, failed_workers
 from smalti.workflows.train.loop import CHECKPOINTS, DONE_FILE, Job, train_worker
-from smalti.workflows.train.watch import Watch
+from smalti.workflows.train.progress_monitor import Watch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from smalti.schema import Resources, Train
-    from smalti.workflows.stage import StageRun
+    from smalti.workflows.pipeline.stage import StageRun
 
 QUIET = {  # read by Ray Train in the driver and its workers
     "RAY_TRAIN_METRICS_ENABLED": "0",

@@ -21,12 +21,12 @@ from smalti import storage
 from smalti.errors import SmaltiError
 from smalti.workflows.train import engines as ds
 from smalti.workflows.train import guards
-from smalti.workflows.train.again import again
 from smalti.workflows.train.checkpoints import Checkpoints, check_best
 from smalti.workflows.train.collectives import Collectives
 from smalti.workflows.train.data import Feed, Joined, ShardRows
-from smalti.workflows.train.meter import Meter
-from smalti.workflows.train.pace import Pace
+from smalti.workflows.train.metrics import Meter
+from smalti.workflows.train.periodic import Pace
+from smalti.workflows.train.retry import again
 from smalti.workflows.train.scratch import sweep
 from smalti.workflows.train.task import Batch, Context, Metrics, Task, seed_of
 from smalti.workflows.train.throughput import Throughput

@@ -9,12 +9,12 @@ import time
 import torch
 from torch import Tensor, nn
 
-from smalti.workflows.gpus import bf16_peak
+from smalti.workflows.cluster.gpu_specs import bf16_peak
 from smalti.workflows.train.collectives import Collectives
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bf16 peak in FLOP/s; None for a CPU and for devices that `smalti.workflows.gpus` does not know."""
+    """The device's dense bf16 peak in FLOP/s; None for a CPU and for devices that `smalti.workflows.cluster.gpu_specs` does not know."""
     if device.type != "cuda":
         return None
     return bf16_peak(torch.cuda.get_device_name(device))

@@ -1,0 +1,152 @@
+"""The shard pipeline: every item once, with and without a stage of readers, through errors and lost actors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from smalti import shards
+from smalti.errors import ConfigError, DataError, ImageError
+from smalti.schema import Resources
+from smalti.workflows.cluster.session import quiet_ray_data
+from smalti.workflows.pipeline import shards as shard_pipeline
+from smalti.workflows.pipeline.shards import _pack, _unpack, refuse_foreign, run_shards, standing, standing_for
+from smalti.workflows.pipeline.timings import Tally
+
+
+@pytest.fixture(scope="module")
+def ray_here() -> Iterator[None]:
+    """A local Ray that believes it has a GPU: the split pipeline runs, nothing computes on one."""
+    import ray
+
+    ray.init(address="local", num_cpus=3, num_gpus=1, log_to_driver=False, logging_level="ERROR")
+    quiet_ray_data()
+    yield
+    ray.shutdown()
+
+
+def worker_class(folder: str = "") -> Any:
+    """A worker that squares; made here, so that it travels by value. Given a folder it dies once at item 5, and
+    always at item 6."""
+
+    class Square:
+        def __init__(self, offset: int) -> None:
+            self.offset = offset
+
+        def read(self, item: int) -> tuple[int, bytes]:
+            if item == -1:
+                raise ImageError("cannot read", "broken")
+            return item, bytes(1000)
+
+        def work(self, loaded: tuple[int, bytes]) -> int:
+            import os
+            import signal
+            from pathlib import Path
+
+            item, data = loaded
+            marker = Path(folder) / "died"
+            if folder and item == 5 and not marker.exists():
+                marker.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            if folder and item == 6:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if item == -2:
+                raise ValueError("a bug")
+            return item * item + self.offset + len(data) - 1000
+
+    return Square
+
+
+def results(items: list[int], gpus: float, folder: str = "", tally: Tally | None = None) -> list[int]:
+    resources = Resources(actors=2, gpus_per_worker=gpus, readers=1)
+    return sorted(run_shards(items, worker_class(folder), (7,), resources, tally=tally))
+
+
+@pytest.mark.parametrize("gpus", [0, 0.5])
+def test_every_item_once(ray_here: None, gpus: float) -> None:
+    assert results(list(range(9)), gpus) == sorted(n * n + 7 for n in range(9))
+
+
+@pytest.mark.parametrize("gpus", [0, 0.5])
+def test_a_users_error_comes_as_it_was(ray_here: None, gpus: float) -> None:
+    with pytest.raises(ImageError, match="cannot read") as caught:
+        results([1, -1], gpus)
+    assert caught.value.reason == "broken"
+
+
+def test_a_bug_is_not_swallowed(ray_here: None) -> None:
+    with pytest.raises(Exception, match="a bug"):
+        results([-2], 0)
+
+
+def test_gpus_that_this_machine_has_not_are_not_waited_for(ray_here: None) -> None:
+    with pytest.raises(ConfigError, match="gpus_per_worker=2, and Ray knows of 1 GPUs on this machine"):
+        results([1], 2)
+
+
+def test_the_shard_of_a_lost_actor_is_done_again(ray_here: None, tmp_path: Path) -> None:
+    tally = Tally()
+    items = [0, 1, 2, 3, 4, 5, 7, 8, 9]
+    assert results(items, 0, str(tmp_path), tally) == sorted(n * n + 7 for n in items)
+    assert (tmp_path / "died").exists()
+    assert tally.counted() == {"restarts": 1}
+
+
+def test_an_item_that_kills_its_workers_is_one_clear_error(
+    ray_here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_pipeline, "DEATHS", 1)
+    with pytest.raises(DataError, match=r"1 workers died at 6: .*resources\.actors .* go out of the source"):
+        results([6], 0, str(tmp_path))
+
+
+def test_a_large_array_travels_beside_the_pickle() -> None:
+    pixels, small = np.arange(2**20, dtype=np.uint8).reshape(4, -1), np.arange(3)
+    block = _pack("loaded", ("key", small, pixels, pixels[:2]), {"seconds/read": 1.5})
+    kind, (key, few, many, _), noted = _unpack(block)
+    assert (kind, key, noted) == ("loaded", "key", {"seconds/read": 1.5})
+    assert many.ctypes.data == pixels.ctypes.data
+    np.testing.assert_array_equal(few, small)
+    assert _unpack(_pack("result", 3, {}))[1] == 3
+
+
+def test_nothing_to_do_starts_nothing() -> None:
+    assert list(run_shards([], worker_class(), (0,), Resources())) == []
+
+
+def test_standing_shards_and_torn_ones(tmp_path: Path) -> None:
+    assert standing(str(tmp_path), "train/00000") is None
+    receipt = shards.write_shard(str(tmp_path), "train/00000", pa.table({"a": [1, 2]}))
+    assert standing(str(tmp_path), "train/00000") == receipt
+    path = tmp_path / "train" / "00000.parquet"
+    path.write_bytes(path.read_bytes()[:20])
+    assert standing(str(tmp_path), "train/00000") is None
+    assert not path.exists()
+    with pytest.raises(DataError):
+        shards.shard_rows(str(tmp_path), "train/00000")
+
+
+def test_a_shard_of_other_images_is_made_again(tmp_path: Path) -> None:
+    corpus, out, key = str(tmp_path / "corpus"), str(tmp_path / "out"), "train/00000"
+    shards.write_shard(corpus, key, pa.table({"image_id": ["a", "b"]}))
+    receipt = shards.write_shard(out, key, pa.table({"image_id": ["a", "a", "b", "b"]}))
+    assert standing_for(out, corpus, key) == receipt
+    for other in ({"image_id": ["b", "a"]}, {"image_id": ["a"]}, {"image_id": ["a", "b", "c"]}, {"what": [1, 2]}):
+        shards.write_shard(out, key, pa.table(other))
+        assert standing_for(out, corpus, key) is None
+        assert not (tmp_path / "out" / "train" / "00000.parquet").exists()
+    assert standing_for(out, corpus, key) is None
+
+
+def test_shards_that_the_corpus_has_not_are_refused(tmp_path: Path) -> None:
+    refuse_foreign(str(tmp_path), ["train/00000"])
+    shards.write_shard(str(tmp_path), "train/00000", pa.table({"a": [1]}))
+    (tmp_path / "train" / "00001.parquet.tmp").write_bytes(b"half")
+    refuse_foreign(str(tmp_path), ["train/00000", "train/00001"])
+    with pytest.raises(DataError, match=r"1 shards that the corpus has not.*train/00000\.parquet"):
+        refuse_foreign(str(tmp_path), ["train/00001"])

@@ -1,0 +1,1 @@
+"""The Ray session, placement of workers, checks of a cluster, GPU specifications."""

@@ -1,0 +1,1 @@
+"""Stage `codebook`: two-level k-means over feature shards."""

@@ -1,0 +1,72 @@
+"""The vectors in the cell files as the polish steps see them: those of neighbouring cells together.
+
+The vectors of a cell meet the codes of few cells, so that the sums of a piece are a small part of those of a chunk. A piece
+takes one range read of each file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from smalti.tokenizers import kmeans
+from smalti.workflows.codebook import cell_files, passes
+from smalti.workflows.codebook.passes import Chunk
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some ranges of cell files, (name, first row, end) each, as a pass sees a chunk (`clustering.Vectors`)."""
+
+    spans: tuple[tuple[str, int, int], ...]
+    width: int
+    spherical: bool = False
+    gpus: float = 0.0
+    device: str = "cpu"
+
+    @property
+    def rows(self) -> int:
+        """Vectors in it."""
+        return sum(end - first for _, first, end in self.spans)
+
+    def vectors(self) -> Iterator[Tensor]:
+        """float32 blocks (n, C), file by file. Errors: DataError, a file cut short."""
+        with ThreadPoolExecutor(passes.READ_THREADS) as threads:  # many small reads: a store answers late
+            arrays = threads.map(self._read, self.spans)
+            for x_NC in passes.in_blocks(arrays, self.rows, self.width):
+                yield kmeans.on_sphere(x_NC.to(self.device)) if self.spherical else x_NC.to(self.device)
+
+    def _read(self, span: tuple[str, int, int]) -> np.ndarray:
+        name, first, end = span
+        return cell_files.read_rows(name, first, end, self.width)
+
+
+def pieces(parts: Sequence[Chunk], starts_FP: np.ndarray, folder: str) -> list[Piece]:
+    """All vectors in the cell files of the parts, about as many a piece as a chunk has; see `cells.write_cells`.
+
+    A cell with more vectors than that makes pieces of its own, of some files each.
+    """
+    kind, most, names = parts[0], passes.CHUNK_VECTORS, [cell_files.cell_file(folder, chunk) for chunk in parts]
+    found: list[Piece] = []
+    for first, last in runs(np.diff(starts_FP.sum(0, dtype=np.int64)).tolist(), most):
+        spans = list(zip(names, starts_FP[:, first].tolist(), starts_FP[:, last].tolist(), strict=True))
+        for low, high in runs([end - start for _, start, end in spans], most):
+            kept = tuple(span for span in spans[low:high] if span[2] > span[1])
+            if kept:
+                found.append(Piece(kept, kind.width, kind.spherical, kind.gpus, kind.device))
+    return found
+
+
+def runs(sizes: Sequence[int], most: int) -> list[tuple[int, int]]:
+    """Neighbours that together are no larger than `most`, or one alone: (first, end) of each run."""
+    found, first, held = [], 0, 0
+    for place, size in enumerate(sizes):
+        if place > first and held + size > most:
+            found.append((first, place))
+            first, held = place, 0
+        held += size
+    return [*found, (first, len(sizes))] if len(sizes) else found

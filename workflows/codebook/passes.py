@@ -1,0 +1,331 @@
+"""k-means over feature shards on Ray: the passes that the stage `codebook` is made of.
+
+Axis letters: N vectors, C their width, K codes, P cells of the first level. The vectors are cut into chunks (whole
+shards) by their number alone; a chunk is a task. Sums are added in the order of the chunks (see `code_sums`): the driver
+holds the codes and one range of sums, a task those of the codes that it met. So the result does not depend on how many
+tasks run at once. A pass over the data is what costs: each function says how many.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from smalti import shards
+from smalti.errors import DataError, SmaltiError
+from smalti.tokenizers import kmeans
+from smalti.tokenizers.code_index import CodeIndex, Probes
+from smalti.workflows.codebook.partial_sums import RangeSums, UsedSums, mapped
+
+CHUNK_VECTORS = 262_144  # of a task: what a lost task costs
+SAMPLE_CHUNK_VECTORS = 16_384  # of a task of the first level: its sample is small
+BLOCK_VECTORS = 65_536  # in float32 at once
+PROBES = 4  # cells searched for a vector while codes still move
+POLISH = Probes(PROBES, 1.0, math.nan)
+FAR_A_CHUNK = 256  # candidates for codes without a vector
+FAR_KEPT = 16_384  # of all chunks
+MOVED_NUMBERS = 1 << 23  # of the codes, moved at once
+COLUMNS = 16  # moved at once, if more numbers than those
+READ_THREADS = 16
+
+
+class Vectors(Protocol):
+    """What a task of a pass sees of the data: a chunk, or a piece of the sorted vectors (`cell_pieces`)."""
+
+    @property
+    def rows(self) -> int: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def gpus(self) -> float: ...
+    @property
+    def spherical(self) -> bool: ...
+    def vectors(self) -> Iterator[Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some whole shards of a features artifact: (key, rows) each. A task of it takes so many `gpus` and has its vectors on
+    `device`; `spherical` ones come on the unit sphere, those of norm 0 left out."""
+
+    path: str
+    parts: tuple[tuple[str, int], ...]
+    width: int = 0
+    spherical: bool = False
+    gpus: float = 0.0
+    device: str = "cpu"
+
+    @property
+    def rows(self) -> int:
+        """Vectors in it."""
+        return sum(count for _, count in self.parts)
+
+    def on_cpu(self) -> Chunk:
+        """The same for a process without a GPU, such as the driver."""
+        return replace(self, gpus=0.0, device="cpu")
+
+    def vectors(self) -> Iterator[Tensor]:
+        """float32 (`BLOCK_VECTORS`, C), the last with what is left. Errors: DataError, a vector that is not finite."""
+        for x_NC in in_blocks((self._shard(key, rows) for key, rows in self.parts), self.rows, self.width):
+            if not bool(torch.isfinite(x_NC.sum())):  # one sum tells: float16 cannot overflow it
+                raise DataError(f"{self._not_finite()} holds NaN or Inf. Make the features again.")
+            yield kmeans.on_sphere(x_NC.to(self.device)) if self.spherical else x_NC.to(self.device)
+
+    def _shard(self, key: str, rows: int) -> np.ndarray:
+        x_NC = shards.vectors(shards.read_shard(self.path, key, ["vector"]))
+        if len(x_NC) != rows:
+            raise DataError(
+                f"{shards.shard_path(self.path, key)} holds {len(x_NC)} vectors, where it held {rows} when this run began. "
+                "Let nothing else write there, and run again."
+            )
+        return x_NC
+
+    def _not_finite(self) -> str:
+        """Path of the first shard that holds NaN or Inf."""
+        bad = (key for key, rows in self.parts if not np.isfinite(self._shard(key, rows)).all())
+        return shards.shard_path(self.path, next(bad))
+
+
+def in_blocks(arrays: Iterable[np.ndarray], rows: int, width: int) -> Iterator[Tensor]:
+    """Arrays (n, C) that together have `rows` rows as float32 (`BLOCK_VECTORS`, C), the last with what is left."""
+    held, left = 0, rows
+    block_NC = np.empty((min(left, BLOCK_VECTORS), width), np.float32)
+    for array in arrays:
+        start = 0
+        while start < len(array):
+            part = array[start : start + len(block_NC) - held]
+            block_NC[held : held + len(part)] = part
+            start, held = start + len(part), held + len(part)
+            if held == len(block_NC):
+                left -= held
+                yield torch.from_numpy(block_NC)
+                held, block_NC = 0, np.empty((min(left, BLOCK_VECTORS), width), np.float32)
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Codes in cells: float32 (P, C) and (K, C), int64 (K,). With one cell, a flat codebook."""
+
+    cells: Tensor
+    codes: Tensor
+    cell_of: Tensor
+
+    def with_codes(self, codes_KC: Tensor) -> Tree:
+        return replace(self, codes=codes_KC)
+
+    def in_cell_order(self) -> Tree:
+        """The same with the codes in the order of their cells, as the search wants them; they are moved in place."""
+        order = torch.argsort(self.cell_of, stable=True)
+        step = max(COLUMNS, MOVED_NUMBERS // max(1, len(order)))
+        for columns in range(0, self.codes.shape[1], step):
+            part = slice(columns, columns + step)
+            self.codes[:, part] = self.codes[order, part]
+        return replace(self, cell_of=self.cell_of[order])
+
+    def shared(self) -> Any:
+        """A reference for tasks, which map it into their memory: one copy a machine. See `of_shared`."""
+        import ray
+
+        return ray.put((self.cells.numpy(), self.codes.numpy(), self.cell_of.numpy()))
+
+    @classmethod
+    def of_shared(cls, arrays: tuple[np.ndarray, ...], device: str) -> Tree:
+        """The tree in a task, not to be written to."""
+        return cls(*(mapped(array).to(device) for array in arrays))
+
+
+@dataclass
+class PassStats:
+    """What a pass over vectors found. `far` are the vectors with the largest distances, farthest first."""
+
+    counts: Tensor
+    distance_sum: float = 0.0
+    far: Tensor = field(default_factory=lambda: torch.empty(0))
+    far_distance: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @property
+    def distortion(self) -> float:
+        """Mean squared distance of a vector to its code."""
+        return self.distance_sum / max(1, int(self.counts.sum()))
+
+    def add(self, counts_K: Tensor, distance: float, far_NC: Tensor, far_N: Tensor) -> None:
+        """Take in what a chunk found; of equally far vectors the first come first."""
+        self.counts += counts_K
+        self.distance_sum += distance
+        distances = torch.cat([self.far_distance, far_N])
+        order = torch.argsort(distances, descending=True, stable=True)[:FAR_KEPT]
+        self.far = (torch.cat([self.far, far_NC]) if len(self.far) else far_NC)[order]
+        self.far_distance = distances[order]
+
+
+def chunks(path: str, split: str, target: int | None = None) -> list[Chunk]:
+    """The shards of a split in chunks of about `target` vectors (default `CHUNK_VECTORS`), in order, from their footers; shards
+    without a vector are left out.
+
+    Errors: DataError, a shard whose vectors have another width than those of most shards.
+    """
+    keys = shards.list_shards(path, split)
+    with ThreadPoolExecutor(READ_THREADS) as threads:
+        shapes = list(threads.map(lambda key: shards.vector_shape(path, key), keys))
+    width = Counter(own for rows, own in shapes if rows).most_common(1)[0][0] if any(r for r, _ in shapes) else 0
+    found: list[list[tuple[str, int]]] = [[]]
+    for key, (rows, own) in zip(keys, shapes, strict=True):
+        if not rows:
+            continue
+        if own != width:
+            raise DataError(
+                f"{shards.shard_path(path, key)} holds vectors of {own} numbers, where the other shards of {path} hold "
+                f"{width}. Remove {path} and make the features again with one encoder."
+            )
+        if sum(count for _, count in found[-1]) + rows > (target or CHUNK_VECTORS) and found[-1]:
+            found.append([])
+        found[-1].append((key, rows))
+    return [Chunk(path, tuple(parts), width) for parts in found if parts]
+
+
+def in_order(
+    task: Callable[..., Any], items: Sequence[tuple[Any, ...]], workers: int, gpus: float = 0, left: int = 0
+) -> Iterator[Any]:
+    """`task(*item)` for each item as Ray tasks, at most `workers` at once; results in the order of the items.
+
+    With `left`, a task yields 1 + left objects: the first comes here, the others as references. A SmaltiError of a task is
+    raised here as it was.
+    """
+    import ray
+    from ray.exceptions import RayTaskError
+
+    remote = ray.remote(num_cpus=1, num_gpus=gpus, num_returns=1 + left)(task)
+    waiting: list[Any] = []
+    for number in range(len(items)):
+        while len(waiting) < min(len(items), number + workers):
+            waiting.append(remote.remote(*items[len(waiting)]))
+        mine = waiting[number]
+        try:
+            yield (ray.get(mine[0]), *mine[1:]) if left else ray.get(mine)
+        except RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, SmaltiError) else error) from None
+        waiting[number] = None
+
+
+def full_pass(
+    parts: Sequence[Vectors], tree: Tree, workers: int, *, sums: RangeSums | None = None, probes: Probes = POLISH
+) -> PassStats:
+    """Assign every vector, by a search of the tree: counts, distances, the farthest vectors and, if given, the sums. One
+    pass."""
+    shared = tree.shared()
+    total = PassStats(torch.zeros(len(tree.codes), dtype=torch.int64))
+    gpus = parts[0].gpus if parts else 0
+    if sums is None:
+        for found in in_order(_chunk_pass, [(chunk, shared, probes) for chunk in parts], workers, gpus):
+            total.add(*found)
+        return total
+    items = [(chunk, shared, probes, sums.bounds) for chunk in parts]
+    for (found, used), *references in in_order(_chunk_sums, items, workers, gpus, len(sums.bounds)):
+        sums.add(references, used)
+        total.add(*found)
+    return total
+
+
+def _chunk_pass(chunk: Vectors, shared: tuple[np.ndarray, ...], probes: Probes) -> tuple[Any, ...]:
+    """Task of `full_pass`: (counts, sum of distances, far vectors, their distances)."""
+    tree = Tree.of_shared(shared, chunk.device)
+    with torch.device(chunk.device):
+        return _chunk_stats(chunk, tree, probes, None)
+
+
+def _chunk_sums(
+    chunk: Vectors, shared: tuple[np.ndarray, ...], probes: Probes, bounds: Sequence[tuple[int, int]]
+) -> Iterator[Any]:
+    """Task of `full_pass`: what `_chunk_pass` finds and how many codes of each range, then each range's part, one at a
+    time."""
+    tree = Tree.of_shared(shared, chunk.device)
+    with torch.device(chunk.device):
+        sums = UsedSums(len(tree.codes), tree.codes.shape[1], chunk.rows)
+        found = _chunk_stats(chunk, tree, probes, sums)
+        yield found, [sums.num_used(low, high) for low, high in bounds]
+    for low, high in bounds:
+        yield sums.part(low, high)
+
+
+def _chunk_stats(chunk: Vectors, tree: Tree, probes: Probes, sums: UsedSums | None) -> tuple[Any, ...]:
+    num, width = tree.codes.shape
+    index = CodeIndex(tree.codes, tree.cells, tree.cell_of)
+    counts_K = torch.zeros(num, dtype=torch.int64)
+    distance_sum, far_NC, far_N = 0.0, torch.empty(0, width), torch.empty(0)
+    for x_NC in chunk.vectors():
+        ids_N, distance_N = index.tree(x_NC, probes.cells, probes.reach)
+        if sums is not None:
+            sums.add(x_NC, ids_N)
+        counts_K += torch.bincount(ids_N, minlength=num)
+        distance_sum += float(distance_N.double().sum())
+        top = torch.argsort(distance_N, descending=True, stable=True)[:FAR_A_CHUNK]
+        far_N, far_NC = torch.cat([far_N, distance_N[top]]), torch.cat([far_NC, x_NC[top]])
+        top = torch.argsort(far_N, descending=True, stable=True)[:FAR_A_CHUNK]
+        far_N, far_NC = far_N[top], far_NC[top]
+    return counts_K.cpu(), distance_sum, far_NC.cpu(), far_N.cpu()
+
+
+def lloyd(parts: Sequence[Vectors], tree: Tree, workers: int) -> tuple[Tree, PassStats, int]:
+    """One Lloyd iteration over all vectors: (tree with moved codes, stats before the move, codes re-seeded). One pass.
+
+    Codes without a vector go to the vectors farthest from theirs. The tree's codes are written over: a second matrix of
+    K codes is never held.
+    """
+    sums = RangeSums(*tree.codes.shape)
+    stats = full_pass(parts, tree, workers, sums=sums)
+    spherical = any(chunk.spherical for chunk in parts)
+    for codes, sums_KC in sums.ranges():
+        tree.codes[codes] = kmeans.move(tree.codes[codes], sums_KC, stats.counts[codes], spherical)
+    places, rows = kmeans.fresh_for_empty(stats.counts, stats.far, stats.far_distance)
+    tree.codes[places] = rows
+    return placed(tree), stats, len(places)
+
+
+def placed(tree: Tree) -> Tree:
+    """The tree with every code in the cell that is nearest to it now, as the search wants it, in the order of the cells."""
+    if len(tree.cells) == 1:
+        return tree
+    return replace(tree, cell_of=kmeans.assign(tree.codes, tree.cells)[0]).in_cell_order()
+
+
+def sample(parts: Sequence[Chunk], num: int, seed: int, workers: int, folder: str) -> list[Chunk]:
+    """A seeded sample of about `num` vectors in `folder`, a shard a chunk in proportion to its size, in chunks. One pass.
+
+    Shards that stand in the folder are kept.
+    """
+    rows, kind = [chunk.rows for chunk in parts], parts[0]
+    total, standing = sum(rows), set(shards.list_shards(folder, "train"))
+    quotas = rows if num >= total else kmeans.allocate(max(num, len(rows)), rows)
+    items = [
+        (chunk, quota, seed, shards.shard_key("train", number), folder)
+        for number, (chunk, quota) in enumerate(zip(parts, quotas, strict=True))
+    ]
+    missing = [item for item in items if item[3] not in standing]
+    for _ in in_order(_chunk_sample, missing, workers) if missing else ():
+        pass
+    made = chunks(folder, "train", SAMPLE_CHUNK_VECTORS)
+    return [replace(kind, path=folder, parts=chunk.parts) for chunk in made]
+
+
+def _chunk_sample(chunk: Chunk, quota: int, seed: int, key: str, folder: str) -> None:
+    """Task of `sample`."""
+    number = int(key.rpartition("/")[2])
+    chosen = np.sort(np.random.default_rng([abs(seed), number]).permutation(chunk.rows)[:quota])
+    taken, start = [], 0
+    for x_NC in replace(chunk.on_cpu(), spherical=False).vectors():
+        mine = chosen[(chosen >= start) & (chosen < start + len(x_NC))] - start
+        drawn = x_NC.numpy()[mine].astype(np.float16)  # exact: they came as float16
+        taken.append(drawn[(drawn != 0).any(1)] if chunk.spherical else drawn)
+        start += len(x_NC)
+    vectors = shards.list_column(np.concatenate(taken))
+    schema = pa.schema([shards.feature_schema(chunk.width).field("vector")])
+    shards.write_shard(folder, key, pa.table([vectors], schema))

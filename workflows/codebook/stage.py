@@ -1,0 +1,349 @@
+"""Stage `codebook`: two-level k-means over the feature shards, of any size K and number of cells K1.
+
+The cells are k-means of a seeded sample; each vector goes to its nearest cell; a cell gets its part of K (in proportion
+to its vectors, or the same as every other), and k-means of its own. `polish` adds Lloyd passes over all vectors, each searched in the nearest cells.
+With K1 = 1 it is flat k-means over all vectors. Exactly K distinct codes come out, or a clear error; with
+`codebook.duplicates: drop`, as many as are distinct.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from smalti import storage
+from smalti.artifact import Artifact
+from smalti.errors import ConfigError, DataError
+from smalti.schema import CodebookSection, Recipe
+from smalti.tokenizers import kmeans
+from smalti.tokenizers.code_index import CodeIndex, Probes
+from smalti.tokenizers.metrics import entropy, imbalance, perplexity, usage
+from smalti.tracking import Tracker
+from smalti.workflows.cluster.session import ensure_ray
+from smalti.workflows.codebook import cell_files, cell_ranges, passes, recall, tensor_files
+from smalti.workflows.codebook import duplicates as distinct
+from smalti.workflows.codebook.histogram import sizes_picture
+from smalti.workflows.codebook.passes import Chunk, PassStats, Tree, Vectors
+from smalti.workflows.pipeline.stage import StageRun, find_artifact, run_stage
+
+CENTROIDS = "centroids.safetensors"
+TREE = "tree.safetensors"
+COUNTS = "counts.safetensors"
+PICTURE = "sizes.png"
+SAMPLED = "sampled_cells.json"
+DISTINCT = "distinct.json"
+SAMPLE_MIN = 65_536
+SAMPLE_A_CELL = 256
+SEEDS_A_CODE = 4  # vectors looked at for each seed of flat k-means
+FINE_VECTORS = 262_144  # vectors in a task of the second level, unless one cell has more
+
+
+def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
+    """The codebook artifact: `centroids.safetensors` (`centroids`, float32 (K, C)) and `tree.safetensors` (`cells`
+    (K1, C), `cell_of` int64 (K,), and `searched_cells` and `reach` for `CodeIndex.tree`, with which `recall` is the share
+    of held-out vectors that find their nearest code); codes lie in the order of their cells. Beside them
+    `counts.safetensors`, vectors of each code (`train` and, where some are held out, `val`, int64 (K,)), and `sizes.png`.
+
+    Scores: `recall`, and each for train and val vectors distortion (mean squared distance), entropy (nats), perplexity,
+    usage, imbalance (K·Σp²) and the number of vectors they were counted on. Errors: ConfigError, DataError (too few
+    vectors, or distinct ones).
+    """
+    parents = {"features": find_artifact(recipe, "features")}
+    config = recipe.codebook.model_dump(mode="json") | {"seed": recipe.seed}
+    return run_stage(recipe, "codebook", "codebook", config, parents, _body(parents["features"]), tracker=tracker)
+
+
+def check(recipe: Recipe) -> None:
+    """ConfigError when there are more cells than codes, or more codes than the vectors that cells may draw."""
+    section = recipe.codebook
+    if section.coarse > section.size and recipe.clusters:
+        raise ConfigError(
+            f"codebook.coarse={section.coarse} cells for codebook.size={section.size} codes; every cell needs one. "
+            "Lower codebook.coarse."
+        )
+    if section.coarse > 1 and recipe.clusters:
+        _check_reach(section, section.coarse * section.cell_vectors)
+
+
+def _check_reach(section: CodebookSection, drawn: int) -> None:
+    """ConfigError when the vectors that the cells' k-means see are fewer than the codes."""
+    if drawn < section.size:
+        raise ConfigError(
+            f"codebook.size={section.size:,}, but with codebook.cell_vectors={section.cell_vectors:,} the k-means of all cells "
+            f"together see {drawn:,} vectors at most. Set a larger codebook.cell_vectors, or a smaller codebook.size."
+        )
+
+
+def load_centroids(artifact: Artifact) -> Tensor:
+    """The codes of a codebook artifact: float32 (K, C)."""
+    return tensor_files.read(storage.join(artifact.path, CENTROIDS))["centroids"]
+
+
+def load_index(artifact: Artifact) -> CodeIndex:
+    """The codes of a codebook artifact with their tree and the search that the stage chose."""
+    tree = tensor_files.read(storage.join(artifact.path, TREE))
+    seen = Probes(int(tree["searched_cells"]), float(tree["reach"]), float(tree["recall"]))
+    return CodeIndex(load_centroids(artifact), tree["cells"], tree["cell_of"], seen)
+
+
+def _body(features: Artifact) -> Any:
+    def body(run: StageRun) -> dict[str, int]:
+        section = run.recipe.codebook
+        check(run.recipe)
+        parts, held_out = _chunks(run.recipe, features.path)
+        num_vectors = sum(chunk.rows for chunk in parts)
+        if num_vectors < section.size:
+            raise DataError(
+                f"codebook.size={section.size}, but {features.path} holds only {num_vectors} training vectors. "
+                "Set a smaller codebook.size, more features.patches, or use more images."
+            )
+        workers = max(run.recipe.resources.readers, run.recipe.resources.actors)
+        with ensure_ray(run.recipe):
+            drawn = recall.draw(run, parts, held_out, workers)  # looks at all held-out vectors: bad ones are told first
+            tree, counts = _Build(run, parts, workers).tree()
+            probes = recall.probes(run, drawn, tree, workers)
+            _score(run, {"train": parts, "val": held_out}, tree, workers, probes)
+        zeros = num_vectors - run.scores["vectors/train"]
+        if zeros:
+            run.log(f"{zeros} training vectors are 0, have no direction, and were left out")
+        _save(run.path, tree, probes)
+        storage.remove(recall.work(run))
+        return {
+            "codes": len(tree.codes),
+            "cells": len(tree.cells),
+            "searched_cells": probes.cells,
+            "vectors": num_vectors,
+            "zero_vectors": zeros,
+            **counts,
+        }
+
+    return body
+
+
+def _chunks(recipe: Recipe, path: str) -> tuple[list[Chunk], list[Chunk]]:
+    """Chunks of the train and val vectors. Errors: DataError, shards of different widths."""
+    gpus, spherical = recipe.resources.gpus_per_worker, recipe.codebook.spherical
+    device = "cuda" if gpus and recipe.resources.device == "auto" else "cpu"
+    parts, held_out = (
+        [replace(chunk, spherical=spherical, gpus=gpus, device=device) for chunk in passes.chunks(path, split)]
+        for split in ("train", "val")
+    )
+    if parts and held_out and parts[0].width != held_out[0].width:
+        raise DataError(
+            f"{path}: train vectors have {parts[0].width} numbers, val vectors {held_out[0].width}. "
+            f"Remove {path} and make the features again with one encoder."
+        )
+    return parts, held_out
+
+
+class _Build:
+    """The steps, each kept in `<stage>/work` as soon as it is done: an interrupted run goes on after the last one."""
+
+    def __init__(self, run: StageRun, parts: Sequence[Chunk], workers: int) -> None:
+        self.run, self.parts, self.workers = run, parts, workers
+        self.section, self.seed = run.recipe.codebook, run.recipe.seed
+        self.work = recall.work(run)
+        self.cell_files = storage.join(self.work, "cells")
+
+    def tree(self) -> tuple[Tree, dict[str, int]]:
+        if self.section.coarse == 1:
+            tree = self.iterate("lloyd", lambda: self.parts, self.seeds, self.section.iterations)
+        else:
+            tree = self.iterate("polish", self.pieces, self.two_level, self.section.polish)
+        storage.remove(self.cell_files)
+        counts = {"replaced": 0, "dropped": 0, "sampled_cells": self.noted(SAMPLED, 0)}
+        tree, changed = self.usable(tree)
+        return tree.in_cell_order(), counts | changed
+
+    def usable(self, tree: Tree) -> tuple[Tree, dict[str, int]]:
+        """Codes that repeat another one or are not finite put on other vectors or dropped, as the recipe says; kept."""
+        done = self.kept("distinct")
+        if done is not None:
+            return done, self.noted(DISTINCT, {})
+        bad_K = distinct.unusable(tree.codes)
+        num = int(bad_K.sum())
+        if not num:
+            return tree, {}
+        if self.section.duplicates == "drop":
+            tree, counts, what = distinct.without(tree, bad_K), {"dropped": num}, "were dropped"
+        else:
+            counts, what = {"replaced": num}, "were put on other vectors"
+            try:
+                tree = distinct.replaced(self.parts, tree, bad_K, self.workers)
+            except DataError:
+                storage.remove(self.work)  # no try with these settings ends otherwise: others may stand here
+                raise
+        self.run.log(f"{num} codes repeated another one or were not finite and {what}: there are {len(tree.codes)}")
+        storage.write_json(storage.join(self.work, DISTINCT), counts)
+        self.keep("distinct", tree)
+        return tree, counts
+
+    def seeds(self) -> Tree:
+        """Where flat k-means over all vectors starts."""
+        wanted = max(self.section.sample or SAMPLE_MIN, SEEDS_A_CODE * self.section.size)
+        return self.seeds_of(self.sampled(wanted), self.section.size)
+
+    def sampled(self, wanted: int) -> list[Chunk]:
+        return passes.sample(self.parts, wanted, self.seed, self.workers, storage.join(self.work, "sample"))
+
+    def seeds_of(self, sample: Sequence[Chunk], num: int) -> Tree:
+        """`num` codes drawn from a sample, in one cell; kept."""
+        done = self.kept("seeds")
+        if done is not None:
+            return done
+        x_NC, held = torch.empty(sum(chunk.rows for chunk in sample), self.parts[0].width), 0
+        for chunk in sample:
+            for block_NC in chunk.on_cpu().vectors():
+                x_NC[held : held + len(block_NC)] = block_NC
+                held += len(block_NC)
+        x_NC = x_NC[:held]
+        if not held:
+            storage.remove(self.work)
+            raise DataError(
+                "The vectors drawn are all 0, and codebook.spherical=true wants directions. Set it to false."
+            )
+        codes_KC = kmeans.seed(x_NC, num, torch.Generator().manual_seed(self.seed), self.section.seeding).float()
+        seeds = Tree(x_NC.mean(0, keepdim=True), codes_KC, torch.zeros(num, dtype=torch.int64))
+        self.keep("seeds", seeds)
+        return seeds
+
+    def iterate(self, name: str, parts: Callable[[], Sequence[Vectors]], first: Callable[[], Tree], steps: int) -> Tree:
+        """Lloyd passes over the parts, from `first()` or from the last pass that was kept."""
+        last = max((n for n in range(steps) if storage.exists(self.file(f"{name}-{n:03d}"))), default=-1)
+        tree = first() if last < 0 else self.kept(f"{name}-{last:03d}")
+        assert tree is not None
+        data = parts() if last + 1 < steps else ()
+        for number in range(last + 1, steps):
+            tree, stats, reseeded = passes.lloyd(data, tree, self.workers)
+            step = f"{name}-{number:03d}"
+            self.run.log(f"{step}: distortion {stats.distortion:.5g} before it, {reseeded} codes re-seeded")
+            metric = "distortion_of_cells" if name == "coarse" else "distortion"
+            self.run.tracker.metrics({metric: stats.distortion}, step=number)
+            self.keep(step, tree)
+            storage.remove(self.file(f"{name}-{number - 1:03d}"))
+        return tree
+
+    def two_level(self) -> Tree:
+        """Cells from a sample, then k-means in each cell."""
+        done = self.kept("fine")
+        if done is not None:
+            return done
+        cells_PC, codes = self.cells(), storage.join(self.work, "codes")
+        self.run.log(f"sorting the vectors into {len(cells_PC)} cells")
+        starts_FP = cell_files.write_cells(self.parts, cells_PC, self.cell_files, self.workers)
+        sizes = np.diff(starts_FP.sum(0, dtype=np.int64)).tolist()
+        shares = self.shares(sizes)
+        self.fine(codes, sizes, shares)
+        codes_KC = cell_files.load_codes(codes, shares, cells_PC.shape[1])
+        cell_of_K = torch.repeat_interleave(torch.arange(len(shares)), torch.tensor(shares))
+        tree = Tree(cells_PC, codes_KC, cell_of_K)
+        sampled = sum(size > self.section.cell_vectors for size in sizes)
+        storage.write_json(storage.join(self.work, SAMPLED), sampled)
+        self.keep("fine", tree)
+        storage.remove(codes)
+        return tree
+
+    def shares(self, sizes: list[int]) -> list[int]:
+        """Codes of each cell: no more than the vectors that its k-means sees."""
+        bound = self.section.cell_vectors
+        most = [min(size, bound) for size in sizes]
+        sampled = sum(size > bound for size in sizes)
+        if sampled:
+            self.run.log(
+                f"{sampled} cells hold more than codebook.cell_vectors={bound:,} vectors: their codes come from a sample of "
+                "so many"
+            )
+            try:
+                _check_reach(self.section, sum(most))
+            except ConfigError:
+                storage.remove(self.work)  # no try with these settings ends otherwise: others may stand here
+                raise
+        divide = {"proportional": kmeans.allocate, "equal": kmeans.share_equally}[self.section.split]
+        return divide(self.section.size, sizes, most)
+
+    def pieces(self) -> list[cell_ranges.Piece]:
+        """All vectors by their cells; those files that do not stand are made."""
+        starts_FP = cell_files.write_cells(self.parts, self.cells(), self.cell_files, self.workers)
+        return cell_ranges.pieces(self.parts, starts_FP, self.cell_files)
+
+    def noted(self, name: str, default: Any) -> Any:
+        path = storage.join(self.work, name)
+        return storage.read_json(path) if storage.exists(path) else default
+
+    def cells(self) -> Tensor:
+        """Centroids of the first level by Lloyd over a sample: float32 (K1, C)."""
+        done = self.kept("cells")
+        if done is not None:
+            return done.cells
+        num = self.section.coarse
+        sample = self.sampled(max(self.section.sample or max(SAMPLE_MIN, SAMPLE_A_CELL * num), num))
+        self.run.log(f"{num} cells from {sum(chunk.rows for chunk in sample):,} sampled vectors")
+        cells_PC = self.iterate(
+            "coarse", lambda: sample, lambda: self.seeds_of(sample, num), self.section.iterations
+        ).codes
+        self.keep("cells", Tree(cells_PC, torch.empty(0, cells_PC.shape[1]), torch.empty(0, dtype=torch.int64)))
+        storage.remove(storage.join(self.work, "sample"))
+        return cells_PC
+
+    def fine(self, codes: str, sizes: list[int], shares: list[int]) -> None:
+        """Codes of all cells, a task for some neighbouring cells."""
+        names = [cell_files.cell_file(self.cell_files, chunk) for chunk in self.parts]
+        section, chunk = self.section, self.parts[0]
+        how = (section.seeding, section.spherical, chunk.device)
+        settings = cell_files.CellSettings(chunk.width, section.iterations, self.seed, section.cell_vectors, *how)
+        runs = cell_ranges.runs(sizes, FINE_VECTORS)
+        items = [(names, codes, first, shares[first:last], settings) for first, last in runs]
+        with self.run.progress(sum(shares), "codes") as bar:
+            for made in passes.in_order(cell_files.fine, items, self.workers, chunk.gpus):
+                bar.update(made)
+
+    def file(self, name: str) -> str:
+        return storage.join(self.work, f"{name}.safetensors")
+
+    def kept(self, name: str) -> Tree | None:
+        if not storage.exists(self.file(name)):
+            return None
+        loaded = tensor_files.read(self.file(name))
+        return Tree(loaded["cells"], loaded["codes"], loaded["cell_of"])
+
+    def keep(self, name: str, tree: Tree) -> None:
+        tensor_files.write(self.file(name), {"cells": tree.cells, "codes": tree.codes, "cell_of": tree.cell_of})
+
+
+def _score(run: StageRun, splits: dict[str, list[Chunk]], tree: Tree, workers: int, probes: Probes) -> None:
+    """Fill the stage's scores and keep the counts, one pass over all vectors, and one over the held-out ones."""
+    counted: dict[str, Tensor] = {}
+    for split, members in splits.items():
+        if not members:
+            run.log(f"no {split} vectors: their scores are left out")
+            continue
+        stats: PassStats = passes.full_pass(members, tree, workers, probes=probes)
+        counted[split] = stats.counts
+        run.scores |= {
+            f"distortion/{split}": stats.distortion,
+            f"entropy/{split}": entropy(stats.counts),
+            f"perplexity/{split}": perplexity(stats.counts),
+            f"usage/{split}": usage(stats.counts),
+            f"imbalance/{split}": imbalance(stats.counts),
+            f"vectors/{split}": int(stats.counts.sum()),
+        }
+    tensor_files.write(storage.join(run.path, COUNTS), counted)
+    picture = sizes_picture(counted["train"], "training vectors of a code")
+    storage.write_atomic(storage.join(run.path, PICTURE), picture)
+    shown = {key: f"{value:.4g}" for key, value in run.scores.items() if not key.startswith(("vectors", "entropy"))}
+    run.log(", ".join(f"{key} {value}" for key, value in shown.items()))
+
+
+def _save(path: str, tree: Tree, probes: Probes) -> None:
+    search = {
+        "searched_cells": torch.tensor(probes.cells),
+        "reach": torch.tensor(probes.reach, dtype=torch.float64),
+        "recall": torch.tensor(probes.recall, dtype=torch.float64),
+    }
+    tensor_files.write(storage.join(path, TREE), {"cells": tree.cells, "cell_of": tree.cell_of, **search})
+    tensor_files.write(storage.join(path, CENTROIDS), {"centroids": tree.codes})

@@ -1,0 +1,1 @@
+"""Stage `corpus`: scan a source, drop duplicates, write shards."""

@@ -1,0 +1,206 @@
+"""Duplicates of a corpus without all its ids in one place: a shuffle over files.
+
+`FindDuplicates` takes one range of ids from every group (a *bucket*) and writes which rows are later copies. `MarkGroup`
+takes from every bucket what concerns some groups, and writes a mark for each of their rows. First in order wins: groups
+stand in the order of the sources, the held-out one first, whose images are thereby dropped from training.
+
+A later copy that brings question-answer pairs which the first has not (one row a question, as VQA sets are published)
+gives them to the first and is counted as `merged`; it does so within one source only, never from training to held-out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
+
+from smalti import shards, storage
+from smalti.shards import QA
+from smalti.workflows.corpus.index import PREFIXES, halves, ids_path, index_key, read_ids
+from smalti.workflows.pipeline.timings import HERE
+
+LOST, TRAIN, VAL, DUPLICATE, MERGED = range(5)  # what a mark says of a row
+IDS_A_BUCKET = 500_000
+GROUPS_A_SPAN = 64  # groups that are marked together: so many fewer times is each bucket's file opened
+COPIES = pa.schema(
+    [
+        ("group", pa.int32()),  # the copy's, by its place in the order of all groups
+        ("row", pa.int64()),
+        ("first", pa.string()),  # for people: source::key
+        ("merged", pa.bool_()),
+    ]
+)
+GIFTS = pa.schema([("group", pa.int32()), ("row", pa.int64()), ("qa", QA)])  # pairs that a first row gets
+MARKS = pa.schema([("mark", pa.int8()), ("first", pa.string()), ("qa", QA)])
+
+
+@dataclass(frozen=True)
+class Place:
+    """A group in the order of all: the split whose source it is of, its number there, and the source's name."""
+
+    split: str
+    number: int
+    source: str
+
+
+@dataclass(frozen=True)
+class GroupCounts:
+    """What the marks of a group come to."""
+
+    rows: int
+    kept: dict[str, int]
+    reasons: dict[str, int]
+    merged: int
+
+
+def buckets(total: int) -> list[tuple[int, int]]:
+    """Ranges of prefixes of about `IDS_A_BUCKET` ids each, when there are `total`."""
+    count = min(PREFIXES, max(1, -(-total // IDS_A_BUCKET)))
+    edges = [PREFIXES * one // count for one in range(count + 1)]
+    return list(pairwise(edges))
+
+
+def marks_key(split: str, number: int) -> str:
+    """`marks/train/00012`."""
+    return f"marks/{shards.shard_key(split, number)}"
+
+
+class FindDuplicates:
+    """Actor: a range of ids in, the copies among them on disk out; returns how many."""
+
+    def __init__(self, path: str, places: list[Place]) -> None:
+        self.path, self.places = path, places
+
+    def read(self, item: tuple[int, int]) -> tuple[int, int]:
+        return item
+
+    def work(self, item: tuple[int, int]) -> int:
+        with HERE.part("match"):
+            return self.find(item)
+
+    def find(self, item: tuple[int, int]) -> int:
+        """Write the copies and the gifts of a range; how many copies there are."""
+        parts = [read_ids(ids_path(self.path, one.split, one.number), *item) for one in self.places]
+        group = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in parts])
+        table = pa.concat_tables(parts).combine_chunks()
+        high, low, row = (table.column(name).to_numpy() for name in ("high", "low", "row"))
+        order = np.lexsort((row, group, low, high))
+        high, low = high[order], low[order]
+        same = np.zeros(len(order), bool)
+        same[1:] = (high[1:] == high[:-1]) & (low[1:] == low[:-1])
+        copies, gifts = self.copies(table, group, row, order, same)
+        for name, schema, rows in (("copies", COPIES, copies), ("gifts", GIFTS, gifts)):
+            found = pa.Table.from_pylist(rows, schema).sort_by([("group", "ascending"), ("row", "ascending")])
+            shards.write_shard(self.path, shards.shard_key(name, item[0]), found)
+        return len(copies)
+
+    def copies(
+        self, table: pa.Table, group: np.ndarray, row: np.ndarray, order: np.ndarray, same: np.ndarray
+    ) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
+        """Rows of COPIES and of GIFTS. `same`: whether a row in `order` has the id of the one before."""
+        found: list[dict[str, object]] = []
+        gifts: list[dict[str, object]] = []
+        edges = np.diff(np.append(same, False).astype(np.int8))
+        for start, end in zip(np.flatnonzero(edges == 1), np.flatnonzero(edges == -1) + 1, strict=True):
+            first = order[start]
+            place = self.places[group[first]]
+            told = f"{place.source}::{table['key'][int(first)].as_py()}"
+            pairs = table["qa"][int(first)].as_py() or []
+            more: list[dict[str, str]] = []
+            for one in order[start + 1 : end]:
+                new = [pair for pair in table["qa"][int(one)].as_py() or [] if pair not in pairs and pair not in more]
+                merged = bool(new) and self.places[group[one]].split == place.split
+                more += new if merged else []
+                found.append({"group": int(group[one]), "row": int(row[one]), "first": told, "merged": merged})
+            if more:
+                gifts.append({"group": int(group[first]), "row": int(row[first]), "qa": pairs + more})
+        return found, gifts
+
+
+class MarkGroups:
+    """Actor: some groups in (as a range of places), their marks on disk out; returns [(place, GroupCounts)].
+
+    `fraction`: the share that is held out of each source by the hash; None where a held-out source is named.
+    """
+
+    def __init__(self, path: str, places: list[Place], ranges: list[tuple[int, int]], fraction: float | None) -> None:
+        self.path, self.places, self.ranges, self.fraction = path, places, ranges, fraction
+
+    def read(self, item: tuple[int, int]) -> tuple[int, int]:
+        return item
+
+    def work(self, item: tuple[int, int]) -> list[tuple[int, GroupCounts]]:
+        with HERE.part("match"):
+            copies, gifts = (self.gather(name, *item) for name in ("copies", "gifts"))
+            return [(number, self.mark(number, _of(copies, number), _of(gifts, number))) for number in range(*item)]
+
+    def gather(self, name: str, first: int, last: int) -> pa.Table:
+        """What all buckets say of the groups `first` to `last` - 1."""
+        parts = []
+        for start, _ in self.ranges:
+            part = shards.read_shard(self.path, shards.shard_key(name, start))
+            edges = np.searchsorted(part.column("group").to_numpy(), [first, last])
+            parts.append(part.slice(edges[0], edges[1] - edges[0]))
+        return pa.concat_tables(parts).combine_chunks()
+
+    def mark(self, number: int, copies: pa.Table, gifts: pa.Table) -> GroupCounts:
+        place = self.places[number]
+        index = shards.read_shard(self.path, index_key(place.split, place.number), ["image_id", "reason"])
+        usable = index.column("reason").is_null().to_numpy()
+        marks = np.full(len(index), LOST, np.int8)
+        marks[usable] = self.splits(place, index.column("image_id").filter(pa.array(usable)).to_pylist())
+        rows, merged = copies.column("row").to_numpy(), copies.column("merged").to_numpy()
+        marks[rows] = np.where(merged, MERGED, DUPLICATE)
+        first = _scatter(len(index), rows, copies.column("first"))
+        qa = _scatter(len(index), gifts.column("row").to_numpy(), gifts.column("qa"))
+        table = pa.table([pa.array(marks), first, qa], MARKS)
+        shards.write_shard(self.path, marks_key(place.split, place.number), table)
+        return count_marks(marks, index.column("reason"))
+
+    def splits(self, place: Place, identities: list[str]) -> np.ndarray:
+        """TRAIN or VAL for each id: int8."""
+        if self.fraction is None or not identities:
+            return np.full(len(identities), VAL if place.split == "val" else TRAIN, np.int8)
+        return np.where(held_out(halves(identities)[:, 0], self.fraction), VAL, TRAIN).astype(np.int8)
+
+
+def held_out(high: np.ndarray, fraction: float) -> np.ndarray:
+    """Whether images belong to the held-out split, by the higher halves (uint64) of their ids: 52 bits are a fraction."""
+    return (high >> np.uint64(12)).astype(np.float64) / 2.0**52 < fraction
+
+
+def count_marks(marks: np.ndarray, reasons: pa.ChunkedArray) -> GroupCounts:
+    """Counts of some rows' marks (int8) and reasons."""
+    number = np.bincount(marks, minlength=5)
+    lost = Counter(reason for reason in reasons.to_pylist() if reason is not None)
+    if number[DUPLICATE]:
+        lost["duplicate"] += int(number[DUPLICATE])
+    kept = {"train": int(number[TRAIN]), "val": int(number[VAL])}
+    return GroupCounts(len(marks), kept, dict(lost), int(number[MERGED]))
+
+
+def clear(path: str) -> None:
+    """Take away what the shuffle wrote."""
+    for name in ("copies", "gifts", "marks"):
+        storage.remove(storage.join(path, name))
+
+
+def spans(count: int) -> Iterator[tuple[int, int]]:
+    """Ranges of places that are marked together."""
+    return ((start, min(start + GROUPS_A_SPAN, count)) for start in range(0, count, GROUPS_A_SPAN))
+
+
+def _of(table: pa.Table, number: int) -> pa.Table:
+    """The rows of one group, from those of several in any order."""
+    return table.filter(pa.array(table.column("group").to_numpy() == number))
+
+
+def _scatter(size: int, rows: np.ndarray, values: pa.ChunkedArray) -> pa.Array:
+    """An array of `size` that holds `values` at `rows`, and null elsewhere."""
+    places = np.full(size, -1, np.int64)
+    places[rows] = np.arange(len(rows))
+    return values.combine_chunks().take(pa.array(places, mask=places < 0))

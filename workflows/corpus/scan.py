@@ -1,0 +1,127 @@
+"""First pass of stage `corpus`, as the driver sees it: groups are looked at, duplicates found, the shards laid out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any
+
+from smalti.schema import CorpusSection
+from smalti.workflows.corpus import dedup
+from smalti.workflows.corpus.dedup import FindDuplicates, GroupCounts, MarkGroups, Place
+from smalti.workflows.corpus.index import IndexGroup
+from smalti.workflows.corpus.layout import Plan, lay_out
+from smalti.workflows.pipeline.shards import run_shards
+from smalti.workflows.pipeline.stage import StageRun
+from smalti.workflows.pipeline.timings import HERE, Tally, shown
+from smalti.workflows.sources import Group
+
+INLINE_ROWS = 100_000  # so few are sorted out in this process: an actor takes longer to start
+
+
+def each(
+    run: StageRun, tally: Tally, items: Sequence[Any], worker: type, args: tuple[Any, ...], inline: bool = False
+) -> Generator[Any, None, None]:
+    """The result of each item, on Ray or in this process; what the workers noted is in the tally before it comes."""
+    if not inline:
+        yield from run_shards(items, worker, args, run.recipe.resources, model=False, tally=tally)
+        return
+    here = worker(*args)
+    for item in items:
+        result = here.work(here.read(item))
+        tally.add(HERE.drain())
+        yield result
+
+
+def look_and_plan(run: StageRun, tally: Tally, groups: Mapping[str, Sequence[Group]]) -> tuple[list[Place], Plan]:
+    """The groups that were looked at, in order, and the plan. With a limit, only as many as it needs for certain."""
+    section = run.recipe.corpus
+    total = sum(map(len, groups.values()))
+    run.log(f"looking at every image: {total:,} groups of input")
+    need = section.limit
+    with shown(run, tally, total, "groups") as update:
+        looking = _Looking(run, tally, update)
+        while True:
+            first = {split: looking.at(split, members, need) for split, members in groups.items()}
+            places = [Place(split, n, groups[split][n].source) for split, count in first.items() for n in range(count)]
+            plan = _plan(run, tally, places, sum(looking.done[one.split, one.number].found for one in places))
+            if need is None or _enough(plan, groups, first, section):
+                return places, plan
+            need *= 2
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Rows of a group, and how many of them can be used."""
+
+    found: int
+    usable: int
+
+
+@dataclass
+class _Looking:
+    """What has been looked at, by (split, group). `need` only grows."""
+
+    run: StageRun
+    tally: Tally
+    update: Callable[..., None]
+    done: dict[tuple[str, int], _Found] = field(default_factory=dict)
+    front: dict[str, tuple[int, int]] = field(default_factory=dict)  # groups of a split in a row, their usable images
+    images: int = 0
+    unusable: int = 0
+
+    def at(self, split: str, members: Sequence[Group], need: int | None) -> int:
+        """Look at groups until the first ones hold `need` usable images; how many groups that takes.
+
+        More may be looked at, and are kept in `done`.
+        """
+        items = [(split, number, group) for number, group in enumerate(members) if (split, number) not in self.done]
+        if need is None or self.first_with(split, need) is None:
+            args = (self.run.path, self.run.recipe.corpus)
+            with closing(each(self.run, self.tally, items, IndexGroup, args)) as looked:
+                for number, rows, lost in looked:
+                    self.done[split, number] = _Found(rows, rows - lost)
+                    self.images, self.unusable = self.images + rows, self.unusable + lost
+                    self.update(1, images=self.images, unusable=self.unusable)
+                    if need is not None and self.first_with(split, need) is not None:
+                        break
+        return len(members) if need is None else self.first_with(split, need) or len(members)
+
+    def first_with(self, split: str, need: int) -> int | None:
+        """How many of the first groups hold `need` usable images; None while one that may be needed is missing."""
+        number, usable = self.front.get(split, (0, 0))
+        while usable < need and (split, number) in self.done:
+            usable += self.done[split, number].usable
+            number += 1
+        self.front[split] = number, usable
+        return number if usable >= need else None
+
+
+def _enough(
+    plan: Plan, groups: Mapping[str, Sequence[Group]], first: Mapping[str, int], section: CorpusSection
+) -> bool:
+    """Whether every split has `limit` images, or no group is left that could feed it."""
+    limit = section.limit or 0
+    for split, members in groups.items():
+        fed = ["train", "val"] if "val" not in groups and section.val_fraction else [split]
+        if first[split] < len(members) and any(plan.total(name) < limit for name in fed):
+            return False
+    return True
+
+
+def _plan(run: StageRun, tally: Tally, places: list[Place], rows: int) -> Plan:
+    """Find the duplicates among some groups, and lay out the shards."""
+    section = run.recipe.corpus
+    by_hash = not section.val_source
+    dedup.clear(run.path)
+    ranges = dedup.buckets(rows) if places else []
+    small = rows <= INLINE_ROWS
+    for _ in each(run, tally, ranges, FindDuplicates, (run.path, places), inline=small):
+        pass
+    marked: dict[int, GroupCounts] = {}
+    args = (run.path, places, ranges, section.val_fraction if by_hash else None)
+    for found in each(run, tally, list(dedup.spans(len(places))), MarkGroups, args, inline=small):
+        marked.update(found)
+    counts = [marked[number] for number in range(len(places))]
+    return lay_out(run.path, places, counts, section.limit, by_hash=by_hash and section.val_fraction > 0)

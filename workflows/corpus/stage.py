@@ -1,0 +1,161 @@
+"""Stage `corpus`: images from any source, verified, without duplicates, split, in shards; the rest in quarantine.
+
+Two passes over the source, both on Ray. The first (`corpus_look`) looks at every image (decoded whole once) and writes an
+index without pixels, a file a group of input (`corpus_index`). From the indexes duplicates are found by a shuffle over files
+(`corpus_dedup`), and the shards are laid out from counts (`corpus_layout`): a pure function of the source, so that
+neither the number of tasks nor an interruption shows in the result. The second pass (`corpus_write`) fetches the bytes again
+and writes the shards. This process holds a few numbers a group and a shard, never the images' ids.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from smalti import shards, storage
+from smalti.artifact import Artifact
+from smalti.errors import DataError
+from smalti.progress import log
+from smalti.schema import Recipe
+from smalti.tracking import Tracker
+from smalti.workflows.cluster.session import ensure_ray
+from smalti.workflows.corpus.index import tell_second_images
+from smalti.workflows.corpus.scan import look_and_plan
+from smalti.workflows.corpus.write import GONE, LISTING, counted, write_shards
+from smalti.workflows.pipeline.stage import StageRun, run_stage, stage_path
+from smalti.workflows.pipeline.timings import HERE, tallied
+from smalti.workflows.sources import Group, find_groups, listed
+
+WORK = ("index", "ids", "copies", "gifts", "marks", GONE)  # folders that the finished artifact does not keep
+LISTED_AGAIN = 1_000_000
+LISTED = "listed"  # another: what a folder lists, a file a group; written anew by each try
+
+
+def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
+    """The corpus artifact: `train/`, `val/` and `quarantine/` shards.
+
+    Counts: images, train, val, quarantined, over_limit, found (their sum), `quarantined/<reason>`, and of the images those
+    `without_caption`, where there are any.
+    Errors: DataError when the source cannot be found, or when a split that was asked for has no usable image.
+    """
+    path = stage_path(recipe, "corpus")
+    stood = Artifact.find(path) is not None
+    made = run_stage(recipe, "corpus", "corpus", stage_config(recipe), {}, _body, tracker=tracker)
+    if made.path == path:  # only now: what is made of them stands
+        for name in set(storage.list_names(path)).intersection({*WORK, LISTED}):
+            storage.remove(storage.join(path, name))
+    if stood:
+        _tell_of_change(recipe, made)
+    return made
+
+
+def stage_config(recipe: Recipe) -> dict[str, Any]:
+    """What the corpus depends on. `image_size` is used on reading only, except by generated pictures."""
+    section = recipe.corpus
+    config = section.model_dump(mode="json", exclude={"image_size"})
+    if section.format == "generated" or any(one.partition(":")[0] == "generated" for one in sources_of(recipe)):
+        config |= {"image_size": recipe.corpus.image_size, "seed": recipe.seed}
+    return config
+
+
+def sources_of(recipe: Recipe) -> list[str]:
+    """Every source that the recipe names."""
+    given = [recipe.corpus.source, recipe.corpus.val_source]
+    return [name for one in given for name in ([one] if isinstance(one, str) else one or [])]
+
+
+def _body(run: StageRun) -> dict[str, int]:
+    with tallied(run) as tally:
+        with tally.part("list"):
+            HERE.drain()  # what an earlier run in this process left
+            groups, listing = _groups(run.recipe, storage.join(run.path, LISTED))
+            tally.add(HERE.drain())
+            _same_listing(run, listing)
+        with ensure_ray(run.recipe):
+            places, plan = look_and_plan(run, tally, groups)
+            written, bare = write_shards(run, tally, groups, places, plan)
+    counts = counted(run.path, plan) | ({"without_caption": bare} if bare else {})
+    _check(run, counts, written)
+    return counts
+
+
+def _groups(recipe: Recipe, folder: str | None = None) -> tuple[dict[str, list[Group]], dict[str, str]]:
+    """The groups of each source, the held-out one first, long records in `folder`; and in short what the sources list:
+    files and what metadata says of them, not their bytes. Without a folder that alone."""
+    section, digest = recipe.corpus, hashlib.sha256()
+    sources = {"val": section.val_source} if section.val_source else {}
+    groups: dict[str, list[Group]] = {}
+    for split, source in {**sources, "train": section.source}.items():
+        digest.update(split.encode())
+        members = groups.setdefault(split, [])
+        for group in find_groups(source, section, recipe.seed):
+            digest.update(repr(group).encode())
+            if folder is not None:
+                members.append(listed(group, storage.join(folder, f"{shards.shard_key(split, len(members))}.json")))
+    return groups, {"listing": digest.hexdigest()}
+
+
+def _tell_of_change(recipe: Recipe, made: Artifact) -> None:
+    """A line when a finished corpus is of other files than the source lists now: its fingerprint is of settings alone.
+
+    Looked at where it is cheap, on this machine's disks and up to `LISTED_AGAIN` images; a source that is gone is no
+    change.
+    """
+    path = storage.join(made.path, LISTING)
+    cheap = made.counts["found"] <= LISTED_AGAIN and all(storage.is_local(name) for name in sources_of(recipe))
+    if not cheap or not storage.exists(path):
+        return
+    try:
+        changed = storage.read_json(path) != _groups(recipe)[1]
+    except DataError:
+        return
+    if changed:
+        log(f"corpus: the source lists other files now than when this was made; remove {made.path} to make it again")
+
+
+def _same_listing(run: StageRun, listing: Mapping[str, str]) -> None:
+    """Start over when the source lists other files than at the try that is gone on with."""
+    path = storage.join(run.path, LISTING)
+    if storage.exists(path) and storage.read_json(path) == listing:
+        return
+    if run.resumed:
+        if storage.exists(path):
+            run.log("the source has changed since the interrupted try: starting over")
+        _clear(run.path)
+    storage.write_json(path, listing)
+
+
+def _clear(path: str) -> None:
+    """Take away all that the stage has made."""
+    for name in (LISTING, *WORK, "train", "val", "quarantine"):
+        storage.remove(storage.join(path, name))
+
+
+def _check(run: StageRun, counts: dict[str, int], written: Mapping[str, int]) -> None:
+    """Nothing vanished; each split that was asked for holds an image. Tells what lies in
+    quarantine. `written`: the rows of each shard, as the workers told them."""
+    kept = sum(written.values())
+    assert kept == counts["images"], f"{kept} rows in shards, {counts['images']} planned"
+    gone = counts["quarantined"] + counts["over_limit"] + counts.get("merged", 0)
+    assert kept + gone == counts["found"], counts
+    reasons = [f"{count:,} {name.partition('/')[2]}" for name, count in counts.items() if "/" in name]
+    told = ", ".join(reasons) or "none"
+    section = run.recipe.corpus
+    if not counts["images"]:
+        lost = shards.list_shards(run.path, "quarantine")[:1]
+        rows = [row for key in lost for row in shards.read_shard(run.path, key).slice(0, 3).to_pylist()]
+        examples = "; ".join(f"{row['key']}: {row['detail']}" for row in rows)
+        raise DataError(
+            f"The corpus has 0 usable images of {counts['found']:,} found in {section.source} (unusable: {told})."
+            f" {examples + '. ' if examples else ''}See {run.path}/quarantine, or set corpus.source."
+        )
+    if not counts["train"]:
+        _clear(run.path)
+        mend = "Name another corpus.val_source" if section.val_source else "Lower corpus.val_fraction"
+        raise DataError(f"No image is left to train on: all {counts['val']:,} are held out. {mend}.")
+    if not counts["val"] and (section.val_source or section.val_fraction):
+        run.log("no image is held out: raise corpus.val_fraction, or name a corpus.val_source")
+    tell_second_images(run, counts)
+    if counts["quarantined"]:
+        run.log(f"{counts['quarantined']:,} of {counts['found']:,} in quarantine ({told}); see {run.path}/quarantine")

@@ -1,0 +1,239 @@
+"""Second pass of stage `corpus`: the bytes are fetched again, and the shards of the plan and the quarantine written."""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from smalti import shards, storage
+from smalti.errors import DataError
+from smalti.shards import CORPUS, QUARANTINE, Receipt
+from smalti.workflows.corpus.dedup import Place, marks_key
+from smalti.workflows.corpus.index import image_id, read_rows
+from smalti.workflows.corpus.layout import Part, Plan, rows_of
+from smalti.workflows.corpus.scan import each
+from smalti.workflows.pipeline.shards import refuse_foreign, standing
+from smalti.workflows.pipeline.stage import StageRun
+from smalti.workflows.pipeline.timings import HERE, Tally, shown
+from smalti.workflows.sources import Group, Lost
+from smalti.workflows.sources.base import ReadBytes, is_arrows, is_of_file
+from smalti.workflows.sources.jsonl import JsonLinesGroup, Reach
+from smalti.workflows.sources.patience import UnreachedError, reading
+
+LISTING = "listing.json"
+GONE = "gone"  # what vanished between the passes, a file a shard
+# what a source raises that is not what it was: cut short, or another file
+DAMAGE = (
+    pa.ArrowException,
+    gzip.BadGzipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    ValueError,
+    LookupError,
+)
+QUARANTINE_ROWS = 10_000
+INLINE_PIECES = 4  # shards of quarantine that are written in this process
+ShardItem = tuple[str, list[tuple[Place, Group, list[int]]]]  # key; and of each part its group and range of rows
+
+
+def write_shards(
+    run: StageRun, tally: Tally, groups: Mapping[str, Sequence[Group]], places: list[Place], plan: Plan
+) -> tuple[dict[str, int], int]:
+    """Write every shard of the plan that is not there yet, and the quarantine; the rows of each shard by key, and how many
+    of all have no caption. Errors: DataError when shards lie there that are not of the plan."""
+    lost = list(plan.pieces("quarantine", QUARANTINE_ROWS))
+    for _ in each(run, tally, lost, WriteQuarantine, (run.path, places), inline=len(lost) <= INLINE_PIECES):
+        pass
+    items = list(shard_items(groups, places, plan, run.recipe.corpus.shard_images))
+    refuse_foreign(run.path, [key for item in items for key, _ in item], "the corpus's source has not")
+    rows: dict[str, int] = {}
+    bare = 0
+    with shown(run, tally, plan.counts()["images"]) as update:
+        for receipts in each(run, tally, items, WriteShards, (run.path,)):
+            rows |= {receipt.key: receipt.rows for receipt, _ in receipts}
+            bare += sum(without for _, without in receipts)
+            update(sum(receipt.rows for receipt, _ in receipts))
+    return rows, bare
+
+
+def counted(path: str, plan: Plan) -> dict[str, int]:
+    """The plan's counts, less what vanished between the passes, which gets a shard of quarantine behind those planned."""
+    counts, tables = plan.counts(), []
+    for split in shards.SPLITS:
+        for key in shards.list_shards(path, f"{GONE}/{split}"):
+            tables.append(shards.read_shard(path, key))
+            for name in ("images", split):
+                counts[name] -= len(tables[-1])
+    if tables:
+        lost = pa.concat_tables(tables)
+        counts["quarantined"] += len(lost)
+        counts["quarantined/vanished"] = len(lost)
+        number = sum(1 for _ in plan.pieces("quarantine", QUARANTINE_ROWS))
+        shards.write_shard(path, shards.shard_key("quarantine", number), lost)
+    return counts
+
+
+def shard_items(
+    groups: Mapping[str, Sequence[Group]], places: Sequence[Place], plan: Plan, size: int
+) -> Iterator[list[ShardItem]]:
+    """Shards that one call writes: one; or those that begin in the same group, where a group is read `in_order`, so that
+    a file that cannot be read from the middle is read once a split, and not up to its place for each shard."""
+    for split in shards.SPLITS:
+        item: list[ShardItem] = []
+        for key, parts in plan.pieces(split, size):
+            where = [places[place] for place, _, _ in parts]
+            named = [(one, groups[one.split][one.number], rows) for one, (_, *rows) in zip(where, parts, strict=True)]
+            if item and not (item[-1][1][0][0] == where[0] and named[0][1].in_order):
+                yield item
+                item = []
+            item.append((key, named))
+        if item:
+            yield item
+
+
+class WriteQuarantine:
+    """Actor: some lost rows in, their quarantine shard on disk out; returns its receipt."""
+
+    def __init__(self, path: str, places: list[Place]) -> None:
+        self.path, self.places = path, places
+
+    def read(self, item: tuple[str, list[Part]]) -> tuple[str, list[Part]]:
+        return item
+
+    def work(self, item: tuple[str, list[Part]]) -> Receipt:
+        key, parts = item
+        with HERE.part("write"):
+            return shards.write_shard(self.path, key, pa.concat_tables([self.table(*part) for part in parts]))
+
+    def table(self, number: int, start: int, end: int) -> pa.Table:
+        place = self.places[number]
+        rows = rows_of(self.path, place, "quarantine", start, end)
+        index = read_rows(self.path, place.split, place.number, rows, ["key", "reason", "detail"])
+        marks = shards.read_shard(self.path, marks_key(place.split, place.number), ["first"]).take(pa.array(rows))
+        first = pc.binary_join_element_wise("the same bytes as ", marks["first"], "")
+        arrays = {
+            "source": pa.array([place.source] * len(rows), pa.string()),
+            "key": index["key"],
+            "reason": pc.coalesce(index["reason"], "duplicate"),
+            "detail": pc.coalesce(index["detail"], first),
+        }
+        return pa.table([arrays[name] for name in QUARANTINE.names], QUARANTINE)
+
+
+class WriteShards:
+    """Actor: the rows of some shards in, the shards on disk out; returns their receipts, each with the number of its
+    images without a caption."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.opened: tuple[Place, Any] | None = None  # the group that is read, and its reader
+
+    def read(self, item: list[ShardItem]) -> list[ShardItem]:
+        return item
+
+    def work(self, item: list[ShardItem]) -> list[tuple[Receipt, int]]:
+        self.opened = None
+        with ExitStack() as stack:
+            return [self.shard(key, parts, stack) for key, parts in item]
+
+    def shard(self, key: str, parts: list[tuple[Place, Group, list[int]]], stack: ExitStack) -> tuple[Receipt, int]:
+        """Write one shard; its receipt and how many of its images have no caption.
+
+        Readers are opened on `stack`; one that the next shard begins with stays open.
+        """
+        done = standing(self.path, key, ["image_id", "caption"])
+        if done is not None:
+            HERE.count("kept")
+            return done, shards.read_shard(self.path, key, ["caption"])["caption"].null_count
+        split = key.partition("/")[0]
+        gone: list[dict[str, str]] = []
+        with HERE.part("read"):
+            tables = [
+                self.table(place, group, rows_of(self.path, place, split, start, end), stack, gone)
+                for place, group, (start, end) in parts
+            ]
+        with HERE.part("write"):
+            if gone:  # before the shard: where that stands, this does
+                shards.write_shard(self.path, f"{GONE}/{key}", pa.Table.from_pylist(gone, QUARANTINE))
+            elif any(isinstance(group, JsonLinesGroup) for _, group, _ in parts):
+                storage.remove(shards.shard_path(self.path, f"{GONE}/{key}"))
+            whole = pa.concat_tables(tables)
+            return shards.write_shard(self.path, key, whole), whole["caption"].null_count
+
+    def table(
+        self, place: Place, group: Group, rows: np.ndarray, stack: ExitStack, gone: list[dict[str, str]]
+    ) -> pa.Table:
+        """Corpus rows of one group. Errors: DataError when the source gives other bytes than at the first pass, or none.
+
+        What is not there now, or cannot be reached, may come back: only other bytes make the next try start over. An
+        image of a list of places goes to `gone`, as a row of quarantine, and the others stay.
+        """
+        index = read_rows(self.path, place.split, place.number, rows)
+        marks = shards.read_shard(self.path, marks_key(place.split, place.number), ["qa"]).take(pa.array(rows))
+        with reading(group.source):
+            try:
+                found = list(self.fetch(group, self.reader(place, group, stack), index))
+            except FileNotFoundError as error:
+                raise changed(group.source) from error
+            except (*DAMAGE, OSError) as error:
+                if isinstance(error, DAMAGE) or is_arrows(error):
+                    raise self.other_bytes(group.source) from error
+                raise
+        there = pa.array([row for row, one in enumerate(found) if not isinstance(one, Lost)], pa.int64())
+        for one in found:
+            if isinstance(one, Lost):
+                gone.append({"source": group.source, "key": one.key, "reason": one.reason, "detail": one.detail})
+        index, marks = index.take(there), marks.take(there)
+        named = [f"{group.source}::{key}" for key in index.column("key").to_pylist()]
+        data = [one for one in found if not isinstance(one, Lost)]
+        arrays = {"image": shards.bytes_column(data), "source": pa.array(named, pa.string())}
+        arrays["qa"] = pc.coalesce(marks["qa"], index["qa"])
+        return pa.table([arrays[name] if name in arrays else index[name] for name in CORPUS.names], CORPUS)
+
+    def fetch(self, group: Group, read: ReadBytes, index: pa.Table) -> Iterator[bytes | Lost]:
+        """The bytes of each row. Where images lie apart, one that is not the same any more is lost alone."""
+        apart, reach = isinstance(group, JsonLinesGroup), Reach(group.source)
+        columns = [index.column(name).to_pylist() for name in ("key", "start", "extent", "image_id")]
+        for key, start, extent, identity in zip(*columns, strict=True):
+            try:
+                data = read((start, extent))
+                told = "" if image_id(data) == identity else "it gives other bytes now"
+                reach.met()
+            except (OSError, UnreachedError) as error:
+                if not apart or (isinstance(error, OSError) and not is_of_file(error)):
+                    raise
+                if isinstance(error, UnreachedError):
+                    reach.missed(f"line {key}")
+                told = f"it is not there any more: {error}"
+            if told and not apart:
+                raise self.other_bytes(f"{group.source}::{key}")
+            yield Lost(key, "vanished", told) if told else data
+
+    def reader(self, place: Place, group: Group, stack: ExitStack) -> Any:
+        """The group's reader: the one that is open, or a new one in its place."""
+        if self.opened is None or self.opened[0] != place:
+            stack.close()
+            self.opened = place, stack.enter_context(group.reader())
+        return self.opened[1]
+
+    def other_bytes(self, what: str) -> DataError:
+        """The error of a source that holds other bytes now. The listing goes, so that the next try starts over."""
+        storage.remove(storage.join(self.path, LISTING))
+        return changed(what)
+
+
+def changed(what: str) -> DataError:
+    """The error of a source that is another one now."""
+    return DataError(
+        f"{what} has changed while the corpus was made. "
+        "Leave the source alone while it is read, and run the command again."
+    )

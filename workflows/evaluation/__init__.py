@@ -1,0 +1,1 @@
+"""Stage `evaluate`: every score of a trained chain."""

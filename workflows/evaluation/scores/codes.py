@@ -1,0 +1,94 @@
+"""The codes themselves: how many are used, how evenly, and how alike the patches of one code are (VRR).
+
+Usage, perplexity and entropy are counted over all tokens of the held-out rows, `n` being the number of tokens: a
+usage below one means little when there are fewer tokens than codes, which the table `codes` therefore states.
+N patches, T tokens of an image.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from smalti.tokenizers.dualtoken import DualToken
+from smalti.tokenizers.metrics import code_counts, entropy, perplexity, usage, vrr
+from smalti.workflows.evaluation.scores.heldout import HeldOut, choose
+from smalti.workflows.evaluation.scores.measure_result import Part, Score
+from smalti.workflows.evaluation.scores.models import Models
+from smalti.workflows.evaluation.scores.patches import cut_patches, gallery
+
+HISTOGRAM_POINTS = 256
+
+
+def measure_codes(data: HeldOut, models: Models) -> Part:
+    """Usage, perplexity, entropy (nats) and VRR of the flat codes and, with guidance, of the semantic codes; of DualToken's
+    pixel and semantic codes, of all depths together, VRR by the first."""
+    tokenizer = models.tokenizer
+    codes_NT = np.stack([row.codes for row in data.rows])
+    chosen = choose(len(data.rows), data.job.evaluate.vrr_images, data.job.seed + 3)
+    pixels = data.pixels([data.rows[index] for index in chosen])
+    patches_NHWC = cut_patches(pixels, tokenizer.grid)
+    part = Part()
+    levels = levels_of(tokenizer, codes_NT)
+    guided = "semantic_" in levels
+    for prefix, (ids_NT, every, num_codes) in levels.items():
+        counts = code_counts(torch.from_numpy(every), num_codes).numpy()
+        part.scores |= count_scores(prefix, counts)
+        part.tables[f"{prefix}histogram"] = histogram(counts)
+        score = _vrr_score(patches_NHWC, ids_NT[chosen].reshape(-1), data.job.seed)
+        if score is not None:
+            part.scores[f"codes/{prefix}vrr"] = score
+    ids_NT = levels["semantic_" if guided else ""][0]
+    part.tables["gallery"], pictures = gallery(pixels, ids_NT[chosen], tokenizer.grid, data.job.seed)
+    part.tables["gallery_of"] = "semantic" if guided else "flat"
+    part.pictures |= pictures
+    return part
+
+
+def levels_of(tokenizer: Any, codes: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
+    """By the prefix of their scores: the code of each token (N, T), all codes that are counted, and how many there are."""
+    if isinstance(tokenizer, DualToken):
+        parts = {"": codes[:, :, 0], "semantic_": codes[:, :, 1]}
+        return {
+            prefix: (part[..., 0], np.ascontiguousarray(part), tokenizer.num_codes) for prefix, part in parts.items()
+        }
+    levels = {"": (codes, codes, tokenizer.num_codes)}
+    if tokenizer.num_semantic:
+        semantic = codes // tokenizer.num_sub
+        levels["semantic_"] = (semantic, semantic, tokenizer.num_semantic)
+    return levels
+
+
+def count_scores(prefix: str, counts: np.ndarray) -> dict[str, Score]:
+    """usage in [0, 1], perplexity in [1, K] and entropy in nats of int64 counts (K,)."""
+    counts_K, total = torch.from_numpy(counts), int(counts.sum())
+    return {
+        f"codes/{prefix}usage": Score(usage(counts_K), total),
+        f"codes/{prefix}perplexity": Score(perplexity(counts_K), total),
+        f"codes/{prefix}entropy": Score(entropy(counts_K), total),
+    }
+
+
+def histogram(counts: np.ndarray) -> dict[str, Any]:
+    """Counts sorted downwards, thinned to at most `HISTOGRAM_POINTS` (rank, count) pairs, evenly in the logarithm of
+    the rank; with how many codes were used at all."""
+    ordered = np.sort(counts)[::-1]
+    ranks = np.unique(np.geomspace(1, len(ordered), min(HISTOGRAM_POINTS, len(ordered))).round().astype(int))
+    return {
+        "points": [[int(rank), int(ordered[rank - 1])] for rank in ranks],
+        "codes": len(ordered),
+        "used": int((ordered > 0).sum()),
+        "tokens": int(ordered.sum()),
+    }
+
+
+def _vrr_score(patches_NHWC: np.ndarray, ids_N: np.ndarray, seed: int) -> Score | None:
+    """VRR beside that of shuffled ids; None where it is undefined: no code has two patches, or all patches are alike."""
+    if np.bincount(ids_N).max() < 2 or not (patches_NHWC != patches_NHWC[0]).any():
+        return None
+    patches_NCHW = torch.from_numpy(np.ascontiguousarray(patches_NHWC.transpose(0, 3, 1, 2))).float() / 255
+    generator = torch.Generator().manual_seed(seed)
+    value, shuffled = vrr(patches_NCHW, torch.from_numpy(ids_N.astype(np.int64)), generator)
+    return Score(value, len(ids_N), baseline={"shuffled": shuffled})

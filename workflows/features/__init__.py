@@ -1,0 +1,1 @@
+"""Stage `features`: patch features of the frozen encoder, as shards."""

@@ -1,0 +1,187 @@
+"""Stage `features` straight from a source of images (`features.source`), without a corpus: a group of input at a time.
+
+A group's images are decoded, encoded and written in shards `train/<group>-<piece>` and `val/<group>-<piece>` of at most
+`corpus.shard_images` images, so that one such block of pixels is held. `groups/<group>.json`, written last, tells what
+came of it: a restart makes only the groups without one, and gives the same bytes. What cannot be used lies in quarantine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from smalti import images, shards, storage
+from smalti.artifact import Artifact
+from smalti.errors import DataError, ImageError
+from smalti.schema import Recipe
+from smalti.workflows.cluster.session import ensure_ray
+from smalti.workflows.corpus.index import check_file, image_id, look, tell_second_images
+from smalti.workflows.corpus.layout import is_held_out
+from smalti.workflows.features.stage import Featurizer, open_parent
+from smalti.workflows.pipeline.shards import run_shards
+from smalti.workflows.pipeline.stage import StageRun
+from smalti.workflows.pipeline.timings import HERE, shard_progress
+from smalti.workflows.sources import Group, Lost, Sample, find_groups, listed
+from smalti.workflows.sources.base import printable
+from smalti.workflows.sources.folder import ListedGroup
+from smalti.workflows.sources.patience import reading
+
+LISTED = "listed"  # what a folder lists, a file a group, until the stage is done
+Note = dict[str, Any]
+GroupItem = tuple[int, Group, list[str]]  # number, group, and the shards that stand under that number
+
+
+def source_config(recipe: Recipe) -> dict[str, Any]:
+    """What features of a source depend on beside the encoder and the patches: how the source is read, and the split."""
+    exclude = {"source", "val_source", "limit", "image_size"}
+    return recipe.corpus.model_dump(mode="json", exclude=exclude) | {
+        "source": recipe.features.source,
+        "seed": recipe.seed,
+    }
+
+
+def make(run: StageRun, encoder: Artifact) -> dict[str, int]:
+    """The body of the stage. Counts: images, vectors, train, val (vectors of each split), dim, groups, quarantined, found.
+
+    Errors: DataError when the source cannot be found or has no image that can be used, or shards of other groups lie there.
+    """
+    recipe = run.recipe
+    path, model = open_parent(recipe, encoder)
+    groups = [
+        listed(group, storage.join(run.path, LISTED, f"{number:05d}.json"))
+        for number, group in enumerate(find_groups(recipe.features.source, recipe.corpus, recipe.seed))
+    ]
+    standing = _standing(run.path, len(groups))
+    counts = Counter({"images": 0, "vectors": 0, "train": 0, "val": 0, "quarantined": 0})
+    args, dim = (run.path, path, recipe, model.image_size), model.dim
+    del model
+    with ensure_ray(recipe), shard_progress(run, len(groups), "groups") as (tally, update):
+        items = [(number, group, standing.get(number, [])) for number, group in enumerate(groups)]
+        for note in run_shards(items, FeatureGroup, args, recipe.resources, tally=tally):
+            counts.update({"images": note["images"], "quarantined": sum(note["lost"].values())})
+            for key, rows in note["shards"].items():
+                counts.update({"vectors": rows, key.split("/")[0]: rows})
+            counts.update({f"quarantined/{reason}": number for reason, number in note["lost"].items()})
+            update(1, images=counts["images"], quarantined=counts["quarantined"])
+    if not counts["train"]:
+        raise DataError(
+            f"{recipe.features.source} gave no image to train on ({counts['quarantined']:,} in quarantine, "
+            f"{counts['images']:,} held out). See {run.path}/quarantine, or set features.source."
+        )
+    tell_second_images(run, counts)
+    storage.remove(storage.join(run.path, LISTED))
+    found = counts["images"] + counts["quarantined"]
+    return {**counts, "dim": dim, "groups": len(groups), "found": found}
+
+
+class FeatureGroup:
+    """Actor: one group of input in, its feature shards and its quarantine on disk out; returns the group's note."""
+
+    def __init__(self, out: str, encoder: str, recipe: Recipe, image_size: int) -> None:
+        self.out, self.encoder_dir, self.recipe, self.image_size = out, encoder, recipe, image_size
+        self.featurizer: Featurizer | None = None
+
+    def read(self, item: GroupItem) -> GroupItem:
+        """What the group lists; it is read in blocks by `work`, so that its pixels are never held as a whole."""
+        number, group, standing = item
+        return number, group.load() if isinstance(group, ListedGroup) else group, standing
+
+    def work(self, item: GroupItem) -> Note:
+        number, group, standing = item
+        path = storage.join(self.out, "groups", f"{number:05d}.json")
+        digest = hashlib.sha256(repr(group).encode()).hexdigest()
+        if storage.exists(path):
+            note: Note = storage.read_json(path)
+            if note["group"] == digest:
+                HERE.count("kept")
+                return note
+            HERE.count("remade")
+        self.forget(number, standing, path)
+        note = {"group": digest, "images": 0, "shards": {}, "lost": {}}
+        lost: list[dict[str, str]] = []
+        with reading(group.source):
+            for piece, block in enumerate(self.blocks(group, lost)):
+                note["images"] += len(block)
+                note["shards"] |= self.write(f"{number:05d}-{piece:03d}", block, group.source)
+        if lost:
+            shards.write_shard(
+                self.out, shards.shard_key("quarantine", number), pa.Table.from_pylist(lost, shards.QUARANTINE)
+            )
+        note["lost"] = dict(Counter(row["reason"] for row in lost))
+        storage.write_json(path, note)
+        return note
+
+    def forget(self, number: int, standing: list[str], path: str) -> None:
+        """Take away what was made under this number, of another group or by a try that was killed before its note."""
+        for key in standing:
+            storage.remove(shards.shard_path(self.out, key))
+        storage.remove(shards.shard_path(self.out, shards.shard_key("quarantine", number)))
+        storage.remove(path)
+
+    def blocks(self, group: Group, lost: list[dict[str, str]]) -> Iterator[list[tuple[str, np.ndarray]]]:
+        """(image_id, pixels uint8 (S, S, 3)) of the images that can be used, a shard's worth at a time; the rest into
+        `lost`."""
+        block: list[tuple[str, np.ndarray]] = []
+        for found in HERE.timed("read", group.samples()):
+            with HERE.part("decode"):
+                one = self.decode(found)
+            if isinstance(one, Lost):
+                row = {"source": group.source, "key": printable(one.key), "reason": one.reason}
+                lost.append(row | {"detail": printable(one.detail)})
+                continue
+            block.append(one)
+            if len(block) == self.recipe.corpus.shard_images:
+                yield block
+                block = []
+        if block:
+            yield block
+
+    def decode(self, found: Sample | Lost) -> tuple[str, np.ndarray] | Lost:
+        section = self.recipe.corpus
+        if isinstance(found, Lost):
+            return found
+        try:
+            check_file(found, section) if section.max_aspect is None else look(found, section)
+            pixels = images.to_pixels(
+                found.data, self.image_size, max_pixels=section.max_pixels, min_size=section.min_size
+            )
+        except ImageError as error:
+            return Lost(found.key, error.reason, str(error))
+        return image_id(found.data), pixels
+
+    def write(self, name: str, block: list[tuple[str, np.ndarray]], where: str) -> dict[str, int]:
+        """Rows written of each shard: the block's images to train on, and those held out."""
+        if self.featurizer is None:
+            self.featurizer = Featurizer(self.encoder_dir, self.recipe)
+        written = {}
+        for split in shards.SPLITS:
+            part = [one for one in block if is_held_out(one[0], self.recipe.corpus.val_fraction) == (split == "val")]
+            if not part:
+                continue
+            pixels = np.stack([pixels for _, pixels in part])
+            rows = self.featurizer.rows(pixels, [identity for identity, _ in part], where)
+            with HERE.part("write"):
+                written[f"{split}/{name}"] = shards.write_shard(self.out, f"{split}/{name}", rows).rows
+        return written
+
+
+def _standing(path: str, num_groups: int) -> dict[int, list[str]]:
+    """The shards that lie in the artifact, by the number of their group. Errors: DataError when no group of the source
+    makes one of them."""
+    numbers = {f"{number:05d}": number for number in range(num_groups)}
+    standing: dict[int, list[str]] = {}
+    foreign: list[str] = []
+    for key in shards.list_shards(path):
+        number = numbers.get(key.split("/")[1].partition("-")[0])
+        (foreign if number is None else standing.setdefault(number, [])).append(key)
+    if foreign:
+        raise DataError(
+            f"{path} holds {len(foreign):,} shards that are of no group of the source, the first is "
+            f"{shards.shard_path(path, foreign[0])}. Move them away, and run the command again."
+        )
+    return standing

@@ -1,0 +1,274 @@
+"""The one Ray Data pipeline of this project: a shard in, a shard on disk out, a receipt back to the driver.
+
+A worker's `read` loads and decodes a shard, its `work` computes and writes the result under a name that follows from
+the input's: a retry rewrites one file, and what stands is skipped. Without a GPU one actor call does both; with one,
+CPU tasks read, and the actors that hold the GPU only work, as long as a decoded shard is small enough for the object store
+(`BLOCK_BYTES`). Items and receipts are small; no pixel passes the driver.
+
+A block of Ray Data is one row: the pickle of (kind, value, noted), and beside it the value's first large array, which so
+passes between actors without being copied into the pickle.
+"""
+
+from __future__ import annotations
+
+import pickle
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+import pyarrow as pa
+
+from smalti import storage
+from smalti.errors import DataError, SmaltiError
+from smalti.progress import log
+from smalti.schema import Resources
+from smalti.shards import Receipt, list_shards, read_shard, shard_path, shard_rows
+from smalti.workflows.cluster.session import want_gpus
+from smalti.workflows.pipeline.timings import HERE, Tally
+
+Item = TypeVar("Item")
+SHARDS_IN_FLIGHT = 2  # an actor finds its next shard waiting
+BLOCK_BYTES = 600_000_000  # 1,000 images of 384 px are 442 MB; three of each actor lie in the object store
+
+
+class ShardWorker(Protocol):
+    """What runs in an actor. `read` must not need what only `work` needs (the model): it may run in another process."""
+
+    def read(self, item: Any) -> Any:
+        """The decoded input of an item."""
+
+    def work(self, loaded: Any) -> Any:
+        """Compute, write the output, and return a receipt."""
+
+
+def run_shards(
+    items: Sequence[Item],
+    worker: type,
+    args: tuple[Any, ...],
+    resources: Resources,
+    *,
+    model: bool = True,
+    tally: Tally | None = None,
+    block_bytes: int = 0,
+) -> Iterator[Any]:
+    """Each item's receipt, in the order of completion; what the workers noted is added to `tally` before it comes.
+
+    `worker(*args)` is made once an actor. `model=True`: `resources.actors` actors, each with `cpus_per_worker` CPUs and
+    `gpus_per_worker` GPUs; False: `resources.readers` actors of one CPU. `block_bytes`: what a loaded item weighs; above
+    `BLOCK_BYTES` the actors with GPUs read for themselves. A SmaltiError of a worker is raised here as it
+    was; any other exception fails the run as Ray tells it; a lost actor's shard is done again. An item whose workers die
+    time after time (`DEATHS`) is a DataError that names it.
+    """
+    import ray.data
+    from ray.data import ActorPoolStrategy, DataContext
+
+    if not items:
+        return
+    DataContext.get_current().target_max_block_size = None  # a block is a shard: never split
+    run = f"smalti/{uuid.uuid4().hex}"
+    tickets = [Ticket(f"{run}/{number}", repr(item)[:NAME_LENGTH], DEATHS) for number, item in enumerate(items)]
+    rows = [
+        {"head": pickle.dumps((ITEM, (ticket, item), {})), "array": b""}
+        for ticket, item in zip(tickets, items, strict=True)
+    ]
+    data: Any = ray.data.from_items(rows, override_num_blocks=len(rows))
+    gpus = resources.gpus_per_worker if model else 0
+    given: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "fn_constructor_args": (worker, args)}
+    want_gpus(gpus)
+    apart = gpus > 0 and block_bytes <= BLOCK_BYTES
+    if gpus and not apart:
+        log(
+            f"a decoded shard is {block_bytes / 1e6:,.0f} MB, more than {BLOCK_BYTES / 1e6:,.0f} MB: the GPUs' actors decode "
+            "for themselves. Smaller corpus.shard_images lets readers work ahead of them"
+        )
+    if apart:
+        readers = ActorPoolStrategy(min_size=1, max_size=resources.readers, initial_size=resources.readers)
+        data = data.map_batches(_Read, compute=readers, num_cpus=1, **given)
+    size = resources.actors if model else resources.readers
+    size = min(size, len(items))
+    pool = ActorPoolStrategy(
+        min_size=1, max_size=size, initial_size=size, max_tasks_in_flight_per_actor=SHARDS_IN_FLIGHT
+    )
+    cpus = resources.cpus_per_worker if model else 1
+    step = _Work if apart else _ReadAndWork
+    data = data.map_batches(step, compute=pool, num_cpus=cpus, num_gpus=gpus, **given)
+    batches = iter(data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
+    try:
+        for table in batches:
+            _, result, noted = _unpack(table)
+            if tally is not None:
+                tally.add(noted)
+            if isinstance(result, SmaltiError):
+                raise result
+            yield result
+    finally:
+        batches.close()  # ends the actors, also where no more receipts are wanted: none writes behind the driver's back
+        _forget(run)
+
+
+class Ticket(NamedTuple):
+    """What tells an item from others: a key in Ray's own store, where it is noted how often its work was begun; the item
+    for people; and how many of its workers may die."""
+
+    key: str
+    item: str
+    deaths: int
+
+
+@contextmanager
+def _begun(ticket: Ticket, step: str) -> Iterator[None]:
+    """Note in Ray's own store that an item is worked at, until it is done. Errors: DataError when that was noted as
+    often as its workers may die."""
+    from ray.experimental import internal_kv
+
+    key = f"{ticket.key}/{step}".encode()
+    before = int(internal_kv._internal_kv_get(key) or 0)
+    if before >= ticket.deaths:
+        raise DataError(
+            f"{before} workers died at {ticket.item}: they crashed, or the memory was used up. For memory set fewer "
+            "resources.actors or resources.readers, or a smaller corpus.shard_images; a file that crashes its reader must "
+            "go out of the source. Then run the command again: what is done is kept."
+        )
+    internal_kv._internal_kv_put(key, str(before + 1).encode())
+    yield
+    internal_kv._internal_kv_del(key)
+
+
+def _forget(run: str) -> None:
+    """Take away what is noted of a run's items; Ray may have ended."""
+    import ray
+    from ray.experimental import internal_kv
+
+    if ray.is_initialized():
+        internal_kv._internal_kv_del(run.encode(), del_by_prefix=True)
+
+
+ITEM, LOADED, RESULT = "item", "loaded", "result"
+DEATHS = 5  # of one item's workers, after which it is not tried again; some may go with their nodes
+NAME_LENGTH = 300
+LARGE_BYTES = 2**20  # an array from here on is not copied into the pickle
+
+
+def _pack(kind: str, value: Any, noted: dict[str, float]) -> pa.Table:
+    """A block of Ray Data: `head`, the pickle of all three, and `array`, its first large array, or nothing."""
+    large: list[pa.Buffer] = []
+
+    def stays(found: pickle.PickleBuffer) -> bool:
+        data = found.raw()
+        if large or data.nbytes < LARGE_BYTES:
+            return True
+        large.append(pa.py_buffer(data))
+        return False
+
+    head = pickle.dumps((kind, value, noted), protocol=5, buffer_callback=stays)
+    array = large[0] if large else pa.py_buffer(b"")
+    ends = pa.array([0, array.size], pa.int64()).buffers()[1]
+    column = pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, ends, array])
+    return pa.table({"head": pa.array([head], pa.large_binary()), "array": column})
+
+
+def _unpack(table: pa.Table) -> tuple[str, Any, dict[str, float]]:
+    """(kind, value, noted) of a block; the large array in the value is a read-only view of it."""
+    views = []
+    for name in ("head", "array"):
+        array = table.column(name).chunk(0).cast(pa.large_binary())  # no copy where it is one
+        _, ends, data = array.buffers()
+        start, end = memoryview(ends).cast("B").cast("q")[array.offset : array.offset + 2]
+        views.append(data.slice(start, end - start) if data is not None else pa.py_buffer(b""))
+    kind, value, noted = pickle.loads(views[0], buffers=views[1:])
+    return kind, value, noted
+
+
+class _Caught(Generic[Item]):
+    """Base of the actors: a SmaltiError becomes the block's result, so that the driver raises it as it was."""
+
+    gives = RESULT
+
+    def __init__(self, worker: type, args: tuple[Any, ...]) -> None:
+        import ray
+
+        self.worker: ShardWorker = worker(*args)
+        if ray.get_runtime_context().was_current_actor_reconstructed:
+            HERE.count("restarts")
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        kind, value, noted = _unpack(block)
+        if kind == RESULT:  # a reader's error
+            return block
+        HERE.add(noted)
+        ticket, value = value
+        try:
+            with _begun(ticket, type(self).__name__):
+                result = self.step(value)
+        except SmaltiError as error:
+            return _pack(RESULT, error, HERE.drain())
+        return _pack(self.gives, result if self.gives == RESULT else (ticket, result), HERE.drain())
+
+    def step(self, value: Any) -> Any:
+        raise NotImplementedError
+
+
+class _ReadAndWork(_Caught[Any]):
+    def step(self, value: Any) -> Any:
+        return self.worker.work(self.worker.read(value))
+
+
+class _Read(_Caught[Any]):
+    gives = LOADED
+
+    def step(self, value: Any) -> Any:
+        return self.worker.read(value)
+
+
+class _Work(_Caught[Any]):
+    def step(self, value: Any) -> Any:
+        return self.worker.work(value)
+
+
+def standing(artifact_path: str, key: str, columns: Sequence[str] = ()) -> Receipt | None:
+    """Receipt of a shard that was written before (writes are whole or absent); None when missing, torn since, or without
+    these columns: somebody else's file of that name."""
+    path = shard_path(artifact_path, key)
+    if not storage.exists(path):
+        return None
+    try:
+        if columns:
+            read_shard(artifact_path, key, columns)
+        return Receipt(key, shard_rows(artifact_path, key), storage.size_bytes(path))
+    except DataError:
+        storage.remove(path)
+        HERE.count("remade")
+        return None
+
+
+def standing_for(artifact_path: str, corpus_path: str, key: str) -> Receipt | None:
+    """As `standing`, of a shard made of exactly the images of the corpus shard `key`, in their order.
+
+    One of other images (a corpus made again of changed files has the same fingerprint), or without ids that can be read,
+    is taken away, so that it is made again. Errors: DataError on the corpus shard.
+    """
+    receipt = standing(artifact_path, key)
+    if receipt is None:
+        return None
+    wanted = read_shard(corpus_path, key, ["image_id"]).column("image_id").to_pylist()
+    try:
+        found = read_shard(artifact_path, key, ["image_id"]).column("image_id").unique().to_pylist()
+    except DataError:
+        found = None
+    if found == wanted:
+        HERE.count("kept")
+        return receipt
+    storage.remove(shard_path(artifact_path, key))
+    HERE.count("remade")
+    return None
+
+
+def refuse_foreign(artifact_path: str, keys: Sequence[str], whose: str = "the corpus has not") -> None:
+    """Errors: DataError when shards lie in the artifact that are none of `keys`: the next stage would read them too."""
+    foreign = sorted(set(list_shards(artifact_path)) - set(keys))
+    if foreign:
+        raise DataError(
+            f"{artifact_path} holds {len(foreign):,} shards that {whose}, the first is "
+            f"{shard_path(artifact_path, foreign[0])}. They are of another run: move them away, and run the command again."
+        )

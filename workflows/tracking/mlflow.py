@@ -1,0 +1,270 @@
+"""MLflow behind the `Tracker` protocol of `smalti.tracking`: a parent run for a recipe, a child run for each stage.
+
+The default store is `sqlite:///<out>/mlflow.db` with its pictures in `<out>/mlflow_artifacts`; `tracking.uri` names any
+other, and `off` tracks nothing. Metrics are buffered and sent in batches; a training worker attaches to the run that
+the driver made, so that a restarted worker does not open another one. Only one process a run should write.
+A store that cannot be used when a recipe starts is an error; one that goes away later stops nothing (see `outbox`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from smalti import storage
+from smalti.errors import ConfigError
+from smalti.progress import log
+from smalti.tracking import NullTracker, Status, Tracker
+from smalti.workflows.tracking.outbox import Outbox
+
+if TYPE_CHECKING:
+    import numpy as np
+    from mlflow import MlflowClient
+
+    from smalti.schema import Recipe
+
+RUN_FILE = "mlflow_run.json"
+METRICS_A_BATCH = 1000  # the store's limits, seen in mlflow 3.17 (mlflow/utils/validation.py)
+PARAMS_A_BATCH = 100
+PARAM_LENGTH = 6000
+TAG_LENGTH = 8000
+FLUSH_AFTER_S = 5.0
+SYSTEM_EVERY_S = 10.0
+PARENT_TAG = "mlflow.parentRunId"
+PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}  # the outbox tries again
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one level with dotted keys; lists become JSON; an empty mapping is dropped."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{name}.")
+        else:
+            flat[name] = json.dumps(value) if isinstance(value, list | tuple) else value
+    return flat
+
+
+def open_tracker(recipe: Recipe) -> Tracker:
+    """The recipe's parent run, made once and reopened when the same command runs again; `NullTracker` when off.
+
+    Its id is kept in `<out>/mlflow_run.json`. Errors: ConfigError when the store cannot be reached, or when `out` is a
+    URL and no tracking URI was given (sqlite needs a local folder).
+    """
+    uri = recipe.tracking.uri
+    if uri == "off":
+        return NullTracker()
+    out = storage.absolute(recipe.out)
+    if uri is None:
+        if not storage.is_local(out):
+            raise ConfigError(
+                f"tracking.uri is not set, and its default, a sqlite file in the output folder, cannot lie in {out}. "
+                "Set tracking.uri to a server, to sqlite:///<a local file>, or to off."
+            )
+        storage.make_dirs(out)
+        uri = f"sqlite:///{out}/mlflow.db"
+    record_path = storage.join(out, RUN_FILE)
+    record = storage.read_json(record_path) if storage.exists(record_path) else {}
+    try:
+        client = _client(uri)
+        run_id = _reopen(client, record.get("run_id")) if record.get("uri") == uri else None
+        if run_id is None:
+            experiment = _experiment(client, uri, recipe.tracking.experiment)
+            run_id = client.create_run(experiment, run_name=recipe.name, tags={"smalti.out": out}).info.run_id
+            storage.write_json(record_path, {"uri": uri, "run_id": run_id})
+    except ConfigError:
+        raise
+    except Exception as error:  # mlflow lets SQLAlchemy's, requests' and its own errors through
+        raise ConfigError(
+            f"The MLflow store {uri} cannot be used: {error}. Set tracking.uri to a store that answers, or to off."
+        ) from error
+    tracker = MLflowTracker(uri, run_id, client=client)
+    tracker.params(recipe.model_dump(mode="json"))
+    return tracker
+
+
+class MLflowTracker:
+    """One MLflow run. `owner=False` (see `attach`): `finish` sends what is buffered and leaves the run open.
+
+    A pickled copy is such an attached one: it may be handed to rank 0 of a training.
+    """
+
+    run_id: str | None
+
+    def __init__(self, uri: str, run_id: str, *, client: MlflowClient | None = None, owner: bool = True) -> None:
+        self.uri, self.run_id, self._run_id, self.owner = uri, run_id, run_id, owner
+        self._client = client or _client(uri)
+        self._outbox = Outbox(uri, self._send_numbers, METRICS_A_BATCH)
+
+    def _send_numbers(self, numbers: list[Any]) -> None:
+        self._client.log_batch(self._run_id, metrics=numbers)
+
+    @classmethod
+    def attach(cls, uri: str, run_id: str) -> MLflowTracker:
+        """The same run seen from another process (rank 0 of a training); its `finish` does not end the run."""
+        return cls(uri, run_id, owner=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MLflowTracker.attach, (self.uri, self._run_id)
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Log nested settings with dotted keys. A parameter that stands with another value (a rerun may change
+        resources) keeps it, as MLflow demands; the new value is written as the tag `changed.<key>`."""
+        self._outbox.call(partial(self._params, dict(values)))
+
+    def _params(self, values: Mapping[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        known = self._client.get_run(self._run_id).data.params
+        wanted = {key: str(value)[:PARAM_LENGTH] for key, value in flatten(values).items()}
+        new = [Param(key, value) for key, value in wanted.items() if key not in known]
+        for start in range(0, len(new), PARAMS_A_BATCH):
+            self._client.log_batch(self._run_id, params=new[start : start + PARAMS_A_BATCH])
+        self._tags({f"changed.{key}": value for key, value in wanted.items() if known.get(key, value) != value})
+
+    def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
+        """Buffer numbers; they are sent in batches, at the latest with the first call after 5 seconds."""
+        from mlflow.entities import Metric
+
+        now_ms = int(time.time() * 1000)
+        numbers = [Metric(key, float(value), now_ms, step or 0) for key, value in values.items()]
+        self._outbox.add(numbers, FLUSH_AFTER_S)
+
+    def flush(self) -> None:
+        """Send what is buffered."""
+        self._outbox.flush(now=True)
+
+    def image(self, key: str, pixels: np.ndarray, step: int | None = None) -> None:
+        """Log a picture, uint8 (H, W, 3), as a point of the series `key`."""
+        log_image = self._client.log_image
+        self._outbox.call(partial(log_image, self._run_id, pixels, key=key, step=step or 0, synchronous=True))
+
+    @contextmanager
+    def system_metrics(self) -> Iterator[None]:
+        """Within, this machine's CPU, memory, disk, network and GPUs are logged every ten seconds as `system/…`."""
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        class Monitor(SystemMetricsMonitor):
+            """MLflow's own, whose loop would end with the first call that the store does not answer."""
+
+            def monitor(inner) -> None:  # noqa: N805
+                while True:
+                    inner.collect_metrics()
+                    if inner._shutdown_event.wait(inner.sampling_interval):
+                        return
+                    numbers = {f"system/{name}": value for name, value in inner.aggregate_metrics().items()}
+                    self.metrics(numbers, step=inner._logging_step)
+                    inner._logging_step += 1
+                    for part in inner.monitors:
+                        part.clear_metrics()
+
+        monitor = Monitor(self._run_id, SYSTEM_EVERY_S, resume_logging=True, tracking_uri=self.uri)
+        monitor.start()
+        try:
+            yield
+        finally:
+            monitor.finish()
+
+    def artifact_text(self, name: str, text: str) -> None:
+        self._outbox.call(partial(self._client.log_text, self._run_id, text, name))
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        self._outbox.call(partial(self._tags, dict(values)))
+
+    def _tags(self, values: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        tags = [RunTag(key, str(value)[:TAG_LENGTH]) for key, value in values.items()]
+        for start in range(0, len(tags), PARAMS_A_BATCH):
+            self._client.log_batch(self._run_id, tags=tags[start : start + PARAMS_A_BATCH])
+
+    def child(self, name: str) -> Tracker:
+        """A run under this one. An unfinished child of that name (a killed try) is gone on with. With a store that does
+        not answer now it is one that tells nobody, and a line says so."""
+        try:
+            return self._child(name)
+        except Exception as error:  # mlflow lets SQLAlchemy's, requests' and its own errors through
+            log(
+                f"{name}: not tracked, since MLflow at {self.uri} does not answer: {str(error).strip().splitlines()[0]}"
+            )
+            return NullTracker()
+
+    def _child(self, name: str) -> MLflowTracker:
+        info = self._client.get_run(self._run_id).info
+        query = f"tags.`{PARENT_TAG}` = '{self._run_id}' and attributes.run_name = '{name}'"
+        for run in self._client.search_runs([info.experiment_id], query):
+            if run.info.status != "FINISHED":
+                self._client.update_run(run.info.run_id, status="RUNNING")
+                return MLflowTracker(self.uri, run.info.run_id, client=self._client)
+        run = self._client.create_run(info.experiment_id, run_name=name, tags={PARENT_TAG: self._run_id})
+        return MLflowTracker(self.uri, run.info.run_id, client=self._client)
+
+    def finish(self, status: Status = "FINISHED") -> None:
+        """Send what is buffered and end the run as FINISHED or FAILED; a line says what could not be sent."""
+        if self.owner:
+            self._outbox.call(partial(self._client.set_terminated, self._run_id, status))
+        if not self._outbox.flush(now=True):
+            log(
+                f"MLflow at {self.uri} does not answer, and its run {self._run_id} lacks {self._outbox.left()}. Nothing else "
+                "is lost: the numbers of a training stand in its history.jsonl, those of a stage in its artifact.json."
+            )
+
+
+def _client(uri: str) -> MlflowClient:
+    """A quiet client: no telemetry over the network, no migration chatter on the terminal."""
+    for name, value in {"MLFLOW_DISABLE_TELEMETRY": "true", **PATIENCE}.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    for name in ("mlflow", "alembic", "alembic.runtime.migration"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return MlflowClient(uri)
+
+
+def _reopen(client: MlflowClient, run_id: str | None) -> str | None:
+    """The id, its run open again; None when the store does not hold it any more."""
+    from mlflow.exceptions import MlflowException
+
+    if run_id is None:
+        return None
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+    if run.info.lifecycle_stage != "active":
+        return None
+    client.update_run(run_id, status="RUNNING")
+    return run_id
+
+
+def _experiment(client: MlflowClient, uri: str, name: str) -> str:
+    """Id of the experiment, made if new; a sqlite store keeps pictures beside its file (its default is the cwd)."""
+    from mlflow.exceptions import MlflowException
+
+    known = client.get_experiment_by_name(name)
+    if known is None:
+        location = None
+        if uri.startswith("sqlite:///"):
+            location = (Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlflow_artifacts").as_uri()
+        try:
+            return client.create_experiment(name, artifact_location=location)
+        except MlflowException:  # another process was faster
+            known = client.get_experiment_by_name(name)
+            if known is None:
+                raise
+    if known.lifecycle_stage != "active":
+        raise ConfigError(
+            f"The MLflow experiment {name!r} in {uri} is deleted. "
+            "Restore it with `mlflow experiments restore`, or set tracking.experiment to another name."
+        )
+    return known.experiment_id

@@ -1,0 +1,80 @@
+"""Training UniCode²'s bridge on token shards with captions: codes → the conditioning of a diffusion decoder.
+
+Axes as in `smalti.mllm.bridge`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from smalti import storage
+from smalti.mllm.bridge import CODES, SETTINGS, WEIGHTS, Bridge, BridgeLoss, save_bridge
+from smalti.mllm.diffusion import PromptSide
+from smalti.mllm.sequences import caption_of
+from smalti.schema import BridgeSection, Mixture
+from smalti.workflows.train.task import Batch, Context, Metrics, Row, Source, Task
+from smalti.workflows.train.tasks.mllm import UsableRows
+
+CAPTIONED = Mixture(caption_to_image=0.0, image_to_caption=1.0, qa=0.0)
+
+
+class BridgeTask(Task):
+    """A bridge beside frozen text encoders. tokens, keys, sizes: token shards and their captioned rows. path: the stage's
+    folder, where the driver put the code vectors."""
+
+    together = "InfoNCE"
+
+    def __init__(
+        self, section: BridgeSection, tokens: str, keys: list[str], sizes: list[int], num_tokens: int, path: str
+    ) -> None:
+        self.section, self.path, self.num_tokens = section, path, num_tokens
+        self.tokens, self.keys, self.sizes = tokens, keys, sizes
+
+    def source(self) -> Source:
+        rows = UsableRows(self.tokens, self.keys, self.sizes)
+        rows.mixture = CAPTIONED
+        return rows
+
+    def setup(self, context: Context) -> None:
+        super().setup(context)
+        with storage.local_copy(storage.join(self.path, CODES)) as file:
+            self.codes_VC = load_file(file)["codes"]  # mapped: the workers of a machine share it
+        self.text = PromptSide.from_pretrained(self.section.decoder).to(context.device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(context.seed)
+            given = self.text({name: ids.to(context.device) for name, ids in self.text.tokenize([""]).items()})
+            self.bridge = Bridge(self.section, given.shape(self.num_tokens, self.codes_VC.shape[1]))
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"model": BridgeLoss(self.bridge)}
+
+    def make_batch(self, rows: Sequence[Row]) -> Batch:
+        """vectors float32 (B, T, C); token ids of the captions, int64 (B, L), for each text encoder."""
+        codes_BT = torch.from_numpy(np.stack([row.values["codes"] for row in rows]).astype(np.int64))
+        ids = self.text.tokenize([caption_of(row.values) for row in rows])
+        return {"vectors": self.codes_VC[codes_BT], **{f"ids_{name}": ids_BL for name, ids_BL in ids.items()}}
+
+    def loss(
+        self, name: str, engines: Mapping[str, Any], batch: Batch, step: int, share: Tensor | None
+    ) -> tuple[Tensor, Metrics] | None:
+        ids = {key.removeprefix("ids_"): value for key, value in batch.items() if key.startswith("ids_")}
+        workers = self.context.collectives
+        gather = workers.all_gather if workers.world_size > 1 else None
+        first = workers.rank * len(batch["vectors"])
+        return engines[name](batch["vectors"], self.text(ids), torch.cat([*ids.values()], -1), gather, first)
+
+    def save(self, path: str, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
+        """`bridge.safetensors` and `bridge.json` beside the code vectors, as `smalti.mllm.bridge.load_bridge` reads them."""
+        state = {name.removeprefix("bridge."): tensor for name, tensor in weights["model"].items()}
+        with tempfile.TemporaryDirectory(prefix="smalti-") as folder:
+            save_bridge(folder, self.bridge, state)
+            for file in (WEIGHTS, SETTINGS):
+                storage.put_file(storage.join(folder, file), storage.join(path, file))
+        return {}

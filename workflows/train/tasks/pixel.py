@@ -1,0 +1,189 @@
+"""Training SemHiTok's pixel codebooks and decoder (arXiv 2503.06764, stages P and D).
+
+Axis letters: B images, N patches, D pixel code width, H W pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from smalti import storage
+from smalti.schema import Loss, PixelStage, SemanticStage, VitSize
+from smalti.tokenizers.semhitok import PixelTokenizer, SemanticTokenizer
+from smalti.tokenizers.subcodes import SAMPLES_PER_ROW
+from smalti.workflows.train.engines import set_parameter
+from smalti.workflows.train.task import Batch, Context, Metrics, StepReader
+from smalti.workflows.train.tasks.images import picture_grid, to_unit
+from smalti.workflows.train.tasks.reconstruction import RebuildModule, RebuildTask
+from smalti.workflows.train.tasks.semantic import read_tensors, write_tensors
+
+WEIGHTS = "pixel.safetensors"
+INIT_VECTORS = 1 << 22
+"""Vectors looked at, at most, when the pixel codebooks start."""
+
+
+class PixelModule(RebuildModule):
+    """A PixelTokenizer in an engine."""
+
+    def __init__(self, tokenizer: PixelTokenizer) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    @property
+    def last_layer(self) -> Tensor:
+        return self.tokenizer.last_layer
+
+    def forward(
+        self, pixels: Tensor, semantic_ids: Tensor | None, quantize: bool = True, vectors_only: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """(rebuilt, vq loss, codes, semantic-only rebuilt); `vectors_only`: the encoder's vectors in the first place."""
+        if vectors_only:
+            p_BND = self.tokenizer.encode_vectors(pixels)
+            return p_BND, p_BND.new_zeros(()), None, None
+        out = self.tokenizer(pixels, semantic_ids, quantize)
+        self.made = out.pixels
+        return out.pixels.view_as(out.pixels), out.vq_loss, out.codes, out.semantic_only
+
+
+class PixelTask(RebuildTask):
+    """Pixel encoder, codebooks and decoder; `decoder`: only a new decoder of that size, on the codes as they are.
+
+    semantic: weights of the semantic phase, None without guidance. start: weights of the pixel phase (for `decoder`).
+    """
+
+    def __init__(
+        self,
+        stage: PixelStage,
+        loss: Loss,
+        grid: tuple[int, int],
+        num_codes: int,
+        semantic: tuple[SemanticStage, int, int, str] | None = None,
+        decoder: VitSize | None = None,
+        start: str | None = None,
+        **images_of: Any,
+    ) -> None:
+        super().__init__(loss, **images_of)
+        self.stage, self.grid, self.num_codes = stage, grid, num_codes
+        self.semantic_settings, self.decoder_size, self.start = semantic, decoder, start
+
+    def setup(self, context: Context) -> None:
+        super().setup(context)
+        self.semantic: SemanticTokenizer | None = None
+        if self.semantic_settings is not None:
+            stage, num_semantic, dim, path = self.semantic_settings
+            self.semantic = SemanticTokenizer(dim, stage, num_semantic, self.grid)
+            self.semantic.load_state_dict(read_tensors(path))
+            self.semantic.to(context.device).eval().requires_grad_(False)
+        codes = None if self.semantic is None else self.semantic.codes
+        self.tokenizer = PixelTokenizer(self.stage, codes, self.image_size, self.grid, self.num_codes)
+        if self.decoder_size is not None:
+            assert self.start is not None
+            self.tokenizer.load_state_dict(read_tensors(self.start))
+            self.tokenizer.replace_decoder(self.decoder_size)
+        self.setup_losses(context)
+        self.used = torch.zeros(self.num_codes, device=context.device)
+
+    def main_module(self) -> PixelModule:
+        return PixelModule(self.tokenizer)
+
+    def semantic_ids(self, batch: Batch) -> Tensor | None:
+        """Semantic codes of a batch: int64 (B, N); computed once a row."""
+        if self.semantic is None:
+            return None
+        pixels, semantic = batch["pixels"], self.semantic
+        compute = lambda missing: semantic.encode(self.features(pixels[missing])).int()  # noqa: E731
+        return self.memory.get(batch["places"], compute).long()
+
+    @property
+    def quantize_from(self) -> int:
+        """Step at which the codebooks start; the decoder phase has them from the beginning."""
+        return 0 if self.decoder_size is not None else self.stage.init_steps
+
+    def begin_step(self, step: int, engines: Mapping[str, Any], read: StepReader) -> None:
+        """At `init_steps`, start the codebooks as k-means of the vectors of the coming batches, alike on all ranks."""
+        if step != self.quantize_from or self.decoder_size is not None:
+            return
+        collectives, train = self.context.collectives, self.context.train
+        patches = self.grid[0] * self.grid[1]
+        wanted = min(self.num_codes * SAMPLES_PER_ROW, INIT_VECTORS)
+        steps = min(math.ceil(wanted / (train.batch_size * patches)), math.ceil(sum(self.sizes) / train.batch_size))
+        vectors, ids = [], []
+        engines["model"].eval()
+        with torch.no_grad():
+            for ahead in range(step, step + steps):  # gathered step by step: the order of one worker's batches
+                parts = [self._vectors(engines["model"], batch) for batch in read(ahead)]
+                vectors.append(collectives.all_gather(torch.cat([p for p, _ in parts])))
+                ids.append(collectives.all_gather(torch.cat([i for _, i in parts])))
+        vectors_TD, ids_T = torch.cat(vectors), torch.cat(ids)
+        codebook = self.tokenizer.codebook
+        fresh = type(codebook)(*self._codebook_sizes())
+        if collectives.rank == 0:
+            fresh.init_from(vectors_TD.cpu(), ids_T.cpu(), self.context.generator(step))
+        codes = collectives.broadcast(fresh.codes.detach().to(self.context.device))
+        set_parameter(engines["model"], codebook.codes, codes)
+
+    def _vectors(self, engine: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The pixel encoder's vectors of a batch (T, D), and the semantic code of each (zeros without guidance)."""
+        semantic_ids = self.semantic_ids(batch)
+        p_BND, *_ = engine(to_unit(batch["pixels"]), semantic_ids, vectors_only=True)
+        p_TD = p_BND.float().flatten(0, 1)
+        return p_TD, p_TD.new_zeros(len(p_TD), dtype=torch.int64) if semantic_ids is None else semantic_ids.flatten()
+
+    def _codebook_sizes(self) -> tuple[int, ...]:
+        if self.semantic is None:
+            return (self.num_codes, self.stage.dim)
+        return (self.semantic.num_codes, self.stage.codes, self.stage.dim)
+
+    def loss(
+        self, name: str, engines: Mapping[str, Any], batch: Batch, step: int, share: Tensor | None
+    ) -> tuple[Tensor, Metrics] | None:
+        if name == "discriminator":
+            return self.discriminator_loss(engines, batch, step)
+        target = to_unit(batch["pixels"])
+        quantize = step >= self.quantize_from
+        rebuilt, vq, codes, semantic_only = engines[name](target, self.semantic_ids(batch), quantize)
+        loss, metrics = self.image_loss(engines, rebuilt, target, step)
+        if self.decoder_size is None:
+            loss = loss + self.stage.vq_weight * vq
+            metrics["vq"] = vq.detach()
+            if codes is not None:
+                metrics["codes_in_batch"] = float(len(codes.unique()))
+                self.used[codes.flatten()] = 1.0
+            if semantic_only is not None:
+                other, parts = self.criterion(semantic_only, target)
+                loss = loss + other
+                metrics["psnr_semantic_only"] = -10 * torch.log10(parts["l2"] / 4)
+        return loss, metrics | {"loss": loss.detach()}
+
+    def after_step(self, step: int, engines: Mapping[str, Any]) -> Metrics:
+        """Share of all codes that the batch of a logged step uses, over all workers; batches before it are left out."""
+        used = self.used.clone()
+        self.used.zero_()
+        if step < self.quantize_from or self.decoder_size is not None or (step + 1) % self.context.train.log_every:
+            return {}
+        return {"codes_used": (self.context.collectives.all_reduce(used) > 0).double().mean()}
+
+    def skipped(self, step: int) -> None:
+        self.used.zero_()
+
+    def pictures(self, engines: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Held-out images: input | rebuilt (| from semantic codes alone)."""
+        pixels = self.held_out()
+        if not len(pixels):
+            return {}
+        ids = None if self.semantic is None else self.semantic.encode(self.features(pixels))
+        rebuilt, _, _, semantic_only = engines["model"](to_unit(pixels), ids, True)
+        columns = [to_unit(pixels), rebuilt] + ([] if semantic_only is None else [semantic_only])
+        return {"reconstruction": picture_grid(columns)}
+
+    def save(self, path: str, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
+        """`pixel.safetensors`: the PixelTokenizer's state."""
+        state = {name.removeprefix("tokenizer."): tensor for name, tensor in weights["model"].items()}
+        write_tensors(storage.join(path, WEIGHTS), state)
+        return {}
