@@ -66,9 +66,3 @@ def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
             rows.append([index])
         insort(open_rows, (left - lengths[index], row))
     return rows
-
-
-def efficiency(rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> float:
-    """Share of a batch's places (rows × the fullest one) that hold a token."""
-    filled = [sum(lengths[index] for index in row) for row in rows]
-    return sum(filled) / (len(rows) * max(filled))

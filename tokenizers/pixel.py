@@ -157,22 +157,6 @@ class PixelTokenizer(Float32Buffers):
             semantic_only = self.decode_semantic_only(semantic_ids_BN)
         return PixelOutputs(self._decode(q_BND, semantic_ids_BN), p_BND, codes, vq, semantic_only)
 
-    def init_codebooks(
-        self, vectors_TD: Tensor, ids_T: Tensor | None, generator: torch.Generator | None = None
-    ) -> None:
-        """Start the pixel codebooks as k-means of vectors p seen, each with its semantic code (see `SubCodebooks`).
-
-        vectors: (…, D); ids: int64 (…), None without guidance. It writes a Parameter in place: an optimizer that keeps
-        copies of its own (bf16, ZeRO) is made anew afterwards.
-        """
-        vectors_TD = vectors_TD.reshape(-1, self.stage.dim)
-        if isinstance(self.codebook, SubCodebooks):
-            if ids_T is None:
-                raise ValueError("sub-codebooks start from vectors with their semantic codes")
-            self.codebook.init_from(vectors_TD, ids_T.flatten(), generator)
-        else:
-            self.codebook.init_from(vectors_TD, None, generator)
-
     def replace_decoder(self, size: VitSize) -> None:
         """Put a new decoder of this size in place (stage D) and freeze everything else; its weights follow the seed."""
         self.requires_grad_(False)

@@ -6,6 +6,7 @@ No collective runs in a `forward`: a quantizer hands out `EMAStats`, and `update
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -139,7 +140,61 @@ class Float32Buffers(nn.Module):
         return self
 
 
-class EMAQuantizer(Float32Buffers):
+class Quantizer(nn.Module, ABC):
+    """Interface of every entry of `QUANTIZERS`.
+
+    The contract, tested for each entry (tests/tokenizers/test_quantizers.py):
+
+    - After `set_codes(c)`, `effective_codes()` equals `representable(c)`.
+    - `assign(effective_codes())` is 0, 1, …, K − 1 where those vectors are distinct.
+    - `forward(h).q` is `effective_codes()[forward(h).ids]` in value, and `forward(h).ids` is `assign(h)`.
+    - `effective_codes()` survives `state_dict` and `load_state_dict`.
+
+    A start from k-means centroids depends on the first two: a quantizer that breaks them loses its start silently.
+    """
+
+    config: VQ
+
+    @abstractmethod
+    def set_codes(self, codes_KD: Tensor) -> None:
+        """Start from codes (K, D).
+
+        Raises:
+            ValueError: for another shape, NaN or Inf.
+        """
+
+    @abstractmethod
+    def effective_codes(self) -> Tensor:
+        """The vectors that decoding uses: float32 (K, D)."""
+
+    def representable(self, codes_KD: Tensor) -> Tensor:
+        """What `set_codes(codes_KD)` can represent of these codes: float32 (K, D); by default all of it."""
+        return codes_KD.float()
+
+    @abstractmethod
+    def assign(self, h: Tensor) -> Tensor:
+        """Code of every vector (…, D): int64 (…) in [0, K)."""
+
+    @abstractmethod
+    def forward(self, h_BND: Tensor) -> Quantized:
+        """Quantize vectors (B, N, D); `stats` is None unless `update` needs it."""
+
+    def update(
+        self,
+        stats: EMAStats,
+        all_reduce: AllReduce = identity,
+        generator: torch.Generator | None = None,
+        rank: int = 0,
+    ) -> int:
+        """Move the codes after the optimizer's step.
+
+        Returns:
+            Number of codes restarted; 0 for codebooks that only gradients move.
+        """
+        return 0
+
+
+class EMAQuantizer(Float32Buffers, Quantizer):
     """Codebook that follows running means (VQ-VAE-2); codes, counts and sums are float32 buffers.
 
     `N ← γN + (1−γ)n; M ← γM + (1−γ)s; N̂ = ΣN·(N+ε)/(ΣN+Kε); c = M/N̂`, with n and s summed over all ranks. A code
@@ -171,7 +226,7 @@ class EMAQuantizer(Float32Buffers):
             self.num_updates.zero_()
 
     def effective_codes(self) -> Tensor:
-        """The vectors that stand for the codes: float32 (K, D)."""
+        """The vectors that decoding uses: float32 (K, D)."""
         return self.codes
 
     def assign(self, h: Tensor) -> Tensor:
@@ -246,7 +301,7 @@ class EMAQuantizer(Float32Buffers):
         return all_reduce(drawn)
 
 
-class VanillaQuantizer(nn.Module):
+class VanillaQuantizer(Quantizer):
     """Codebook trained by gradient: mean(‖sg(h) − c‖²) + β·mean(‖h − sg(c)‖²), straight-through (VQ-VAE)."""
 
     normalised = False
@@ -265,8 +320,12 @@ class VanillaQuantizer(nn.Module):
         return F.normalize(x.float(), dim=-1) if self.normalised else x.float()
 
     def effective_codes(self) -> Tensor:
-        """The vectors that stand for the codes: float32 (K, D); unit vectors for `norm`."""
+        """The vectors that decoding uses: float32 (K, D); unit vectors for `norm`."""
         return self._space(self.codes)
+
+    def representable(self, codes_KD: Tensor) -> Tensor:
+        """The codes themselves: float32 (K, D); their directions for `norm`."""
+        return self._space(codes_KD)
 
     def assign(self, h: Tensor) -> Tensor:
         """Code of every vector (…, D): int64 (…)."""
@@ -294,9 +353,9 @@ def _checked_codes(codes_KD: Tensor, config: VQ) -> Tensor:
     return codes_KD
 
 
-Quantizer = EMAQuantizer | VanillaQuantizer | NormQuantizer
-QUANTIZERS: dict[str, type[EMAQuantizer] | type[VanillaQuantizer]] = {
+QUANTIZERS: dict[str, type[Quantizer]] = {
     "ema": EMAQuantizer,
     "vanilla": VanillaQuantizer,
     "norm": NormQuantizer,
 }
+"""By the name that `tokenizer.semantic.vq` takes. Each is made from a `VQ`."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from smalti.schema import SemanticStage
 from smalti.tokenizers.losses import distill_loss
-from smalti.tokenizers.quantizers import QUANTIZERS, VQ, AllReduce, EMAQuantizer, EMAStats, VanillaQuantizer, identity
+from smalti.tokenizers.quantizers import QUANTIZERS, VQ, AllReduce, EMAStats, Quantizer, identity
 from smalti.tokenizers.vit import Transformer, init_linear, sincos_positions
 
 
@@ -32,7 +32,7 @@ class SemanticTokenizer(nn.Module):
         super().__init__()
         self.feature_dim, self.stage, self.num_codes, self.grid = feature_dim, stage, num_codes, grid
         self.proj = nn.Linear(feature_dim, stage.dim)
-        self.quantizer: EMAQuantizer | VanillaQuantizer = QUANTIZERS[stage.vq](
+        self.quantizer: Quantizer = QUANTIZERS[stage.vq](
             VQ(num_codes, stage.dim, stage.beta, stage.decay, stage.eps, stage.restart_below)
         )
         self.expand = nn.Linear(stage.dim, stage.decoder_dim)
@@ -90,7 +90,7 @@ class SemanticTokenizer(nn.Module):
 
         See `EMAQuantizer.update` for what all ranks must have in common. Several micro-batches: `EMAStats.merge`.
         """
-        if stats is None or not isinstance(self.quantizer, EMAQuantizer):
+        if stats is None:
             return 0
         return self.quantizer.update(stats, all_reduce, generator, rank)
 

@@ -129,15 +129,6 @@ class SemHiTok(SavedTokenizer):
         pixels = pixels.to(self.device, torch.float32)
         return self.pixel.encode(pixels, self._semantic_ids(pixels))
 
-    @torch.no_grad()
-    def encode_semantic(self, pixels: Tensor) -> Tensor:
-        """Semantic codes alone: int64 (B, T) in [0, K). ConfigError without guidance."""
-        check_pixels(pixels, self.image_size)
-        ids = self._semantic_ids(pixels.to(self.device, torch.float32))
-        if ids is None:
-            raise ConfigError("This tokenizer was made without guidance: it has no semantic codes.")
-        return ids
-
     def _semantic_ids(self, pixels: Tensor) -> Tensor | None:
         if self.encoder is None or self.semantic is None:
             return None

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smalti.errors import ConfigError
-from smalti.mllm.packing import WIDEST, best_fit, efficiency, narrowest, pack
+from smalti.mllm.packing import WIDEST, best_fit, narrowest, pack
 from smalti.mllm.sequences import SequenceBuilder, collate
 from smalti.schema import MllmSection
 
@@ -81,7 +81,6 @@ def test_long_tails_pack_above_97_hundredths(num: int) -> None:
     for seed in range(20):
         lengths = np.random.default_rng(seed).lognormal(5.3, 0.8, num).astype(int).clip(16, 2048).tolist()
         rows = pack(lengths, 2048)
-        assert efficiency(rows, lengths) == sum(lengths) / (len(rows) * max(filled(rows, lengths)))
         tokens, places = tokens + sum(lengths), places + len(rows) * max(filled(rows, lengths))
     assert tokens / places >= 0.97
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from smalti.schema import SemanticStage
 from smalti.tokenizers import quantizers
 from smalti.tokenizers.quantizers import (
     QUANTIZERS,
@@ -18,10 +20,13 @@ from smalti.tokenizers.quantizers import (
     EMAQuantizer,
     EMAStats,
     NormQuantizer,
+    Quantized,
+    Quantizer,
     VanillaQuantizer,
     nearest,
     search,
 )
+from smalti.tokenizers.semantic import SemanticTokenizer
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -277,6 +282,86 @@ def test_norm_looks_up_by_cosine_and_gives_unit_vectors() -> None:
     assert torch.equal(out.ids, cosine.argmax(-1))
     torch.testing.assert_close(out.q.norm(dim=-1), torch.ones(2, 5))
     assert torch.equal(quantizer.assign(h_BND), quantizer.assign(h_BND * 3))
+
+
+def check_contract(make: Callable[[VQ], Quantizer]) -> None:
+    """What `Quantizer` promises, on codes that a k-means could have given."""
+    config = VQ(num_codes=12, dim=5)
+    quantizer = make(config).eval()
+    codes_KD = torch.randn(12, 5, generator=seeded(3)) * 2 + 0.5
+    quantizer.set_codes(codes_KD)
+    effective_KD = quantizer.effective_codes().detach().clone()
+    torch.testing.assert_close(effective_KD, quantizer.representable(codes_KD))
+    assert effective_KD.shape == (12, 5)
+    assert effective_KD.dtype == torch.float32
+    assert torch.equal(quantizer.assign(effective_KD), torch.arange(12))
+    assert torch.equal(quantizer.assign(codes_KD), torch.arange(12)), "a centroid keeps its own code"
+
+    h_BND = torch.randn(2, 7, 5, generator=seeded(4))
+    out = quantizer(h_BND)
+    assert torch.equal(out.ids, quantizer.assign(h_BND))
+    assert out.ids.dtype == torch.int64
+    torch.testing.assert_close(out.q, effective_KD[out.ids])
+    assert out.loss.shape == ()
+    assert bool(torch.isfinite(out.loss))
+
+    loaded = make(config).eval()
+    loaded.load_state_dict(quantizer.state_dict())
+    assert torch.equal(loaded.effective_codes(), quantizer.effective_codes())
+    stats = EMAStats.of(h_BND.view(-1, 5), out.ids.flatten(), 12)
+    assert isinstance(quantizer.update(stats), int)
+
+
+@pytest.mark.parametrize("kind", sorted(QUANTIZERS))
+def test_every_quantizer_keeps_the_contract(kind: str) -> None:
+    check_contract(QUANTIZERS[kind])
+
+
+class LinearQuantizer(VanillaQuantizer):
+    """As SimVQ (arXiv 2411.02038): frozen codes behind a trained linear map. `solve` keeps a start."""
+
+    solve = True
+
+    def __init__(self, config: VQ) -> None:
+        super().__init__(config)
+        self.map = torch.nn.Linear(config.dim, config.dim, bias=False)
+        self.codes.requires_grad_(False)
+
+    def set_codes(self, codes_KD: Tensor) -> None:
+        super().set_codes(codes_KD)
+        if self.solve:
+            with torch.no_grad():
+                self.codes.copy_(torch.linalg.solve(self.map.weight, codes_KD.T).T)
+
+    def effective_codes(self) -> Tensor:
+        return self.map(self.codes)
+
+    def forward(self, h_BND: Tensor) -> Quantized:
+        ids = self.assign(h_BND)
+        q = self.effective_codes()[ids]
+        return Quantized(h_BND + (q - h_BND).detach(), ids, (q - h_BND).square().mean(), None)
+
+
+class ForgetfulQuantizer(LinearQuantizer):
+    solve = False
+
+
+def test_the_contract_finds_a_quantizer_that_loses_its_start() -> None:
+    check_contract(LinearQuantizer)
+    with pytest.raises(AssertionError):
+        check_contract(ForgetfulQuantizer)
+
+
+def test_recipes_can_name_every_quantizer_and_no_other() -> None:
+    assert set(get_args(SemanticStage.model_fields["vq"].annotation)) == set(QUANTIZERS)
+
+
+@pytest.mark.parametrize("kind", sorted(QUANTIZERS))
+def test_a_semantic_codebook_of_every_kind_starts_from_its_centroids(kind: str) -> None:
+    centroids_KC = torch.randn(20, 16, generator=seeded(5))
+    tokenizer = SemanticTokenizer(16, SemanticStage(vq=kind, dim=8, decoder_dim=16, decoder_heads=2), 20, (2, 2))
+    tokenizer.init_from(centroids_KC)
+    assert torch.equal(tokenizer.encode(centroids_KC), torch.arange(20))
 
 
 @pytest.mark.parametrize("kind", sorted(QUANTIZERS))

@@ -27,6 +27,20 @@ def semantic_of(vq: str = "ema", dim: int = 6, num_codes: int = 10) -> SemanticT
     return SemanticTokenizer(24, stage, num_codes, (4, 4))
 
 
+def semantic_ids(tokenizer: SemHiTok, pixels: Tensor) -> Tensor:
+    """Semantic codes of images: int64 (B, T)."""
+    assert tokenizer.semantic is not None
+    assert tokenizer.encoder is not None
+    return tokenizer.semantic.encode(tokenizer.encoder(pixels))
+
+
+def start_codebook(tokenizer: PixelTokenizer, vectors_BND: Tensor, ids_BN: Tensor | None, seed: int = 0) -> None:
+    """Start the pixel codebooks from vectors (B, N, D), through the `init_from` that the pixel phase calls."""
+    book, generator = tokenizer.codebook, torch.Generator().manual_seed(seed)
+    ids_T = torch.zeros(vectors_BND.shape[:2].numel(), dtype=torch.int64) if ids_BN is None else ids_BN.flatten()
+    book.init_from(vectors_BND.flatten(0, 1), ids_T, generator)
+
+
 # --- semantic stage -----------------------------------------------------------------------------------------------
 
 
@@ -139,19 +153,19 @@ def test_pixel_training_leaves_the_semantic_codebook_and_encoder_bit_identical(
     tokenizer = make_tokenizer(concat=concat, semantic_only_decoder=True)
     frozen = {n: t.clone() for n, t in tokenizer.state_dict().items() if n.startswith(("semantic.", "encoder."))}
     codes_seen = tokenizer.pixel.semantic_codes.clone()
-    ids = tokenizer.encode_semantic(pixels)
+    ids = semantic_ids(tokenizer, pixels)
     first, last = train_pixel(tokenizer, pixels, 1), train_pixel(tokenizer, pixels, 30)
     assert last < first
     after = tokenizer.state_dict()
     assert len(frozen) > 20
     assert all(torch.equal(t, after[n]) for n, t in frozen.items())
     assert torch.equal(codes_seen, tokenizer.pixel.semantic_codes)
-    assert torch.equal(ids, tokenizer.encode_semantic(pixels))
+    assert torch.equal(ids, semantic_ids(tokenizer, pixels))
 
 
 def test_gradients_of_each_loss_go_where_they_should(make_tokenizer: Make, pixels: Tensor) -> None:
     tokenizer = make_tokenizer(semantic_only_decoder=True)
-    part, ids = tokenizer.pixel.requires_grad_(True).train(), tokenizer.encode_semantic(pixels)
+    part, ids = tokenizer.pixel.requires_grad_(True).train(), semantic_ids(tokenizer, pixels)
 
     def reached(loss: Tensor) -> set[str]:
         part.zero_grad()
@@ -169,22 +183,22 @@ def test_gradients_of_each_loss_go_where_they_should(make_tokenizer: Make, pixel
 
 
 def test_before_quantisation_the_vectors_themselves_are_decoded(make_tokenizer: Make, pixels: Tensor) -> None:
-    part, ids = make_tokenizer().pixel, make_tokenizer().encode_semantic(pixels)
+    part, ids = make_tokenizer().pixel, semantic_ids(make_tokenizer(), pixels)
     out = part(pixels, ids, quantize=False)
     assert out.codes is None
     assert float(out.vq_loss) == 0
-    part.init_codebooks(out.vectors, ids)
+    start_codebook(part, out.vectors, ids)
     after = part(pixels, ids)
     assert after.codes.shape == (3, 16)
     assert float((after.pixels - out.pixels).abs().mean()) < float(out.pixels.abs().mean())
 
 
-def test_init_codebooks_lowers_the_quantisation_error(make_tokenizer: Make, pixels: Tensor) -> None:
+def test_started_codebooks_lower_the_quantisation_error(make_tokenizer: Make, pixels: Tensor) -> None:
     for guidance in (True, False):
         tokenizer = make_tokenizer(guidance)
-        ids = tokenizer.encode_semantic(pixels) if guidance else None
+        ids = semantic_ids(tokenizer, pixels) if guidance else None
         before = tokenizer.pixel(pixels, ids)
-        tokenizer.pixel.init_codebooks(before.vectors, ids, torch.Generator().manual_seed(0))
+        start_codebook(tokenizer.pixel, before.vectors, ids)
         assert tokenizer.pixel(pixels, ids).vq_loss < 0.5 * before.vq_loss
 
 
@@ -197,7 +211,7 @@ def test_a_replaced_decoder_is_all_that_trains(make_tokenizer: Make, pixels: Ten
     assert trained == {"decoder"}
     optimizer = torch.optim.AdamW([p for p in part.parameters() if p.requires_grad], 1e-2)
     for _ in range(3):
-        out = part(pixels, tokenizer.encode_semantic(pixels))
+        out = part(pixels, semantic_ids(tokenizer, pixels))
         (out.pixels - pixels).square().mean().backward()
         optimizer.step()
     assert all(torch.equal(t, part.state_dict()[n]) for n, t in rest.items())
@@ -223,7 +237,7 @@ def test_guidance_and_its_options_are_checked(section: Callable[..., object], en
 
 def test_bf16_training_keeps_codes_exact(make_tokenizer: Make, pixels: Tensor) -> None:
     tokenizer = make_tokenizer()
-    part, ids = tokenizer.pixel, tokenizer.encode_semantic(pixels)
+    part, ids = tokenizer.pixel, semantic_ids(tokenizer, pixels)
     codes = part.semantic_codes.clone()
     part.to(torch.bfloat16).requires_grad_(True)
     out = part(pixels, ids)
@@ -262,7 +276,7 @@ def test_codes_shapes_ranges_and_determinism(guidance: bool, make_tokenizer: Mak
 
 def test_flat_codes_hold_the_semantic_code_and_embed_is_both_vectors(make_tokenizer: Make, pixels: Tensor) -> None:
     tokenizer = make_tokenizer()
-    codes, i = tokenizer.encode(pixels), tokenizer.encode_semantic(pixels)
+    codes, i = tokenizer.encode(pixels), semantic_ids(tokenizer, pixels)
     assert torch.equal(codes // 3, i)
     vectors = tokenizer.embed(codes)
     assert tokenizer.embed_splits == (6, 4)
@@ -279,8 +293,7 @@ def test_without_guidance_codes_are_pixel_codes_and_no_encoder_is_kept(
     assert tokenizer.embed_splits == (4,)
     assert tokenizer.num_semantic == 0
     assert torch.equal(tokenizer.code_vectors(), tokenizer.pixel.codebook.codes)
-    with pytest.raises(ConfigError, match="without guidance"):
-        tokenizer.encode_semantic(pixels)
+    assert tokenizer.semantic is None
     tokenizer.save_pretrained(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     assert torch.equal(load_tokenizer(tmp_path).encode(pixels), tokenizer.encode(pixels))
@@ -367,7 +380,7 @@ def test_pixels_are_checked_before_encoding(make_tokenizer: Make) -> None:
     with pytest.raises(DataError, match="31"):
         tokenizer.encode(torch.zeros(1, 3, 31, 32))
     with pytest.raises(DataError, match="uint8"):
-        tokenizer.encode_semantic(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+        tokenizer.encode(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
     nothing = tokenizer.encode(torch.zeros(0, 3, 32, 32))
     assert nothing.shape == (0, 16)
     assert tokenizer.decode(nothing).shape == (0, 3, 32, 32)
