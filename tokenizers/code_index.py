@@ -1,4 +1,4 @@
-"""Nearest codes of many vectors: exactly, or through the tree that k-means left.
+"""Nearest codes of many vectors, exact or through the k-means tree.
 
 Axis letters: N vectors, C their width, K codes, P cells, B candidates of a vector.
 """
@@ -16,24 +16,30 @@ from torch import Tensor
 from smalti.tokenizers import quantizers
 
 PAIRS = 1 << 24
-"""Cells of vectors that a tree search looks at together."""
+"""(vector, cell) pairs that a tree search compares at once."""
 APART = 1 << 26
-"""Distances between cells that an index keeps; those of more cells are taken again for the vectors at hand."""
+"""Most distances between cells that an index stores; with more cells they are recomputed for each block of vectors."""
 ROUNDING = 1e-6
-"""Of a vector's squared norm: the error of a squared distance."""
+"""Error of a squared distance, relative to the squared norm of the vector."""
 TINY = torch.finfo(torch.float32).tiny
 SIGMAS = 1.645
-"""Of a normal distribution, below which 95 % of it lie."""
+"""Standard deviations below which 95 % of a normal distribution lies."""
 CANDIDATE_BLOCK = 1 << 16
-"""Codes among which candidates are looked for at once: each look is a sort, and few of them suit a GPU."""
+"""Codes sorted at once in a search for candidates; on a GPU few large sorts are faster."""
 CANDIDATES = 16
-"""Codes of each vector that are scored again in float32 after a search in another precision."""
+"""Codes of each vector that are rescored in float32 after a search in lower precision."""
 KERNEL_ROWS = 4096
-"""Vectors that a GPU searches together with the kernel: 0.3 GB of candidates at width 1152."""
+"""Vectors that the GPU kernel searches at once: 0.3 GB of candidates at width 1152."""
 
 
 class Probes(NamedTuple):
-    """How much of the tree a search sees, `tree(x, cells, reach)`, and the recall@1 that was measured with it."""
+    """How much of the tree a search visits.
+
+    Attributes:
+        cells: nearest cells that are candidates, at least 1.
+        reach: factor on the distance of the best code so far, beyond which a cell is skipped (see `CodeIndex.tree`).
+        recall: recall@1 measured with these settings, in (0, 1].
+    """
 
     cells: int
     reach: float
@@ -41,16 +47,22 @@ class Probes(NamedTuple):
 
     @classmethod
     def reaching(cls, cells_N: Tensor, reach_N: Tensor, recall: float) -> Probes:
-        """The least reach, and with it the fewest cells, that reach a recall on vectors like those of these
-        `CodeIndex.needs`: so many of these are found that at 95 % it holds for others too (`lower_bound`). Where they are
-        too few to say so, all of them are found.
+        """The smallest reach, and with it the fewest cells, for a recall.
 
-        ValueError: a recall outside (0, 1], or no vectors.
+        The recall holds at 95 % confidence for other vectors of the same distribution (`lower_bound`). With too few
+        vectors to say so, the search finds all of them.
+
+        Args:
+            cells_N, reach_N: what `CodeIndex.needs` returns for held-out vectors.
+            recall: share of vectors whose nearest code must be found, in (0, 1].
+
+        Raises:
+            ValueError: for a recall outside (0, 1], or no vectors.
         """
         if not 0 < recall <= 1:
-            raise ValueError(f"a recall of {recall} is asked for; want one in (0, 1]")
+            raise ValueError(f"recall is {recall}, expected a value in (0, 1]")
         if not len(cells_N):
-            raise ValueError("recall on 0 vectors")
+            raise ValueError("recall cannot be measured on 0 vectors")
         num = len(cells_N)
         wanted = min(num, bisect.bisect_left(range(num + 1), recall, key=lambda found: lower_bound(found, num)))
         reach = float(reach_N.sort().values[max(wanted, 1) - 1])
@@ -59,17 +71,27 @@ class Probes(NamedTuple):
 
 
 def lower_bound(found: int, num: int) -> float:
-    """What a share is at least, at 95 %, that was seen `found` times of `num`: Wilson's one-sided bound."""
-    share, square = found / num, SIGMAS**2 / num
+    """Lower 95 % confidence bound of a share, seen `found` times in `num` (Wilson, one-sided)."""
+    share = found / num
+    square = SIGMAS**2 / num
     spread = SIGMAS * math.sqrt((share * (1 - share) + square / 4) / num)
     return (share + square / 2 - spread) / (1 + square)
 
 
 class CodeIndex:
-    """Codes (K, C) and, for the tree search, cells (P, C), the cell of each code, int64 (K,), and how much of it to see.
+    """Search for the nearest of K codes.
 
-    The codes lie sorted by cell and their half-norms beside them, so that a cell is one GEMM against contiguous rows.
-    Results lie on the codes' device, where the vectors must lie too. ValueError: shapes that do not go together.
+    Codes are stored sorted by cell, with their half-norms, so that a cell is one GEMM against contiguous rows. Vectors
+    must be on the device of the codes, where results are too.
+
+    Args:
+        codes_KC: codes (K, C), K >= 1.
+        cells_PC: centres of the cells (P, C), for the tree search.
+        cell_of_K: cell of each code, int64 (K,) in [0, P).
+        probes: how much of the tree `nearest` visits; None is exact search.
+
+    Raises:
+        ValueError: for shapes that do not match.
     """
 
     def __init__(
@@ -106,12 +128,17 @@ class CodeIndex:
         self._low: dict[torch.dtype, Tensor] = {}
 
     def exact(self, x_NC: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """Code of each vector and its squared distance: int64 (N,), float32 (N,). Ties take the lowest code.
+        """Nearest code of each vector (N, C), and its squared distance.
 
-        With another dtype (bfloat16) the scores are taken in it, and the best `CANDIDATES` of them again in float32:
-        exact unless that many codes lie within its rounding. On an A100 or H100 with triton bfloat16 scores are made by
-        `nearest_kernel` and never stored: there three codes of one tile may hide one, too. The codes in that dtype stay
-        with the index.
+        In bfloat16 the best `CANDIDATES` codes are rescored in float32: the result is exact unless more codes than that
+        lie within its rounding. On an A100 or H100 with triton, `nearest_kernel` makes the scores without storing them;
+        there, three codes of one tile may also hide a fourth. The index keeps its copy of the codes in that dtype.
+
+        Args:
+            dtype: precision of the scores.
+
+        Returns:
+            Codes, int64 (N,), ties take the lowest; squared distances, float32 (N,).
         """
         x_NC, block = x_NC.float(), min(len(self.codes), quantizers.CODE_BLOCK)
         ids_N, scores_N = _empty(x_NC)
@@ -131,19 +158,21 @@ class CodeIndex:
         return ids_N, _distance(quantizers.squared_norms(x_NC), scores_N)
 
     def nearest(self, x_NC: Tensor) -> tuple[Tensor, Tensor]:
-        """As `exact`, by a search of the tree that sees as much as `probes` say; exact without them."""
+        """As `exact`, by the tree search that `probes` describe; exact without them."""
         return self.exact(x_NC) if self.probes is None else self.tree(x_NC, self.probes.cells, self.probes.reach)
 
     def tree(self, x_NC: Tensor, num_cells: int, reach: float = 1.0) -> tuple[Tensor, Tensor]:
-        """As `exact`, among the codes of the `num_cells` cells nearest to each vector (all that hold codes, if fewer).
+        """As `exact`, among the codes of the `num_cells` cells nearest to each vector.
 
-        Of these cells one is left out where the plane half-way between it and the nearest cell is farther from the vector
-        than `reach` times the best code of the nearest cell: with 1 it holds no nearer code, if every code lies in the
-        cell nearest to it, as k-means leaves them. The vectors that probe a cell are scored together. ValueError:
-        `num_cells` below 1.
+        A cell is skipped if the plane half-way between it and the nearest cell is farther from the vector than `reach`
+        times the distance to the best code of the nearest cell. With `reach` 1 a skipped cell holds no nearer code,
+        provided that every code lies in the cell nearest to it, as after k-means.
+
+        Raises:
+            ValueError: for `num_cells` below 1.
         """
         if num_cells < 1:
-            raise ValueError(f"a search in {num_cells} cells; at least 1 is needed")
+            raise ValueError(f"num_cells is {num_cells}, expected at least 1")
         if len(self.cells) == 1:
             return self.exact(x_NC)
         x_NC, num = x_NC.float(), min(num_cells, len(self.cells))
@@ -159,13 +188,17 @@ class CodeIndex:
     def _nearest_cell(
         self, x_NC: Tensor, norms_N: Tensor, num: int, ids_N: Tensor, scores_N: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Search each vector's nearest cell, in place; `_probe`'s two, and how far the best code is: float32 (N,)."""
+        """Search each vector's nearest cell, in place.
+
+        Returns:
+            What `_probe` returns, and the distance of the best code, float32 (N,).
+        """
         probed, planes = self._probe(x_NC, num)
         self._score(x_NC, torch.arange(len(x_NC), device=x_NC.device), probed[:, 0], ids_N, scores_N)
         return probed, planes, (_distance(norms_N, scores_N) + ROUNDING * norms_N).sqrt_()
 
     def _score(self, x_NC: Tensor, rows: Tensor, cells: Tensor, ids_N: Tensor, scores_N: Tensor) -> None:
-        """Compare the vectors `rows` with the codes of `cells`, pair by pair, and keep what is better in place."""
+        """Compare vectors `rows` with the codes of `cells`, pairwise; better codes are written in place."""
         rows = rows[torch.argsort(cells, stable=True)]
         ends = torch.bincount(cells, minlength=len(self.cells)).cumsum(0).tolist()
         for cell, (first, last) in enumerate(zip([0, *ends], ends, strict=False)):
@@ -180,7 +213,7 @@ class CodeIndex:
                 scores_N[mine], ids_N[mine] = torch.where(closer, score, best), torch.where(closer, found, known)
 
     def needs(self, x_NC: Tensor) -> tuple[Tensor, Tensor]:
-        """What `tree` needs to find the nearest code of each vector: cells, int64 (N,), and reach, float32 (N,)."""
+        """The cells, int64 (N,), and the reach, float32 (N,), with which `tree` finds the nearest code."""
         x_NC, num = x_NC.float(), len(self.cells)
         home_N = self.cell_of[self.exact(x_NC)[0]]
         cells_N = torch.ones(len(x_NC), dtype=torch.int64, device=x_NC.device)
@@ -194,22 +227,26 @@ class CodeIndex:
         return cells_N, reach_N
 
     def recalls(self, x_NC: Tensor) -> Tensor:
-        """Share of the vectors whose nearest code lies in their 1, 2, … nearest cells: float64 (cells with codes,).
+        """Recall@1 of `tree(x, n)` against `exact(x)` at index n − 1: float64 (cells that hold codes,).
 
-        So `recalls(x)[n - 1]` is the recall@1 of `tree(x, n)` against `exact(x)`. ValueError: no vectors.
+        Raises:
+            ValueError: for no vectors.
         """
         if not len(x_NC):
-            raise ValueError("recall on 0 vectors")
+            raise ValueError("recall cannot be measured on 0 vectors")
         cells_N, _ = self.needs(x_NC)
         return torch.bincount(cells_N - 1, minlength=len(self.cells)).cumsum(0).double() / len(x_NC)
 
     def probes_for(self, x_NC: Tensor, recall: float) -> Probes:
-        """The least reach, and with it the fewest cells, that reach a recall on these vectors. See `Probes.reaching`."""
+        """The smallest search that reaches a recall on these vectors. See `Probes.reaching`."""
         return Probes.reaching(*self.needs(x_NC), recall)
 
     def _probe(self, x_NC: Tensor, num: int) -> tuple[Tensor, Tensor]:
-        """The nearest cells of each vector, nearest first, and how far the plane half-way to the nearest one is: int64 and
-        float32 (N, num)."""
+        """The nearest cells of each vector, and the distance of the planes half-way to them.
+
+        Returns:
+            Cells, int64 (N, num), nearest first; distances, float32 (N, num).
+        """
         probed = torch.empty(len(x_NC), num, dtype=torch.int64, device=x_NC.device)
         planes = torch.empty(len(x_NC), num, device=x_NC.device)
         for rows in _blocks(len(x_NC), len(self.cells)):
@@ -223,7 +260,7 @@ class CodeIndex:
 
 
 def _candidates(low_NC: Tensor, low_KC: Tensor, half_norms_K: Tensor) -> Tensor:
-    """The best `CANDIDATES` codes by scores of low precision, lowest id first: int64 (N, B)."""
+    """The best `CANDIDATES` codes by low-precision scores, lowest id first: int64 (N, B)."""
     scores = low_NC.new_empty(len(low_NC), 0, dtype=torch.float32)
     ids = scores.to(torch.int64)
     for start in range(0, len(low_KC), CANDIDATE_BLOCK):
@@ -237,14 +274,14 @@ def _candidates(low_NC: Tensor, low_KC: Tensor, half_norms_K: Tensor) -> Tensor:
 
 
 def _by_kernel(low_NC: Tensor, low_KC: Tensor, half_norms_K: Tensor) -> Tensor:
-    """The same by triton, on a GPU."""
+    """As `_candidates`, by the triton kernel."""
     from smalti.tokenizers.nearest_kernel import candidates
 
     return candidates(low_NC, low_KC, half_norms_K, CANDIDATES)
 
 
 def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `nearest_kernel` runs there."""
+    """Whether `nearest_kernel` runs on this device in this dtype."""
     if device.type != "cuda" or dtype != torch.bfloat16 or find_spec("triton") is None:
         return False
     from smalti.tokenizers.nearest_kernel import DEVICES
@@ -253,7 +290,7 @@ def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _blocks(num: int, width: int, most: int | None = None) -> list[slice]:
-    """Rows in slices that have at most `most` numbers (`quantizers.SCRATCH_SCORES`) each when a row has `width`."""
+    """Slices of `num` rows of `width` numbers, at most `most` numbers each (default `SCRATCH_SCORES`)."""
     rows = max(1, (most or quantizers.SCRATCH_SCORES) // max(1, width))
     return [slice(at, min(num, at + rows)) for at in range(0, num, rows)]
 

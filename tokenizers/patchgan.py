@@ -1,4 +1,4 @@
-"""PatchGAN discriminator (Isola 2017, as VQGAN and LlamaGen use it): a grid of real-or-not logits."""
+"""PatchGAN discriminator (Isola et al. 2017, as in VQGAN and LlamaGen)."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from torch import Tensor, nn
 
 
 class PatchGAN(nn.Module):
-    """Strided 4×4 convolutions, `layers` halvings, doubling channels up to eightfold; weights start at N(0, 0.02).
+    """Convolutional discriminator with a logit for each patch.
 
-    Group norm stands for batch norm *(choice)*: no running statistics that drift apart between ranks, and an image's
-    logits do not depend on its neighbours in the batch.
+    Strided 4×4 convolutions with `layers` halvings, channels doubled up to eightfold, weights initialized at N(0, 0.02).
+    Group norm in place of batch norm *(choice)*: no running statistics that differ between ranks, and the logits of an
+    image do not depend on other images of the batch.
     """
 
     def __init__(self, channels: int = 64, layers: int = 3) -> None:
@@ -27,9 +28,12 @@ class PatchGAN(nn.Module):
         self.apply(_init)
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] → logits (B, 1, h, w), each for a patch (70 px with 3 layers).
+        """Logits (B, 1, h, w) of images (B, 3, H, W) in [-1, 1].
 
-        ValueError: an image smaller than `min_size`, on which no logit would be left.
+        A logit sees a patch, 70 px wide with 3 layers.
+
+        Raises:
+            ValueError: for images smaller than `min_size`, which have no logit.
         """
         if min(pixels_BCHW.shape[-2:]) < self.min_size:
             raise ValueError(
@@ -39,7 +43,7 @@ class PatchGAN(nn.Module):
 
 
 def smallest_image(layers: int) -> int:
-    """Pixels a side that leave a discriminator of so many layers at least one logit."""
+    """Smallest side in pixels that gives a discriminator of `layers` layers a logit."""
     return 2**layers * 3
 
 

@@ -1,4 +1,4 @@
-"""SemHiTok's pixel stage: SGHC, the semantic-guided hierarchical codebook (stages P and D of arXiv 2503.06764).
+"""SemHiTok's pixel stage: the semantic-guided hierarchical codebook (arXiv 2503.06764).
 
 Axis letters: B batch, N tokens, D pixel code width, S semantic code width, H W pixels, K semantic codes, M sub-codes.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from smalti.errors import ConfigError
 from smalti.schema import PixelStage, VitSize
 from smalti.tokenizers.quantizers import Float32Buffers
-from smalti.tokenizers.subcodes import FlatCodebook, SubCodebooks
+from smalti.tokenizers.subcodes import FlatCodebook, SubCodebooks, flatten_codes, split_codes
 from smalti.tokenizers.vit import PixelDecoder, VitEncoder
 
 NEEDS_SEMANTIC = "a guided pixel tokenizer needs the semantic codes of its patches"
@@ -22,9 +22,15 @@ NEEDS_SEMANTIC = "a guided pixel tokenizer needs the semantic codes of its patch
 
 @dataclass
 class PixelOutputs:
-    """pixels: rebuilt images (B, 3, H, W), not clamped. vectors: the encoder's p (B, N, D). codes: int64 (B, N) flat
-    tokens (None before quantisation). vq_loss: codebook and commitment loss (0 before). semantic_only: images rebuilt
-    from semantic codes alone, or None."""
+    """Output of `PixelTokenizer`.
+
+    Attributes:
+        pixels: reconstructed images (B, 3, H, W), not clamped.
+        vectors: the pixel encoder's p (B, N, D).
+        codes: flat codes int64 (B, N); None before quantization starts.
+        vq_loss: codebook and commitment loss, float32 scalar; 0 before quantization starts.
+        semantic_only: images of the semantic codes alone, or None.
+    """
 
     pixels: Tensor
     vectors: Tensor
@@ -34,10 +40,13 @@ class PixelOutputs:
 
 
 class PixelTokenizer(Float32Buffers):
-    """Pixel encoder, pixel codebooks and pixel decoder; the semantic codes are given and stay as they are.
+    """Pixel encoder, pixel codebooks and pixel decoder, with frozen semantic codes.
 
-    semantic_codes: float (K, S), or None without guidance, when `num_codes` (K·m) flat pixel codes are searched whole
-    and the pixel code alone is decoded. The decoder sees semantic codes scaled to a mean square of 1 a channel.
+    The decoder reads semantic codes scaled to a mean square of 1 per channel.
+
+    Args:
+        semantic_codes: float (K, S). None without guidance: `num_codes` (K·m) flat pixel codes are searched, and the
+            pixel code alone is decoded.
     """
 
     float32_buffers = ("semantic_codes",)
@@ -67,7 +76,7 @@ class PixelTokenizer(Float32Buffers):
                 self.semantic_only_decoder = PixelDecoder(image_size, grid, stage.decoder, (semantic_codes.shape[1],))
         else:
             if num_codes is None:
-                raise ConfigError("Without guidance the pixel tokenizer needs its number of codes (codebook.size x m).")
+                raise ConfigError("Without guidance the pixel tokenizer needs a number of codes (codebook.size x m).")
             if stage.semantic_only_decoder:
                 raise ConfigError("tokenizer.pixel.semantic_only_decoder needs tokenizer.guidance: true.")
             self.semantic_codes = None
@@ -97,7 +106,7 @@ class PixelTokenizer(Float32Buffers):
 
     @torch.no_grad()
     def encode(self, pixels_BCHW: Tensor, semantic_ids_BN: Tensor | None = None) -> Tensor:
-        """Flat codes t = i·m + j (without guidance: the code itself): int64 (B, N)."""
+        """Flat codes t = i·m + j, or the pixel codes without guidance: int64 (B, N)."""
         p_BND = self.encode_vectors(pixels_BCHW)
         if isinstance(self.codebook, FlatCodebook):
             return self.codebook.assign(p_BND)
@@ -106,7 +115,9 @@ class PixelTokenizer(Float32Buffers):
         return self._flat(self.codebook.assign(p_BND, semantic_ids_BN), semantic_ids_BN)
 
     def _flat(self, ids_BN: Tensor, semantic_ids_BN: Tensor | None) -> Tensor:
-        return ids_BN if semantic_ids_BN is None or not self.guided else semantic_ids_BN * self.stage.codes + ids_BN
+        if semantic_ids_BN is None or not self.guided:
+            return ids_BN
+        return flatten_codes(semantic_ids_BN, ids_BN, self.stage.codes)
 
     def _semantic(self, semantic_ids_BN: Tensor, dtype: torch.dtype) -> Tensor:
         assert self.semantic_codes is not None
@@ -123,11 +134,15 @@ class PixelTokenizer(Float32Buffers):
 
     def decode(self, codes_BN: Tensor) -> Tensor:
         """Images of flat codes: (B, 3, H, W), not clamped."""
-        semantic_ids = codes_BN // self.stage.codes if self.guided else None
+        semantic_ids = split_codes(codes_BN, self.stage.codes)[0] if self.guided else None
         return self._decode(F.embedding(codes_BN, self.codebook.codes), semantic_ids)
 
     def decode_semantic_only(self, semantic_ids_BN: Tensor) -> Tensor:
-        """Images of semantic codes alone: (B, 3, H, W), not clamped. ConfigError when that decoder was not trained."""
+        """Images of semantic codes alone: (B, 3, H, W), not clamped.
+
+        Raises:
+            ConfigError: if that decoder was not trained.
+        """
         if self.semantic_only_decoder is None:
             raise ConfigError(
                 "This tokenizer has no decoder for semantic codes alone. Train it with "
@@ -138,16 +153,21 @@ class PixelTokenizer(Float32Buffers):
     def forward(
         self, pixels_BCHW: Tensor, semantic_ids_BN: Tensor | None = None, quantize: bool = True
     ) -> PixelOutputs:
-        """Rebuild images. `quantize=False` decodes the vectors themselves: the phase before the codebooks stand.
+        """Reconstruct images.
 
-        The semantic-only decoder sees codes alone: nothing that its loss trains is shared with the rest.
+        The semantic-only decoder shares no weights with the rest.
+
+        Args:
+            quantize: False decodes the vectors themselves, before the codebooks are initialized.
         """
         if not self.guided:
             semantic_ids_BN = None
         elif semantic_ids_BN is None:
             raise ValueError(NEEDS_SEMANTIC)
         p_BND = self.encode_vectors(pixels_BCHW)
-        codes, q_BND, vq = None, p_BND, p_BND.new_zeros((), dtype=torch.float32)
+        codes = None
+        q_BND = p_BND
+        vq = p_BND.new_zeros((), dtype=torch.float32)
         if quantize:
             quantized = self.codebook(p_BND, semantic_ids_BN)
             q_BND, vq = quantized.q, quantized.loss
@@ -158,7 +178,10 @@ class PixelTokenizer(Float32Buffers):
         return PixelOutputs(self._decode(q_BND, semantic_ids_BN), p_BND, codes, vq, semantic_only)
 
     def replace_decoder(self, size: VitSize) -> None:
-        """Put a new decoder of this size in place (stage D) and freeze everything else; its weights follow the seed."""
+        """Install a new decoder of this size (stage D) and freeze everything else.
+
+        Its weights depend on torch's global seed.
+        """
         self.requires_grad_(False)
         parameter = self.codebook.codes
         self.decoder_size = size

@@ -1,7 +1,7 @@
-"""Vector quantizers: nearest-code search, EMA, vanilla and normalised codebooks.
+"""Vector quantizers: nearest-code search; EMA, vanilla and normalized codebooks.
 
-Axis letters: B batch, N tokens of an image, K codes, D code width, M = all leading axes flattened.
-No collective runs in a `forward`: a quantizer hands out `EMAStats`, and `update` gets `all_reduce` from its caller.
+Axis letters: B batch, N tokens per image, K codes, D code width, M = all leading axes flattened.
+No collective runs in a `forward`: a quantizer returns `EMAStats`, and the caller passes `all_reduce` to `update`.
 """
 
 from __future__ import annotations
@@ -20,23 +20,32 @@ AllReduce = Callable[[Tensor], Tensor]
 SCRATCH_SCORES = 1 << 22
 """Scores held at once by a search: 16 MiB in float32."""
 CODE_BLOCK = 1 << 12
-"""Codes compared at once: bounds the scratch of very large codebooks, whatever the number of vectors. So many leave room
-for 1,024 vectors: of 65,536 codes at once for 64, a GEMM takes 1.6 times as long on a core."""
+"""Codes compared at once. It leaves room for 1,024 vectors: a GEMM of 64 vectors with 65,536 codes takes 1.6 times as long."""
 
 
 def identity(x: Tensor) -> Tensor:
-    """The sum over ranks when there is one rank."""
+    """`all_reduce` of a single rank."""
     return x
 
 
 def search(z_MD: Tensor, codes_KD: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
-    """Closest code of every vector, and its squared distance: int64 (M,) in [0, K), float32 (M,) >= 0.
+    """Closest code of every vector, and its squared distance.
 
-    GEMM form, ‖z‖² − 2(z·c − ‖c‖²/2), in blocks of vectors and codes, so that at most `SCRATCH_SCORES` scores exist
-    at once (`chunk` sets the vectors a block). Float32 whatever the input or autocast. Ties take the lowest index.
+    GEMM form, ‖z‖² − 2(z·c − ‖c‖²/2), in blocks of at most `SCRATCH_SCORES` scores, in float32 under any autocast.
+
+    Args:
+        z_MD: vectors.
+        codes_KD: codes, K >= 1.
+        chunk: vectors per block; default: as many as fit.
+
+    Returns:
+        Codes, int64 (M,) in [0, K), ties take the lowest; squared distances, float32 (M,).
+
+    Raises:
+        ValueError: for shapes that do not match, or no codes.
     """
     if z_MD.ndim != 2 or codes_KD.ndim != 2 or z_MD.shape[1] != codes_KD.shape[1]:
-        raise ValueError(f"search wants (M, D) and (K, D), got {tuple(z_MD.shape)} and {tuple(codes_KD.shape)}")
+        raise ValueError(f"search expects (M, D) and (K, D), found {tuple(z_MD.shape)} and {tuple(codes_KD.shape)}")
     if not len(codes_KD):
         raise ValueError("search among 0 codes")
     with torch.no_grad(), torch.autocast(z_MD.device.type, enabled=False):
@@ -52,7 +61,7 @@ def search(z_MD: Tensor, codes_KD: Tensor, chunk: int | None = None) -> tuple[Te
 
 
 def squared_norms(x_MD: Tensor) -> Tensor:
-    """‖x‖² of every row, without a second matrix of their size: (M,)."""
+    """‖x‖² of every row, without a copy of the matrix: (M,)."""
     return torch.linalg.vector_norm(x_MD, dim=-1).square_()
 
 
@@ -78,7 +87,14 @@ def nearest(z_D: Tensor, codes_KD: Tensor, chunk: int | None = None) -> Tensor:
 
 @dataclass(frozen=True)
 class VQ:
-    """Sizes and constants of a quantizer (the defaults are the safe EMA form)."""
+    """Sizes and constants of a quantizer.
+
+    Attributes:
+        beta: weight of the commitment loss.
+        decay: γ of the EMA.
+        eps: Laplace smoothing of EMA counts.
+        restart_below: EMA count below which a code restarts; 0 is off.
+    """
 
     num_codes: int
     dim: int
@@ -90,7 +106,13 @@ class VQ:
 
 @dataclass
 class EMAStats:
-    """What a batch says about the codes: counts (K,), sums (K, D), and its vectors (M, D) as restart candidates."""
+    """Statistics of a batch for an EMA update.
+
+    Attributes:
+        counts: vectors of each code, float32 (K,).
+        sums: their sums, float32 (K, D).
+        candidates: the vectors of the batch (M, D), to restart codes from.
+    """
 
     counts: Tensor
     sums: Tensor
@@ -98,7 +120,7 @@ class EMAStats:
 
     @staticmethod
     def of(h_MD: Tensor, ids_M: Tensor, num_codes: int) -> EMAStats:
-        """Statistics of vectors assigned to codes; float32, detached, by index_add (no one-hot matrix)."""
+        """Statistics of vectors (M, D) and their codes, detached, without a one-hot matrix."""
         h_MD = h_MD.detach().float()
         counts_K = torch.bincount(ids_M, minlength=num_codes).to(torch.float32)
         sums_KD = h_MD.new_zeros(num_codes, h_MD.shape[1]).index_add_(0, ids_M, h_MD)
@@ -106,13 +128,14 @@ class EMAStats:
 
     @staticmethod
     def merge(parts: Sequence[EMAStats]) -> EMAStats:
-        """Statistics of several micro-batches of one step as those of one batch."""
-        counts, sums = torch.stack([p.counts for p in parts]).sum(0), torch.stack([p.sums for p in parts]).sum(0)
+        """Statistics of the micro batches of a step as those of one batch."""
+        counts = torch.stack([p.counts for p in parts]).sum(0)
+        sums = torch.stack([p.sums for p in parts]).sum(0)
         return EMAStats(counts, sums, torch.cat([p.candidates for p in parts]))
 
 
 class Quantized(NamedTuple):
-    """A quantizer's output: straight-through vectors, int64 ids, scalar loss, statistics (EMA only)."""
+    """Output of a quantizer: straight-through vectors, int64 codes, scalar loss, EMA statistics."""
 
     q: Tensor
     ids: Tensor
@@ -126,7 +149,7 @@ def straight_through(h: Tensor, q: Tensor) -> Tensor:
 
 
 class Float32Buffers(nn.Module):
-    """A module whose named buffers follow a change of device, never of precision (`module.bfloat16()` leaves them)."""
+    """A module whose `float32_buffers` stay float32 when it changes precision."""
 
     float32_buffers: tuple[str, ...] = ()
 
@@ -195,11 +218,11 @@ class Quantizer(nn.Module, ABC):
 
 
 class EMAQuantizer(Float32Buffers, Quantizer):
-    """Codebook that follows running means (VQ-VAE-2); codes, counts and sums are float32 buffers.
+    """Codebook of running means (VQ-VAE-2).
 
     `N ← γN + (1−γ)n; M ← γM + (1−γ)s; N̂ = ΣN·(N+ε)/(ΣN+Kε); c = M/N̂`, with n and s summed over all ranks. A code
     with N < `restart_below` restarts: M ← a random vector of the global batch, N ← 1. Before the first update N is set
-    to the mean count of a code in that batch (at least 1), so that an initialised codebook is not restarted wholesale.
+    to the mean count per code of that batch (at least 1), so that an initialized codebook does not restart at once.
     """
 
     float32_buffers = ("codes", "counts", "sums")
@@ -251,15 +274,26 @@ class EMAQuantizer(Float32Buffers, Quantizer):
         generator: torch.Generator | None = None,
         rank: int = 0,
     ) -> int:
-        """Move the codes after a step; returns the number of codes restarted.
+        """Move the codes after the optimizer's step.
 
-        all_reduce: returns the sum of a tensor over all ranks. Every rank calls `update` with its own `rank`, and with
-        generators in the same state (default: one seeded by the number of updates), so that all ranks end with the
-        same codebook, the one that a single rank with the whole batch would have.
+        All ranks end with the same codebook, the one of a single rank with the whole batch.
+
+        Args:
+            all_reduce: returns the sum of a tensor over all ranks.
+            generator: in the same state on all ranks; default: one seeded by the number of updates.
+            rank: this rank.
+
+        Returns:
+            Number of codes restarted.
+
+        Raises:
+            FloatingPointError: for statistics with NaN or Inf.
+            ValueError: for ranks that are not distinct, or no vectors.
         """
-        counts_K, sums_KD = all_reduce(stats.counts.clone()), all_reduce(stats.sums.clone())
+        counts_K = all_reduce(stats.counts.clone())
+        sums_KD = all_reduce(stats.sums.clone())
         if not bool(torch.isfinite(sums_KD).all()):
-            raise FloatingPointError("EMA statistics hold NaN or Inf; the vectors given to the quantizer diverged")
+            raise FloatingPointError("EMA statistics hold NaN or Inf: the vectors of the quantizer diverged")
         if self.num_updates == 0:
             self.counts.fill_(max(1.0, float(counts_K.sum()) / self.config.num_codes))
             self.sums.copy_(self.codes * self.counts[:, None])
@@ -279,19 +313,20 @@ class EMAQuantizer(Float32Buffers, Quantizer):
     def _draw(
         self, num: int, own_MD: Tensor, all_reduce: AllReduce, generator: torch.Generator | None, rank: int
     ) -> Tensor:
-        """`num` random vectors of the global batch (ranks in order), the same ones on every rank: float32 (num, D)."""
+        """`num` random vectors of the global batch, equal on all ranks: float32 (num, D)."""
         if generator is None:
             generator = torch.Generator().manual_seed(1_000_003 + int(self.num_updates))
         sizes = torch.zeros(int(all_reduce(own_MD.new_ones(1)).round()), dtype=torch.float64, device=own_MD.device)
         if not 0 <= rank < len(sizes):
-            raise ValueError(f"rank {rank} of {len(sizes)} ranks")
+            raise ValueError(f"rank is {rank}, expected 0 to {len(sizes) - 1}")
         sizes[rank] = len(own_MD)
         sizes = all_reduce(sizes).to(torch.int64)
         if sizes[rank] != len(own_MD):
-            raise ValueError(f"{len(sizes)} ranks updated a codebook with the same rank {rank}; pass each its own")
-        total, offset = int(sizes.sum()), int(sizes[:rank].sum())
+            raise ValueError(f"{len(sizes)} ranks updated a codebook with the same rank {rank}: pass each its own")
+        total = int(sizes.sum())
+        offset = int(sizes[:rank].sum())
         if total == 0:
-            raise ValueError("an EMA update without a single vector")
+            raise ValueError("EMA update without vectors")
         order = torch.randperm(total, generator=generator, device=generator.device)[:num]
         extra = torch.randint(total, (max(0, num - total),), generator=generator, device=generator.device)
         local = torch.cat([order, extra]).to(own_MD.device) - offset
@@ -302,7 +337,10 @@ class EMAQuantizer(Float32Buffers, Quantizer):
 
 
 class VanillaQuantizer(Quantizer):
-    """Codebook trained by gradient: mean(‖sg(h) − c‖²) + β·mean(‖h − sg(c)‖²), straight-through (VQ-VAE)."""
+    """Codebook trained by gradients, straight-through (VQ-VAE).
+
+    The loss is mean(‖sg(h) − c‖²) + β·mean(‖h − sg(c)‖²).
+    """
 
     normalised = False
 
@@ -332,7 +370,7 @@ class VanillaQuantizer(Quantizer):
         return nearest(self._space(h), self.effective_codes())
 
     def forward(self, h_BND: Tensor) -> Quantized:
-        """Quantize; the loss trains codes and vectors. `stats` is None: there is nothing to update afterwards."""
+        """Quantize; the loss trains codes and vectors, and `stats` is None."""
         ids = self.assign(h_BND)
         h, q = self._space(h_BND), self._space(F.embedding(ids, self.codes))
         loss = F.mse_loss(q, h.detach()) + self.config.beta * F.mse_loss(h, q.detach())
@@ -340,14 +378,14 @@ class VanillaQuantizer(Quantizer):
 
 
 class NormQuantizer(VanillaQuantizer):
-    """`VanillaQuantizer` on the unit sphere: vectors and codes are l2-normalised; the nearest has the best cosine."""
+    """`VanillaQuantizer` with l2-normalized vectors and codes."""
 
     normalised = True
 
 
 def _checked_codes(codes_KD: Tensor, config: VQ) -> Tensor:
     if codes_KD.shape != (config.num_codes, config.dim):
-        raise ValueError(f"codes of shape {tuple(codes_KD.shape)}, expected {(config.num_codes, config.dim)}")
+        raise ValueError(f"codes have the shape {tuple(codes_KD.shape)}, expected {(config.num_codes, config.dim)}")
     if not bool(torch.isfinite(codes_KD).all()):
         raise ValueError("codes hold NaN or Inf")
     return codes_KD

@@ -1,7 +1,7 @@
-"""Residual quantization over one EMA codebook that all depths share (RQ-VAE, arXiv 2203.01941; DualToken, arXiv 2503.14324).
+"""Residual quantization with one EMA codebook (RQ-VAE, arXiv 2203.01941; DualToken, arXiv 2503.14324).
 
 `r_0 = z; k_d = argmin ‖r_{d−1} − e_k‖; r_d = r_{d−1} − e_{k_d}; ẑ_d = Σ_{≤d} e`. Arithmetic is float32 under any autocast.
-Axis letters: B batch, N tokens, R depth (codes of a vector), D code width, K codes, M vectors (leading axes flattened).
+Axis letters: B batch, N tokens, R depth (codes per vector), D code width, K codes, M vectors (leading axes flattened).
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from smalti.tokenizers.quantizers import (
     straight_through,
 )
 
-SAMPLES_A_CODE = 256
-"""Vectors that the k-means of a start looks at, at most, for each code."""
+SAMPLES_PER_CODE = 256
+"""Most vectors per code in the k-means of an initialization."""
 
 
 class ResidualQuantizer(nn.Module):
-    """`depth` codes a vector, each the nearest to what the codes before it left over; all of one EMA codebook.
+    """`depth` codes per vector, each the nearest to the residual of the codes before it.
 
-    A step moves the codebook once, by the statistics of all depths together; a dead code restarts as a random one of the
-    batch's residuals (z itself among them). `config.beta` is the weight of the commitment loss.
+    All depths share an EMA codebook, which a step updates once with the statistics of all depths. A dead code restarts
+    at a random residual of the batch (z among them). `config.beta` weights the commitment loss.
     """
 
     def __init__(self, config: VQ, depth: int) -> None:
@@ -53,7 +53,7 @@ class ResidualQuantizer(nn.Module):
         return F.embedding(ids_BNR, self.book.codes).sum(-2)
 
     def _quantize(self, z_BND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes (…, R), the sums ẑ_1 … ẑ_R and the residuals r_0 … r_{R−1}, both float32 (…, R, D)."""
+        """Codes (…, R), sums ẑ_1 … ẑ_R and residuals r_0 … r_{R−1}, both float32 (…, R, D)."""
         rest_BND = z_BND.detach().float()
         sum_BND = torch.zeros_like(rest_BND)
         ids, sums, residuals = [], [], []
@@ -66,7 +66,10 @@ class ResidualQuantizer(nn.Module):
         return torch.stack(ids, -1), torch.stack(sums, -2), torch.stack(residuals, -2)
 
     def forward(self, z_BND: Tensor) -> Quantized:
-        """Quantize: ẑ_R straight through; loss β·mean_d mean(‖z − sg(ẑ_d)‖²) over elements; statistics while training."""
+        """Quantize to ẑ_R, straight-through.
+
+        The loss is β·mean_d mean(‖z − sg(ẑ_d)‖²) over elements; statistics are returned in train mode.
+        """
         ids_BNR, sums_BNRD, residuals_BNRD = self._quantize(z_BND)
         loss = self.book.config.beta * (z_BND.float().unsqueeze(-2) - sums_BNRD).square().mean()
         stats = None
@@ -83,20 +86,23 @@ class ResidualQuantizer(nn.Module):
         generator: torch.Generator | None = None,
         rank: int = 0,
     ) -> int:
-        """Move the codebook after a step; returns the number of codes restarted (see `EMAQuantizer.update`)."""
+        """Update the codebook after the optimizer's step (see `EMAQuantizer.update`)."""
         return self.book.update(stats, all_reduce, generator, rank)
 
     @torch.no_grad()
     def start_of(self, z_MD: Tensor, generator: torch.Generator | None = None, iterations: int = 10) -> Tensor:
-        """A codebook to start from, float32 (K, D): an even share of the codes for each depth, as k-means of what the depths
-        before left over of these vectors.
+        """An initial codebook: float32 (K, D).
 
-        At most `SAMPLES_A_CODE` vectors a code of a depth are looked at. ValueError: NaN or Inf among the vectors.
+        Each depth gets an equal share of the codes: the k-means of the residuals of the depths before it, with at most
+        `SAMPLES_PER_CODE` vectors per code.
+
+        Raises:
+            ValueError: for NaN or Inf.
         """
         rest_MD = z_MD.detach().float().reshape(-1, self.book.config.dim)
         num_codes = self.book.config.num_codes
         shares = [num_codes * (d + 1) // self.depth - num_codes * d // self.depth for d in range(self.depth)]
-        most = SAMPLES_A_CODE * max(shares)
+        most = SAMPLES_PER_CODE * max(shares)
         if len(rest_MD) > most:
             rest_MD = rest_MD[torch.randperm(len(rest_MD), generator=generator)[:most].to(rest_MD.device)]
         parts = []
@@ -107,5 +113,5 @@ class ResidualQuantizer(nn.Module):
         return torch.cat(parts)
 
     def init_from(self, z_MD: Tensor, generator: torch.Generator | None = None) -> None:
-        """Start the codebook so, with fresh statistics."""
+        """Initialize the codebook with `start_of`."""
         self.book.set_codes(self.start_of(z_MD, generator))

@@ -1,9 +1,10 @@
-"""What every system's tokenizer shares: its folder on disk (config.json, model.safetensors, encoder/) and what opens it."""
+"""Base class of saved tokenizers, and their folder: config.json, model.safetensors, encoder/."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -18,45 +19,50 @@ from smalti.tokenizers.encoders import VisionEncoder
 CONFIG_NAME, WEIGHTS_NAME, ENCODER_NAME = "config.json", "model.safetensors", "encoder"
 
 
-class SavedTokenizer(nn.Module):
-    """Base of a whole tokenizer, in eval mode for good: its parts are trained before they are put together.
+class SavedTokenizer(nn.Module, ABC):
+    """Base of a trained tokenizer, always in eval mode.
 
-    A system sets `system` and `format`, has a `grid`, and gives `config_dict` and `_load`.
+    A system sets `system` and `format` and implements `grid`, `config_dict` and `_load`.
     """
 
-    system, format = "", 1
+    system = ""
+    format = 1
     has_decoder = True
-    encoder: Any
+    encoder: VisionEncoder | None
 
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode."""
         return super().train(False)
 
     @property
+    @abstractmethod
     def grid(self) -> tuple[int, int]:
         """Rows and columns of tokens."""
-        raise NotImplementedError
 
     @property
     def num_tokens(self) -> int:
-        """T, tokens an image."""
+        """T, tokens per image."""
         return self.grid[0] * self.grid[1]
 
+    @abstractmethod
     def config_dict(self) -> dict[str, Any]:
-        """What `config.json` holds."""
-        raise NotImplementedError
+        """The content of `config.json`."""
 
     def _saved(self) -> tuple[Mapping[str, Tensor], VisionEncoder | None]:
-        """The state that is saved, and the encoder, which gets a folder of its own."""
+        """The state dict to save, and the encoder, which has its own folder."""
         return self.state_dict(), self.encoder
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write config.json, model.safetensors and encoder/ into a folder or URL; it then stands on its own."""
+        """Write config.json, model.safetensors and encoder/ to a folder or URL."""
         write_folder(os.fspath(path), self.config_dict(), *self._saved())
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str]) -> Self:
-        """Load what `save_pretrained` wrote, in float32 on the CPU. ArtifactError: missing, torn or another system."""
+        """Load what `save_pretrained` wrote, in float32 on the CPU.
+
+        Raises:
+            ArtifactError: if it is missing, damaged or of another system.
+        """
         source = os.fspath(path)
         config = read_config(source)
         check_format(config, source, cls.system, cls.format)
@@ -64,17 +70,20 @@ class SavedTokenizer(nn.Module):
             return cls._load(config, os.fspath(folder), source)
 
     @classmethod
+    @abstractmethod
     def _load(cls, config: Mapping[str, Any], folder: str, source: str) -> Self:
-        """From a local folder. `source`: its name for errors (ArtifactError)."""
-        raise NotImplementedError
+        """Load from a local folder; `source` is its name in errors (ArtifactError)."""
 
 
 def write_folder(
     target: str, config: Mapping[str, Any], state: Mapping[str, Tensor], encoder: VisionEncoder | None
 ) -> None:
-    """Write a tokenizer into a folder or URL. `state`: its state dict, of which `encoder.…` goes to encoder/.
+    """Write a tokenizer to a folder or URL.
 
-    config.json comes last: a folder without one was not finished.
+    config.json is written last: a folder without it is incomplete.
+
+    Args:
+        state: its state dict; names `encoder.…` are left to `encoder`.
     """
     tensors = {n: t.detach().cpu().contiguous() for n, t in state.items() if not n.startswith("encoder.")}
     storage.make_dirs(target)
@@ -87,29 +96,33 @@ def write_folder(
             for name in sorted(names):
                 source = os.path.join(base, name)
                 parts = os.path.relpath(source, folder).split(os.sep)
-                storage.put_file(source, storage.join(target, *parts))  # never read whole: a codebook may be gigabytes
+                storage.put_file(source, storage.join(target, *parts))  # streamed: a codebook may have gigabytes
     storage.write_json(storage.join(target, CONFIG_NAME), dict(config))
 
 
 def read_config(source: str) -> dict[str, Any]:
-    """config.json of a saved tokenizer. ArtifactError: none there, or no JSON object."""
+    """config.json of a saved tokenizer.
+
+    Raises:
+        ArtifactError: if it is missing, or not a JSON object.
+    """
     path = storage.join(source, CONFIG_NAME)
     if not storage.exists(path):
         raise ArtifactError(
             f"{source} holds no tokenizer: {CONFIG_NAME} is missing. Expected a folder written by save_pretrained, "
-            "such as <out>/tokenizer; if the run stopped before that stage was done, run it again."
+            "such as <out>/tokenizer. If the run stopped before that stage finished, run the same command to resume."
         )
     try:
         config = storage.read_json(path)
     except ValueError as error:
-        raise ArtifactError(f"{path} is no JSON: {error}.") from error
+        raise ArtifactError(f"{path} is not JSON: {error}.") from error
     if not isinstance(config, dict):
         raise ArtifactError(f"{path} holds a {type(config).__name__}, expected a tokenizer's config.")
     return config
 
 
 def check_format(config: Mapping[str, Any], source: str, system: str, number: int) -> None:
-    """ArtifactError unless a config is of this system and format."""
+    """Check the system and the format of a config; ArtifactError for another."""
     if config.get("system") != system or config.get("format") != number:
         raise ArtifactError(
             f"{source} holds a {config.get('system')!r} tokenizer of format {config.get('format')!r}, expected "
@@ -118,25 +131,32 @@ def check_format(config: Mapping[str, Any], source: str, system: str, number: in
 
 
 def checked_codes(codes: Tensor, num_codes: int, grid: tuple[int, int] | None, inner: tuple[int, ...] = ()) -> Tensor:
-    """The codes, or VocabularyError: no integer tensor, with a grid not (B, T, *inner), without one not (…, *inner), codes
-    outside [0, num_codes)."""
+    """Check that codes belong to a tokenizer, and return them.
+
+    Args:
+        grid: rows and columns; codes are then (B, T, *inner), else (…, *inner).
+        inner: shape of a token's codes.
+
+    Raises:
+        VocabularyError: for another shape, no integers, or codes outside [0, num_codes).
+    """
     found = f"{tuple(codes.shape)} {codes.dtype}" if isinstance(codes, Tensor) else type(codes).__name__
     num_tokens = "T" if grid is None else grid[0] * grid[1]
     wanted = ", ".join(map(str, ("B", num_tokens, *inner)))
     if not isinstance(codes, Tensor) or codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
         raise VocabularyError(f"Codes are {found}, expected an integer tensor ({wanted}).")
     if grid is not None and (codes.ndim != 2 + len(inner) or codes.shape[1:] != (num_tokens, *inner)):
-        raise VocabularyError(f"Codes are {found}, expected ({wanted}): {grid[0]}x{grid[1]} tokens an image.")
+        raise VocabularyError(f"Codes are {found}, expected ({wanted}): {grid[0]}x{grid[1]} tokens per image.")
     if inner and tuple(codes.shape[-len(inner) :]) != inner:
         raise VocabularyError(f"Codes are {found}, expected ({wanted}): the last axes are those of one token.")
     if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= num_codes):
         raise VocabularyError(
-            f"Codes lie in [{int(codes.min())}, {int(codes.max())}], but this tokenizer has {num_codes}, "
-            "from 0 on. Subtract the vocabulary's first visual id, or take the tokenizer that made them."
+            f"Codes lie in [{int(codes.min())}, {int(codes.max())}], but this tokenizer has {num_codes}, from 0 on. "
+            "Subtract the first visual id of the vocabulary, or use the tokenizer that made the codes."
         )
     return codes
 
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose names begin with the prefix, without it."""
+    """Tensors whose names start with `prefix`, which is removed."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -18,10 +18,14 @@ from smalti.tokenizers.vit import Transformer, init_linear, sincos_positions
 
 
 class SemanticTokenizer(nn.Module):
-    """Features of a frozen encoder → projection → vector quantisation → self-attention decoder → features again.
+    """Vector-quantized autoencoder of a frozen encoder's features.
 
-    Loss: distillation (cosine or L2) between rebuilt and given features, plus the quantizer's own.
-    grid: rows and columns of the patches; default: a square one. `ids`: the codes of the last forward, int64 (B, N).
+    Projection, quantizer, self-attention decoder. The loss is the distillation loss (cosine or L2) of the reconstructed
+    features plus the quantizer's loss.
+
+    Attributes:
+        grid: rows and columns of patches; None is a square.
+        ids: codes of the last forward, int64 (B, N).
     """
 
     ids: Tensor | None = None
@@ -43,7 +47,7 @@ class SemanticTokenizer(nn.Module):
 
     @property
     def codes(self) -> Tensor:
-        """The semantic codebook, as it stands for the codes: float32 (K, D)."""
+        """The semantic codebook: float32 (K, D)."""
         return self.quantizer.effective_codes()
 
     def project(self, features_BNC: Tensor) -> Tensor:
@@ -56,13 +60,13 @@ class SemanticTokenizer(nn.Module):
         return self.quantizer.assign(self.project(features_BNC))
 
     def reconstruct(self, q_BND: Tensor) -> Tensor:
-        """Features rebuilt from code vectors: (B, N, D) → (B, N, C)."""
+        """Features reconstructed from code vectors: (B, N, D) → (B, N, C)."""
         x = self.expand(q_BND.to(self.expand.weight.dtype))
         positions = sincos_positions(self.grid or _square(x.shape[1]), x.shape[-1], x.device)
         return self.head(self.body(x + positions.to(x.dtype)))
 
     def forward(self, features_BNC: Tensor) -> tuple[Tensor, dict[str, Tensor], EMAStats | None]:
-        """Loss, detached metrics, and the statistics for `after_step` (EMA while training; else None)."""
+        """Loss, detached metrics, and the statistics for `after_step` (None unless it needs them)."""
         quantized = self.quantizer(self.project(features_BNC))
         self.ids = quantized.ids
         rebuilt_BNC = self.reconstruct(quantized.q)
@@ -86,9 +90,13 @@ class SemanticTokenizer(nn.Module):
         generator: torch.Generator | None = None,
         rank: int = 0,
     ) -> int:
-        """Update an EMA codebook after the optimizer's step; returns how many codes restarted (0 for other kinds).
+        """Update the codebook after the optimizer's step (see `EMAQuantizer.update`).
 
-        See `EMAQuantizer.update` for what all ranks must have in common. Several micro-batches: `EMAStats.merge`.
+        Args:
+            stats: of the whole step; merge those of micro batches with `EMAStats.merge`.
+
+        Returns:
+            Number of codes restarted.
         """
         if stats is None:
             return 0
@@ -96,11 +104,14 @@ class SemanticTokenizer(nn.Module):
 
     @torch.no_grad()
     def init_from(self, centroids_KC: Tensor) -> None:
-        """Start from k-means centroids of the features: projection = their PCA, codebook = the projected centroids.
+        """Initialize projection and codebook from k-means centroids of the features (K, C).
 
-        The rows of the projection are the top-D principal directions, orthogonal and of one length: the bias removes
-        the mean, and codes have a mean square of 1 a channel, so that the commitment weight means the same for every
-        encoder. For D > C the C directions are embedded isometrically, so that no channel is dead. Signs are fixed.
+        The projection is the PCA of the centroids, scaled so that the projected centroids, which become the codes, have
+        a mean square of 1 per channel: the commitment weight then means the same for every encoder. For D > C the C
+        directions are embedded isometrically, so that no channel is dead. Signs are fixed.
+
+        Raises:
+            ValueError: for another shape, NaN or Inf.
         """
         if tuple(centroids_KC.shape) != (self.num_codes, self.feature_dim):
             raise ValueError(
@@ -117,7 +128,7 @@ class SemanticTokenizer(nn.Module):
 
 
 def pca_projection(x_KC: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Weight (dim, C) and bias (dim,) of the projection on the top principal directions, mean removed; float32."""
+    """Weight (dim, C) and bias (dim,) of a PCA projection that removes the mean; float32."""
     x_KC = x_KC.double()
     mean_C = x_KC.mean(0)
     centred_KC = x_KC - mean_C
@@ -135,5 +146,5 @@ def pca_projection(x_KC: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 def _square(num_tokens: int) -> tuple[int, int]:
     side = math.isqrt(num_tokens)
     if side * side != num_tokens:
-        raise ValueError(f"{num_tokens} tokens are no square; give the tokenizer its grid")
+        raise ValueError(f"{num_tokens} tokens are not a square: pass the grid to the tokenizer")
     return side, side

@@ -1,6 +1,6 @@
-"""SemHiTok: images ⇄ one flat code a patch, t = i·m + j (arXiv 2503.06764).
+"""SemHiTok: one flat code per patch, t = i·m + j (arXiv 2503.06764).
 
-Axis letters: B batch, T tokens an image, H W pixels, V the flat vocabulary (K·m), C width of a code's vector.
+Axis letters: B batch, T tokens per image, H W pixels, V the flat vocabulary (K·m), C width of a code's vector.
 """
 
 from __future__ import annotations
@@ -28,27 +28,21 @@ from smalti.tokenizers.saved import (
     under,
 )
 from smalti.tokenizers.semantic import SemanticTokenizer
+from smalti.tokenizers.subcodes import split_codes
 
-__all__ = ["PixelOutputs", "PixelTokenizer", "SemHiTok", "SemanticTokenizer", "flatten_codes", "split_codes"]
+__all__ = ["PixelOutputs", "PixelTokenizer", "SemHiTok", "SemanticTokenizer"]
 
 SYSTEM = "semhitok"
 
 
-def flatten_codes(i: Tensor, j: Tensor, num_sub: int) -> Tensor:
-    """t = i·m + j."""
-    return i * num_sub + j
-
-
-def split_codes(t: Tensor, num_sub: int) -> tuple[Tensor, Tensor]:
-    """(t // m, t mod m): semantic code and sub-code."""
-    return t // num_sub, t % num_sub
-
-
 class SemHiTok(SavedTokenizer):
-    """The whole tokenizer: frozen encoder, semantic codebook, pixel codebooks, decoder.
+    """The trained tokenizer: frozen encoder, semantic codebook, pixel codebooks, decoder.
 
-    section: the recipe's tokenizer section. Without guidance `semantic` and `encoder` are None: encoding reads the
-    pixels alone. Runs in eval mode, without gradients, in float32; on a CPU the same input gives the same bits.
+    Eval mode, no gradients, float32; on a CPU the same input gives the same bits.
+
+    Args:
+        section: the recipe's tokenizer section.
+        semantic, encoder: None without guidance, when codes depend on pixels only.
     """
 
     system = SYSTEM
@@ -63,7 +57,7 @@ class SemHiTok(SavedTokenizer):
     ) -> None:
         super().__init__()
         if section.guidance != (semantic is not None) or section.guidance != (encoder is not None):
-            raise ConfigError("SemHiTok with guidance has an encoder and a semantic part, without it neither.")
+            raise ConfigError("SemHiTok has an encoder and a semantic part with guidance, and neither without.")
         if encoder is not None and semantic is not None:
             if encoder.grid != pixel.grid or encoder.image_size != pixel.image_size:
                 raise ConfigError(
@@ -82,12 +76,12 @@ class SemHiTok(SavedTokenizer):
 
     @property
     def num_sub(self) -> int:
-        """m, flat codes a semantic code (1 without guidance)."""
+        """m, sub-codes per semantic code (1 without guidance)."""
         return self.section.pixel.codes if self.section.guidance else 1
 
     @property
     def num_semantic(self) -> int:
-        """K, semantic codes (0 without guidance)."""
+        """K, the number of semantic codes (0 without guidance)."""
         return 0 if self.semantic is None else self.semantic.num_codes
 
     @property
@@ -97,12 +91,12 @@ class SemHiTok(SavedTokenizer):
 
     @property
     def image_size(self) -> int:
-        """Pixels a side that `encode` wants and `decode` gives."""
+        """Side of the images that `encode` takes and `decode` returns, in pixels."""
         return self.pixel.image_size
 
     @property
     def code_shape(self) -> tuple[int, ...]:
-        """Of the codes of a token: one number."""
+        """Shape of a token's codes: a single code."""
         return ()
 
     @property
@@ -117,12 +111,16 @@ class SemHiTok(SavedTokenizer):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights lie; inputs are brought there."""
+        """Device of the weights; inputs are moved there."""
         return self.pixel.codebook.codes.device
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Flat codes of images (B, 3, S, S) in [-1, 1]: int64 (B, T). DataError: other shape, dtype or range, NaN."""
+        """Flat codes of images (B, 3, S, S) in [-1, 1]: int64 (B, T).
+
+        Raises:
+            DataError: for another shape, dtype or range, or NaN.
+        """
         check_pixels(pixels, self.image_size)
         if not len(pixels):
             return torch.empty(0, self.num_tokens, dtype=torch.int64, device=self.device)
@@ -136,14 +134,22 @@ class SemHiTok(SavedTokenizer):
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Images of flat codes (B, T): float32 (B, 3, S, S) in [-1, 1]. VocabularyError: not this tokenizer's codes."""
+        """Images of flat codes (B, T): float32 (B, 3, S, S) in [-1, 1].
+
+        Raises:
+            VocabularyError: for codes that are not this tokenizer's.
+        """
         t = self._checked(codes, whole=True)
         return self.pixel.decode(t).float().clamp(-1, 1) if len(t) else self._no_images()
 
     @torch.no_grad()
     def decode_semantic_only(self, codes: Tensor) -> Tensor:
-        """Images of the semantic halves of flat codes (B, T): as `decode`. ConfigError without that decoder."""
-        ids = self._checked(codes, whole=True) // self.num_sub
+        """Images of the semantic codes alone, of flat codes (B, T); see `decode`.
+
+        Raises:
+            ConfigError: if that decoder was not trained.
+        """
+        ids, _ = split_codes(self._checked(codes, whole=True), self.num_sub)
         return self.pixel.decode_semantic_only(ids).float().clamp(-1, 1) if len(ids) else self._no_images()
 
     def _no_images(self) -> Tensor:
@@ -151,23 +157,24 @@ class SemHiTok(SavedTokenizer):
 
     @torch.no_grad()
     def embed(self, codes: Tensor) -> Tensor:
-        """Vectors that a language model receives, [c_i ; C_pix^i[j]], free of context: float32 (…, C)."""
+        """Input vectors of a language model, [c_i ; C_pix^i[j]]: float32 (…, C)."""
         t = self._checked(codes, whole=False)
         pixel = F.embedding(t, self.pixel.codebook.codes.float())
         if self.semantic is None:
             return pixel
-        return torch.cat([F.embedding(t // self.num_sub, self.semantic.codes), pixel], -1)
+        semantic_ids, _ = split_codes(t, self.num_sub)
+        return torch.cat([F.embedding(semantic_ids, self.semantic.codes), pixel], -1)
 
     def code_vectors(self) -> Tensor:
         """`embed` of every code: float32 (V, C)."""
         return self.embed(torch.arange(self.num_codes))
 
     def _checked(self, codes: Tensor, whole: bool) -> Tensor:
-        """Codes as int64 on the right device; VocabularyError when they are not this tokenizer's."""
+        """Codes as int64 on the device; VocabularyError if they are not this tokenizer's."""
         return checked_codes(codes, self.num_codes, self.grid if whole else None).to(self.device, torch.int64)
 
     def config_dict(self) -> dict[str, Any]:
-        """What `config.json` holds."""
+        """The content of `config.json`."""
         return {
             "system": self.system,
             "format": self.format,
@@ -208,6 +215,6 @@ class SemHiTok(SavedTokenizer):
             raise ArtifactError(f"{source}/{CONFIG_NAME} is not a SemHiTok config: {error!r}.") from error
         except (OSError, SafetensorError, RuntimeError) as error:
             raise ArtifactError(
-                f"The weights in {source} are missing, torn or do not fit its config: {error}. Save it again."
+                f"The weights in {source} are missing, damaged or do not fit its config: {error}. Save the tokenizer again."
             ) from error
         return cls(section, pixel, semantic, encoder)

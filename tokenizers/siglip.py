@@ -1,4 +1,4 @@
-"""A SigLIP trained here: model from numbers, and the sigmoid loss (arXiv 2303.15343).
+"""SigLIP trained from random weights, and its sigmoid loss (arXiv 2303.15343).
 
 Axis letters: B images of this rank, G images or texts of all ranks, E embedding width.
 """
@@ -24,19 +24,21 @@ START_BIAS = -10.0
 def build_siglip(
     config: EncoderTrain, image_size: int, vocab_size: int, pad_token_id: int, eos_token_id: int
 ) -> SiglipModel:
-    """A SiglipModel with these sizes and random weights; scale t′ = log 10 and bias −10 as in the paper.
+    """A SiglipModel of these sizes with random weights (torch's global seed).
 
-    Positions start as 2-D sine-cosine codes and are trained like all else: a small model that first has to find out
-    which patches are neighbours stays long where it tells colours but no shapes. Weights follow torch's global seed.
-    ConfigError: sizes that do not divide.
+    Scale t′ = log 10 and bias −10 as in the paper. Positions are initialized with 2-D sine-cosine codes: a small model
+    that has to learn which patches are neighbours recognizes colours, but for a long time no shapes.
+
+    Raises:
+        ConfigError: for sizes that do not divide.
     """
     if image_size % config.patch_size:
         raise ConfigError(
-            f"corpus.image_size={image_size} is no multiple of encoder.train.patch_size={config.patch_size}."
+            f"corpus.image_size={image_size} is not a multiple of encoder.train.patch_size={config.patch_size}. Change one of them."
         )
     if config.hidden_size % config.heads:
         raise ConfigError(
-            f"encoder.train.hidden_size={config.hidden_size} does not split over encoder.train.heads={config.heads}."
+            f"encoder.train.hidden_size={config.hidden_size} is not a multiple of encoder.train.heads={config.heads}. Change one of them."
         )
     both = {
         "hidden_size": config.hidden_size,
@@ -67,9 +69,10 @@ def build_siglip(
 def siglip_loss(
     image_BE: Tensor, text_GE: Tensor, logit_scale: Tensor, logit_bias: Tensor, same_caption_BG: Tensor
 ) -> Tensor:
-    """Sigmoid loss −Σ log σ(±(t·x·y + b)) / B of unit embeddings: scalar float32.
+    """Sigmoid loss −Σ log σ(±(t·x·y + b)) / B of unit embeddings: float32 scalar.
 
-    `same_caption_BG` marks the positive pairs: a caption that repeats in the batch is right for each of its images.
+    Args:
+        same_caption_BG: positive pairs; a caption that repeats in the batch is positive for each of its images.
     """
     logits_BG = image_BE.float() @ text_GE.float().T * logit_scale.float().exp() + logit_bias.float()
     signs_BG = same_caption_BG.to(logits_BG.dtype) * 2 - 1
@@ -82,7 +85,7 @@ def same_rows(a_BL: Tensor, b_GL: Tensor) -> Tensor:
 
 
 class ContrastiveModel(nn.Module):
-    """A SiglipModel with its loss, as a training loop wants it."""
+    """A SiglipModel with its loss."""
 
     def __init__(self, model: SiglipModel) -> None:
         super().__init__()
@@ -93,9 +96,10 @@ class ContrastiveModel(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of a batch of image-text pairs.
 
-        gather: joins a detached (B, …) tensor of every rank, in rank order, into (G, …); ranks hold equally many. The
-        gradients of all ranks, averaged, are then those of the whole batch on one rank: own images meet all texts, own
-        texts all images, and what came from elsewhere takes no gradient here.
+        Args:
+            gather: concatenates a detached (B, …) tensor of all ranks, in rank order, to (G, …); B is equal on all
+                ranks. Gradients averaged over ranks then equal those of the whole batch on one rank: a rank's images
+                are compared with all texts, its texts with all images, and gradients reach its own only.
         """
         image_BE = F.normalize(self.model.vision_model(pixel_values=pixels_BCHW).pooler_output.float(), dim=-1)
         text_BE = self._text(input_ids_BL)
@@ -122,6 +126,6 @@ class ContrastiveModel(nn.Module):
         return loss, metrics
 
     def _text(self, input_ids_BL: Tensor) -> Tensor:
-        """Unit embeddings (B, E) of texts; one that repeats in the batch is embedded once."""
+        """Unit embeddings (B, E) of texts; repeated texts are embedded once."""
         unique_UL, places_B = input_ids_BL.unique(dim=0, return_inverse=True)
         return F.normalize(self.model.text_model(input_ids=unique_UL).pooler_output.float(), dim=-1)[places_B]

@@ -1,8 +1,8 @@
-"""Pixel codebooks: one small codebook a semantic code (SGHC), and the flat one that does without semantics.
+"""Pixel codebooks: a small one per semantic code (SGHC), and a flat one.
 
-Axis letters: K semantic codes, M sub-codes of each (m), D width, T vectors (leading axes flattened), S samples a code.
-Rows are Parameters trained by the codebook loss; they start as k-means of the encoder's vectors and are not restarted
-afterwards: the start is what prevents dead rows, and a row moved behind the optimizer's back would be moved back.
+Axis letters: K semantic codes, M sub-codes of each (m), D width, T vectors (leading axes flattened), S samples per code.
+Rows are Parameters trained by the codebook loss. They are initialized with k-means of the encoder's vectors, which
+prevents dead rows, and not restarted: the optimizer's moments would undo a restart.
 """
 
 from __future__ import annotations
@@ -17,13 +17,29 @@ from smalti.tokenizers.kmeans import kmeans
 from smalti.tokenizers.quantizers import nearest, straight_through
 
 SAMPLES_PER_ROW = 32
-"""Vectors a sub-code that its k-means looks at, at most."""
+"""Most vectors per sub-code in its k-means."""
 GROUP_VALUES = 1 << 24
-"""Distances held at once while sub-codebooks are initialised."""
+"""Distances held at once while sub-codebooks are initialized."""
+
+
+def flatten_codes(i: Tensor, j: Tensor, num_sub: int) -> Tensor:
+    """Flat codes t = i·m + j."""
+    return i * num_sub + j
+
+
+def split_codes(t: Tensor, num_sub: int) -> tuple[Tensor, Tensor]:
+    """Semantic codes t // m and sub-codes t mod m."""
+    return t // num_sub, t % num_sub
 
 
 class SubQuantized(NamedTuple):
-    """Straight-through vectors, int64 sub-codes j, scalar loss ‖sg(p) − e‖² + β‖p − sg(e)‖² (means over elements)."""
+    """Output of a pixel codebook.
+
+    Attributes:
+        q: vectors, straight-through.
+        ids: sub-codes j, int64.
+        loss: ‖sg(p) − e‖² + β‖p − sg(e)‖² (means over elements), float32 scalar.
+    """
 
     q: Tensor
     ids: Tensor
@@ -37,7 +53,10 @@ def vq_loss(p: Tensor, e: Tensor, beta: float) -> Tensor:
 
 
 class SubCodebooks(nn.Module):
-    """K codebooks of m rows: the semantic code picks the codebook, the nearest of its m rows is the pixel code."""
+    """K codebooks of m rows.
+
+    The semantic code selects the codebook; the nearest of its m rows is the pixel code.
+    """
 
     def __init__(self, num_semantic: int, num_sub: int, dim: int, beta: float = 0.25) -> None:
         super().__init__()
@@ -45,9 +64,16 @@ class SubCodebooks(nn.Module):
         self.codes = nn.Parameter(torch.randn(num_semantic * num_sub, dim) / dim**0.5)
 
     def assign(self, p: Tensor, i: Tensor) -> Tensor:
-        """Nearest row of each vector's own sub-codebook, by gathering m rows: int64 (…) in [0, m); ties the lowest.
+        """Nearest row of each vector's sub-codebook: int64 (…) in [0, m); ties take the lowest.
 
-        p: (…, D); i: int64 (…), the semantic codes.
+        m rows per vector are gathered; K·m distances are never computed.
+
+        Args:
+            p: vectors (…, D).
+            i: semantic codes, int64 (…).
+
+        Raises:
+            ValueError: for shapes that do not match.
         """
         if p.shape[:-1] != i.shape or p.shape[-1] != self.dim:
             raise ValueError(f"vectors {tuple(p.shape)} and semantic codes {tuple(i.shape)}, expected width {self.dim}")
@@ -66,16 +92,25 @@ class SubCodebooks(nn.Module):
     def init_from(
         self, vectors_TD: Tensor, ids_T: Tensor, generator: torch.Generator | None = None, iterations: int = 10
     ) -> None:
-        """Set every sub-codebook to the k-means of the vectors seen with its semantic code.
+        """Initialize every sub-codebook with k-means of its semantic code's vectors.
 
-        A code seen with fewer than m vectors gets its vectors' mean (never seen: the mean of all) plus the m common
-        deviations, that is the k-means of all vectors minus their code's mean; so its rows are distinct all the same.
+        A code with fewer than m vectors gets their mean (the mean of all vectors if it has none) plus m common
+        deviations: the k-means of all vectors minus the mean of their code. Its rows are then distinct too.
+
+        Args:
+            vectors_TD: pixel vectors.
+            ids_T: semantic code of each vector.
+
+        Raises:
+            ValueError: for no vectors, unequal lengths, NaN or Inf.
         """
         vectors_TD, ids_T = vectors_TD.detach().float(), ids_T.flatten()
         if len(vectors_TD) != len(ids_T) or not len(ids_T):
-            raise ValueError(f"{len(vectors_TD)} vectors with {len(ids_T)} semantic codes; at least one is needed")
+            raise ValueError(
+                f"found {len(vectors_TD)} vectors and {len(ids_T)} semantic codes, expected equally many, at least one"
+            )
         if not bool(torch.isfinite(vectors_TD).all()):
-            raise ValueError("pixel vectors hold NaN or Inf; sub-codebooks cannot start from them")
+            raise ValueError("pixel vectors hold NaN or Inf: sub-codebooks cannot be initialized")
         counts_K = torch.bincount(ids_T, minlength=self.num_semantic)
         sums_KD = vectors_TD.new_zeros(self.num_semantic, self.dim).index_add_(0, ids_T, vectors_TD)
         means_KD = torch.where(counts_K[:, None] > 0, sums_KD / counts_K.clamp(min=1)[:, None], vectors_TD.mean(0))
@@ -96,10 +131,14 @@ class SubCodebooks(nn.Module):
 
 
 def grouped_kmeans(x_GSD: Tensor, held_GS: Tensor, num: int, iterations: int) -> Tensor:
-    """k-means of G small groups at once: (G, num, D). `held_GS` marks the real vectors; each group has ≥ num of them.
+    """k-means of G small groups at once: (G, num, D).
 
-    Seeds: each group's first vector, then always the one farthest from the seeds so far (deterministic; the vectors
-    come shuffled). An empty cluster moves to its group's worst-served vector.
+    Seeds are a group's first vector, then repeatedly the vector farthest from the seeds so far. An empty cluster moves
+    to the vector of its group with the largest distance.
+
+    Args:
+        x_GSD: shuffled vectors, padded.
+        held_GS: bool, False for padding; each group has at least `num` vectors.
     """
     far = torch.full(held_GS.shape, torch.inf, device=x_GSD.device).masked_fill(~held_GS, -1.0)
     group = torch.arange(len(x_GSD), device=x_GSD.device)
@@ -123,7 +162,7 @@ def grouped_kmeans(x_GSD: Tensor, held_GS: Tensor, num: int, iterations: int) ->
 
 
 class FlatCodebook(nn.Module):
-    """One codebook of `num_codes` pixel codes, searched whole: the tokenizer without semantic guidance."""
+    """One codebook of `num_codes` pixel codes, for a tokenizer without guidance."""
 
     def __init__(self, num_codes: int, dim: int, beta: float = 0.25) -> None:
         super().__init__()
@@ -131,11 +170,11 @@ class FlatCodebook(nn.Module):
         self.codes = nn.Parameter(torch.randn(num_codes, dim) / dim**0.5)
 
     def assign(self, p: Tensor, i: Tensor | None = None) -> Tensor:
-        """Nearest of all codes: int64 (…). `i` is not looked at."""
+        """Nearest of all codes: int64 (…); `i` is ignored."""
         return nearest(p, self.codes)
 
     def forward(self, p_BND: Tensor, i_BN: Tensor | None = None) -> SubQuantized:
-        """Quantize pixel vectors; `i_BN` is not looked at."""
+        """Quantize pixel vectors; `i_BN` is ignored."""
         j_BN = self.assign(p_BND)
         e_BND = F.embedding(j_BN, self.codes)
         return SubQuantized(straight_through(p_BND, e_BND.to(p_BND.dtype)), j_BN, vq_loss(p_BND, e_BND, self.beta))
@@ -148,7 +187,7 @@ class FlatCodebook(nn.Module):
         generator: torch.Generator | None = None,
         iterations: int = 10,
     ) -> None:
-        """Set the codes to the k-means of the vectors (at most 256 a code are looked at); `ids_T` is not."""
+        """Initialize the codes with k-means of at most 256 vectors per code; `ids_T` is ignored."""
         vectors_TD = vectors_TD.detach().float()
         most = 256 * self.num_codes
         if len(vectors_TD) > most:

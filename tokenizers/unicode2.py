@@ -1,6 +1,6 @@
-"""UniCode²: images → one code a patch of a large codebook that was clustered, not trained (PAPERS §3: cascade, C1).
+"""UniCode²: one code per patch, from a large clustered codebook (the frozen C1 of its cascade).
 
-Axis letters: B batch, T tokens an image, N vectors, K codes, P cells, C width of a feature and of a code.
+Axis letters: B batch, T tokens per image, N vectors, K codes, P cells, C width of a feature and of a code.
 """
 
 from __future__ import annotations
@@ -28,19 +28,24 @@ from smalti.tokenizers.saved import (
 
 SYSTEM = "unicode2"
 EXACT_CODES = 8192
-"""Up to so many codes all are compared: a search of the tree gains nothing there."""
+"""Most codes that are searched exactly; for so few a tree search gains nothing."""
 NO_DECODER = (
     "UniCode² has no pixel decoder: a code says what a patch shows, not its pixels. An export draws through a diffusion decoder "
-    "where the recipe sets `bridge.decoder` (docs/unicode2.md)."
+    "if the recipe sets `bridge.decoder` (docs/unicode2.md)."
 )
 
 
 class Unicode2(SavedTokenizer):
-    """The whole tokenizer: frozen encoder and frozen codebook. A code is the one nearest to a patch's feature.
+    """Frozen encoder and frozen codebook; a token is the code nearest to a patch feature.
 
-    index: the codes (K, C) with their tree and how much of it a search sees; it may lie in a mapped file and is not copied.
-    spherical: the codes lie on the unit sphere, and features are put there too. Runs in eval mode, without gradients; the
-    search is float32 under autocast too. ConfigError: codes of another width than the features.
+    Eval mode, no gradients; the search is float32 under any autocast.
+
+    Args:
+        index: codes (K, C) with their tree. They may lie in a mapped file and are not copied.
+        spherical: codes are unit vectors, and features are normalized.
+
+    Raises:
+        ConfigError: if codes and features differ in width.
     """
 
     system = SYSTEM
@@ -48,9 +53,11 @@ class Unicode2(SavedTokenizer):
     codes: Tensor
     cells: Tensor
     cell_of: Tensor
-    has_decoder, no_decoder = False, NO_DECODER
+    has_decoder = False
+    no_decoder = NO_DECODER
     has_semantic_only = False
-    num_semantic, num_sub = 0, 1  # no level of codes above the flat ones
+    num_semantic = 0  # the codes have no second level
+    num_sub = 1
 
     def __init__(self, encoder: VisionEncoder, index: CodeIndex, *, spherical: bool = False) -> None:
         super().__init__()
@@ -71,14 +78,14 @@ class Unicode2(SavedTokenizer):
 
     @property
     def index(self) -> CodeIndex:
-        """The codes as they are searched, where the tokenizer lies."""
+        """The search index, on the tokenizer's device."""
         if self._index is None:
             self._index = CodeIndex(self.codes, self.cells, self.cell_of, self.probes)
         return self._index
 
     @property
     def num_codes(self) -> int:
-        """K."""
+        """K, the size of the codebook."""
         return len(self.codes)
 
     @property
@@ -88,27 +95,31 @@ class Unicode2(SavedTokenizer):
 
     @property
     def image_size(self) -> int:
-        """Pixels a side that `encode` wants."""
+        """Side of the images that `encode` takes, in pixels."""
         return self.encoder.image_size
 
     @property
     def code_shape(self) -> tuple[int, ...]:
-        """Of the codes of a token: one number."""
+        """Shape of a token's codes: a single code."""
         return ()
 
     @property
     def embed_splits(self) -> tuple[int, ...]:
-        """Widths of the parts of a code's vector: one."""
+        """Widths of the parts of a code's vector: one part."""
         return (self.codes.shape[1],)
 
     @property
     def device(self) -> torch.device:
-        """Where the weights lie; inputs are brought there."""
+        """Device of the weights; inputs are moved there."""
         return self.codes.device
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Codes of images (B, 3, S, S) in [-1, 1]: int64 (B, T). DataError: other shape, dtype or range, NaN."""
+        """Codes of images (B, 3, S, S) in [-1, 1]: int64 (B, T).
+
+        Raises:
+            DataError: for another shape, dtype or range, or NaN.
+        """
         check_pixels(pixels, self.image_size)
         if not len(pixels):
             return torch.empty(0, self.num_tokens, dtype=torch.int64, device=self.device)
@@ -117,8 +128,13 @@ class Unicode2(SavedTokenizer):
     @torch.compiler.disable
     @torch.no_grad()
     def nearest(self, features_BTC: Tensor) -> Tensor:
-        """The code nearest to each feature: int64 (B, T). Exact up to `EXACT_CODES` codes, else with the recall that the
-        stage `codebook` measured. DataError: a feature that is not finite."""
+        """The code nearest to each feature (B, T, C): int64 (B, T).
+
+        Exact up to `EXACT_CODES` codes, else with the recall that the stage `codebook` measured.
+
+        Raises:
+            DataError: for NaN or Inf.
+        """
         x_NC = features_BTC.flatten(0, 1).to(self.device, torch.float32)
         if not bool(torch.isfinite(x_NC.sum())):
             raise DataError(
@@ -131,20 +147,24 @@ class Unicode2(SavedTokenizer):
         return ids_N.view(features_BTC.shape[:2])
 
     def decode(self, codes: Tensor) -> NoReturn:
-        """ConfigError: there is no pixel decoder."""
+        """UniCode² has no pixel decoder: always raises ConfigError."""
         raise ConfigError(self.no_decoder)
 
     @torch.no_grad()
     def embed(self, codes: Tensor) -> Tensor:
-        """Vectors of the frozen codebook, free of context: float32 (…, C). VocabularyError: not this tokenizer's codes."""
+        """Vectors of the frozen codebook: float32 (…, C).
+
+        Raises:
+            VocabularyError: for codes that are not this tokenizer's.
+        """
         return F.embedding(checked_codes(codes, self.num_codes, None).to(self.device, torch.int64), self.codes)
 
     def code_vectors(self) -> Tensor:
-        """`embed` of every code: float32 (K, C), the codebook itself, which may lie in a mapped file. Not to be written to."""
+        """The codebook: float32 (K, C). Read-only: it may be a mapped file."""
         return self.codes
 
     def config_dict(self) -> dict[str, Any]:
-        """What `config.json` holds."""
+        """The content of `config.json`."""
         return {
             "system": self.system,
             "format": self.format,
@@ -159,17 +179,16 @@ class Unicode2(SavedTokenizer):
 
     @classmethod
     def _load(cls, config: Mapping[str, Any], folder: str, source: str) -> Self:
-        """The codes stay in the file, which is mapped: processes of one machine share them, and a range of codes reads no
-        more than that."""
+        """Load with the codes in a mapped file: processes on a node share them, and pages load on use."""
         try:
             encoder = VisionEncoder.from_pretrained(os.path.join(folder, ENCODER_NAME), config["encoder_layer"])
             tensors = load_file(os.path.join(folder, WEIGHTS_NAME))
             search = None if config["search"] is None else Probes(**config["search"])
             index = CodeIndex(tensors["codes"], tensors["cells"], tensors["cell_of"], search)
             if len(index.codes) != config["num_codes"]:
-                raise ValueError(f"{len(index.codes)} codes lie there, num_codes is {config['num_codes']}")
+                raise ValueError(f"found {len(index.codes)} codes, but num_codes is {config['num_codes']}")
             return cls(encoder, index, spherical=bool(config["spherical"]))
         except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError, ConfigError) as error:
             raise ArtifactError(
-                f"The UniCode² in {source} is torn, or its weights do not fit its {CONFIG_NAME}: {error!r}. Save it again."
+                f"The UniCode² tokenizer in {source} is damaged, or its weights do not fit its {CONFIG_NAME}: {error!r}. Save it again."
             ) from error

@@ -1,7 +1,7 @@
-"""Plain vision transformers: pre-norm blocks, a pixel encoder and a pixel decoder.
+"""Vision transformers: pre-norm blocks, a pixel encoder, a pixel decoder.
 
 Axis letters: B batch, N tokens (row-major over the grid), D width, H W pixels, P patch side.
-Positions are fixed 2-D sine-cosine codes, computed for the grid at hand, so no weight depends on the image size.
+Positions are fixed 2-D sine-cosine codes, computed for the grid in use: no weight depends on the image size.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from smalti.schema import VitSize
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over all tokens, or with `causal` over those up to each."""
+    """Multi-head self-attention, optionally causal."""
 
     def __init__(self, dim: int, heads: int, causal: bool = False) -> None:
         super().__init__()
         if dim % heads:
-            raise ValueError(f"width {dim} does not split over {heads} heads")
+            raise ValueError(f"width {dim} is not a multiple of {heads} heads")
         self.heads, self.causal = heads, causal
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
@@ -51,7 +51,10 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Blocks and a final norm; weights start as in ViT (truncated normal 0.02, residual outputs scaled by depth)."""
+    """Blocks and a final norm.
+
+    Weights are initialized as in ViT: truncated normal 0.02, residual outputs scaled by depth.
+    """
 
     def __init__(self, dim: int, layers: int, heads: int, mlp_ratio: int = 4, causal: bool = False) -> None:
         super().__init__()
@@ -63,14 +66,14 @@ class Transformer(nn.Module):
                 nn.init.trunc_normal_(parameter, std=0.02 / math.sqrt(2 * layers))
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        """(B, N, D) → (B, N, D), normalised."""
+        """(B, N, D) → (B, N, D), after the final norm."""
         for block in self.blocks:
             x_BND = block(x_BND)
         return self.norm(x_BND)
 
 
 def init_linear(module: nn.Module) -> None:
-    """Truncated normal (0.02) weights and zero biases of a linear layer; others are left as they are."""
+    """Initialize a linear layer: truncated normal (0.02) weights, zero biases; ignore other modules."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -78,7 +81,7 @@ def init_linear(module: nn.Module) -> None:
 
 
 def init_xavier(module: nn.Module | None) -> None:
-    """Xavier-uniform weights and zero biases of a linear layer; nothing for None."""
+    """Initialize a linear layer: Xavier-uniform weights, zero biases; ignore other modules."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
@@ -86,13 +89,13 @@ def init_xavier(module: nn.Module | None) -> None:
 
 
 def sincos_positions(grid: tuple[int, int], dim: int, device: torch.device | None = None) -> Tensor:
-    """2-D sine-cosine position codes (ViT, MAE): float32 (rows·columns, dim); the first half codes the row.
+    """2-D sine-cosine position codes (ViT, MAE): float32 (rows·columns, dim).
 
-    A width that is no multiple of 4 leaves its last channels zero.
+    The first half codes the row, the second the column. The last channels of a width that is not a multiple of 4 are 0.
     """
     quarter = dim // 4
     if quarter == 0:
-        raise ValueError(f"position codes need a width of at least 4, got {dim}")
+        raise ValueError(f"position codes need a width of at least 4, found {dim}")
     rates = 10_000.0 ** -(torch.arange(quarter, dtype=torch.float64, device=device) / quarter)
     parts = []
     rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64, device=device) for n in grid), indexing="ij")
@@ -107,7 +110,7 @@ def patchify(pixels_BCHW: Tensor, grid: tuple[int, int]) -> Tensor:
     batch, channels, height, width = pixels_BCHW.shape
     rows, columns = grid
     if height % rows or width % columns:
-        raise ValueError(f"an image of {height}x{width} does not cut into a grid of {rows}x{columns}")
+        raise ValueError(f"an image of {height}x{width} cannot be divided into a grid of {rows}x{columns}")
     x = pixels_BCHW.view(batch, channels, rows, height // rows, columns, width // columns)
     return x.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, -1)
 
@@ -121,21 +124,24 @@ def unpatchify(patches_BND: Tensor, grid: tuple[int, int], channels: int = 3) ->
 
 
 def working_patch(image_size: int, grid: tuple[int, int]) -> int:
-    """Patch side with which a grid covers an image of this size most closely (384 px in 27 columns: 14)."""
+    """Patch side with which a grid best covers an image of this size (384 px, 27 columns: 14)."""
     if max(grid) > image_size:
         raise ValueError(f"a grid of {grid[0]}x{grid[1]} is finer than an image of {image_size} pixels")
     return max(1, round(image_size / max(grid)))
 
 
 def resize(pixels_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear, antialiased; the same tensor when the size fits."""
+    """Resize images, bilinear with antialiasing; the same tensor if they have this size."""
     if tuple(pixels_BCHW.shape[-2:]) == size:
         return pixels_BCHW
     return F.interpolate(pixels_BCHW, size=size, mode="bilinear", align_corners=False, antialias=True)
 
 
 class VitEncoder(nn.Module):
-    """Images to one vector a grid cell. An image that the grid does not divide is resized a little first."""
+    """Pixel encoder: one vector per grid cell.
+
+    An image that the grid does not divide is resized slightly first.
+    """
 
     def __init__(self, image_size: int, grid: tuple[int, int], size: VitSize, out_dim: int) -> None:
         super().__init__()
@@ -159,10 +165,11 @@ class VitEncoder(nn.Module):
 
 
 class PixelDecoder(nn.Module):
-    """Code vectors to images.
+    """Pixel decoder: code vectors to images.
 
-    in_dims: widths of the parts of a token. One part: its N tokens are read. Two parts (concat `length`): the sequence
-    is the N tokens of the first part, then the N of the second, and the pixels are read off the second.
+    Args:
+        in_dims: widths of the parts of a token. With two parts (concat `length`) the sequence is the N tokens of the
+            first part, then the N of the second, and pixels are read from the second.
     """
 
     def __init__(self, image_size: int, grid: tuple[int, int], size: VitSize, in_dims: tuple[int, ...]) -> None:
@@ -185,9 +192,9 @@ class PixelDecoder(nn.Module):
         return self.head.weight
 
     def forward(self, *parts_BND: Tensor) -> Tensor:
-        """One (B, N, in_dim) tensor a part → (B, 3, image_size, image_size); not clamped."""
+        """Images (B, 3, image_size, image_size), not clamped, of one (B, N, in_dim) tensor per part."""
         if len(parts_BND) != len(self.embeds):
-            raise ValueError(f"{len(parts_BND)} parts given to a decoder of {len(self.embeds)}")
+            raise ValueError(f"found {len(parts_BND)} parts, expected {len(self.embeds)}")
         tokens = []
         for index, (embed, part) in enumerate(zip(self.embeds, parts_BND, strict=True)):
             x = embed(part)

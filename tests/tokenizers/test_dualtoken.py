@@ -180,7 +180,7 @@ def test_saved_and_loaded_is_bit_identical_and_stands_alone(model: DualModel, pi
     assert torch.equal(loaded.decode(codes), tokenizer.decode(codes))
     assert torch.equal(loaded.pooled(codes), tokenizer.pooled(codes))
     (tmp_path / "b" / "model.safetensors").write_bytes(b"torn")
-    with pytest.raises(ArtifactError, match="Save it again"):
+    with pytest.raises(ArtifactError, match="Save the tokenizer again"):
         load_tokenizer(tmp_path / "b")
 
 
@@ -189,8 +189,8 @@ def test_saved_and_loaded_is_bit_identical_and_stands_alone(model: DualModel, pi
     [
         (-1, [1], "Set encoder.layer=-2"),
         (4, [1], "Set encoder.layer=-2"),
-        (-2, [4], "pixel_layers=[4], expected different blocks of 1 to 3"),
-        (-2, [2, 2], "different blocks"),
+        (-2, [4], "pixel_layers=[4], expected distinct blocks from 1 to 3"),
+        (-2, [2, 2], "distinct blocks"),
     ],
 )
 def test_layers_that_do_not_fit_are_told(

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from smalti.tokenizers.semhitok import flatten_codes, split_codes
-from smalti.tokenizers.subcodes import FlatCodebook, SubCodebooks, grouped_kmeans, vq_loss
+from smalti.tokenizers.subcodes import FlatCodebook, SubCodebooks, flatten_codes, grouped_kmeans, split_codes, vq_loss
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -17,7 +17,7 @@ from smalti import storage
 from smalti.schema import DualStage, Loss
 from smalti.tokenizers.dualtoken import BOOKS, DualModel
 from smalti.tokenizers.quantizers import EMAStats
-from smalti.tokenizers.residual import SAMPLES_A_CODE, ResidualQuantizer
+from smalti.tokenizers.residual import SAMPLES_PER_CODE, ResidualQuantizer
 from smalti.workflows.features.stage import open_encoder
 from smalti.workflows.train.task import Batch, Context, Metrics, StepReader
 from smalti.workflows.train.tasks.images import picture_grid, to_unit
@@ -90,7 +90,7 @@ class DualTask(RebuildTask):
         if step != self.stage.init_steps:
             return
         collectives, train = self.context.collectives, self.context.train
-        wanted = min(SAMPLES_A_CODE * math.ceil(self.stage.codes / self.stage.depth), INIT_VECTORS)
+        wanted = min(SAMPLES_PER_CODE * math.ceil(self.stage.codes / self.stage.depth), INIT_VECTORS)
         images = math.ceil(wanted / math.prod(self.model.grid))
         steps = math.ceil(min(images, sum(self.sizes)) / train.batch_size)
         seen: dict[str, list[Tensor]] = {name: [] for name in BOOKS}
