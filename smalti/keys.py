@@ -29,7 +29,7 @@ class Schema:
             annotation = model.model_fields[name].annotation
             if _has(annotation, dict):
                 return None
-            model = _section(annotation)
+            model = section_of(annotation)
         return None
 
     def complaint(self, dotted: str, section: str = "") -> str:
@@ -107,7 +107,7 @@ class Schema:
                 field = model.model_fields[name]
                 key = f"{key}.{name}" if key else name
                 annotation, metadata = field.annotation, list(field.metadata)
-                section, model, free = key, _section(annotation), _has(annotation, dict)
+                section, model, free = key, section_of(annotation), _has(annotation, dict)
             elif isinstance(part, int):
                 key += f"[{part}]"
             elif model is not None and part == loc[-1]:
@@ -123,7 +123,7 @@ class Schema:
             if model is None or name not in model.model_fields:
                 return None
             field = model.model_fields[name]
-            model = _section(field.annotation)
+            model = section_of(field.annotation)
         return field
 
 
@@ -188,7 +188,7 @@ def _walk(model: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in model.model_fields.items():
         keys.append(f"{prefix}{name}")
-        below = _section(field.annotation)
+        below = section_of(field.annotation)
         if below is not None:
             keys += _walk(below, f"{prefix}{name}.")
     return keys
@@ -207,7 +207,7 @@ def _base(annotation: Any) -> Any:
     return get_origin(annotation) or annotation
 
 
-def _section(annotation: Any) -> type[BaseModel] | None:
+def section_of(annotation: Any) -> type[BaseModel] | None:
     """The section that an annotation takes, if any."""
     for branch in _branches(annotation):
         kind = _base(branch)

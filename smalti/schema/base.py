@@ -43,59 +43,73 @@ class Train(Section):
     """How one model is trained; the same keys for every training stage."""
 
     steps: Positive = Field(1000, description="optimizer steps")
-    batch_size: Positive = Field(64, description="samples a step over all workers and accumulation steps")
+    batch_size: Positive = Field(64, description="samples per step, over all workers and accumulation steps")
     micro_batch_size: Positive | None = Field(
-        None, description="samples a worker and forward; default: no accumulation"
+        None, description="samples per worker and forward pass; default: no gradient accumulation"
     )
     lr: Rate = Field(1e-4, description="peak learning rate")
-    optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: for linear layers; AdamW for the rest")
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), strict=False)
-    weight_decay: Weight = 0.0
-    schedule: Literal["cosine", "constant"] = "cosine"
-    warmup: Weight = Field(0.03, description="warmup: below 1 a fraction of the steps, else steps")
-    min_lr: Fraction = Field(0.0, description="end of the cosine as a fraction of lr")
-    clip: Weight = Field(1.0, description="gradient norm bound; 0 is off")
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
-    precision: Literal["fp32", "bf16"] = "fp32"
-    offload: Literal["none", "cpu", "nvme"] = Field(
-        "none", description="where optimizer states lie, and under ZeRO-3 weights too: the device, main memory, a disk"
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="adamw; or muon for the weights of linear layers, AdamW for the rest (not under ZeRO)"
     )
-    offload_path: str | None = Field(None, description="offload: nvme: a folder on each machine's own NVMe disk")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), strict=False, description="AdamW's β1 and β2")
+    weight_decay: Weight = Field(0.0, description="decoupled weight decay; 0 is off")
+    schedule: Literal["cosine", "constant"] = Field(
+        "cosine", description="learning rate after the warmup: cosine decay to min_lr, or constant"
+    )
+    warmup: Weight = Field(0.03, description="linear warmup: below 1 a fraction of the steps, else a number of steps")
+    min_lr: Fraction = Field(0.0, description="learning rate at the end of the cosine, as a fraction of lr")
+    clip: Weight = Field(1.0, description="largest gradient norm; 0 is off")
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(
+        0, description="DeepSpeed ZeRO: 0 off; 1 partitions optimizer states, 2 gradients too, 3 weights too"
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="fp32, or bf16: bfloat16 autocast with float32 weights"
+    )
+    offload: Literal["none", "cpu", "nvme"] = Field(
+        "none",
+        description="where ZeRO keeps optimizer states, and under ZeRO-3 weights: none: the device; cpu: main memory; nvme: a disk",
+    )
+    offload_path: str | None = Field(None, description="offload: nvme: a folder on the local NVMe disk of each node")
     activation_checkpointing: bool = Field(
-        False, description="compute the activations of each block again on the way back: less memory, more time"
+        False, description="recompute the activations of each block in the backward pass: less memory, more time"
     )
     compile: bool = Field(False, description="torch.compile of each transformer block (needs a C++ compiler)")
     checkpoint_every: Positive = Field(500, description="steps between checkpoints")
-    keep: Positive = Field(2, description="newest whole checkpoints kept")
+    keep: Positive = Field(2, description="newest complete checkpoints to keep")
     best: str | None = Field(
-        None, description="metric whose best checkpoint is kept beside the newest; lowest, or highest as max:NAME"
+        None,
+        description="metric whose best checkpoint is kept beside the newest: NAME for the lowest, max:NAME for the highest",
     )
     log_every: Positive = Field(20, description="steps between logged metrics")
-    image_every: NonNegative = Field(0, description="steps between logged pictures; 0: only at the end")
-    max_failures: NonNegative = Field(3, description="worker failures survived before the run fails")
+    image_every: NonNegative = Field(0, description="steps between logged images; 0: only at the end")
+    max_failures: NonNegative = Field(3, description="worker failures to recover from before the run fails")
     max_preemptions: Annotated[int, Field(ge=-1)] = Field(
-        -1, description="times that nodes may be taken away before the run fails; -1: any number"
+        -1, description="node preemptions to recover from before the run fails; -1: any number"
     )
     max_skipped: NonNegative = Field(
         5,
-        description="steps in a row passed over for a loss or gradient that is no finite number; one more ends the run",
+        description="consecutive steps to skip because the loss or a gradient is NaN or Inf; one more fails the run",
     )
     check_every: NonNegative = Field(
-        100, description="steps between comparisons of what every worker holds whole; 0: never"
+        100, description="steps between checks that replicated weights are equal on all workers; 0: never"
     )
     cache_dir: str | None = Field(
-        None, description="local folder for whole shards of a distant artifact; default: read by ranges, nothing kept"
+        None,
+        description="local folder that caches whole shards of a remote artifact; default: read by ranges, without a cache",
     )
-    cache_gb: Rate = Field(100.0, description="bound of cache_dir in GB; the least recently used shards leave first")
+    cache_gb: Rate = Field(
+        100.0, description="largest size of cache_dir in GB; the least recently used shards are evicted first"
+    )
     data_window: Positive = Field(16, description="shards within which rows are shuffled")
     data_gb: Rate = Field(
-        4.0, description="memory of a worker for the shards that its batches lie in and the next, in GB; else read anew"
+        4.0,
+        description="memory per worker for the shards of its current and next batches, in GB; what does not fit is read again",
     )
 
     @model_validator(mode="after")
     def _offload_has_what_it_needs(self) -> Train:
         if self.offload != "none" and not self.zero_stage:
-            raise ValueError(f"offload: {self.offload} is ZeRO's, but zero_stage is 0; set zero_stage: 1, 2 or 3")
+            raise ValueError(f"offload: {self.offload} needs ZeRO, but zero_stage is 0; set zero_stage: 1, 2 or 3")
         if self.offload == "nvme" and (self.zero_stage != 3 or not self.offload_path):
             raise ValueError(
                 f"offload: nvme needs zero_stage: 3 and offload_path, a folder on a local disk; found zero_stage: "
@@ -107,7 +121,7 @@ class Train(Section):
     def _muon_sees_matrices(self) -> Train:
         if self.optimizer == "muon" and self.zero_stage:
             raise ValueError(
-                f"optimizer: muon needs whole matrices, which zero_stage={self.zero_stage} cuts up; "
+                f"optimizer: muon needs whole matrices, which zero_stage={self.zero_stage} partitions; "
                 "set zero_stage: 0, or optimizer: adamw"
             )
         return self

@@ -8,18 +8,19 @@ from smalti.schema.base import Positive, Rate, Section, Train, Weight
 
 
 class BridgeSection(Section):
-    """UniCode²'s mapping from an image's codes to the conditioning of a pretrained diffusion decoder."""
+    """UniCode²'s map from image codes to the conditioning of a diffusion decoder."""
 
     decoder: str = Field(
         description="a text-to-image pipeline of diffusers (Stable Diffusion, SDXL, FLUX): folder or hub name"
     )
-    width: Positive = 1024
-    layers: Positive = 6
-    heads: Positive = 16
-    temperature: Rate = Field(0.07, description="of InfoNCE")
+    width: Positive = Field(1024, description="width of the bridge's transformer; a multiple of heads")
+    layers: Positive = Field(6, description="transformer blocks")
+    heads: Positive = Field(16, description="attention heads")
+    temperature: Rate = Field(0.07, description="temperature of the InfoNCE loss")
     regression: Weight = Field(
-        1.0, description="weight of the squared error beside InfoNCE, which leaves lengths and constant places open"
+        1.0,
+        description="weight of the squared error added to InfoNCE, which does not determine lengths and constant positions",
     )
-    steps: Positive = Field(50, description="denoising steps of a drawing")
+    steps: Positive = Field(50, description="denoising steps per drawn image")
     guidance: Weight = Field(3.5, description="guidance scale of the diffusion decoder")
-    train: Train = Train()
+    train: Train = Field(Train(), description="training of the bridge")

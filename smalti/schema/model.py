@@ -10,23 +10,23 @@ from smalti.schema.base import Fraction, NonNegative, Positive, Rate, Section, T
 
 
 class LanguageModel(Section):
-    """A Qwen2 made from numbers, for a model trained from nothing."""
+    """Sizes of a Qwen2 trained from random weights."""
 
-    hidden_size: Positive = 256
-    layers: Positive = 4
-    heads: Positive = 4
-    kv_heads: Positive = 4
-    intermediate_size: Positive = 1024
+    hidden_size: Positive = Field(256, description="width; a multiple of heads")
+    layers: Positive = Field(4, description="transformer blocks")
+    heads: Positive = Field(4, description="attention heads")
+    kv_heads: Positive = Field(4, description="key and value heads (grouped-query attention); divides heads")
+    intermediate_size: Positive = Field(1024, description="width of the MLP")
     text_vocab_size: Positive = Field(1024, description="BPE tokens trained on the corpus's text")
 
 
 class Mixture(Section):
     """Weights of the kinds of sequence in a batch."""
 
-    caption_to_image: Weight = 1.0
-    image_to_caption: Weight = 1.0
-    qa: Weight = 1.0
-    text: Weight = 0.0
+    caption_to_image: Weight = Field(1.0, description="weight of text → image sequences")
+    image_to_caption: Weight = Field(1.0, description="weight of image → caption sequences")
+    qa: Weight = Field(1.0, description="weight of image, question → answer sequences")
+    text: Weight = Field(0.0, description="weight of text-only sequences, from text_source")
 
 
 Part = Literal["new_rows", "adapter", "backbone"]
@@ -37,43 +37,46 @@ PARTS: tuple[Part, ...] = get_args(Part)
 
 
 class PartRates(Section):
-    """Factors on train.lr for each part of the model; 0 rests it."""
+    """Factors on train.lr for each part of the model; 0 freezes it."""
 
-    new_rows: Weight = 1.0
-    adapter: Weight = 1.0
-    backbone: Weight = 1.0
+    new_rows: Weight = Field(1.0, description="embedding and head")
+    adapter: Weight = Field(1.0, description="the adapter of visual tokens")
+    backbone: Weight = Field(1.0, description="all other weights")
 
 
 class Lora(Section):
-    """Low-rank updates in place of a trained backbone (peft); merged when the model is saved."""
+    """Low-rank updates of the backbone (peft); merged when the model is saved."""
 
-    rank: Positive = 16
+    rank: Positive = Field(16, description="rank of the updates")
     alpha: Positive = Field(32, description="updates are scaled by alpha / rank")
-    dropout: Fraction = 0.0
+    dropout: Fraction = Field(0.0, description="dropout on the input of the updates")
     targets: list[str] = Field(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        description="names of the linear layers that get one",
+        description="names of the linear layers with updates",
     )
 
 
 class DepthHeads(Section):
-    """The two heads of a model whose visual places hold several codes (DualToken): a small causal transformer over the
-    codes of a place, with a classifier for each depth."""
+    """DualToken's two heads: a causal transformer over the codes of a patch, a classifier per depth."""
 
-    layers: Positive = 3
-    heads: Positive = Field(16, description="attention heads; the width is the language model's")
-    mlp_ratio: Positive = 4
+    layers: Positive = Field(3, description="transformer blocks")
+    heads: Positive = Field(16, description="attention heads; must divide the language model's width")
+    mlp_ratio: Positive = Field(4, description="MLP width as a multiple of the language model's width")
 
 
 class MllmStage(Section):
-    """From a step on, another mixture, weights of the loss, or trained parts; what is not named stays as `mllm` has it."""
+    """Settings that change at a step; what is not set stays as in `mllm`."""
 
-    from_step: NonNegative
-    mixture: Mixture | None = None
-    image_loss_weight: Weight | None = None
-    answer_loss_weight: Weight | None = None
-    freeze: list[Part] | None = Field(None, description="parts that rest from this step on; [] wakes all")
-    lr: PartRates | None = None
+    from_step: NonNegative = Field(description="first step of this stage, counted from 0")
+    mixture: Mixture | None = Field(None, description="mixture from this step on; null: mllm.mixture")
+    image_loss_weight: Weight | None = Field(
+        None, description="weight of the loss on visual tokens from this step on; null: mllm's"
+    )
+    answer_loss_weight: Weight | None = Field(
+        None, description="weight of the loss on answers from this step on; null: mllm's"
+    )
+    freeze: list[Part] | None = Field(None, description="parts frozen from this step on; []: none beyond mllm.freeze")
+    lr: PartRates | None = Field(None, description="factors on train.lr from this step on; null: mllm.lr")
 
 
 class MllmSection(Section):
@@ -81,41 +84,53 @@ class MllmSection(Section):
 
     late = ("depth_heads",)
 
-    pretrained: str | None = None
-    config: LanguageModel | None = None
+    pretrained: str | None = Field(
+        None, description="folder or hub name of a pretrained language model; excludes config"
+    )
+    config: LanguageModel | None = Field(
+        None, description="sizes of a small Qwen2 trained from random weights; excludes pretrained"
+    )
     adapter: Literal["dual", "single", "cascade"] = Field(
         "dual",
-        description="from code vectors to inputs: an MLP a part, one MLP, or one on a trained codebook that begins as the "
-        "tokenizer's (default for unicode2)",
+        description="from code vectors to inputs: an MLP per part (dual), one MLP (single), or one MLP on a trained codebook "
+        "initialized from the tokenizer's (cascade; default for unicode2)",
     )
     adapter_hidden: Positive | None = Field(None, description="hidden width of each adapter MLP; default: the model's")
-    uncond_probability: Fraction = Field(0.1, description="share of prompts replaced by the unconditional text")
-    mixture: Mixture = Mixture()
+    uncond_probability: Fraction = Field(
+        0.1, description="share of prompts replaced by the unconditional text, for classifier-free guidance"
+    )
+    mixture: Mixture = Field(Mixture(), description="weights of the kinds of sequence")
     questions_per_image: Positive = Field(1, description="question-answer pairs chained in one sequence")
-    max_length: Positive = 2048
-    dense: bool = Field(True, description="predict captions, questions and codes too, not only what is asked for")
-    dense_images: bool = Field(True, description="with dense: predict the codes of images to be understood as well")
-    isolate_questions: bool = Field(True, description="chained questions do not see each other, only the image")
-    packing: bool = Field(False, description="fill rows of about max_length with a micro batch's sequences (best fit)")
+    max_length: Positive = Field(2048, description="longest sequence in tokens")
+    dense: bool = Field(True, description="train on captions, questions and codes too, not only on what is asked for")
+    dense_images: bool = Field(
+        True, description="with dense: train on the codes of images in questions and captioning too"
+    )
+    isolate_questions: bool = Field(True, description="chained questions attend to the image, not to each other")
+    packing: bool = Field(
+        False, description="pack the sequences of a micro batch into rows of about max_length (best fit)"
+    )
     attention: Literal["sdpa", "flash"] = Field(
         "sdpa",
-        description="flash: flash-attention on a GPU, which skips what packed sequences do not see of each other",
+        description="sdpa, or flash: flash-attention on a GPU, which skips attention between packed sequences",
     )
-    loss_chunk: Positive = Field(4096, description="positions whose logits are held at once")
+    loss_chunk: Positive = Field(4096, description="positions whose logits are in memory at once")
     image_loss_weight: Weight = Field(1.0, description="weight of the loss on visual tokens")
     answer_loss_weight: Weight = Field(1.0, description="weight of the loss on the tokens of answers")
     text_source: str | None = Field(
         None, description="text-only data: a .txt (one a line), .jsonl or .parquet with `text`"
     )
-    stages: list[MllmStage] = Field([], description="what changes on the way, by from_step")
-    lr: PartRates = PartRates()
+    stages: list[MllmStage] = Field([], description="settings that change during training, in the order of from_step")
+    lr: PartRates = Field(PartRates(), description="factors on train.lr for each part of the model")
     old_rows: Rate = Field(
-        1.0, description="factor on lr.new_rows for the text's own rows of embedding and head, over the whole training"
+        1.0, description="factor on lr.new_rows for the text rows of embedding and head, during the whole training"
     )
-    freeze: list[Part] = Field([], description="parts that are not trained at all (a stage cannot wake them)")
-    lora: Lora | None = None
-    depth_heads: DepthHeads = DepthHeads()
-    train: Train = Train()
+    freeze: list[Part] = Field([], description="parts frozen during the whole training, whatever the stages set")
+    lora: Lora | None = Field(
+        None, description="train low-rank updates of the backbone instead of its weights (arXiv 2106.09685)"
+    )
+    depth_heads: DepthHeads = Field(DepthHeads(), description="dualtoken: heads that predict the codes of a patch")
+    train: Train = Field(Train(), description="training of the language model")
 
     @model_validator(mode="after")
     def _flash_sees_sequences_only(self) -> MllmSection:
@@ -166,28 +181,28 @@ class MllmSection(Section):
 
 
 class ExportSection(Section):
-    """The plain Hugging Face model."""
+    """The exported Hugging Face model."""
 
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    dtype: Literal["fp32", "bf16"] = Field("fp32", description="dtype of the exported weights: float32 or bfloat16")
 
 
 class Sampling(Section):
     """How images are drawn."""
 
-    cfg: Weight = Field(3.0, description="guidance scale s: l = l_u + s (l_c - l_u); 1 is off")
-    temperature: Weight = Field(1.0, description="0 is greedy")
-    top_k: NonNegative = Field(0, description="0 is off")
-    top_p: Fraction = 1.0
+    cfg: Weight = Field(3.0, description="classifier-free guidance scale s: logits l = l_u + s (l_c - l_u); 1 is off")
+    temperature: Weight = Field(1.0, description="sampling temperature; 0: greedy")
+    top_k: NonNegative = Field(0, description="draw from the k likeliest codes; 0 is off")
+    top_p: Fraction = Field(1.0, description="draw from the likeliest codes whose probabilities sum to this; 1 is off")
 
 
 class EvaluateSection(Section):
     """What is measured on the held-out split."""
 
-    images: Positive = Field(1000, description="held-out images at most")
-    questions: Positive = Field(2000, description="held-out questions at most (seeded sample)")
-    drawings: NonNegative = Field(1, description="drawings a prompt")
+    images: Positive = Field(1000, description="largest number of held-out images")
+    questions: Positive = Field(2000, description="largest number of held-out questions (seeded sample)")
+    drawings: NonNegative = Field(1, description="drawn images per prompt")
     prompts: list[str] | None = Field(None, description="prompts to draw; default: a caption of each class")
-    sampling: Sampling = Sampling()
-    vrr_images: Positive = 500
-    goals: dict[str, float] = Field({}, description="score -> value to reach, shown beside it; changes no result")
-    batch_size: Positive = 64
+    sampling: Sampling = Field(Sampling(), description="how images are drawn for the drawing scores")
+    vrr_images: Positive = Field(500, description="held-out images, at most, whose codes `codes/vrr` is measured on")
+    goals: dict[str, float] = Field({}, description="score → value to reach, shown beside it; changes no result")
+    batch_size: Positive = Field(64, description="images, questions or drawings per forward pass")

@@ -14,17 +14,18 @@ from smalti.schema.tokenizer import TokenizerSection
 
 
 class Resources(Section):
-    """What a stage may take from the cluster. Never part of a fingerprint: results do not depend on it."""
+    """What a stage may take from the cluster; never part of a fingerprint."""
 
     workers: Positive | Annotated[tuple[Positive, Positive], Field(strict=False)] = Field(
-        1, description="training workers; [min, max]: as many as there is room for, changing on the way"
+        1, description="training workers; [min, max]: as many as fit, changing during the run"
     )
-    gpus_per_worker: Weight = 0
-    cpus_per_worker: Positive = 1
-    actors: Positive = Field(1, description="model actors of features and tokens")
-    readers: Positive = Field(1, description="CPU tasks that read and decode")
+    gpus_per_worker: Weight = Field(0, description="GPUs per training worker and per model actor; 0: CPU only")
+    cpus_per_worker: Positive = Field(1, description="CPU cores per training worker and per model actor")
+    actors: Positive = Field(1, description="actors with a model, in features and tokens")
+    readers: Positive = Field(1, description="parallel CPU tasks that read and decode images")
     device: Literal["auto", "cpu"] = Field(
-        "auto", description="of features and tokens; cpu: although gpus_per_worker is set, to try a layout without GPUs"
+        "auto",
+        description="device of features and tokens; cpu: even if gpus_per_worker is set, to try a layout without GPUs",
     )
 
     @field_validator("workers")
@@ -46,35 +47,43 @@ class Resources(Section):
 
 
 class Tracking(Section):
-    """MLflow."""
+    """MLflow tracking."""
 
-    uri: str | None = Field(None, description="tracking URI; default: sqlite in <out>/mlflow.db; `off`: no tracking")
-    experiment: str = "smalti"
+    uri: str | None = Field(
+        None, description="MLflow tracking URI; default: SQLite in <out>/mlflow.db; off: no tracking"
+    )
+    experiment: str = Field("smalti", description="name of the MLflow experiment")
 
 
 class Recipe(Section):
     """A whole recipe."""
 
-    name: str = "smalti"
-    system: Literal["semhitok", "dualtoken", "unicode2"] = "semhitok"
-    out: str = "out"
-    seed: int = Field(0, description="0 or above")
-    share: list[str] = Field([], description="other outputs whose stages are used where their fingerprint is the same")
-    corpus: CorpusSection = CorpusSection()
-    encoder: EncoderSection = EncoderSection()
-    features: FeaturesSection = FeaturesSection()
-    codebook: CodebookSection = CodebookSection()
-    tokenizer: TokenizerSection = TokenizerSection()
-    tokens: TokensSection = TokensSection()
-    mllm: MllmSection = MllmSection()
-    bridge: BridgeSection | None = Field(None, description="unicode2: how its codes become pictures; null: not at all")
-    export: ExportSection = ExportSection()
-    evaluate: EvaluateSection = EvaluateSection()
-    baselines: dict[str, dict[str, Any]] = Field(
-        {}, description="name -> overrides: variants run beside it, up to evaluation"
+    name: str = Field("smalti", description="name of the run in logs, reports and MLflow")
+    system: Literal["semhitok", "dualtoken", "unicode2"] = Field(
+        "semhitok", description="SemHiTok (arXiv 2503.06764), DualToken (arXiv 2503.14324) or UniCode² (2025)"
     )
-    resources: Resources = Resources()
-    tracking: Tracking = Tracking()
+    out: str = Field("out", description="output folder or URL; each stage writes <out>/<stage>")
+    seed: int = Field(0, description="seed of all random numbers, 0 or above")
+    share: list[str] = Field(
+        [], description="other output folders whose stages are used if their fingerprints are equal"
+    )
+    corpus: CorpusSection = Field(CorpusSection(), description="images, and how they become shards")
+    encoder: EncoderSection = Field(EncoderSection(), description="the frozen vision encoder")
+    features: FeaturesSection = Field(FeaturesSection(), description="patch features for the codebook")
+    codebook: CodebookSection = Field(CodebookSection(), description="k-means codebook of the features")
+    tokenizer: TokenizerSection = Field(TokenizerSection(), description="the visual tokenizer and its training")
+    tokens: TokensSection = Field(TokensSection(), description="visual tokens of the corpus")
+    mllm: MllmSection = Field(MllmSection(), description="the unified language model and its training")
+    bridge: BridgeSection | None = Field(
+        None, description="unicode2: diffusion decoder that draws images from codes; null: none"
+    )
+    export: ExportSection = Field(ExportSection(), description="the exported Hugging Face model")
+    evaluate: EvaluateSection = Field(EvaluateSection(), description="scores on held-out images")
+    baselines: dict[str, dict[str, Any]] = Field(
+        {}, description="name → overrides: variants that run beside the recipe, evaluation included"
+    )
+    resources: Resources = Field(Resources(), description="workers, CPUs and GPUs; changes no result")
+    tracking: Tracking = Field(Tracking(), description="MLflow tracking; changes no result")
 
     @property
     def clusters(self) -> bool:

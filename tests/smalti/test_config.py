@@ -325,5 +325,5 @@ def test_keys_of_another_system_are_in_no_dump_until_they_are_set() -> None:
     assert with_overrides(recipe, {"tokenizer.dual.depth": 2}).tokenizer.dual.dim == 8
     with pytest.raises(ConfigError, match="low above high"):
         load_recipe(None, ["tokenizer.dual.loss.gan.adaptive_range=[10, 0.3]"])
-    with pytest.raises(ConfigError, match="a weight for each layer"):
+    with pytest.raises(ConfigError, match="one weight per layer"):
         load_recipe(None, ["tokenizer.dual.pixel_layers=[3]"])
