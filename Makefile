@@ -37,7 +37,7 @@ check: $(STAMP)  ## lint, format, types and all tests: what CI runs
 	$(BIN)/ruff check $(wildcard $(SOURCES))
 	$(BIN)/ruff format --check $(wildcard $(SOURCES))
 	$(BIN)/mypy
-	$(BIN)/basedpyright
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	$(PYTEST)
 
 format: $(STAMP)  ## mend what ruff can mend

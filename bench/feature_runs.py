@@ -24,7 +24,7 @@ import pyarrow as pa
 from bench.pictures import save_encoder
 from smalti import shards
 from smalti.schema import Recipe
-from smalti.workflows.features.stage import FeatureShard
+from smalti.workflows.features.featurizer import FeatureShard
 from smalti.workflows.pipeline.shards import run_shards
 from smalti.workflows.sources.generated import draw
 

@@ -24,6 +24,6 @@ def load_codebook(path: str) -> Any:
     stands there.
     """
     from smalti.artifact import Artifact
-    from smalti.workflows.codebook.stage import load_index
+    from smalti.tokenizers.codebook import load_index
 
-    return load_index(Artifact.load(path))
+    return load_index(Artifact.load(path).path)

@@ -6,7 +6,7 @@ Axis letters: B batch, N patches (row-major), C hidden width, E embedding width,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, SiglipModel, SiglipVisionModel
 from transformers.utils import logging as hf_logging
 
+from smalti import storage
 from smalti.errors import ArtifactError, ConfigError, DataError
 
 TOWERS = ("siglip", "siglip_vision_model")
@@ -293,3 +294,17 @@ def _side(value: Any, what: str) -> int:
     if len(sides) != 1:
         raise ArtifactError(f"the encoder's {what} is {value}; only square images and patches are supported.")
     return sides.pop()
+
+
+def open_encoder(path_or_name: str, layer: int) -> VisionEncoder:
+    """The frozen vision encoder of a local folder, a URL or a hub name.
+
+    A URL is copied first. The text side, if any, is then loaded at once, because the copy is removed.
+    """
+    if storage.is_local(path_or_name):
+        return VisionEncoder.from_pretrained(storage.local_path(path_or_name), layer)
+    with storage.local_copy(path_or_name) as folder:
+        encoder = VisionEncoder.from_pretrained(folder, layer)
+        with suppress(ArtifactError):
+            encoder.prompt_embeddings(["a"])
+        return encoder

@@ -10,11 +10,12 @@ from smalti import shards, storage
 from smalti.artifact import Artifact
 from smalti.errors import ConfigError, DataError
 from smalti.schema import Recipe
+from smalti.tokenizers import tensor_files
 from smalti.tracking import Tracker
 from smalti.workflows.cluster.session import ensure_ray
-from smalti.workflows.codebook import tensor_files
-from smalti.workflows.encoder import check_batch, resolve, result_settings
+from smalti.workflows.encoder import resolve, result_settings
 from smalti.workflows.pipeline.stage import StageRun, find_artifact, run_stage
+from smalti.workflows.train.elastic import check_batch
 
 
 def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
@@ -43,7 +44,7 @@ def check(recipe: Recipe) -> None:
             f"{recipe.mllm.adapter}: a bridge reads the trained codebook of system=unicode2, mllm.adapter=cascade. Take "
             "`bridge` out."
         )
-    check_batch("bridge", recipe.bridge.train, recipe, together="InfoNCE")
+    check_batch("bridge", recipe.bridge.train, recipe.resources, together="InfoNCE")
 
 
 def _body(parents: dict[str, Artifact]) -> Any:

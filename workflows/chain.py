@@ -19,11 +19,11 @@ from smalti.progress import log
 from smalti.schema import Recipe
 from smalti.storage import join
 from smalti.tracking import Tracker
+from smalti.workflows import report
 from smalti.workflows.cluster.session import ensure_ray
-from smalti.workflows.pipeline.stage import find_artifact
+from smalti.workflows.pipeline.stage import STAGES, find_artifact
 from smalti.workflows.tracking.mlflow import flatten, open_tracker
 
-STAGES = ("corpus", "encoder", "features", "codebook", "tokenizer", "tokens", "mllm", "bridge", "export", "evaluate")
 _MODULES = {
     "corpus": "corpus.stage",
     "features": "features.stage",
@@ -115,8 +115,6 @@ def baseline_recipe(recipe: Recipe, name: str) -> Recipe:
 
 def finish(recipe: Recipe, artifacts: list[Artifact], started: float) -> None:
     """Write the report and print the table of scores with the paths to look at."""
-    from smalti.workflows import report
-
     html, json_path = report.build(recipe, artifacts, recipe.out, started=started)
     print(report.table(artifacts[-1].scores))
     print(f"report  {html}\n        {json_path}\nmodel   {join(recipe.out, 'export')}")

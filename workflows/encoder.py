@@ -13,10 +13,12 @@ from smalti import shards, storage
 from smalti.artifact import Artifact
 from smalti.errors import ConfigError, DataError
 from smalti.schema import EncoderTrain, Recipe
+from smalti.tokenizers.encoders import open_encoder
 from smalti.tracking import Tracker
 from smalti.workflows.cluster.session import ensure_ray
-from smalti.workflows.features.stage import load_pixels, open_encoder
+from smalti.workflows.pipeline.pixels import load_pixels
 from smalti.workflows.pipeline.stage import StageRun, find_artifact, run_stage
+from smalti.workflows.train.elastic import check_batch
 
 MODEL = "model"
 TEXT_TOKENIZER = "text_tokenizer"
@@ -52,7 +54,7 @@ def check(recipe: Recipe) -> None:
             "or encoder.train to train one on the corpus."
         )
     if recipe.encoder.train is not None and not recipe.encoder.pretrained:
-        check_batch("encoder.train", recipe.encoder.train.train, recipe, together="the contrastive loss")
+        check_batch("encoder.train", recipe.encoder.train.train, recipe.resources, together="the contrastive loss")
 
 
 def encoder_path(artifact: Artifact) -> str:
@@ -67,19 +69,6 @@ def result_settings(train: dict[str, Any]) -> dict[str, Any]:
     about |= {"max_failures", "max_preemptions", "max_skipped", "cache_dir", "cache_gb", "data_gb"}
     about |= {"offload", "offload_path", "activation_checkpointing", "compile"}
     return {key: value for key, value in train.items() if key not in about}
-
-
-def check_batch(section: str, train: Any, recipe: Recipe, *, together: str = "") -> None:
-    """ConfigError, with the section's name, unless the workers can share a batch evenly. `together`: what of the loss sees
-    the samples of a micro batch of all workers at once, so that their number must stay the same on the way."""
-    from smalti.workflows.train.elastic import check_together, fitting_workers
-
-    try:
-        fitting_workers(train, recipe.resources)
-        if together:
-            check_together(together, train, recipe.resources)
-    except ConfigError as error:
-        raise ConfigError(f"{section}: {error}") from error
 
 
 def resolve(pretrained: str) -> str:

@@ -15,8 +15,9 @@ from smalti.errors import ConfigError, DataError
 from smalti.schema import PARTS, DepthHeads, MllmSection, Recipe
 from smalti.tracking import Tracker
 from smalti.workflows.cluster.session import ensure_ray
-from smalti.workflows.encoder import check_batch, resolve, result_settings
+from smalti.workflows.encoder import resolve, result_settings
 from smalti.workflows.pipeline.stage import StageRun, find_artifact, run_stage
+from smalti.workflows.train.elastic import check_batch
 
 TEXT_ROWS = 10_000  # a shard of text
 PREPARED = "prepared.json"
@@ -74,7 +75,7 @@ def check(recipe: Recipe) -> None:
             "each. Take it out."
         )
     check_parts(section)
-    check_batch("mllm", section.train, recipe)
+    check_batch("mllm", section.train, recipe.resources)
 
 
 def check_parts(section: MllmSection) -> None:

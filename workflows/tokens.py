@@ -12,8 +12,10 @@ from smalti.artifact import Artifact
 from smalti.errors import DataError
 from smalti.schema import Recipe
 from smalti.tracking import Tracker
+from smalti.workflows.cluster.devices import actor_device
 from smalti.workflows.cluster.session import ensure_ray
-from smalti.workflows.features.stage import actor_device, block_bytes, load_pixels, numerics
+from smalti.workflows.features.stage import numerics
+from smalti.workflows.pipeline.pixels import block_bytes, load_pixels
 from smalti.workflows.pipeline.shards import refuse_foreign, run_shards, standing_for
 from smalti.workflows.pipeline.stage import StageRun, find_artifact, run_stage
 from smalti.workflows.pipeline.timings import HERE, shard_progress

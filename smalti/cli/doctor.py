@@ -13,19 +13,17 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import smalti
 from smalti import storage
 from smalti.artifact import code_version
+from smalti.cli.check import MIN_DISK_BYTES, Check, gib
+from smalti.cli.doctor_cluster import cluster_checks, local_room
 from smalti.config import load_recipe
 from smalti.errors import SmaltiError
 from smalti.schema import Recipe
 
-State = Literal["ok", "note", "missing", "problem"]
-MARKS: dict[State, str] = {"ok": "ok", "note": "--", "missing": "??", "problem": "!!"}
 ROOT = Path(smalti.__file__).resolve().parents[1]
 NEEDED = (
     "torch",
@@ -41,25 +39,11 @@ NEEDED = (
     "fsspec",
 )
 OPTIONAL = {  # module: what it serves, and the extra that brings it
-    "faiss": ("a peer in benchmarks", "cpu"),
+    "faiss": ("faster k-means in the cells of a codebook", "cpu"),
     "liger_kernel": ("fused kernels on NVIDIA GPUs", "gpu"),
     "easy_vqa": ("the quickstart's images", "quickstart"),
 }
-MIN_DISK_BYTES, MIN_MEMORY_BYTES = 5 * 2**30, 4 * 2**30
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line of the report. `missing` can be done without, `problem` cannot."""
-
-    name: str
-    state: State
-    found: str
-    mend: str = ""
-
-    def line(self) -> str:
-        text = f"{MARKS[self.state]}  {self.name:<16} {self.found}"
-        return f"{text}\n    {'':<16} → {self.mend}" if self.mend else text
+MIN_MEMORY_BYTES = 4 * 2**30
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -268,8 +252,6 @@ def _ray(out: str = "out", recipe: Recipe | None = None, wait_s: float = 0.0) ->
         checks.append(
             Check("ray", "note", "RAY_ADDRESS is not set: a run starts a local session of its own and stops it")
         )
-        from smalti.cli.doctor_cluster import local_room
-
         return checks if recipe is None else [*checks, *local_room(recipe)]
     if address.startswith("http"):
         inside = "to look at the nodes: ray job submit --working-dir . -- python -m smalti doctor"
@@ -283,7 +265,6 @@ def _reach(address: str, mode: str, out: str, recipe: Recipe | None, wait_s: flo
     """The cluster, and what a task on each of its nodes finds."""
     import ray
 
-    from smalti.cli.doctor_cluster import cluster_checks
     from smalti.workflows.cluster.checks import asks_for_token
     from smalti.workflows.cluster.session import remote_env
 
@@ -337,7 +318,3 @@ def _data() -> list[Check]:
     if hub and hub != "0":
         checks.append(Check("Hugging Face", "note", "HF_HUB_OFFLINE is set: only models in its cache can be loaded"))
     return checks
-
-
-def gib(size_bytes: float) -> str:
-    return f"{size_bytes / 2**30:.1f} GiB"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from smalti.cli.doctor import MIN_DISK_BYTES, Check, gib
+from smalti.cli.check import MIN_DISK_BYTES, Check, gib
 
 if TYPE_CHECKING:
     from smalti.schema import Recipe

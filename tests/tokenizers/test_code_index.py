@@ -161,7 +161,7 @@ def test_no_vectors_give_no_codes_and_what_does_not_fit_is_refused() -> None:
         CodeIndex(drawn(4, 8), drawn(2, 8), torch.full((4,), 5))
     with pytest.raises(ValueError, match="num_cells is 0"):
         index.tree(drawn(1, 8), 0)
-    with pytest.raises(ValueError, match="recall is 1.5"):
+    with pytest.raises(ValueError, match=r"recall is 1\.5"):
         index.probes_for(drawn(9, 8), 1.5)
 
 

@@ -14,7 +14,7 @@ from smalti.errors import ConfigError, DataError
 from smalti.schema import Recipe
 from smalti.workflows import mllm, quickstart, tokenizer
 from smalti.workflows.corpus import stage as corpus
-from smalti.workflows.encoder import check_batch
+from smalti.workflows.train.elastic import check_batch
 
 
 @pytest.fixture
@@ -81,6 +81,6 @@ def test_any_number_of_images_gives_batches_that_the_workers_can_share(workers: 
         tokenizer.check(fits)
         mllm.check(fits)
         assert fits.encoder.train
-        check_batch("encoder.train", fits.encoder.train.train, fits)
+        check_batch("encoder.train", fits.encoder.train.train, fits.resources)
         assert fits.tokenizer.semantic.train.batch_size <= num_images
     assert fits.tokenizer.semantic.train.batch_size == recipe.tokenizer.semantic.train.batch_size

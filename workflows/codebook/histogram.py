@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from smalti.workflows.report.charts import log_ticks, tick_text
+from smalti.ticks import log_ticks, tick_text
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM, RIGHT = 640, 320, 56, 28, 28, 16
 INK, BAR, EVEN = (40, 40, 40), (66, 114, 168), (190, 80, 40)

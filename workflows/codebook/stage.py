@@ -20,19 +20,18 @@ from smalti import storage
 from smalti.artifact import Artifact
 from smalti.errors import ConfigError, DataError
 from smalti.schema import CodebookSection, Recipe
-from smalti.tokenizers import kmeans
-from smalti.tokenizers.code_index import CodeIndex, Probes
+from smalti.tokenizers import kmeans, tensor_files
+from smalti.tokenizers.code_index import Probes
+from smalti.tokenizers.codebook import CENTROIDS, TREE
 from smalti.tokenizers.metrics import entropy, imbalance, perplexity, usage
 from smalti.tracking import Tracker
 from smalti.workflows.cluster.session import ensure_ray
-from smalti.workflows.codebook import cell_files, cell_ranges, passes, recall, tensor_files
+from smalti.workflows.codebook import cell_files, cell_ranges, passes, recall
 from smalti.workflows.codebook import duplicates as distinct
 from smalti.workflows.codebook.histogram import sizes_picture
 from smalti.workflows.codebook.passes import Chunk, PassStats, Tree, Vectors
 from smalti.workflows.pipeline.stage import StageRun, find_artifact, run_stage
 
-CENTROIDS = "centroids.safetensors"
-TREE = "tree.safetensors"
 COUNTS = "counts.safetensors"
 PICTURE = "sizes.png"
 SAMPLED = "sampled_cells.json"
@@ -77,18 +76,6 @@ def _check_reach(section: CodebookSection, drawn: int) -> None:
             f"codebook.size={section.size:,}, but with codebook.cell_vectors={section.cell_vectors:,} the k-means of all cells "
             f"together see {drawn:,} vectors at most. Set a larger codebook.cell_vectors, or a smaller codebook.size."
         )
-
-
-def load_centroids(artifact: Artifact) -> Tensor:
-    """The codes of a codebook artifact: float32 (K, C)."""
-    return tensor_files.read(storage.join(artifact.path, CENTROIDS))["centroids"]
-
-
-def load_index(artifact: Artifact) -> CodeIndex:
-    """The codes of a codebook artifact with their tree and the search that the stage chose."""
-    tree = tensor_files.read(storage.join(artifact.path, TREE))
-    seen = Probes(int(tree["searched_cells"]), float(tree["reach"]), float(tree["recall"]))
-    return CodeIndex(load_centroids(artifact), tree["cells"], tree["cell_of"], seen)
 
 
 def _body(features: Artifact) -> Any:

@@ -22,7 +22,7 @@ from smalti.schema import Recipe
 from smalti.workflows.cluster.session import ensure_ray
 from smalti.workflows.corpus.index import check_file, image_id, look, tell_second_images
 from smalti.workflows.corpus.layout import is_held_out
-from smalti.workflows.features.stage import Featurizer, open_parent
+from smalti.workflows.features.featurizer import Featurizer, open_parent
 from smalti.workflows.pipeline.shards import run_shards
 from smalti.workflows.pipeline.stage import StageRun
 from smalti.workflows.pipeline.timings import HERE, shard_progress

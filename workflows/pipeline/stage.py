@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from smalti.schema import Recipe
 
 
+STAGES = ("corpus", "encoder", "features", "codebook", "tokenizer", "tokens", "mllm", "bridge", "export", "evaluate")
+"""Stages in the order of the chain; UniCode² may have a bridge, DualToken has no features and no codebook."""
 BEAT_S = 30.0
 SHARED_FILE = "shared.json"
 

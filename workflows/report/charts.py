@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from html import escape
 
+from smalti.ticks import log_ticks, tick_text
+
 Point = tuple[float, float]
 WIDTH, WIDE, HEIGHT = 320, 460, 168
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 24
@@ -21,20 +23,6 @@ def nice_ticks(low: float, high: float, about: int = 4) -> list[float]:
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
     first = math.ceil(low / step - 1e-9)
     return [index * step for index in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten between `low` and `high` (both above 0); at most six."""
-    powers = list(range(math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9) + 1))
-    return [10.0**power for power in powers[:: max(1, math.ceil(len(powers) / 6))]]
-
-
-def tick_text(value: float) -> str:
-    """`0.05`, `12`, `1.5k`, `3M`."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"
 
 
 def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:

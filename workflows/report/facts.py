@@ -14,6 +14,7 @@ from smalti import storage
 from smalti.artifact import Artifact
 from smalti.config import dump
 from smalti.schema import Recipe
+from smalti.workflows.pipeline.stage import STAGES
 from smalti.workflows.report.machine import machine
 
 HISTORY = "history.jsonl"
@@ -120,8 +121,6 @@ def _phases(path: str) -> list[Stage]:
 
 def _baseline_stages(recipe: Recipe) -> list[Stage]:
     """Stages that the baseline runs made themselves (what they share with the recipe is not theirs)."""
-    from smalti.workflows.chain import STAGES
-
     found = []
     for name in recipe.baselines:
         for stage in (*STAGES[:-1], "evaluation"):

@@ -9,11 +9,12 @@ from smalti import storage
 from smalti.artifact import Artifact
 from smalti.errors import ConfigError
 from smalti.schema import Recipe
+from smalti.tokenizers.encoders import open_encoder
 from smalti.workflows.cluster.session import ensure_ray
-from smalti.workflows.encoder import check_batch, result_settings
-from smalti.workflows.features.stage import open_encoder
+from smalti.workflows.encoder import result_settings
 from smalti.workflows.pipeline.stage import StageRun
 from smalti.workflows.systems.phases import Phases, check_loss, placed, refuse_foreign
+from smalti.workflows.train.elastic import check_batch
 
 
 def parents(recipe: Recipe) -> tuple[str, ...]:
@@ -33,7 +34,7 @@ def check(recipe: Recipe) -> None:
     check_layers(recipe)
     adaptive = stage.loss.gan.adaptive and stage.loss.gan.weight
     together = "the adaptive weight of loss.gan" if adaptive else ""
-    check_batch("tokenizer.dual", stage.train, recipe, together=together)
+    check_batch("tokenizer.dual", stage.train, recipe.resources, together=together)
     check_loss("tokenizer.dual", stage, recipe.corpus.image_size)
 
 

@@ -10,8 +10,8 @@ from smalti import storage
 from smalti.artifact import Artifact
 from smalti.errors import ArtifactError, ConfigError
 from smalti.schema import Loss, Recipe, TokenizerSection
+from smalti.tokenizers.encoders import open_encoder
 from smalti.workflows.encoder import encoder_path, result_settings
-from smalti.workflows.features.stage import open_encoder
 from smalti.workflows.pipeline.stage import StageRun, run_stage
 
 PHASES = "tokenizer/phases"

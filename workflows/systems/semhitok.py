@@ -8,12 +8,13 @@ from typing import Any
 from smalti import storage
 from smalti.artifact import Artifact
 from smalti.schema import Recipe
+from smalti.tokenizers.codebook import CENTROIDS
+from smalti.tokenizers.encoders import open_encoder
 from smalti.workflows.cluster.session import ensure_ray
-from smalti.workflows.codebook import stage as codebook
-from smalti.workflows.encoder import check_batch, result_settings
-from smalti.workflows.features.stage import open_encoder
+from smalti.workflows.encoder import result_settings
 from smalti.workflows.pipeline.stage import StageRun
 from smalti.workflows.systems.phases import Phases, check_loss, placed, refuse_foreign
+from smalti.workflows.train.elastic import check_batch
 
 
 def parents(recipe: Recipe) -> tuple[str, ...]:
@@ -32,7 +33,7 @@ def check(recipe: Recipe) -> None:
     for name, phase in phases.items():
         adaptive = name != "semantic" and phase.loss.gan.adaptive and phase.loss.gan.weight
         together = "the adaptive weight of loss.gan" if adaptive else ""
-        check_batch(f"tokenizer.{name}", phase.train, recipe, together=together)
+        check_batch(f"tokenizer.{name}", phase.train, recipe.resources, together=together)
         if name != "semantic":
             check_loss(f"tokenizer.{name}", phase, recipe.corpus.image_size)
 
@@ -81,7 +82,7 @@ class SemHiTokPhases(Phases):
             "num_codes": self.semantic_codes,
             "grid": self.grid,
             "dim": self.dim,
-            "centroids": storage.join(self.parents["codebook"].path, codebook.CENTROIDS),
+            "centroids": storage.join(self.parents["codebook"].path, CENTROIDS),
         } | self.images(needs_encoder=True)
         task = "smalti.workflows.train.tasks.semantic:SemanticTask"
         return self._sized("semantic", task, settings, stage, self.parents)

@@ -10,9 +10,9 @@ import torch
 from smalti.artifact import Artifact
 from smalti.errors import ConfigError, DataError
 from smalti.schema import Recipe, TokenizerSection
-from smalti.workflows.codebook import stage as codebook
+from smalti.tokenizers.codebook import load_index
+from smalti.tokenizers.encoders import open_encoder
 from smalti.workflows.encoder import encoder_path
-from smalti.workflows.features.stage import open_encoder
 from smalti.workflows.pipeline.stage import StageRun
 
 
@@ -60,7 +60,7 @@ def body(parents: Mapping[str, Artifact]) -> Any:
                 f"corpus.image_size={recipe.corpus.image_size}, but the encoder {path} reads {encoder.image_size} px. Set "
                 f"corpus.image_size={encoder.image_size}."
             )
-        index = codebook.load_index(parents["codebook"])
+        index = load_index(parents["codebook"].path)
         bad = sum(int((~torch.isfinite(part.sum(-1))).sum()) for part in index.codes.split(1 << 16))
         if bad:
             raise DataError(

@@ -51,6 +51,17 @@ def check_together(what: str, train: Train, resources: Resources) -> None:
         )
 
 
+def check_batch(section: str, train: Train, resources: Resources, *, together: str = "") -> None:
+    """ConfigError, with the section's name, unless the workers can share a batch evenly. `together`: what of the loss sees
+    the samples of a micro batch of all workers at once, so that their number must stay the same on the way."""
+    try:
+        fitting_workers(train, resources)
+        if together:
+            check_together(together, train, resources)
+    except ConfigError as error:
+        raise ConfigError(f"{section}: {error}") from error
+
+
 def left_out(train: Train, resources: Resources) -> str:
     """A line about the numbers of workers in the allowed range that will not be used; "" when there are none."""
     fitting = fitting_workers(train, resources)

@@ -23,6 +23,7 @@ from smalti.artifact import RECORD, Artifact
 from smalti.errors import ConfigError, DataError
 from smalti.schema import Recipe
 from smalti.tokenizers.code_index import CodeIndex
+from smalti.tokenizers.codebook import TREE, load_centroids
 from smalti.tracking import NullTracker
 from smalti.workflows.cluster.session import ensure_ray
 from smalti.workflows.codebook import cell_files, cell_ranges, partial_sums, passes, recall
@@ -174,8 +175,8 @@ def test_the_cells_searched_reach_the_recall_asked_for(
     monkeypatch.setattr(recall, "VECTORS", ROWS)
     monkeypatch.setattr(recall, "MOST_VECTORS", ROWS)
     made = codebook.run(planted(tmp_path, coarse=coarse, recall=asked, polish=0))
-    tree = load_file(Path(made.path) / codebook.TREE)
-    index = CodeIndex(codebook.load_centroids(made), tree["cells"], tree["cell_of"])
+    tree = load_file(Path(made.path) / TREE)
+    index = CodeIndex(load_centroids(made.path), tree["cells"], tree["cell_of"])
     (held_out,) = passes.chunks(str(tmp_path / "features"), "val")
     x_NC = next(held_out.vectors())
     probes = index.probes_for(x_NC, asked)
@@ -218,7 +219,7 @@ def test_a_sample_of_a_cell_is_among_its_vectors_and_the_same_for_any_files(tmp_
 @pytest.mark.parametrize("coarse", [1, 5])
 def test_spherical_codes_are_unit_vectors_and_random_seeds_do(tmp_path: Path, coarse: int) -> None:
     made = codebook.run(planted(tmp_path, coarse=coarse, spherical=True, seeding="random", polish=1))
-    codes_KC = codebook.load_centroids(made)
+    codes_KC = load_centroids(made.path)
     torch.testing.assert_close(codes_KC.norm(dim=-1), torch.ones(60))
     assert made.scores["distortion/val"] < 0.1, "2 − 2·cosine"
 
@@ -233,7 +234,7 @@ def test_codes_that_repeat_or_are_not_finite_are_dropped_and_k_says_so(tmp_path:
     run_stage(wanted, "features", "features", {}, {}, few)
     made = codebook.run(wanted)
     assert (made.counts["codes"], made.counts["dropped"], made.counts["replaced"]) == (8, 4, 0)
-    assert codebook.load_centroids(made).shape == (8, 6)
+    assert load_centroids(made.path).shape == (8, 6)
     codes_KC = torch.tensor([[1.0, 0.0], [1.0, -0.0], [float("nan"), 0], [2.0, 0.0], [float("inf"), 0]])
     assert distinct.unusable(codes_KC).tolist() == [False, True, True, False, True]
 
@@ -297,7 +298,7 @@ def test_zero_vectors_have_no_part_in_spherical_codes(tmp_path: Path, capfd: pyt
     for key in ("train/00004", "train/00005"):  # a whole chunk
         write(str(tmp_path / "features"), key, np.zeros((ROWS, DIM)))
     made = codebook.run(wanted)
-    torch.testing.assert_close(codebook.load_centroids(made).norm(dim=-1), torch.ones(200))
+    torch.testing.assert_close(load_centroids(made.path).norm(dim=-1), torch.ones(200))
     assert made.counts["zero_vectors"] == 2 * ROWS and made.scores["vectors/train"] == 7 * ROWS
     assert f"{2 * ROWS} training vectors are 0" in capfd.readouterr().err
 

@@ -14,11 +14,12 @@ from smalti import images, shards, storage
 from smalti.errors import ArtifactError, ConfigError
 from smalti.mllm.bpe import train_bpe
 from smalti.schema import EncoderSection, EncoderTrain, Recipe, Resources
-from smalti.tokenizers.encoders import VisionEncoder
+from smalti.tokenizers.encoders import VisionEncoder, open_encoder
 from smalti.tokenizers.siglip import build_siglip
+from smalti.workflows.cluster.devices import actor_device
 from smalti.workflows.encoder import encoder_path
 from smalti.workflows.encoder import run as run_encoder
-from smalti.workflows.features.stage import FeatureShard, Featurizer, actor_device, open_encoder
+from smalti.workflows.features.featurizer import FeatureShard, Featurizer
 from smalti.workflows.sources.generated import draw
 
 

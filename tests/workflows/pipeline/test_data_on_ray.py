@@ -22,6 +22,7 @@ from smalti.artifact import RECORD, Artifact
 from smalti.config import with_overrides
 from smalti.errors import ConfigError, DataError
 from smalti.schema import EncoderTrain, PixelStage, Recipe, SemanticStage, TokenizerSection, VitSize
+from smalti.tokenizers.codebook import load_centroids
 from smalti.workflows import encoder, tokens
 from smalti.workflows.cluster.session import ensure_ray
 from smalti.workflows.codebook import stage as codebook
@@ -278,7 +279,7 @@ def test_codebook_is_the_same_for_any_number_of_workers(
         made.append(codebook.run(wanted))
     assert files(made[0].path) == files(made[1].path)
     assert made[0].scores == made[1].scores
-    codes = codebook.load_centroids(made[0])
+    codes = load_centroids(made[0].path)
     assert codes.shape == (20, DIM)
     assert codes.dtype == torch.float32
     assert len(torch.unique(codes, dim=0)) == 20
@@ -291,7 +292,7 @@ def test_codebook_is_the_same_for_any_number_of_workers(
 def test_flat_codebook_scores_are_those_of_a_plain_search(base: Path, siglip: str, tmp_path: Path) -> None:
     wanted = shared(base, tmp_path, siglip, codebook={"size": 12, "coarse": 1, "iterations": 6, "polish": 0})
     made = codebook.run(wanted)
-    codes, path = codebook.load_centroids(made), find_artifact(wanted, "features").path
+    codes, path = load_centroids(made.path), find_artifact(wanted, "features").path
     for split in ("train", "val"):
         vectors = train_vectors(path, split)
         distances = torch.cdist(vectors.double(), codes.double()).square()
@@ -328,7 +329,7 @@ def test_planted_clusters_are_found_and_too_few_distinct_vectors_are_told(tmp_pa
         wanted = recipe(out, codebook={"size": 8, "coarse": coarse, "iterations": 8})
         run_stage(wanted, "features", "features", {}, {}, plant)
         made = codebook.run(wanted)
-        codes = codebook.load_centroids(made).numpy()
+        codes = load_centroids(made.path).numpy()
         assert {tuple(row) for row in codes.tolist()} == {tuple(row) for row in points.astype(np.float32).tolist()}
         assert made.scores["distortion/val"] == pytest.approx(0, abs=1e-4)
         assert made.scores["usage/val"] == 1

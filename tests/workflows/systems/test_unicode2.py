@@ -15,12 +15,12 @@ from smalti.cli import main
 from smalti.config import dump, load_recipe, with_overrides
 from smalti.errors import ConfigError, DataError
 from smalti.schema import EncoderTrain, Recipe
+from smalti.tokenizers import tensor_files
+from smalti.tokenizers.codebook import CENTROIDS, TREE
 from smalti.tokenizers.loading import load_tokenizer
 from smalti.tokenizers.siglip import build_siglip
 from smalti.workflows import tokenizer
 from smalti.workflows.chain import run_recipe, stages_of
-from smalti.workflows.codebook import stage as codebook
-from smalti.workflows.codebook import tensor_files
 from smalti.workflows.pipeline.stage import run_stage
 
 CHAIN = ["system=unicode2", "mllm.config={}", "encoder.train={}", "corpus.source=generated:4", "tracking.uri=off"]
@@ -47,8 +47,8 @@ def parents(recipe: Recipe, codes_KC: torch.Tensor) -> None:
         cells = torch.stack([codes_KC[cell_of == cell].nanmean(0) for cell in range(2)])
         search = {"searched_cells": torch.tensor(2), "reach": torch.tensor(1.0).double()}
         search |= {"recall": torch.tensor(1.0).double()}
-        tensor_files.write(storage.join(run.path, codebook.TREE), {"cells": cells, "cell_of": cell_of, **search})
-        tensor_files.write(storage.join(run.path, codebook.CENTROIDS), {"centroids": codes_KC})
+        tensor_files.write(storage.join(run.path, TREE), {"cells": cells, "cell_of": cell_of, **search})
+        tensor_files.write(storage.join(run.path, CENTROIDS), {"centroids": codes_KC})
         return {"codes": len(codes_KC)}
 
     run_stage(recipe, "encoder", "encoder", {"pretrained": recipe.encoder.pretrained}, {}, encoder)

@@ -42,7 +42,7 @@ class Models:
     @cached_property
     def encoder(self) -> VisionEncoder:
         """The frozen encoder with its text tower, where it has one."""
-        from smalti.workflows.features.stage import open_encoder
+        from smalti.tokenizers.encoders import open_encoder
 
         return open_encoder(self.job.encoder, self.job.encoder_layer).to(self.job.device)
 

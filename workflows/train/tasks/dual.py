@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from smalti import storage
 from smalti.schema import DualStage, Loss
 from smalti.tokenizers.dualtoken import BOOKS, DualModel
+from smalti.tokenizers.encoders import open_encoder
 from smalti.tokenizers.quantizers import EMAStats
 from smalti.tokenizers.residual import SAMPLES_PER_CODE, ResidualQuantizer
-from smalti.workflows.features.stage import open_encoder
 from smalti.workflows.train.task import Batch, Context, Metrics, StepReader
 from smalti.workflows.train.tasks.images import picture_grid, to_unit
 from smalti.workflows.train.tasks.reconstruction import RebuildModule, RebuildTask

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from smalti import storage
 from smalti.schema import SemanticStage, Train
-from smalti.tokenizers.encoders import VisionEncoder
+from smalti.tokenizers.encoders import VisionEncoder, open_encoder
 from smalti.tokenizers.quantizers import EMAStats
 from smalti.tokenizers.semhitok import SemanticTokenizer
-from smalti.workflows.features.stage import open_encoder
 from smalti.workflows.train.data import ImageRows
 from smalti.workflows.train.task import Batch, Context, Metrics, Row, Source, Task
 from smalti.workflows.train.tasks.images import RowMemory, places_of, stack_pixels, to_unit

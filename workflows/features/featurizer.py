@@ -1,0 +1,125 @@
+"""Patch features of images: the encoder on an actor's device, and which patches are kept."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from smalti import shards
+from smalti.artifact import Artifact
+from smalti.errors import ConfigError, DataError
+from smalti.schema import Recipe
+from smalti.tokenizers.encoders import VisionEncoder, open_encoder
+from smalti.workflows.cluster.devices import actor_device
+from smalti.workflows.encoder import encoder_path
+from smalti.workflows.pipeline.pixels import load_pixels
+from smalti.workflows.pipeline.shards import standing_for
+from smalti.workflows.pipeline.timings import HERE
+
+
+def choose_patches(identity: str, seed: int, num: int, total: int) -> np.ndarray:
+    """`num` of `total` patches of an image, sorted, int32: drawn by a hash of seed and image_id, so always the same."""
+    digest = hashlib.sha256(f"{seed}/{identity}".encode()).digest()
+    rng = np.random.default_rng(int.from_bytes(digest[:8], "big"))
+    return np.sort(rng.permutation(total)[:num]).astype(np.int32)
+
+
+class FeatureShard:
+    """Actor: one corpus shard in, one feature shard on disk out; returns (receipt, images)."""
+
+    def __init__(self, out: str, corpus: str, encoder: str, recipe: Recipe, image_size: int) -> None:
+        self.out, self.corpus, self.encoder_dir, self.recipe = out, corpus, encoder, recipe
+        self.image_size = image_size
+        self.featurizer: Featurizer | None = None
+
+    def read(self, key: str) -> tuple[str, shards.Receipt | None, Any, Any]:
+        done = standing_for(self.out, self.corpus, key)
+        if done is not None:
+            return key, done, None, None
+        section = self.recipe.corpus
+        return key, None, *load_pixels(self.corpus, key, self.image_size, section.max_pixels, ["image_id"])
+
+    def work(self, loaded: tuple[str, shards.Receipt | None, Any, Any]) -> tuple[shards.Receipt, int]:
+        key, done, table, pixels = loaded
+        if done is not None:
+            return done, shards.shard_rows(self.corpus, key)
+        ids = table.column("image_id").to_pylist()
+        if self.featurizer is None:
+            self.featurizer = Featurizer(self.encoder_dir, self.recipe)
+        rows = self.featurizer.rows(pixels, ids, shards.shard_path(self.corpus, key))
+        with HERE.part("write"):
+            return shards.write_shard(self.out, key, rows), len(ids)
+
+
+class Featurizer:
+    """The encoder of a recipe on the actor's device, and what of its features is kept."""
+
+    def __init__(self, encoder_dir: str, recipe: Recipe) -> None:
+        from smalti.tokenizers.encoders import as_set
+
+        self.encoder_dir, self.recipe = encoder_dir, recipe
+        self.device = actor_device(recipe.resources)
+        with HERE.part("start"):
+            encoder = open_encoder(encoder_dir, recipe.encoder.layer).to(self.device)
+        self.dim: int = encoder.dim
+        self.encode = as_set(encoder, self.device, recipe.features.precision, recipe.features.compile)
+
+    def rows(self, pixels: np.ndarray, ids: list[str], where: str) -> pa.Table:
+        """Feature rows of images uint8 (B, S, S, 3), all patches or the sampled ones; one batch's features are held.
+
+        Errors: DataError naming the first image with a feature that is not finite in float16; `where` names the file.
+        """
+        import torch
+
+        from smalti.tokenizers.encoders import batches, on_host
+
+        size, parts, chosen = self.recipe.features.batch_size, [], []
+        with HERE.part("model"), torch.inference_mode():
+            results = on_host(self.encode(part).half() for part in batches(pixels, size, self.device))
+            for start, result in zip(range(0, len(ids), size), results, strict=True):
+                names, vectors_BNC = ids[start : start + size], result.numpy()
+                self.check(vectors_BNC, names, where)
+                chosen_BM = self.choose(names, vectors_BNC.shape[1])
+                parts.append(np.take_along_axis(vectors_BNC, chosen_BM[:, :, None], axis=1))
+                chosen.append(chosen_BM)
+        patches_BM = np.concatenate(chosen) if chosen else np.empty((0, 0), np.int32)
+        vectors = np.concatenate(parts).reshape(-1, self.dim) if parts else np.empty((0, self.dim), np.float16)
+        arrays = [
+            pa.array(np.repeat(np.array(ids, object), patches_BM.shape[1]), pa.string()),
+            pa.array(patches_BM.reshape(-1), pa.int32()),
+            shards.list_column(vectors),
+        ]
+        return pa.table(arrays, shards.feature_schema(self.dim))
+
+    def choose(self, ids: list[str], total: int) -> np.ndarray:
+        """Patches that are kept of each image: int32 (B, M), sorted."""
+        wanted = self.recipe.features.patches
+        if wanted == "all" or wanted >= total:
+            return np.tile(np.arange(total, dtype=np.int32), (len(ids), 1))
+        return np.stack([choose_patches(one, self.recipe.seed, wanted, total) for one in ids])
+
+    def check(self, vectors_BNC: np.ndarray, ids: list[str], where: str) -> None:
+        """Errors: DataError naming the first image with a feature that is not finite in float16."""
+        bad = ~np.isfinite(vectors_BNC).all(axis=(1, 2))
+        if bad.any():
+            raise DataError(
+                f"{where}: image {ids[int(bad.argmax())]} has features that are NaN, Inf or beyond float16 (65,504), as "
+                f"{int(bad.sum())} of the {len(ids)} images of its batch. Check the encoder {self.encoder_dir}, or choose "
+                "another encoder.layer."
+            )
+
+
+def open_parent(recipe: Recipe, encoder: Artifact) -> tuple[str, VisionEncoder]:
+    """The encoder's place and the encoder. Errors: ConfigError when the recipe asks for more patches than it gives."""
+    path = encoder_path(encoder)
+    model = open_encoder(path, recipe.encoder.layer)
+    total = model.grid[0] * model.grid[1]
+    if recipe.features.patches != "all" and recipe.features.patches > total:
+        raise ConfigError(
+            f"features.patches={recipe.features.patches}, but {path} gives {total} patches an image. "
+            f"Set features.patches to at most {total}, or to all."
+        )
+    return path, model

@@ -1,0 +1,34 @@
+"""Decoded images of corpus shards."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from smalti import images, shards
+from smalti.errors import DataError, ImageError
+from smalti.schema import Recipe
+from smalti.workflows.pipeline.timings import HERE
+
+
+def load_pixels(corpus: str, key: str, size: int, max_pixels: int, columns: list[str]) -> tuple[pa.Table, np.ndarray]:
+    """Some columns of a corpus shard and its images as uint8 (rows, size, size, 3). Errors: DataError, an image that
+    cannot be decoded any more."""
+    with HERE.part("read"):
+        table = shards.read_shard(corpus, key, [*columns, "image"])
+    pixels = np.empty((table.num_rows, size, size, 3), np.uint8)
+    with HERE.part("decode"):
+        for row, data in enumerate(table.column("image")):
+            try:
+                pixels[row] = images.to_pixels(data.as_py(), size, max_pixels=max_pixels)
+            except ImageError as error:
+                identity = table.column("image_id")[row].as_py()
+                raise DataError(
+                    f"{shards.shard_path(corpus, key)}: image {identity}: {error}. Make the corpus again."
+                ) from error
+    return table.drop_columns(["image"]), pixels
+
+
+def block_bytes(recipe: Recipe, image_size: int) -> int:
+    """What the pixels of a full shard weigh."""
+    return recipe.corpus.shard_images * image_size**2 * 3
