@@ -20,8 +20,8 @@ from bench.real_steps import measure
 from smalti.config import load_recipe
 from smalti.workflows.plan.base import cpu_rates
 from smalti.workflows.plan.measured import GOAL
-from smalti.workflows.plan.models import models_of
 from smalti.workflows.plan.training import Setting, Trial
+from smalti.workflows.systems.registry import system_of
 
 BATCH, TURNS, WITHIN = 8, 3, 0.15
 
@@ -30,7 +30,7 @@ def main() -> None:
     torch.set_num_threads(1)
     recipe = load_recipe("semhitok-quickstart", [])
     rates = cpu_rates(1152)
-    trials = {model.name: Trial(model) for model in models_of(recipe)}
+    trials = {model.name: Trial(model) for model in system_of(recipe).planned_models(recipe)}
     stages = {}
     for name, real in measure(recipe, BATCH, TURNS).items():
         planned = trials[name].memory(Setting(1, BATCH, 0))

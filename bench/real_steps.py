@@ -12,7 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from smalti.schema import Recipe
 from smalti.tokenizers.losses import discriminator_loss
-from smalti.workflows.plan.models import Model, models_of
+from smalti.workflows.plan.models import Model
+from smalti.workflows.systems.registry import system_of
 from smalti.workflows.train.optimizers import build_optimizer
 
 
@@ -109,7 +110,7 @@ def measure(recipe: Recipe, batch: int, turns: int = 0) -> dict[str, Measured]:
     """Every stage of the recipe that trains, on this CPU, with random weights; `turns` more micro batches are timed."""
     found = {}
     torch.manual_seed(0)
-    for model in models_of(recipe):
+    for model in system_of(recipe).planned_models(recipe):
         modules = model.modules.to_empty(device="cpu")
         with torch.no_grad():
             for tensor in [*modules.parameters(), *modules.buffers()]:

@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_leaves
 from smalti.config import load_recipe
 from smalti.schema import LanguageModel, MllmSection, Recipe, Train
 from smalti.workflows.plan.base import Rates
-from smalti.workflows.plan.models import Model, models_of
+from smalti.workflows.plan.models import Model
 from smalti.workflows.plan.training import TrainPlan, Trial
+from smalti.workflows.systems.registry import system_of
 from smalti.workflows.train import engines, guards
 
 WORKERS, LENGTH = 2, 16
@@ -66,7 +67,7 @@ def recipe_of(train: Train, hidden: int, layers: int) -> Recipe:
 
 
 def model_of(recipe: Recipe) -> Model:
-    return next(model for model in models_of(recipe) if model.name == "mllm")
+    return next(model for model in system_of(recipe).planned_models(recipe) if model.name == "mllm")
 
 
 def planned(recipe: Recipe) -> float:

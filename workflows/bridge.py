@@ -15,6 +15,7 @@ from smalti.tracking import Tracker
 from smalti.workflows.cluster.session import ensure_ray
 from smalti.workflows.encoder import resolve, result_settings
 from smalti.workflows.pipeline.stage import StageRun, find_artifact, run_stage
+from smalti.workflows.systems.registry import system_of
 from smalti.workflows.train.elastic import check_batch
 
 
@@ -38,11 +39,11 @@ def check(recipe: Recipe) -> None:
     """ConfigError: a system without a codebook of its own in the language model, or batches that workers cannot share."""
     if recipe.bridge is None:
         return
-    if recipe.system != "unicode2" or recipe.mllm.adapter != "cascade":
+    if not system_of(recipe).bridges or recipe.mllm.adapter != "cascade":
         raise ConfigError(
             f"bridge.decoder={recipe.bridge.decoder} is set, but system={recipe.system} with mllm.adapter="
-            f"{recipe.mllm.adapter}: a bridge reads the trained codebook of system=unicode2, mllm.adapter=cascade. Take "
-            "`bridge` out."
+            f"{recipe.mllm.adapter}: a bridge reads the trained codebook of system=unicode2, mllm.adapter=cascade. Remove "
+            "`bridge`."
         )
     check_batch("bridge", recipe.bridge.train, recipe.resources, together="InfoNCE")
 

@@ -22,6 +22,7 @@ from smalti.tracking import Tracker
 from smalti.workflows import report
 from smalti.workflows.cluster.session import ensure_ray
 from smalti.workflows.pipeline.stage import STAGES, find_artifact
+from smalti.workflows.systems.registry import system_of
 from smalti.workflows.tracking.mlflow import flatten, open_tracker
 
 _MODULES = {
@@ -67,7 +68,7 @@ def _check(recipe: Recipe, only: str | None) -> None:
         raise ConfigError(
             "corpus.source is not set. Name a folder of images, WebDataset tars, Parquet files, or easy-vqa:train."
         )
-    if only in _CLUSTERING and recipe.system == "dualtoken":
+    if only in system_of(recipe).ignores:
         raise ConfigError(f"system: {recipe.system} has no stage {only}: its chain is {' → '.join(stages_of(recipe))}.")
     if only is not None:
         return

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from smalti import shards, storage
 from smalti.artifact import Artifact
 from smalti.errors import ConfigError, DataError
-from smalti.schema import PARTS, DepthHeads, MllmSection, Recipe
+from smalti.schema import PARTS, MllmSection, Recipe
 from smalti.tracking import Tracker
 from smalti.workflows.cluster.session import ensure_ray
 from smalti.workflows.encoder import resolve, result_settings
@@ -69,11 +69,6 @@ def check(recipe: Recipe) -> None:
             )
     if section.whole_mixture.text and not section.text_source:
         raise ConfigError("mllm.mixture.text is above 0, but mllm.text_source is not set. Set it, or set text to 0.")
-    if recipe.system != "dualtoken" and section.depth_heads != DepthHeads():
-        raise ConfigError(
-            f"The recipe sets mllm.depth_heads, which system: {recipe.system} does not read: its visual tokens have one code "
-            "each. Take it out."
-        )
     check_parts(section)
     check_batch("mllm", section.train, recipe.resources)
 

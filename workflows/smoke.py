@@ -15,17 +15,10 @@ from smalti.config import with_overrides
 from smalti.schema import EncoderTrain, Recipe
 from smalti.storage import atomic_local_dir, exists, join, write_atomic, write_json
 from smalti.workflows.cluster.session import ensure_ray
+from smalti.workflows.systems import smoke_sizes
+from smalti.workflows.systems.base import System
+from smalti.workflows.systems.registry import system_of
 
-_STEPS = 3
-_TRAIN = {
-    "steps": _STEPS,
-    "batch_size": 4,
-    "micro_batch_size": None,
-    "warmup": 0,
-    "checkpoint_every": 2,
-    "log_every": 1,
-}
-_VIT = {"dim": 16, "layers": 1, "heads": 2}
 _NUM_PATCHES_A_SIDE = 4
 
 
@@ -33,10 +26,10 @@ def shrink(recipe: Recipe) -> Recipe:
     """The same recipe at toy size, in `<out>-smoke`; makes the tiny stand-ins for pretrained models there."""
     out = recipe.out.rstrip("/") + "-smoke"
     values: dict[str, Any] = {"out": out, "name": f"{recipe.name}-smoke", "share": []}
-    tokenizer = {"semhitok": _tokenizer, "dualtoken": _dual, "unicode2": lambda recipe: {}}[recipe.system]
-    values |= _data(recipe) | tokenizer(recipe) | _model(recipe, out) | _resources(recipe)
+    system = system_of(recipe)
+    values |= _data(recipe, system) | system.smoke(recipe) | _model(recipe, system, out) | _resources(recipe)
     if recipe.bridge:
-        values |= _train("bridge.train", recipe.bridge.train) | {"bridge.steps": 2}
+        values |= smoke_sizes.train("bridge.train", recipe.bridge.train) | {"bridge.steps": 2}
         values |= {"bridge.width": 16, "bridge.layers": 1, "bridge.heads": 2}
         values["bridge.decoder"] = _tiny_diffuser(join(out, "stand-ins", "diffuser"))
     return with_overrides(recipe, values)
@@ -73,8 +66,8 @@ def _gpus_in_sight(recipe: Recipe) -> float:
     return torch.cuda.device_count()
 
 
-def _data(recipe: Recipe) -> dict[str, Any]:
-    clustering = {} if recipe.system == "dualtoken" else _clustering(recipe)
+def _data(recipe: Recipe, system: System) -> dict[str, Any]:
+    clustering = {} if {"features", "codebook"} & {*system.ignores} else _clustering(recipe)
     return clustering | {
         "corpus.source": "generated:48",
         "corpus.val_source": "generated:16:val",
@@ -104,73 +97,15 @@ def _clustering(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _train(section: str, recipe_train: Any) -> dict[str, Any]:
-    """Overrides of one training section: few steps, and accumulation where the recipe accumulates."""
-    values = {f"{section}.{key}": value for key, value in _TRAIN.items()}
-    if recipe_train.micro_batch_size:
-        values[f"{section}.micro_batch_size"] = 2
-    return values
-
-
-def _loss(section: str, loss: Any) -> dict[str, Any]:
-    """A GAN that starts within the few steps; LPIPS without a weights file becomes the encoder's features."""
-    values: dict[str, Any] = {f"{section}.gan.channels": 8, f"{section}.gan.layers": 1}
-    if loss.gan.weight:
-        values[f"{section}.gan.start_step"] = 1
-    if loss.perceptual.kind == "lpips" and not (loss.perceptual.weights and exists(loss.perceptual.weights)):
-        values[f"{section}.perceptual.kind"] = "encoder"
-    return values
-
-
-def _tokenizer(recipe: Recipe) -> dict[str, Any]:
-    tokenizer = recipe.tokenizer
-    values: dict[str, Any] = {
-        "tokenizer.semantic.dim": 8,
-        "tokenizer.semantic.decoder_dim": 16,
-        "tokenizer.semantic.decoder_heads": 2,
-        "tokenizer.pixel.codes": min(tokenizer.pixel.codes, 4),
-        "tokenizer.pixel.dim": 4,
-        "tokenizer.pixel.init_steps": min(tokenizer.pixel.init_steps, 1),
-    }
-    for part in ("encoder", "decoder"):
-        values |= {f"tokenizer.pixel.{part}.{key}": value for key, value in _VIT.items()}
-    values |= _train("tokenizer.semantic.train", tokenizer.semantic.train)
-    values |= _train("tokenizer.pixel.train", tokenizer.pixel.train)
-    values |= _loss("tokenizer.pixel.loss", tokenizer.pixel.loss)
-    if tokenizer.decoder:
-        values |= {f"tokenizer.decoder.decoder.{key}": value for key, value in _VIT.items()}
-        values |= _train("tokenizer.decoder.train", tokenizer.decoder.train)
-        values |= _loss("tokenizer.decoder.loss", tokenizer.decoder.loss)
-    return values
-
-
-def _dual(recipe: Recipe) -> dict[str, Any]:
-    dual = recipe.tokenizer.dual
-    values: dict[str, Any] = {
-        "encoder.layer": -2,
-        "tokenizer.dual.codes": 16,
-        "tokenizer.dual.dim": 8,
-        "tokenizer.dual.depth": min(dual.depth, 2),
-        "tokenizer.dual.pixel_layers": [2, 1],
-        "tokenizer.dual.pixel_weights": [1.0, 0.6],
-        "tokenizer.dual.init_steps": min(dual.init_steps, 1),
-        "mllm.depth_heads.layers": 1,
-        "mllm.depth_heads.heads": 2,
-    }
-    values |= {f"tokenizer.dual.decoder.{key}": value for key, value in _VIT.items()}
-    values |= _train("tokenizer.dual.train", dual.train)
-    return values | _loss("tokenizer.dual.loss", dual.loss)
-
-
-def _model(recipe: Recipe, out: str) -> dict[str, Any]:
+def _model(recipe: Recipe, system: System, out: str) -> dict[str, Any]:
     values: dict[str, Any] = {"mllm.max_length": 128, "mllm.loss_chunk": 64, "mllm.adapter_hidden": None}
-    values |= _train("mllm.train", recipe.mllm.train)
-    begun = zip(range(1, _STEPS), recipe.mllm.stages, strict=False)
+    values |= smoke_sizes.train("mllm.train", recipe.mllm.train)
+    begun = zip(range(1, smoke_sizes.STEPS), recipe.mllm.stages, strict=False)
     values["mllm.stages"] = [stage.model_dump(exclude_none=True) | {"from_step": step} for step, stage in begun]
     if recipe.mllm.whole_mixture.text:
         values["mllm.text_source"] = _some_text(join(out, "stand-ins", "text.txt"))
     if recipe.encoder.train:
-        layers = 3 if recipe.system == "dualtoken" else 1
+        layers = system.smoke_layers or 1
         tiny = {
             "patch_size": 32 // _NUM_PATCHES_A_SIDE,
             "hidden_size": 16,
@@ -179,9 +114,9 @@ def _model(recipe: Recipe, out: str) -> dict[str, Any]:
             "text_layers": 1,
         }
         values |= {f"encoder.train.{key}": value for key, value in tiny.items()}
-        values |= _train("encoder.train.train", recipe.encoder.train.train)
+        values |= smoke_sizes.train("encoder.train.train", recipe.encoder.train.train)
     else:
-        layers = 3 if recipe.system == "dualtoken" else 2
+        layers = system.smoke_layers or 2
         values["encoder.pretrained"] = _tiny_siglip(join(out, "stand-ins", "siglip"), layers)
     if recipe.mllm.config:
         tiny = {"hidden_size": 32, "layers": 2, "heads": 2, "kv_heads": 1, "intermediate_size": 64}

@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"{', '.join(wrong)}: expected a number of at least 1")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing is computed: DeepSpeed need not look for a device
     from smalti.workflows.plan.base import cpu_rates, gpu_rates
-    from smalti.workflows.plan.recipe import RecipePlan
+    from smalti.workflows.recipe_plan import RecipePlan
 
     cpu = arguments.gpu.lower() == "cpu"
     rates = cpu_rates(arguments.width or 1152) if cpu else gpu_rates(arguments.gpu)

@@ -10,6 +10,7 @@ from smalti.schema.base import Positive, Section, Weight
 from smalti.schema.bridge import BridgeSection
 from smalti.schema.data import CodebookSection, CorpusSection, EncoderSection, FeaturesSection, TokensSection
 from smalti.schema.model import EvaluateSection, ExportSection, MllmSection
+from smalti.schema.systems import SYSTEMS
 from smalti.schema.tokenizer import TokenizerSection
 
 
@@ -59,8 +60,10 @@ class Recipe(Section):
     """A whole recipe."""
 
     name: str = Field("smalti", description="name of the run in logs, reports and MLflow")
-    system: Literal["semhitok", "dualtoken", "unicode2"] = Field(
-        "semhitok", description="SemHiTok (arXiv 2503.06764), DualToken (arXiv 2503.14324) or UniCode² (2025)"
+    system: str = Field(
+        "semhitok",
+        description=f"{', '.join(SYSTEMS)}: SemHiTok (arXiv 2503.06764), DualToken (arXiv 2503.14324), UniCode² (2025)",
+        json_schema_extra={"enum": [*SYSTEMS]},
     )
     out: str = Field("out", description="output folder or URL; each stage writes <out>/<stage>")
     seed: int = Field(0, description="seed of all random numbers, 0 or above")
@@ -87,18 +90,25 @@ class Recipe(Section):
 
     @property
     def clusters(self) -> bool:
-        """Whether a codebook is made of the encoder's features: SemHiTok's with guidance, and UniCode²'s."""
-        return self.system == "unicode2" or (self.system == "semhitok" and self.tokenizer.guidance)
+        """Whether a codebook is clustered from the encoder's features."""
+        return SYSTEMS[self.system].clusters(self.tokenizer)
 
     @model_validator(mode="before")
     @classmethod
-    def _cascade_of_unicode2(cls, data: Any) -> Any:
-        """The adapter that a unicode2 recipe has where it names none."""
-        if isinstance(data, dict) and data.get("system") == "unicode2":
-            mllm = data.get("mllm") or {}
-            if isinstance(mllm, dict):
-                return data | {"mllm": {"adapter": "cascade"} | mllm}
-        return data
+    def _adapter_of_system(cls, data: Any) -> Any:
+        """Set the adapter of the system where the recipe names none."""
+        keys = SYSTEMS.get(str(data.get("system"))) if isinstance(data, dict) else None
+        if keys is None or keys.adapter is None:
+            return data
+        mllm = data.get("mllm") or {}
+        return data | {"mllm": {"adapter": keys.adapter} | mllm} if isinstance(mllm, dict) else data
+
+    @field_validator("system")
+    @classmethod
+    def _known_system(cls, system: str) -> str:
+        if system not in SYSTEMS:
+            raise ValueError(f"expected one of {', '.join(SYSTEMS)}, found {system!r}")
+        return system
 
     @field_validator("out")
     @classmethod
@@ -132,7 +142,7 @@ class Recipe(Section):
         sizes = {"tokenizer.semantic": (semantic.decoder_dim, semantic.decoder_heads, "decoder_dim", "decoder_heads")}
         vits = {"pixel.encoder": pixel.encoder, "pixel.decoder": pixel.decoder}
         vits |= {"decoder.decoder": decoder.decoder} if decoder else {}
-        vits |= {"dual.decoder": tokenizer.dual.decoder} if self.system == "dualtoken" else {}
+        vits |= {"dual.decoder": tokenizer.dual.decoder}
         sizes |= {f"tokenizer.{name}": (vit.dim, vit.heads, "dim", "heads") for name, vit in vits.items()}
         if siglip:
             sizes["encoder.train"] = (siglip.hidden_size, siglip.heads, "hidden_size", "heads")
@@ -140,8 +150,6 @@ class Recipe(Section):
             sizes["mllm.config"] = (qwen2.hidden_size, qwen2.heads, "hidden_size", "heads")
         if self.bridge:
             sizes["bridge"] = (self.bridge.width, self.bridge.heads, "width", "heads")
-        if qwen2 and self.system == "dualtoken":
-            sizes["mllm"] = (qwen2.hidden_size, self.mllm.depth_heads.heads, "config.hidden_size", "depth_heads.heads")
         for section, (width, heads, key, by) in sizes.items():
             if width % heads:
                 raise ValueError(f"{section}.{key}={width} does not split over {section}.{by}={heads}; set a multiple")

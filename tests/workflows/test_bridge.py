@@ -27,8 +27,8 @@ from smalti.tokenizers.siglip import build_siglip
 from smalti.tokenizers.unicode2 import Unicode2
 from smalti.workflows import bridge
 from smalti.workflows.chain import run_recipe, stages_of
-from smalti.workflows.plan.models import models_of
 from smalti.workflows.smoke import _tiny_diffuser
+from smalti.workflows.systems.registry import system_of
 from smalti.workflows.train.collectives import Collectives
 from smalti.workflows.train.task import Context, Row
 from smalti.workflows.train.tasks.bridge import BridgeTask
@@ -180,7 +180,7 @@ def test_it_is_a_stage_of_recipes_that_have_it_and_is_planned(decoder: str, task
     recipe = load_recipe(None, [*own, f"bridge={{decoder: {decoder}, width: 16, layers: 1, heads: 2}}"])
     assert stages_of(recipe)[-3:] == ["bridge", "export", "evaluate"]
     assert "bridge" not in stages_of(load_recipe(None, own))
-    planned = {model.name: model for model in models_of(recipe)}["bridge"]
+    planned = {model.name: model for model in system_of(recipe).planned_models(recipe)}["bridge"]
     wider = (24 - C) * 16  # of a feature in place of the code vectors here
     assert planned.parameters("model") == sum(p.numel() for p in task.bridge.parameters()) + wider
     assert planned.frozen == sum(t.numel() for t in [*task.text.parameters(), *task.text.buffers()])

@@ -54,9 +54,9 @@ WRONG = {
     "a second codebook for places": ([*DUAL, "mllm.adapter=cascade"], "Set mllm.adapter=single"),
     "stages of SemHiTok": ([*DUAL, "tokenizer.pixel.codes=4"], "sets tokenizer.pixel"),
     "features after the last norm": ([*DUAL, "encoder.layer=-1"], "Set encoder.layer=-2"),
-    "layers that the encoder has not": (
+    "layers that the encoder does not have": (
         [*DUAL, "tokenizer.dual.pixel_layers=[6, 4]"],
-        "expected different blocks of 1 to 3",
+        "expected distinct blocks from 1 to 3",
     ),
     "batch of the phase dual": (
         [*DUAL, "tokenizer.dual.train.batch_size=5", "resources.workers=2"],

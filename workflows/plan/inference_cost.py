@@ -14,7 +14,7 @@ from smalti.workflows.plan.trace import fake, trace
 from smalti.workflows.plan.training import HELD_BACK
 
 
-class Look(NamedTuple):
+class InferenceCost(NamedTuple):
     """FLOPs of an image by precision; bytes of weights, of a batch of one image, and of each further one."""
 
     flops: dict[str, float]
@@ -24,14 +24,14 @@ class Look(NamedTuple):
     further: float
 
     @classmethod
-    def at(
+    def of(
         cls,
         section: FeaturesSection | TokensSection,
         modules: nn.Module,
         parts: Sequence[Callable[[Any], Any]],
         kept: Sequence[nn.Module],
         size: int,
-    ) -> Look:
+    ) -> InferenceCost:
         """`parts` one after the other on images of `size` pixels as the section has it. `modules` holds what they use (on
         meta), `kept` what lies on the device."""
 

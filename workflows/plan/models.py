@@ -5,7 +5,7 @@ Axis letters: B samples, N patches, L positions, C feature width, V head rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -122,35 +122,6 @@ class Model:
         return max(own)
 
 
-def models_of(recipe: Recipe, *, gpu: bool = False) -> Iterator[Model]:
-    """Every stage of the recipe that trains, in order; `gpu`: as it runs on GPUs. ConfigError: an encoder or a model that
-    cannot be had."""
-    encoder, origin = encoder_of(recipe)
-    if recipe.encoder.train is not None:
-        yield _encoder(recipe)
-    if recipe.system == "dualtoken":
-        from smalti.workflows.plan.dualtoken import dual_model, places_model
-
-        yield dual_model(recipe, encoder, origin, gpu)
-        if recipe.mllm.pretrained or recipe.mllm.config:
-            yield places_model(recipe)
-        return
-    if recipe.system == "semhitok":
-        yield from _phases(recipe, encoder, origin, gpu)
-    if recipe.mllm.pretrained or recipe.mllm.config:
-        yield _mllm(recipe, encoder.dim)
-    if recipe.bridge:
-        yield _bridge(recipe, encoder)
-
-
-def _phases(recipe: Recipe, encoder: VisionEncoder, origin: str, gpu: bool) -> Iterator[Model]:
-    if recipe.tokenizer.guidance:
-        yield _semantic(recipe, encoder, origin, gpu)
-    yield _pixels(recipe, encoder, origin, gpu, decoder=False)
-    if recipe.tokenizer.decoder is not None:
-        yield _pixels(recipe, encoder, origin, gpu, decoder=True)
-
-
 def encoder_of(recipe: Recipe) -> tuple[VisionEncoder, str]:
     """The frozen encoder on the meta device, and where its sizes come from."""
     section = recipe.encoder
@@ -168,7 +139,7 @@ def _pixels_of(num: int, size: int) -> torch.Tensor:
     return fake(num, 3, size, size)
 
 
-def _encoder(recipe: Recipe) -> Model:
+def encoder_model(recipe: Recipe) -> Model:
     section = recipe.encoder.train
     assert section is not None
     size = recipe.corpus.image_size
@@ -191,7 +162,7 @@ def _encoder(recipe: Recipe) -> Model:
     )  # fmt: skip
 
 
-def _semantic(recipe: Recipe, encoder: VisionEncoder, origin: str, gpu: bool) -> Model:
+def semantic_model(recipe: Recipe, encoder: VisionEncoder, origin: str, gpu: bool) -> Model:
     stage = recipe.tokenizer.semantic
     low = encodes_in_bf16(recipe.tokenizer.encoder_precision, stage.train, gpu)
     with torch.device("meta"):
@@ -214,7 +185,7 @@ def _semantic(recipe: Recipe, encoder: VisionEncoder, origin: str, gpu: bool) ->
     )  # fmt: skip
 
 
-def _pixels(recipe: Recipe, encoder: VisionEncoder, origin: str, gpu: bool, *, decoder: bool) -> Model:
+def pixel_model(recipe: Recipe, encoder: VisionEncoder, origin: str, gpu: bool, *, decoder: bool) -> Model:
     """Stage P, or stage D with `decoder`."""
     section, size = recipe.tokenizer, encoder.image_size
     stage = section.decoder if decoder else section.pixel
@@ -304,13 +275,8 @@ def language_of(section: MllmSection, num_codes: int) -> tuple[Any, VisualVocabu
     return lm, vocabulary, origin
 
 
-def _mllm(recipe: Recipe, code_width: int) -> Model:
-    """`code_width`: of a code of UniCode², which is as wide as a feature."""
-    section, tokenizer = recipe.mllm, recipe.tokenizer
-    num_codes = recipe.codebook.size * tokenizer.pixel.codes
-    splits = ((tokenizer.semantic.dim,) if tokenizer.guidance else ()) + (tokenizer.pixel.dim,)
-    if recipe.system == "unicode2":
-        num_codes, splits = recipe.codebook.size, (code_width,)
+def language_model(section: MllmSection, num_codes: int, splits: tuple[int, ...]) -> Model:
+    """The language model over `num_codes` visual codes, whose vectors have parts of these widths."""
     lm, vocabulary, origin = language_of(section, num_codes)
     with torch.device("meta"):
         width = lm.get_input_embeddings().embedding_dim
@@ -344,7 +310,7 @@ def _mllm(recipe: Recipe, code_width: int) -> Model:
     )  # fmt: skip
 
 
-def _bridge(recipe: Recipe, encoder: VisionEncoder) -> Model:
+def bridge_model(recipe: Recipe, encoder: VisionEncoder) -> Model:
     """UniCode²'s bridge beside the text encoders of its diffusion decoder; vectors of codes come with the batch."""
     section, tokens = recipe.bridge, encoder.grid[0] * encoder.grid[1]
     assert section is not None

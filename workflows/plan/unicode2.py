@@ -10,16 +10,16 @@ from smalti.schema import CodebookSection, Recipe
 from smalti.tokenizers.encoders import VisionEncoder
 from smalti.tokenizers.unicode2 import EXACT_CODES
 from smalti.workflows.plan.codebook import cells_seen
-from smalti.workflows.plan.inference_cost import Look
+from smalti.workflows.plan.inference_cost import InferenceCost
 
 SINGLE = 4  # bytes
 
 
-def looks(recipe: Recipe, encoder: VisionEncoder) -> dict[str, Look]:
+def search_costs(recipe: Recipe, encoder: VisionEncoder) -> dict[str, InferenceCost]:
     """The encoder over images, and the encoder with the search of the codes, which lie on the device in float32."""
     modules = nn.ModuleDict({"encoder": encoder})
     found = {
-        name: Look.at(section, modules, [encoder], [encoder], encoder.image_size)
+        name: InferenceCost.of(section, modules, [encoder], [encoder], encoder.image_size)
         for name, section in (("features", recipe.features), ("tokens", recipe.tokens))
     }
     tokens, book = found["tokens"], recipe.codebook

@@ -2,47 +2,115 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from smalti import storage
 from smalti.artifact import Artifact
 from smalti.errors import ConfigError
 from smalti.schema import Recipe
-from smalti.tokenizers.encoders import open_encoder
+from smalti.tokenizers.dualtoken import BOOKS, DualModel, DualToken, semantic_depth
+from smalti.tokenizers.encoders import VisionEncoder, open_encoder
 from smalti.workflows.cluster.session import ensure_ray
 from smalti.workflows.encoder import result_settings
 from smalti.workflows.pipeline.stage import StageRun
-from smalti.workflows.systems.phases import Phases, check_loss, placed, refuse_foreign
-from smalti.workflows.train.elastic import check_batch
+from smalti.workflows.plan.dualtoken import dual_model, places_model
+from smalti.workflows.plan.inference_cost import InferenceCost
+from smalti.workflows.plan.models import Model, encoder_of
+from smalti.workflows.systems import smoke_sizes
+from smalti.workflows.systems.base import System
+from smalti.workflows.systems.phases import Phases, check_pixel_phase, placed
 
 
-def parents(recipe: Recipe) -> tuple[str, ...]:
-    return ("corpus", "encoder")
+class DualTokenSystem(System):
+    """DualToken: residual codes of shallow and of deep layers of one trained tower, in one phase."""
 
+    name = "dualtoken"
+    reads = ("dual", "encoder_precision")
+    ignores = ("features", "codebook")
+    smoke_layers = 3
 
-def check(recipe: Recipe) -> None:
-    """ConfigError: keys of other systems, layers that the encoder has not, batches that workers cannot share, losses that
-    cannot be computed. ArtifactError: weights that are not there."""
-    refuse_foreign(recipe, tokenizer=("dual", "encoder_precision"), sections=("features", "codebook"))
-    if recipe.mllm.adapter == "cascade":
-        raise ConfigError(
-            "mllm.adapter=cascade trains a second codebook of one code a token, and a place of dualtoken has several. Set "
-            "mllm.adapter=single (one MLP over both parts of a place) or dual (one for each)."
-        )
-    stage = recipe.tokenizer.dual
-    check_layers(recipe)
-    adaptive = stage.loss.gan.adaptive and stage.loss.gan.weight
-    together = "the adaptive weight of loss.gan" if adaptive else ""
-    check_batch("tokenizer.dual", stage.train, recipe.resources, together=together)
-    check_loss("tokenizer.dual", stage, recipe.corpus.image_size)
+    def parents(self, recipe: Recipe) -> tuple[str, ...]:
+        """The corpus, and the encoder that the tower starts from."""
+        return ("corpus", "encoder")
+
+    def check(self, recipe: Recipe) -> None:
+        """Also: layers that the encoder has, batches that workers can share, losses that can be computed."""
+        super().check(recipe)
+        if recipe.mllm.adapter == "cascade":
+            raise ConfigError(
+                "mllm.adapter=cascade trains a second codebook of one code per token, but a token of dualtoken has several. "
+                "Set mllm.adapter=single (one MLP over both parts of a token) or dual (one for each)."
+            )
+        size = recipe.mllm.config
+        if size and size.hidden_size % recipe.mllm.depth_heads.heads:
+            raise ConfigError(
+                f"mllm.config.hidden_size={size.hidden_size} does not split over "
+                f"mllm.depth_heads.heads={recipe.mllm.depth_heads.heads}; set a multiple."
+            )
+        check_layers(recipe)
+        check_pixel_phase("tokenizer.dual", recipe.tokenizer.dual, recipe)
+
+    def settings(self, recipe: Recipe) -> dict[str, Any]:
+        """The section `tokenizer.dual`, seed, layer and image size."""
+        section = recipe.tokenizer.dual.model_dump(mode="json")
+        section["train"] = result_settings(section["train"])
+        own: dict[str, Any] = {"tokenizer": {"dual": section}, "system": recipe.system, "seed": recipe.seed}
+        if recipe.tokenizer.encoder_precision != "auto":
+            own["tokenizer"]["encoder_precision"] = recipe.tokenizer.encoder_precision
+        return own | {"layer": recipe.encoder.layer, "image_size": recipe.corpus.image_size}
+
+    def build(self, run: StageRun, parents: Mapping[str, Artifact]) -> Mapping[str, int]:
+        """Train the phase `dual`, and write the DualToken that it makes."""
+        phases = Phases(run, parents)
+        with ensure_ray(run.recipe):
+            dual = train(phases)
+        return assemble(phases, dual)
+
+    def smoke(self, recipe: Recipe) -> dict[str, Any]:
+        """Tiny codebooks and decoder, few steps."""
+        dual = recipe.tokenizer.dual
+        values: dict[str, Any] = {
+            "encoder.layer": -2,
+            "tokenizer.dual.codes": 16,
+            "tokenizer.dual.dim": 8,
+            "tokenizer.dual.depth": min(dual.depth, 2),
+            "tokenizer.dual.pixel_layers": [2, 1],
+            "tokenizer.dual.pixel_weights": [1.0, 0.6],
+            "tokenizer.dual.init_steps": min(dual.init_steps, 1),
+            "mllm.depth_heads.layers": 1,
+            "mllm.depth_heads.heads": 2,
+        }
+        values |= smoke_sizes.vit("tokenizer.dual.decoder")
+        values |= smoke_sizes.train("tokenizer.dual.train", dual.train)
+        return values | smoke_sizes.loss("tokenizer.dual.loss", dual.loss)
+
+    def codes_per_token(self, recipe: Recipe) -> int:
+        """The codes of all depths of both codebooks."""
+        return len(BOOKS) * recipe.tokenizer.dual.depth
+
+    def code_vectors(self, recipe: Recipe, encoder: VisionEncoder) -> tuple[int, tuple[int, ...]]:
+        """One visual token in the vocabulary; vectors of a pixel and a semantic part."""
+        return 1, (recipe.tokenizer.dual.dim,) * len(BOOKS)
+
+    def language_model(self, recipe: Recipe, encoder: VisionEncoder) -> Model:
+        """The planned language model, with its depth heads."""
+        return places_model(recipe)
+
+    def tokenizer_models(self, recipe: Recipe, encoder: VisionEncoder, origin: str, gpu: bool) -> Iterator[Model]:
+        """The phase `dual`."""
+        yield dual_model(recipe, encoder, origin, gpu)
+
+    def inference_costs(
+        self, recipe: Recipe, encoder: VisionEncoder, trained: Mapping[str, Model]
+    ) -> dict[str, InferenceCost]:
+        """Tokens by the trained tower."""
+        dual: Any = trained["dual"].modules["model"]
+        return {"tokens": InferenceCost.of(recipe.tokens, dual, [dual.vectors], [dual], encoder.image_size)}
 
 
 def check_layers(recipe: Recipe) -> None:
     """ConfigError where `encoder.layer` or the pixel layers do not fit the encoder, as far as it can be known by now."""
-    from smalti.tokenizers.dualtoken import semantic_depth
-    from smalti.workflows.plan.models import encoder_of
-
     if recipe.encoder.pretrained or recipe.encoder.train:
         try:
             encoder, _ = encoder_of(recipe)
@@ -51,26 +119,6 @@ def check_layers(recipe: Recipe) -> None:
                 raise
             return  # no config of it can be had here: the phase looks again
         semantic_depth(recipe.tokenizer.dual, encoder)
-
-
-def settings_of(recipe: Recipe) -> dict[str, Any]:
-    """What the tokenizer depends on, of the recipe."""
-    section = recipe.tokenizer.dual.model_dump(mode="json")
-    section["train"] = result_settings(section["train"])
-    own: dict[str, Any] = {"tokenizer": {"dual": section}, "system": recipe.system, "seed": recipe.seed}
-    if recipe.tokenizer.encoder_precision != "auto":
-        own["tokenizer"]["encoder_precision"] = recipe.tokenizer.encoder_precision
-    return own | {"layer": recipe.encoder.layer, "image_size": recipe.corpus.image_size}
-
-
-def body(parents: Mapping[str, Artifact]) -> Any:
-    def make(run: StageRun) -> dict[str, int]:
-        phases = Phases(run, parents)
-        with ensure_ray(run.recipe):
-            dual = train(phases)
-        return assemble(phases, dual)
-
-    return make
 
 
 def train(phases: Phases) -> Artifact:
@@ -83,7 +131,6 @@ def train(phases: Phases) -> Artifact:
 
 def assemble(phases: Phases, dual: Artifact) -> dict[str, int]:
     """Write the DualToken at the root of the artifact."""
-    from smalti.tokenizers.dualtoken import DualModel, DualToken
     from smalti.workflows.train.tasks.dual import WEIGHTS
     from smalti.workflows.train.tasks.semantic import read_tensors
 

@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from operator import attrgetter
+from collections.abc import Mapping
 from typing import Any
 
 from smalti import storage
 from smalti.artifact import Artifact
 from smalti.errors import ArtifactError, ConfigError
-from smalti.schema import Loss, Recipe, TokenizerSection
+from smalti.schema import DecoderStage, DualStage, Loss, PixelStage, Recipe
 from smalti.tokenizers.encoders import open_encoder
 from smalti.workflows.encoder import encoder_path, result_settings
 from smalti.workflows.pipeline.stage import StageRun, run_stage
+from smalti.workflows.train.elastic import check_batch
 
 PHASES = "tokenizer/phases"
 
 
-def refuse_foreign(recipe: Recipe, *, tokenizer: Sequence[str], sections: Sequence[str] = ()) -> None:
-    """ConfigError for keys that are set and that this recipe's system would pass over in silence. `tokenizer`: the keys of
-    that section which it reads; `sections`: the others that it does not."""
-    plain = Recipe()
-    read = [f"tokenizer.{name}" for name in tokenizer]
-    unread = [f"tokenizer.{name}" for name in TokenizerSection.model_fields if name not in tokenizer]
-    for key in [*unread, *sections]:
-        found, default = (attrgetter(key)(one) for one in (recipe, plain))
-        if found != default:
-            raise ConfigError(
-                f"The recipe sets {key}, which system: {recipe.system} does not read; of the tokenizer it reads "
-                f"{', '.join(read)}. Take {key} out, or set the system that it is meant for."
-            )
-
-
-def check_loss(key: str, phase: Any, image_size: int) -> None:
+def check_loss(key: str, phase: PixelStage | DecoderStage | DualStage, image_size: int) -> None:
     """ConfigError, with the phase's key: LPIPS or a GAN that cannot see such images. ArtifactError: no weights there."""
     from smalti.tokenizers.lpips import MIN_SIZE
     from smalti.tokenizers.patchgan import smallest_image
@@ -60,6 +45,14 @@ def check_loss(key: str, phase: Any, image_size: int) -> None:
         raise ConfigError(
             f"{key}.loss.gan.adaptive reads the decoder's last weight whole: set {key}.train.zero_stage below 3."
         )
+
+
+def check_pixel_phase(key: str, phase: PixelStage | DecoderStage | DualStage, recipe: Recipe) -> None:
+    """Check batch and losses of a phase that reconstructs pixels; `key` is its section in errors."""
+    gan = phase.loss.gan
+    together = "the adaptive weight of loss.gan" if gan.adaptive and gan.weight else ""
+    check_batch(key, phase.train, recipe.resources, together=together)
+    check_loss(key, phase, recipe.corpus.image_size)
 
 
 def placed(loss: Loss) -> Loss:

@@ -2,58 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from torch import nn
 
 from smalti import storage
 from smalti.artifact import Artifact
-from smalti.schema import Recipe
+from smalti.schema import DecoderStage, PixelStage, Recipe
 from smalti.tokenizers.codebook import CENTROIDS
-from smalti.tokenizers.encoders import open_encoder
+from smalti.tokenizers.encoders import VisionEncoder, open_encoder
 from smalti.workflows.cluster.session import ensure_ray
 from smalti.workflows.encoder import result_settings
 from smalti.workflows.pipeline.stage import StageRun
-from smalti.workflows.systems.phases import Phases, check_loss, placed, refuse_foreign
+from smalti.workflows.plan.inference_cost import InferenceCost
+from smalti.workflows.plan.models import Model, pixel_model, semantic_model
+from smalti.workflows.systems import smoke_sizes
+from smalti.workflows.systems.base import System
+from smalti.workflows.systems.phases import Phases, check_pixel_phase, placed
 from smalti.workflows.train.elastic import check_batch
 
-
-def parents(recipe: Recipe) -> tuple[str, ...]:
-    """Without guidance the corpus alone, and the encoder for the patch grid (and a perceptual loss)."""
-    return ("corpus", "encoder", "codebook") if recipe.tokenizer.guidance else ("corpus", "encoder")
+SEMANTIC = "smalti.workflows.train.tasks.semantic:SemanticTask"
+PIXEL = "smalti.workflows.train.tasks.pixel:PixelTask"
 
 
-def check(recipe: Recipe) -> None:
-    """ConfigError: batches that workers cannot share, losses that cannot be computed. ArtifactError: weights that are
-    not there."""
-    section = recipe.tokenizer
-    refuse_foreign(recipe, tokenizer=("guidance", "encoder_precision", "semantic", "pixel", "decoder"))
-    phases: dict[str, Any] = {"pixel": section.pixel}
-    phases |= {"semantic": section.semantic} if section.guidance else {}
-    phases |= {"decoder": section.decoder} if section.decoder else {}
-    for name, phase in phases.items():
-        adaptive = name != "semantic" and phase.loss.gan.adaptive and phase.loss.gan.weight
-        together = "the adaptive weight of loss.gan" if adaptive else ""
-        check_batch(f"tokenizer.{name}", phase.train, recipe.resources, together=together)
-        if name != "semantic":
-            check_loss(f"tokenizer.{name}", phase, recipe.corpus.image_size)
+class SemHiTokSystem(System):
+    """SemHiTok: a semantic codebook and pixel sub-codebooks, trained in up to three phases."""
 
+    name = "semhitok"
+    reads = ("guidance", "encoder_precision", "semantic", "pixel", "decoder")
 
-def settings_of(recipe: Recipe) -> dict[str, Any]:
-    """What the tokenizer depends on, of the recipe."""
-    section = recipe.tokenizer.model_dump(mode="json")
-    for phase in ("semantic", "pixel", "decoder"):
-        if section[phase] is not None:
-            section[phase]["train"] = result_settings(section[phase]["train"])
-    if not recipe.tokenizer.guidance:
-        section.pop("semantic")
-    if recipe.tokenizer.encoder_precision == "auto":
-        section.pop("encoder_precision")
-    size = {"size": recipe.codebook.size, "layer": recipe.encoder.layer, "image_size": recipe.corpus.image_size}
-    return {"tokenizer": section, "system": recipe.system, "seed": recipe.seed} | size
+    def parents(self, recipe: Recipe) -> tuple[str, ...]:
+        """The corpus and the encoder, whose grid it uses; with guidance the codebook too."""
+        return ("corpus", "encoder", "codebook") if recipe.tokenizer.guidance else ("corpus", "encoder")
 
+    def check(self, recipe: Recipe) -> None:
+        """Also: batches that workers can share, losses that can be computed."""
+        super().check(recipe)
+        section = recipe.tokenizer
+        trained: dict[str, PixelStage | DecoderStage] = {"pixel": section.pixel}
+        if section.decoder:
+            trained["decoder"] = section.decoder
+        for name, phase in trained.items():
+            check_pixel_phase(f"tokenizer.{name}", phase, recipe)
+        if section.guidance:
+            check_batch("tokenizer.semantic", section.semantic.train, recipe.resources)
 
-def body(parents: Mapping[str, Artifact]) -> Any:
-    def make(run: StageRun) -> dict[str, int]:
+    def settings(self, recipe: Recipe) -> dict[str, Any]:
+        """The section `tokenizer`, seed, codebook size, layer and image size."""
+        section = recipe.tokenizer.model_dump(mode="json")
+        for phase in ("semantic", "pixel", "decoder"):
+            if section[phase] is not None:
+                section[phase]["train"] = result_settings(section[phase]["train"])
+        if not recipe.tokenizer.guidance:
+            section.pop("semantic")
+        if recipe.tokenizer.encoder_precision == "auto":
+            section.pop("encoder_precision")
+        size = {"size": recipe.codebook.size, "layer": recipe.encoder.layer, "image_size": recipe.corpus.image_size}
+        return {"tokenizer": section, "system": recipe.system, "seed": recipe.seed} | size
+
+    def build(self, run: StageRun, parents: Mapping[str, Artifact]) -> Mapping[str, int]:
+        """Train the phases, and write the SemHiTok that they make."""
         phases = SemHiTokPhases(run, parents)
         with ensure_ray(run.recipe):
             semantic = phases.semantic() if run.recipe.tokenizer.guidance else None
@@ -61,7 +70,56 @@ def body(parents: Mapping[str, Artifact]) -> Any:
             decoder = phases.decoder(semantic, pixel) if run.recipe.tokenizer.decoder is not None else None
         return phases.assemble(semantic, pixel, decoder)
 
-    return make
+    def smoke(self, recipe: Recipe) -> dict[str, Any]:
+        """Tiny codebooks and vision transformers, few steps."""
+        tokenizer = recipe.tokenizer
+        values: dict[str, Any] = {
+            "tokenizer.semantic.dim": 8,
+            "tokenizer.semantic.decoder_dim": 16,
+            "tokenizer.semantic.decoder_heads": 2,
+            "tokenizer.pixel.codes": min(tokenizer.pixel.codes, 4),
+            "tokenizer.pixel.dim": 4,
+            "tokenizer.pixel.init_steps": min(tokenizer.pixel.init_steps, 1),
+        }
+        for part in ("encoder", "decoder"):
+            values |= smoke_sizes.vit(f"tokenizer.pixel.{part}")
+        values |= smoke_sizes.train("tokenizer.semantic.train", tokenizer.semantic.train)
+        values |= smoke_sizes.train("tokenizer.pixel.train", tokenizer.pixel.train)
+        values |= smoke_sizes.loss("tokenizer.pixel.loss", tokenizer.pixel.loss)
+        if tokenizer.decoder:
+            values |= smoke_sizes.vit("tokenizer.decoder.decoder")
+            values |= smoke_sizes.train("tokenizer.decoder.train", tokenizer.decoder.train)
+            values |= smoke_sizes.loss("tokenizer.decoder.loss", tokenizer.decoder.loss)
+        return values
+
+    def code_vectors(self, recipe: Recipe, encoder: VisionEncoder) -> tuple[int, tuple[int, ...]]:
+        """K·m codes of a semantic and a pixel part; without guidance the pixel part alone."""
+        tokenizer = recipe.tokenizer
+        semantic = (tokenizer.semantic.dim,) if tokenizer.guidance else ()
+        return recipe.codebook.size * tokenizer.pixel.codes, (*semantic, tokenizer.pixel.dim)
+
+    def tokenizer_models(self, recipe: Recipe, encoder: VisionEncoder, origin: str, gpu: bool) -> Iterator[Model]:
+        """The phases `semantic` (with guidance), `pixel` and `decoder` (if set)."""
+        if recipe.tokenizer.guidance:
+            yield semantic_model(recipe, encoder, origin, gpu)
+        yield pixel_model(recipe, encoder, origin, gpu, decoder=False)
+        if recipe.tokenizer.decoder is not None:
+            yield pixel_model(recipe, encoder, origin, gpu, decoder=True)
+
+    def inference_costs(
+        self, recipe: Recipe, encoder: VisionEncoder, trained: Mapping[str, Model]
+    ) -> dict[str, InferenceCost]:
+        """Features by the encoder; tokens by the encoder (with guidance) and the pixel encoder."""
+        pixel: Any = trained["pixel"].modules["model"]
+        guided: list[VisionEncoder] = [encoder] if recipe.tokenizer.guidance else []
+        modules = nn.ModuleDict({"encoder": encoder, "pixel": pixel})
+        kept = [trained[name].modules["model"] for name in ("semantic", "pixel", "decoder") if name in trained]
+        size = encoder.image_size
+        found = {}
+        if guided:
+            found["features"] = InferenceCost.of(recipe.features, modules, guided, guided, size)
+        parts = [*guided, pixel.encode_vectors]
+        return found | {"tokens": InferenceCost.of(recipe.tokens, modules, parts, [*guided, *kept], size)}
 
 
 class SemHiTokPhases(Phases):
@@ -84,7 +142,7 @@ class SemHiTokPhases(Phases):
             "dim": self.dim,
             "centroids": storage.join(self.parents["codebook"].path, CENTROIDS),
         } | self.images(needs_encoder=True)
-        task = "smalti.workflows.train.tasks.semantic:SemanticTask"
+        task = SEMANTIC
         return self._sized("semantic", task, settings, stage, self.parents)
 
     def pixel(self, semantic: Artifact | None) -> Artifact:
@@ -93,7 +151,7 @@ class SemHiTokPhases(Phases):
         settings = self._pixel_settings(semantic, stage.loss)
         parents = {"corpus": self.parents["corpus"], "encoder": self.parents["encoder"]}
         parents |= {} if semantic is None else {"semantic": semantic}
-        return self._sized("pixel", "smalti.workflows.train.tasks.pixel:PixelTask", settings, stage, parents)
+        return self._sized("pixel", PIXEL, settings, stage, parents)
 
     def decoder(self, semantic: Artifact | None, pixel: Artifact) -> Artifact:
         """Stage D: a larger decoder, all else frozen."""
@@ -102,7 +160,7 @@ class SemHiTokPhases(Phases):
         settings = self._pixel_settings(semantic, stage.loss)
         settings |= {"decoder": stage.decoder, "start": storage.join(pixel.path, "pixel.safetensors")}
         parents = {"corpus": self.parents["corpus"], "encoder": self.parents["encoder"], "pixel": pixel}
-        return self._sized("decoder", "smalti.workflows.train.tasks.pixel:PixelTask", settings, stage, parents)
+        return self._sized("decoder", PIXEL, settings, stage, parents)
 
     def _pixel_settings(self, semantic: Artifact | None, loss: Any) -> dict[str, Any]:
         needs_encoder = semantic is not None or loss.perceptual.kind == "encoder"

@@ -2,57 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 from smalti.artifact import Artifact
 from smalti.errors import ConfigError, DataError
-from smalti.schema import Recipe, TokenizerSection
+from smalti.schema import Recipe
 from smalti.tokenizers.codebook import load_index
-from smalti.tokenizers.encoders import open_encoder
+from smalti.tokenizers.encoders import VisionEncoder, open_encoder
+from smalti.tokenizers.unicode2 import Unicode2
 from smalti.workflows.encoder import encoder_path
 from smalti.workflows.pipeline.stage import StageRun
+from smalti.workflows.plan.inference_cost import InferenceCost
+from smalti.workflows.plan.models import Model
+from smalti.workflows.plan.unicode2 import search_costs
+from smalti.workflows.systems.base import System
 
 
-def parents(recipe: Recipe) -> tuple[str, ...]:
-    """The frozen encoder and the codes."""
-    return ("encoder", "codebook")
+class Unicode2System(System):
+    """UniCode²: the frozen encoder and a large clustered codebook; nothing is trained."""
 
+    name = "unicode2"
+    reads = ()
+    bridges = True
 
-def check(recipe: Recipe) -> None:
-    """ConfigError: keys of other systems, or an adapter for code vectors of two parts."""
-    plain = TokenizerSection()
-    strange = [
-        name for name in TokenizerSection.model_fields if getattr(recipe.tokenizer, name) != getattr(plain, name)
-    ]
-    if strange:
-        raise ConfigError(
-            f"system=unicode2 trains no tokenizer, but the recipe sets {', '.join(f'tokenizer.{name}' for name in strange)}: "
-            "keys of other systems. Take them out; the codebook is set in `codebook` and `features`."
-        )
-    if recipe.mllm.adapter == "dual":
-        raise ConfigError(
-            "mllm.adapter=dual needs code vectors of two parts, and a code of unicode2 has one. Set mllm.adapter=cascade (a "
-            "trained codebook beside the frozen one) or single (the frozen one alone)."
-        )
+    def parents(self, recipe: Recipe) -> tuple[str, ...]:
+        """The frozen encoder and the codes."""
+        return ("encoder", "codebook")
 
+    def check(self, recipe: Recipe) -> None:
+        """Also: an adapter for code vectors of one part."""
+        super().check(recipe)
+        if recipe.mllm.adapter == "dual":
+            raise ConfigError(
+                "mllm.adapter=dual needs code vectors of two parts, but a code of unicode2 has one. Set mllm.adapter=cascade "
+                "(a trained codebook beside the frozen one) or single (the frozen one alone)."
+            )
 
-def settings_of(recipe: Recipe) -> dict[str, Any]:
-    """What the tokenizer depends on, of the recipe, beside its parents."""
-    own = {
-        "layer": recipe.encoder.layer,
-        "image_size": recipe.corpus.image_size,
-        "spherical": recipe.codebook.spherical,
-    }
-    return {"system": recipe.system} | own
+    def settings(self, recipe: Recipe) -> dict[str, Any]:
+        """Layer, image size, and whether codes are unit vectors."""
+        own = {
+            "layer": recipe.encoder.layer,
+            "image_size": recipe.corpus.image_size,
+            "spherical": recipe.codebook.spherical,
+        }
+        return {"system": recipe.system} | own
 
-
-def body(parents: Mapping[str, Artifact]) -> Any:
-    def make(run: StageRun) -> dict[str, int]:
-        from smalti.tokenizers.unicode2 import Unicode2
-
+    def build(self, run: StageRun, parents: Mapping[str, Artifact]) -> Mapping[str, int]:
+        """Write the encoder and the codebook as one tokenizer."""
         recipe, path = run.recipe, encoder_path(parents["encoder"])
         encoder = open_encoder(path, recipe.encoder.layer)
         if encoder.image_size != recipe.corpus.image_size:
@@ -71,4 +70,20 @@ def body(parents: Mapping[str, Artifact]) -> Any:
         whole.save_pretrained(run.path)
         return {"num_codes": whole.num_codes, "tokens": whole.num_tokens}
 
-    return make
+    def smoke(self, recipe: Recipe) -> dict[str, Any]:
+        """Nothing to shrink: no tokenizer is trained."""
+        return {}
+
+    def code_vectors(self, recipe: Recipe, encoder: VisionEncoder) -> tuple[int, tuple[int, ...]]:
+        """K codes, as wide as a feature."""
+        return recipe.codebook.size, (encoder.dim,)
+
+    def tokenizer_models(self, recipe: Recipe, encoder: VisionEncoder, origin: str, gpu: bool) -> Iterator[Model]:
+        """None."""
+        yield from ()
+
+    def inference_costs(
+        self, recipe: Recipe, encoder: VisionEncoder, trained: Mapping[str, Model]
+    ) -> dict[str, InferenceCost]:
+        """Features by the encoder; tokens by the encoder and the search among the codes."""
+        return search_costs(recipe, encoder)

@@ -27,6 +27,7 @@ from smalti.workflows.corpus.index import image_id
 from smalti.workflows.corpus.layout import is_held_out
 from smalti.workflows.features import from_source
 from smalti.workflows.features import stage as features
+from smalti.workflows.features.featurizer import choose_patches
 from smalti.workflows.features.from_source import FeatureGroup
 from smalti.workflows.sources import Lost, Sample
 from smalti.workflows.sources.generated import draw
@@ -110,7 +111,7 @@ def test_features_of_a_source_are_the_encoders_and_nothing_vanishes(source: Path
         name = image_id(data)
         pixels = torch.from_numpy(images.to_pixels(data, 16)).permute(2, 0, 1)[None].float() / 127.5 - 1
         expected = vision(pixels)[0].detach().numpy()
-        for patch in features.choose_patches(name, 0, PATCHES, 4):
+        for patch in choose_patches(name, 0, PATCHES, 4):
             split, vector = found[name, int(patch)]
             assert split == ("val" if is_held_out(name, 0.4) else "train")
             np.testing.assert_allclose(vector, expected[patch], atol=2e-3)

@@ -22,13 +22,15 @@ from smalti.errors import ConfigError
 from smalti.schema import FeaturesSection, LanguageModel, Lora, MllmSection, Recipe, Resources, Train
 from smalti.tokenizers.encoders import VisionEncoder
 from smalti.workflows.cluster.gpu_specs import bf16_peak
+from smalti.workflows.plan import models
 from smalti.workflows.plan.base import Rates, gpu_rates
 from smalti.workflows.plan.configs import language_config, vision_config
 from smalti.workflows.plan.devices import shared_among
-from smalti.workflows.plan.inference_cost import Look
-from smalti.workflows.plan.models import Model, _mllm, models_of
+from smalti.workflows.plan.inference_cost import InferenceCost
+from smalti.workflows.plan.models import Model
 from smalti.workflows.plan.trace import fake, trace
 from smalti.workflows.plan.training import Setting, TrainPlan, Trial, states
+from smalti.workflows.systems.registry import system_of
 from smalti.workflows.train import engines
 from smalti.workflows.train.memory import blocks_of, recompute
 
@@ -49,7 +51,7 @@ def recipe() -> Recipe:
 
 @pytest.fixture(scope="module")
 def trials(recipe: Recipe) -> dict[str, Trial]:
-    return {model.name: Trial(model) for model in models_of(recipe)}
+    return {model.name: Trial(model) for model in system_of(recipe).planned_models(recipe)}
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,7 @@ def test_activations_computed_again_are_traced_too(trials: dict[str, Trial], rec
     """The semantic stage, in float32, with each block of its decoder run again on the way back."""
     from bench.real_steps import peak_of, real_step
 
-    model = next(model for model in models_of(recipe) if model.name == "semantic")
+    model = next(model for model in system_of(recipe).planned_models(recipe) if model.name == "semantic")
     modules = model.modules.to_empty(device="cpu")
     with torch.no_grad():
         for tensor in [*modules.parameters(), *modules.buffers()]:
@@ -166,7 +168,8 @@ def language_model(freeze: Any = (), lora: Lora | None = None, **train: Any) -> 
     section = MllmSection(
         config=size, max_length=32, loss_chunk=8, train=Train(**train), freeze=list(freeze), lora=lora
     )
-    return _mllm(load_recipe("semhitok-quickstart", []).model_copy(update={"mllm": section}), (8, 8))
+    recipe = load_recipe("semhitok-quickstart")
+    return models.language_model(section, recipe.codebook.size * recipe.tokenizer.pixel.codes, (8, 8))
 
 
 def counted_traffic(sizes: dict[str, int]) -> dict[str, float]:
@@ -381,7 +384,7 @@ def test_memory_of_stages_that_train_nothing() -> None:
     encoder = VisionEncoder(SiglipVisionModel(SiglipVisionConfig(**size, image_size=32, patch_size=8)))
     weights = 4 * sum(t.numel() for t in (*encoder.parameters(), *encoder.buffers()))
     modules = nn.ModuleDict({"encoder": encoder})
-    look = Look.at(section, modules, [encoder], [encoder], 32)
+    look = InferenceCost.of(section, modules, [encoder], [encoder], 32)
 
     def step(backward: Any, autocast: Any) -> None:
         with torch.no_grad():

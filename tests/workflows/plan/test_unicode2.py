@@ -9,9 +9,9 @@ from smalti.config import load_recipe
 from smalti.mllm.bpe import train_bpe
 from smalti.mllm.build import build_unified
 from smalti.workflows.plan.base import gpu_rates
-from smalti.workflows.plan.models import models_of
-from smalti.workflows.plan.recipe import RecipePlan
 from smalti.workflows.plan.training import Setting, Trial
+from smalti.workflows.recipe_plan import RecipePlan
+from smalti.workflows.systems.registry import system_of
 
 TEXTS = ["a blue circle", "a red square"] * 3
 K, WIDTH = 64, 16
@@ -36,7 +36,7 @@ class Codes:
 @pytest.mark.parametrize("adapter", ["cascade", "single"])
 def test_planned_parameters_are_those_of_the_real_model(adapter: str) -> None:
     recipe = small(f"mllm.adapter={adapter}")
-    planned = {model.name: model for model in models_of(recipe)}
+    planned = {model.name: model for model in system_of(recipe).planned_models(recipe)}
     assert list(planned) == ["encoder", "mllm"]
     real = build_unified(recipe.mllm, train_bpe(TEXTS, 290), Codes())
     assert planned["mllm"].parameters("model") == sum(p.numel() for p in real.parameters())
@@ -46,7 +46,7 @@ def test_planned_parameters_are_those_of_the_real_model(adapter: str) -> None:
 def test_the_papers_recipe_by_hand() -> None:
     """Qwen2.5-7B has 7.616B parameters with two matrices of 152,064 rows of 3,584."""
     recipe = load_recipe("unicode2-500k", ["mllm.stages=[]"])
-    (model,) = models_of(recipe, gpu=True)
+    (model,) = system_of(recipe).planned_models(recipe, gpu=True)
     assert model.head is not None and model.head.rows == 151_665 + 4 + 500_000
     projector = 1152 * 3584 + 3584 + 3584 * 3584 + 3584
     by_hand = 7_615_616_512 - 2 * 152_064 * 3584 + (151_669 + 651_669) * 3584 + projector + 500_000 * 1152
@@ -60,7 +60,7 @@ def test_the_whole_plan_of_a_small_recipe() -> None:
     recipe = small(f"mllm.stages={stages}", "mllm.train={steps: 1000, batch_size: 8}", "features.source=x")
     plan = RecipePlan(recipe, gpu_rates("h100"), 8, vectors=1600)
     assert plan.images == max(1000 * 8, recipe.encoder.train.train.steps * 64) and plan.featured == 100
-    looks = plan.looks
+    looks = plan.inference
     assert looks["tokens"].flops["fp32"] - looks["features"].flops["fp32"] == 2 * 16 * K * WIDTH
     assert looks["tokens"].memory - looks["features"].memory == 4 * (K + 4) * WIDTH
     told = "\n".join(plan.lines())
@@ -68,12 +68,15 @@ def test_the_whole_plan_of_a_small_recipe() -> None:
     adapter = K * WIDTH + WIDTH * 32 + 32 + 32 * 32 + 32
     assert f"steps 0 to 300: {adapter / 1e9:.3g}B parameters learn (adapter)" in told
     assert "steps 300 to 1,000:" in told and "codebook: N = 1,600 vectors" in told
-    large = RecipePlan(small("codebook.size=20000", "codebook.coarse=100"), gpu_rates("h100"), 8).looks
+    large = RecipePlan(small("codebook.size=20000", "codebook.coarse=100"), gpu_rates("h100"), 8).inference
     assert large["tokens"].flops["fp32"] - large["features"].flops["fp32"] == 2 * 16 * (100 + 4 * 200) * WIDTH
 
 
 def test_the_second_codebook_takes_states_and_what_zero_3_gathers() -> None:
-    with_it, without = (list(models_of(small(f"mllm.adapter={name}")))[-1] for name in ("cascade", "single"))
+    with_it, without = (
+        list(system_of(small(f"mllm.adapter={name}")).planned_models(small(f"mllm.adapter={name}")))[-1]
+        for name in ("cascade", "single")
+    )
     found = [Trial(model).memory(Setting(4, 2, 3)) for model in (with_it, without)]
     assert found[0]["states"] - found[1]["states"] == 20 * K * WIDTH / 4
     assert found[1]["frozen"] - found[0]["frozen"] == 4 * K * WIDTH, "the frozen codebook lies whole on each GPU"

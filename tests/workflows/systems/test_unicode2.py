@@ -93,7 +93,7 @@ def test_an_encoder_of_another_image_size_is_refused(recipe: Recipe) -> None:
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("tokenizer.pixel.codes=4", r"sets tokenizer\.pixel: keys of other systems"),
+        ("tokenizer.pixel.codes=4", r"sets tokenizer\.pixel, which system: unicode2 does not read"),
         ("tokenizer.guidance=false", r"sets tokenizer\.guidance"),
         ("mllm.adapter=dual", r"mllm\.adapter=dual .* Set mllm\.adapter=cascade"),
         ("codebook.coarse=20000", r"codebook\.coarse=20000 cells"),

@@ -6,24 +6,20 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, cast
-
-from torch import nn
 
 from smalti.artifact import Artifact
 from smalti.errors import ConfigError
 from smalti.schema import Recipe
-from smalti.tokenizers.dualtoken import BOOKS
 from smalti.workflows.pipeline.stage import stage_path
-from smalti.workflows.plan import unicode2
 from smalti.workflows.plan.base import Plan, Rates, size_text, time_text
 from smalti.workflows.plan.codebook import plan_codebook
 from smalti.workflows.plan.devices import shared_among
-from smalti.workflows.plan.inference_cost import Look
+from smalti.workflows.plan.inference_cost import InferenceCost
 from smalti.workflows.plan.measured import measurements
-from smalti.workflows.plan.models import Model, encoder_of, models_of
+from smalti.workflows.plan.models import Model, encoder_of
 from smalti.workflows.plan.table import lines
 from smalti.workflows.plan.training import TrainPlan, Trial
+from smalti.workflows.systems.registry import system_of
 
 ASSUMED_IMAGE_BYTES = 100_000  # an encoded image of the corpus
 ASSUMED_TEXT = 64  # tokens of text beside an image
@@ -56,7 +52,8 @@ class RecipePlan:
                 "No encoder is set, and every size follows from it. Set encoder.pretrained or encoder.train."
             )
         self.encoder, self.origin = encoder_of(recipe)
-        self.models = list(models_of(recipe, gpu=bool(self.rates.peaks)))
+        self.system = system_of(recipe)
+        self.models = list(self.system.planned_models(recipe, gpu=bool(self.rates.peaks)))
         self.num = shared_among(self.models, recipe.resources, self.given)
         self.corpus = Artifact.find(stage_path(recipe, "corpus"))
         self.images = self.images or self._images()
@@ -83,7 +80,7 @@ class RecipePlan:
     @property
     def codes_a_token(self) -> int:
         """Numbers that stand for a token."""
-        return len(BOOKS) * self.recipe.tokenizer.dual.depth if self.recipe.system == "dualtoken" else 1
+        return self.system.codes_per_token(self.recipe)
 
     @property
     def kept(self) -> int:
@@ -178,39 +175,27 @@ class RecipePlan:
 
     def _data_lines(self) -> list[str]:
         found = ["features and tokens: one look at every image, decoding left out"]
-        for name, look in self.looks.items():
+        for name, cost in self.inference.items():
             hours = self.data_hours[name]
             found.append(
-                f"  {name:<15} {time_text(hours)}, {hours * self.num:.3g} GPU-hours; {size_text(look.memory)} a GPU "
-                f"for {look.batch} images (4·F and what the pass holds)"
+                f"  {name:<15} {time_text(hours)}, {hours * self.num:.3g} GPU-hours; {size_text(cost.memory)} a GPU "
+                f"for {cost.batch} images (4·F and what the pass holds)"
             )
-            self._refuse(look.refusal(name, self.rates))
+            self._refuse(cost.refusal(name, self.rates))
         return found
 
     @cached_property
-    def looks(self) -> dict[str, Look]:
-        """The encoder over images, and encoder and tokenizer: the stages that train nothing."""
-        recipe, encoder = self.recipe, cast(Any, self.encoder)
-        if recipe.system == "unicode2":
-            return unicode2.looks(recipe, encoder)
-        if recipe.system == "dualtoken":
-            dual: Any = next(m for m in self.models if m.name == "dual").modules["model"]
-            return {"tokens": Look.at(recipe.tokens, dual, [dual.vectors], [dual], encoder.image_size)}
-        pixel = next(m for m in self.models if m.name == "pixel").modules["model"]
-        guided: list[Any] = [encoder] if recipe.tokenizer.guidance else []
-        modules = nn.ModuleDict({"encoder": encoder, "pixel": pixel})
-        kept = [m.modules["model"] for m in self.models if m.name in ("semantic", "pixel", "decoder")]
-        size = encoder.image_size
-        found = {"features": Look.at(recipe.features, modules, guided, guided, size)} if guided else {}
-        parts = [*guided, pixel.encode_vectors]
-        return found | {"tokens": Look.at(recipe.tokens, modules, parts, [*guided, *kept], size)}
+    def inference(self) -> dict[str, InferenceCost]:
+        """Cost of an image in the stages `features` and `tokens`, which train nothing."""
+        trained = {model.name: model for model in self.models}
+        return self.system.inference_costs(self.recipe, self.encoder, trained)
 
     @cached_property
     def data_hours(self) -> dict[str, float]:
         """Hours of these stages."""
         seconds = {
-            name: sum(count / self.rates.training(precision) for precision, count in look.flops.items())
-            for name, look in self.looks.items()
+            name: sum(count / self.rates.training(precision) for precision, count in cost.flops.items())
+            for name, cost in self.inference.items()
         }
         images = {"features": self.featured, "tokens": self.images}
         return {name: value * images[name] / self.num / 3600 for name, value in seconds.items()}
