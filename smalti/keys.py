@@ -135,7 +135,7 @@ def describe(annotation: Any, metadata: list[Any] | None = None) -> str:
         if get_origin(branch) is Annotated:
             bounds += list(get_args(branch)[1:])
             branch = get_args(branch)[0]
-        parts.append(_describe_one(branch) + _describe_bounds(bounds))
+        parts.append(_describe_one(branch) + ("" if branch is type(None) else _describe_bounds(bounds)))
     return " or ".join(dict.fromkeys(parts))
 
 

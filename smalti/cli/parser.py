@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import smalti
-from smalti.cli import doctor, models, plan, show, stages
+from smalti.cli import doctor, models, plan, recipes, show, stages
 
 Adder = Callable[[argparse.ArgumentParser], None]
 
@@ -90,6 +90,13 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         ),
     ),
     "look around": (
+        Command(
+            "recipes",
+            "recipes that come with smalti: size, hardware, time and figures",
+            ("smalti recipes", "smalti recipes semhitok-256", "smalti recipes --schema"),
+            recipes.run,
+            recipes.options,
+        ),
         Command(
             "plan",
             "memory, traffic, hours and storage of a recipe on N GPUs; refuses what cannot fit",
