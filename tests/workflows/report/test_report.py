@@ -11,15 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from smalti import artifact
 from smalti.artifact import Artifact
 from smalti.config import with_overrides
 from smalti.schema import Recipe
+from smalti.ticks import log_ticks, nice_ticks, tick_text, tick_texts
 from smalti.workflows import report
 from smalti.workflows.evaluation.scores.answers import breakdown
 from smalti.workflows.evaluation.scores.measure_result import Part, Score, save_part
-from smalti.workflows.report.charts import line_chart, log_ticks, nice_ticks, rank_chart, thin, tick_text
+from smalti.workflows.report.charts import YRange, line_chart, rank_chart, thin, y_range
 from smalti.workflows.report.facts import history
 from smalti.workflows.report.names import duration, goal_met, ordered, written
 
@@ -285,13 +288,42 @@ def test_numbers_are_written_for_people() -> None:
 
 
 def test_ticks_are_round_and_inside() -> None:
-    assert nice_ticks(0, 1) == pytest.approx([0, 0.5, 1]) or len(nice_ticks(0, 1)) in (3, 4, 5, 6)
-    for low, high in ((0, 1), (-3.2, 8.9), (1e-6, 2e-6), (5, 5e6)):
+    assert nice_ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    for low, high in ((0, 1), (-3.2, 8.9), (1e-6, 2e-6), (5, 5e6), (0, 2.04), (2.3, 2.9), (0.999, 1.001)):
         ticks = nice_ticks(low, high)
-        assert 2 <= len(ticks) <= 7
+        assert 4 <= len(ticks) <= 6
         assert all(low - 1e-9 * abs(high) <= tick <= high * (1 + 1e-9) for tick in ticks)
+    assert nice_ticks(1, 3, least_step=1) == [1, 2, 3]
+    assert nice_ticks(0, 900, least_step=1) == [0, 200, 400, 600, 800]
     assert log_ticks(1, 1e4) == [1, 10, 100, 1000, 10000]
+    assert log_ticks(1, 22) == [1, 2, 5, 10, 20]
+    assert log_ticks(1, 256) == pytest.approx([1, 3, 10, 30, 100])
+    assert tick_texts([1000.1, 1000.2, 1000.3]) == ["1.0001k", "1.0002k", "1.0003k"]
     assert [tick_text(x) for x in (0.05, 12, 1500, 3e6)] == ["0.05", "12", "1.5k", "3M"]
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
+def test_every_range_has_four_to_six_ticks(low: float, width: float) -> None:
+    assert 4 <= len(nice_ticks(low, low + width)) <= 6
+
+
+@given(st.floats(1e-6, 1e6), st.floats(1.01, 1e12))
+def test_logarithmic_ticks_are_few_and_inside(low: float, factor: float) -> None:
+    ticks = log_ticks(low, low * factor)
+    assert 2 <= len(ticks) <= 6
+    assert all(low * (1 - 1e-6) <= tick <= low * factor * (1 + 1e-6) for tick in ticks)
+
+
+def test_a_first_point_far_from_the_others_does_not_flatten_the_curve() -> None:
+    falling = [5.0 + 0.01 * step for step in range(50)]
+    assert y_range(falling) == YRange(min(falling), max(falling))
+    decades = y_range([1000.0, *(100 / step for step in range(1, 50))])
+    assert decades.log and decades.note == "log scale" and decades.high == 1000
+    cut = y_range([1000.0, *falling])
+    assert not cut.log and cut.high < 6 and cut.note == "1 point outside, to 1k"
+    assert "1 point outside, to 1k" in line_chart([(float(x), y) for x, y in enumerate([1000.0, *falling])], "loss")
+    assert y_range([-900.0, *falling]).low > 4
+    assert y_range([0.0, 5.0, 5.0]) == YRange(0.0, 5.0)
 
 
 def test_charts_of_odd_data() -> None:
