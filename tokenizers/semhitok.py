@@ -42,7 +42,9 @@ class SemHiTok(SavedTokenizer):
 
     Args:
         section: the recipe's tokenizer section.
-        semantic, encoder: None without guidance, when codes depend on pixels only.
+        pixel: pixel encoder, codebooks and decoder.
+        semantic: None without guidance, when codes depend on pixels only.
+        encoder: None without guidance.
     """
 
     system = SYSTEM
