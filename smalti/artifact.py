@@ -1,7 +1,7 @@
-"""Artifacts: folders that say what they hold and how it was made.
+"""Artifacts: folders with a record of what they hold and how it was made.
 
-`artifact.json` is written last, so its presence means "finished". While a stage works, `artifact.partial.json` stands
-instead, with the fingerprint it works towards: the same command goes on, another config is refused.
+`artifact.json` is written last, so its presence means "finished". While a stage runs, `artifact.partial.json` exists
+instead, with the fingerprint of the artifact: the same command resumes it, another config is refused.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import importlib.metadata
 import json
 import platform
 import subprocess
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +34,13 @@ _SHOWN_DIFFERENCES = 8
 
 @dataclass(frozen=True)
 class Artifact:
-    """The record of a finished artifact. `path` is where it was found, and is not part of the stored record."""
+    """The record of a finished artifact.
+
+    Attributes:
+        path: where it was found; not part of the stored record.
+        seconds: time of all tries.
+        created: date and time in UTC, ISO 8601.
+    """
 
     path: str
     kind: str
@@ -51,19 +56,19 @@ class Artifact:
 
     @classmethod
     def load(cls, path: str) -> Artifact:
-        """The finished artifact at `path`; `ArtifactError` when there is none, or its record is torn."""
+        """The finished artifact at `path`; `ArtifactError` if there is none, or its record is damaged."""
         found = cls.find(path)
         if found is not None:
             return found
         if storage.exists(storage.join(path, PARTIAL)):
-            raise ArtifactError(f"{path} is a half-made artifact: run the command that made it again to finish it")
+            raise ArtifactError(f"{path} is an incomplete artifact: run the command that started it again to finish it")
         raise ArtifactError(
-            f"there is no artifact at {path} (no {RECORD}): run the stage that makes it, or check the path"
+            f"there is no artifact at {path} (no {RECORD}): run the stage that writes it, or check the path"
         )
 
     @classmethod
     def find(cls, path: str) -> Artifact | None:
-        """The finished artifact at `path`, or None; `ArtifactError` when its record is torn."""
+        """The finished artifact at `path`, or None; `ArtifactError` if its record is damaged."""
         record_path = storage.join(path, RECORD)
         if not storage.exists(record_path):
             return None
@@ -79,7 +84,12 @@ class Artifact:
 
 @dataclass
 class Workspace:
-    """An artifact being made. `resumed`: an earlier try with the same fingerprint stood here, with its files."""
+    """An artifact in progress.
+
+    Attributes:
+        resumed: whether an earlier try with the same fingerprint left files here.
+        earlier_s: seconds of earlier tries.
+    """
 
     path: str
     kind: str
@@ -90,13 +100,16 @@ class Workspace:
     earlier_s: float = 0.0
 
     def beat(self, seconds: float) -> None:
-        """Note that this try has worked for `seconds`, so that the time of a killed try is not lost."""
+        """Record the seconds of this try so far, so that an interrupted try counts too."""
         storage.write_json(storage.join(self.path, PARTIAL), self._partial(self.earlier_s + seconds))
 
-    def finish(self, counts: Mapping[str, int], seconds: float, scores: Mapping[str, Any] | None = None) -> Artifact:
-        """Write the record (its presence means "finished"), then drop the partial one.
+    def finish(self, counts: Mapping[str, int], seconds: float, scores: Mapping[str, object] | None = None) -> Artifact:
+        """Write the record, then remove the partial one.
 
-        `seconds` is the time of this try; that of earlier ones, as far as they noted it, is added.
+        Args:
+            counts: what the artifact holds, by name.
+            seconds: time of this try; that of earlier tries is added.
+            scores: what was measured, by name.
         """
         artifact = Artifact(
             path=self.path,
@@ -118,11 +131,11 @@ class Workspace:
         return artifact
 
     def abandon(self) -> None:
-        """Take the partial record away when nothing else was made here: the next try may have another config."""
+        """Remove the partial record if there is no other file, so that the next try may have another config."""
         if storage.list_names(self.path) == [PARTIAL]:
             storage.remove(storage.join(self.path, PARTIAL))
 
-    def _partial(self, seconds: float) -> dict[str, Any]:
+    def _partial(self, seconds: float) -> dict[str, object]:
         return {
             "kind": self.kind,
             "fingerprint": self.fingerprint,
@@ -133,15 +146,16 @@ class Workspace:
         }
 
 
-def fingerprint(kind: str, config: Mapping[str, Any], parents: Mapping[str, Artifact]) -> str:
-    """16 hex digits that two artifacts share exactly when kind, config and the parents' fingerprints are equal."""
+def fingerprint(kind: str, config: Mapping[str, object], parents: Mapping[str, Artifact]) -> str:
+    """16 hex digits of kind, config and the fingerprints of the parents."""
     return _digest(kind, _plain(config), {name: artifact.fingerprint for name, artifact in parents.items()})
 
 
-def begin(path: str, kind: str, config: Mapping[str, Any], parents: Mapping[str, Artifact]) -> Artifact | Workspace:
-    """The finished artifact at `path` if it is this very one, else a `Workspace` to make it in.
+def begin(path: str, kind: str, config: Mapping[str, object], parents: Mapping[str, Artifact]) -> Artifact | Workspace:
+    """The finished artifact at `path` if its fingerprint is equal, else a `Workspace` to write it.
 
-    Raises `ArtifactError` when another artifact, finished or half-made, or somebody's other files stand there.
+    Raises:
+        ArtifactError: if `path` holds another artifact, finished or incomplete, or files that are no artifact.
     """
     plain = _plain(config)
     parent_prints = {name: artifact.fingerprint for name, artifact in parents.items()}
@@ -161,7 +175,7 @@ def begin(path: str, kind: str, config: Mapping[str, Any], parents: Mapping[str,
         partial = _read_record(partial_path)
         if partial.get("fingerprint") != wanted:
             raise _conflict(
-                path, "a half-made artifact", partial, {"kind": kind, "config": plain, "parents": parent_prints}
+                path, "an incomplete artifact", partial, {"kind": kind, "config": plain, "parents": parent_prints}
             )
         workspace.resumed = True
         workspace.earlier_s = float(partial.get("seconds", 0.0))
@@ -169,17 +183,6 @@ def begin(path: str, kind: str, config: Mapping[str, Any], parents: Mapping[str,
         _refuse_foreign(path)
     workspace.beat(0.0)
     return workspace
-
-
-class Stopwatch:
-    """Seconds since it was made, for `Workspace.beat` and `finish`."""
-
-    def __init__(self) -> None:
-        self._started = time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self._started
 
 
 @functools.lru_cache(maxsize=1)
@@ -207,8 +210,8 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted keys whose values differ, each as `key: <there> there, <here> here`; `absent` where one has none."""
+def differences(there: Mapping[str, object], here: Mapping[str, object], prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ, as `key: <there> there, <here> here`, with `absent` for none."""
     lines = []
     for key in sorted(there.keys() | here.keys()):
         left, right = there.get(key, _ABSENT), here.get(key, _ABSENT)
@@ -224,15 +227,15 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str =
 _ABSENT = object()
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     if value is _ABSENT:
         return "absent"
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 80 else text[:77] + "…"
 
 
-def _conflict(path: str, what: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> ArtifactError:
-    """What differs between the record found and the one wanted, and what to do."""
+def _conflict(path: str, what: str, there: Mapping[str, object], here: Mapping[str, object]) -> ArtifactError:
+    """The error for a record that differs from the expected one, with the differences."""
     keys = ("config", "parents")
     lines = [f"kind: {there.get('kind')} there, {here['kind']} here"] if there.get("kind") != here["kind"] else []
     for key in keys:
@@ -240,16 +243,16 @@ def _conflict(path: str, what: str, there: Mapping[str, Any], here: Mapping[str,
     shown = lines[:_SHOWN_DIFFERENCES]
     if len(lines) > len(shown):
         shown.append(f"… and {len(lines) - len(shown)} more")
-    listed = "\n  ".join(shown or ["the record itself was changed by hand"])
+    listed = "\n  ".join(shown or ["the record was edited"])
     return ArtifactError(
-        f"{path} holds {what} made with other settings:\n  {listed}\nSet another `out`, set these keys back, or remove {path}."
+        f"{path} holds {what} made with other settings:\n  {listed}\nSet another `out`, restore these settings, or remove {path}."
     )
 
 
 def _refuse_foreign(path: str) -> None:
-    """A folder with files that are no artifact of ours is somebody's data: do not write into it."""
+    """Refuse to write into a folder with files that are no artifact: they may be data of the user."""
     if storage.exists(path) and not storage.is_dir(path):
-        raise ArtifactError(f"{path} is a file, and a folder is needed there: set another `out`, or move the file")
+        raise ArtifactError(f"{path} is a file, expected a folder: set another `out`, or move the file")
     names = [name for name in storage.list_names(path) if not name.startswith(".")]
     if names:
         some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
@@ -262,25 +265,23 @@ def _read_record(path: str) -> dict[str, Any]:
     except DataError as error:
         raise ArtifactError(f"{error}") from error
     if not isinstance(record, dict):
-        raise ArtifactError(
-            f"{path} should hold a JSON object, and holds {type(record).__name__}: remove it and run again"
-        )
+        raise ArtifactError(f"{path} holds {type(record).__name__}, expected a JSON object: remove it and run again")
     return record
 
 
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` as JSON gives it back: tuples are lists, keys are strings."""
+def _plain(config: Mapping[str, object]) -> dict[str, Any]:
+    """`config` after JSON: tuples become lists, keys strings."""
     return json.loads(json.dumps(config, allow_nan=False))
 
 
-def _digest(kind: str, config: Mapping[str, Any], parents: Mapping[str, str]) -> str:
+def _digest(kind: str, config: Mapping[str, object], parents: Mapping[str, str]) -> str:
     value = {"kind": kind, "config": config, "parents": dict(parents)}
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _git(root: Path, *arguments: str) -> str:
-    """Output of a git command, or "" where git cannot tell (not installed, no commit yet, not our repository)."""
+    """Output of a git command, or "" if it fails or git is not installed."""
     try:
         done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):

@@ -1,14 +1,14 @@
-"""Errors that a user can mend. Each message says what was found, what was expected, where, and the mend.
+"""Errors that a user can fix.
 
-The command line prints the message of a `SmaltiError` without a traceback and exits 1 (`ConfigError`: 2).
-All of them take one string, so that they pickle across Ray processes.
+Each message says what was found, what was expected, where, and how to fix it. The command line prints it without a
+traceback and exits 1 (`ConfigError`: 2). All pickle, so that they cross Ray processes.
 """
 
 from __future__ import annotations
 
 
 class SmaltiError(Exception):
-    """Base of every error that is the user's to mend."""
+    """Base of all errors that a user can fix."""
 
 
 class ConfigError(SmaltiError):
@@ -16,15 +16,15 @@ class ConfigError(SmaltiError):
 
 
 class ArtifactError(SmaltiError):
-    """An artifact is missing, half-made, torn, or was made with another config."""
+    """An artifact is missing, incomplete, damaged, or of another config."""
 
 
 class DataError(SmaltiError):
-    """Input data cannot be used as a whole: no usable image, a wrong column, a torn shard."""
+    """Input data cannot be used: no usable image, a wrong column, a damaged shard."""
 
 
 class ImageError(SmaltiError):
-    """One image cannot be used. `reason` is a short, countable slug such as `truncated`."""
+    """One image cannot be used; `reason` is a short name of why, such as `truncated`."""
 
     def __init__(self, message: str, reason: str = "undecodable") -> None:
         super().__init__(message, reason)
@@ -39,4 +39,4 @@ class VocabularyError(SmaltiError):
 
 
 class TrainingError(SmaltiError):
-    """A training run failed in a way that the user can mend."""
+    """A training run failed in a way that the user can fix."""

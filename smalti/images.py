@@ -1,7 +1,7 @@
-"""Encoded bytes to pixels, strictly: every image is whole and right side up, or has a reason why not.
+"""Strict decoding of images: complete and upright, or an `ImageError` with a reason.
 
-No setting of Pillow is changed, and nothing here depends on those of the caller: the size is checked against `max_pixels`
-before any pixel is decoded (Pillow only warns), and truncated files are refused.
+No global setting of Pillow is changed or relied on: the size is checked against `max_pixels` before any pixel is decoded
+(Pillow only warns), and truncated files are refused.
 """
 
 from __future__ import annotations
@@ -40,10 +40,13 @@ _DECODER_ERRORS = (
 
 
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, min_size: int = 1) -> Image.Image:
-    """The image as RGB, 8 bits a channel, turned as its EXIF says, alpha on white, the first frame of an animation.
+    """Decode an image to 8-bit RGB.
 
-    Raises `ImageError` with a reason: `empty`, `undecodable`, `truncated`, `bomb` (more than `max_pixels`) or
-    `too_small` (a side below `min_size`).
+    It is rotated as its EXIF says, alpha is blended on white, and of an animation the first frame is taken.
+
+    Raises:
+        ImageError: with a reason: `empty`, `undecodable`, `truncated`, `bomb` (more than `max_pixels`) or `too_small` (a
+            side below `min_size`).
     """
     image = _open(data, max_pixels, min_size)
     _load(image)
@@ -51,7 +54,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, min_size: int = 1) -> I
 
 
 def probe(data: bytes, *, max_pixels: int = MAX_PIXELS, min_size: int = 1) -> tuple[int, int]:
-    """(width, height) after the EXIF turn, once every pixel was decoded; raises as `decode` does."""
+    """(width, height) after the EXIF rotation; decodes all pixels, raises as `decode`."""
     image = _open(data, max_pixels, min_size)
     _load(image)
     if image.mode not in _PLAIN or "transparency" in image.info:
@@ -61,9 +64,12 @@ def probe(data: bytes, *, max_pixels: int = MAX_PIXELS, min_size: int = 1) -> tu
 
 
 def to_pixels(data: bytes, size: int, *, max_pixels: int = MAX_PIXELS, min_size: int = 1) -> np.ndarray:
-    """uint8 (size, size, 3): the shorter side resized to `size` (bicubic, antialiased), centre crop.
+    """Decode, resize the shorter side (bicubic, antialiased), and crop the centre.
 
-    A JPEG is decoded at the smallest scale (1/2, 1/4, 1/8) that still covers `size`. Raises as `decode` does.
+    A JPEG is decoded at the smallest scale (1/2, 1/4, 1/8) that still covers `size`. Raises as `decode`.
+
+    Returns:
+        uint8 (size, size, 3).
     """
     image = _open(data, max_pixels, min_size)
     image.draft(None, (size, size))
@@ -79,7 +85,7 @@ def to_pixels(data: bytes, size: int, *, max_pixels: int = MAX_PIXELS, min_size:
 
 
 def _open(data: bytes, max_pixels: int, min_size: int) -> Image.Image:
-    """The image, its header read and its size checked, no pixel decoded."""
+    """Read the header and check the size; decode no pixel."""
     if not len(data):
         raise ImageError("the file is empty", "empty")
     _check_segments(data)
@@ -89,12 +95,12 @@ def _open(data: bytes, max_pixels: int, min_size: int) -> Image.Image:
     if width * height > max_pixels:
         raise ImageError(f"{width} x {height} pixels, more than max_pixels = {max_pixels:,}", "bomb")
     if min(width, height) < max(1, min_size):
-        raise ImageError(f"{width} x {height} pixels, and a side of at least {min_size} is asked for", "too_small")
+        raise ImageError(f"{width} x {height} pixels, expected sides of at least {min_size}", "too_small")
     return image
 
 
 def _check_segments(data: bytes) -> None:
-    """Refuse a JPEG whose header has no end: Pillow joins EXIF segments in time that grows with their square."""
+    """Refuse a JPEG with too many header segments: Pillow joins EXIF segments in quadratic time."""
     place, num, every = 2, 0, 0
     while data[:2] == b"\xff\xd8" and data[place : place + 1] == b"\xff" and data[place + 1 : place + 2] != b"\xda":
         num += data[place + 1 : place + 2] == b"\xe1" and data[place + 4 : place + 10] == b"Exif\0\0"
@@ -105,8 +111,10 @@ def _check_segments(data: bytes) -> None:
 
 
 def _check_icon(data: bytes, max_pixels: int) -> None:
-    """Refuse an icon that holds a larger picture than the 256 x 256 that its own header can tell of: Pillow decodes it
-    when it opens the icon."""
+    """Refuse an icon with an image larger than `max_pixels`.
+
+    The header of an icon cannot state more than 256 x 256, and Pillow decodes the image when it opens the icon.
+    """
     if data[:4] != b"\0\0\1\0":
         return
     for entry in range(6, 6 + 16 * int.from_bytes(data[4:6], "little"), 16):
@@ -124,7 +132,7 @@ def _check_icon(data: bytes, max_pixels: int) -> None:
 
 
 def _identify(data: bytes) -> Image.Image:
-    """`Image.open` without its size check, which only warns up to twice a process-wide bound and refuses above."""
+    """`Image.open` without its size check, which depends on a process-wide limit."""
     Image.init()
     prefix = data[:16]
     problem: Exception | None = None
@@ -146,7 +154,7 @@ def _identify(data: bytes) -> Image.Image:
 
 
 def _load(image: Image.Image) -> None:
-    """Decode every pixel, or say why not."""
+    """Decode every pixel; `ImageError` if that fails."""
     try:
         image.load()
     except _DECODER_ERRORS as error:
@@ -168,9 +176,9 @@ def _because(error: Exception | None) -> str:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation of a loaded image, 1 to 8; 1 when there is none or the EXIF block is damaged (the pixels are good).
+    """EXIF orientation, 1 to 8; 1 if there is none or the EXIF block is damaged.
 
-    Only after `_load`: Pillow decodes a PNG to look for its EXIF, and turns a TIFF itself when it decodes.
+    Only after `_load`: Pillow decodes a PNG to find its EXIF, and rotates a TIFF itself when it decodes.
     """
     try:
         value = image.getexif().get(_ORIENTATION, 1)
@@ -185,7 +193,7 @@ def _turn(image: Image.Image, orientation: int) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode of Pillow as RGB."""
+    """Convert any mode of Pillow to RGB."""
     try:
         if image.mode.startswith("I;16") or image.mode in ("I", "F"):
             return _deep_to_rgb(image)
@@ -204,19 +212,19 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return image if image.mode == "RGB" else image.convert("RGB")
     except _DECODER_ERRORS as error:
         raise ImageError(
-            f"mode {image.mode} of a {image.format} file cannot be turned into RGB{_because(error)}"
+            f"mode {image.mode} of a {image.format} file cannot be converted to RGB{_because(error)}"
         ) from error
 
 
 def _deep_to_rgb(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits: the range of its type (16 bits; floats in [0, 1]) becomes 0 to 255.
+    """Scale grey of more than 8 bits from the range of its type to 0 to 255.
 
-    Where the type does not tell the range (32-bit integers, floats beyond 1), the smallest of 8 bits, 16 bits and the
-    values' own range that holds them is taken.
+    The range is that of 16 bits, or [0, 1] for floats. Where the type does not say (32-bit integers, floats beyond 1), it is
+    the smallest of 8 bits, 16 bits and the range of the values that holds all values.
     """
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():
-        raise ValueError("some pixels are not finite numbers")
+        raise ValueError("some pixels are NaN or Inf")
     low, high = float(values.min()), float(values.max())
     sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     if image.mode == "F" and low >= 0 and high <= 1:

@@ -1,7 +1,7 @@
-"""Progress that a person and a log file can both read.
+"""Progress for terminals and log files.
 
-On a terminal one line is redrawn; elsewhere plain lines come at most every few seconds, the first and the last always.
-Everything goes to stderr, so that stdout holds results alone.
+On a terminal one line is redrawn; elsewhere plain lines are written every few seconds at most, the first and the last
+always. All goes to stderr, so that stdout has results only.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import sys
 import threading
 import time
 from types import TracebackType
-from typing import IO, Any
+from typing import IO
 
 REDRAW_S = 0.1
 PLAIN_LINE_S = 5.0
 
 
 def log(message: str) -> None:
-    """One plain line on stderr; a progress line being drawn is moved out of the way first."""
+    """Write one line to stderr, in place of a progress line being drawn."""
     stream = sys.stderr
     if _is_terminal(stream):
         stream.write("\r\x1b[K")
@@ -42,22 +42,30 @@ def format_count(value: float) -> str:
 
 
 class Progress:
-    """Counts `unit`s up to `total` (None: unknown) and shows the rate since the start and the time that is left.
+    """A progress line: count, rate since the start, and time left.
 
-    Units that stood before this process began (a resumed stage) are given as `done`, or by `stood` where it shows on
-    the way: they count, but not in the rate.
+    Args:
+        total: units to expect; None: unknown.
+        unit: name of what is counted, in the plural.
+        label: start of the line.
+        done: units of an earlier process (a resumed stage): counted, but not in the rate. Those found later are counted by
+            `stood`.
     """
 
     def __init__(
         self, total: int | None, unit: str, label: str, *, done: int = 0, stream: IO[str] | None = None
     ) -> None:
-        self.total, self.unit, self.label = total, unit, label
-        self.count = self._before = done
+        self.total = total
+        self.unit = unit
+        self.label = label
+        self.count = done
+        self._before = done
         self._stream = stream if stream is not None else sys.stderr
         self._terminal = _is_terminal(self._stream)
         self._lock = threading.Lock()
-        self._info: dict[str, Any] = {}
-        self._started = self._shown = time.monotonic()
+        self._info: dict[str, object] = {}
+        self._started = time.monotonic()
+        self._shown = self._started
 
     def __enter__(self) -> Progress:
         self._started = time.monotonic()
@@ -71,13 +79,13 @@ class Progress:
             self._show(time.monotonic(), last=True, failed=kind is not None)
 
     def stood(self, n: int) -> None:
-        """Count `n` units that an earlier process made."""
+        """Count `n` units of an earlier process."""
         with self._lock:
             self._before += n
         self.update(n)
 
-    def update(self, n: int = 1, **info: Any) -> None:
-        """Count `n` more units; `info` (a loss, a reason) stands at the end of the line until it is given anew."""
+    def update(self, n: int = 1, **info: object) -> None:
+        """Count `n` more units; `info`, such as a loss, is shown at the end of the line."""
         with self._lock:
             self.count += n
             self._info.update(info)
@@ -86,7 +94,7 @@ class Progress:
                 self._show(now)
 
     def line(self, now: float) -> str:
-        """The text shown at the monotonic time `now`."""
+        """The line as shown at the monotonic time `now`."""
         elapsed_s = now - self._started
         new = self.count - self._before
         rate = new / elapsed_s if elapsed_s > 0 else 0.0

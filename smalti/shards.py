@@ -1,10 +1,10 @@
-"""Shards: Parquet files of about a thousand images, the unit of work, with the Arrow schemas of every kind of row.
+"""Shards: Parquet files of about 1,000 images, the unit of work, and their Arrow schemas.
 
-Layout of an artifact: `train/00012.parquet`, `val/00000.parquet`, `quarantine/00012.parquet`. A shard's key (`train/00012`)
-stays the same through corpus, features and tokens, so that joins are by key.
+Layout of an artifact: `train/00012.parquet`, `val/00000.parquet`, `quarantine/00012.parquet`. A shard has the same key
+(`train/00012`) in corpus, features and tokens, so that joins are by key.
 
-Feature vectors are fixed-size lists of float16 in memory, and lie in the file as fixed-size binaries: Parquet decodes
-lists value by value, binaries by copying (`bench` goal 10). `read_shard` gives the lists back without a copy.
+Feature vectors are fixed-size lists of float16 in memory, and fixed-size binaries in the file: Parquet decodes lists
+value by value, binaries by copying (`bench` goal 10). `read_shard` returns the lists without a copy.
 """
 
 from __future__ import annotations
@@ -54,7 +54,11 @@ QUARANTINE = pa.schema(
 
 
 def token_schema(shape: Sequence[int]) -> pa.Schema:
-    """Schema of token shards whose images have codes of `shape` ((T,) or (T, 2, D)); `codes` reads the shape back."""
+    """Schema of token shards.
+
+    Args:
+        shape: shape of the codes of an image, (T,) or (T, 2, D); `codes` restores it.
+    """
     return pa.schema(
         [
             pa.field("image_id", pa.string(), nullable=False),
@@ -68,7 +72,11 @@ def token_schema(shape: Sequence[int]) -> pa.Schema:
 
 
 def feature_schema(dim: int) -> pa.Schema:
-    """Schema of feature shards: one row a patch, `patch` its index in the image's grid, `vector` float16[dim]."""
+    """Schema of feature shards, one row per patch.
+
+    Args:
+        dim: width of `vector`, float16. `patch` is the index in the grid of the image.
+    """
     return pa.schema(
         [
             pa.field("image_id", pa.string(), nullable=False),
@@ -80,7 +88,7 @@ def feature_schema(dim: int) -> pa.Schema:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a written shard holds."""
+    """Key, rows and size of a written shard."""
 
     key: str
     rows: int
@@ -109,7 +117,7 @@ def list_shards(artifact_path: str, split: Split | str | None = None) -> list[st
 
 
 def write_shard(artifact_path: str, key: str, table: pa.Table) -> Receipt:
-    """Write `table` as the shard `key`, whole or not at all; an existing one is replaced."""
+    """Write `table` as the shard `key`, atomically; an existing one is replaced."""
     packed = _pack(table)
     plain = [field.name for field in packed.schema if _is_plain(field)]
     path = shard_path(artifact_path, key)
@@ -128,7 +136,11 @@ def write_shard(artifact_path: str, key: str, table: pa.Table) -> Receipt:
 
 
 def read_shard(artifact_path: str, key: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """The rows of a shard, or some of its columns; `DataError` when it is missing, torn, or lacks a column."""
+    """Read a shard, or some of its columns.
+
+    Raises:
+        DataError: if it or a column is missing, or it is damaged.
+    """
     path = shard_path(artifact_path, key)
     with _opened(path) as parquet:
         missing = sorted(set(columns or ()) - set(parquet.schema_arrow.names))
@@ -140,13 +152,17 @@ def read_shard(artifact_path: str, key: str, columns: Sequence[str] | None = Non
 
 
 def shard_rows(artifact_path: str, key: str) -> int:
-    """Rows of a shard, read from its footer alone; `DataError` when it is missing or torn."""
+    """Number of rows, from the footer; `DataError` if the shard is missing or damaged."""
     with _opened(shard_path(artifact_path, key)) as parquet:
         return int(parquet.metadata.num_rows)
 
 
 def vector_shape(artifact_path: str, key: str) -> tuple[int, int]:
-    """Rows of a feature shard and the width of its vectors, from its footer; `DataError` when it has no vectors."""
+    """Number of rows and width of the vectors of a feature shard, from its footer.
+
+    Raises:
+        DataError: if it has no vectors, is missing or damaged.
+    """
     path = shard_path(artifact_path, key)
     with _opened(path) as parquet:
         names = parquet.schema_arrow.names
@@ -154,36 +170,36 @@ def vector_shape(artifact_path: str, key: str) -> tuple[int, int]:
         packed = (field.metadata or {}).get(_PACKED) if field is not None else None
         if field is None or (packed is None and not pa.types.is_fixed_size_list(field.type)):
             have = f"a column 'vector' of {field.type}" if field is not None else f"columns {', '.join(names)}"
-            raise DataError(f"{path} has {have}, where vectors are wanted: remove it and make the features again")
+            raise DataError(f"{path} has {have}, expected vectors: remove it and run the stage features again")
         return int(parquet.metadata.num_rows), int(packed or field.type.list_size)
 
 
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[pq.ParquetFile]:
-    """The Parquet file at `path`, mapped into memory when it is local; what its reader complains of comes as `DataError`."""
+    """An open Parquet file, memory-mapped if it is local; its errors are raised as `DataError`."""
     with storage.open_read(path) as file:
         try:
             source = pa.memory_map(storage.local_path(path)) if storage.is_local(path) else file
             with pq.ParquetFile(source) as parquet:
                 yield parquet
         except (pa.ArrowException, OSError, EOFError) as error:
-            raise _torn(path, error) from error
+            raise _damaged(path, error) from error
 
 
 def vectors(table: pa.Table) -> np.ndarray:
-    """Column `vector` as float16 (rows, dim), without a copy when it lies in one chunk."""
+    """Column `vector` as float16 (rows, dim); no copy if it is one chunk."""
     return _matrix(table, "vector")
 
 
 def codes(table: pa.Table) -> np.ndarray:
-    """Column `codes` as int32 (rows, *shape), the shape that `token_schema` was given."""
+    """Column `codes` as int32 (rows, *shape), with the shape of `token_schema`."""
     flat = _matrix(table, "codes")
     shape = (table.schema.metadata or {}).get(_SHAPE)
     return flat.reshape(len(flat), *json.loads(shape)) if shape else flat
 
 
 def bytes_column(data: Sequence[bytes]) -> pa.ChunkedArray:
-    """A binary column of byte strings, without a copy of them."""
+    """A binary column of byte strings, without a copy."""
     lengths = [np.array([0, len(one)], np.int32) for one in data]
     chunks = [
         pa.Array.from_buffers(pa.binary(), 1, [None, pa.py_buffer(ends), pa.py_buffer(one)])
@@ -193,7 +209,7 @@ def bytes_column(data: Sequence[bytes]) -> pa.ChunkedArray:
 
 
 def list_column(matrix: np.ndarray) -> pa.FixedSizeListArray:
-    """A (rows, n…) array as a column of fixed-size lists, without a copy when it is contiguous."""
+    """A (rows, n…) array as a column of fixed-size lists; no copy if it is contiguous."""
     flat = (
         np.ascontiguousarray(matrix).reshape(len(matrix), -1)
         if len(matrix)
@@ -204,11 +220,11 @@ def list_column(matrix: np.ndarray) -> pa.FixedSizeListArray:
 
 def _matrix(table: pa.Table, name: str) -> np.ndarray:
     if name not in table.column_names:
-        raise DataError(f"these rows have no column {name!r}; they have {', '.join(table.column_names)}")
+        raise DataError(f"the table has no column {name!r}; it has {', '.join(table.column_names)}")
     column = table.column(name)
     if column.null_count or not pa.types.is_fixed_size_list(column.type):
         raise DataError(
-            f"column {name!r} should hold lists of one size without nulls, and is {column.type} with {column.null_count} nulls"
+            f"column {name!r} is {column.type} with {column.null_count} nulls, expected lists of one size without nulls"
         )
     width = column.type.list_size
     array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
@@ -218,7 +234,7 @@ def _matrix(table: pa.Table, name: str) -> np.ndarray:
 
 
 def _is_plain(field: pa.Field) -> bool:
-    """Columns that neither compression nor a dictionary makes smaller: encoded images and vectors."""
+    """Whether compression and dictionaries do not help: encoded images and vectors."""
     return (
         pa.types.is_binary(field.type)
         or pa.types.is_large_binary(field.type)
@@ -227,7 +243,7 @@ def _is_plain(field: pa.Field) -> bool:
 
 
 def _pack(table: pa.Table) -> pa.Table:
-    """Fixed-size lists of float16 as fixed-size binaries, marked so that `_unpack` knows them."""
+    """Fixed-size lists of float16 as fixed-size binaries, marked for `_unpack`."""
     for index, field in enumerate(table.schema):
         kind = field.type
         if not (pa.types.is_fixed_size_list(kind) and pa.types.is_float16(kind.value_type)):
@@ -258,5 +274,7 @@ def _unpack(table: pa.Table) -> pa.Table:
     return table
 
 
-def _torn(path: str, error: Exception) -> DataError:
-    return DataError(f"{path} is not a whole Parquet file ({error}): remove it and run the stage that made it again")
+def _damaged(path: str, error: Exception) -> DataError:
+    return DataError(
+        f"{path} is not a complete Parquet file ({error}): remove it and run the stage that wrote it again"
+    )

@@ -1,134 +1,82 @@
-"""Files and folders on local paths and any fsspec URL (`s3://…`, `gs://…`, `memory://…`), by one set of functions.
+"""Files and folders on local paths and fsspec URLs (`s3://…`, `gs://…`, `memory://…`).
 
-A write is whole or absent: locally a temporary name in the same folder, fsync and rename; on an object store one PUT.
-Failures come as `DataError`: what, where, and the mend.
+Writes are atomic: locally a temporary name in the same folder, fsync and rename; on an object store one PUT.
+Failures are raised as `DataError`, which says what failed, where, and how to fix it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import io
 import json
 import os
 import posixpath
 import shutil
 import tempfile
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import fsspec
-from fsspec.core import url_to_fs
-
 from smalti.errors import DataError
-
-_TEMP_SUFFIX = ".smalti-tmp"
-_MENDS = {
-    errno.ENOSPC: "the disk is full: free some space, or set another `out`",
-    errno.EDQUOT: "the disk quota is used up: free some space, or set another `out`",
-    errno.EACCES: "this user may not do that there: set another `out`, or mend the permissions",
-    errno.EPERM: "this user may not do that there: set another `out`, or mend the permissions",
-    errno.EROFS: "that file system is read-only: set another `out`",
-    errno.ENOTDIR: "a file stands where a folder is needed: move it, or set another path",
-    errno.EEXIST: "a file stands where a folder is needed: move it, or set another path",
-    errno.EISDIR: "a folder stands where a file is needed: move it, or set another path",
-    errno.ENOENT: "there is nothing at that path: check its spelling",
-    errno.EFBIG: "files of that size are not allowed there: raise `ulimit -f`, or set another `out`",
-    errno.EMFILE: "too many files are open: raise `ulimit -n`",
-}
-
-
-def is_local(path: str) -> bool:
-    """True for a plain path and for `file://…`."""
-    return "://" not in path or path.startswith(("file://", "local://"))
-
-
-def local_path(path: str) -> str:
-    """A local path without its `file://`, and with `~` expanded."""
-    for scheme in ("file://", "local://"):
-        path = path.removeprefix(scheme)
-    return os.path.expanduser(path)
-
-
-def is_temporary(name: str) -> bool:
-    """True for the name of a file or folder that is being written, or was when its process was killed."""
-    return name.endswith(_TEMP_SUFFIX)
-
-
-def absolute(path: str) -> str:
-    """`path` as seen from any process on this machine; a URL as it is."""
-    return os.path.abspath(local_path(path)) if is_local(path) else path
-
-
-def join(root: str, *parts: str) -> str:
-    """`root/part/…`, for paths and URLs alike."""
-    tail = "/".join(part.strip("/") for part in parts if part.strip("/"))
-    if not root or not tail:
-        return tail or root
-    return root + tail if root.endswith("/") else f"{root}/{tail}"
-
-
-def parent(path: str) -> str:
-    """The folder that holds `path`; "" for a bare file name."""
-    if is_local(path):
-        return posixpath.dirname(local_path(path).rstrip("/"))
-    scheme, _, rest = path.partition("://")
-    return f"{scheme}://{posixpath.dirname(rest.rstrip('/'))}"
+from smalti.filesystems import FIXES, explained, files_below, remote
+from smalti.paths import TEMP_SUFFIX, is_local, local_path, temp_name
+from smalti.paths import absolute as absolute
+from smalti.paths import is_temporary as is_temporary
+from smalti.paths import join as join
+from smalti.paths import parent as parent
 
 
 def exists(path: str) -> bool:
-    """True when a file or a folder stands at `path`."""
+    """True when a file or a folder exists at `path`."""
     if is_local(path):
         return os.path.exists(local_path(path))
-    with _told("look at", path):
-        fs, key = _remote(path)
+    with explained("read", path):
+        fs, key = remote(path)
         return bool(fs.exists(key))
 
 
 def is_dir(path: str) -> bool:
-    """True when a folder stands at `path` (on an object store: when a name begins with `path/`)."""
+    """True when a folder exists at `path`; on an object store, when a name begins with `path/`."""
     if is_local(path):
         return os.path.isdir(local_path(path))
-    with _told("look at", path):
-        fs, key = _remote(path)
+    with explained("read", path):
+        fs, key = remote(path)
         return bool(fs.isdir(key))
 
 
 def list_names(directory: str, suffix: str = "") -> list[str]:
-    """Sorted names of the files and folders in `directory` that end with `suffix`; temporary ones are left out.
+    """Sorted names in `directory` that end with `suffix`.
 
-    A folder that does not exist holds nothing.
+    Temporary names are left out. A folder that does not exist has none.
     """
-    with _told("list", directory):
+    with explained("list", directory):
         if is_local(directory):
             try:
                 names = os.listdir(local_path(directory) or ".")
             except FileNotFoundError:
                 return []
         else:
-            fs, key = _remote(directory)
+            fs, key = remote(directory)
             if not fs.isdir(key):
                 return []
             names = [posixpath.basename(name.rstrip("/")) for name in fs.ls(key, detail=False)]
             names = [name for name in names if name and name != posixpath.basename(key.rstrip("/"))] if names else []
-    return sorted({name for name in names if name.endswith(suffix) and not name.endswith(_TEMP_SUFFIX)})
+    return sorted({name for name in names if name.endswith(suffix) and not name.endswith(TEMP_SUFFIX)})
 
 
 def make_dirs(path: str) -> None:
-    """Make the folder `path` and those above it; object stores have none to make."""
-    with _told("make the folder", path):
+    """Create the folder `path` and its parents; object stores need none."""
+    with explained("create the folder", path):
         if is_local(path):
             os.makedirs(local_path(path) or ".", exist_ok=True)
         else:
-            fs, key = _remote(path)
+            fs, key = remote(path)
             fs.makedirs(key, exist_ok=True)
 
 
 def remove(path: str) -> None:
-    """Remove a file or a whole folder; nothing there is fine."""
-    with _told("remove", path):
+    """Remove a file or a whole folder, if it exists."""
+    with explained("remove", path):
         if is_local(path):
             local = local_path(path)
             if os.path.isdir(local) and not os.path.islink(local):
@@ -137,95 +85,102 @@ def remove(path: str) -> None:
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(local)
             return
-        fs, key = _remote(path)
+        fs, key = remote(path)
         if fs.exists(key):
             fs.rm(key, recursive=True)
 
 
 def remove_temporary(directory: str) -> int:
-    """Remove what writes that were killed left in a local folder and below; how many files. Object stores have none."""
+    """Remove temporary files of interrupted writes from a local folder.
+
+    Returns:
+        The number of files and folders removed; 0 on an object store, whose writes leave none.
+    """
     found = 0
     if is_local(directory):
-        with _told("clear", directory):
+        with explained("clear", directory):
             for folder, folders, names in os.walk(local_path(directory)):
                 for name in [*folders, *names]:
-                    if name.endswith(_TEMP_SUFFIX):
+                    if name.endswith(TEMP_SUFFIX):
                         remove(os.path.join(folder, name))
                         found += 1
-                folders[:] = [name for name in folders if not name.endswith(_TEMP_SUFFIX)]
+                folders[:] = [name for name in folders if not name.endswith(TEMP_SUFFIX)]
     return found
 
 
 def size_bytes(path: str) -> int:
-    """Bytes of one file."""
-    with _told("look at", path):
+    """Size of one file in bytes."""
+    with explained("read", path):
         if is_local(path):
             return os.path.getsize(local_path(path))
-        fs, key = _remote(path)
+        fs, key = remote(path)
         return int(fs.size(key))
 
 
 def stamp(path: str) -> str:
-    """A text that changes when the file at `path` does: its size with its tag or time, as its store tells them."""
-    with _told("look at", path):
+    """A text that changes when the file does: its size, with its tag or time."""
+    with explained("read", path):
         if is_local(path):
             found = os.stat(local_path(path))
             return f"{found.st_size} {found.st_mtime_ns}"
-        fs, key = _remote(path)
+        fs, key = remote(path)
         info = fs.info(key)
-        told = [info.get(name) for name in ("ETag", "etag", "md5Hash", "LastModified", "mtime", "updated", "created")]
-        return " ".join(str(value) for value in [info["size"], *told] if value is not None)
+        known = [info.get(name) for name in ("ETag", "etag", "md5Hash", "LastModified", "mtime", "updated", "created")]
+        return " ".join(str(value) for value in [info["size"], *known] if value is not None)
 
 
 def sizes_bytes(directory: str) -> dict[str, int]:
-    """Bytes of each file in `directory` and the folders below, by its path from there; temporary ones are left out."""
-    with _told("list", directory):
+    """Size in bytes of every file below `directory`, by relative path.
+
+    Temporary files are left out.
+    """
+    with explained("list", directory):
         if is_local(directory):
             root = local_path(directory)
             files = [os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names]
             found = {os.path.relpath(file, root).replace(os.sep, "/"): os.path.getsize(file) for file in files}
         else:
-            fs, key = _remote(directory)
-            found = {name: int(info["size"]) for name, (_, info) in _files_below(fs, key).items()}
-    return {name: size for name, size in found.items() if not name.endswith(_TEMP_SUFFIX)}
+            fs, key = remote(directory)
+            found = {name: int(str(info["size"])) for name, (_, info) in files_below(fs, key).items()}
+    return {name: size for name, size in found.items() if not name.endswith(TEMP_SUFFIX)}
 
 
 def read_bytes(path: str) -> bytes:
-    """All bytes of a file; `DataError` when there is none."""
-    with _told("read", path):
+    """All bytes of a file; `DataError` if it does not exist."""
+    with explained("read", path):
         if is_local(path):
             return Path(local_path(path)).read_bytes()
-        fs, key = _remote(path)
+        fs, key = remote(path)
         return bytes(fs.cat_file(key))
 
 
 def read_range(path: str, start: int, size: int) -> bytes:
-    """`size` bytes of a file from `start` on, fewer where it ends; no others are fetched."""
+    """`size` bytes of a file from `start`, fewer at its end; no others are fetched."""
     if not size:
         return b""
-    with _told("read", path):
+    with explained("read", path):
         if is_local(path):
             with open(local_path(path), "rb") as file:
                 file.seek(start)
                 return file.read(size)
-        fs, key = _remote(path)
+        fs, key = remote(path)
         return bytes(fs.cat_file(key, start=start, end=start + size))
 
 
 def open_read(path: str) -> IO[bytes]:
-    """A seekable binary file to read from."""
-    with _told("read", path):
+    """Open a file for reading: binary and seekable."""
+    with explained("read", path):
         if is_local(path):
             return open(local_path(path), "rb")
-        fs, key = _remote(path)
+        fs, key = remote(path)
         return fs.open(key, "rb")
 
 
 def write_atomic(path: str, data: bytes | bytearray | memoryview) -> None:
-    """Write `data` to `path` so that a reader sees all of it or what stood there before; folders are made."""
-    with _told("write", path):
+    """Write a file atomically: readers see all of `data` or the old file. Creates folders."""
+    with explained("write", path):
         if not is_local(path):
-            fs, key = _remote(path)
+            fs, key = remote(path)
             folder = posixpath.dirname(key)
             if folder:
                 fs.makedirs(folder, exist_ok=True)
@@ -237,15 +192,15 @@ def write_atomic(path: str, data: bytes | bytearray | memoryview) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: str) -> Iterator[str]:
-    """A local file to write; when the block ends well it becomes the file `path`, as with `write_atomic`.
+    """A local file to write, which replaces `path` when the block succeeds.
 
-    For what is too large to hold twice: to a URL it is sent in parts from the local disk.
+    Atomic as `write_atomic`, for data too large for memory: to a URL it is uploaded in parts from the local disk.
     """
-    with _told("write", path), contextlib.ExitStack() as stack:
+    with explained("write", path), contextlib.ExitStack() as stack:
         if is_local(path):
             local = local_path(path)
             os.makedirs(os.path.dirname(local) or ".", exist_ok=True)
-            temp = _temp_name(local)
+            temp = temp_name(local)
         else:
             temp = os.path.join(stack.enter_context(tempfile.TemporaryDirectory(prefix="smalti-")), "file")
         try:
@@ -255,7 +210,7 @@ def atomic_file(path: str) -> Iterator[str]:
                     os.fsync(file.fileno())
                 os.replace(temp, local)
             else:
-                fs, key = _remote(path)
+                fs, key = remote(path)
                 fs.makedirs(posixpath.dirname(key), exist_ok=True)
                 fs.put_file(temp, key)
         except BaseException:
@@ -265,10 +220,10 @@ def atomic_file(path: str) -> Iterator[str]:
 
 
 def put_file(local: str, path: str) -> None:
-    """Bring the local file `local` to `path`, whole or not at all; it may be moved, and need not stand afterwards."""
-    with _told("write", path):
+    """Move or copy the file `local` to `path`, atomically; `local` may be gone afterwards."""
+    with explained("write", path):
         if not is_local(path):
-            fs, key = _remote(path)
+            fs, key = remote(path)
             fs.makedirs(posixpath.dirname(key), exist_ok=True)
             fs.put_file(local, key)
             return
@@ -284,38 +239,42 @@ def put_file(local: str, path: str) -> None:
 
 
 def get_file(path: str, local: str) -> None:
-    """Copy the file `path` to the local name `local`; `DataError` when there is none. A copy cut short may stand there."""
-    with _told("read", path):
+    """Copy the file `path` to the local file `local`; an interrupted copy may remain.
+
+    Raises:
+        DataError: if there is no file at `path`.
+    """
+    with explained("read", path):
         if is_local(path):
             shutil.copyfile(local_path(path), local)
         else:
-            fs, key = _remote(path)
+            fs, key = remote(path)
             fs.get_file(key, local)
 
 
 @contextlib.contextmanager
 def atomic_local_dir(path: str) -> Iterator[str]:
-    """A local folder to fill; when the block ends well it becomes the folder `path`, replacing what stood there.
+    """A local folder to fill, which replaces the folder `path` when the block succeeds.
 
-    Locally by rename (a reader never sees half of it). To a URL by upload, file by file: what must be whole there
-    needs a marker written last, as artifacts have.
+    Locally it is renamed, so readers never see part of it. To a URL it is uploaded file by file: where readers must not
+    see part of it, write a marker last, as artifacts do.
     """
     if is_local(path):
         local = local_path(path).rstrip("/")
-        with _told("make the folder", path):
-            temp = _temp_name(local)
+        with explained("create the folder", path):
+            temp = temp_name(local)
             os.makedirs(temp)
         try:
             yield temp
-            with _told("write", path):
+            with explained("write", path):
                 _swap_in(temp, local)
         finally:
             shutil.rmtree(temp, ignore_errors=True)
         return
     with tempfile.TemporaryDirectory(prefix="smalti-") as temp:
         yield temp
-        with _told("write", path):
-            fs, key = _remote(path)
+        with explained("write", path):
+            fs, key = remote(path)
             if fs.exists(key):
                 fs.rm(key, recursive=True)
             for file in sorted(p for p in Path(temp).rglob("*") if p.is_file()):
@@ -326,20 +285,20 @@ def atomic_local_dir(path: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def local_copy(path: str) -> Iterator[str]:
-    """A local path with the content of the file or folder `path`; no copy when it is local already."""
+    """A local path with the content of `path`; a copy only if `path` is a URL."""
     if is_local(path):
         if not exists(path):
-            raise DataError(f"cannot read {path}: {_MENDS[errno.ENOENT]}")
+            raise DataError(f"cannot read {path}: {FIXES[errno.ENOENT]}")
         yield local_path(path)
         return
     with tempfile.TemporaryDirectory(prefix="smalti-") as temp:
         target = os.path.join(temp, posixpath.basename(path.rstrip("/")) or "copy")
-        with _told("read", path):
-            fs, key = _remote(path)
+        with explained("read", path):
+            fs, key = remote(path)
             if not fs.isdir(key):
                 fs.get_file(key, target)
             else:
-                for name, (whole, _) in _files_below(fs, key).items():
+                for name, (whole, _) in files_below(fs, key).items():
                     part = os.path.join(target, name)
                     os.makedirs(os.path.dirname(part), exist_ok=True)
                     fs.get_file(whole, part)
@@ -347,83 +306,27 @@ def local_copy(path: str) -> Iterator[str]:
 
 
 def read_json(path: str) -> Any:
-    """The JSON value in a file; `DataError` when it is torn."""
+    """The JSON value in a file; `DataError` if it is damaged."""
     try:
         return json.loads(read_bytes(path))
     except ValueError as error:
         raise DataError(
-            f"{path} does not hold whole JSON ({error}): it is torn or not ours; remove it and run again"
+            f"{path} is not valid JSON ({error}): it is damaged, or not a file of smalti; remove it and run again"
         ) from error
 
 
 def write_json(path: str, value: Any) -> None:
-    """Write a JSON value, indented, in one piece; NaN is refused (it is not JSON)."""
+    """Write a JSON value, indented, atomically; `ValueError` for NaN, which is not JSON."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     write_atomic(path, (text + "\n").encode())
 
 
-def buffer() -> io.BytesIO:
-    """An empty in-memory file, for writers that want one before `write_atomic`."""
-    return io.BytesIO()
-
-
-def _temp_name(local: str) -> str:
-    folder, name = os.path.split(local)
-    return os.path.join(folder, f".{name[:100]}.{uuid.uuid4().hex[:12]}{_TEMP_SUFFIX}")
-
-
 def _swap_in(temp: str, local: str) -> None:
-    """Rename the folder `temp` to `local`; what stood there is moved aside first and removed after."""
+    """Rename the folder `temp` to `local`; an existing one is moved aside first, removed after."""
     if not os.path.lexists(local):
         os.rename(temp, local)
         return
-    old = _temp_name(local)
+    old = temp_name(local)
     os.rename(local, old)
     os.rename(temp, local)
     remove(old)
-
-
-def _files_below(fs: fsspec.AbstractFileSystem, key: str) -> dict[str, tuple[str, dict[str, Any]]]:
-    """(whole name, what the store tells) of each file below a folder, by its path from there. Empty objects whose names end
-    with a slash, which some programs write for folders (Ray Train does on S3), are none."""
-    root, found = fs._strip_protocol(key), fs.find(key, detail=True)
-    return {posixpath.relpath(name, root): (name, info) for name, info in found.items() if not name.endswith("/")}
-
-
-def _remote(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a URL and the key in it; another process may have written, so no cached listing."""
-    try:
-        fs, key = url_to_fs(path)
-    except (ImportError, ValueError) as error:
-        scheme = path.partition("://")[0]
-        raise DataError(
-            f"cannot reach {path}: {error}. Install the fsspec package for `{scheme}://`, or use another path"
-        ) from error
-    fs.invalidate_cache()
-    return fs, key
-
-
-@contextlib.contextmanager
-def _told(action: str, path: str) -> Iterator[None]:
-    """Turn what the operating system or a store's client raises into one clear `DataError`."""
-    try:
-        yield
-    except DataError:
-        raise
-    except OSError as error:
-        code = (
-            error.errno if error.errno is not None else (errno.ENOENT if isinstance(error, FileNotFoundError) else -1)
-        )
-        if isinstance(error, PermissionError) and error.errno is None:
-            code = errno.EACCES
-        mend = _MENDS.get(code, "check the path and the device")
-        raise DataError(
-            f"cannot {action} {path}: {mend} ({error.strerror or error or type(error).__name__})"
-        ) from error
-    except Exception as error:
-        if is_local(path):
-            raise
-        text = (
-            f"cannot {action} {path}: {type(error).__name__}: {error}. Check the URL, the credentials and the network"
-        )
-        raise DataError(text) from error

@@ -1,10 +1,10 @@
-"""What a stage tells of its progress, whoever listens. `workflows` has the MLflow one; the base knows no service."""
+"""Interface of experiment tracking; `smalti.workflows.tracking` implements it for MLflow."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -13,43 +13,43 @@ Status = Literal["FINISHED", "FAILED"]
 
 @runtime_checkable
 class Tracker(Protocol):
-    """One run: of a recipe, or of a stage of it. Must pickle, so that rank 0 of a training can log to it."""
+    """One tracked run, of a recipe or of one of its stages.
+
+    It must pickle, so that rank 0 of a training can log to it.
+    """
 
     run_id: str | None
 
-    def params(self, values: Mapping[str, Any]) -> None:
-        """Record settings, by dotted key."""
+    def params(self, values: Mapping[str, object]) -> None:
+        """Log settings by dotted key."""
 
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
-        """Record measures; `step` orders those of a training."""
+        """Log metrics, of a training step if `step` is given."""
 
     def image(self, key: str, pixels: np.ndarray, step: int | None = None) -> None:
-        """Record a picture: uint8 (H, W, 3)."""
+        """Log an image: uint8 (H, W, 3)."""
 
     def system_metrics(self) -> AbstractContextManager[None]:
-        """Within, record how busy this machine is."""
+        """Log the load of this node while in the context."""
         ...
 
-    def artifact_text(self, name: str, text: str) -> None:
-        """Record a small text file under `name`."""
-
     def tags(self, values: Mapping[str, str]) -> None:
-        """Record names and fingerprints."""
+        """Log names and fingerprints."""
 
     def child(self, name: str) -> Tracker:
-        """A run under this one: a stage of the recipe. The same name twice goes on in the same run."""
+        """A run below this one, for a stage; the same name resumes the same run."""
         ...
 
     def finish(self, status: Status = "FINISHED") -> None:
-        """Close the run."""
+        """End the run."""
 
 
 class NullTracker:
-    """Listens to nothing."""
+    """A tracker that logs nothing."""
 
     run_id: str | None = None
 
-    def params(self, values: Mapping[str, Any]) -> None:
+    def params(self, values: Mapping[str, object]) -> None:
         pass
 
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
@@ -60,9 +60,6 @@ class NullTracker:
 
     def system_metrics(self) -> AbstractContextManager[None]:
         return nullcontext()
-
-    def artifact_text(self, name: str, text: str) -> None:
-        pass
 
     def tags(self, values: Mapping[str, str]) -> None:
         pass

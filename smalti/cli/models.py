@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 from collections.abc import Callable
 from pathlib import PurePosixPath
@@ -162,7 +163,7 @@ def _image_format(path: str) -> str:
 
 
 def _save(image: Image, path: str) -> None:
-    buffer = storage.buffer()
+    buffer = io.BytesIO()
     image.save(buffer, format=_image_format(path))
     storage.write_atomic(path, buffer.getbuffer())
     print(path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from smalti import storage
 from smalti.artifact import PARTIAL, RECORD, Artifact
@@ -16,20 +15,26 @@ _DEPTH = 4
 
 
 def options(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `smalti show`."""
     parser.add_argument("artifact", metavar="ARTIFACT", help="folder or URL of an artifact, or of a run's whole output")
     parser.add_argument("--json", action="store_true", help="the record as JSON (a list of records for a whole output)")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Print the record, or a table of the artifacts below a folder.
+
+    Raises:
+        ArtifactError: if there is no artifact.
+    """
     path = arguments.artifact
     if not storage.exists(path):
-        raise ArtifactError(f"there is nothing at {path}: check the path")
+        raise ArtifactError(f"nothing exists at {path}: check the path")
     artifact = Artifact.find(path)
     below = [found for found in _below(path) if found != path]
     if artifact is None and storage.exists(storage.join(path, PARTIAL)):
         below.append(path)
     if artifact is None and not below:
-        raise ArtifactError(f"{path} holds no artifact: give a stage's folder, or the `out` folder of a run")
+        raise ArtifactError(f"{path} holds no artifact: expected the folder of a stage, or the `out` folder of a run")
     if arguments.json:
         _print_json(artifact, below)
     elif artifact is not None:
@@ -41,8 +46,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def describe(artifact: Artifact) -> str:
-    """The record for a person to read."""
-    sections: list[tuple[str, Mapping[str, Any]]] = [
+    """The record as text."""
+    sections: list[tuple[str, Mapping[str, object]]] = [
         ("counts", {name: f"{count:,}" for name, count in artifact.counts.items()}),
         ("scores", flat(artifact.scores)),
         ("parents", artifact.parents),
@@ -52,7 +57,7 @@ def describe(artifact: Artifact) -> str:
     lines = [
         f"{artifact.kind}: {artifact.path}",
         f"  fingerprint  {artifact.fingerprint}",
-        f"  made         {artifact.created} in {format_seconds(artifact.seconds)}",
+        f"  created      {artifact.created} in {format_seconds(artifact.seconds)}",
     ]
     for title, values in sections:
         if values:
@@ -62,13 +67,13 @@ def describe(artifact: Artifact) -> str:
 
 
 def table(paths: list[str]) -> str:
-    """One line an artifact: where, what, its fingerprint, time and counts."""
+    """One line per artifact: path, kind, fingerprint, time and counts."""
     rows = []
     for path in paths:
         artifact = Artifact.find(path)
         if artifact is None:
             partial = storage.read_json(storage.join(path, PARTIAL))
-            rows.append((path, str(partial.get("kind", "?")), str(partial.get("fingerprint", "?")), "half-made", ""))
+            rows.append((path, str(partial.get("kind", "?")), str(partial.get("fingerprint", "?")), "incomplete", ""))
             continue
         counts = ", ".join(f"{count:,} {name}" for name, count in artifact.counts.items())
         rows.append((path, artifact.kind, artifact.fingerprint, format_seconds(artifact.seconds), counts))
@@ -78,7 +83,7 @@ def table(paths: list[str]) -> str:
     )
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flat(values: Mapping[str, object], prefix: str = "") -> dict[str, str]:
     """Dotted keys to short JSON values; empty mappings are left out."""
     found: dict[str, str] = {}
     for key, value in values.items():
@@ -90,7 +95,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _below(path: str, depth: int = 0) -> Iterator[str]:
-    """Folders with a record, finished or not, in the order of their time where it is known."""
+    """Folders with a record, finished or not, in the order of their names."""
     if depth > _DEPTH:
         return
     names = storage.list_names(path)

@@ -98,7 +98,7 @@ def test_a_half_made_artifact_goes_on_with_its_time(place: str) -> None:
     assert not first.resumed
     storage.write_atomic(f"{place}/train/00000.parquet", b"x")
     first.beat(10.0)  # and then it is killed
-    with pytest.raises(ArtifactError, match="half-made"):
+    with pytest.raises(ArtifactError, match="incomplete artifact"):
         Artifact.load(place)
     second = begin(place, "corpus", CONFIG, {})
     assert isinstance(second, Workspace)
@@ -128,7 +128,7 @@ def test_other_settings_in_the_same_place_are_refused_by_name(place: str) -> Non
 def test_other_settings_in_a_half_made_place_are_refused(place: str) -> None:
     parent = make(f"{place}/parent")
     begin(f"{place}/x", "features", CONFIG, {"corpus": parent})
-    with pytest.raises(ArtifactError, match=r"half-made artifact(.|\n)*parent corpus: .*there, absent here"):
+    with pytest.raises(ArtifactError, match=r"incomplete artifact(.|\n)*parent corpus: .*there, absent here"):
         begin(f"{place}/x", "features", CONFIG, {})
 
 
@@ -156,7 +156,7 @@ def test_a_torn_partial_record_is_told(place: str, text: str) -> None:
 
 
 def test_no_artifact_says_what_to_do(place: str) -> None:
-    with pytest.raises(ArtifactError, match="run the stage that makes it, or check the path"):
+    with pytest.raises(ArtifactError, match="run the stage that writes it, or check the path"):
         Artifact.load(place)
 
 

@@ -192,9 +192,9 @@ def test_show_an_artifact_and_a_whole_output(tmp_path: Path, capsys: pytest.Capt
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     assert "1,234 train" in lines[0]
-    assert "half-made" in lines[1]
+    assert "incomplete" in lines[1]
     assert main(["show", str(tmp_path / "out" / "tokens")]) == 0
-    assert "half-made" in capsys.readouterr().out
+    assert "incomplete" in capsys.readouterr().out
     assert main(["show", str(tmp_path / "out" / "corpus"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["counts"] == {"train": 1234}
     assert main(["show", str(tmp_path / "out"), "--json"]) == 0
@@ -205,7 +205,7 @@ def test_show_what_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert main(["show", str(tmp_path / "gone")]) == 1
     assert main(["show", str(tmp_path)]) == 1
     told = capsys.readouterr().err
-    assert "there is nothing at" in told
+    assert "nothing exists at" in told
     assert "holds no artifact" in told
 
 
@@ -292,7 +292,7 @@ def test_reconstruct_puts_images_side_by_side(
 def test_the_module_is_the_command(root: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "smalti", "show", "nowhere"], cwd=root, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "smalti: error: there is nothing at nowhere: check the path\n"
+    assert done.stderr == "smalti: error: nothing exists at nowhere: check the path\n"
 
 
 def test_ctrl_c_ends_with_130(root: Path, tmp_path: Path) -> None:

@@ -101,7 +101,6 @@ def test_the_null_tracker_is_a_tracker_that_pickles() -> None:
     tracker.params({"a": 1})
     tracker.metrics({"loss": 1.0}, step=3)
     tracker.image("grid", np.zeros((2, 2, 3), np.uint8))
-    tracker.artifact_text("x.txt", "x")
     tracker.tags({"a": "b"})
     assert tracker.child("stage").run_id is None
     tracker.finish("FAILED")

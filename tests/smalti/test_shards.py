@@ -131,7 +131,7 @@ def test_a_torn_shard_is_named(place: str, cut: int) -> None:
     path = shards.shard_path(place, "train/00000")
     storage.write_atomic(path, storage.read_bytes(path)[:cut])
     for read in (shards.read_shard, shards.shard_rows):
-        with pytest.raises(DataError, match=r"train/00000\.parquet is not a whole Parquet file"):
+        with pytest.raises(DataError, match=r"train/00000\.parquet is not a complete Parquet file"):
             read(place, "train/00000")
 
 
@@ -141,7 +141,7 @@ def test_damaged_pages_are_told(place: str) -> None:
     data = bytearray(storage.read_bytes(path))
     data[4:40] = bytes(36)
     storage.write_atomic(path, data)
-    with pytest.raises(DataError, match="not a whole Parquet file"):
+    with pytest.raises(DataError, match="not a complete Parquet file"):
         shards.read_shard(place, "train/00000")
 
 

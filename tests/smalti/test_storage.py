@@ -10,6 +10,8 @@ from fsspec.implementations.memory import MemoryFile
 
 from smalti import storage
 from smalti.errors import DataError
+from smalti.filesystems import explained
+from smalti.paths import temp_name
 
 
 @pytest.mark.parametrize(
@@ -66,16 +68,16 @@ def test_json_keeps_its_value_and_refuses_nan(place: str) -> None:
     with pytest.raises(ValueError, match="JSON"):
         storage.write_json(path, {"loss": float("nan")})
     storage.write_atomic(path, b'{"torn": ')
-    with pytest.raises(DataError, match=r"a\.json does not hold whole JSON"):
+    with pytest.raises(DataError, match=r"a\.json is not valid JSON"):
         storage.read_json(path)
 
 
 def test_missing_files_say_so(place: str) -> None:
     path = storage.join(place, "none.bin")
     for read in (storage.read_bytes, storage.open_read, storage.size_bytes):
-        with pytest.raises(DataError, match=r"none\.bin.*nothing at that path"):
+        with pytest.raises(DataError, match=r"none\.bin.*nothing exists at that path"):
             read(path)
-    with pytest.raises(DataError, match="nothing at that path"), storage.local_copy(str(path)) as _:
+    with pytest.raises(DataError, match="nothing exists at that path"), storage.local_copy(str(path)) as _:
         pass
 
 
@@ -99,7 +101,7 @@ def test_a_full_disk_is_told(tmp_path: Path) -> None:
         pytest.skip("this system has no /dev/full")
     link = tmp_path / "full"
     link.symlink_to("/dev/full")
-    with pytest.raises(DataError, match="disk is full"), storage._told("write", str(link)), open(link, "wb", 0) as file:
+    with pytest.raises(DataError, match="disk is full"), explained("write", str(link)), open(link, "wb", 0) as file:
         file.write(b"x")
 
 
@@ -115,7 +117,7 @@ def test_an_unwritable_folder(tmp_path: Path) -> None:
             storage.write_atomic("/proc/none/x", b"")
         return
     tmp_path.chmod(0o500)
-    with pytest.raises(DataError, match="mend the permissions"):
+    with pytest.raises(DataError, match="fix the permissions"):
         storage.write_atomic(str(tmp_path / "x"), b"")
 
 
@@ -164,7 +166,7 @@ def test_file_urls_are_local_paths(tmp_path: Path) -> None:
 
 
 def test_temporary_names_are_not_listed(tmp_path: Path) -> None:
-    (tmp_path / storage._temp_name("x").lstrip("/")).write_text("")
+    (tmp_path / temp_name("x").lstrip("/")).write_text("")
     (tmp_path / "x").write_text("")
     assert storage.list_names(str(tmp_path)) == ["x"]
 
@@ -172,7 +174,7 @@ def test_temporary_names_are_not_listed(tmp_path: Path) -> None:
 def test_a_file_in_the_place_of_a_folder_is_told(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"")
     for path in (tmp_path / "x", tmp_path / "x" / "y"):
-        with pytest.raises(DataError, match="a file stands where a folder is needed"):
+        with pytest.raises(DataError, match="a file is where a folder is needed"):
             storage.make_dirs(str(path))
 
 

@@ -173,9 +173,6 @@ class MLflowTracker:
         finally:
             monitor.finish()
 
-    def artifact_text(self, name: str, text: str) -> None:
-        self._outbox.call(partial(self._client.log_text, self._run_id, text, name))
-
     def tags(self, values: Mapping[str, str]) -> None:
         self._outbox.call(partial(self._tags, dict(values)))
 

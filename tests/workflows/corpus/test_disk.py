@@ -79,7 +79,7 @@ def test_a_shard_that_may_not_be_so_large_is_not_there(tmp_path: Path) -> None:
 def test_an_unwritable_target_is_told(inline: None, tmp_path: Path) -> None:
     write_pictures(tmp_path / "in", 1)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(DataError, match="a file stands where a folder is needed"):
+    with pytest.raises(DataError, match="a file is where a folder is needed"):
         corpus.run(recipe(tmp_path / "file", tmp_path / "in"))
     with pytest.raises(DataError, match="cannot make the folder /proc/smalti"):
         corpus.run(recipe(Path("/proc/smalti"), tmp_path / "in"))

@@ -87,7 +87,7 @@ def test_a_failure_propagates_and_the_next_try_goes_on(tmp_path: Path, capsys: p
     with pytest.raises(DataError, match="broken"):
         run_stage(recipe(tmp_path), "thing", "thing", {}, {}, fails, tracker=tracker)
     assert tracker.children["thing"].status == "FAILED"
-    with pytest.raises(ArtifactError, match="half-made"):
+    with pytest.raises(ArtifactError, match="incomplete artifact"):
         find_artifact(recipe(tmp_path), "thing")
     run_stage(recipe(tmp_path), "thing", "thing", {}, {}, goes_on, tracker=tracker)
     assert resumed == [True]

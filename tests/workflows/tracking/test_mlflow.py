@@ -66,9 +66,8 @@ def test_params_metrics_images_and_limits(tmp_path: Path, store: str) -> None:
     tracker.flush()
     assert len(client.get_metric_history(run_id, "loss")) == 1200
     tracker.image("recon/grid", np.zeros((8, 8, 3), np.uint8), step=4)
-    tracker.artifact_text("note.txt", "hello")
     names = [one.path for one in client.list_artifacts(run_id)]
-    assert {"images", "note.txt"} <= set(names)
+    assert "images" in names
 
 
 def test_a_worker_attaches_and_does_not_end_the_run(tmp_path: Path, store: str) -> None:
