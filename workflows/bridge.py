@@ -53,6 +53,7 @@ def _body(parents: dict[str, Artifact]) -> Any:
         from smalti.mllm.bridge import CODES
         from smalti.tokenizers.saved import read_config
         from smalti.workflows.train.launch import fit
+        from smalti.workflows.train.tasks.bridge import BridgeTask
 
         section = run.recipe.bridge
         assert section is not None
@@ -70,7 +71,7 @@ def _body(parents: dict[str, Artifact]) -> Any:
             "path": run.path,
         }
         with ensure_ray(run.recipe):
-            fit("smalti.workflows.train.tasks.bridge:BridgeTask", settings, section.train, run, seed=run.recipe.seed)
+            fit(BridgeTask, settings, section.train, run, seed=run.recipe.seed)
         return {"pairs": sum(sizes), "steps": section.train.steps}
 
     return body

@@ -1,7 +1,7 @@
-"""The chain of stages: corpus → encoder → features → codebook → tokenizer → tokens → mllm → (bridge →) export → evaluation.
+"""The chain of stages: corpus → encoder → features → codebook → tokenizer → tokens → mllm → (bridge →) export → evaluate.
 
-`run_recipe` runs all of it, or one stage. What stands already with the same fingerprint is skipped. Baselines of the
-recipe run just before the evaluation, which shows their scores beside the recipe's own.
+`run_recipe` runs all of it, or one stage. A stage whose artifact is finished with the same fingerprint is skipped.
+Baselines of the recipe run before the evaluation, which shows their scores beside the recipe's own.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import importlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from smalti.artifact import Artifact
 from smalti.config import dump, with_overrides
@@ -22,73 +22,118 @@ from smalti.tracking import Tracker
 from smalti.workflows import report
 from smalti.workflows.cluster.session import ensure_ray
 from smalti.workflows.pipeline.stage import STAGES, find_artifact
-from smalti.workflows.systems.registry import system_of
 from smalti.workflows.tracking.mlflow import flatten, open_tracker
 
-_MODULES = {
-    "corpus": "corpus.stage",
-    "features": "features.stage",
-    "codebook": "codebook.stage",
-    "evaluate": "evaluation.stage",
+MODULES = {
+    "corpus": "smalti.workflows.corpus.stage",
+    "encoder": "smalti.workflows.encoder",
+    "features": "smalti.workflows.features.stage",
+    "codebook": "smalti.workflows.codebook.stage",
+    "tokenizer": "smalti.workflows.tokenizer",
+    "tokens": "smalti.workflows.tokens",
+    "mllm": "smalti.workflows.mllm",
+    "bridge": "smalti.workflows.bridge",
+    "export": "smalti.workflows.export",
+    "evaluate": "smalti.workflows.evaluation.stage",
 }
-_CLUSTERING = ("features", "codebook")
+"""Where each stage is, imported when it runs: torch and transformers take seconds to load."""
+CHECKED = ("encoder", "codebook", "tokenizer", "mllm", "bridge")
+"""Stages with a `check(recipe)` of what the recipe alone shows to be wrong."""
+CLUSTERING = ("features", "codebook")
+
+
+class Stage(Protocol):
+    """What the module of a stage offers."""
+
+    def run(self, recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
+        """Make the stage's artifact, or find it finished."""
+
+
+class CheckedStage(Stage, Protocol):
+    """A stage that can check a recipe before anything runs."""
+
+    def check(self, recipe: Recipe) -> None:
+        """Raise ConfigError or ArtifactError for a recipe that cannot work."""
 
 
 def run_recipe(recipe: Recipe, *, only: str | None = None) -> list[Artifact]:
-    """Run every stage of the recipe in order, or `only` one; returns the artifacts, finished or found.
+    """Run every stage of a recipe in order, or one.
 
-    The evaluation ends with `<out>/report.html` and `<out>/report.json`. What can be known to be wrong with the
-    recipe is said before the first stage. Errors of a stage propagate as `SmaltiError`;
-    the same command goes on where it stopped.
+    The same command resumes an interrupted run. The evaluation writes `<out>/report.html` and `<out>/report.json`.
+
+    Args:
+        only: name of the one stage to run.
+
+    Returns:
+        The artifacts, in the order of the chain.
+
+    Raises:
+        SmaltiError: of a stage; what the recipe alone shows to be wrong is raised before the first stage.
     """
     started = time.time()
     _check(recipe, only)
     with ensure_ray(recipe), _run_of(open_tracker(recipe)) as tracker:
         if only and only != "evaluate":
-            return [_stage(only)(recipe, tracker)]
+            return [_stage(only).run(recipe, tracker)]
         before = stages_of(recipe)[:-1]
-        if only:
-            artifacts = [find_artifact(recipe, name) for name in before]
-        else:
-            artifacts = []
-            for name in before:
-                artifacts.append(_stage(name)(recipe, tracker))
-                if name == "corpus":
-                    _check_held_out(artifacts[0])
-            for name in recipe.baselines:
-                _run_baseline(recipe, name, tracker)
-        artifacts.append(_stage("evaluate")(recipe, tracker))
+        artifacts = [find_artifact(recipe, name) for name in before] if only else _run_all(recipe, before, tracker)
+        artifacts.append(_stage("evaluate").run(recipe, tracker))
     finish(recipe, artifacts, started)
     return artifacts
 
 
+def _run_all(recipe: Recipe, names: list[str], tracker: Tracker) -> list[Artifact]:
+    """Run stages in order, then the baselines."""
+    artifacts = []
+    for name in names:
+        artifacts.append(_stage(name).run(recipe, tracker))
+        if name == "corpus":
+            _check_held_out(artifacts[0])
+    for name in recipe.baselines:
+        _run_baseline(recipe, name, tracker)
+    return artifacts
+
+
 def _check(recipe: Recipe, only: str | None) -> None:
-    """ConfigError for what the recipe alone shows to be wrong: now, not hours later."""
+    """Raise for what the recipe alone shows to be wrong, before hours of work."""
     if only in (None, "corpus") and not recipe.corpus.source:
         raise ConfigError(
             "corpus.source is not set. Name a folder of images, WebDataset tars, Parquet files, or easy-vqa:train."
         )
-    if only in system_of(recipe).ignores:
-        raise ConfigError(f"system: {recipe.system} has no stage {only}: its chain is {' → '.join(stages_of(recipe))}.")
+    if only in CLUSTERING or only == "bridge":
+        _check_has_stage(recipe, only)
     if only is not None:
         return
     for variant in (recipe, *(baseline_recipe(recipe, name) for name in recipe.baselines)):
-        for name in ("encoder", "codebook", "tokenizer", "mllm", "bridge"):
-            stage_module(name).check(variant)
+        for name in CHECKED:
+            _checked(name).check(variant)
+
+
+def _check_has_stage(recipe: Recipe, only: str) -> None:
+    """ConfigError if the chain of the recipe has no stage `only`."""
+    from smalti.workflows.systems.registry import system_of
+
+    if only == "bridge" and recipe.bridge is None:
+        raise ConfigError(
+            "bridge.decoder is not set: name a text-to-image pipeline of diffusers, a folder or hub name, as in "
+            "bridge.decoder=stabilityai/stable-diffusion-xl-base-1.0."
+        )
+    if only in system_of(recipe).ignores:
+        raise ConfigError(f"system: {recipe.system} has no stage {only}: its chain is {' → '.join(stages_of(recipe))}.")
 
 
 def _check_held_out(corpus: Artifact) -> None:
-    """DataError when nothing is held out: the evaluation at the end of the chain would fail, after all the training."""
+    """DataError if no image is held out: the evaluation would fail after all the training."""
     if not corpus.counts.get("val"):
         raise DataError(
-            f"{corpus.path} holds out no image, and the evaluation at the end needs some. Raise corpus.val_fraction or name "
-            f"a corpus.val_source, and remove {corpus.path}; or run the stages one by one."
+            f"{corpus.path} holds out no image, and the evaluation at the end needs some. Raise corpus.val_fraction or set "
+            f"corpus.val_source, and remove {corpus.path}; or run the stages one by one."
         )
 
 
 @contextmanager
 def _run_of(tracker: Tracker) -> Iterator[Tracker]:
-    """The run while the body goes on; ended as FINISHED, or as FAILED when an error leaves the body."""
+    """Finish a tracked run at the end of the block: FINISHED, or FAILED after an error."""
     try:
         yield tracker
     except BaseException:
@@ -98,13 +143,13 @@ def _run_of(tracker: Tracker) -> Iterator[Tracker]:
 
 
 def stages_of(recipe: Recipe) -> list[str]:
-    """Names of the stages that this recipe needs, in order."""
-    left_out = () if recipe.clusters else _CLUSTERING
-    return [name for name in STAGES if name not in left_out and (name != "bridge" or recipe.bridge)]
+    """Names of the stages of a recipe, in order."""
+    skipped = () if recipe.clusters else CLUSTERING
+    return [name for name in STAGES if name not in skipped and (name != "bridge" or recipe.bridge)]
 
 
 def baseline_recipe(recipe: Recipe, name: str) -> Recipe:
-    """The recipe of one baseline: the overrides applied, in `<out>/baselines/<name>`, sharing what is the same."""
+    """The recipe of a baseline: its overrides, in `<out>/baselines/<name>`, sharing equal stages."""
     own: dict[str, Any] = {
         "name": f"{recipe.name}-{name}",
         "out": join(recipe.out, "baselines", name),
@@ -115,7 +160,7 @@ def baseline_recipe(recipe: Recipe, name: str) -> Recipe:
 
 
 def finish(recipe: Recipe, artifacts: list[Artifact], started: float) -> None:
-    """Write the report and print the table of scores with the paths to look at."""
+    """Write the report; print the table of scores and the paths."""
     html, json_path = report.build(recipe, artifacts, recipe.out, started=started)
     print(report.table(artifacts[-1].scores))
     print(f"report  {html}\n        {json_path}\nmodel   {join(recipe.out, 'export')}")
@@ -127,14 +172,16 @@ def _run_baseline(recipe: Recipe, name: str, tracker: Tracker) -> None:
     with _run_of(tracker.child(f"baseline {name}")) as child:
         child.params(dump(baseline))
         for stage in stages_of(baseline):
-            _stage(stage)(baseline, child)
+            _stage(stage).run(baseline, child)
 
 
-def _stage(name: str) -> Any:
-    """The `run(recipe, tracker)` of a stage; its room is loaded when it is needed."""
-    return stage_module(name).run
+def _stage(name: str) -> Stage:
+    """The module of a stage."""
+    module: Any = importlib.import_module(MODULES[name])
+    return module
 
 
-def stage_module(name: str) -> Any:
-    """The module of a stage, imported when it is needed."""
-    return importlib.import_module(f"smalti.workflows.{_MODULES.get(name, name)}")
+def _checked(name: str) -> CheckedStage:
+    """The module of a stage with a check."""
+    module: Any = importlib.import_module(MODULES[name])
+    return module

@@ -89,6 +89,7 @@ def _record(name: str) -> Any:
 def _train(section: EncoderTrain, corpus: Artifact) -> Any:
     def body(run: StageRun) -> dict[str, int]:
         from smalti.workflows.train.launch import fit
+        from smalti.workflows.train.tasks.encoder import EncoderTask
 
         recipe = run.recipe
         keys, sizes, texts = captioned(corpus)
@@ -103,7 +104,7 @@ def _train(section: EncoderTrain, corpus: Artifact) -> Any:
             "path": run.path,
         }
         with ensure_ray(recipe):
-            fit("smalti.workflows.train.tasks.encoder:EncoderTask", settings, section.train, run, seed=recipe.seed)
+            fit(EncoderTask, settings, section.train, run, seed=recipe.seed)
         scored = zero_shot(corpus, storage.join(run.path, MODEL), texts, recipe)
         if scored is not None:
             run.scores["zero_shot/accuracy"] = scored["value"]

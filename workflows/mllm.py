@@ -96,6 +96,7 @@ def check_parts(section: MllmSection) -> None:
 def _body(parents: dict[str, Artifact]) -> Any:
     def body(run: StageRun) -> dict[str, int]:
         from smalti.workflows.train.launch import fit
+        from smalti.workflows.train.tasks.mllm import MllmTask
 
         section, tokens = run.recipe.mllm, parents["tokens"].path
         text = prepare_texts(run, tokens)
@@ -110,7 +111,7 @@ def _body(parents: dict[str, Artifact]) -> Any:
             "text": text,
         }
         with ensure_ray(run.recipe):
-            fit("smalti.workflows.train.tasks.mllm:MllmTask", settings, section.train, run, seed=run.recipe.seed)
+            fit(MllmTask, settings, section.train, run, seed=run.recipe.seed)
         return {"rows": sum(sizes), "texts": sum(text[1]) if text else 0, "steps": section.train.steps}
 
     return body

@@ -47,6 +47,12 @@ def test_a_stage_that_the_system_has_not_is_told_with_its_chain() -> None:
         run_recipe(recipe, only="codebook")
 
 
+def test_a_bridge_without_its_section_is_refused_before_ray_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chain, "ensure_ray", lambda recipe: pytest.fail("Ray was started"))
+    with pytest.raises(ConfigError, match=r"bridge\.decoder is not set: name a text-to-image pipeline"):
+        run_recipe(load_recipe("unicode2-500k"), only="bridge")
+
+
 def test_a_corpus_that_holds_nothing_out_ends_the_chain_before_the_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,8 @@ from smalti.workflows.plan.models import Model, encoder_of
 from smalti.workflows.systems import smoke_sizes
 from smalti.workflows.systems.base import System
 from smalti.workflows.systems.phases import Phases, check_pixel_phase, placed
+from smalti.workflows.train.tasks.dual import WEIGHTS, DualTask
+from smalti.workflows.train.tasks.semantic import read_tensors
 
 
 class DualTokenSystem(System):
@@ -125,15 +127,11 @@ def train(phases: Phases) -> Artifact:
     """The phase `dual`."""
     stage = phases.section.dual
     settings = {"stage": stage, "loss": placed(stage.loss)} | phases.images(needs_encoder=True)
-    task = "smalti.workflows.train.tasks.dual:DualTask"
-    return phases.phase("dual", task, settings, stage, phases.parents, {})
+    return phases.phase("dual", DualTask, settings, stage, phases.parents, {})
 
 
 def assemble(phases: Phases, dual: Artifact) -> dict[str, int]:
     """Write the DualToken at the root of the artifact."""
-    from smalti.workflows.train.tasks.dual import WEIGHTS
-    from smalti.workflows.train.tasks.semantic import read_tensors
-
     model = DualModel(phases.section.dual, open_encoder(phases.encoder, phases.recipe.encoder.layer))
     model.load_state_dict(read_tensors(storage.join(dual.path, WEIGHTS)))
     whole = DualToken(model)

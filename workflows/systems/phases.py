@@ -13,6 +13,7 @@ from smalti.tokenizers.encoders import open_encoder
 from smalti.workflows.encoder import encoder_path, result_settings
 from smalti.workflows.pipeline.stage import StageRun, run_stage
 from smalti.workflows.train.elastic import check_batch
+from smalti.workflows.train.task import Task
 
 PHASES = "tokenizer/phases"
 
@@ -98,7 +99,7 @@ class Phases:
     def phase(
         self,
         name: str,
-        task: str,
+        task: type[Task],
         settings: dict[str, Any],
         stage: Any,
         parents: Mapping[str, Artifact],

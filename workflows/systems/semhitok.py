@@ -12,6 +12,7 @@ from smalti.artifact import Artifact
 from smalti.schema import DecoderStage, PixelStage, Recipe
 from smalti.tokenizers.codebook import CENTROIDS
 from smalti.tokenizers.encoders import VisionEncoder, open_encoder
+from smalti.tokenizers.semhitok import PixelTokenizer, SemanticTokenizer, SemHiTok
 from smalti.workflows.cluster.session import ensure_ray
 from smalti.workflows.encoder import result_settings
 from smalti.workflows.pipeline.stage import StageRun
@@ -21,9 +22,9 @@ from smalti.workflows.systems import smoke_sizes
 from smalti.workflows.systems.base import System
 from smalti.workflows.systems.phases import Phases, check_pixel_phase, placed
 from smalti.workflows.train.elastic import check_batch
-
-SEMANTIC = "smalti.workflows.train.tasks.semantic:SemanticTask"
-PIXEL = "smalti.workflows.train.tasks.pixel:PixelTask"
+from smalti.workflows.train.task import Task
+from smalti.workflows.train.tasks.pixel import PixelTask
+from smalti.workflows.train.tasks.semantic import SemanticTask, read_tensors
 
 
 class SemHiTokSystem(System):
@@ -142,8 +143,7 @@ class SemHiTokPhases(Phases):
             "dim": self.dim,
             "centroids": storage.join(self.parents["codebook"].path, CENTROIDS),
         } | self.images(needs_encoder=True)
-        task = SEMANTIC
-        return self._sized("semantic", task, settings, stage, self.parents)
+        return self._sized("semantic", SemanticTask, settings, stage, self.parents)
 
     def pixel(self, semantic: Artifact | None) -> Artifact:
         """Stage P: pixel encoder, codebooks and decoder."""
@@ -151,7 +151,7 @@ class SemHiTokPhases(Phases):
         settings = self._pixel_settings(semantic, stage.loss)
         parents = {"corpus": self.parents["corpus"], "encoder": self.parents["encoder"]}
         parents |= {} if semantic is None else {"semantic": semantic}
-        return self._sized("pixel", PIXEL, settings, stage, parents)
+        return self._sized("pixel", PixelTask, settings, stage, parents)
 
     def decoder(self, semantic: Artifact | None, pixel: Artifact) -> Artifact:
         """Stage D: a larger decoder, all else frozen."""
@@ -160,7 +160,7 @@ class SemHiTokPhases(Phases):
         settings = self._pixel_settings(semantic, stage.loss)
         settings |= {"decoder": stage.decoder, "start": storage.join(pixel.path, "pixel.safetensors")}
         parents = {"corpus": self.parents["corpus"], "encoder": self.parents["encoder"], "pixel": pixel}
-        return self._sized("decoder", PIXEL, settings, stage, parents)
+        return self._sized("decoder", PixelTask, settings, stage, parents)
 
     def _pixel_settings(self, semantic: Artifact | None, loss: Any) -> dict[str, Any]:
         needs_encoder = semantic is not None or loss.perceptual.kind == "encoder"
@@ -178,7 +178,7 @@ class SemHiTokPhases(Phases):
         return own | self.images(needs_encoder)
 
     def _sized(
-        self, name: str, task: str, settings: dict[str, Any], stage: Any, parents: Mapping[str, Artifact]
+        self, name: str, task: type[Task], settings: dict[str, Any], stage: Any, parents: Mapping[str, Artifact]
     ) -> Artifact:
         more: dict[str, Any] = {"size": self.recipe.codebook.size}
         if name == "decoder":
@@ -187,8 +187,6 @@ class SemHiTokPhases(Phases):
 
     def assemble(self, semantic: Artifact | None, pixel: Artifact, decoder: Artifact | None) -> dict[str, int]:
         """Put the phases together as one SemHiTok and write it at the root of the artifact."""
-        from smalti.tokenizers.semhitok import PixelTokenizer, SemanticTokenizer, SemHiTok
-        from smalti.workflows.train.tasks.semantic import read_tensors
 
         encoder = None if semantic is None else open_encoder(self.encoder, self.recipe.encoder.layer)
         codes = model = None

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from smalti.schema import Resources, Train
     from smalti.workflows.pipeline.stage import StageRun
+    from smalti.workflows.train.task import Task
 
 QUIET = {  # read by Ray Train in the driver and its workers
     "RAY_TRAIN_METRICS_ENABLED": "0",
@@ -33,8 +34,8 @@ ALONE = {WATCHER: "0"}  # an actor that waits for a node's notice: of no use whe
 ELASTIC = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60"}  # then look anew at how many there is room for
 
 
-def fit(task: str, settings: Mapping[str, Any], train: Train, run: StageRun, *, seed: int) -> dict[str, float]:
-    """Train `task` ("module:Class", made with `settings` in each worker) and write its final model into `run.path`.
+def fit(task: type[Task], settings: Mapping[str, Any], train: Train, run: StageRun, *, seed: int) -> dict[str, float]:
+    """Train a task, made with `settings` in each worker, and write its final model into `run.path`.
 
     Returns the task's final numbers. A run that was broken off goes on from its newest checkpoint in
     `<path>/checkpoints`; one that is finished returns at once. Errors: the worker's own SmaltiError, else
@@ -50,7 +51,7 @@ def fit(task: str, settings: Mapping[str, Any], train: Train, run: StageRun, *, 
     return {key: float(value) for key, value in storage.read_json(done_file)["metrics"].items()}
 
 
-def _run(task: str, settings: Mapping[str, Any], train: Train, run: StageRun, seed: int) -> None:
+def _run(task: type[Task], settings: Mapping[str, Any], train: Train, run: StageRun, seed: int) -> None:
     import ray
     from ray.train import TrainingFailedError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

@@ -6,7 +6,6 @@ same steps as an unbroken one.
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import time
@@ -45,11 +44,11 @@ TOGETHER = (guards.NotFiniteError, guards.DriftError)
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker is told: plain values that travel. `task` is `module:Class` or a class, made with `settings`;
+    """What a worker is told: plain values that travel. `task` is made with `settings`;
     `board` the handle of the Board actor; not `resumable`: no checkpoints are written or looked for; `preemptible`:
     nodes may be taken away with notice; `elastic`: more workers may come."""
 
-    task: str | type[Task]
+    task: type[Task]
     settings: dict[str, Any]
     train: Train
     seed: int
@@ -62,10 +61,8 @@ class Job:
     elastic: bool = False
 
     def make_task(self) -> Task:
-        if not isinstance(self.task, str):
-            return self.task(**self.settings)
-        module, _, name = self.task.partition(":")
-        return getattr(importlib.import_module(module), name)(**self.settings)
+        """The task of this worker."""
+        return self.task(**self.settings)
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:

@@ -113,8 +113,8 @@ def kill_in_the_middle(stage: str, wanted: Recipe, watched: Path) -> None:
     import ray
 
     code = (
-        "import sys\nfrom smalti.schema import Recipe\nfrom smalti.workflows.chain import stage_module\n"
-        f"stage_module('{stage}').run(Recipe.model_validate_json(sys.argv[1]))\n"
+        "import importlib, sys\nfrom smalti.schema import Recipe\nfrom smalti.workflows.chain import MODULES\n"
+        f"importlib.import_module(MODULES['{stage}']).run(Recipe.model_validate_json(sys.argv[1]))\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, wanted.model_dump_json()],

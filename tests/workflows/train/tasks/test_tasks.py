@@ -37,6 +37,12 @@ from smalti.schema import (
     Train,
     VitSize,
 )
+from smalti.workflows.train.task import Task
+from smalti.workflows.train.tasks.dual import DualTask
+from smalti.workflows.train.tasks.encoder import EncoderTask
+from smalti.workflows.train.tasks.mllm import MllmTask
+from smalti.workflows.train.tasks.pixel import PixelTask
+from smalti.workflows.train.tasks.semantic import SemanticTask
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 SIZE, GRID, DIM, K, M = 16, (4, 4), 16, 6, 3
@@ -56,7 +62,6 @@ ENCODER = EncoderTrain(
 )
 DUAL = DualStage(codes=8, dim=4, depth=2, pixel_layers=[1], pixel_weights=[1.0], decoder=VIT, init_steps=2, decay=0.8)
 LOSS = Loss(l1=0.2, gan=Gan(weight=0.1, start_step=3, channels=8, layers=1, lr=1e-3))
-TASKS = "smalti.workflows.train.tasks."
 NAMES = ["encoder", "semantic", "pixel", "flat", "adaptive", "decoder", "dual", "mllm", "places"]
 RESUMED = ["semantic", "pixel", "dual", "mllm-old"]
 ZERO3 = ["encoder", "semantic", "pixel", "flat", "dual", "mllm", "places"]
@@ -150,7 +155,7 @@ def write_tokens(root: Path, name: str, num_codes: int, shape: tuple[int, ...]) 
         shards.write_shard(str(root / name), key, pa.table([columns[n] for n in schema.names], schema))
 
 
-def jobs(root: Path) -> dict[str, tuple[str, dict, Train]]:
+def jobs(root: Path) -> dict[str, tuple[type[Task], dict, Train]]:
     """name → task, settings, training."""
     keys = shards.list_shards(str(root / "corpus"), "train")
     rows = {"keys": keys, "sizes": [8, 6, 7]}
@@ -184,26 +189,26 @@ def jobs(root: Path) -> dict[str, tuple[str, dict, Train]]:
     of_places = {"tokenizer": str(root / "dual"), "tokens": str(root / "dual-tokens")}
     return {
         "encoder": (
-            f"{TASKS}encoder:EncoderTask",
+            EncoderTask,
             {"encoder": ENCODER, "path": str(root / "encode"), **encoder},
             TRAIN,
         ),
         "semantic": (
-            f"{TASKS}semantic:SemanticTask",
+            SemanticTask,
             semantic | {"centroids": str(root / "centroids.safetensors")},
             TRAIN,
         ),
-        "pixel": (f"{TASKS}pixel:PixelTask", pixel, TRAIN),
-        "flat": (f"{TASKS}pixel:PixelTask", pixel | {"semantic": None, "stage": flat_stage, "loss": perceptual}, TRAIN),
-        "adaptive": (f"{TASKS}pixel:PixelTask", pixel | {"stage": at_once, "loss": adaptive}, TRAIN),
+        "pixel": (PixelTask, pixel, TRAIN),
+        "flat": (PixelTask, pixel | {"semantic": None, "stage": flat_stage, "loss": perceptual}, TRAIN),
+        "adaptive": (PixelTask, pixel | {"stage": at_once, "loss": adaptive}, TRAIN),
         "decoder": (
-            f"{TASKS}pixel:PixelTask",
+            PixelTask,
             pixel | {"decoder": DecoderStage(decoder=VIT).decoder, "start": str(root / "pixel.safetensors")},
             TRAIN,
         ),
-        "dual": (f"{TASKS}dual:DualTask", dual, TRAIN),
-        "mllm": (f"{TASKS}mllm:MllmTask", tokens | {"section": section}, TRAIN),
-        "places": (f"{TASKS}mllm:MllmTask", tokens | of_places | {"section": places}, TRAIN),
+        "dual": (DualTask, dual, TRAIN),
+        "mllm": (MllmTask, tokens | {"section": section}, TRAIN),
+        "places": (MllmTask, tokens | of_places | {"section": places}, TRAIN),
     }
 
 
@@ -244,7 +249,7 @@ def run_all(config) -> dict[str, float]:
     return apart
 
 
-def fit(root: Path, workers: int, wanted: dict[str, tuple[str, dict, Train]], out: Path) -> dict[str, float]:
+def fit(root: Path, workers: int, wanted: dict[str, tuple[type[Task], dict, Train]], out: Path) -> dict[str, float]:
     import ray
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -442,7 +447,6 @@ def test_a_stage_of_the_language_model_begins_at_its_step(place) -> None:
     from smalti.mllm.sequences import questions_of
     from smalti.workflows.train.collectives import Collectives
     from smalti.workflows.train.task import Context, Row
-    from smalti.workflows.train.tasks.mllm import MllmTask
 
     _, settings, train = jobs(place)["mllm"]
     later = MllmStage(from_step=2, mixture=Mixture(caption_to_image=0, image_to_caption=0, qa=1), answer_loss_weight=7)
