@@ -1,4 +1,4 @@
-"""The import bridge, and the rule that imports go down only: tune → workflows → mllm → tokenizers → smalti."""
+"""Imports: they go down only, lazy ones too; no circles; and the links that editors follow."""
 
 from __future__ import annotations
 
@@ -13,13 +13,20 @@ import smalti
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("tune", "workflows", "mllm", "tokenizers", "smalti")  # each may import itself and those after it
+INSIDE = (  # rooms and files of workflows/: each may import itself and those before it
+    "tracking", "cluster", "pipeline", "sources", "corpus", "train", "encoder", "features", "codebook", "plan",
+    "evaluation", "report", "systems", "tokenizer", "tokens", "mllm", "bridge", "export", "recipe_plan", "chain",
+    "quickstart", "smoke",
+)  # fmt: skip
 ONLY_ABOVE = {"ray": 2, "deepspeed": 2, "mlflow": 2}  # package: rooms from the top that may import it
 NO_TORCH = ("torch", "transformers", "safetensors", "torchvision")
 LAZY_EXCEPTIONS = ("smalti/api.py", "smalti/cli")  # they load upper rooms inside functions
 
 
 def sources() -> list[Path]:
-    return sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+    """Every file of source, through no link."""
+    found = (path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+    return sorted(path for path in found if path.resolve() == path)
 
 
 def imports_of(path: Path) -> list[tuple[str, bool]]:
@@ -39,6 +46,95 @@ def imports_of(path: Path) -> list[tuple[str, bool]]:
             assert node.level == 0, f"{path}:{node.lineno} imports relatively"
             found += [(f"{node.module}.{alias.name}", id(node) in lazy) for alias in node.names]
     return found
+
+
+def module_of(path: Path) -> str:
+    """`smalti.mllm.model` of mllm/model.py, `smalti.mllm` of its `__init__.py`."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    named = parts if parts[0] == "smalti" else ("smalti", *parts)
+    return ".".join(named[:-1] if named[-1] == "__init__" else named)
+
+
+def strip_type_checking(tree: ast.Module) -> ast.Module:
+    """The module without `if TYPE_CHECKING:` blocks."""
+    for node in ast.walk(tree):
+        for body in (getattr(node, "body", None), getattr(node, "orelse", None)):
+            if isinstance(body, list):
+                body[:] = [
+                    item for item in body if not (isinstance(item, ast.If) and "TYPE_CHECKING" in ast.dump(item.test))
+                ] or ([ast.Pass()] if body else [])
+    return tree
+
+
+def graph(files: dict[str, str], excepted: frozenset[str] = frozenset()) -> dict[str, set[str]]:
+    """Modules that each module imports, lazily too but for those `excepted`; `files`: source by module."""
+    found: dict[str, set[str]] = {}
+    for module, text in files.items():
+        tree = strip_type_checking(ast.parse(text))
+        lazy = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+        names = set[str]()
+        for node in ast.walk(tree):
+            if id(node) in lazy and module in excepted:
+                continue
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names |= {
+                    full if (full := f"{node.module}.{a.name}") in files else node.module or "" for a in node.names
+                }
+        found[module] = {name for name in names if name in files} - {module}
+    return found
+
+
+def circle_of(arrows: dict[str, set[str]]) -> list[str]:
+    """Some circle of imports, [] if there is none."""
+    done, path = set[str](), list[str]()
+
+    def visit(module: str) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return []
+        path.append(module)
+        for other in sorted(arrows[module]):
+            if circle := visit(other):
+                return circle
+        path.pop()
+        done.add(module)
+        return []
+
+    return next((circle for module in sorted(arrows) if (circle := visit(module))), [])
+
+
+EXCEPTED = ("smalti.cli", "smalti.api", "smalti")
+"""The command line and `smalti.load_*` load upper rooms lazily (ARCHITECTURE: the two exceptions)."""
+
+
+def all_arrows() -> dict[str, set[str]]:
+    files = {module_of(path): path.read_text(encoding="utf-8") for path in sources()}
+    return graph(files, frozenset(name for name in files if name in EXCEPTED or name.startswith("smalti.cli.")))
+
+
+def test_no_import_circle_lazy_imports_counted() -> None:
+    circle = circle_of(all_arrows())
+    assert not circle, " → ".join(circle)
+
+
+def test_a_circle_behind_a_lazy_import_is_found() -> None:
+    files = {"smalti.a": "def f():\n    from smalti.b import g\n", "smalti.b": "import smalti.a\ndef g(): pass\n"}
+    assert circle_of(graph(files)) == ["smalti.a", "smalti.b", "smalti.a"]
+    typed = files | {"smalti.a": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from smalti.b import g\n"}
+    assert circle_of(graph(typed)) == []
+
+
+def test_rooms_of_workflows_import_only_those_below() -> None:
+    order = {name: place for place, name in enumerate(INSIDE)}
+    prefix = "smalti.workflows."
+    for module, imported in all_arrows().items():
+        for other in imported:
+            if module.startswith(prefix) and other.startswith(prefix):
+                here, there = (name.removeprefix(prefix).split(".")[0] for name in (module, other))
+                assert order[there] <= order[here], f"{module} imports {other}, which lies above it"
 
 
 def room_of(module: str) -> str | None:
@@ -105,7 +201,7 @@ print(vit.__file__, tokenizers.Tokenizer.__module__, tokenizers.__file__)
 
 
 @pytest.mark.parametrize("place", ["root", "elsewhere"])
-def test_the_bridge_in_a_fresh_process(place: str, tmp_path: Path) -> None:
+def test_imports_in_a_fresh_process(place: str, tmp_path: Path) -> None:
     """From the root, where `tokenizers/` lies in the working directory, and from elsewhere with the root on the path."""
     folder = ROOT if place == "root" else tmp_path
     code = CODE if place == "root" else f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{CODE}"
