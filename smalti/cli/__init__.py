@@ -1,6 +1,6 @@
 """The command line: `smalti …`, or `python -m smalti …`.
 
-Exit codes: 0 done; 1 the run failed, with one clear message; 2 bad arguments or recipe; 130 interrupted.
+Exit codes: 0 success; 1 the run failed, with one message; 2 wrong arguments or recipe; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; its exit code."""
+    """Run one command and return its exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # where the terminal is not UTF-8, `→` is no reason to fail
+        sys.stdout.reconfigure(errors="replace")  # where the terminal is not UTF-8, `→` is not a reason to fail
     try:
         arguments = parse(argv)
     except SystemExit as stop:  # argparse: 0 after --help and --version, 2 after a complaint
@@ -31,16 +31,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.run(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        _tell("interrupted; run the same command to go on")
+        _say("interrupted; run the same command again to resume")
         return INTERRUPTED
     except BrokenPipeError:  # `smalti show … | head`: the reader has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except ConfigError as error:
-        _tell(f"error: {error}")
+        _say(f"error: {error}")
         return WRONG
     except SmaltiError as error:
-        _tell(f"error: {message_of(error)}")
+        _say(f"error: {message_of(error)}")
         return FAILED
     except Exception as error:
         return _report(error)
@@ -48,25 +48,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(error: Exception) -> int:
-    """One clear line for an error raised elsewhere; its traceback goes to a file that the line names."""
+    """Report an unexpected error in one line; its traceback goes to a file."""
     known = message_of(error)
     if known is not None:
-        _tell(f"error: {known}")
+        _say(f"error: {known}")
         return FAILED
     text = "".join(traceback.format_exception(error))
     last = f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else 'no message'}"
     try:
         with tempfile.NamedTemporaryFile("w", prefix="smalti-error-", suffix=".log", delete=False) as file:
             file.write(text)
-    except OSError:  # no room even for the log: the traceback itself is better than nothing
+    except OSError:  # the disk may be full: print the traceback instead
         sys.stderr.write(text)
-        _tell(f"error: {last}")
+        _say(f"error: {last}")
         return FAILED
-    _tell(f"error: {last}\nThis is no error that smalti knows; the whole traceback is in {file.name}")
+    _say(f"error: {last}\nThis error is unknown to smalti; the traceback is in {file.name}")
     return FAILED
 
 
-def _tell(message: str) -> None:
+def _say(message: str) -> None:
     sys.stdout.flush()
     sys.stderr.write(f"smalti: {message}\n")
     sys.stderr.flush()

@@ -12,7 +12,7 @@ MIN_DISK_BYTES = 5 * 2**30
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report. `missing` can be done without, `problem` cannot."""
+    """One line of the report. `missing` is optional, a `problem` must be fixed."""
 
     name: str
     state: State

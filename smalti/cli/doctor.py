@@ -1,4 +1,4 @@
-"""`smalti doctor`: what this machine and cluster have, what is missing, and how to mend it."""
+"""`smalti doctor`: what this machine and cluster have, what is missing, and how to fix it."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
         print()
     problems = [item.name for item in found if item.state == "problem"]
     if problems:
-        raise SmaltiError(f"{len(problems)} to mend before smalti can run: {', '.join(problems)}")
+        raise SmaltiError(f"{len(problems)} to fix before smalti can run: {', '.join(problems)}")
     print("ready: `smalti quickstart` should run here")
 
 
@@ -155,7 +155,7 @@ def _memory() -> list[Check]:
     total = min(memory.total, limit) if limit else memory.total
     text = f"{gib(total)}, {gib(min(memory.available, total))} free"
     if total < MIN_MEMORY_BYTES:
-        return [Check("memory", "missing", text, "the quickstart wants 4 GiB; expect the kernel to stop it")]
+        return [Check("memory", "missing", text, "the quickstart needs 4 GiB; with less the kernel may kill it")]
     shared = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0
     small = shared < 128 * 2**20
     mend = "Ray keeps objects there: give the container --shm-size=1g or more" if small else ""
@@ -174,7 +174,7 @@ def _cgroup_limit() -> int | None:
 
 
 def _disk(out: str) -> list[Check]:
-    """Room and the right to write where runs would put their output."""
+    """Free space and permission to write the output of runs."""
     if not storage.is_local(out):
         return _remote(out)
     out = storage.local_path(out)
@@ -197,7 +197,7 @@ def _disk(out: str) -> list[Check]:
             pass
     except OSError as error:
         checks.append(
-            Check("writing", "problem", f"{folder}: {error.strerror}", "set another `out`, or mend the permissions")
+            Check("writing", "problem", f"{folder}: {error.strerror}", "set another `out`, or fix the permissions")
         )
     else:
         checks.append(Check("writing", "ok", f"{folder} can be written to"))
@@ -205,18 +205,18 @@ def _disk(out: str) -> list[Check]:
 
 
 def _remote(out: str) -> list[Check]:
-    """The right to write into an object store."""
+    """Permission to write to an object store."""
     probe = storage.join(out, f".smalti-doctor-{os.getpid()}")
     try:
         storage.write_atomic(probe, b"")
         storage.remove(probe)
     except SmaltiError as error:
-        return [Check("writing", "problem", str(error).splitlines()[0], "mend the credentials, or set another `out`")]
+        return [Check("writing", "problem", str(error).splitlines()[0], "fix the credentials, or set another `out`")]
     return [Check("writing", "ok", f"{out} can be written to")]
 
 
 def _gpus() -> list[Check]:
-    """GPUs as torch sees them, and as the driver does when torch cannot use them."""
+    """GPUs that torch finds, or why it does not find those of the driver."""
     try:
         import torch
     except ImportError:
@@ -233,7 +233,7 @@ def _gpus() -> list[Check]:
 
 
 def _ray(out: str = "out", recipe: Recipe | None = None, wait_s: float = 0.0) -> list[Check]:
-    """The cluster that a run would join; without one a local session is started by the run itself."""
+    """The cluster that a run would join; without one a run starts a local session."""
     address = os.environ.get("RAY_ADDRESS")
     mode = os.environ.get("RAY_AUTH_MODE", "")
     token_file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
@@ -304,7 +304,7 @@ def token_check(asked: bool | None) -> Check:
 
 
 def _data() -> list[Check]:
-    """What the recipes use from outside, and where it would be."""
+    """Optional data of the recipes."""
     lpips, stamps = Path(".data/lpips-vgg16.safetensors"), Path(".data/stamps")
     checks = []
     for name, path, use, script in (
@@ -313,7 +313,7 @@ def _data() -> list[Check]:
     ):
         here = path if path.exists() else ROOT / path
         mend = f"optional ({use}): python {script}, in a checkout"
-        checks.append(Check(name, "ok", str(here)) if here.exists() else Check(name, "missing", "not here", mend))
+        checks.append(Check(name, "ok", str(here)) if here.exists() else Check(name, "missing", "not found", mend))
     hub = os.environ.get("HF_HUB_OFFLINE")
     if hub and hub != "0":
         checks.append(Check("Hugging Face", "note", "HF_HUB_OFFLINE is set: only models in its cache can be loaded"))

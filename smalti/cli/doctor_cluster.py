@@ -32,7 +32,7 @@ def cluster_checks(out: str, recipe: Recipe | None, wait_s: float = 0.0) -> list
 def came_check(waited_s: float, came: bool) -> Check:
     if came:
         return Check("autoscaler", "ok", f"the nodes of the recipe are up after {waited_s:.0f} s")
-    mend = "what is found below is of the nodes that are up; `ray status` names what is waited for, or wait longer"
+    mend = "the checks below are of the nodes that are up; `ray status` shows pending nodes; or wait longer"
     return Check("autoscaler", "note", f"the nodes of the recipe are not up after {waited_s:.0f} s", mend)
 
 
@@ -47,7 +47,7 @@ def local_folders(recipe: Recipe) -> list[str]:
 
 def _answers(facts: list[Any], silent: list[str]) -> Check:
     if silent:
-        mend = "look at its raylet log (/tmp/ray/session_latest/logs), and that the packages are installed there"
+        mend = "read its raylet log (/tmp/ray/session_latest/logs), and that the packages are installed there"
         return Check("nodes", "problem", f"{len(silent)} did not answer: {', '.join(silent)}", mend)
     return Check("nodes", "ok", f"{len(facts)} answered: {', '.join(sorted({fact.host for fact in facts}))}")
 
@@ -116,7 +116,7 @@ def _storage(out: str, facts: list[Any], unseen: dict[str, list[str]]) -> list[C
     failed = {fact.host: fact.wrote for fact in facts if fact.wrote}
     if failed:
         text = "; ".join(f"{host}: {why}" for host, why in failed.items())
-        return [Check("storage", "problem", text, "mend the permissions or credentials there, or set another out")]
+        return [Check("storage", "problem", text, "fix the permissions or credentials there, or set another out")]
     if unseen:
         text = "; ".join(f"{host} does not see what {', '.join(lost)} wrote" for host, lost in unseen.items())
         mend = f"{out} is another folder there: set out to a URL (s3://…), or mount one shared folder on all nodes"
@@ -141,7 +141,7 @@ def _reduce(facts: list[Any], all_reduce: Any, free_gpus: float) -> list[Check]:
     if wrong:
         mend = "open all ports between the nodes; set NCCL_SOCKET_IFNAME (GLOO_SOCKET_IFNAME) to their common network"
         return [Check(name, "problem", f"all-reduce of {world} processes: {wrong}", mend)]
-    return [Check(name, "ok", f"{versions} all-reduce of {world} processes adds up right".strip())]
+    return [Check(name, "ok", f"{versions} all-reduce of {world} processes is correct".strip())]
 
 
 def room_checks(recipe: Recipe, nodes: Any, unseen: bool = False) -> list[Check]:

@@ -1,4 +1,4 @@
-"""The error that a person can mend, out of what Ray wraps around it."""
+"""Errors of smalti inside the errors that Ray wraps around them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ _INNER = ("cause", "_base_exc", "controller_failure", "__cause__", "__context__"
 
 
 def message_of(error: BaseException) -> str | None:
-    """Message of the innermost-known `SmaltiError` in `error` and all that it wraps; None when there is none.
+    """Message of the first `SmaltiError` in `error` and the errors it wraps, or None.
 
-    Ray gives the driver a class made on the fly that is a `SmaltiError` too, but prints a remote traceback: our own
-    classes are preferred.
+    The classes of smalti come first: Ray also raises a generated subclass whose message is a remote traceback.
     """
     found = [item for item in _inside(error) if isinstance(item, SmaltiError)]
     own = [item for item in found if type(item).__module__.startswith("smalti")]

@@ -1,4 +1,4 @@
-"""Commands, their options and their help, in the order of the chain. Nothing heavy is imported to show help."""
+"""Commands with their options and help, in the order of the chain; help imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from typing import Any, NoReturn
 import smalti
 from smalti.cli import doctor, models, plan, recipes, show, stages
 
+BRIDGE = "recipes/unicode2-quickstart.yaml bridge.decoder=stabilityai/stable-diffusion-xl-base-1.0"
+"""`smalti run` of that recipe comes before: the bridge reads its tokens and its language model."""
+
 Adder = Callable[[argparse.ArgumentParser], None]
 
 
 @dataclass(frozen=True)
 class Command:
-    """One command: its line in the list, its example, its options, and the function that runs it."""
+    """One command: its line in the list, examples, options, and function."""
 
     name: str
     line: str
@@ -25,8 +28,8 @@ class Command:
     defaults: dict[str, Any] = field(default_factory=dict)
 
 
-def _stage(name: str, line: str) -> Command:
-    example = f"smalti {name} recipes/semhitok-quickstart.yaml out=out/mine"
+def _stage(name: str, line: str, words: str = "recipes/semhitok-quickstart.yaml out=out/mine") -> Command:
+    example = f"smalti {name} {words}"
     return Command(name, line, (example,), stages.run, stages.recipe_options, {"only": name, "rest": "overrides"})
 
 
@@ -34,7 +37,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
     "the whole chain": (
         Command(
             "quickstart",
-            "the whole chain, small, on this machine; ends with a table and a report",
+            "the whole chain, small, on this machine; ends with a table of scores and a report",
             ("smalti quickstart --out out/quickstart", "smalti quickstart --images ~/pictures --out out/pictures"),
             stages.quickstart,
             stages.quickstart_options,
@@ -42,7 +45,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         ),
         Command(
             "run",
-            "every stage of a recipe in order; what is done is skipped",
+            "every stage of a recipe in order; finished stages are skipped",
             (
                 "smalti run recipes/semhitok-256.yaml corpus.source=/data/images mllm.mixture.text=0 out=/data/semhitok",
                 "smalti run recipes/semhitok-256.yaml --smoke",
@@ -60,7 +63,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         _stage("tokenizer", "train the visual tokenizer"),
         _stage("tokens", "shards → visual tokens"),
         _stage("mllm", "train the language model on text and visual tokens"),
-        _stage("bridge", "unicode2: from codes to the conditioning of a diffusion decoder"),
+        _stage("bridge", "unicode2: from codes to the conditioning of a diffusion decoder", BRIDGE),
         _stage("export", "a plain Hugging Face model that needs no smalti"),
         _stage("evaluate", "scores on held-out images, and the report"),
     ),
@@ -110,14 +113,14 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         ),
         Command(
             "show",
-            "what an artifact holds: its record, counts and parents",
+            "the record of an artifact: counts, scores, parents, settings",
             ("smalti show out/quickstart/tokenizer", "smalti show out/quickstart"),
             show.run,
             show.options,
         ),
         Command(
             "doctor",
-            "what this machine and cluster have, what is missing, how to mend it",
+            "what this machine and cluster have, what is missing, how to fix it",
             ("smalti doctor", "smalti doctor recipes/semhitok-256.yaml out=s3://bucket/semhitok"),
             doctor.run,
             doctor.options,
@@ -129,14 +132,14 @@ COMMANDS = {command.name: command for group in GROUPS.values() for command in gr
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse whose complaints say where the help is."""
+    """argparse whose errors name the help."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"smalti: error: {message}\nsee `{self.prog} --help`\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line; `arguments.run(arguments)` runs what was asked."""
+    """The parser of all commands; `arguments.run(arguments)` runs the parsed one."""
     parser = _Parser(
         prog="smalti", usage="smalti COMMAND …", description=_overview(), add_help=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -162,8 +165,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments. Options may stand between positionals (`run RECIPE --smoke seed=1`), which argparse alone refuses
-    once a list of them was begun: what it left over goes to the list that the command names as `rest`.
+    """Parse the arguments of the command line.
+
+    Options may be between positionals (`run RECIPE --smoke seed=1`), which argparse refuses once a list has begun: what is
+    left over goes to the list that the command names as `rest`.
     """
     parser = build_parser()
     arguments, left = parser.parse_known_args(argv)
@@ -177,7 +182,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _overview() -> str:
-    """What smalti is, and the commands by group, a line each."""
+    """What smalti is, and a line per command, by group."""
     lines = [
         "From a folder of images to a visual tokenizer, token shards, a model that sees and draws, and its scores.",
         "",

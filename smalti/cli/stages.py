@@ -1,4 +1,4 @@
-"""`quickstart`, `run`, and one command a stage."""
+"""`quickstart`, `run`, and one command per stage."""
 
 from __future__ import annotations
 
@@ -17,31 +17,29 @@ def recipe_options(parser: argparse.ArgumentParser, smoke: bool = True) -> None:
         metavar="key=value",
         nargs="*",
         default=[],
-        help="dotted keys of the recipe with other values, such as seed=1",
+        help="keys of the recipe to override, such as seed=1 or mllm.train.steps=500",
     )
     if smoke:
         parser.add_argument(
             "--smoke",
             action="store_true",
-            help="shrink every size to seconds, on generated images: the same code, end to end",
+            help="run the same code in minutes: all sizes shrunk, on generated images",
         )
 
 
 def quickstart_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--out", metavar="DIR", default="out/quickstart", help="folder for all that is made (default: %(default)s)"
-    )
+    parser.add_argument("--out", metavar="DIR", default="out/quickstart", help="output folder (default: %(default)s)")
     parser.add_argument("--images", metavar="DIR", help="a folder of your own images instead of easy-vqa")
     parser.add_argument(
         "overrides",
         metavar="key=value",
         nargs="*",
-        help="dotted keys of recipes/semhitok-quickstart.yaml with other values",
+        help="keys of recipes/semhitok-quickstart.yaml to override, such as seed=1",
     )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Run all stages of a recipe, or `arguments.only`."""
+    """Run all stages of a recipe, or only the stage `arguments.only`."""
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     from smalti.workflows.chain import run_recipe
 

@@ -17,6 +17,7 @@ from smalti.artifact import Workspace, begin
 from smalti.cli import main
 from smalti.cli.failures import message_of
 from smalti.cli.parser import COMMANDS, GROUPS, parse
+from smalti.config import load_recipe
 from smalti.errors import ArtifactError, ConfigError, DataError
 
 CHAIN = ["corpus", "encoder", "features", "codebook", "tokenizer", "tokens", "mllm", "export", "evaluate"]
@@ -46,7 +47,11 @@ def test_every_command_has_help_with_an_example_that_parses(name: str, capsys: p
         assert example in text
         words = shlex.split(example)
         assert words[:2] == ["smalti", name]
-        assert parse(words[1:]).command == name
+        arguments = parse(words[1:])
+        assert arguments.command == name
+        if getattr(arguments, "recipe", None):
+            recipe = load_recipe(arguments.recipe, getattr(arguments, "overrides", ()))
+            assert name != "bridge" or recipe.bridge is not None
 
 
 @pytest.mark.parametrize("name", ["run", *CHAIN])
@@ -120,7 +125,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (ConfigError("seed: wrong"), 2, "smalti: error: seed: wrong"),
         (DataError("no usable image"), 1, "smalti: error: no usable image"),
-        (KeyboardInterrupt(), 130, "smalti: interrupted; run the same command to go on"),
+        (KeyboardInterrupt(), 130, "smalti: interrupted; run the same command again to resume"),
     ],
 )
 def test_exit_codes(
@@ -307,7 +312,7 @@ def test_ctrl_c_ends_with_130(root: Path, tmp_path: Path) -> None:
     _, told = process.communicate(timeout=60)
     os.close(writer)
     assert process.returncode == 130
-    assert told.strip().endswith("interrupted; run the same command to go on")
+    assert told.strip().endswith("interrupted; run the same command again to resume")
 
 
 def test_a_closed_pipe_is_no_error(root: Path, tmp_path: Path) -> None:

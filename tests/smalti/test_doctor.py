@@ -34,7 +34,7 @@ def test_what_is_missing_is_named_with_its_mend(
     seen = capsys.readouterr()
     assert "apt-get install g++" in seen.out
     assert "pip install ninja" in seen.out
-    assert seen.err == "smalti: error: 2 to mend before smalti can run: g++, ninja\n"
+    assert seen.err == "smalti: error: 2 to fix before smalti can run: g++, ninja\n"
 
 
 def test_a_package_that_differs_from_the_lock(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +136,7 @@ def test_an_all_reduce_that_fails_and_one_that_finds_no_free_gpus() -> None:
         "NCCL", "problem", "all-reduce of 16 processes: Connection timed out",
     )  # fmt: skip
     (check,) = doctor_cluster._reduce(pair, lambda world, gpus: "", 16.0)
-    assert (check.state, check.found) == ("ok", "2.28 all-reduce of 16 processes adds up right")
+    assert (check.state, check.found) == ("ok", "2.28 all-reduce of 16 processes is correct")
     (check,) = doctor_cluster._reduce(pair, lambda world, gpus: 1 / 0, 13.0)
     assert (check.state, check.found) == ("note", "not tried: 3 of 16 GPUs are in use")
 
