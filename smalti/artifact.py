@@ -234,7 +234,7 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "…"
 
 
-def _conflict(path: str, what: str, there: Mapping[str, object], here: Mapping[str, object]) -> ArtifactError:
+def _conflict(path: str, what: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> ArtifactError:
     """The error for a record that differs from the expected one, with the differences."""
     keys = ("config", "parents")
     lines = [f"kind: {there.get('kind')} there, {here['kind']} here"] if there.get("kind") != here["kind"] else []

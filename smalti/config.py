@@ -25,11 +25,11 @@ _SCHEMA = Schema(Recipe)
 Origins = dict[str, str]
 
 
-def load_recipe(path: str | None, overrides: Sequence[str] = (), *, base: Mapping[str, Any] | None = None) -> Recipe:
+def load_recipe(path: str | None, overrides: Sequence[str] = (), *, base: Mapping[str, object] | None = None) -> Recipe:
     """The recipe of a YAML file (None: defaults alone) with `a.b=c` overrides, checked as a whole.
 
     `path` is a file, a URL, or the name of a recipe that comes with smalti (`semhitok-quickstart`). Values of overrides are
-    YAML (`null`, `[1, 2]`, `1e-4`); where a key takes text, they are text as typed. A section that is null is made.
+    YAML (`null`, `[1, 2]`, `1e-4`); where a key takes text, they are text as typed. A section that is null is created.
     """
     data: dict[str, Any] = copy.deepcopy(dict(base or {}))
     origins: Origins = {}
@@ -44,7 +44,7 @@ def load_recipe(path: str | None, overrides: Sequence[str] = (), *, base: Mappin
     return _validated(data, origins, path or "recipe")
 
 
-def with_overrides(recipe: Recipe, overrides: Mapping[str, Any], *, where: str = "override") -> Recipe:
+def with_overrides(recipe: Recipe, overrides: Mapping[str, object], *, where: str = "override") -> Recipe:
     """A copy of `recipe` with dotted keys set; a mapping given for a section is merged into it, `{}` empties it."""
     data = dump(recipe)
     origins: Origins = {}
@@ -59,7 +59,7 @@ def dump(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(mode="json")
 
 
-def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merge(under: Mapping[str, object], over: Mapping[str, object]) -> dict[str, Any]:
     """`over` upon `under`: mappings merge key by key, everything else replaces."""
     merged = dict(under)
     for key, value in over.items():
@@ -93,7 +93,7 @@ def recipes_folder() -> Path:
 
 
 def find_recipe(path: str) -> str:
-    """`path` itself when it stands, else the recipe of that name that comes with smalti; `ConfigError` when neither."""
+    """`path` itself if it exists, else the recipe of that name that comes with smalti; `ConfigError` when neither."""
     if storage.exists(path):
         if storage.is_dir(path):
             raise ConfigError(f"{path} is a folder; a recipe is a YAML file")
@@ -104,7 +104,7 @@ def find_recipe(path: str) -> str:
     if storage.is_local(path) and stem in shipped and posixpath.dirname(path) in ("", ".", "recipes", "./recipes"):
         return str(folder / f"{stem}.yaml")
     hint = f"recipes that come with smalti: {', '.join(shipped)}" if shipped else "check the path"
-    raise ConfigError(f"there is no recipe at {path} ({hint})")
+    raise ConfigError(f"no recipe exists at {path} ({hint})")
 
 
 def _read_chain(path: str) -> tuple[dict[str, Any], Origins]:
@@ -117,7 +117,7 @@ def _read_chain(path: str) -> tuple[dict[str, Any], Origins]:
         name = storage.absolute(found)
         if name in seen:
             loop = " → ".join([*(os.path.basename(item) for item in seen[seen.index(name) :]), os.path.basename(name)])
-            raise ConfigError(f"{path}: `extends` goes round in a circle: {loop}")
+            raise ConfigError(f"{path}: `extends` forms a circle: {loop}")
         seen.append(name)
         data = _read(found)
         above = data.pop("extends", None)
@@ -162,7 +162,7 @@ def _beside(path: str, above: str) -> str:
     return beside if storage.exists(beside) or "/" in above or above.endswith((".yaml", ".yml")) else above
 
 
-def _dotted(data: Mapping[str, Any], prefix: str = "") -> list[str]:
+def _dotted(data: Mapping[str, object], prefix: str = "") -> list[str]:
     keys = []
     for key, value in data.items():
         keys.append(f"{prefix}{key}")
@@ -171,10 +171,10 @@ def _dotted(data: Mapping[str, Any], prefix: str = "") -> list[str]:
     return keys
 
 
-def _set(data: dict[str, Any], dotted: str, value: Any, *, where: str) -> None:
-    """Set a dotted key in nested data; sections on the way that are absent or null are made.
+def _set(data: dict[str, Any], dotted: str, value: object, *, where: str) -> None:
+    """Set a dotted key in nested data; sections above it that are absent or null are created.
 
-    A mapping merges into what stands there, an empty one replaces it: `baselines={}` takes all baselines away.
+    A mapping merges into the existing value, an empty one replaces it: `baselines={}` removes all baselines.
     """
     problem = _SCHEMA.unknown(dotted)
     if problem is not None:
@@ -205,7 +205,7 @@ def _validated(data: dict[str, Any], origins: Origins, where: str) -> Recipe:
     return recipe
 
 
-def _check_baseline(data: Mapping[str, Any], key: str, overrides: Mapping[str, Any], where: str) -> None:
+def _check_baseline(data: Mapping[str, object], key: str, overrides: Mapping[str, object], where: str) -> None:
     variant = copy.deepcopy({name: value for name, value in data.items() if name != "baselines"})
     for dotted, value in overrides.items():
         _set(variant, dotted, value, where=f"{where}: {key}")

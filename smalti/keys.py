@@ -1,4 +1,4 @@
-"""What keys a pydantic recipe has, and errors about them that a person can act on."""
+"""The keys of a pydantic model, and errors about them in words."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 
 class Schema:
@@ -47,14 +48,14 @@ class Schema:
         return [key for key in self.keys if key.startswith(prefix) and "." not in key[len(prefix) :]]
 
     def _nearest(self, dotted: str, section: str) -> list[str]:
-        """The likeliest keys meant: the wrong part mended, the key under another section, the most alike in all."""
+        """The likeliest keys meant: the wrong part corrected, the key under another section, the most alike in all."""
         prefix = f"{section}." if section else ""
         wrong, _, rest = dotted[len(prefix) :].partition(".")
         names = [key[len(prefix) :] for key in self._neighbours(section)]
         for name in difflib.get_close_matches(wrong, names, 3, 0.6):
-            mended = f"{prefix}{name}.{rest}" if rest else prefix + name
-            if mended in self.keys:
-                return [mended]
+            corrected = f"{prefix}{name}.{rest}" if rest else prefix + name
+            if corrected in self.keys:
+                return [corrected]
         elsewhere = [key for key in self.keys if key.endswith(f".{dotted}")]
         if elsewhere or not names:
             return elsewhere[:3]
@@ -76,12 +77,12 @@ class Schema:
         ]
         return bool(kinds) and all(kind is str for kind in kinds - {Literal}) and (Literal not in kinds or bool(texts))
 
-    def takes(self, dotted: str, kind: Any) -> bool:
+    def takes(self, dotted: str, kind: object) -> bool:
         """True when the key may be of a kind, such as `list`, or null (`NoneType`)."""
         field = self._field(dotted)
         return field is not None and _has(field.annotation, kind)
 
-    def explain(self, error: Mapping[str, Any]) -> tuple[str, str]:
+    def explain(self, error: ErrorDetails) -> tuple[str, str]:
         """(dotted key, text) of one pydantic error; tags that unions put into its place are left out."""
         key, section, annotation, metadata = self._resolve(error["loc"])
         if error["type"] == "extra_forbidden":
@@ -94,10 +95,10 @@ class Schema:
         whole, bracket, index = key.partition("[")
         place = f" at [{index}" if bracket else ""
         if error["type"] == "missing" and bracket:
-            return whole, f"{whole}: expected {expected}, and nothing stands at [{index}"
+            return whole, f"{whole}: expected {expected}, and nothing is at [{index}"
         return whole, f"{whole}: expected {expected}, found {_found(error['input'])}{place}"
 
-    def _resolve(self, loc: tuple[int | str, ...]) -> tuple[str, str, Any, list[Any]]:
+    def _resolve(self, loc: tuple[int | str, ...]) -> tuple[str, str, object, list[object]]:
         """Dotted key, its section, its annotation and constraints, from pydantic's place of an error."""
         model: type[BaseModel] | None = self.model
         key, section, annotation, metadata, free = "", "", None, [], False
@@ -127,7 +128,7 @@ class Schema:
         return field
 
 
-def describe(annotation: Any, metadata: list[Any] | None = None) -> str:
+def describe(annotation: object, metadata: list[object] | None = None) -> str:
     """What an annotation takes, in words: `an integer > 0, or null`."""
     parts: list[str] = []
     for branch in _branches(annotation):
@@ -139,12 +140,12 @@ def describe(annotation: Any, metadata: list[Any] | None = None) -> str:
     return " or ".join(dict.fromkeys(parts))
 
 
-_WORDS: dict[Any, str] = {
+_WORDS: dict[object, str] = {
     int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "null", Any: "any value",
 }  # fmt: skip
 
 
-def _describe_one(kind: Any) -> str:
+def _describe_one(kind: object) -> str:
     if kind in _WORDS:
         return _WORDS[kind]
     origin = get_origin(kind)
@@ -162,7 +163,7 @@ def _describe_one(kind: Any) -> str:
     return str(kind)
 
 
-def _describe_bounds(metadata: list[Any]) -> str:
+def _describe_bounds(metadata: list[object]) -> str:
     signs = {annotated_types.Ge: "ge", annotated_types.Gt: "gt", annotated_types.Le: "le", annotated_types.Lt: "lt"}
     words = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
     found = []
@@ -172,7 +173,7 @@ def _describe_bounds(metadata: list[Any]) -> str:
     return f" {' and '.join(found)}" if found else ""
 
 
-def _found(value: Any) -> str:
+def _found(value: object) -> str:
     if isinstance(value, Mapping):
         return "keys with values"
     if value is None:
@@ -194,20 +195,20 @@ def _walk(model: type[BaseModel], prefix: str = "") -> list[str]:
     return keys
 
 
-def _branches(annotation: Any) -> list[Any]:
+def _branches(annotation: object) -> list[object]:
     """The members of a union (nested ones too), or the annotation itself."""
     if get_origin(annotation) in (Union, types.UnionType):
         return [branch for item in get_args(annotation) for branch in _branches(item)]
     return [annotation]
 
 
-def _base(annotation: Any) -> Any:
+def _base(annotation: object) -> object:
     if get_origin(annotation) is Annotated:
         return _base(get_args(annotation)[0])
     return get_origin(annotation) or annotation
 
 
-def section_of(annotation: Any) -> type[BaseModel] | None:
+def section_of(annotation: object) -> type[BaseModel] | None:
     """The section that an annotation takes, if any."""
     for branch in _branches(annotation):
         kind = _base(branch)
@@ -216,5 +217,5 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def _has(annotation: Any, kind: Any) -> bool:
+def _has(annotation: object, kind: object) -> bool:
     return any(_base(branch) is kind for branch in _branches(annotation))

@@ -155,10 +155,10 @@ BROKEN = {  # ten kinds of broken recipe: text, what the complaint must name
     ),
     "yaml": ("seed: [1\n", "line 2"),
     "tabs": ("corpus:\n\tsource: a\n", "line 2"),
-    "twice": ("seed: 1\nname: a\nseed: 2\n", "line 3, column 1: this is not valid YAML: key 'seed' stands twice"),
+    "twice": ("seed: 1\nname: a\nseed: 2\n", "line 3, column 1: this is not valid YAML: key 'seed' is set twice"),
     "no mapping": ("- a\n", "expected keys with values, found list"),
     "python tag": ("name: !!python/object/apply:os.system [ls]\n", "line 1"),
-    "extends nothing": ("extends: gone.yaml\n", "there is no recipe at"),
+    "extends nothing": ("extends: gone.yaml\n", "no recipe exists at"),
     "extends a list": ("extends: [a.yaml]\n", "extends: expected the path of one recipe"),
 }
 
@@ -237,7 +237,7 @@ def test_what_is_no_override(text: str) -> None:
 
 def test_missing_files_name_the_recipes_there_are(tmp_path: Path) -> None:
     told = complaint(path="recipes/semhitok-257.yaml")
-    assert "there is no recipe at recipes/semhitok-257.yaml" in told
+    assert "no recipe exists at recipes/semhitok-257.yaml" in told
     assert "semhitok-256" in told
     assert "is a folder" in complaint(path=str(tmp_path))
 
