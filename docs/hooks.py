@@ -63,7 +63,6 @@ def recipes_markdown() -> str:
     for name in shipped():
         path = find_recipe(name)
         head = read_head(path)
-        facts: dict[str, str] = {"System": load_recipe(path).system, **head.facts}
-        rows = "\n".join(f"| {label} | {text.replace('|', chr(92) + '|')} |" for label, text in facts.items())
-        parts.append(f"## {name}\n\n{head.title}\n\n| | |\n|---|---|\n{rows}\n")
+        rows = "\n".join(f"| {label} | {text.replace('|', chr(92) + '|')} |" for label, text in head.facts.items())
+        parts.append(f"## {name}\n\n{head.title}\n\n| System | {load_recipe(path).system} |\n|---|---|\n{rows}\n")
     return "\n".join(parts)
