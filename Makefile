@@ -39,7 +39,14 @@ check: $(STAMP)  ## lint, types, documentation and all tests: what CI runs
 	$(BIN)/ruff format --check $(wildcard $(SOURCES))
 	$(BIN)/mypy
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
+	$(MKDOCS) build --strict --quiet
 	$(PYTEST)
+
+docs: $(STAMP)  ## build the documentation into site/; broken links and anchors are errors
+	$(MKDOCS) build --strict
+
+docs-serve: $(STAMP)  ## serve the documentation on 127.0.0.1:8000
+	$(MKDOCS) serve --dev-addr 127.0.0.1:8000
 
 format: $(STAMP)  ## format, and fix what ruff can fix
 	$(BIN)/ruff check --fix $(wildcard $(SOURCES))
