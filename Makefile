@@ -39,7 +39,7 @@ check: $(STAMP)  ## lint, types, documentation and all tests: what CI runs
 	$(BIN)/ruff format --check $(wildcard $(SOURCES))
 	$(BIN)/mypy
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
-	$(MKDOCS) build --strict --quiet
+	$(MKDOCS) build --strict
 	$(PYTEST)
 
 docs: $(STAMP)  ## build the documentation into site/; broken links and anchors are errors
