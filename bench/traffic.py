@@ -17,7 +17,7 @@ from smalti.workflows.plan.base import Rates
 from smalti.workflows.plan.models import Model
 from smalti.workflows.plan.training import TrainPlan, Trial
 from smalti.workflows.systems.registry import system_of
-from smalti.workflows.train import engines, guards
+from smalti.workflows.train import deepspeed_compat, engines, guards
 
 WORKERS, LENGTH = 2, 16
 ROUNDS = {"allreduce_": 2, "_allgather_base_": 1, "allgather_": 1, "_reduce_scatter_base_": 1, "broadcast_": 1}
@@ -104,4 +104,4 @@ def _step(engine: nn.Module, train: Train) -> None:
         engine.backward(guards.poisoned(engine(batch)[0]))  # type: ignore[operator]
         if done < count - 1:
             engine.step()  # type: ignore[operator]
-    guards.apply(engine, guards.gradient_norm(engine))
+    deepspeed_compat.apply(engine, deepspeed_compat.gradient_norm(engine))

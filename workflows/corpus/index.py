@@ -25,7 +25,7 @@ from smalti.workflows.pipeline.shards import standing
 from smalti.workflows.pipeline.timings import HERE
 from smalti.workflows.sources import Group, Lost, Sample
 from smalti.workflows.sources.base import printable
-from smalti.workflows.sources.patience import reading
+from smalti.workflows.sources.network import reading
 
 if TYPE_CHECKING:
     from smalti.workflows.pipeline.stage import StageRun

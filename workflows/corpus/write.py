@@ -26,7 +26,7 @@ from smalti.workflows.pipeline.timings import HERE, Tally, shown
 from smalti.workflows.sources import Group, Lost
 from smalti.workflows.sources.base import ReadBytes, is_arrows, is_of_file
 from smalti.workflows.sources.jsonl import JsonLinesGroup, Reach
-from smalti.workflows.sources.patience import UnreachedError, reading
+from smalti.workflows.sources.network import UnreachedError, reading
 
 LISTING = "listing.json"
 GONE = "gone"  # what vanished between the passes, a file a shard

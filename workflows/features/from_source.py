@@ -29,7 +29,7 @@ from smalti.workflows.pipeline.timings import HERE, shard_progress
 from smalti.workflows.sources import Group, Lost, Sample, find_groups, listed
 from smalti.workflows.sources.base import printable
 from smalti.workflows.sources.folder import ListedGroup
-from smalti.workflows.sources.patience import reading
+from smalti.workflows.sources.network import reading
 
 LISTED = "listed"  # what a folder lists, a file a group, until the stage is done
 Note = dict[str, Any]

@@ -24,8 +24,8 @@ from smalti.workflows.sources.folder import folder_groups, listed
 from smalti.workflows.sources.generated import generated_groups
 from smalti.workflows.sources.jsonl import is_jsonl, jsonl_groups
 from smalti.workflows.sources.listing import SideTables, each_file
+from smalti.workflows.sources.network import reading
 from smalti.workflows.sources.parquet import is_parquet, parquet_groups
-from smalti.workflows.sources.patience import reading
 from smalti.workflows.sources.webdataset import is_tar, tar_groups
 
 __all__ = ["SOURCES", "Group", "Locator", "Lost", "Pairs", "Sample", "detect", "find_groups", "listed"]

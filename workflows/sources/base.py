@@ -29,7 +29,7 @@ from smalti import storage
 from smalti.errors import DataError
 from smalti.schema import CorpusSection
 from smalti.workflows.pipeline.timings import HERE
-from smalti.workflows.sources.patience import BUFFER_BYTES, PatientFiles, PatientStream, patiently
+from smalti.workflows.sources.network import BUFFER_BYTES, RetryingFiles, RetryingStream, retry_network
 
 IMAGE_SUFFIXES = frozenset(
     [
@@ -191,7 +191,7 @@ def is_web(path: str) -> bool:
 
 
 def filesystem(path: str, pauses: Sequence[float] | None = None) -> tuple[Any, str]:
-    """The fsspec file system of a path or URL, and the path in it; one on a network is asked again (see `patiently`).
+    """The fsspec file system of a path or URL, and the path in it; one on a network is asked again (see `retry_network`).
 
     Errors: DataError, a scheme that nothing here reads.
     """
@@ -202,7 +202,7 @@ def filesystem(path: str, pauses: Sequence[float] | None = None) -> tuple[Any, s
             f"{path} cannot be opened: {error}. Install the package that reads it (s3fs for s3://, gcsfs for gs://), or "
             "name a local path."
         ) from error
-    return (fs if storage.is_local(path) else PatientFiles(fs, path, pauses)), inside
+    return (fs if storage.is_local(path) else RetryingFiles(fs, path, pauses)), inside
 
 
 @contextmanager
@@ -212,12 +212,12 @@ def open_seekable(path: str, compression: str | None = None) -> Iterator[BinaryI
     fs, inside = filesystem(path)
     with ExitStack() as stack:
         stream = stack.enter_context(fs.open(inside, "rb"))
-        if is_web(path) and not patiently(path, _has_ranges, stream):
+        if is_web(path) and not retry_network(path, _has_ranges, stream):
             copy = stack.enter_context(tempfile.TemporaryFile())
-            patiently(path, _copy, fs, inside, copy)
+            retry_network(path, _copy, fs, inside, copy)
             stream = copy
         elif not storage.is_local(path):
-            raw = stack.enter_context(PatientStream(stream, path))
+            raw = stack.enter_context(RetryingStream(stream, path))
             stream = stack.enter_context(io.BufferedReader(raw, BUFFER_BYTES))
         if compression is not None:
             stream = stack.enter_context(compr[compression](stream, mode="rb"))

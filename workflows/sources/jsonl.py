@@ -28,7 +28,7 @@ from smalti.workflows.sources.base import (
     too_large,
 )
 from smalti.workflows.sources.listing import expand
-from smalti.workflows.sources.patience import UnreachedError
+from smalti.workflows.sources.network import UnreachedError
 
 IMAGE_NAMES = ("image", "file_name", "path", "url")
 PAUSES_S = (1.0,)  # a list of web addresses has dead hosts: each is asked twice

@@ -24,9 +24,9 @@ import torch
 
 from smalti import storage
 from smalti.errors import ConfigError, DataError
+from smalti.workflows.pipeline.retry import retry_storage
 from smalti.workflows.train import reshard
 from smalti.workflows.train.collectives import Collectives
-from smalti.workflows.train.retry import again
 from smalti.workflows.train.scratch import Scratch, filled, takes_no_more
 from smalti.workflows.train.task import Task
 
@@ -170,7 +170,9 @@ class Checkpoints:
                 stages = {name: int(engine.zero_optimization_stage()) for name, engine in engines.items()}
                 with open(os.path.join(local, STATE_FILE), "w") as out:
                     json.dump({**state, "world_size": self.collectives.world_size, "zero_stages": stages}, out)
-                again(storage.remove, target)  # what an earlier try left: not whole, or it would have been gone on from
+                retry_storage(
+                    storage.remove, target
+                )  # what an earlier try left: not whole, or it would have been gone on from
             self.collectives.storage_barrier()
         self._sending = self._thread.submit(self._send, scratch, target, score)
 
@@ -231,7 +233,7 @@ class Checkpoints:
         found: Whole | DataError | None = None
         if self.collectives.rank == 0:
             try:
-                found = again(newest, self.folder, self.say, damaged)
+                found = retry_storage(newest, self.folder, self.say, damaged)
             except DataError as error:
                 found = error
         found = self.collectives.broadcast_object(found, device)
@@ -256,9 +258,9 @@ class Checkpoints:
             sizes = {name: os.path.getsize(os.path.join(local, name)) for name in names}
             sums = {name: checksum(os.path.join(local, name)) for name in names}
             for name in names:
-                again(storage.put_file, os.path.join(local, name), storage.join(target, name))
+                retry_storage(storage.put_file, os.path.join(local, name), storage.join(target, name))
             manifest = {"world_size": self.collectives.world_size, "score": score, "files": sizes, "crc32": sums}
-            again(storage.write_json, storage.join(target, manifest_name(self.collectives.rank)), manifest)
+            retry_storage(storage.write_json, storage.join(target, manifest_name(self.collectives.rank)), manifest)
         except BaseException:
             with contextlib.suppress(DataError):  # the first error counts; what is half there takes room
                 storage.remove(target)
@@ -266,7 +268,7 @@ class Checkpoints:
         finally:
             scratch.remove()
         if self.collectives.rank == 0:
-            again(self._drop)
+            retry_storage(self._drop)
 
     def _drop(self) -> None:
         """Remove what is not to be kept; of those older than the newest whole one also what is not whole."""
@@ -333,4 +335,4 @@ def fetch(path: str, names: Iterable[str], folder: str) -> None:
     """Bring files of the folder `path` to the local `folder`."""
     for name in sorted(names):
         os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
-        again(storage.get_file, storage.join(path, name), os.path.join(folder, name))
+        retry_storage(storage.get_file, storage.join(path, name), os.path.join(folder, name))

@@ -18,8 +18,8 @@ import pyarrow as pa
 from smalti import images, shards, storage
 from smalti.errors import DataError, ImageError
 from smalti.progress import log
-from smalti.workflows.train.order import Near, Order, Samples
-from smalti.workflows.train.retry import again
+from smalti.workflows.pipeline.retry import retry_storage
+from smalti.workflows.train.order import Order, PrefetchWindow, Samples
 from smalti.workflows.train.shard_cache import ShardCache
 from smalti.workflows.train.task import Batch, Row, Source
 
@@ -47,7 +47,7 @@ def shard_index(artifact_path: str, split: str) -> tuple[list[str], list[int]]:
 
 
 class ShardRows:
-    """Rows of the shards of one split. Whole tables are kept: those near the step (`look_ahead`) up to `window_bytes`, of
+    """Rows of the shards of one split. Whole tables are kept: those near the step (`prefetch`) up to `window_bytes`, of
     the others the last used up to `cache_bytes`."""
 
     def __init__(
@@ -68,11 +68,11 @@ class ShardRows:
         self._bytes = 0
         self._lock = threading.Lock()  # of the tables kept, never held while one is read
         self._reading: dict[int, threading.Lock] = {}
-        self._near = Near(frozenset(), (), ())
+        self._near = PrefetchWindow(frozenset(), (), ())
         self._short = False  # whether the window did not fit once
         self._ahead: ThreadPoolExecutor | None = None
 
-    def settle(self, train: Train, say: Callable[[str], None]) -> None:
+    def choose_window(self, train: Train, say: Callable[[str], None]) -> None:
         """Take what the settings say of memory and disk; lines for the log go to `say`."""
         self.window_bytes, self.say = train.data_gb * 1e9, say
         self.cache_bytes = min(self.cache_bytes, self.window_bytes)
@@ -84,7 +84,7 @@ class ShardRows:
         if not storage.is_local(self.path):
             self.disk = ShardCache(folder, limit_bytes)
 
-    def look_ahead(self, near: Near) -> None:
+    def prefetch(self, near: PrefetchWindow) -> None:
         """Keep what is near a step, and read what is still missing of it in threads; what those meet, `table` raises."""
         if near == self._near:
             return
@@ -96,7 +96,7 @@ class ShardRows:
         for shard in dict.fromkeys(wanted):
             self._ahead.submit(self._read_ahead, near, shard)
 
-    def _read_ahead(self, near: Near, shard: int) -> None:
+    def _read_ahead(self, near: PrefetchWindow, shard: int) -> None:
         if near is self._near and (shard in near.around or self._bytes < self.window_bytes):
             self.table(shard)
 
@@ -125,7 +125,7 @@ class ShardRows:
     def _read_table(self, shard: int) -> tuple[pa.Table, Any]:
         read = shards.read_shard if self.disk is None else self.disk.read
         place = (self.path, self.keys[shard], self.columns)
-        table = read(*place) if storage.is_local(self.path) else again(read, *place)
+        table = read(*place) if storage.is_local(self.path) else retry_storage(read, *place)
         prepared = self.prepare(table)
         found = self.rows_in(table, prepared)
         if found != self.sizes[shard]:
@@ -201,9 +201,9 @@ class ImageRows(ShardRows):
         keep = sum(sizes) * image_size * image_size * 3 <= pixel_bytes
         self._pixels: dict[tuple[int, int], Mapping[str, Any]] | None = {} if keep else None
 
-    def look_ahead(self, near: Near) -> None:
+    def prefetch(self, near: PrefetchWindow) -> None:
         if self._pixels is None or len(self._pixels) < sum(self.sizes):
-            super().look_ahead(near)
+            super().prefetch(near)
 
     def read(self, shard: int, row: int) -> tuple[str, Mapping[str, Any]]:
         """The row with `pixels` in place of `image`; DataError naming it when it does not decode any more."""
@@ -243,22 +243,22 @@ class Joined:
         self.sizes = [size for part in parts for size in part.sizes]
         self.starts = [sum(len(part.sizes) for part in parts[:n]) for n in range(len(parts))]
 
-    def settle(self, train: Train, say: Callable[[str], None]) -> None:
+    def choose_window(self, train: Train, say: Callable[[str], None]) -> None:
         """As `ShardRows.settle`; each part may hold as much."""
         for part in self.parts:
-            part.settle(train, say)
+            part.choose_window(train, say)
 
-    def look_ahead(self, near: Near) -> None:
-        """As `ShardRows.look_ahead`, of each part what is its own."""
+    def prefetch(self, near: PrefetchWindow) -> None:
+        """As `ShardRows.prefetch`, of each part what is its own."""
         for part, start in zip(self.parts, self.starts, strict=True):
-            part.look_ahead(near.shifted(range(start, start + len(part.sizes))))
+            part.prefetch(near.shifted(range(start, start + len(part.sizes))))
 
     def read(self, shard: int, row: int) -> tuple[str, Mapping[str, Any]]:
         number = bisect_right(self.starts, shard) - 1
         return self.parts[number].read(shard - self.starts[number], row)
 
 
-class Feed:
+class BatchLoader:
     """This worker's micro batches, step after step, made by a thread ahead of the step.
 
     `for step, batches in feed.steps(first, last)` gives a list of micro batches a step; `at(step)` makes those of any
@@ -300,7 +300,7 @@ class Feed:
             for step in range(first, last):
                 try:
                     if isinstance(self.source, ShardRows | Joined):
-                        self.source.look_ahead(self.order.near(step, self.batch_size, self.rank, self.world_size))
+                        self.source.prefetch(self.order.near(step, self.batch_size, self.rank, self.world_size))
                     made: list[Batch] | BaseException = self.at(step)
                 except BaseException as error:  # handed to the loop, which raises it
                     made = error

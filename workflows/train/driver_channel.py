@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from smalti.errors import SmaltiError
 
 
-class Board:
+class DriverChannel:
     """Actor between rank 0, the driver and what decides on the number of workers: numbers and pictures to log, the error
     that ends the run, and the wish for a checkpoint."""
 
@@ -53,7 +53,7 @@ class Board:
         self._wished, self._saved = not saved, False
         return saved
 
-    def wishes_save(self) -> bool:
+    def checkpoint_requested(self) -> bool:
         """Whether more workers wait for a checkpoint to start from."""
         return self._wished
 

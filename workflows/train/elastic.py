@@ -84,10 +84,10 @@ def staying_nodes() -> set[str]:
     return {node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in going}
 
 
-def elastic_trainer(fitting: list[int], board: Any, **settings: Any) -> Any:
+def elastic_trainer(fitting: list[int], channel: Any, **settings: Any) -> Any:
     """A TorchTrainer made with `settings`, whose `scaling_config` names a range, that only ever has a number of workers
     out of `fitting`, on nodes that stay, and starts more of them from a checkpoint made for it (asked for on the
-    `board`; after ten minutes without one, from what there is). Ray has no public way to say so: this is its elastic
+    `channel`; after ten minutes without one, from what there is). Ray has no public way to say so: this is its elastic
     policy with one count rounded down and one decision put off."""
     import ray
     from ray.train.torch import TorchTrainer
@@ -107,7 +107,7 @@ def elastic_trainer(fitting: list[int], board: Any, **settings: Any) -> Any:
             if not isinstance(decision, ResizeDecision) or decision.num_workers < worker_group_state.num_workers:
                 return decision
             self.put_off += 1
-            if self.put_off <= PATIENCE and not ray.get(board.may_restart.remote()):
+            if self.put_off <= PATIENCE and not ray.get(channel.may_restart.remote()):
                 return NoopDecision()  # until Ray looks again
             self.put_off = 0
             return decision

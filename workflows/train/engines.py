@@ -19,6 +19,7 @@ from torch import nn
 
 from smalti.errors import ConfigError
 from smalti.mllm.losses import LossHead
+from smalti.workflows.train import deepspeed_compat
 from smalti.workflows.train.memory import offload, spare_memory
 from smalti.workflows.train.optimizers import build_optimizer
 
@@ -60,6 +61,7 @@ def prepare_process(use_gpu: bool, num_threads: int) -> None:
         "mlflow"
     ):  # DeepSpeed's autotuner would import all of it (a second of start-up); rank 0 logs elsewhere
         import deepspeed.ops
+    deepspeed_compat.check_version(deepspeed.__version__)
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)

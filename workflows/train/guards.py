@@ -1,14 +1,12 @@
-"""Guards of a training step: gradients that are no finite numbers, and weights that drift apart between workers.
+"""Guards of a training step: NaN or Inf in losses and gradients, and weights that differ between workers.
 
-A step that meets a loss or a gradient that is not finite is passed over as a whole: no engine of it moves, on any
-worker. A loss that is not finite makes every gradient NaN, so that the workers agree without a collective of their own.
+A step with a loss or a gradient that is not finite is skipped as a whole: no engine moves, on any worker. A loss that is
+not finite makes every gradient NaN, so that workers agree without a collective of their own.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,56 +34,6 @@ def poisoned(loss: Tensor) -> Tensor:
     """The loss as it is, and NaN with NaN gradients where it is not finite (an infinite one may have finite ones)."""
     finite = torch.isfinite(loss.detach())
     return loss * torch.where(finite, 1.0, float("nan")).to(loss.dtype)
-
-
-def gradient_norm(engine: Any) -> float:
-    """L2 norm of an engine's gradient, averaged over the workers, before clipping: the same on every worker; inf where
-    it is not finite. To be called after the last backward of a step and before `apply`; every worker calls it."""
-    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
-    if stage == 0:
-        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
-    elif stage < 3:
-        optimizer._wait_for_offload_copies()
-        norm = float(optimizer.scaled_global_norm())
-    else:
-        from deepspeed.runtime.utils import combine_grad_norm_groups
-
-        norm = float(combine_grad_norm_groups(optimizer._get_norm_groups()))
-    return norm if math.isfinite(norm) and norm >= 0 else math.inf
-
-
-def apply(engine: Any, norm: float) -> None:
-    """The engine's step with the gradient of this norm; with norm inf the gradient is thrown away and weights, moments
-    and their count of steps stay as they are."""
-    stage = engine.zero_optimization_stage()
-    with _stepping(engine.optimizer, stage, norm):
-        engine.step()
-
-
-@contextmanager
-def _stepping(optimizer: Any, stage: int, norm: float) -> Iterator[None]:
-    """Within, DeepSpeed's optimizer takes `norm` for the gradient's, which it need not find out again; for inf it goes
-    the way that it has for overflows."""
-    told: dict[str, Any] = {}
-    if stage == 0:
-        if not math.isfinite(norm):
-            told["step"] = lambda *args, **kwargs: None
-    elif stage < 3:
-        told["scaled_global_norm"] = lambda norm_type=2: torch.tensor(norm)
-        if not math.isfinite(norm):
-            told["check_grad_overflow"] = True
-            told["check_overflow"] = lambda partition_gradients=True: setattr(optimizer, "overflow", True)
-    else:
-        told["_get_norm_groups"] = lambda: [torch.tensor(norm)]
-    before = {name: vars(optimizer)[name] for name in told if name in vars(optimizer)}
-    vars(optimizer).update(told)
-    try:
-        yield
-    finally:
-        for name in told:
-            del vars(optimizer)[name]
-        vars(optimizer).update(before)
 
 
 def not_finite(step: int, train: Train, rate: float, found: Sequence[Metrics]) -> NotFiniteError:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from smalti import storage
 from smalti.errors import SmaltiError, TrainingError
-from smalti.workflows.train.driver_channel import Board
+from smalti.workflows.train.driver_channel import DriverChannel
 from smalti.workflows.train.elastic import elastic_trainer, fitting_workers, left_out
 from smalti.workflows.train.failures import brief, cause_of, failed_workers
 from smalti.workflows.train.loop import CHECKPOINTS, DONE_FILE, Job, train_worker
-from smalti.workflows.train.progress_monitor import Watch
+from smalti.workflows.train.progress_monitor import ProgressMonitor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -62,7 +62,9 @@ def _run(task: type[Task], settings: Mapping[str, Any], train: Train, run: Stage
     if told := left_out(train, resources):
         run.log(told)
     here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()  # not on a machine that may go
+    channel: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(
+        DriverChannel
+    ).remote()  # not on a machine that may go
     job = Job(
         task=task,
         settings=dict(settings),
@@ -71,18 +73,18 @@ def _run(task: type[Task], settings: Mapping[str, Any], train: Train, run: Stage
         path=run.path,
         cpus=resources.cpus_per_worker,
         gpus=resources.gpus_per_worker,
-        board=board,
+        channel=channel,
         preemptible=os.environ.get(WATCHER, environment.get(WATCHER, "1")) != "0",
         elastic=not isinstance(resources.workers, int),
     )
-    watch = Watch(board, train, run)
+    watch = ProgressMonitor(channel, train, run)
     try:
         with _environment(environment), run.tracker.system_metrics(), watch, _interruptible():
             result = _trainer(job, resources).fit()
     except TrainingFailedError as error:
-        raise _one_error(error, board, run) from error
+        raise _one_error(error, channel, run) from error
     finally:
-        ray.kill(board)
+        ray.kill(channel)
     fatal = result.return_value["fatal"] if result.return_value else None
     if fatal is not None:
         raise fatal
@@ -97,7 +99,7 @@ def _trainer(job: Job, resources: Resources) -> Any:
         """Says why workers start again."""
 
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-            job.board.failed.remote(failed_workers(worker_exceptions))
+            job.channel.failed.remote(failed_workers(worker_exceptions))
 
     use_gpu = job.gpus > 0
     wanted: dict[str, float] = {"CPU": job.cpus} | ({"GPU": job.gpus} if use_gpu else {})
@@ -116,7 +118,7 @@ def _trainer(job: Job, resources: Resources) -> Any:
     }
     if isinstance(resources.workers, int):
         return TorchTrainer(**settings)
-    return elastic_trainer(fitting_workers(job.train, resources), job.board, **settings)
+    return elastic_trainer(fitting_workers(job.train, resources), job.channel, **settings)
 
 
 @contextmanager
@@ -146,11 +148,11 @@ def _interruptible() -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
 
 
-def _one_error(error: Exception, board: Any, run: StageRun) -> SmaltiError:
+def _one_error(error: Exception, channel: Any, run: StageRun) -> SmaltiError:
     """The one error that the user should see, out of Ray's."""
     import ray
 
-    fatal = ray.get(board.fatal.remote())
+    fatal = ray.get(channel.fatal.remote())
     if fatal is not None:
         return fatal
     causes = [cause_of(failure) for failure in getattr(error, "worker_failures", {}).values()]

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from smalti import storage
 from smalti.errors import SmaltiError
+from smalti.workflows.pipeline.retry import retry_storage
+from smalti.workflows.train import deepspeed_compat, guards
 from smalti.workflows.train import engines as ds
-from smalti.workflows.train import guards
 from smalti.workflows.train.checkpoints import Checkpoints, check_best
 from smalti.workflows.train.collectives import Collectives
-from smalti.workflows.train.data import Feed, Joined, ShardRows
-from smalti.workflows.train.metrics import Meter
-from smalti.workflows.train.periodic import Pace
-from smalti.workflows.train.retry import again
+from smalti.workflows.train.data import BatchLoader, Joined, ShardRows
+from smalti.workflows.train.metrics import MetricMeans
+from smalti.workflows.train.periodic import Periodic
 from smalti.workflows.train.scratch import sweep
 from smalti.workflows.train.task import Batch, Context, Metrics, Task, seed_of
 from smalti.workflows.train.throughput import Throughput
@@ -45,7 +45,7 @@ TOGETHER = (guards.NotFiniteError, guards.DriftError)
 @dataclass(frozen=True)
 class Job:
     """What a worker is told: plain values that travel. `task` is made with `settings`;
-    `board` the handle of the Board actor; not `resumable`: no checkpoints are written or looked for; `preemptible`:
+    `channel` the handle of the DriverChannel actor; not `resumable`: no checkpoints are written or looked for; `preemptible`:
     nodes may be taken away with notice; `elastic`: more workers may come."""
 
     task: type[Task]
@@ -55,7 +55,7 @@ class Job:
     path: str
     cpus: int
     gpus: float
-    board: Any
+    channel: Any
     resumable: bool = True
     preemptible: bool = False
     elastic: bool = False
@@ -69,23 +69,23 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     """Entry point of a Ray Train worker. Returns {"metrics", "fatal"}.
 
     What the user must mend (a SmaltiError) is not tried again and again. Where every worker meets it in the same place
-    it is returned as `fatal`. Otherwise it is told to the board and raised, which ends the other workers; Ray starts
+    it is returned as `fatal`. Otherwise it is told to the channel and raised, which ends the other workers; Ray starts
     the group once more, and that returns it at once.
     """
     import ray
     import ray.train
 
     job: Job = config["job"]
-    fatal = ray.get(job.board.fatal.remote())
+    fatal = ray.get(job.channel.fatal.remote())
     if fatal is not None:
         return {"metrics": {}, "fatal": fatal}
-    ds.prepare_process(job.gpus > 0, job.cpus)
     try:
+        ds.prepare_process(job.gpus > 0, job.cpus)
         return {"metrics": Loop(job).run(), "fatal": None}
     except SmaltiError as error:
         if isinstance(error, TOGETHER) or ray.train.get_context().get_world_size() == 1:
             return {"metrics": {}, "fatal": error}
-        ray.get(job.board.fail.remote(error))
+        ray.get(job.channel.fail.remote(error))
         raise
 
 
@@ -101,7 +101,7 @@ class Loop:
         self.rank, self.world_size = self.collectives.rank, self.collectives.world_size
         self.device = ray.train.torch.get_device() if job.gpus > 0 else torch.device("cpu")
         self.micro, self.accumulation = ds.accumulation(self.train, self.world_size)
-        self.meter = Meter(self.device)
+        self.means = MetricMeans(self.device)
         self.history: list[dict[str, float]] = []
         self.skips = guards.SkipCount(self.train.max_skipped)
         self.checkpoints = Checkpoints(
@@ -114,7 +114,7 @@ class Loop:
         self.best_checked = False
         self.saved = -1  # steps done at the last checkpoint
         self.notices: list[str] = []  # nodes that are about to be taken away
-        self.asking = Pace(NOTICE_S, self.collectives, self.device)
+        self.notice_check = Periodic(NOTICE_S, self.collectives, self.device)
 
     def run(self) -> dict[str, float]:
         """Train from the newest checkpoint, or from nothing, to the last step; then write the final model."""
@@ -125,8 +125,8 @@ class Loop:
         self.engines = {name: self._engine(name, module) for name, module in self.task.modules().items()}
         source = self.task.source()
         if isinstance(source, ShardRows | Joined):
-            source.settle(self.train, self._say)
-        self.feed = Feed(
+            source.choose_window(self.train, self._say)
+        self.loader = BatchLoader(
             source,
             self.task.order(source),
             self.task.make_batch,
@@ -138,10 +138,10 @@ class Loop:
         )
         start = self._resume()
         if self.rank == 0:
-            self.job.board.started.remote(start, self.world_size)
+            self.job.channel.started.remote(start, self.world_size)
         self.throughput = Throughput(self.device, self.train.batch_size, self.task.flops_per_unit())
         ready = time.monotonic()
-        for step, batches in self.feed.steps(start, self.train.steps):
+        for step, batches in self.loader.steps(start, self.train.steps):
             self.throughput.step(time.monotonic() - ready, [self.task.amount(batch) for batch in batches])
             self._step(step, batches)
             self._after(step)
@@ -152,7 +152,7 @@ class Loop:
 
     def _say(self, line: str) -> None:
         if self.rank == 0:
-            self.job.board.say.remote(line)
+            self.job.channel.say.remote(line)
 
     def _engine(self, name: str, module: torch.nn.Module) -> Any:
         return ds.build_engine(
@@ -192,10 +192,10 @@ class Loop:
 
     def _move(self, step: int, acting: dict[str, Any], found: list[Metrics]) -> None:
         """Step the engines that took part, unless a loss or gradient of any of them is no finite number."""
-        norms = {name: guards.gradient_norm(engine) for name, engine in acting.items()}
+        norms = {name: deepspeed_compat.gradient_norm(engine) for name, engine in acting.items()}
         skipped = not all(math.isfinite(norm) for norm in norms.values())
         for name, engine in acting.items():
-            guards.apply(engine, math.inf if skipped else norms[name])
+            deepspeed_compat.apply(engine, math.inf if skipped else norms[name])
         if self.skips.note(skipped):
             raise guards.not_finite(step, self.train, ds.learning_rate(self.train, step), found)
         if skipped:
@@ -203,10 +203,10 @@ class Loop:
             self._say(f"step {step + 1:,} passed over: its loss or gradient is no finite number")
             return
         for metrics in found:
-            self.meter.add(metrics, self.world_size * self.accumulation)
+            self.means.add(metrics, self.world_size * self.accumulation)
         first = next(iter(self.engines))
         named = {"grad_norm" if name == first else f"grad_norm_{name}": norm for name, norm in norms.items()}
-        self.meter.add({**named, **self.task.after_step(step, self.engines)}, self.world_size)
+        self.means.add({**named, **self.task.after_step(step, self.engines)}, self.world_size)
 
     def _share(self, batches: list[Batch]) -> Tensor | None:
         """Counts of the whole step, over micro batches and workers, divided by the number of micro batches."""
@@ -218,7 +218,7 @@ class Loop:
         return total / (len(batches) * self.world_size)
 
     def _read(self, step: int) -> list[Batch]:
-        return [self._to_device(batch) for batch in self.feed.at(step)]
+        return [self._to_device(batch) for batch in self.loader.at(step)]
 
     def _to_device(self, batch: Batch) -> Batch:
         if self.device.type == "cpu":
@@ -236,15 +236,15 @@ class Loop:
         if done % train.log_every == 0 or last:
             self._log(done)
             if self.job.elastic and not last:
-                self._heed_wish(done)
+                self._save_if_requested(done)
         if last or (train.image_every and done % train.image_every == 0):
             self._pictures(done)
         if done % train.checkpoint_every == 0 or last:
             self._checkpoint(done)
-        if self.job.preemptible and self.job.resumable and self.asking.due(done):
-            self._heed_notice(done)
+        if self.job.preemptible and self.job.resumable and self.notice_check.due(done):
+            self._save_before_preemption(done)
 
-    def _heed_notice(self, done: int) -> None:
+    def _save_before_preemption(self, done: int) -> None:
         """Save at once when a node is about to be taken away; Ray starts the workers again without it."""
         import ray.train
 
@@ -256,15 +256,15 @@ class Loop:
         ranks = ", ".join(map(str, notice.preempted_ranks))
         self._say(f"the machine of worker(s) {ranks} is about to be taken away: saved at step {done:,}")
 
-    def _heed_wish(self, done: int) -> None:
+    def _save_if_requested(self, done: int) -> None:
         """Save when there is room for more workers, which then start from here."""
         import ray
 
-        wished = self.rank == 0 and ray.get(self.job.board.wishes_save.remote())
+        wished = self.rank == 0 and ray.get(self.job.channel.checkpoint_requested.remote())
         if self.collectives.broadcast_object(wished, self.device):
             self._save_now(done)
             if self.rank == 0:
-                self.job.board.saved.remote()
+                self.job.channel.saved.remote()
             self._say(f"there is room for more workers: saved at step {done:,}")
 
     def _save_now(self, done: int) -> None:
@@ -274,8 +274,8 @@ class Loop:
         self.collectives.storage_barrier()
 
     def _log(self, done: int) -> None:
-        added = set(self.meter.sums)
-        metrics = self.meter.take(self.collectives)
+        added = set(self.means.sums)
+        metrics = self.means.take(self.collectives)
         metrics |= {"lr": ds.learning_rate(self.train, done - 1), "skipped_steps": float(self.skips.total)}
         if added and not self.best_checked:  # nothing is added while steps are passed over
             check_best(self.train.best, added | metrics.keys())
@@ -283,7 +283,7 @@ class Loop:
         self.history.append({"step": done, **{k: v for k, v in metrics.items() if math.isfinite(v)}})
         rates = self.throughput.take(self.collectives)
         if self.rank == 0:
-            self.job.board.metrics.remote(done, metrics | rates)
+            self.job.channel.metrics.remote(done, metrics | rates)
 
     def _pictures(self, done: int) -> None:
         """Show what the task draws. Rank 0 draws; under ZeRO-3, where no rank has whole weights, all draw the same."""
@@ -296,7 +296,7 @@ class Loop:
         with torch.no_grad():
             pictures = self.task.pictures(self.engines)
         for name, picture in pictures.items() if self.rank == 0 else ():
-            self.job.board.picture.remote(done, name, picture)
+            self.job.channel.picture.remote(done, name, picture)
         torch.set_rng_state(state)
 
     # Checkpoints
@@ -308,7 +308,7 @@ class Loop:
         if self.job.resumable and done != self.saved:
             self.saved = done
             state: dict[str, Any] = {"step": done, "history": self.history, "skips": self.skips.state_dict()}
-            state["meter"] = self.meter.totals(self.collectives)
+            state["meter"] = self.means.totals(self.collectives)
             state["at_once"] = self.train.batch_size // self.accumulation
             self.checkpoints.save(self.engines, self.task, state)
 
@@ -319,7 +319,7 @@ class Loop:
             return 0
         self.history = state["history"]
         self.skips.load_state_dict(state["skips"])
-        self.meter.restore(state["meter"], self.rank)
+        self.means.restore(state["meter"], self.rank)
         self.saved = int(state["step"])
         before, now = state.get("at_once"), self.train.batch_size // self.accumulation
         if self.task.together and before not in (None, now):
@@ -331,7 +331,7 @@ class Loop:
 
     def _write_history(self) -> None:
         lines = "".join(json.dumps(row) + "\n" for row in self.history)
-        again(storage.write_atomic, storage.join(self.job.path, HISTORY_FILE), lines.encode())
+        retry_storage(storage.write_atomic, storage.join(self.job.path, HISTORY_FILE), lines.encode())
 
     # The end
 
@@ -352,6 +352,6 @@ class Loop:
             self._write_history()
             final = {"steps": self.train.steps, "metrics": dict(numbers), "history": self.history[-1:]}
             storage.write_json(storage.join(self.job.path, DONE_FILE), final)
-            ray.get(self.job.board.fatal.remote())  # calls arrive in order: after this one all that was told is there
+            ray.get(self.job.channel.fatal.remote())  # calls arrive in order: after this one all that was told is there
         self.collectives.storage_barrier()
         return dict(numbers)

@@ -11,7 +11,7 @@ from smalti.workflows.train.collectives import Collectives
 from smalti.workflows.train.task import Metrics
 
 
-class Meter:
+class MetricMeans:
     """Means of named numbers over micro batches, steps and workers, kept on the device until they are asked for.
 
     A number may come as (mean, count): then means are weighed by their counts, and one that counted nothing is left out.

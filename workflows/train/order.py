@@ -37,7 +37,7 @@ class Samples:
 
 
 @dataclass(frozen=True)
-class Near:
+class PrefetchWindow:
     """Shards near a step: `around` all those that its windows hold, `own` those of them that a worker will want, `next`
     those that it will want of the window after."""
 
@@ -45,12 +45,12 @@ class Near:
     own: tuple[int, ...]
     next: tuple[int, ...]
 
-    def shifted(self, part: range) -> Near:
+    def shifted(self, part: range) -> PrefetchWindow:
         """Those within `part`, counted from its start."""
         around, own, following = (
             [shard - part.start for shard in shards if shard in part] for shards in (self.around, self.own, self.next)
         )
-        return Near(frozenset(around), tuple(own), tuple(following))
+        return PrefetchWindow(frozenset(around), tuple(own), tuple(following))
 
 
 @dataclass(frozen=True)
@@ -115,11 +115,11 @@ class Order:
         share = batch_size // world_size
         return self.batch(step, batch_size).part(rank * share, (rank + 1) * share)
 
-    def near(self, step: int, batch_size: int, rank: int, world_size: int) -> Near:
+    def near(self, step: int, batch_size: int, rank: int, world_size: int) -> PrefetchWindow:
         """The shards that a step lies among, and those that a worker will want of them and of the window after."""
         return self._near(step * batch_size, batch_size, rank, world_size)
 
-    def _near(self, first: int, count: int, rank: int, world_size: int) -> Near:
+    def _near(self, first: int, count: int, rank: int, world_size: int) -> PrefetchWindow:
         around, own = list[int](), list[int]()
         epoch, place = divmod(first, self.num_rows)
         window = self._window_at(epoch, place)
@@ -129,7 +129,7 @@ class Order:
             around += self._epoch(epoch).shards[window * self.window : (window + 1) * self.window].tolist()
             own += self._share(epoch, window, rank, world_size)
             epoch, window = (epoch, window + 1) if window + 1 < self._num_windows else (epoch + 1, 0)
-        return Near(frozenset(around), tuple(own), tuple(self._share(epoch, window, rank, world_size)))
+        return PrefetchWindow(frozenset(around), tuple(own), tuple(self._share(epoch, window, rank, world_size)))
 
     @property
     def _num_windows(self) -> int:
@@ -206,13 +206,13 @@ class Mixed(Order):
         )
         return Samples(*(np.concatenate(pair)[order] for pair in pairs))
 
-    def near(self, step: int, batch_size: int, rank: int, world_size: int) -> Near:
+    def near(self, step: int, batch_size: int, rank: int, world_size: int) -> PrefetchWindow:
         first = step * batch_size
         before, after = self.texts_before(np.asarray([first, first + batch_size])).tolist()
         rows = self.rows._near(first - before, batch_size - (after - before), rank, world_size)
         texts = self.texts._near(before, after - before, rank, world_size)
         shift = len(self.rows.sizes_S)
-        return Near(
+        return PrefetchWindow(
             rows.around | {shard + shift for shard in texts.around},
             rows.own + tuple(shard + shift for shard in texts.own),
             rows.next + tuple(shard + shift for shard in texts.next),

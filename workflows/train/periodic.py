@@ -11,7 +11,7 @@ from smalti.workflows.train.collectives import Collectives
 MOST = 1000  # steps between two times
 
 
-class Pace:
+class Periodic:
     """`due(step)` is true about every `seconds`, on every worker in the same steps: worker 0 tells, each time, after how
     many steps the next one is, by how long its last steps took."""
 

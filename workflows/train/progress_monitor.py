@@ -18,11 +18,11 @@ POLL_S, LOOK_S = 0.5, 5.0
 LONG_S = 120.0  # a start takes a minute at worst where imports come from a slow disk
 
 
-class Watch:
-    """Reads the board in a thread while the trainer runs: terminal progress, tracker metrics and pictures."""
+class ProgressMonitor:
+    """Reads the channel in a thread while the trainer runs: terminal progress, tracker metrics and pictures."""
 
-    def __init__(self, board: Any, train: Train, run: StageRun) -> None:
-        self.board, self.train, self.run = board, train, run
+    def __init__(self, channel: Any, train: Train, run: StageRun) -> None:
+        self.channel, self.train, self.run = channel, train, run
         self.stop = threading.Event()
         self.error: BaseException | None = None
         self.progress: Progress | None = None
@@ -32,7 +32,7 @@ class Watch:
         self.looked = self.began
         self.thread = threading.Thread(target=self._watch, name="watch", daemon=True)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> ProgressMonitor:
         self.thread.start()
         return self
 
@@ -57,13 +57,13 @@ class Watch:
             self.error = error
 
     def _show(self, stack: ExitStack) -> None:
-        """Pass on what the board holds; the bar opens when the workers are ready, so that its rate is theirs."""
+        """Pass on what the channel holds; the bar opens when the workers are ready, so that its rate is theirs."""
         import ray
 
-        for line in ray.get(self.board.take_failures.remote()):
+        for line in ray.get(self.channel.take_failures.remote()):
             self.run.log(f"{line}; the workers start again")
             self.waiting_since = time.monotonic()
-        metrics, pictures, started, lines = ray.get(self.board.take.remote())
+        metrics, pictures, started, lines = ray.get(self.channel.take.remote())
         for line in lines:
             self.run.log(line)
         for step, workers in started:

@@ -38,7 +38,7 @@ class Page(HTMLParser):
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.stack: list[str] = []
         self.words: list[str] = []
-        self.feed(html)
+        self.loader(html)
         self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:

@@ -22,7 +22,7 @@ from smalti.errors import DataError
 from smalti.schema import CorpusSection, Recipe
 from smalti.workflows.corpus import stage as corpus
 from smalti.workflows.corpus import write as corpus_write
-from smalti.workflows.sources import Lost, Sample, detect, find_groups, jsonl, patience
+from smalti.workflows.sources import Lost, Sample, detect, find_groups, jsonl, network
 from smalti.workflows.sources.webdataset import compression_of
 
 
@@ -84,7 +84,7 @@ fsspec.register_implementation("shaky", Shaky, clobber=True)
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A folder of the shaky store, filled in every layout; no pauses between the tries."""
-    for module in (patience, jsonl):
+    for module in (network, jsonl):
         monkeypatch.setattr(module, "PAUSES_S", (0.0, 0.0, 0.0))
     fs = Shaky()
     fs.pipe_file("/in/x.tar", tar(range(30)))
@@ -234,7 +234,7 @@ class Moody(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def server(serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> str:
-    for module in (patience, jsonl):
+    for module in (network, jsonl):
         monkeypatch.setattr(module, "PAUSES_S", (0.0, 0.0, 0.0))
     return serve(Moody)
 

@@ -10,8 +10,8 @@ import pytest
 
 from smalti import storage
 from smalti.errors import ConfigError, DataError, TrainingError
+from smalti.workflows.pipeline import retry as retries
 from smalti.workflows.train import checkpoints, reshard
-from smalti.workflows.train import retry as again
 from smalti.workflows.train.checkpoints import Checkpoints, Whole, fetched, look, newest, step_folder, to_drop
 from smalti.workflows.train.collectives import Collectives
 from smalti.workflows.train.scratch import Scratch, sweep
@@ -116,20 +116,20 @@ def test_storage_that_does_not_answer_makes_no_checkpoint_torn(place, monkeypatc
     """It is looked at again: neither is one before it taken, nor is it removed as not whole."""
     for step in (5, 10):
         plant(place, step)
-    monkeypatch.setattr(again.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(retries.time, "sleep", lambda seconds: None)
     read, away = storage.read_bytes, [True, True, False, True]
 
     def sometimes(path: str) -> bytes:
         if path.endswith("manifest-00001.json") and away and away.pop(0):
-            raise DataError(f"cannot read {path}: the network is down")
+            raise DataError(f"cannot read {path}: the network is down") from TimeoutError()
         return read(path)
 
     monkeypatch.setattr(storage, "read_bytes", sometimes)
     with pytest.raises(DataError, match="network"):
         newest(place, print)
-    found = again.again(newest, place, print)
+    found = retries.retry_storage(newest, place, print)
     assert found is not None and found.step == 10
-    again.again(Checkpoints(place, Collectives(), keep=2)._drop)
+    retries.retry_storage(Checkpoints(place, Collectives(), keep=2)._drop)
     assert storage.list_names(place) == [step_folder(5), step_folder(10)] and not away
 
 
@@ -177,21 +177,21 @@ def test_what_a_killed_process_left_is_swept_and_nothing_else(tmp_path, monkeypa
 
 def test_storage_that_fails_for_a_moment_is_tried_again(monkeypatch) -> None:
     paused: list[float] = []
-    monkeypatch.setattr(again.time, "sleep", paused.append)
+    monkeypatch.setattr(retries.time, "sleep", paused.append)
     calls: list[int] = []
 
     def flaky(times: int) -> str:
         calls.append(times)
         if len(calls) <= times:
-            raise DataError("not now")
+            raise DataError("not now") from ConnectionResetError()
         return "done"
 
-    assert again.again(flaky, again.TRIES - 1) == "done"
-    assert len(calls) == again.TRIES and paused == [2, 4, 8, 16, 32]
+    assert retries.retry_storage(flaky, len(retries.STORAGE_PAUSES_S)) == "done"
+    assert len(calls) == (len(retries.STORAGE_PAUSES_S) + 1) and paused == [2, 4, 8, 16, 32]
     calls.clear()
     with pytest.raises(DataError, match="not now"):
-        again.again(flaky, 99)
-    assert len(calls) == again.TRIES
+        retries.retry_storage(flaky, 99)
+    assert len(calls) == (len(retries.STORAGE_PAUSES_S) + 1)
 
 
 def test_no_room_on_a_workers_own_disk_is_an_error_with_its_mend(tmp_path, monkeypatch) -> None:

@@ -25,7 +25,7 @@ def test_a_worker_that_died_is_named_before_those_that_lost_it() -> None:
 
 
 def test_no_failure_is_survived_where_none_is_allowed() -> None:
-    job = Job("x:Y", {}, Train(max_failures=0), 0, "/nowhere", 1, 0, board=None)
+    job = Job("x:Y", {}, Train(max_failures=0), 0, "/nowhere", 1, 0, channel=None)
     failures = _trainer(job, Resources()).run_config.failure_config
     assert (failures.max_failures, failures.max_preemption_failures) == (0, -1)
 

@@ -22,14 +22,14 @@ from smalti.schema import LanguageModel, Lora, Mixture, MllmSection, MllmStage, 
 from smalti.workflows.encoder import prompts_of
 from smalti.workflows.mllm import check, check_parts, prepare_texts, read_texts, result_config
 from smalti.workflows.train.collectives import Collectives
-from smalti.workflows.train.data import Feed, ImageRows, ShardRows, TokenRows, shard_index
+from smalti.workflows.train.data import BatchLoader, ImageRows, ShardRows, TokenRows, shard_index
 from smalti.workflows.train.elastic import fitting_workers, left_out
 from smalti.workflows.train.engines import accumulation, deepspeed_config, learning_rate
 from smalti.workflows.train.guards import SkipCount
 from smalti.workflows.train.loop import Loop
-from smalti.workflows.train.metrics import Meter
+from smalti.workflows.train.metrics import MetricMeans
 from smalti.workflows.train.order import Order
-from smalti.workflows.train.periodic import Pace
+from smalti.workflows.train.periodic import Periodic
 from smalti.workflows.train.progress_monitor import rates
 from smalti.workflows.train.task import Row, Task, seed_of
 from smalti.workflows.train.tasks.encoder import EncoderTask
@@ -112,7 +112,7 @@ def test_the_frozen_encoder_computes_in_bf16_where_training_does_on_a_gpu() -> N
 
 
 def test_meter_weighs_by_counts_and_leaves_out_what_counted_nothing() -> None:
-    meter = Meter(torch.device("cpu"))
+    meter = MetricMeans(torch.device("cpu"))
     meter.add({"a": 1.0, "b": (torch.tensor(2.0), torch.tensor(3.0)), "c": (torch.tensor(9.0), torch.tensor(0.0))})
     meter.add({"a": 3.0, "b": (torch.tensor(6.0), torch.tensor(1.0)), "c": (torch.tensor(9.0), torch.tensor(0.0))})
     assert meter.take(Collectives()) == {"a": 2.0, "b": 3.0}
@@ -121,13 +121,13 @@ def test_meter_weighs_by_counts_and_leaves_out_what_counted_nothing() -> None:
 
 def test_meter_goes_on_between_two_logs() -> None:
     alone = Collectives()
-    whole, first, second = (Meter(torch.device("cpu")) for _ in range(3))
+    whole, first, second = (MetricMeans(torch.device("cpu")) for _ in range(3))
     for value in (1.0, 5.0, 6.0):
         whole.add({"a": value, "b": (torch.tensor(value), torch.tensor(value))})
     first.add({"a": 1.0, "b": (torch.tensor(1.0), torch.tensor(1.0))})
     kept = json.loads(json.dumps(first.totals(alone)))
     second.restore(kept, 0)
-    other = Meter(torch.device("cpu"))
+    other = MetricMeans(torch.device("cpu"))
     other.restore(kept, 1)
     assert other.totals(alone) == {"a": [0.0, 0.0], "b": [0.0, 0.0]}
     for value in (5.0, 6.0):
@@ -138,7 +138,7 @@ def test_meter_goes_on_between_two_logs() -> None:
 
 def test_every_step_weighs_the_same_in_a_mean_whatever_the_number_of_parts() -> None:
     """A step of four micro batches, then one of two; what is counted weighs by its count alone."""
-    meter = Meter(torch.device("cpu"))
+    meter = MetricMeans(torch.device("cpu"))
     for value in (1.0, 2.0, 3.0, 6.0):
         meter.add({"a": value, "b": (torch.tensor(value), torch.tensor(1.0))}, parts=4)
     for value in (7.0, 11.0):
@@ -150,16 +150,16 @@ def test_a_metric_that_is_not_logged_ends_the_run_at_the_first_log() -> None:
     """One that is not finite, or counted nothing yet, is logged all the same; where every step was passed over, it is too
     early to tell."""
     loop = Loop.__new__(Loop)  # as far as a log goes
-    loop.collectives, loop.meter, loop.skips = Collectives(), Meter(torch.device("cpu")), SkipCount(1)
+    loop.collectives, loop.means, loop.skips = Collectives(), MetricMeans(torch.device("cpu")), SkipCount(1)
     loop.rank, loop.history, loop.throughput = 1, [], Throughput(torch.device("cpu"), 1, None)
     for best in ("loss", "max:psnr", "max:accuracy"):
         loop.train, loop.history, loop.best_checked = Train(best=best), [], False
-        loop.meter.add({"loss": 2.0, "psnr": float("nan"), "accuracy": (torch.tensor(0.0), torch.tensor(0.0))})
+        loop.means.add({"loss": 2.0, "psnr": float("nan"), "accuracy": (torch.tensor(0.0), torch.tensor(0.0))})
         loop._log(4)
         assert loop.history[0]["loss"] == 2.0
     loop.train, loop.history, loop.best_checked = Train(best="los"), [], False
     loop._log(4)
-    loop.meter.add({"loss": 2.0})
+    loop.means.add({"loss": 2.0})
     with pytest.raises(ConfigError, match=r"train.best=los names no metric .* it logs loss, lr, skipped_steps"):
         loop._log(4)
 
@@ -170,7 +170,7 @@ def test_a_loss_that_will_see_other_samples_at_once_is_told_when_the_run_goes_on
     loop = Loop.__new__(Loop)  # as far as going on goes
     loop.job, loop.engines, loop.rank = SimpleNamespace(resumable=True), {}, 0
     loop.checkpoints = SimpleNamespace(load=lambda engines, task: state)
-    loop.meter, loop.skips, loop.train, loop._say = Meter(torch.device("cpu")), SkipCount(1), Train(), told.append
+    loop.means, loop.skips, loop.train, loop._say = MetricMeans(torch.device("cpu")), SkipCount(1), Train(), told.append
     for task, loop.accumulation in ((Task(), 1), (EncoderTask, 8), (EncoderTask, 4)):
         loop.task, loop.train = task, Train(batch_size=32)
         assert loop._resume() == 4
@@ -226,10 +226,10 @@ def an_epoch(
     keys, sizes = shards.list_shards(str(place), "train"), [20] * 12
     rows, told = Counted(str(place), keys, sizes, cache_bytes=memory.get("cache_bytes", 0)), []
     rows.count = Counter()
-    rows.settle(Train(data_gb=memory.get("data_gb", 1)), told.append)
+    rows.choose_window(Train(data_gb=memory.get("data_gb", 1)), told.append)
     order = Order(sizes, 0, window)
     taken: list[int] = []
-    feed = Feed(rows, order, lambda found: {"n": [row.values["n"] for row in found]}, batch_size=20, micro=20, rank=rank,
+    feed = BatchLoader(rows, order, lambda found: {"n": [row.values["n"] for row in found]}, batch_size=20, micro=20, rank=rank,
                 world_size=world_size, threads=2)  # fmt: skip
     for step, batches in feed.steps(0, 12):
         taken += batches[0]["n"]
@@ -314,9 +314,9 @@ class Numbers:
         return f"train/{shard:05d}", {"n": shard * 10 + row}
 
 
-def feed(source, **changes) -> Feed:
+def feed(source, **changes) -> BatchLoader:
     settings = {"batch_size": 4, "micro": 2, "rank": 0, "world_size": 1, "threads": 2} | changes
-    return Feed(source, Order([6, 6], 0), lambda rows: {"n": [row.values["n"] for row in rows]}, **settings)
+    return BatchLoader(source, Order([6, 6], 0), lambda rows: {"n": [row.values["n"] for row in rows]}, **settings)
 
 
 def test_the_feed_gives_every_step_in_order_cut_into_micro_batches() -> None:
@@ -424,7 +424,7 @@ def test_a_run_that_goes_on_keeps_the_texts_that_it_began_with(tmp_path) -> None
 def test_workers_ask_in_the_same_steps_about_once_in_so_many_seconds(monkeypatch) -> None:
     now = 0.0
     monkeypatch.setattr("smalti.workflows.train.periodic.time.monotonic", lambda: now)
-    pace = Pace(1.0, Collectives(), torch.device("cpu"))
+    pace = Periodic(1.0, Collectives(), torch.device("cpu"))
     due = []
     for step, took_s in enumerate([0.125] * 40 + [3.0] * 3 + [1e-5] * 10, 1):
         now += took_s

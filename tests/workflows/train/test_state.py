@@ -17,8 +17,8 @@ from fsspec.implementations.local import LocalFileSystem
 from torch import nn
 
 from smalti.schema import Train
+from smalti.workflows.train import deepspeed_compat, guards
 from smalti.workflows.train import engines as ds
-from smalti.workflows.train import guards
 from smalti.workflows.train.checkpoints import Checkpoints
 from smalti.workflows.train.collectives import Collectives
 from smalti.workflows.train.task import Task
@@ -68,10 +68,10 @@ class Pair:
                 engine.backward(guards.poisoned(loss))
                 if at < len(parts) - 1:
                     engine.step()
-        norms = {name: guards.gradient_norm(engine) for name, engine in self.engines.items()}
+        norms = {name: deepspeed_compat.gradient_norm(engine) for name, engine in self.engines.items()}
         skip = float("inf") if float("inf") in norms.values() else 0.0
         for name, engine in self.engines.items():
-            guards.apply(engine, norms[name] + skip)
+            deepspeed_compat.apply(engine, norms[name] + skip)
         if not skip:
             self.engines["model"].module.seen += float(number)
         return norms

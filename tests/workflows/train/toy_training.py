@@ -191,17 +191,25 @@ def train_in_turn(path: str, workers: int, variants: dict[str, dict[str, Any]]) 
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from smalti.workflows.train.driver_channel import Board
+    from smalti.workflows.train.driver_channel import DriverChannel
     from smalti.workflows.train.loop import Job
 
     by_value()
-    board = ray.remote(num_cpus=0)(Board).remote()
+    channel = ray.remote(num_cpus=0)(DriverChannel).remote()
     jobs = {}
     for name, changes in variants.items():
         own = os.path.join(path, name)
         os.makedirs(own)
         jobs[name] = Job(
-            sys.modules[Toy.__module__].Toy, {}, TRAIN.model_copy(update=changes), 3, own, 1, 0, board, resumable=False
+            sys.modules[Toy.__module__].Toy,
+            {},
+            TRAIN.model_copy(update=changes),
+            3,
+            own,
+            1,
+            0,
+            channel,
+            resumable=False,
         )
     trainer = TorchTrainer(
         _in_turn,

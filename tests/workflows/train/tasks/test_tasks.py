@@ -254,16 +254,16 @@ def fit(root: Path, workers: int, wanted: dict[str, tuple[type[Task], dict, Trai
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from smalti.workflows.train.driver_channel import Board
+    from smalti.workflows.train.driver_channel import DriverChannel
     from smalti.workflows.train.loop import Job
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    board = ray.remote(num_cpus=0)(Board).remote()
+    channel = ray.remote(num_cpus=0)(DriverChannel).remote()
     made = {}
     for name, (task, settings, train) in wanted.items():
         (out / name).mkdir(parents=True)
         resumed = name.endswith("-resumed")
-        made[name] = Job(task, settings, train, 5, str(out / name), 1, 0, board, resumable=resumed)
+        made[name] = Job(task, settings, train, 5, str(out / name), 1, 0, channel, resumable=resumed)
     trainer = TorchTrainer(
         run_all,
         train_loop_config={"jobs": made},
@@ -272,7 +272,7 @@ def fit(root: Path, workers: int, wanted: dict[str, tuple[type[Task], dict, Trai
         run_config=RunConfig(name="all", storage_path=str(out / "ray")),
     )
     apart = trainer.fit().return_value
-    _, pictures, _, _ = ray.get(board.take.remote())
+    _, pictures, _, _ = ray.get(channel.take.remote())
     np.savez(out / "pictures.npz", *[picture for _, _, picture in pictures])
     return apart
 
@@ -477,7 +477,7 @@ def test_a_stage_of_the_language_model_begins_at_its_step(place) -> None:
 
 def test_texts_come_by_their_share_and_are_read_as_images_are(place, tmp_path) -> None:
     from smalti.workflows.train.collectives import Collectives
-    from smalti.workflows.train.data import Feed
+    from smalti.workflows.train.data import BatchLoader
     from smalti.workflows.train.task import Context
     from smalti.workflows.train.tasks.mllm import MllmTask
 
@@ -489,11 +489,11 @@ def test_texts_come_by_their_share_and_are_read_as_images_are(place, tmp_path) -
     task = MllmTask(**settings | {"section": settings["section"].model_copy(update=stages)})
     task.setup(Context(torch.device("cpu"), Collectives(), 5, train))
     source = task.source()
-    source.settle(train, print)
+    source.choose_window(train, print)
     assert [part.window_bytes for part in source.parts] == [5e8, 5e8]
     order = task.order(source)
     assert order.texts.window == order.rows.window == 1
-    feed = Feed(source, order, task.make_batch, batch_size=8, micro=8, rank=0, world_size=1)
+    feed = BatchLoader(source, order, task.make_batch, batch_size=8, micro=8, rank=0, world_size=1)
     images = [int((b["input_ids"] == task.model.vocabulary.boi).sum()) for _, (b,) in feed.steps(0, 6)]
     assert images == [6, 6, 6, 6, 8, 8]
     texts = [source.read(3, n)[1]["text"] for n in range(5)] + [source.read(4, n)[1]["text"] for n in range(4)]

@@ -1,0 +1,94 @@
+"""Retries of what storage, a network or a server may do right a moment later.
+
+Only errors that may pass are retried; each try that fails is logged. An error that stays (a missing file, a permission,
+a full disk, damaged content) is raised at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from smalti.errors import DataError
+from smalti.progress import log
+
+STORAGE_PAUSES_S = (2.0, 4.0, 8.0, 16.0, 32.0)
+"""Pauses before each further try of the storage of a training run: about a minute in all."""
+PERMANENT = frozenset(
+    [errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC, errno.EDQUOT,
+     errno.EROFS, errno.ENAMETOOLONG, errno.EFBIG]
+)  # fmt: skip
+"""Errors of a file system that a later try meets too."""
+
+ANSWERS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+"""The same of clients of object stores, which set no errno."""
+
+T = TypeVar("T")
+
+
+def retry(
+    call: Callable[..., T],
+    *args: Any,
+    what: str,
+    transient: Callable[[Exception], bool],
+    pauses_s: Sequence[float],
+    say: Callable[[str], None] = log,
+    **more: Any,
+) -> T:
+    """What `call(*args, **more)` returns, with one try more than there are pauses.
+
+    Args:
+        what: what is tried, in log lines: `reading s3://bucket/x`.
+        transient: whether an error may pass; others are raised at once.
+        pauses_s: seconds before each further try.
+        say: where each failed try is logged.
+
+    Raises:
+        Exception: the last error of `call`.
+    """
+    for number, pause_s in enumerate(pauses_s, 1):
+        try:
+            return call(*args, **more)
+        except Exception as error:
+            if not transient(error):
+                raise
+            say(f"{what} failed (try {number} of {len(pauses_s) + 1}), retrying in {pause_s:g} s: {brief(error)}")
+        time.sleep(pause_s)
+    return call(*args, **more)
+
+
+def retry_storage(call: Callable[..., T], *args: Any, say: Callable[[str], None] = log) -> T:
+    """What a function of `smalti.storage` returns, retried for about a minute while storage fails.
+
+    Raises:
+        DataError: of the last try.
+    """
+    what = f"{getattr(call, '__name__', 'storage')} {next((arg for arg in args if isinstance(arg, str)), '')}".strip()
+    return retry(call, *args, what=what, transient=is_transient, pauses_s=STORAGE_PAUSES_S, say=say)
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether an error of `smalti.storage` may pass: a DataError whose cause is not one that stays."""
+    if not isinstance(error, DataError):
+        return False
+    causes = [cause for cause in chain_of(error) if cause is not error]
+    if not causes:
+        return False  # our own finding about the data
+    if any(isinstance(cause, ANSWERS) or (isinstance(cause, OSError) and cause.errno in PERMANENT) for cause in causes):
+        return False
+    return not any(isinstance(cause, ValueError | TypeError | KeyError | AttributeError) for cause in causes)
+
+
+def chain_of(error: BaseException) -> Iterator[BaseException]:
+    """An error and its causes."""
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__
+
+
+def brief(error: BaseException) -> str:
+    """The first line of an error, or the name of its type."""
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
