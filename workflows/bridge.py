@@ -9,11 +9,11 @@ from typing import Any
 from smalti import shards, storage
 from smalti.artifact import Artifact
 from smalti.errors import ConfigError, DataError
-from smalti.schema import Recipe
+from smalti.schema import Recipe, result_settings
 from smalti.tokenizers import tensor_files
 from smalti.tracking import Tracker
 from smalti.workflows.cluster.session import ensure_ray
-from smalti.workflows.encoder import resolve, result_settings
+from smalti.workflows.encoder import resolve
 from smalti.workflows.pipeline.stage import StageRun, find_artifact, run_stage
 from smalti.workflows.systems.registry import system_of
 from smalti.workflows.train.elastic import check_batch
@@ -30,8 +30,7 @@ def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
         )
     check(recipe)
     parents = {name: find_artifact(recipe, name) for name in ("tokenizer", "tokens", "mllm")}
-    config = recipe.bridge.model_dump(mode="json") | {"seed": recipe.seed, "decoder": resolve(recipe.bridge.decoder)}
-    config["train"] = result_settings(config["train"])
+    config = result_settings(recipe.bridge) | {"seed": recipe.seed, "decoder": resolve(recipe.bridge.decoder)}
     return run_stage(recipe, "bridge", "bridge", config, parents, _body(parents), tracker=tracker)
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 from smalti import shards, storage
 from smalti.artifact import Artifact
 from smalti.errors import ConfigError, DataError
-from smalti.schema import EncoderTrain, Recipe
+from smalti.schema import EncoderTrain, Recipe, result_settings
 from smalti.tokenizers.encoders import open_encoder
 from smalti.tracking import Tracker
 from smalti.workflows.cluster.session import ensure_ray
@@ -39,9 +39,7 @@ def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
         return run_stage(recipe, "encoder", "encoder", {"pretrained": name}, {}, _record(name), tracker=tracker)
     assert section.train is not None
     corpus = find_artifact(recipe, "corpus")
-    settings = section.train.model_dump(mode="json")
-    settings["train"] = result_settings(settings["train"])
-    config = {"train": settings, "image_size": recipe.corpus.image_size, "seed": recipe.seed}
+    config = {"train": result_settings(section.train), "image_size": recipe.corpus.image_size, "seed": recipe.seed}
     body = _train(section.train, corpus)
     return run_stage(recipe, "encoder", "encoder", config, {"corpus": corpus}, body, tracker=tracker)
 
@@ -60,15 +58,6 @@ def check(recipe: Recipe) -> None:
 def encoder_path(artifact: Artifact) -> str:
     """What transformers loads: the pretrained path or hub name, or the folder trained here."""
     return artifact.config.get("pretrained") or storage.join(artifact.path, MODEL)
-
-
-def result_settings(train: dict[str, Any]) -> dict[str, Any]:
-    """Training settings that the result depends on: not how often it is logged and saved, how it is cut into pieces that
-    add up to the same (`zero_stage`), or what is traded between time and memory."""
-    about = {"checkpoint_every", "keep", "best", "log_every", "image_every", "zero_stage", "check_every"}
-    about |= {"max_failures", "max_preemptions", "max_skipped", "cache_dir", "cache_gb", "data_gb"}
-    about |= {"offload", "offload_path", "activation_checkpointing", "compile"}
-    return {key: value for key, value in train.items() if key not in about}
 
 
 def resolve(pretrained: str) -> str:

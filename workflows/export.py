@@ -10,7 +10,7 @@ from typing import Any
 
 from smalti import storage
 from smalti.artifact import Artifact
-from smalti.schema import Recipe
+from smalti.schema import Recipe, result_settings
 from smalti.tracking import Tracker
 from smalti.workflows.bridge import copy_into
 from smalti.workflows.pipeline.stage import StageRun, find_artifact, run_stage
@@ -23,7 +23,7 @@ def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
     """
     names = ("tokenizer", "mllm", *(["bridge"] if recipe.bridge else []))
     parents = {name: find_artifact(recipe, name) for name in names}
-    config = {"dtype": recipe.export.dtype}
+    config = result_settings(recipe.export)
     return run_stage(recipe, "export", "export", config, parents, _body(parents), tracker=tracker)
 
 

@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 from smalti import shards, storage
 from smalti.artifact import Artifact
 from smalti.errors import ConfigError, DataError
-from smalti.schema import PARTS, MllmSection, Recipe
+from smalti.schema import PARTS, MllmSection, Recipe, result_settings
 from smalti.tracking import Tracker
 from smalti.workflows.cluster.session import ensure_ray
-from smalti.workflows.encoder import resolve, result_settings
+from smalti.workflows.encoder import resolve
 from smalti.workflows.pipeline.stage import StageRun, find_artifact, run_stage
 from smalti.workflows.train.elastic import check_batch
 
@@ -36,21 +36,10 @@ def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
 
 
 def result_config(section: MllmSection) -> dict[str, Any]:
-    """The settings that the model depends on, for its fingerprint: how sequences are packed and batches cut is not among
-    them (losses are shares of the whole step's), and parts, rates and LoRA only where they are set."""
-    config = section.model_dump(mode="json", exclude={"packing", "attention"})
-    config["train"] = result_settings(config["train"])
-    del config["train"]["micro_batch_size"]
+    """The settings that the model depends on, with a local `pretrained` as an absolute path."""
+    config = result_settings(section)
     if config["pretrained"]:
         config["pretrained"] = resolve(config["pretrained"])
-    plain = MllmSection()
-    for name in ("lr", "old_rows", "freeze", "lora"):
-        if getattr(section, name) == getattr(plain, name):
-            del config[name]
-    for stage in config["stages"]:
-        for name in ("lr", "freeze"):
-            if stage[name] is None:
-                del stage[name]
     return config
 
 

@@ -10,11 +10,10 @@ import pyarrow as pa
 from smalti import shards
 from smalti.artifact import Artifact
 from smalti.errors import DataError
-from smalti.schema import Recipe
+from smalti.schema import Recipe, result_settings
 from smalti.tracking import Tracker
 from smalti.workflows.cluster.devices import actor_device
 from smalti.workflows.cluster.session import ensure_ray
-from smalti.workflows.features.stage import numerics
 from smalti.workflows.pipeline.pixels import block_bytes, load_pixels
 from smalti.workflows.pipeline.shards import refuse_foreign, run_shards, standing_for
 from smalti.workflows.pipeline.stage import StageRun, find_artifact, run_stage
@@ -26,7 +25,9 @@ CARRIED = ["image_id", "caption", "label", "qa"]
 def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
     """The tokens artifact: codes int32 of every image, train and val. Counts: images, train, val, codes, num_codes."""
     parents = {name: find_artifact(recipe, name) for name in ("corpus", "tokenizer")}
-    return run_stage(recipe, "tokens", "tokens", numerics(recipe.tokens), parents, _body(parents), tracker=tracker)
+    return run_stage(
+        recipe, "tokens", "tokens", result_settings(recipe.tokens), parents, _body(parents), tracker=tracker
+    )
 
 
 class EncodeShard:

@@ -4,7 +4,7 @@ Models are frozen and strict: an unknown key or a wrong type fails (`smalti.conf
 `ConfigError`). Sections stand in the order of the chain. Paths may be local or any fsspec URL.
 """
 
-from smalti.schema.base import Section, Train
+from smalti.schema.base import Section, Train, result_settings
 from smalti.schema.bridge import BridgeSection
 from smalti.schema.data import (
     CodebookSection,
@@ -75,4 +75,5 @@ __all__ = [
     "Tracking",
     "Train",
     "VitSize",
+    "result_settings",
 ]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from smalti.schema.base import Fraction, NonNegative, Positive, Section, Train
+from smalti.schema.base import IF_SET, RUN_ONLY, Fraction, NonNegative, Positive, Section, Train
 
 
 class CorpusSection(Section):
@@ -77,11 +77,13 @@ class FeaturesSection(Section):
         None, description="images to read instead of the corpus, as corpus.source; split by corpus.val_fraction"
     )
     patches: Literal["all"] | Positive = Field("all", description="patches per image: all, or n drawn by image_id")
-    batch_size: Positive = Field(64, description="images per forward pass of the encoder")
+    batch_size: Positive = Field(64, description="images per forward pass of the encoder", json_schema_extra=RUN_ONLY)
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="precision of the model; bf16: bfloat16 autocast, for GPUs"
+        "fp32", description="precision of the model; bf16: bfloat16 autocast, for GPUs", json_schema_extra=IF_SET
     )
-    compile: bool = Field(False, description="torch.compile the model: a minute to start, then faster on GPUs")
+    compile: bool = Field(
+        False, description="torch.compile the model: a minute to start, then faster on GPUs", json_schema_extra=IF_SET
+    )
 
 
 class CodebookSection(Section):
@@ -119,8 +121,10 @@ class CodebookSection(Section):
 class TokensSection(Section):
     """Visual tokens of the corpus."""
 
-    batch_size: Positive = Field(64, description="images per forward pass of the tokenizer")
+    batch_size: Positive = Field(64, description="images per forward pass of the tokenizer", json_schema_extra=RUN_ONLY)
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="precision of the model; bf16: bfloat16 autocast, for GPUs"
+        "fp32", description="precision of the model; bf16: bfloat16 autocast, for GPUs", json_schema_extra=IF_SET
     )
-    compile: bool = Field(False, description="torch.compile the model: a minute to start, then faster on GPUs")
+    compile: bool = Field(
+        False, description="torch.compile the model: a minute to start, then faster on GPUs", json_schema_extra=IF_SET
+    )

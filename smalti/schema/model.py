@@ -6,7 +6,19 @@ from typing import Literal, get_args
 
 from pydantic import Field, model_validator
 
-from smalti.schema.base import Fraction, NonNegative, Positive, Rate, Section, Train, Weight
+from smalti.schema.base import (
+    IF_SET,
+    LATE,
+    RUN_ONLY,
+    Fraction,
+    NonNegative,
+    Positive,
+    Rate,
+    Section,
+    Train,
+    Weight,
+    run_only_below,
+)
 
 
 class LanguageModel(Section):
@@ -75,14 +87,16 @@ class MllmStage(Section):
     answer_loss_weight: Weight | None = Field(
         None, description="weight of the loss on answers from this step on; null: mllm's"
     )
-    freeze: list[Part] | None = Field(None, description="parts frozen from this step on; []: none beyond mllm.freeze")
-    lr: PartRates | None = Field(None, description="factors on train.lr from this step on; null: mllm.lr")
+    freeze: list[Part] | None = Field(
+        None, description="parts frozen from this step on; []: none beyond mllm.freeze", json_schema_extra=IF_SET
+    )
+    lr: PartRates | None = Field(
+        None, description="factors on train.lr from this step on; null: mllm.lr", json_schema_extra=IF_SET
+    )
 
 
 class MllmSection(Section):
     """The unified language model."""
-
-    late = ("depth_heads",)
 
     pretrained: str | None = Field(
         None, description="folder or hub name of a pretrained language model; excludes config"
@@ -108,11 +122,14 @@ class MllmSection(Section):
     )
     isolate_questions: bool = Field(True, description="chained questions attend to the image, not to each other")
     packing: bool = Field(
-        False, description="pack the sequences of a micro batch into rows of about max_length (best fit)"
+        False,
+        description="pack the sequences of a micro batch into rows of about max_length (best fit)",
+        json_schema_extra=RUN_ONLY,
     )
     attention: Literal["sdpa", "flash"] = Field(
         "sdpa",
         description="sdpa, or flash: flash-attention on a GPU, which skips attention between packed sequences",
+        json_schema_extra=RUN_ONLY,
     )
     loss_chunk: Positive = Field(4096, description="positions whose logits are in memory at once")
     image_loss_weight: Weight = Field(1.0, description="weight of the loss on visual tokens")
@@ -121,16 +138,28 @@ class MllmSection(Section):
         None, description="text-only data: a .txt (one a line), .jsonl or .parquet with `text`"
     )
     stages: list[MllmStage] = Field([], description="settings that change during training, in the order of from_step")
-    lr: PartRates = Field(PartRates(), description="factors on train.lr for each part of the model")
+    lr: PartRates = Field(
+        PartRates(), description="factors on train.lr for each part of the model", json_schema_extra=IF_SET
+    )
     old_rows: Rate = Field(
-        1.0, description="factor on lr.new_rows for the text rows of embedding and head, during the whole training"
+        1.0,
+        description="factor on lr.new_rows for the text rows of embedding and head, during the whole training",
+        json_schema_extra=IF_SET,
     )
-    freeze: list[Part] = Field([], description="parts frozen during the whole training, whatever the stages set")
+    freeze: list[Part] = Field(
+        [], description="parts frozen during the whole training, whatever the stages set", json_schema_extra=IF_SET
+    )
     lora: Lora | None = Field(
-        None, description="train low-rank updates of the backbone instead of its weights (arXiv 2106.09685)"
+        None,
+        description="train low-rank updates of the backbone instead of its weights (arXiv 2106.09685)",
+        json_schema_extra=IF_SET,
     )
-    depth_heads: DepthHeads = Field(DepthHeads(), description="dualtoken: heads that predict the codes of a patch")
-    train: Train = Field(Train(), description="training of the language model")
+    depth_heads: DepthHeads = Field(
+        DepthHeads(), description="dualtoken: heads that predict the codes of a patch", json_schema_extra=LATE
+    )
+    train: Train = Field(
+        Train(), description="training of the language model", json_schema_extra=run_only_below("micro_batch_size")
+    )
 
     @model_validator(mode="after")
     def _flash_sees_sequences_only(self) -> MllmSection:
@@ -204,5 +233,9 @@ class EvaluateSection(Section):
     prompts: list[str] | None = Field(None, description="prompts to draw; default: a caption of each class")
     sampling: Sampling = Field(Sampling(), description="how images are drawn for the drawing scores")
     vrr_images: Positive = Field(500, description="held-out images, at most, whose codes `codes/vrr` is measured on")
-    goals: dict[str, float] = Field({}, description="score → value to reach, shown beside it; changes no result")
-    batch_size: Positive = Field(64, description="images, questions or drawings per forward pass")
+    goals: dict[str, float] = Field(
+        {}, description="score → value to reach, shown beside it; changes no result", json_schema_extra=RUN_ONLY
+    )
+    batch_size: Positive = Field(
+        64, description="images, questions or drawings per forward pass", json_schema_extra=RUN_ONLY
+    )

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from smalti.schema.base import Fraction, NonNegative, Positive, Rate, Section, Train, Weight
+from smalti.schema.base import IF_SET, LATE, Fraction, NonNegative, Positive, Rate, Section, Train, Weight
 
 
 class SemanticStage(Section):
@@ -55,15 +55,13 @@ class Perceptual(Section):
 class Gan(Section):
     """Adversarial part of the reconstruction loss: hinge loss, PatchGAN."""
 
-    late = ("adaptive_range",)
-
     weight: Weight = Field(0.0, description="weight of the adversarial loss; 0 is off")
     start_step: NonNegative = Field(20_000, description="step from which the discriminator trains and its loss counts")
     ramp_steps: NonNegative = Field(0, description="steps over which the weight rises linearly after start_step")
     adaptive: bool = Field(
         False, description="scale the weight by the ratio of gradient norms at the decoder's last layer (VQGAN)"
     )
-    adaptive_range: Annotated[tuple[Weight, Weight], Field(strict=False)] = Field(
+    adaptive_range: Annotated[tuple[Weight, Weight], Field(strict=False, json_schema_extra=LATE)] = Field(
         (0.0, 1e4), description="bounds of that ratio"
     )
     channels: Positive = Field(64, description="channels of the discriminator's first layer")
@@ -158,18 +156,17 @@ class DualStage(Section):
 class TokenizerSection(Section):
     """Training phases of the tokenizer: SemHiTok's three, or `dual`, DualToken's one."""
 
-    late = ("dual",)
-
     guidance: bool = Field(
         True, description="false: one flat pixel codebook of codebook.size x pixel.codes, no semantic codes"
     )
     encoder_precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
         description="precision of the frozen encoder in all phases; auto: on GPUs the phase's train.precision, else fp32",
+        json_schema_extra=IF_SET,
     )
     semantic: SemanticStage = Field(SemanticStage(), description="semhitok: semantic codebook")
     pixel: PixelStage = Field(PixelStage(), description="semhitok: pixel sub-codebooks")
     decoder: DecoderStage | None = Field(
         None, description="semhitok: train a larger pixel decoder afterwards; null: skip"
     )
-    dual: DualStage = Field(DualStage(), description="dualtoken: the tokenizer's one phase")
+    dual: DualStage = Field(DualStage(), description="dualtoken: the tokenizer's one phase", json_schema_extra=LATE)

@@ -19,7 +19,7 @@ from torch import Tensor
 from smalti import storage
 from smalti.artifact import Artifact
 from smalti.errors import ConfigError, DataError
-from smalti.schema import CodebookSection, Recipe
+from smalti.schema import CodebookSection, Recipe, result_settings
 from smalti.tokenizers import kmeans, tensor_files
 from smalti.tokenizers.code_index import Probes
 from smalti.tokenizers.codebook import CENTROIDS, TREE
@@ -53,7 +53,7 @@ def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
     vectors, or distinct ones).
     """
     parents = {"features": find_artifact(recipe, "features")}
-    config = recipe.codebook.model_dump(mode="json") | {"seed": recipe.seed}
+    config = result_settings(recipe.codebook) | {"seed": recipe.seed}
     return run_stage(recipe, "codebook", "codebook", config, parents, _body(parents["features"]), tracker=tracker)
 
 

@@ -17,7 +17,7 @@ from smalti import shards, storage
 from smalti.artifact import Artifact
 from smalti.errors import DataError
 from smalti.progress import log
-from smalti.schema import Recipe
+from smalti.schema import Recipe, result_settings
 from smalti.tracking import Tracker
 from smalti.workflows.cluster.session import ensure_ray
 from smalti.workflows.corpus.index import tell_second_images
@@ -53,7 +53,7 @@ def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
 def stage_config(recipe: Recipe) -> dict[str, Any]:
     """What the corpus depends on. `image_size` is used on reading only, except by generated pictures."""
     section = recipe.corpus
-    config = section.model_dump(mode="json", exclude={"image_size"})
+    config = result_settings(section, ("image_size",))
     if section.format == "generated" or any(one.partition(":")[0] == "generated" for one in sources_of(recipe)):
         config |= {"image_size": recipe.corpus.image_size, "seed": recipe.seed}
     return config

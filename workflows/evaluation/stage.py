@@ -18,7 +18,7 @@ import numpy as np
 from smalti import storage
 from smalti.artifact import Artifact
 from smalti.errors import SmaltiError
-from smalti.schema import Recipe
+from smalti.schema import Recipe, result_settings
 from smalti.tokenizers.encoders import quiet
 from smalti.tracking import Tracker
 from smalti.workflows.evaluation.scores.codes import measure_codes
@@ -63,7 +63,7 @@ def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
 
 def stage_config(recipe: Recipe) -> dict[str, Any]:
     """What the scores depend on, beside the parents."""
-    section = recipe.evaluate.model_dump(mode="json", exclude={"goals", "batch_size"})
+    section = result_settings(recipe.evaluate)
     return section | {
         "seed": recipe.seed,
         "encoder_layer": recipe.encoder.layer,

@@ -18,7 +18,7 @@ import pyarrow as pa
 from smalti import images, shards, storage
 from smalti.artifact import Artifact
 from smalti.errors import DataError, ImageError
-from smalti.schema import Recipe
+from smalti.schema import Recipe, result_settings
 from smalti.workflows.cluster.session import ensure_ray
 from smalti.workflows.corpus.index import check_file, image_id, look, tell_second_images
 from smalti.workflows.corpus.layout import is_held_out
@@ -39,7 +39,7 @@ GroupItem = tuple[int, Group, list[str]]  # number, group, and the shards that s
 def source_config(recipe: Recipe) -> dict[str, Any]:
     """What features of a source depend on beside the encoder and the patches: how the source is read, and the split."""
     exclude = {"source", "val_source", "limit", "image_size"}
-    return recipe.corpus.model_dump(mode="json", exclude=exclude) | {
+    return result_settings(recipe.corpus, exclude) | {
         "source": recipe.features.source,
         "seed": recipe.seed,
     }

@@ -7,7 +7,7 @@ from typing import Any
 
 from smalti import shards
 from smalti.artifact import Artifact
-from smalti.schema import FeaturesSection, Recipe, TokensSection
+from smalti.schema import Recipe, result_settings
 from smalti.tracking import Tracker
 from smalti.workflows.cluster.session import ensure_ray
 from smalti.workflows.features import from_source
@@ -24,10 +24,9 @@ def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
 
     Counts: images, vectors, train, val (vectors of each split), dim. Errors: DataError on a NaN or Inf feature.
     """
-    config: dict[str, Any] = {"patches": recipe.features.patches, "layer": recipe.encoder.layer}
+    config = result_settings(recipe.features, ("source",)) | {"layer": recipe.encoder.layer}
     if recipe.features.patches != "all":
         config["seed"] = recipe.seed
-    config |= numerics(recipe.features)
     parents = {"encoder": find_artifact(recipe, "encoder")}
     if recipe.features.source:
         config |= from_source.source_config(recipe)
@@ -36,11 +35,6 @@ def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
         parents = {"corpus": find_artifact(recipe, "corpus"), **parents}
         body = _body(parents)
     return run_stage(recipe, "features", "features", config, parents, body, tracker=tracker)
-
-
-def numerics(section: FeaturesSection | TokensSection) -> dict[str, Any]:
-    """Settings that change the last bits of a stage's result, those that are not the defaults."""
-    return section.model_dump(mode="json", include={"precision", "compile"}, exclude_defaults=True)
 
 
 def _body(parents: dict[str, Artifact]) -> Any:

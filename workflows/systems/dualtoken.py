@@ -8,11 +8,10 @@ from typing import Any
 from smalti import storage
 from smalti.artifact import Artifact
 from smalti.errors import ConfigError
-from smalti.schema import Recipe
+from smalti.schema import Recipe, result_settings
 from smalti.tokenizers.dualtoken import BOOKS, DualModel, DualToken, semantic_depth
 from smalti.tokenizers.encoders import VisionEncoder, open_encoder
 from smalti.workflows.cluster.session import ensure_ray
-from smalti.workflows.encoder import result_settings
 from smalti.workflows.pipeline.stage import StageRun
 from smalti.workflows.plan.dualtoken import dual_model, places_model
 from smalti.workflows.plan.inference_cost import InferenceCost
@@ -55,11 +54,10 @@ class DualTokenSystem(System):
 
     def settings(self, recipe: Recipe) -> dict[str, Any]:
         """The section `tokenizer.dual`, seed, layer and image size."""
-        section = recipe.tokenizer.dual.model_dump(mode="json")
-        section["train"] = result_settings(section["train"])
-        own: dict[str, Any] = {"tokenizer": {"dual": section}, "system": recipe.system, "seed": recipe.seed}
-        if recipe.tokenizer.encoder_precision != "auto":
-            own["tokenizer"]["encoder_precision"] = recipe.tokenizer.encoder_precision
+        read = result_settings(recipe.tokenizer)
+        section = {name: read[name] for name in ("encoder_precision",) if name in read}
+        section["dual"] = result_settings(recipe.tokenizer.dual)
+        own = {"tokenizer": section, "system": recipe.system, "seed": recipe.seed}
         return own | {"layer": recipe.encoder.layer, "image_size": recipe.corpus.image_size}
 
     def build(self, run: StageRun, parents: Mapping[str, Artifact]) -> Mapping[str, int]:

@@ -8,9 +8,9 @@ from typing import Any
 from smalti import storage
 from smalti.artifact import Artifact
 from smalti.errors import ArtifactError, ConfigError
-from smalti.schema import DecoderStage, DualStage, Loss, PixelStage, Recipe
+from smalti.schema import DecoderStage, DualStage, Loss, PixelStage, Recipe, result_settings
 from smalti.tokenizers.encoders import open_encoder
-from smalti.workflows.encoder import encoder_path, result_settings
+from smalti.workflows.encoder import encoder_path
 from smalti.workflows.pipeline.stage import StageRun, run_stage
 from smalti.workflows.train.elastic import check_batch
 from smalti.workflows.train.task import Task
@@ -116,8 +116,7 @@ class Phases:
             run.scores |= fit(task, settings, stage.train, run, seed=self.recipe.seed)
             return {"steps": stage.train.steps, "images": sum(self.sizes)}
 
-        config = stage.model_dump(mode="json")
-        config["train"] = result_settings(config["train"])
+        config = result_settings(stage)
         config |= {"seed": self.recipe.seed, "layer": self.recipe.encoder.layer}
         config |= {"image_size": self.recipe.corpus.image_size, **more}
         if self.section.encoder_precision != "auto":

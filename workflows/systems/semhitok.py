@@ -9,12 +9,11 @@ from torch import nn
 
 from smalti import storage
 from smalti.artifact import Artifact
-from smalti.schema import DecoderStage, PixelStage, Recipe
+from smalti.schema import DecoderStage, PixelStage, Recipe, result_settings
 from smalti.tokenizers.codebook import CENTROIDS
 from smalti.tokenizers.encoders import VisionEncoder, open_encoder
 from smalti.tokenizers.semhitok import PixelTokenizer, SemanticTokenizer, SemHiTok
 from smalti.workflows.cluster.session import ensure_ray
-from smalti.workflows.encoder import result_settings
 from smalti.workflows.pipeline.stage import StageRun
 from smalti.workflows.plan.inference_cost import InferenceCost
 from smalti.workflows.plan.models import Model, pixel_model, semantic_model
@@ -51,14 +50,7 @@ class SemHiTokSystem(System):
 
     def settings(self, recipe: Recipe) -> dict[str, Any]:
         """The section `tokenizer`, seed, codebook size, layer and image size."""
-        section = recipe.tokenizer.model_dump(mode="json")
-        for phase in ("semantic", "pixel", "decoder"):
-            if section[phase] is not None:
-                section[phase]["train"] = result_settings(section[phase]["train"])
-        if not recipe.tokenizer.guidance:
-            section.pop("semantic")
-        if recipe.tokenizer.encoder_precision == "auto":
-            section.pop("encoder_precision")
+        section = result_settings(recipe.tokenizer, () if recipe.tokenizer.guidance else ("semantic",))
         size = {"size": recipe.codebook.size, "layer": recipe.encoder.layer, "image_size": recipe.corpus.image_size}
         return {"tokenizer": section, "system": recipe.system, "seed": recipe.seed} | size
 
@@ -182,7 +174,7 @@ class SemHiTokPhases(Phases):
     ) -> Artifact:
         more: dict[str, Any] = {"size": self.recipe.codebook.size}
         if name == "decoder":
-            more["pixel"] = self.section.pixel.model_dump(mode="json", exclude={"train", "loss"})
+            more["pixel"] = result_settings(self.section.pixel, ("train", "loss"))
         return self.phase(name, task, settings, stage, parents, more)
 
     def assemble(self, semantic: Artifact | None, pixel: Artifact, decoder: Artifact | None) -> dict[str, int]:
