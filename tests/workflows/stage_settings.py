@@ -39,7 +39,7 @@ CASES = {
 }
 
 
-class Captured(Exception):
+class CapturedError(Exception):
     """Ends a stage once it has said what it is fingerprinted by."""
 
 
@@ -57,7 +57,7 @@ def settings(recipe: Recipe) -> dict[str, str]:
         found[name if name.startswith("tokenizer/") else stage] = hashlib.sha256(text.encode()).hexdigest()[:16]
         if name.startswith("tokenizer/"):
             return artifact(recipe, name)
-        raise Captured
+        raise CapturedError
 
     stage = ""
     for stage in chain.stages_of(recipe):
@@ -67,7 +67,7 @@ def settings(recipe: Recipe) -> dict[str, str]:
             module.check = lambda recipe: None
         try:
             module.run(recipe)
-        except Captured:
+        except CapturedError:
             continue
     phases.run_stage = capture
     _phases(recipe)

@@ -55,7 +55,7 @@ class Inner(Section):
 
 class Outer(Section):
     inner: Inner = Inner()
-    several: list[Inner] = []
+    several: list[Inner] = Field([], description="sections")
     newer: int = Field(0, json_schema_extra=IF_SET)
     late: int = Field(0, json_schema_extra=LATE)
 
