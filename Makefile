@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
 SOURCES := smalti tokenizers mllm workflows tune scripts tests bench docs
 
-.PHONY: help setup data quickstart test check docs docs-serve format bench lock clean
+.PHONY: help setup data quickstart test test-quick check docs docs-serve format bench lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,6 +33,9 @@ quickstart: $(STAMP)  ## the whole chain, small, on this machine
 
 test: $(STAMP)  ## all tests
 	$(PYTEST)
+
+test-quick: $(STAMP)  ## tests that start no Ray: about a minute
+	$(PYTEST) --quick
 
 check: $(STAMP)  ## lint, types, documentation and all tests: what CI runs
 	$(BIN)/ruff check $(wildcard $(SOURCES))

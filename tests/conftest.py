@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,21 +21,37 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-LONGEST = ("test_chain.py", "test_train_tasks.py", "test_data_on_ray.py", "test_train_loop.py", "test_jobs.py")
+TESTS = Path(__file__).parent
+LONGEST = (
+    "workflows/test_chain.py",
+    "workflows/train/tasks/test_tasks.py",
+    "workflows/pipeline/test_data_on_ray.py",
+    "workflows/train/test_loop.py",
+    "workflows/cluster/test_jobs.py",
+    "workflows/systems/test_fourth_system.py",
+)
+"""Started first: two workers then end at about the same time."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first: two workers then end at about the same time."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="leave out tests that start Ray or take long")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put the longest files first; with --quick leave out tests marked `ray` or `slow`."""
     rank = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+    items.sort(key=lambda item: rank.get(item.path.relative_to(TESTS).as_posix(), len(rank)))
+    if config.getoption("--quick"):
+        left = [item for item in items if item.get_closest_marker("ray") or item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in set(left)]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_torch_thread() -> None:
-    """Results that do not depend on the machine's cores, and workers that do not fight for them."""
-    import torch
-
-    torch.set_num_threads(1)
+@pytest.fixture(autouse=True)
+def _no_ray_in_quick_mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --quick a test that starts Ray fails: it lacks the mark `ray`."""
+    if request.config.getoption("--quick") and "ray" in sys.modules:
+        monkeypatch.setattr("ray.init", lambda *a, **k: pytest.fail("starts Ray: mark this test with pytest.mark.ray"))
 
 
 @pytest.fixture

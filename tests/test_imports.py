@@ -1,4 +1,7 @@
-"""Imports: they go down only, lazy ones too; no circles; and the links that editors follow."""
+"""Imports: they go down only, lazy ones too; no circles; and the links that editors follow.
+
+Covers: smalti/__init__.py, smalti/api.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The bridge to a diffusion decoder: its loss written out, what it learns, its folder, and what the decoder receives."""
+"""The bridge to a diffusion decoder: its loss written out, what it learns, its folder, and what the decoder receives.
+
+Covers: mllm/diffusion.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The embedding swap: the same logits without the adapter, in a process that cannot import this project."""
+"""The embedding swap: the same logits without the adapter, in a process that cannot import this project.
+
+Covers: mllm/visual_side.py.
+"""
 
 from __future__ import annotations
 

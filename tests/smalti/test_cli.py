@@ -1,3 +1,9 @@
+"""Tests of smalti/__main__.py.
+
+Covers: smalti/__main__.py, smalti/cli/failures.py, smalti/cli/models.py, smalti/cli/parser.py, smalti/cli/show.py,
+smalti/cli/stages.py, smalti/errors.py.
+"""
+
 from __future__ import annotations
 
 import json

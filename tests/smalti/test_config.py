@@ -1,3 +1,8 @@
+"""Tests of smalti/keys.py.
+
+Covers: smalti/keys.py, smalti/recipe_yaml.py.
+"""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,3 +1,8 @@
+"""Tests of smalti/cli/check.py.
+
+Covers: smalti/cli/check.py, smalti/cli/doctor.py, smalti/cli/doctor_cluster.py, workflows/cluster/checks.py.
+"""
+
 from __future__ import annotations
 
 from dataclasses import replace

@@ -1,3 +1,8 @@
+"""Tests of smalti/cli/recipes.py.
+
+Covers: smalti/cli/recipes.py.
+"""
+
 from __future__ import annotations
 
 import json

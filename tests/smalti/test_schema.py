@@ -1,3 +1,9 @@
+"""Tests of smalti/schema/base.py.
+
+Covers: smalti/schema/base.py, smalti/schema/bridge.py, smalti/schema/data.py, smalti/schema/model.py,
+smalti/schema/recipe.py, smalti/schema/reference.py, smalti/schema/systems.py, smalti/schema/tokenizer.py.
+"""
+
 from __future__ import annotations
 
 import jsonschema

@@ -1,3 +1,8 @@
+"""Tests of smalti/filesystems.py.
+
+Covers: smalti/filesystems.py, smalti/paths.py.
+"""
+
 from __future__ import annotations
 
 import errno

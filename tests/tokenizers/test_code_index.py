@@ -1,4 +1,7 @@
-"""CodeIndex against full distances: exact, through the tree, in bfloat16, with a bounded scratch."""
+"""CodeIndex against full distances: exact, through the tree, in bfloat16, with a bounded scratch.
+
+Covers: tokenizers/nearest_kernel.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""DualToken as a whole: where gradients go, codes that come back, files that stand alone."""
+"""DualToken as a whole: where gradients go, codes that come back, files that stand alone.
+
+Covers: workflows/train/memory.py.
+"""
 
 from __future__ import annotations
 

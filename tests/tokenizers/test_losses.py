@@ -1,4 +1,7 @@
-"""Losses: values by hand, gradients to the right places, adversarial switches."""
+"""Losses: values by hand, gradients to the right places, adversarial switches.
+
+Covers: tokenizers/patchgan.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""SemHiTok as a whole: stages that train what they should, codes that come back, files that stand alone."""
+"""SemHiTok as a whole: stages that train what they should, codes that come back, files that stand alone.
+
+Covers: tokenizers/loading.py, tokenizers/pixel.py, tokenizers/saved.py, tokenizers/semantic.py.
+"""
 
 from __future__ import annotations
 

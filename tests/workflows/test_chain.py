@@ -1,4 +1,7 @@
-"""The whole chain at toy size: every recipe with --smoke; SIGKILL in the middle of each stage and the same command again."""
+"""The whole chain at toy size: every recipe with --smoke; SIGKILL in the middle of each stage and the same command again.
+
+Covers: workflows/export.py, workflows/systems/smoke_sizes.py.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,8 @@ import pytest
 
 from smalti.config import find_recipe, load_recipe, recipes_folder
 from smalti.workflows.chain import baseline_recipe, stages_of
+
+pytestmark = pytest.mark.ray
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(path.stem for path in recipes_folder().glob("*.yaml"))

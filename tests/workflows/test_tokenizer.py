@@ -1,4 +1,8 @@
-"""What the tokenizer stage refuses before any stage has run."""
+"""What the tokenizer stage refuses before any stage has run.
+
+Covers: workflows/systems/base.py, workflows/systems/dualtoken.py, workflows/systems/phases.py,
+workflows/systems/registry.py, workflows/systems/semhitok.py.
+"""
 
 from __future__ import annotations
 

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.ray
+
 ROOT = Path(__file__).resolve().parents[3]
 RAY = str(Path(sys.executable).with_name("ray"))
 BARE = {"PYTHONPATH", "RAY_ADDRESS", "RAY_AUTH_TOKEN"}

@@ -1,3 +1,8 @@
+"""Tests of smalti/ticks.py.
+
+Covers: smalti/ticks.py.
+"""
+
 from __future__ import annotations
 
 import io

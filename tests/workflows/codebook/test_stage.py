@@ -1,4 +1,7 @@
-"""The stage codebook on 5,000 planted vectors: SIGKILL at every phase, bad shards, its settings."""
+"""The stage codebook on 5,000 planted vectors: SIGKILL at every phase, bad shards, its settings.
+
+Covers: tokenizers/codebook.py, workflows/codebook/recall.py.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +34,8 @@ from smalti.workflows.codebook import duplicates as distinct
 from smalti.workflows.codebook import stage as codebook
 from smalti.workflows.codebook.passes import Tree
 from smalti.workflows.pipeline.stage import StageRun, run_stage
+
+pytestmark = pytest.mark.ray
 
 SHARDS, ROWS, DIM = 10, 500, 8
 MOMENTS = ("sample/train/*.parquet", "coarse-001.safetensors", "cells/*.npy", "codes/*.npy", "polish-000.safetensors")

@@ -1,4 +1,7 @@
-"""Duplicates by a shuffle over files: as one dictionary of all ids would find them, for any number of buckets."""
+"""Duplicates by a shuffle over files: as one dictionary of all ids would find them, for any number of buckets.
+
+Covers: workflows/corpus/index.py, workflows/corpus/layout.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The corpus stage: what comes in is kept once or lies in quarantine with its reason, whoever is killed on the way."""
+"""The corpus stage: what comes in is kept once or lies in quarantine with its reason, whoever is killed on the way.
+
+Covers: workflows/corpus/scan.py, workflows/corpus/write.py, workflows/sources/parquet.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""The evaluation stage: exact scores in a small planted world, and a real run on tiny models with resume and skip."""
+"""The evaluation stage: exact scores in a small planted world, and a real run on tiny models with resume and skip.
+
+Covers: workflows/evaluation/scores/models.py, workflows/evaluation/scores/questions.py,
+workflows/evaluation/scores/reconstruction.py, workflows/evaluation/scores/retrieval.py,
+workflows/evaluation/scores/zero_shot.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Features straight from a source: the encoder's, split by hash, bad images counted, and the same after a break."""
+"""Features straight from a source: the encoder's, split by hash, bad images counted, and the same after a break.
+
+Covers: workflows/features/featurizer.py, workflows/sources/generated.py.
+"""
 
 from __future__ import annotations
 

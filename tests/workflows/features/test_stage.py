@@ -1,4 +1,7 @@
-"""The encoder of the shard stages, wherever it lies."""
+"""The encoder of the shard stages, wherever it lies.
+
+Covers: workflows/cluster/devices.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Corpus, features, codebook and tokens on a real Ray: the same bytes for any number of actors, and after SIGKILL."""
+"""Corpus, features, codebook and tokens on a real Ray: the same bytes for any number of actors, and after SIGKILL.
+
+Covers: workflows/cluster/session.py, workflows/encoder.py, workflows/pipeline/pixels.py, workflows/tokens.py.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +34,8 @@ from smalti.workflows.corpus import stage as corpus
 from smalti.workflows.features import stage as features
 from smalti.workflows.pipeline import shards as shard_pipeline
 from smalti.workflows.pipeline.stage import StageRun, find_artifact, run_stage
+
+pytestmark = pytest.mark.ray
 
 IMAGES, SHARD, GRID, DIM = 120, 4, 4, 24
 

@@ -12,6 +12,8 @@ from smalti.workflows.cluster.session import quiet_ray_data
 from smalti.workflows.pipeline.shards import run_shards
 from smalti.workflows.pipeline.timings import Tally
 
+pytestmark = pytest.mark.ray
+
 
 @pytest.fixture
 def second_node() -> Iterator[Any]:

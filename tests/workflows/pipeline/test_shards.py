@@ -18,6 +18,8 @@ from smalti.workflows.pipeline import shards as shard_pipeline
 from smalti.workflows.pipeline.shards import _pack, _unpack, refuse_foreign, run_shards, standing, standing_for
 from smalti.workflows.pipeline.timings import Tally
 
+pytestmark = pytest.mark.ray
+
 
 @pytest.fixture(scope="module")
 def ray_here() -> Iterator[None]:

@@ -1,3 +1,8 @@
+"""Tests of workflows/plan/base.py.
+
+Covers: workflows/plan/base.py, workflows/plan/measured.py.
+"""
+
 from __future__ import annotations
 
 import json

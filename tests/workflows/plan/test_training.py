@@ -1,4 +1,9 @@
-"""The plan of trained stages: against memory measured on real tensors, DeepSpeed's engines and estimators, and by hand."""
+"""The plan of trained stages: against memory measured on real tensors, DeepSpeed's engines and estimators, and by hand.
+
+Covers: smalti/cli/plan.py, workflows/cluster/gpu_specs.py, workflows/plan/configs.py, workflows/plan/devices.py,
+workflows/plan/dualtoken.py, workflows/plan/inference_cost.py, workflows/plan/models.py, workflows/plan/table.py,
+workflows/plan/trace.py, workflows/recipe_plan.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Folders of images as people and programs leave them: captions, links, metadata, damage."""
+"""Folders of images as people and programs leave them: captions, links, metadata, damage.
+
+Covers: workflows/sources/__init__.py, workflows/sources/sorted_records.py.
+"""
 
 from __future__ import annotations
 

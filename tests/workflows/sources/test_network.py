@@ -1,4 +1,7 @@
-"""Sources on stores and servers that do not always answer: asked again, then one clear error, and nothing lost for it."""
+"""Sources on stores and servers that do not always answer: asked again, then one clear error, and nothing lost for it.
+
+Covers: workflows/sources/jsonl.py.
+"""
 
 from __future__ import annotations
 

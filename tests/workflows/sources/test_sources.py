@@ -1,4 +1,9 @@
-"""Sources: every thing that stands for an image comes out once, as a sample or as a loss with its reason."""
+"""Sources: every thing that stands for an image comes out once, as a sample or as a loss with its reason.
+
+Covers: workflows/sources/arrow.py, workflows/sources/base.py, workflows/sources/easy_vqa.py,
+workflows/sources/listing.py, workflows/sources/metadata.py, workflows/sources/tar_walk.py,
+workflows/sources/webdataset.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""UniCode²'s stages: the tokenizer put together from its parents, and recipes that do not fit the system."""
+"""UniCode²'s stages: the tokenizer put together from its parents, and recipes that do not fit the system.
+
+Covers: tokenizers/tensor_files.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""MLflow: one parent run for a recipe, a child for a stage, whatever is killed and started again."""
+"""MLflow: one parent run for a recipe, a child for a stage, whatever is killed and started again.
+
+Covers: smalti/tracking.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The training loop on Ray Train: worker counts, ZeRO, resuming, errors. A run starts in about ten seconds."""
+"""The training loop on Ray Train: worker counts, ZeRO, resuming, errors. A run starts in about ten seconds.
+
+Covers: workflows/train/driver_channel.py, workflows/train/launch.py, workflows/train/task.py.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from smalti.schema import Recipe, Resources
 
 TOY = Path(__file__).with_name("toy_training.py")
 ROOT = Path(__file__).resolve().parents[3]
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")

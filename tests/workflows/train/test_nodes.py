@@ -16,7 +16,7 @@ from smalti.tracking import NullTracker
 
 TOY = Path(__file__).with_name("toy_training.py")
 LONG = {"steps": 96, "checkpoint_every": 999}  # Ray may hand a notice on late: 48 s while steps are slow
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,9 @@
-"""Parts of the training side that need no Ray: schedules, readers, batches, memory, texts."""
+"""Parts of the training side that need no Ray: schedules, readers, batches, memory, texts.
+
+Covers: workflows/train/elastic.py, workflows/train/guards.py, workflows/train/metrics.py,
+workflows/train/periodic.py, workflows/train/progress_monitor.py, workflows/train/tasks/images.py,
+workflows/train/throughput.py.
+"""
 
 from __future__ import annotations
 

@@ -23,6 +23,8 @@ from smalti.workflows.train.checkpoints import Checkpoints
 from smalti.workflows.train.collectives import Collectives
 from smalti.workflows.train.task import Task
 
+pytestmark = pytest.mark.ray
+
 STAGES = (0, 1, 2, 3)
 LOW = (0, 3)  # tried in bf16 too
 BATCH, MICRO = 8, 2

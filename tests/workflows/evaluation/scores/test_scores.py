@@ -1,4 +1,11 @@
-"""Measures with known answers: planted errors, counted codes, toy images that a judge can tell apart."""
+"""Measures with known answers: planted errors, counted codes, toy images that a judge can tell apart.
+
+Covers: workflows/evaluation/scores/answers.py, workflows/evaluation/scores/codes.py,
+workflows/evaluation/scores/contact_sheet.py, workflows/evaluation/scores/drawing.py,
+workflows/evaluation/scores/heldout.py, workflows/evaluation/scores/judge.py,
+workflows/evaluation/scores/measure_result.py, workflows/evaluation/scores/patches.py,
+workflows/evaluation/scores/pixels.py.
+"""
 
 from __future__ import annotations
 

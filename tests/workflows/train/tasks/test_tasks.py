@@ -1,4 +1,9 @@
-"""The real tasks: two workers (and ZeRO-3, and bf16) against one, on tiny models. All runs of a worker count share a group."""
+"""The real tasks: two workers (and ZeRO-3, and bf16) against one, on tiny models. All runs of a worker count share a group.
+
+Covers: workflows/train/collectives.py, workflows/train/data.py, workflows/train/tasks/dual.py,
+workflows/train/tasks/encoder.py, workflows/train/tasks/mllm.py, workflows/train/tasks/pixel.py,
+workflows/train/tasks/reconstruction.py, workflows/train/tasks/semantic.py.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +49,7 @@ from smalti.workflows.train.tasks.mllm import MllmTask
 from smalti.workflows.train.tasks.pixel import PixelTask
 from smalti.workflows.train.tasks.semantic import SemanticTask
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 SIZE, GRID, DIM, K, M = 16, (4, 4), 16, 6, 3
 TRAIN = Train(steps=6, batch_size=8, lr=3e-3, warmup=1, log_every=2)
 VIT = VitSize(dim=16, layers=1, heads=2)
