@@ -1,4 +1,4 @@
-"""Tests of smalti/__main__.py.
+"""The command line: arguments, exit codes, messages.
 
 Covers: smalti/__main__.py, smalti/cli/failures.py, smalti/cli/models.py, smalti/cli/parser.py, smalti/cli/show.py,
 smalti/cli/stages.py, smalti/errors.py.

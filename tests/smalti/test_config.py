@@ -1,4 +1,4 @@
-"""Tests of smalti/keys.py.
+"""Recipes: YAML, overrides, errors that name the key.
 
 Covers: smalti/keys.py, smalti/recipe_yaml.py.
 """

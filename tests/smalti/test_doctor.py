@@ -1,4 +1,4 @@
-"""Tests of smalti/cli/check.py.
+"""What smalti doctor reports.
 
 Covers: smalti/cli/check.py, smalti/cli/doctor.py, smalti/cli/doctor_cluster.py, workflows/cluster/checks.py.
 """

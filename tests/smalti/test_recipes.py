@@ -1,4 +1,4 @@
-"""Tests of smalti/cli/recipes.py.
+"""The command smalti recipes, and the heads of the shipped recipes.
 
 Covers: smalti/cli/recipes.py.
 """

@@ -1,4 +1,4 @@
-"""Tests of smalti/filesystems.py.
+"""Storage on a local disk and in an object store.
 
 Covers: smalti/filesystems.py, smalti/paths.py.
 """

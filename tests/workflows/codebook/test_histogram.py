@@ -1,4 +1,4 @@
-"""Tests of smalti/ticks.py.
+"""The picture of code sizes, and ticks of axes.
 
 Covers: smalti/ticks.py.
 """

@@ -1,4 +1,4 @@
-"""Tests of workflows/plan/base.py.
+"""The plan of the stage codebook, and the table of phases.
 
 Covers: workflows/plan/base.py, workflows/plan/measured.py.
 """
