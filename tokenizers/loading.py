@@ -1,4 +1,4 @@
-"""Opening a saved tokenizer without knowing which system it is."""
+"""Load a saved tokenizer of any system."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 from smalti.errors import ArtifactError
 from smalti.tokenizers import dualtoken, semhitok, unicode2
-from smalti.tokenizers.saved import read_config
+from smalti.tokenizers.saved import SavedTokenizer, read_config
 
-SYSTEMS: dict[str, Any] = {
+SYSTEMS: dict[str, type[SavedTokenizer]] = {
     semhitok.SYSTEM: semhitok.SemHiTok,
     dualtoken.SYSTEM: dualtoken.DualToken,
     unicode2.SYSTEM: unicode2.Unicode2,
@@ -17,15 +17,16 @@ SYSTEMS: dict[str, Any] = {
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:
-    """The tokenizer saved in a folder or URL, in float32 on the CPU, in eval mode.
+    """Load the tokenizer in a folder or URL: float32, on the CPU, in eval mode.
 
-    ArtifactError: no tokenizer there, a torn one, or a system that this version does not know.
+    Raises:
+        ArtifactError: if it is missing, damaged, or of a system that this version does not know.
     """
     source = os.fspath(path)
     system = read_config(source).get("system")
     if system not in SYSTEMS:
         raise ArtifactError(
             f"{source} holds a tokenizer of the system {system!r}; this version knows {', '.join(sorted(SYSTEMS))}. "
-            "Is it a tokenizer's folder (such as <out>/tokenizer), or made by a newer version?"
+            "Is it a tokenizer's folder (such as <out>/tokenizer), or written by a newer version?"
         )
     return SYSTEMS[system].from_pretrained(source)
