@@ -18,8 +18,8 @@ from safetensors.torch import save
 from smalti import shards, storage
 from smalti.errors import DataError
 from smalti.schema import Recipe
-from smalti.tokenizers import kmeans
-from smalti.workflows.codebook import cell_files, cell_ranges, partial_sums, passes, tensor_files
+from smalti.tokenizers import kmeans, tensor_files
+from smalti.workflows.codebook import cell_files, cell_ranges, partial_sums, passes
 from smalti.workflows.codebook import duplicates as distinct
 from smalti.workflows.codebook import stage as codebook
 from smalti.workflows.codebook.passes import Tree
