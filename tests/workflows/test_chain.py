@@ -157,7 +157,7 @@ def test_the_same_command_again_skips_every_stage(unbroken: Path) -> None:
 
 def kill_in(stage: str, running: Running) -> None:
     """SIGKILL the chain some moments after `stage` began (or went on, where a kill came late before)."""
-    begun = re.compile(rf"^{stage}: (starting|going on) ", re.MULTILINE)
+    begun = re.compile(rf"^{stage}: (starting|resuming) ", re.MULTILINE)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not begun.search(running.text()) and running.ended() is None:
         time.sleep(0.1)

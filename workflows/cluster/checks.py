@@ -1,6 +1,6 @@
-"""What every node of a cluster has: a task on each looks at versions, GPUs, disk and the output folder.
+"""Checks of a cluster's nodes: versions, GPUs, disk and the output folder.
 
-Beside it an all-reduce of all GPUs (or of a few CPU processes), as training will do it.
+A task runs on each node. A second check is an all-reduce over all GPUs (or a few CPU processes), as training does it.
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ if TYPE_CHECKING:
 PACKAGES = ("ray", "torch", "deepspeed", "transformers", "pyarrow", "numpy")
 MARKS = ".smalti-doctor"
 TIMEOUT_S = 120
-DRIVER = "/dev/nvidiactl"  # where there is one, torch may see GPUs that Ray was not told of
+DRIVER = "/dev/nvidiactl"  # if it exists, torch may see GPUs that Ray does not know
 
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """What a task saw on its node. `free_bytes`: of the folders that a run writes to there; `wrote`: '' or why it could not
-    write into the output folder."""
+    """Facts that a task collected on its node.
+
+    `free_bytes`: per folder that a run writes to. `wrote`: empty, or why the output folder could not be written to.
+    """
 
     node: str
     host: str
@@ -50,7 +52,7 @@ class NodeFacts:
 
 
 def look(node: str, gpus_ray: float, marks: str, folders: Sequence[str]) -> NodeFacts:
-    """Run on a node: its facts, and a mark named after it in the folder `marks`."""
+    """Facts of this node; also writes a mark named after it into `marks`."""
     try:
         storage.write_atomic(storage.join(marks, node), socket.gethostname().encode())
         wrote = ""
@@ -72,8 +74,10 @@ def look(node: str, gpus_ray: float, marks: str, folders: Sequence[str]) -> Node
 
 
 def spill_folder() -> str:
-    """Where the Ray of this node puts objects that memory has no room for, by the command line of the raylet that started
-    this process; where that says nothing, Ray's own folder."""
+    """The folder into which Ray spills objects on this node.
+
+    Read from the command line of the raylet that started this process; otherwise Ray's default.
+    """
     try:
         words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
     except OSError:
@@ -82,7 +86,7 @@ def spill_folder() -> str:
 
 
 def _cuda() -> tuple[int, str]:
-    """(GPUs that torch sees, version of NCCL)."""
+    """(number of GPUs that torch sees, version of NCCL)."""
     import torch
 
     if not torch.cuda.is_available():
@@ -91,7 +95,7 @@ def _cuda() -> tuple[int, str]:
 
 
 def marks_seen(marks: str) -> list[str]:
-    """Run on a node: the marks that it sees there."""
+    """The marks that this node sees."""
     return storage.list_names(marks)
 
 
@@ -110,9 +114,15 @@ def _free(folder: str) -> int:
 
 
 def survey(out: str, folders: Sequence[str] = ()) -> tuple[list[NodeFacts], dict[str, list[str]], list[str]]:
-    """(facts of every node that answered, node → marks of other nodes that it does not see, nodes that did not answer).
+    """Check every node of the connected cluster; the marks are removed afterwards.
 
-    Ray must be connected; nothing that was written stays. folders: others that a run writes to on every node.
+    Args:
+        out: the output folder.
+        folders: other folders that a run writes to on every node.
+
+    Returns:
+        The facts of every node that answered; by node, the marks of other nodes that it does not see; and the nodes that
+        did not answer.
     """
     import ray
 
@@ -132,8 +142,13 @@ def survey(out: str, folders: Sequence[str] = ()) -> tuple[list[NodeFacts], dict
 
 
 def wait_for_room(recipe: Recipe, most_s: float) -> tuple[float, bool]:
-    """Ask the autoscaler for the nodes of the recipe's training workers and pools, and wait until they are up: (seconds,
-    whether they came). The request is taken back: nodes without work leave after their idle time."""
+    """Request the recipe's nodes from the autoscaler and wait until they are up.
+
+    The request is withdrawn afterwards: nodes without work are removed after their idle time.
+
+    Returns:
+        The seconds waited, and whether the nodes came up.
+    """
     from ray.autoscaler.sdk import request_resources
 
     largest = [need for need in needs_of(recipe) if need.gang or need.key == "actors"]
@@ -153,7 +168,7 @@ def wait_for_room(recipe: Recipe, most_s: float) -> tuple[float, bool]:
 
 
 def asks_for_token(address: str) -> bool | None:
-    """Whether a cluster refuses a client that shows no token; None when that could not be found out."""
+    """Whether a cluster refuses clients without a token; None if unknown."""
     hidden = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_JOB_CONFIG_JSON_ENV_VAR")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     code = f"import ray; ray.init({address!r}, logging_level='ERROR', log_to_driver=False)"
@@ -168,7 +183,7 @@ def asks_for_token(address: str) -> bool | None:
 
 
 def refused(returncode: int, errors: str) -> bool | None:
-    """What the end of a client without a token tells: it came in (False), it was turned away (True), or something else."""
+    """Whether a client without a token was refused; None if it failed otherwise."""
     if returncode == 0:
         return False
     return True if "auth" in errors.lower() else None
@@ -179,7 +194,7 @@ def _forget(marks: str) -> None:
 
 
 def _on_each(nodes: Iterable[str], function: Any, arguments: Any) -> dict[str, Any]:
-    """`function(*arguments(node))` as a task on each node; those that did not answer in time are left out."""
+    """Run `function(*arguments(node))` on each node; nodes that time out are left out."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -213,7 +228,7 @@ class Ring:
         return f"tcp://{ray.util.get_node_ip_address()}:{port}"
 
     def reduce(self, address: str, rank: int, world: int, backend: str) -> float:
-        """Sum of the ranks' numbers, 0 + 1 + …, through this backend."""
+        """Sum of all ranks (0 + 1 + …) through this backend."""
         import datetime
 
         import torch
@@ -230,7 +245,13 @@ class Ring:
 
 
 def all_reduce(world: int, gpus: float) -> str:
-    """'' when `world` processes (a GPU each with `gpus`: nccl; else gloo) add up right, else what went wrong."""
+    """Test an all-reduce of `world` processes.
+
+    Each has a GPU (NCCL) with `gpus`; otherwise they use gloo.
+
+    Returns:
+        Empty if the sum is right, otherwise the error.
+    """
     import ray
 
     backend = "nccl" if gpus else "gloo"

@@ -13,8 +13,13 @@ if TYPE_CHECKING:
 
 
 def actor_device(resources: Resources) -> torch.device:
-    """The actor's device; on a CPU torch gets the actor's share of the cores. Errors: ConfigError when a GPU is asked for
-    and torch sees none."""
+    """The actor's device.
+
+    On a CPU, torch is limited to the actor's share of the cores.
+
+    Raises:
+        ConfigError: if a GPU is requested and torch sees none.
+    """
     import torch
 
     if resources.gpus_per_worker and resources.device == "auto":

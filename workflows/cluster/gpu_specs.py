@@ -1,4 +1,4 @@
-"""What is known of GPUs from their data sheets."""
+"""Figures of GPUs from their data sheets."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Gpu:
-    """A data sheet: peaks without sparsity in FLOP/s, bytes as torch reports them, bytes a second each way between the GPUs
-    of a node and of a node's network, and bytes of main memory for each GPU (both of the cloud machines that are rented
-    with it). `note`: what a person must know before renting one."""
+    """A data sheet.
+
+    `bf16`, `tf32`, `fp32`: peaks without sparsity in FLOP/s. `memory`: bytes as torch reports them. `inside`, `network`:
+    bytes per second in each direction between the GPUs of a node, and of a node's network. `host`: bytes of main memory
+    per GPU. `network` and `host` are those of the usual cloud machines. `note`: what to know before renting one.
+    """
 
     bf16: float
     tf32: float
@@ -35,6 +38,6 @@ SLOWER = {"h100 pcie": 756e12, "h100 nvl": 835e12, "h200 nvl": 835e12}
 
 
 def bf16_peak(name: str) -> float | None:
-    """FLOP/s of a device by the name that torch gives it; None for one that is not known."""
+    """FLOP/s of a device by torch's name for it; None if unknown."""
     peaks = SLOWER | {part: gpu.bf16 for part, gpu in GPUS.items()}
     return next((peak for part, peak in peaks.items() if part in name.lower()), None)

@@ -1,4 +1,7 @@
-"""Whether a cluster can ever place what a recipe's stages ask of Ray: said in one error, where Ray would wait for ever."""
+"""Check that a cluster can place a recipe's stages.
+
+Ray would wait forever for resources that no node has; this raises one error instead.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,10 @@ KIND = "ray.io/node-group"  # Ray's label of a node
 
 @dataclass(frozen=True)
 class Need:
-    """`count` equal bundles of a stage, asked for by the key `key`. `gang`: all of them at once, or none starts."""
+    """`count` equal bundles of a stage, requested by `resources.<key>`.
+
+    `gang`: all of them must be placed at once.
+    """
 
     stages: str
     key: str
@@ -36,7 +42,7 @@ class Need:
 
 @dataclass(frozen=True)
 class Node:
-    """A kind of node: what it offers to Ray, and how many of it there are, or could be."""
+    """A kind of node: its resources in Ray, and how many exist or may be added."""
 
     name: str
     resources: Bundle
@@ -44,14 +50,14 @@ class Node:
 
 
 class Nodes(NamedTuple):
-    """Nodes that are up, and kinds of which more may come: at most `most` in all."""
+    """Nodes that are up, and kinds that may be added: at most `most` in total."""
 
     up: Sequence[Node]
     to_come: Sequence[Node] = ()
     most: float = math.inf
 
     def room(self, bundle: Bundle) -> int:
-        """How many such bundles all of them hold, with the roomiest of those to come."""
+        """How many such bundles fit, adding the largest nodes first."""
         room, left = sum(room_for(bundle, node) * node.count for node in self.up), self.most
         for each, count in sorted(((room_for(bundle, node), node.count) for node in self.to_come), reverse=True):
             came = min(count, left)
@@ -68,7 +74,10 @@ class Nodes(NamedTuple):
 
 
 def needs_of(recipe: Recipe) -> list[Need]:
-    """What the stages of a recipe place: training workers as one group, pools of actors and tasks one by one."""
+    """Bundles that the stages of a recipe place.
+
+    Training workers are placed as one group, actors and tasks of pools individually.
+    """
     resources = recipe.resources
     model = _bundle(resources.cpus_per_worker, resources.gpus_per_worker)
     measure = _bundle(resources.cpus_per_worker, min(1, resources.gpus_per_worker))
@@ -88,15 +97,17 @@ def _bundle(cpus: float, gpus: float) -> Bundle:
 
 
 def cluster_nodes() -> Nodes:
-    """Nodes of the cluster that this process is connected to, and those that its autoscaler may add."""
+    """Nodes of the connected cluster, and those that its autoscaler may add."""
     import ray
 
     return with_those_to_come([node for node in ray.nodes() if node["Alive"]])
 
 
 def with_those_to_come(alive: Sequence[Mapping[str, Any]]) -> Nodes:
-    """The nodes of `ray.nodes()`, and what is left of each kind that the autoscaler starts. A node is of the kind that its
-    label names, else of the first that offers the same."""
+    """Nodes of `ray.nodes()`, and how many the autoscaler may add of each kind.
+
+    A node's kind is the one that its label names, otherwise the first with the same resources.
+    """
     kinds, most = _kinds()
     left = {kind.name: kind.count for kind in kinds}
     up = []
@@ -113,8 +124,11 @@ def with_those_to_come(alive: Sequence[Mapping[str, Any]]) -> Nodes:
 
 
 def _kinds() -> tuple[list[Node], float]:
-    """(kinds of workers and how many of each there may be, how many in all): from deploy/kuberay's variable, or the cluster
-    file that `ray up` leaves on the head, where jobs run; none elsewhere."""
+    """Kinds of workers that the autoscaler may start, and how many in total.
+
+    Read from deploy/kuberay's variable, or from the cluster file that `ray up` writes on the head, where jobs run; empty
+    elsewhere.
+    """
     path = Path(BOOTSTRAP).expanduser()
     if GROUPS in os.environ:
         kinds, most = json.loads(os.environ[GROUPS]), math.inf
@@ -130,7 +144,10 @@ def _kinds() -> tuple[list[Node], float]:
 
 
 def grows_unseen() -> bool:
-    """Whether nodes may come that cannot be known here: KubeRay's autoscaler has its list in Kubernetes."""
+    """Whether nodes may be added that are unknown here.
+
+    KubeRay's autoscaler keeps its list in Kubernetes.
+    """
     return KUBERAY in os.environ and GROUPS not in os.environ
 
 
@@ -144,26 +161,26 @@ def room_for(bundle: Bundle, node: Node) -> int:
 
 
 def unplaceable(recipe: Recipe, nodes: Nodes) -> list[str]:
-    """A line for each need that could never be met on these nodes, with its mend; none when all can."""
+    """A line per need that these nodes can never meet, with how to fix it."""
     found = []
     for need in needs_of(recipe):
         room = nodes.room(need.bundle)
         asked = bundle_text(need.bundle)
         if room == 0:
             found.append(
-                f"{need.stages}: one of resources.{need.key} takes {asked}, and no node has that "
+                f"{need.stages}: one of resources.{need.key} needs {asked}, and no node has that "
                 f"({nodes}). Lower {_keys(need.bundle)}, or add such nodes."
             )
         elif need.gang and room < need.count:
             found.append(
-                f"{need.stages}: resources.{need.key}={need.count} take {asked} each, all at once, and the nodes have "
+                f"{need.stages}: resources.{need.key}={need.count} need {asked} each, all at once, and the nodes have "
                 f"room for {room} ({nodes}). Set resources.{need.key}={room}, or add nodes."
             )
     return found
 
 
 def shortages(recipe: Recipe, nodes: Nodes) -> list[str]:
-    """A line for each pool that has room for a part of itself only: it runs, with fewer."""
+    """A line per pool that can be placed only in part: it runs with fewer workers."""
     found = []
     for need in needs_of(recipe):
         room = nodes.room(need.bundle)
@@ -178,19 +195,24 @@ def shortages(recipe: Recipe, nodes: Nodes) -> list[str]:
     wanted = resources.readers + resources.actors * resources.cpus_per_worker
     if resources.gpus_per_worker and cpus < wanted:
         found.append(
-            f"features, tokens: readers and actors take {wanted} CPU at once, and there are {cpus:g}; lower resources.readers"
+            f"features, tokens: readers and actors need {wanted} CPU at once, and there are {cpus:g}; lower resources.readers"
         )
     return found
 
 
 def check(recipe: Recipe) -> None:
-    """ConfigError naming every stage of the recipe that this cluster could never place. Where nodes may come that are not
-    known here, a line is logged instead."""
+    """Check that this cluster can place every stage of the recipe.
+
+    If nodes may be added that are unknown here, only a line is logged.
+
+    Raises:
+        ConfigError: naming every stage that can never be placed.
+    """
     found = unplaceable(recipe, cluster_nodes())
     if found and grows_unseen():
         log("the nodes that are up have no room yet; waiting for KubeRay's autoscaler:\n  " + "\n  ".join(found))
     elif found:
-        raise ConfigError("This cluster would wait for ever:\n  " + "\n  ".join(found))
+        raise ConfigError("This cluster would wait forever:\n  " + "\n  ".join(found))
 
 
 def _keys(bundle: Bundle) -> str:

@@ -1,4 +1,4 @@
-"""A Ray session for a stage: the cluster that is there, or a small local one that is stopped afterwards."""
+"""A Ray session: an existing cluster, or a local one that is stopped afterwards."""
 
 from __future__ import annotations
 
@@ -20,29 +20,32 @@ if TYPE_CHECKING:
     from smalti.schema import Recipe
 
 QUIET = {
-    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
+    "RAY_USAGE_STATS_ENABLED": "0",  # no usage statistics
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
-STORE_FRACTION = 0.1  # shards pass as names; the object store holds receipts and centroids
+STORE_FRACTION = 0.1  # shards are passed by name; the object store holds receipts and centroids
 STORE_MIN_BYTES, STORE_MAX_BYTES = 128 * 2**20, 16 * 2**30
 
 
 @contextmanager
 def ensure_ray(recipe: Recipe, *, placed: bool = True) -> Iterator[None]:
-    """Ray is connected inside; nested calls reuse the session, and only the call that opened it closes it.
+    """Connect to Ray; nested calls reuse the session of the outer call.
 
-    With `placed` a session that is opened here is looked at first: ConfigError when it could never hold what the recipe's
-    `resources` ask for (Ray would wait for ever).
+    With RAY_ADDRESS set (also inside `ray job submit`) it joins that cluster. Otherwise it starts a local one with all
+    the cores, and at least what `resources` requests, so that a small machine is slow instead of waiting forever.
 
-    With RAY_ADDRESS set (also inside `ray job submit`) it joins that cluster; otherwise it starts a local one with all
-    the cores, and at least what `resources` asks for, so that a small machine is slow instead of waiting for ever.
+    Args:
+        placed: whether to check that a session opened here can place what the recipe's `resources` request.
+
+    Raises:
+        ConfigError: if it can never place them (Ray would wait forever).
     """
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
     if not recipe.resources.gpus_per_worker:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers loads DeepSpeed, which warns where it must guess
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers loads DeepSpeed, which warns if it has to guess
     import ray
 
     if ray.is_initialized():
@@ -64,7 +67,7 @@ def ensure_ray(recipe: Recipe, *, placed: bool = True) -> Iterator[None]:
 
 
 def quiet_ray_data() -> None:
-    """Ray Data without its own progress output and INFO lines: the stages show theirs."""
+    """Disable Ray Data's progress bars and INFO logs: the stages have their own."""
     from ray.data import DataContext
 
     context = DataContext.get_current()
@@ -74,33 +77,39 @@ def quiet_ray_data() -> None:
 
 
 def want_gpus(gpus_a_worker: float) -> None:
-    """Nothing, when the session has as many GPUs as one worker wants; a line on a cluster, which may be growing.
+    """Check that the session has as many GPUs as one worker needs.
 
-    Errors: ConfigError on a session of this machine alone, where the worker would be waited for without end.
+    On a cluster, which may still add nodes, a lack is only logged.
+
+    Raises:
+        ConfigError: on a local session, where Ray would wait forever.
     """
     import ray
 
     found = ray.cluster_resources().get("GPU", 0)
     if gpus_a_worker <= found:
         return
-    told = f"resources.gpus_per_worker={gpus_a_worker:g}, and Ray knows of {found:g} GPUs"
+    lack = f"resources.gpus_per_worker={gpus_a_worker:g}, and Ray knows of {found:g} GPUs"
     if os.environ.get("RAY_ADDRESS"):
-        log(f"ray: {told}: waiting for a node that has one")
+        log(f"ray: {lack}: waiting for a node with GPUs")
         return
     raise ConfigError(
-        f"{told} on this machine. Set it to 0, or RAY_ADDRESS to a cluster with GPUs; resources.device=cpu lets features and "
+        f"{lack} on this machine. Set it to 0, or RAY_ADDRESS to a cluster with GPUs; with resources.device=cpu features and "
         "tokens run without."
     )
 
 
 def checkout_root() -> str | None:
-    """Folder to put on a worker's path: the root of the checkout, None when smalti is an installed wheel."""
+    """Root of the checkout, for the workers' path; None for an installed wheel."""
     root = Path(smalti.__file__).resolve().parent.parent
     return str(root) if (root / "pyproject.toml").exists() and (root / "workflows").is_dir() else None
 
 
 def remote_env() -> dict[str, Any] | None:
-    """What workers of a cluster need to import smalti. A job brought its working directory along already."""
+    """Ray's runtime environment with which workers import smalti.
+
+    None inside a job, which has its working directory already.
+    """
     root = checkout_root()
     if root is None or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
         return None
@@ -108,14 +117,17 @@ def remote_env() -> dict[str, Any] | None:
 
 
 def _start_local(recipe: Recipe) -> None:
-    """Start Ray on this machine; its processes inherit PYTHONPATH, which keeps Ray's idle workers usable."""
+    """Start Ray on this machine.
+
+    Its processes inherit PYTHONPATH, so that Ray can use its idle workers.
+    """
     import ray
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     resources = recipe.resources
     wanted = max(resources.max_workers * resources.cpus_per_worker, resources.actors, resources.readers)
     if wanted > cores:
-        log(f"ray: the recipe asks for {wanted} CPUs, this machine has {cores}; they are shared")
+        log(f"ray: the recipe requests {wanted} CPUs, this machine has {cores}; workers share them")
     gpus = resources.gpus_per_worker * max(resources.actors, resources.max_workers)
     before = os.environ.get("PYTHONPATH")
     root = checkout_root()
@@ -126,7 +138,7 @@ def _start_local(recipe: Recipe) -> None:
             address="local",
             num_cpus=max(cores, wanted),
             num_gpus=math.ceil(gpus) if resources.device == "cpu" and gpus else None,
-            include_dashboard=True,  # without it a cleaner actor logs a warning every second
+            include_dashboard=True,  # without it a cleanup actor logs a warning every second
             dashboard_host="127.0.0.1",
             object_store_memory=_store_bytes(),
             log_to_driver=False,
@@ -135,11 +147,16 @@ def _start_local(recipe: Recipe) -> None:
     finally:
         if root is not None:
             os.environ.pop("PYTHONPATH", None) if before is None else os.environ.update(PYTHONPATH=before)
-    log(f"ray: started here with {max(cores, wanted)} CPUs; dashboard {context.dashboard_url or 'not available'}")
+    log(
+        f"ray: started on this machine with {max(cores, wanted)} CPUs; dashboard {context.dashboard_url or 'not available'}"
+    )
 
 
 def _store_bytes() -> int:
-    """Size of the local object store: a tenth of the memory that this process may use, and what /dev/shm can hold."""
+    """Bytes of the local object store.
+
+    A tenth of the memory that this process may use, limited by the free space of /dev/shm.
+    """
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit_file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         if os.path.exists(limit_file):
@@ -147,5 +164,5 @@ def _store_bytes() -> int:
             total = min(total, int(limit)) if limit.isdigit() else total
     size = min(max(int(total * STORE_FRACTION), STORE_MIN_BYTES), STORE_MAX_BYTES)
     if os.path.isdir("/dev/shm"):
-        size = max(min(size, int(shutil.disk_usage("/dev/shm").free * 0.8)), 80 * 2**20)  # 75 MiB is Ray's least
+        size = max(min(size, int(shutil.disk_usage("/dev/shm").free * 0.8)), 80 * 2**20)  # 75 MiB is Ray's minimum
     return size

@@ -1,4 +1,7 @@
-"""One run at a time in a place: two that wrote the same artifact would count and remove each other's files."""
+"""One run at a time per artifact folder.
+
+Two runs that write the same artifact would count and remove each other's files.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,13 @@ def lock_path(path: str) -> str:
 
 @contextmanager
 def holding(path: str) -> Iterator[None]:
-    """Hold the folder `path` against other runs; the system frees it when the process ends, however that happens.
+    """Lock the folder `path` against other runs.
 
-    Object stores have no locks: there nothing is held. Errors: ArtifactError when another run holds it.
+    The operating system releases the lock when the process ends, also after a crash. Object stores have no locks: there
+    this does nothing.
+
+    Raises:
+        ArtifactError: if another run holds the lock.
     """
     if not storage.is_local(path):
         yield
@@ -41,24 +48,24 @@ def holding(path: str) -> Iterator[None]:
 
 
 def _take(name: str, path: str) -> int:
-    """The locked file. One that another run has just removed is left for a new one."""
+    """The locked file; opened again if another run removed it meanwhile."""
     while True:
         try:
             file = os.open(name, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise DataError(
-                f"cannot write {name}: {error.strerror}. Set another `out`, or mend its permissions"
+                f"cannot write {name}: {error.strerror}. Set another `out`, or fix its permissions"
             ) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            holder = os.read(file, 1000).decode(errors="replace").strip() or "not told"
+            holder = os.read(file, 1000).decode(errors="replace").strip() or "unknown"
             os.close(file)
             raise ArtifactError(
-                f"Another run is making {path} (its process: {holder}). Wait for it, stop it, or set another `out`."
+                f"Another run is writing {path} (its process: {holder}). Wait for it, stop it, or set another `out`."
             ) from error
         except OSError as error:
-            log(f"{path} cannot be locked on this file system ({error.strerror}): let no second run write there")
+            log(f"{path} cannot be locked on this file system ({error.strerror}): do not start a second run there")
             return file
         with suppress(FileNotFoundError):
             if os.fstat(file).st_ino == os.stat(name).st_ino:

@@ -12,8 +12,14 @@ from smalti.workflows.pipeline.timings import HERE
 
 
 def load_pixels(corpus: str, key: str, size: int, max_pixels: int, columns: list[str]) -> tuple[pa.Table, np.ndarray]:
-    """Some columns of a corpus shard and its images as uint8 (rows, size, size, 3). Errors: DataError, an image that
-    cannot be decoded any more."""
+    """Some columns of a corpus shard, and its decoded images.
+
+    Returns:
+        The table without `image`, and the pixels: uint8 (rows, size, size, 3).
+
+    Raises:
+        DataError: if an image can no longer be decoded.
+    """
     with HERE.part("read"):
         table = shards.read_shard(corpus, key, [*columns, "image"])
     pixels = np.empty((table.num_rows, size, size, 3), np.uint8)
@@ -24,11 +30,11 @@ def load_pixels(corpus: str, key: str, size: int, max_pixels: int, columns: list
             except ImageError as error:
                 identity = table.column("image_id")[row].as_py()
                 raise DataError(
-                    f"{shards.shard_path(corpus, key)}: image {identity}: {error}. Make the corpus again."
+                    f"{shards.shard_path(corpus, key)}: image {identity}: {error}. Create the corpus again."
                 ) from error
     return table.drop_columns(["image"]), pixels
 
 
 def block_bytes(recipe: Recipe, image_size: int) -> int:
-    """What the pixels of a full shard weigh."""
+    """Bytes of the decoded pixels of a full shard."""
     return recipe.corpus.shard_images * image_size**2 * 3

@@ -1,12 +1,13 @@
-"""The one Ray Data pipeline of this project: a shard in, a shard on disk out, a receipt back to the driver.
+"""The Ray Data pipeline that all shard stages share.
 
-A worker's `read` loads and decodes a shard, its `work` computes and writes the result under a name that follows from
-the input's: a retry rewrites one file, and what stands is skipped. Without a GPU one actor call does both; with one,
-CPU tasks read, and the actors that hold the GPU only work, as long as a decoded shard is small enough for the object store
-(`BLOCK_BYTES`). Items and receipts are small; no pixel passes the driver.
+A shard goes in, a shard on disk comes out, and a receipt returns to the driver. A worker's `read` loads and decodes a
+shard, its `work` computes and writes the result under a name derived from the input's: a retry rewrites one file, and
+finished shards are skipped. Without a GPU one actor call does both. With one, CPU actors read and the GPU actors only
+work, as long as a decoded shard is small enough for the object store (`BLOCK_BYTES`). Items and receipts are small; no
+pixels pass through the driver.
 
-A block of Ray Data is one row: the pickle of (kind, value, noted), and beside it the value's first large array, which so
-passes between actors without being copied into the pickle.
+A block of Ray Data is one row: the pickle of (kind, value, noted), and in a second column the value's first large array,
+which is thus passed between actors without a copy into the pickle.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ BLOCK_BYTES = 600_000_000  # 1,000 images of 384 px are 442 MB; three of each ac
 
 
 class ShardWorker(Protocol):
-    """What runs in an actor. `read` must not need what only `work` needs (the model): it may run in another process."""
+    """Code that runs in an actor.
+
+    `read` must not need what only `work` needs (the model): it may run in another process.
+    """
 
     def read(self, item: Any) -> Any:
         """The decoded input of an item."""
@@ -52,13 +56,20 @@ def run_shards(
     tally: Tally | None = None,
     block_bytes: int = 0,
 ) -> Iterator[Any]:
-    """Each item's receipt, in the order of completion; what the workers noted is added to `tally` before it comes.
+    """Yield each item's receipt, in the order of completion.
 
-    `worker(*args)` is made once an actor. `model=True`: `resources.actors` actors, each with `cpus_per_worker` CPUs and
-    `gpus_per_worker` GPUs; False: `resources.readers` actors of one CPU. `block_bytes`: what a loaded item weighs; above
-    `BLOCK_BYTES` the actors with GPUs read for themselves. A SmaltiError of a worker is raised here as it
-    was; any other exception fails the run as Ray tells it; a lost actor's shard is done again. An item whose workers die
-    time after time (`DEATHS`) is a DataError that names it.
+    A lost actor's shard is retried.
+
+    Args:
+        worker: created as `worker(*args)`, once per actor.
+        model: whether to use `resources.actors` actors with `cpus_per_worker` CPUs and `gpus_per_worker` GPUs each;
+            otherwise `resources.readers` actors with one CPU each.
+        tally: receives what the workers counted, before the receipt is yielded.
+        block_bytes: size of a loaded item; above `BLOCK_BYTES` the GPU actors read for themselves.
+
+    Raises:
+        SmaltiError: of a worker, unchanged. Any other exception fails the run with the error that Ray reports.
+        DataError: naming an item whose workers died `DEATHS` times.
     """
     import ray.data
     from ray.data import ActorPoolStrategy, DataContext
@@ -79,8 +90,8 @@ def run_shards(
     apart = gpus > 0 and block_bytes <= BLOCK_BYTES
     if gpus and not apart:
         log(
-            f"a decoded shard is {block_bytes / 1e6:,.0f} MB, more than {BLOCK_BYTES / 1e6:,.0f} MB: the GPUs' actors decode "
-            "for themselves. Smaller corpus.shard_images lets readers work ahead of them"
+            f"a decoded shard is {block_bytes / 1e6:,.0f} MB, more than {BLOCK_BYTES / 1e6:,.0f} MB: the GPU actors decode "
+            "themselves. Lower corpus.shard_images to let separate readers decode ahead of them"
         )
     if apart:
         readers = ActorPoolStrategy(min_size=1, max_size=resources.readers, initial_size=resources.readers)
@@ -108,8 +119,11 @@ def run_shards(
 
 
 class Ticket(NamedTuple):
-    """What tells an item from others: a key in Ray's own store, where it is noted how often its work was begun; the item
-    for people; and how many of its workers may die."""
+    """An item's identity in the pipeline.
+
+    `key`: in Ray's internal store, where the number of attempts is counted. `item`: its description in errors. `deaths`:
+    how many of its workers may die.
+    """
 
     key: str
     item: str
@@ -118,17 +132,20 @@ class Ticket(NamedTuple):
 
 @contextmanager
 def _begun(ticket: Ticket, step: str) -> Iterator[None]:
-    """Note in Ray's own store that an item is worked at, until it is done. Errors: DataError when that was noted as
-    often as its workers may die."""
+    """Count an attempt in Ray's internal store until the item is finished.
+
+    Raises:
+        DataError: if as many attempts were counted as workers may die.
+    """
     from ray.experimental import internal_kv
 
     key = f"{ticket.key}/{step}".encode()
     before = int(internal_kv._internal_kv_get(key) or 0)
     if before >= ticket.deaths:
         raise DataError(
-            f"{before} workers died at {ticket.item}: they crashed, or the memory was used up. For memory set fewer "
-            "resources.actors or resources.readers, or a smaller corpus.shard_images; a file that crashes its reader must "
-            "go out of the source. Then run the command again: what is done is kept."
+            f"{before} workers died on {ticket.item}: they crashed or ran out of memory. To save memory, lower "
+            "resources.actors, resources.readers or corpus.shard_images; remove a file that crashes its reader from the "
+            "source. Then run the same command to resume: finished shards are kept."
         )
     internal_kv._internal_kv_put(key, str(before + 1).encode())
     yield
@@ -136,7 +153,7 @@ def _begun(ticket: Ticket, step: str) -> Iterator[None]:
 
 
 def _forget(run: str) -> None:
-    """Take away what is noted of a run's items; Ray may have ended."""
+    """Remove the attempt counts of a run, if Ray is still running."""
     import ray
     from ray.experimental import internal_kv
 
@@ -145,13 +162,13 @@ def _forget(run: str) -> None:
 
 
 ITEM, LOADED, RESULT = "item", "loaded", "result"
-DEATHS = 5  # of one item's workers, after which it is not tried again; some may go with their nodes
+DEATHS = 5  # of workers per item before it fails; some may be lost with their nodes
 NAME_LENGTH = 300
-LARGE_BYTES = 2**20  # an array from here on is not copied into the pickle
+LARGE_BYTES = 2**20  # from this size on an array is not copied into the pickle
 
 
 def _pack(kind: str, value: Any, noted: dict[str, float]) -> pa.Table:
-    """A block of Ray Data: `head`, the pickle of all three, and `array`, its first large array, or nothing."""
+    """A block of Ray Data: the pickle, and its first large array."""
     large: list[pa.Buffer] = []
 
     def stays(found: pickle.PickleBuffer) -> bool:
@@ -169,7 +186,7 @@ def _pack(kind: str, value: Any, noted: dict[str, float]) -> pa.Table:
 
 
 def _unpack(table: pa.Table) -> tuple[str, Any, dict[str, float]]:
-    """(kind, value, noted) of a block; the large array in the value is a read-only view of it."""
+    """(kind, value, noted) of a block; its large array is a read-only view."""
     views = []
     for name in ("head", "array"):
         array = table.column(name).chunk(0).cast(pa.large_binary())  # no copy where it is one
@@ -181,7 +198,7 @@ def _unpack(table: pa.Table) -> tuple[str, Any, dict[str, float]]:
 
 
 class _Caught(Generic[Item]):
-    """Base of the actors: a SmaltiError becomes the block's result, so that the driver raises it as it was."""
+    """Base of the actors: returns a SmaltiError as the result, for the driver to raise."""
 
     gives = RESULT
 
@@ -227,8 +244,12 @@ class _Work(_Caught[Any]):
 
 
 def standing(artifact_path: str, key: str, columns: Sequence[str] = ()) -> Receipt | None:
-    """Receipt of a shard that was written before (writes are whole or absent); None when missing, torn since, or without
-    these columns: somebody else's file of that name."""
+    """Receipt of a finished shard, if it exists.
+
+    Returns:
+        None if the shard is missing, damaged or lacks `columns`; a damaged one is removed. (Writes are atomic, so that a
+        shard is damaged only later.)
+    """
     path = shard_path(artifact_path, key)
     if not storage.exists(path):
         return None
@@ -243,10 +264,13 @@ def standing(artifact_path: str, key: str, columns: Sequence[str] = ()) -> Recei
 
 
 def standing_for(artifact_path: str, corpus_path: str, key: str) -> Receipt | None:
-    """As `standing`, of a shard made of exactly the images of the corpus shard `key`, in their order.
+    """Receipt of a finished shard with exactly the images of corpus shard `key`, in order.
 
-    One of other images (a corpus made again of changed files has the same fingerprint), or without ids that can be read,
-    is taken away, so that it is made again. Errors: DataError on the corpus shard.
+    A shard of other images (a corpus recreated from changed files has the same fingerprint) or without readable ids is
+    removed, so that it is computed again.
+
+    Raises:
+        DataError: if the corpus shard cannot be read.
     """
     receipt = standing(artifact_path, key)
     if receipt is None:
@@ -264,11 +288,15 @@ def standing_for(artifact_path: str, corpus_path: str, key: str) -> Receipt | No
     return None
 
 
-def refuse_foreign(artifact_path: str, keys: Sequence[str], whose: str = "the corpus has not") -> None:
-    """Errors: DataError when shards lie in the artifact that are none of `keys`: the next stage would read them too."""
+def refuse_foreign(artifact_path: str, keys: Sequence[str], whose: str = "are not in the corpus") -> None:
+    """Refuse an artifact that holds shards other than `keys`.
+
+    Raises:
+        DataError: naming the first of them; the next stage would read them too.
+    """
     foreign = sorted(set(list_shards(artifact_path)) - set(keys))
     if foreign:
         raise DataError(
-            f"{artifact_path} holds {len(foreign):,} shards that {whose}, the first is "
-            f"{shard_path(artifact_path, foreign[0])}. They are of another run: move them away, and run the command again."
+            f"{artifact_path} holds {len(foreign):,} shards that {whose}; the first is "
+            f"{shard_path(artifact_path, foreign[0])}. They are from another run: move them away, then run the same command to resume."
         )

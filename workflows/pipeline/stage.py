@@ -1,7 +1,7 @@
-"""What every stage does alike: skip what stands, go on with what is half-made, record the rest, tell the user.
+"""Run a stage: skip it if finished, resume it if interrupted.
 
-A stage hands `run_stage` its settings (only those that its result depends on: never `resources`, `tracking` or `out`),
-its parents and a body. The body writes under `StageRun.path` and returns counts.
+A stage passes to `run_stage` its settings (only those that its result depends on: never `resources`, `tracking` or
+`out`), its parents and a body. The body writes under `StageRun.path` and returns counts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ SHARED_FILE = "shared.json"
 
 @dataclass
 class StageRun:
-    """A stage at work. `scores` may be filled by the body; they end in the artifact's record and in MLflow."""
+    """A running stage.
+
+    The body may fill `scores`; they are written to the artifact's record and to MLflow.
+    """
 
     name: str
     path: str
@@ -46,7 +49,7 @@ class StageRun:
     scores: dict[str, Any] = field(default_factory=dict)
 
     def log(self, message: str) -> None:
-        """One plain line on the terminal, headed by the stage's name."""
+        """Log one line, prefixed with the stage's name."""
         log_line(f"{self.name}: {message}")
 
     def progress(self, total: int, unit: str) -> Progress:
@@ -63,9 +66,12 @@ def stage_path(recipe: Recipe, name: str) -> str:
 
 
 def find_artifact(recipe: Recipe, name: str) -> Artifact:
-    """The finished artifact of a stage of this recipe: in `<out>/<name>`, or where `run_stage` found it to be shared.
+    """The finished artifact of a stage of this recipe.
 
-    This is how a stage gets its parents. Errors: ArtifactError when the stage has not run, or the shared one changed.
+    It lies in `<out>/<name>`, or in the `share` folder where `run_stage` found it. Stages load their parents with this.
+
+    Raises:
+        ArtifactError: if the stage is not finished, or the shared artifact is missing or has changed.
     """
     path = stage_path(recipe, name)
     own = Artifact.find(path)
@@ -79,7 +85,7 @@ def find_artifact(recipe: Recipe, name: str) -> Artifact:
     if found is None or found.fingerprint != noted["fingerprint"]:
         raise ArtifactError(
             f"The stage {name} of {recipe.out} used {noted['path']} (fingerprint {noted['fingerprint']}), which is "
-            f"{'gone' if found is None else 'another one now'}. Run the stage {name} again."
+            f"{'missing' if found is None else 'a different artifact now'}. Run the stage {name} again."
         )
     return found
 
@@ -88,7 +94,7 @@ P = ParamSpec("P")
 
 
 def _alone(stage: Callable[Concatenate[Recipe, str, P], Artifact]) -> Callable[Concatenate[Recipe, str, P], Artifact]:
-    """`stage` with its place held against other runs while it makes something; what is finished is only read."""
+    """Lock the stage's folder while it runs; a finished artifact is only read."""
 
     @functools.wraps(stage)
     def held(recipe: Recipe, name: str, /, *args: P.args, **more: P.kwargs) -> Artifact:
@@ -112,10 +118,18 @@ def run_stage(
     *,
     tracker: Tracker | None = None,
 ) -> Artifact:
-    """The stage's finished artifact: found in `<out>/<name>` or in a `share` folder, or made now by `body`.
+    """The stage's artifact: the finished one, or the one that `body` creates.
 
-    `tracker` is the recipe's run (default: opened here); the stage gets a child run, which is FAILED when the body
-    raises. The error itself goes on to the caller. Errors: ArtifactError when the place holds another config.
+    A finished artifact is looked up in `<out>/<name>`, then in the `share` folders. The stage gets a child run in MLflow;
+    if the body raises, the run is marked FAILED and the error is raised to the caller.
+
+    Args:
+        config: the settings that the result depends on.
+        body: writes under `StageRun.path` and returns counts.
+        tracker: the recipe's run; opened here by default.
+
+    Raises:
+        ArtifactError: if the folder holds an artifact of another config.
     """
     path = stage_path(recipe, name)
     wanted = artifact.fingerprint(kind, config, parents)
@@ -127,11 +141,11 @@ def run_stage(
     else:
         _note_shared(recipe, name, done)
     if done is not None:
-        log_line(f"{name}: skipped, stands already in {done.path} (fingerprint {done.fingerprint})")
+        log_line(f"{name}: skipped: finished in {done.path} (fingerprint {done.fingerprint})")
         return done
     assert isinstance(place, Workspace)
     if place.resumed:
-        storage.remove_temporary(path)  # of dead runs: the place is held
+        storage.remove_temporary(path)  # of dead runs: this run holds the lock
     parent = open_tracker(recipe) if tracker is None else tracker
     try:
         result = _make(recipe, name, config, parents, place, body, parent.child(name))
@@ -146,9 +160,12 @@ def run_stage(
 
 
 def _standing(recipe: Recipe, name: str, path: str, wanted: str) -> Artifact | None:
-    """A finished artifact of this fingerprint, looked for at home, then in the `share` folders."""
+    """A finished artifact of this fingerprint from the `share` folders.
+
+    None if the stage's own folder holds a finished artifact.
+    """
     if Artifact.find(path) is not None:
-        return None  # `begin` tells whether it is the same one
+        return None  # `begin` checks its fingerprint
     for other in recipe.share:
         found = Artifact.find(storage.join(storage.absolute(other), *name.split("/")))
         if found is not None and found.fingerprint == wanted:
@@ -157,7 +174,7 @@ def _standing(recipe: Recipe, name: str, path: str, wanted: str) -> Artifact | N
 
 
 def _note_shared(recipe: Recipe, name: str, found: Artifact) -> None:
-    """Keep in `<out>/shared.json` where the stage's artifact lies, for the stages after it."""
+    """Record in `<out>/shared.json` where the stage's artifact lies, for later stages."""
     path = storage.join(storage.absolute(recipe.out), SHARED_FILE)
     noted = storage.read_json(path) if storage.exists(path) else {}
     storage.write_json(path, noted | {name: {"path": found.path, "fingerprint": found.fingerprint}})
@@ -175,7 +192,7 @@ def _make(
     """Run the body inside its child run and finish the artifact."""
     run = StageRun(name, place.path, recipe, tracker, place.resumed, place.fingerprint)
     sources = ", ".join(f"{key} {parent.path}" for key, parent in parents.items()) or "the recipe's source"
-    run.log(f"{'going on' if place.resumed else 'starting'} on {sources}; output in {place.path}")
+    run.log(f"{'resuming' if place.resumed else 'starting'} on {sources}; output in {place.path}")
     started = time.monotonic()
     try:
         tracker.tags(_tags(run, parents))
@@ -189,25 +206,25 @@ def _make(
         tracker.finish()
     except BaseException:
         _finish_failed(tracker, name)
-        with suppress(SmaltiError):  # a store that is down as well must not hide the first error
+        with suppress(SmaltiError):  # a second failure of storage must not hide the first error
             place.abandon()
         raise
-    told = ", ".join(f"{value:,} {key}" for key, value in counts.items() if "/" not in key)
-    run.log(f"finished in {result.seconds:.1f} s" + (f": {told}" if told else ""))
+    summary = ", ".join(f"{value:,} {key}" for key, value in counts.items() if "/" not in key)
+    run.log(f"finished in {result.seconds:.1f} s" + (f": {summary}" if summary else ""))
     return result
 
 
 @contextmanager
 def _beating(place: Workspace, started: float) -> Iterator[None]:
-    """Note the time worked every half minute, so that a killed try's is not lost."""
+    """Record the elapsed time every 30 seconds, so that a kill does not lose it."""
     stop = threading.Event()
 
     def beat() -> None:
         while not stop.wait(BEAT_S):
             try:
                 place.beat(time.monotonic() - started)
-            except SmaltiError as error:  # the work itself may still go well
-                log_line(f"{place.kind}: the time worked could not be noted: {error}")
+            except SmaltiError as error:  # the stage itself may still succeed
+                log_line(f"{place.kind}: the elapsed time could not be recorded: {error}")
 
     thread = threading.Thread(target=beat, daemon=True, name="stage-beat")
     thread.start()
@@ -224,7 +241,7 @@ def _tags(run: StageRun, parents: Mapping[str, Artifact]) -> dict[str, str]:
 
 
 def _finish_failed(tracker: Tracker, name: str) -> None:
-    """Mark the run FAILED. A store that is down as well is told of, and must not hide the first error."""
+    """Mark the run FAILED; log if the store does not answer, without hiding the first error."""
     try:
         tracker.finish("FAILED")
     except Exception as error:

@@ -1,7 +1,7 @@
-"""What the workers of the shard pipeline tell beside their receipts: seconds by part of the work, and what was done again.
+"""Seconds by part of the work, and counts, of the shard pipeline.
 
-A worker says `with HERE.part("decode"):` and `HERE.count("kept")`; its actor sends what was noted along with each receipt,
-and the driver sums it. Seconds are of all actors together, and of the driver where it lists a source.
+A worker calls `with HERE.part("decode"):` and `HERE.count("kept")`; its actor sends the sums with each receipt, and the
+driver adds them up. Seconds are summed over all actors, and over the driver where it lists a source.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from smalti.workflows.pipeline.stage import StageRun
 
 T = TypeVar("T")
-# list: the source's files are found; start: the model is loaded; match: duplicates are found among the ids
+# list: find the source's files; start: load the model; match: find duplicates among the ids
 PARTS = ("list", "start", "read", "decode", "match", "model", "write")
 COUNTS = {
-    "kept": "shards or groups kept of an earlier try",
-    "remade": "torn or stale shards made again",
-    "restarts": "lost actors started again",
+    "kept": "shards or groups kept from an earlier run",
+    "remade": "damaged or outdated shards written again",
+    "restarts": "lost actors restarted",
 }
 LEFT_OUT = {
     "half_pairs": "questions without an answer, or answers without a question, left out",
-    "late_texts": "texts that lie too far behind an image that has others, left out",
+    "late_texts": "texts too far behind an image that already has others, left out",
 }
 
 
@@ -45,7 +45,7 @@ class Tally:
             self.add({f"seconds/{name}": time.monotonic() - started})
 
     def timed(self, name: str, items: Iterable[T]) -> Iterator[T]:
-        """The items, with the time that each takes to come added to a part of `PARTS`."""
+        """Yield the items; add the wait for each to a part of `PARTS`."""
         rest = iter(items)
         while True:
             with self.part(name):
@@ -56,18 +56,18 @@ class Tally:
             yield item
 
     def count(self, name: str, number: int = 1) -> None:
-        """So many more of a thing of `COUNTS` or of `LEFT_OUT`."""
+        """Add to a count of `COUNTS` or of `LEFT_OUT`."""
         assert name in COUNTS or name in LEFT_OUT, name
         if number:
             self.add({f"retried/{name}" if name in COUNTS else f"left_out/{name}": number})
 
     def add(self, noted: Mapping[str, float]) -> None:
-        """Add what another tally holds."""
+        """Add the sums of another tally."""
         for name, value in noted.items():
             self.noted[name] = self.noted.get(name, 0) + value
 
     def drain(self) -> dict[str, float]:
-        """What was noted since the last call."""
+        """The sums since the last call; resets them."""
         noted, self.noted = self.noted, {}
         return noted
 
@@ -77,14 +77,17 @@ class Tally:
         return {name: number for name, number in found.items() if number}
 
     def scores(self) -> dict[str, float]:
-        """For the artifact's record: `seconds/<part>` of this try, and every `retried/<count>`, 0 too; `left_out/<what>`."""
+        """Scores for the artifact's record.
+
+        `seconds/<part>` of this run, every `retried/<count>` (0 included), and `left_out/<what>`.
+        """
         parts = {f"seconds/{name}": self.noted.get(f"seconds/{name}") for name in PARTS}
         counts = {f"retried/{name}": int(self.noted.get(f"retried/{name}", 0)) for name in COUNTS}
         counts |= {name: int(number) for name, number in self.noted.items() if name.startswith("left_out/")}
         return {name: round(value, 3) for name, value in parts.items() if value is not None} | counts
 
     def told(self) -> list[str]:
-        """Lines for people: the share of each part with the slowest named, and what was done again."""
+        """Log lines: the share of each part, the slowest part, and the counts."""
         parts = {name: self.noted.get(f"seconds/{name}", 0.0) for name in PARTS}
         total, lines = sum(parts.values()), []
         if total > 0:
@@ -105,8 +108,10 @@ HERE = Tally()  # of this process
 
 @contextmanager
 def tallied(run: StageRun) -> Iterator[Tally]:
-    """A tally of a whole stage: at the end the stage says which part was slowest, and its record gets the seconds and
-    counts as scores."""
+    """A tally of a whole stage.
+
+    At the end its lines are logged, and the seconds and counts are added to the stage's scores.
+    """
     tally = Tally()
     yield tally
     for line in tally.told():
@@ -116,9 +121,10 @@ def tallied(run: StageRun) -> Iterator[Tally]:
 
 @contextmanager
 def shown(run: StageRun, tally: Tally, total: int, unit: str = "images") -> Iterator[Callable[..., None]]:
-    """A progress line, and a function that takes the units of a receipt and what else the line is to show.
+    """A progress bar, and the function that updates it.
 
-    It shows what was done again too; and where the units are groups, `images` (all so far) with their rate.
+    The function takes the units of a receipt and further numbers to show. The bar also shows the retries; where the units
+    are groups, pass `images` (the total so far) to show their rate.
     """
     with run.progress(total, unit) as bar:
         kept, seen, stood, started = tally.counted().get("kept", 0), 0, 0, time.monotonic()
@@ -141,6 +147,9 @@ def shown(run: StageRun, tally: Tally, total: int, unit: str = "images") -> Iter
 
 @contextmanager
 def shard_progress(run: StageRun, total: int, unit: str = "images") -> Iterator[tuple[Tally, Callable[..., None]]]:
-    """`tallied` and `shown` of a stage with one pipeline: the tally for `run_shards`, and the line's function."""
+    """Tally and progress bar of a stage with one pipeline.
+
+    Yields the tally for `run_shards`, and the function that updates the bar.
+    """
     with tallied(run) as tally, shown(run, tally, total, unit) as update:
         yield tally, update

@@ -1,1 +1,1 @@
-"""MLflow runs, and the outbox that keeps what a server does not answer."""
+"""MLflow runs, and an outbox for entries that the server does not accept yet."""

@@ -1,9 +1,9 @@
-"""MLflow behind the `Tracker` protocol of `smalti.tracking`: a parent run for a recipe, a child run for each stage.
+"""MLflow behind the `Tracker` protocol: one run per recipe, a child run per stage.
 
-The default store is `sqlite:///<out>/mlflow.db` with its pictures in `<out>/mlflow_artifacts`; `tracking.uri` names any
-other, and `off` tracks nothing. Metrics are buffered and sent in batches; a training worker attaches to the run that
-the driver made, so that a restarted worker does not open another one. Only one process a run should write.
-A store that cannot be used when a recipe starts is an error; one that goes away later stops nothing (see `outbox`).
+The default store is `sqlite:///<out>/mlflow.db` with its pictures in `<out>/mlflow_artifacts`; `tracking.uri` names
+another one, and `off` disables tracking. Metrics are buffered and sent in batches; a training worker attaches to the run
+that the driver created, so that a restarted worker does not open another one. Only one process per run should write.
+A store that cannot be used when a recipe starts is an error; one that fails later does not stop the run (see `outbox`).
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one level with dotted keys; lists become JSON; an empty mapping is dropped."""
+    """Nested mappings as one level with dotted keys.
+
+    Lists become JSON; an empty mapping is dropped.
+    """
     flat: dict[str, Any] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
@@ -54,10 +57,13 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def open_tracker(recipe: Recipe) -> Tracker:
-    """The recipe's parent run, made once and reopened when the same command runs again; `NullTracker` when off.
+    """The recipe's parent run; `NullTracker` when tracking is off.
 
-    Its id is kept in `<out>/mlflow_run.json`. Errors: ConfigError when the store cannot be reached, or when `out` is a
-    URL and no tracking URI was given (sqlite needs a local folder).
+    It is created once and reopened when the recipe runs again; its id is kept in `<out>/mlflow_run.json`.
+
+    Raises:
+        ConfigError: if the store cannot be used, or `out` is a URL and no tracking URI was given (sqlite needs a local
+            folder).
     """
     uri = recipe.tracking.uri
     if uri == "off":
@@ -92,9 +98,10 @@ def open_tracker(recipe: Recipe) -> Tracker:
 
 
 class MLflowTracker:
-    """One MLflow run. `owner=False` (see `attach`): `finish` sends what is buffered and leaves the run open.
+    """One MLflow run.
 
-    A pickled copy is such an attached one: it may be handed to rank 0 of a training.
+    With `owner=False` (see `attach`), `finish` sends the buffer and leaves the run open. A pickled copy is attached: it may
+    be passed to rank 0 of a training.
     """
 
     run_id: str | None
@@ -109,15 +116,18 @@ class MLflowTracker:
 
     @classmethod
     def attach(cls, uri: str, run_id: str) -> MLflowTracker:
-        """The same run seen from another process (rank 0 of a training); its `finish` does not end the run."""
+        """The same run in another process; its `finish` does not end the run."""
         return cls(uri, run_id, owner=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return MLflowTracker.attach, (self.uri, self._run_id)
 
     def params(self, values: Mapping[str, Any]) -> None:
-        """Log nested settings with dotted keys. A parameter that stands with another value (a rerun may change
-        resources) keeps it, as MLflow demands; the new value is written as the tag `changed.<key>`."""
+        """Log nested settings with dotted keys.
+
+        MLflow does not change the value of a logged parameter; a new value (a rerun may change resources) is written as
+        the tag `changed.<key>`.
+        """
         self._outbox.call(partial(self._params, dict(values)))
 
     def _params(self, values: Mapping[str, Any]) -> None:
@@ -131,7 +141,7 @@ class MLflowTracker:
         self._tags({f"changed.{key}": value for key, value in wanted.items() if known.get(key, value) != value})
 
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
-        """Buffer numbers; they are sent in batches, at the latest with the first call after 5 seconds."""
+        """Buffer numbers; sent in batches, at the latest by the first call after 5 seconds."""
         from mlflow.entities import Metric
 
         now_ms = int(time.time() * 1000)
@@ -139,7 +149,7 @@ class MLflowTracker:
         self._outbox.add(numbers, FLUSH_AFTER_S)
 
     def flush(self) -> None:
-        """Send what is buffered."""
+        """Send the buffer."""
         self._outbox.flush(now=True)
 
     def image(self, key: str, pixels: np.ndarray, step: int | None = None) -> None:
@@ -149,11 +159,11 @@ class MLflowTracker:
 
     @contextmanager
     def system_metrics(self) -> Iterator[None]:
-        """Within, this machine's CPU, memory, disk, network and GPUs are logged every ten seconds as `system/…`."""
+        """Log CPU, memory, disk, network and GPUs every 10 seconds as `system/…`."""
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         class Monitor(SystemMetricsMonitor):
-            """MLflow's own, whose loop would end with the first call that the store does not answer."""
+            """MLflow's monitor; its own loop ends at the first unanswered call."""
 
             def monitor(inner) -> None:  # noqa: N805
                 while True:
@@ -184,14 +194,14 @@ class MLflowTracker:
             self._client.log_batch(self._run_id, tags=tags[start : start + PARAMS_A_BATCH])
 
     def child(self, name: str) -> Tracker:
-        """A run under this one. An unfinished child of that name (a killed try) is gone on with. With a store that does
-        not answer now it is one that tells nobody, and a line says so."""
+        """A child run; an unfinished one of that name is resumed.
+
+        If the store does not answer, that is logged and the stage is not tracked.
+        """
         try:
             return self._child(name)
         except Exception as error:  # mlflow lets SQLAlchemy's, requests' and its own errors through
-            log(
-                f"{name}: not tracked, since MLflow at {self.uri} does not answer: {str(error).strip().splitlines()[0]}"
-            )
+            log(f"{name}: not tracked, as MLflow at {self.uri} does not answer: {str(error).strip().splitlines()[0]}")
             return NullTracker()
 
     def _child(self, name: str) -> MLflowTracker:
@@ -205,18 +215,18 @@ class MLflowTracker:
         return MLflowTracker(self.uri, run.info.run_id, client=self._client)
 
     def finish(self, status: Status = "FINISHED") -> None:
-        """Send what is buffered and end the run as FINISHED or FAILED; a line says what could not be sent."""
+        """Send the buffer and end the run; log what could not be sent."""
         if self.owner:
             self._outbox.call(partial(self._client.set_terminated, self._run_id, status))
         if not self._outbox.flush(now=True):
             log(
-                f"MLflow at {self.uri} does not answer, and its run {self._run_id} lacks {self._outbox.left()}. Nothing else "
-                "is lost: the numbers of a training stand in its history.jsonl, those of a stage in its artifact.json."
+                f"MLflow at {self.uri} does not answer; its run {self._run_id} lacks {self._outbox.left()}. Nothing else "
+                "is lost: the metrics of a training are in its history.jsonl, those of a stage in its artifact.json."
             )
 
 
 def _client(uri: str) -> MlflowClient:
-    """A quiet client: no telemetry over the network, no migration chatter on the terminal."""
+    """A client without telemetry and without migration logs."""
     for name, value in {"MLFLOW_DISABLE_TELEMETRY": "true", **PATIENCE}.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
@@ -227,7 +237,7 @@ def _client(uri: str) -> MlflowClient:
 
 
 def _reopen(client: MlflowClient, run_id: str | None) -> str | None:
-    """The id, its run open again; None when the store does not hold it any more."""
+    """Reopen a run; None if the store no longer has it."""
     from mlflow.exceptions import MlflowException
 
     if run_id is None:
@@ -245,7 +255,10 @@ def _reopen(client: MlflowClient, run_id: str | None) -> str | None:
 
 
 def _experiment(client: MlflowClient, uri: str, name: str) -> str:
-    """Id of the experiment, made if new; a sqlite store keeps pictures beside its file (its default is the cwd)."""
+    """Id of the experiment, created if it is missing.
+
+    A sqlite store keeps pictures beside its file; MLflow's default is the working directory.
+    """
     from mlflow.exceptions import MlflowException
 
     known = client.get_experiment_by_name(name)

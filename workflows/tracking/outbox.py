@@ -1,4 +1,4 @@
-"""What a tracking store is to be told, kept while it does not answer and sent when it does again."""
+"""Buffer for entries of a tracking store that may not answer."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ PASSING = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"
 
 
 class Outbox:
-    """Calls and numbers on their way to the store `where`; safe to use from several threads, and never raises.
+    """Thread-safe queue of calls and numbers for the store `where`; never raises.
 
-    `send_numbers` is called with lists of at most `batch` numbers. Bounded: what is oldest leaves first. A call that the
-    store refuses for good (a run that was deleted) is told of and dropped.
+    `send_numbers` is called with lists of at most `batch` numbers. The queue is bounded: the oldest entries are dropped
+    first. A call that the store refuses permanently (a deleted run) is logged and dropped.
     """
 
     def __init__(self, where: str, send_numbers: Callable[[list[Any]], None], batch: int) -> None:
@@ -40,7 +40,7 @@ class Outbox:
             self.flush()
 
     def add(self, numbers: list[Any], flush_after_s: float) -> None:
-        """Keep numbers; send them when they fill a batch, or the last were sent so long ago."""
+        """Queue numbers; send them once a batch is full or `flush_after_s` has passed."""
         with self._lock:
             self._numbers.extend(numbers)
             self._bound(self._numbers, KEPT_NUMBERS)
@@ -48,7 +48,10 @@ class Outbox:
                 self.flush()
 
     def flush(self, *, now: bool = False) -> bool:
-        """Send what is kept; True when nothing is left. A store that is away is tried twice a minute, or with `now`."""
+        """Send the queue; True when it is empty.
+
+        A store that does not answer is retried every 30 seconds, or at once with `now`.
+        """
         with self._lock:
             waiting = self._away_since is not None and time.monotonic() - self._tried < AGAIN_AFTER_S
             if waiting and not now:
@@ -72,11 +75,11 @@ class Outbox:
             return True
 
     def left(self) -> str:
-        """What is still kept or was dropped, in words; "" for nothing."""
-        told = [f"{len(self._numbers):,} numbers"] * bool(self._numbers)
-        told += [f"{len(self._calls):,} other entries"] * bool(self._calls)
-        told += [f"{self.dropped:,} dropped before"] * bool(self.dropped)
-        return ", ".join(told)
+        """Description of what is queued or was dropped; empty for nothing."""
+        parts = [f"{len(self._numbers):,} numbers"] * bool(self._numbers)
+        parts += [f"{len(self._calls):,} other entries"] * bool(self._calls)
+        parts += [f"{self.dropped:,} dropped before"] * bool(self.dropped)
+        return ", ".join(parts)
 
     def _attempt(self, action: Callable[[], None]) -> None:
         try:
@@ -85,7 +88,7 @@ class Outbox:
             if getattr(error, "error_code", "INTERNAL_ERROR") in PASSING:
                 raise
             self.dropped += 1
-            log(f"MLflow at {self.where} refused an entry, which is left out: {_first_line(error)}")
+            log(f"MLflow at {self.where} refused an entry, which is dropped: {_first_line(error)}")
 
     def _bound(self, kept: deque[Any], most: int) -> None:
         while len(kept) > most:
@@ -95,15 +98,13 @@ class Outbox:
     def _away(self, error: Exception) -> None:
         if self._away_since is None:
             self._away_since = time.monotonic()
-            log(
-                f"MLflow at {self.where} does not answer; what it is to be told is kept meanwhile: {_first_line(error)}"
-            )
+            log(f"MLflow at {self.where} does not answer; entries are kept until it does: {_first_line(error)}")
 
     def _back(self) -> None:
         if self._away_since is not None:
             away_s, self._away_since = time.monotonic() - self._away_since, None
             lost = f"; {self.dropped:,} entries did not fit and are lost" if self.dropped else ""
-            log(f"MLflow at {self.where} answers again after {away_s:.0f} s and has what was kept{lost}")
+            log(f"MLflow at {self.where} answers again after {away_s:.0f} s; the kept entries are sent{lost}")
 
 
 def _first_line(error: Exception) -> str:

@@ -39,13 +39,13 @@ def test_the_papers_recipe_has_room_on_four_nodes_of_eight() -> None:
 def test_a_worker_larger_than_any_node() -> None:
     found = unplaceable(recipe(cpus_per_worker=97), FOUR)
     assert len(found) == 3, "the model actors, the training workers and the evaluation"
-    assert "takes 97 CPU and 1 GPU, and no node has that (4 x 96 CPU and 8 GPU)" in found[0]
+    assert "needs 97 CPU and 1 GPU, and no node has that (4 x 96 CPU and 8 GPU)" in found[0]
     assert "Lower resources.cpus_per_worker or resources.gpus_per_worker" in found[0]
 
 
 def test_more_workers_than_the_cluster_holds() -> None:
     (found,) = unplaceable(recipe(workers=33, cpus_per_worker=1), FOUR)
-    assert "resources.workers=33 take 1 CPU and 1 GPU each, all at once, and the nodes have room for 32" in found
+    assert "resources.workers=33 need 1 CPU and 1 GPU each, all at once, and the nodes have room for 32" in found
     assert found.endswith("Set resources.workers=32, or add nodes.")
     (found,) = unplaceable(recipe(workers=32, cpus_per_worker=13), FOUR)
     assert "room for 28" in found, "7 workers of 13 CPUs fit on a node of 96"
@@ -56,7 +56,7 @@ def test_pools_that_run_with_fewer_are_told_not_refused() -> None:
     assert unplaceable(recipe(workers=8, cpus_per_worker=4), small) == []
     found = shortages(recipe(workers=8, cpus_per_worker=4), small)
     assert "corpus, features, tokens: room for 128 of resources.readers=256 at once" in found
-    assert any("readers and actors take 384 CPU at once, and there are 128" in line for line in found)
+    assert any("readers and actors need 384 CPU at once, and there are 128" in line for line in found)
 
 
 def alive(cpus: float, gpus: float = 0.0, **labels: str) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def test_every_stage_of_the_papers_recipe_is_scheduled(simulated: Any) -> None:
 
 
 def test_what_would_wait_for_ever_is_refused_before(simulated: Any) -> None:
-    with pytest.raises(ConfigError, match=r"This cluster would wait for ever:\n  encoder, tokenizer, mllm: .*=17"):
+    with pytest.raises(ConfigError, match=r"This cluster would wait forever:\n  encoder, tokenizer, mllm: .*=17"):
         simulated.schedule(recipe(workers=17, cpus_per_worker=1), 0)
 
 

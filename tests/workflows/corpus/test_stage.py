@@ -233,7 +233,7 @@ def test_the_slowest_part_is_named_and_what_was_kept_is_counted(
     assert made.scores["retried/kept"] == 6, "four indexes and two shards"
     assert {"seconds/list", "seconds/read", "seconds/match", "seconds/write"} <= made.scores.keys()
     said = capsys.readouterr().err
-    assert "is the slowest part" in said and "6 shards or groups kept of an earlier try" in said
+    assert "is the slowest part" in said and "6 shards or groups kept from an earlier run" in said
     assert "images 20" in said and "unusable 0" in said
 
 

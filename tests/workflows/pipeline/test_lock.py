@@ -21,7 +21,10 @@ def test_a_second_run_is_told_and_a_killed_one_holds_nothing(tmp_path: Path) -> 
     with subprocess.Popen([sys.executable, "-c", HOLD, place], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(ArtifactError, match=rf'Another run is making {place} .*"pid": {other.pid}'), holding(place):
+        with (
+            pytest.raises(ArtifactError, match=rf'Another run is writing {place} .*"pid": {other.pid}'),
+            holding(place),
+        ):
             pass
         with holding(place + "2"):
             pass

@@ -103,7 +103,10 @@ def test_an_item_that_kills_its_workers_is_one_clear_error(
     ray_here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shard_pipeline, "DEATHS", 1)
-    with pytest.raises(DataError, match=r"1 workers died at 6: .*resources\.actors .* go out of the source"):
+    with pytest.raises(
+        DataError,
+        match=r"1 workers died on 6: .*resources\.actors.*remove a file that crashes its reader from the source",
+    ):
         results([6], 0, str(tmp_path))
 
 
@@ -150,5 +153,5 @@ def test_shards_that_the_corpus_has_not_are_refused(tmp_path: Path) -> None:
     shards.write_shard(str(tmp_path), "train/00000", pa.table({"a": [1]}))
     (tmp_path / "train" / "00001.parquet.tmp").write_bytes(b"half")
     refuse_foreign(str(tmp_path), ["train/00000", "train/00001"])
-    with pytest.raises(DataError, match=r"1 shards that the corpus has not.*train/00000\.parquet"):
+    with pytest.raises(DataError, match=r"1 shards that are not in the corpus.*train/00000\.parquet"):
         refuse_foreign(str(tmp_path), ["train/00001"])

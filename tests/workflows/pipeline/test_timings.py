@@ -44,4 +44,4 @@ def test_what_was_done_again_stands_in_the_record(tmp_path: Path, capsys: pytest
     said = capsys.readouterr().err
     assert "30/30 (100 %) images" in said
     assert "kept 1, restarts 2" in said
-    assert "things: 1 shards or groups kept of an earlier try, 2 lost actors started again" in said
+    assert "things: 1 shards or groups kept from an earlier run, 2 lost actors restarted" in said

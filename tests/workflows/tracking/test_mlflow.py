@@ -124,7 +124,7 @@ def test_a_store_that_goes_away_stops_nothing_and_gets_all_when_it_is_back(
     assert [m.value for m in tracker._client.get_metric_history(tracker.run_id, "loss")] == [3.0, 2.0]
     assert run.data.tags["note"] == "kept" and run.info.status == "FINISHED"
     told = capsys.readouterr().err
-    assert told.count("does not answer; what it is to be told is kept") == 2 and "tokens: not tracked" in told
+    assert told.count("does not answer; entries are kept") == 2 and "tokens: not tracked" in told
     assert f"its run {tracker.run_id} lacks 1 numbers" in told and "answers again" in told
 
 

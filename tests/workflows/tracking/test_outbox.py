@@ -78,7 +78,7 @@ def test_what_is_refused_is_told_and_stops_nothing(told: list[str]) -> None:
     store.error = None
     box.add([2], 0.0)
     assert box.flush(now=True) and store.numbers == [2]
-    assert told == ["MLflow at http://there refused an entry, which is left out: no such run"]
+    assert told == ["MLflow at http://there refused an entry, which is dropped: no such run"]
 
 
 def test_one_call_that_fails_for_ever_does_not_keep_others_back(told: list[str]) -> None:
