@@ -1,4 +1,4 @@
-"""Where images come from: one file a source, each giving groups (see `base`)."""
+"""Sources of images, one module per format; each returns groups (see `base`)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,11 @@ FILES = ("folder", "webdataset", "parquet", "arrow", "jsonl")
 
 
 def find_groups(source: str | list[str] | None, section: CorpusSection, seed: int) -> Iterator[Group]:
-    """The groups of a source or of several, in the order given. Errors: DataError when one cannot be found."""
+    """Yield the groups of one or several sources, in order.
+
+    Raises:
+        DataError: if a source cannot be found.
+    """
     if not source:
         raise DataError(
             "corpus.source is not set. Name a folder of images, WebDataset tars, Parquet files, or easy-vqa:train."
@@ -51,12 +55,16 @@ def find_groups(source: str | list[str] | None, section: CorpusSection, seed: in
     for one in [source] if isinstance(source, str) else source:
         with reading(one):
             kind = detect(one) if section.format == "auto" else section.format
-            place = storage.absolute(one) if kind in FILES else one  # actors may stand in another folder
+            place = storage.absolute(one) if kind in FILES else one  # actors may have another working directory
             yield from SOURCES[kind](place, section, seed)
 
 
 def detect(source: str) -> str:
-    """The format of a source, by its name, or by what lies in the folder. Errors: DataError when it is unclear."""
+    """Detect the format of a source by its name or the folder's files.
+
+    Raises:
+        DataError: if the format is ambiguous.
+    """
     for name in ("easy-vqa", "generated"):
         if source == name or source.startswith(name + ":"):
             return name
@@ -69,7 +77,9 @@ def detect(source: str) -> str:
     if is_jsonl(source):
         return "jsonl"
     if named(source).endswith((".jsonl.gz", ".ndjson.gz", ".jsonl.zst", ".ndjson.zst")):
-        raise DataError(f"corpus.source: {source} is compressed, and its lines are read at any place. Unpack it.")
+        raise DataError(
+            f"corpus.source: {source} is compressed, which allows no random access to its lines. Unpack it."
+        )
     fs, inside = filesystem(source)
     if not fs.isdir(inside):
         raise DataError(
@@ -80,8 +90,10 @@ def detect(source: str) -> str:
 
 
 def _detect_folder(source: str) -> str:
-    """What kind lies in a folder; two of them are unclear. The tables of what img2dataset fetched, beside its tars or
-    folders, are no data."""
+    """The format of the files in a folder; more than one is an error.
+
+    The tables that img2dataset writes beside its tars or folders are not counted as data.
+    """
     tables, kinds = SideTables(source), {"folder": False, "parquet": False, "webdataset": False, "arrow": False}
     for name in each_file(source, []):
         tables.meet(name)

@@ -1,4 +1,7 @@
-"""Arrow files, and the folders that Hugging Face's `datasets` saves (`save_to_disk`): read with pyarrow alone."""
+"""Source `arrow`: Arrow files, and folders of `datasets.save_to_disk`.
+
+Read with pyarrow; Hugging Face's `datasets` is not needed.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +83,7 @@ def _batches(path: str) -> Iterator[Iterator[pa.RecordBatch]]:
 
 
 def _read(stream: object) -> Iterator[pa.RecordBatch]:
-    """Batches of an IPC stream, or of a file in the file format."""
+    """Yield the batches of an IPC stream or IPC file."""
     try:
         reader = pa.ipc.open_stream(stream)
     except pa.ArrowInvalid:
@@ -101,14 +104,15 @@ def _schema(path: str) -> pa.Schema:
 
 
 def is_arrow(path: str) -> bool:
-    """Whether a name is an Arrow file's."""
+    """Whether a name is that of an Arrow file."""
     return named(path).endswith(".arrow")
 
 
 def arrow_groups(source: str, section: CorpusSection, seed: int) -> list[ArrowGroup]:
-    """A group for each Arrow file that a path, pattern or folder names; of a saved dataset, those that it lists.
+    """One group per Arrow file; of a saved dataset, the files that it lists.
 
-    Errors: DataError when the folder holds several splits, or a column is missing.
+    Raises:
+        DataError: if the folder holds several splits, or a column is missing.
     """
     return of_each(partial(_group, section=section), _files(source))
 
@@ -118,17 +122,17 @@ def _files(source: str) -> list[str]:
     if fs.isdir(inside) and fs.exists(posixpath.join(inside, SPLITS)):
         try:
             splits = [str(name) for name in load_json(fs.cat_file(posixpath.join(inside, SPLITS)))["splits"]]
-            told, one = ", ".join(splits), splits[0]
+            names, one = ", ".join(splits), splits[0]
         except (ValueError, KeyError, TypeError, IndexError):
-            told, one = f"that {SPLITS} should name, and does not", "train"
-        raise DataError(f"corpus.source: {source} holds the splits {told}. Name one: {source}/{one}.")
+            names, one = f"that {SPLITS} should name but does not", "train"
+        raise DataError(f"corpus.source: {source} holds the splits {names}. Name one: {source}/{one}.")
     if fs.isdir(inside) and fs.exists(posixpath.join(inside, STATE)):
         return [storage.join(source, name) for name in _listed(source, fs.cat_file(posixpath.join(inside, STATE)))]
     return find_files(source, is_arrow, "Arrow file")
 
 
 def _listed(source: str, state: bytes) -> list[str]:
-    """Names of the files that a saved dataset's state lists."""
+    """Names of the files in a saved dataset's state."""
     try:
         return [posixpath.basename(one["filename"]) for one in load_json(state)["_data_files"]]
     except (ValueError, KeyError, TypeError) as error:

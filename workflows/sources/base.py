@@ -1,8 +1,8 @@
-"""What every source of images gives: groups, the units of reading; a group gives samples and what it could not use.
+"""Interface of all sources: groups, which are the units of reading.
 
-A group is a small, picklable record. `samples` reads it once, in order; every thing in it that stands for an image
-comes out exactly once, as a `Sample` or as a `Lost`. `reader` gives the bytes of a sample again by its locator, so that
-shards can be written after duplicates and the split are known, without holding the images in between.
+A group is a small, picklable record. `samples` reads it once, in order, and yields each image exactly once: as a `Sample`,
+or as a `Lost` if it cannot be used. `reader` reads the bytes of a sample again by its locator, so that shards can be
+written once duplicates and the split are known, without holding the images in between.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ IMAGE_SUFFIXES = frozenset(
         ".avif",
     ]
 )
-CAPTION_NAMES = ("text", "TEXT")  # where the column of captions is not there
+CAPTION_NAMES = ("text", "TEXT")  # used if the caption column is missing
 DEFAULT_CAPTION, DEFAULT_LABEL = (CorpusSection.model_fields[f"{name}_column"].default for name in ("caption", "label"))
 IMG2DATASET = frozenset(["key", "status"])  # columns of each of its tables
 OPEN_AT_ONCE = 16
@@ -64,7 +64,10 @@ Pairs = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class Sample:
-    """One image as found: encoded bytes and what is said about it. `locator` finds the bytes again in its group."""
+    """One image: encoded bytes and its texts.
+
+    `locator`: the position of the bytes in the group.
+    """
 
     key: str
     locator: Locator
@@ -76,7 +79,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Lost:
-    """Something that stands for an image (or for an unknown number of them) and cannot be used."""
+    """An entry (of one image, or an unknown number) that cannot be used."""
 
     key: str
     reason: str
@@ -84,9 +87,10 @@ class Lost:
 
 
 class Group(Protocol):
-    """A unit of reading; `source` names it for people (a path or URL).
+    """A unit of reading.
 
-    `in_order`: its reader comes to a place only past all that lies before it (a compressed tar, a row group).
+    `source`: its path or URL. `in_order`: whether its reader must read all that precedes a position (a compressed tar, a row
+    group).
     """
 
     @property
@@ -101,8 +105,10 @@ class Group(Protocol):
 
 
 def clean_text(value: Any) -> str | None:
-    """Text with single spaces; None for nothing: null, NaN, empty. A list gives its first text (several captions), a
-    mapping its `text` or `caption`."""
+    """Text with single spaces; None for null, NaN or empty.
+
+    Of a list (several captions) the first text; of a mapping its `text` or `caption`.
+    """
     if isinstance(value, Mapping):
         return clean_text([value.get("text"), value.get("caption")])
     if isinstance(value, list | tuple):
@@ -114,27 +120,37 @@ def clean_text(value: Any) -> str | None:
 
 
 def caption_names(column: str) -> tuple[str, ...]:
-    """Where a record may hold a caption: in the column that is named; where none is, in others too."""
+    """Columns that may hold a caption; with the default column, others too."""
     return (column, *CAPTION_NAMES) if column == DEFAULT_CAPTION else (column,)
 
 
 def as_text(data: bytes) -> str:
-    """A text file's content: UTF-8, or UTF-16 where its byte order mark says so; what does not decode is marked."""
+    """Decode a text file: UTF-8, or UTF-16 by its byte order mark.
+
+    Bytes that cannot be decoded become U+FFFD.
+    """
     return data.decode(text_encoding(data), errors="replace")
 
 
 def text_encoding(start: bytes) -> str:
-    """The encoding of a text file that begins with these bytes, two at least: see `as_text`."""
+    """Encoding of a text file by its first bytes (at least two); see `as_text`."""
     return "utf-16" if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
 
 
 def printable(text: str) -> str:
-    """`text` as UTF-8 can hold it: halves of surrogate pairs (in JSON, in file names of another encoding) become `?`."""
+    """`text` with lone surrogates replaced by `?`, so that UTF-8 can hold it.
+
+    They occur in JSON, and in file names of another encoding.
+    """
     return text.encode("utf-8", errors="replace").decode()
 
 
 def load_json(text: str | bytes) -> Any:
-    """The value that a JSON text holds. Errors: ValueError for any text that is none, one nested too deep included."""
+    """Parse JSON.
+
+    Raises:
+        ValueError: if the text is not JSON, or nested too deep.
+    """
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -142,9 +158,14 @@ def load_json(text: str | bytes) -> Any:
 
 
 def read_pairs(record: Mapping[str, Any]) -> Pairs:
-    """Question-answer pairs of a record: `qa` as a list (or the JSON text of one) of {question, answer} or of two texts,
-    and `question` with `answer`, where there are both (texts, or lists of one length). A pair without a text on one side
-    is left out, and counted. Errors: ValueError when they cannot be read so."""
+    """Question-answer pairs of a record.
+
+    Read from `qa`, a list (or its JSON text) of {question, answer} or of two texts each; and from `question` with `answer`,
+    if both exist (texts, or lists of equal length). A pair with an empty side is left out and counted.
+
+    Raises:
+        ValueError: if the pairs have another form.
+    """
     found: list[tuple[Any, Any]] = []
     listed = record.get("qa")
     if isinstance(listed, str):
@@ -169,19 +190,19 @@ def read_pairs(record: Mapping[str, Any]) -> Pairs:
 
 
 def suffix(path: str) -> str:
-    """`.jpg` of `a/b.JPG`; empty without one."""
+    """`.jpg` of `a/b.JPG`; empty if there is none."""
     name = path.rsplit("/", 1)[-1]
     dot = name.rfind(".")
     return name[dot:].lower() if dot > 0 else ""
 
 
 def bare(path: str) -> str:
-    """A path, or a URL without the query behind a web address."""
+    """The path or URL; a web address without its query."""
     return path.partition("?")[0] if is_web(path) else path
 
 
 def named(path: str) -> str:
-    """`bare`, in lower case: what its name tells of the file."""
+    """`bare` in lower case, to detect the format by name."""
     return bare(path).lower()
 
 
@@ -191,9 +212,15 @@ def is_web(path: str) -> bool:
 
 
 def filesystem(path: str, pauses: Sequence[float] | None = None) -> tuple[Any, str]:
-    """The fsspec file system of a path or URL, and the path in it; one on a network is asked again (see `retry_network`).
+    """The fsspec file system of a path or URL, and the path in it.
 
-    Errors: DataError, a scheme that nothing here reads.
+    Calls over a network are retried (see `retry_network`).
+
+    Args:
+        pauses: seconds before each further try.
+
+    Raises:
+        DataError: if no installed package reads the URL's scheme.
     """
     try:
         fs, inside = fsspec.core.url_to_fs(path)
@@ -207,8 +234,10 @@ def filesystem(path: str, pauses: Sequence[float] | None = None) -> tuple[Any, s
 
 @contextmanager
 def open_seekable(path: str, compression: str | None = None) -> Iterator[BinaryIO]:
-    """A file of any file system, to be read at any place. What a server gives only from its beginning (HTTP without byte
-    ranges) is copied to the local disk first."""
+    """Open a file of any file system with random access.
+
+    If the server has no byte ranges, the file is first copied to the local disk.
+    """
     fs, inside = filesystem(path)
     with ExitStack() as stack:
         stream = stack.enter_context(fs.open(inside, "rb"))
@@ -225,7 +254,7 @@ def open_seekable(path: str, compression: str | None = None) -> Iterator[BinaryI
 
 
 def _copy(fs: Any, path: str, copy: BinaryIO) -> None:
-    """All of a file that can only be read from its beginning, in place of what the copy held."""
+    """Copy a whole file; overwrites what an earlier try copied."""
     copy.seek(0)
     copy.truncate()
     with fs.open(path, "rb", block_size=0) as stream:
@@ -234,45 +263,51 @@ def _copy(fs: Any, path: str, copy: BinaryIO) -> None:
 
 
 def read_file(fs: Any, path: str) -> bytes:
-    """A file's bytes. Errors: OSError."""
+    """Read a file's bytes."""
     check_ends(fs, path)
     return cast(bytes, fs.cat_file(path))
 
 
 def check_ends(fs: Any, path: str) -> None:
-    """PermissionError for what is no file and may have no end, a pipe or a device."""
+    """Raise PermissionError for a pipe or a device, which may have no end."""
     if isinstance(fs, LocalFileSystem) and fs.info(path)["type"] == "other":
         raise PermissionError(f"{path} is a pipe or a device")
 
 
 def is_of_file(error: OSError) -> bool:
-    """Whether an error is of one file, and not of the disk or the connection."""
+    """Whether an error concerns one file, not the disk or the connection."""
     kinds = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
     return isinstance(error, kinds) or error.errno in (errno.ELOOP, errno.ENAMETOOLONG)
 
 
 def is_arrows(error: Exception) -> bool:
-    """Whether Arrow itself raised an error, which tells of damage: it has a bare OSError too, and no system error is one."""
+    """Whether Arrow raised the error, which means that the file is damaged.
+
+    Arrow also raises OSError without errno; system errors have one.
+    """
     return isinstance(error, pa.ArrowException) or (type(error) is OSError and error.errno is None)
 
 
 def _has_ranges(stream: Any) -> bool:
-    """Whether a server gives the last byte of a file alone."""
+    """Whether a server can send the last byte of a file alone."""
     try:
         stream.seek(max(0, stream.size - 1))
         stream.read(1)
         stream.seek(0)
-    except (ValueError, TypeError, AttributeError):  # fsspec's answers to a server without ranges, or without a length
+    except (ValueError, TypeError, AttributeError):  # of fsspec, if the server has no ranges or sends no length
         return False
     return True
 
 
 def too_large(key: str, size: int, limit: int) -> Lost:
-    """The loss of a member whose bytes are not even read."""
+    """A `Lost` for a file over the size limit; its bytes are not read."""
     return Lost(key, "too_large", f"{size:,} bytes, and corpus.max_bytes is {limit:,}")
 
 
 def of_each(function: Callable[[str], T], paths: Sequence[str]) -> list[T]:
-    """The function of each path, in order; several at once, since opening a file of a store is waiting."""
+    """Map a function over paths, in order, with several threads.
+
+    Opening a file of an object store is mostly waiting.
+    """
     with ThreadPoolExecutor(OPEN_AT_ONCE) as pool:
         return list(pool.map(function, paths))

@@ -1,7 +1,7 @@
-"""easy-VQA (https://github.com/vzhou842/easy-VQA), as its PyPI package holds it: 64 px pictures of one coloured shape.
+"""Source `easy-vqa`: 64 px pictures of one coloured shape, from its PyPI package.
 
-It has questions but no captions: colour and shape are derived from all answers of an image in its own split. The
-questions `is there no/not …` negate, so each answer narrows the set of what is possible.
+See https://github.com/vzhou842/easy-VQA. It has questions but no captions: colour and shape are derived from all answers on
+an image in its own split. The questions `is there no/not …` negate; each answer narrows the set of possible values.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ SHAPES = ("circle", "rectangle", "triangle")
 
 
 def derive(pairs: Iterable[tuple[str, str]]) -> tuple[str | None, str | None]:
-    """(colour, shape) that the answers leave possible; None where more than one is left.
+    """(colour, shape) that follow from the answers; None if several are possible.
 
-    Errors: DataError when the answers contradict each other.
+    Raises:
+        DataError: if the answers contradict each other.
     """
     pairs = list(pairs)
     colors, shapes = set(COLORS), set(SHAPES)
@@ -46,7 +47,10 @@ def derive(pairs: Iterable[tuple[str, str]]) -> tuple[str | None, str | None]:
 
 
 def describe(color: str | None, shape: str | None) -> tuple[str | None, str | None]:
-    """(caption, label): `a blue circle`, `blue circle`; with one known only a caption; with none neither."""
+    """(caption, label), such as `a blue circle`, `blue circle`.
+
+    With only colour or shape known there is no label; with neither there is no caption either.
+    """
     if color is None and shape is None:
         return None, None
     words = " ".join(word for word in (color, shape or "shape") if word)
@@ -82,7 +86,11 @@ class EasyVqaGroup:
 
 
 def easy_vqa_groups(source: str, section: CorpusSection, seed: int) -> list[EasyVqaGroup]:
-    """Groups of `easy-vqa:train` or `easy-vqa:test`, ordered by image number. Errors: DataError, package missing."""
+    """Groups of `easy-vqa:train` or `easy-vqa:test`, ordered by image number.
+
+    Raises:
+        DataError: if the package is missing, or the source names no split.
+    """
     _, _, split = source.partition(":")
     if split not in ("train", "test"):
         raise DataError(f"corpus.source: {source!r} names no split; write easy-vqa:train or easy-vqa:test.")

@@ -1,4 +1,7 @@
-"""A folder of images, recursive: text from a `.txt` beside the image, from `metadata.jsonl`/`.csv`, or class folders."""
+"""Source `folder`: images below a folder.
+
+Texts come from a `.txt` beside the image, from `metadata.jsonl`/`.csv`, or from class folders.
+"""
 
 from __future__ import annotations
 
@@ -36,13 +39,13 @@ from smalti.workflows.sources.metadata import METADATA, Metadata, composed
 from smalti.workflows.sources.sorted_records import SortedRecords
 
 T = TypeVar("T")
-TEXT_SUFFIXES = (".txt", ".caption")  # where there are both, .txt counts
+TEXT_SUFFIXES = (".txt", ".caption")  # if both exist, .txt is used
 SIDECARS = frozenset([*TEXT_SUFFIXES, ".json", ".jsonl", ".csv", ".md", ".yaml", ".yml", ".html"])
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One image file and what the folder says about it; `text` is the path of its caption file."""
+    """One image file and its texts; `text` is the path of its caption file."""
 
     path: str
     text: str | None = None
@@ -89,7 +92,7 @@ class FolderGroup:
             yield Sample(entry.path, (index, 0), data, caption or entry.label, entry.label, entry.qa)
 
     def _text(self, fs: Any, path: str) -> str | None:
-        """The text of a file; None for one of more than `max_bytes`, where looking costs no request. Errors: OSError."""
+        """The text of a file; None if a local file is over `max_bytes`."""
         if storage.is_local(self.root) and fs.size(path) > self.max_bytes:
             return None
         return clean_text(read_file(fs, path))
@@ -105,13 +108,15 @@ class FolderGroup:
 
 
 def folder_groups(source: str, section: CorpusSection, seed: int) -> Iterator[FolderGroup]:
-    """The folder's images in groups of `shard_images`, and at the end what cannot be used, in groups as large.
+    """Groups of `shard_images` images; then unusable files in groups of the same size.
 
-    Files come in an order hashed from their relative paths: class folders are sorted by class, and shards of one class
-    would make poor training batches. A class label is the name of the folder around an image; it is used when every
-    image lies in a folder and there are at least two of them. An image with a label and no caption gets the label as
-    its caption. The listing is sorted on disk, so that what is held does not grow with it, but for the names of folders.
-    Errors: DataError when the folder is missing.
+    Files are ordered by a hash of their relative paths: a listing is sorted by class folder, and shards of one class make
+    poor training batches. A class label is the name of the folder that holds the image; labels are used if every image lies
+    in a subfolder and there are at least two of them. An image with a label and no caption gets the label as its caption.
+    The listing is sorted on disk, so that memory grows only with the number of folders.
+
+    Raises:
+        DataError: if the folder is missing.
     """
     root = source.rstrip("/") or "/"
     fs, inside = filesystem(root)
@@ -130,13 +135,15 @@ def folder_groups(source: str, section: CorpusSection, seed: int) -> Iterator[Fo
         yield FolderGroup(root, (), lost)
 
 
-TEXT, ROW, IMAGE = range(3)  # what is known of a stem, in this order
-FOLDER, FILE, BAD_ROW, MISSING = range(4)  # what is lost, in this order
+TEXT, ROW, IMAGE = range(3)  # records of a stem, in this order
+FOLDER, FILE, BAD_ROW, MISSING = range(4)  # unusable entries, in this order
 
 
 class _Listing:
-    """What lies in a folder, by its stem: the path without suffix, by which an image, its caption file and the metadata's
-    rows on it find each other."""
+    """Files of a folder by stem, the path without suffix.
+
+    The stem joins an image with its caption file and its rows of metadata.
+    """
 
     def __init__(self, section: CorpusSection, root: str) -> None:
         self.root, self.said, self.rows = root, Metadata(section, root), 0
@@ -144,10 +151,10 @@ class _Listing:
         self.metadata: list[str] = []
         self.tables, self.side = SideTables(root), set[str]()
         self.classes: set[str] = set()  # two at most
-        self.bare = False  # whether an image lies in no folder
+        self.bare = False  # whether an image lies in no subfolder
 
     def list_files(self) -> None:
-        """Take in the names of all files."""
+        """Add the names of all files."""
         lost: list[Lost] = []
         for name in each_file(self.root, lost):
             kind = suffix(name)
@@ -171,11 +178,11 @@ class _Listing:
             self.lost.add([FOLDER, number, one.key, one.reason, one.detail])
 
     def _not_an_image(self, name: str) -> None:
-        told = f"the suffix {suffix(name)!r} is none of an image that can be read"
-        self.lost.add([FILE, name, name, "not_an_image", told])
+        detail = f"the suffix {suffix(name)!r} is not one of a supported image format"
+        self.lost.add([FILE, name, name, "not_an_image", detail])
 
     def read_metadata(self, name: str, stream: BinaryIO) -> None:
-        """Take in the rows of one metadata file."""
+        """Add the rows of one metadata file."""
         for row in self.said.read(name, stream):
             self.rows += 1
             if isinstance(row, Lost):
@@ -185,7 +192,10 @@ class _Listing:
                 self.by_stem.add([stem, ROW, self.rows, row.path, row.where, row.caption, row.label, row.qa])
 
     def entries(self) -> Iterator[Entry]:
-        """The images with what is said of them, in their order. Rows of metadata on other files come to `lost`."""
+        """Yield the images with their texts, in order.
+
+        Rows of metadata on missing files are added to `lost`.
+        """
         ordered = SortedRecords()
         for _, records in groupby(self.by_stem, lambda record: record[0]):
             for entry in self._of_stem(records):
@@ -195,9 +205,9 @@ class _Listing:
             yield _entry(record)
 
     def _of_stem(self, records: Iterator[list[Any]]) -> Iterator[Entry]:
-        """A second row on the same image adds its questions and fills what is empty."""
+        """Entries of a stem; further rows on an image add questions and fill empty texts."""
         text: str | None = None
-        said: dict[str, tuple[Entry, int, str]] = {}  # path as composed → what is said, the first row and its place
+        said: dict[str, tuple[Entry, int, str]] = {}  # path as composed → texts, number and position of the first row
         there = set()
         for _, kind, *record in records:
             if kind == TEXT:
@@ -215,17 +225,17 @@ class _Listing:
                 yield replace(entry, path=record[0], text=text, label=label)
         for path, (_, number, where) in said.items():
             if path not in there:
-                self.lost.add([MISSING, number, path, "missing", f"{where} names it, and it is not there"])
+                self.lost.add([MISSING, number, path, "missing", f"{where} names it, but it does not exist"])
 
     def _label(self, name: str) -> str | None:
-        """The class of an image, where the folders are classes; img2dataset's are none."""
+        """The class of an image, if folders are classes; img2dataset's are not."""
         if self.bare or len(self.classes) < 2 or self.side:
             return None
         return " ".join(printable(_class_of(name)).replace("_", " ").split())
 
 
 def _entry(record: list[Any]) -> Entry:
-    """An entry as it comes out of JSON."""
+    """An entry from its JSON record."""
     path, text, caption, label, qa = record
     return Entry(path, text, caption, label, tuple((question, answer) for question, answer in qa))
 
@@ -235,7 +245,7 @@ def _class_of(name: str) -> str:
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:
-    """The items, `size` at a time."""
+    """Yield the items in tuples of `size`."""
     rest = iter(items)
     while batch := tuple(islice(rest, size)):
         yield batch
@@ -243,7 +253,7 @@ def batched(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:
 
 @dataclass(frozen=True)
 class ListedGroup:
-    """A group of a folder whose record lies in a file: what is held and sent of it does not grow with its images."""
+    """A folder group whose record lies in a file, so that it is small to send."""
 
     source: str
     listing: str
@@ -262,11 +272,11 @@ class ListedGroup:
 
 
 def listed(group: Group, path: str) -> Group:
-    """The group; one of a folder with its record in the file `path`. Errors: DataError."""
+    """The group; for a folder, one whose record is written to `path`."""
     if not isinstance(group, FolderGroup):
         return group
     entries = [[one.path, one.text, one.caption, one.label, one.qa] for one in group.entries]
     lost = [[one.key, one.reason, one.detail] for one in group.lost]
     record = {"root": group.root, "entries": entries, "lost": lost, "max_bytes": group.max_bytes}
-    storage.write_atomic(path, json.dumps(record).encode())  # ASCII: a name that is not UTF-8 passes too
+    storage.write_atomic(path, json.dumps(record).encode())  # ASCII: also holds names that are not UTF-8
     return ListedGroup(group.root, path)

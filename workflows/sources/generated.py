@@ -1,4 +1,4 @@
-"""Seeded pictures of a coloured shape with captions and questions, for `--smoke` and tests: no file, no network."""
+"""Source `generated`: seeded pictures of coloured shapes, for smoke runs and tests."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ DEFAULT_COUNT = 64
 
 
 def draw(seed: int, name: str, index: int, size: int) -> tuple[bytes, str, str, Pairs]:
-    """(PNG bytes, caption, label, question-answer pairs) of picture `index`; a pure function of its arguments."""
+    """(PNG bytes, caption, label, question-answer pairs) of picture `index`.
+
+    A pure function of its arguments.
+    """
     rng = np.random.default_rng([seed, zlib.crc32(name.encode()), index])
     color, shape = list(COLORS)[rng.integers(len(COLORS))], SHAPES[rng.integers(len(SHAPES))]
     shade = int(rng.integers(200, 256))
@@ -87,8 +90,11 @@ class GeneratedGroup:
 
 
 def generated_groups(source: str, section: CorpusSection, seed: int) -> list[GeneratedGroup]:
-    """Groups of `generated`, `generated:COUNT` or `generated:COUNT:NAME` (default: 64, no name). The recipe's seed and
-    the name make the pictures, so that `generated:48` and `generated:16:val` differ."""
+    """Groups of `generated`, `generated:COUNT` or `generated:COUNT:NAME`.
+
+    Default: 64 pictures, no name. The recipe's seed and the name determine the pictures, so that `generated:48` and
+    `generated:16:val` differ.
+    """
     _, _, rest = source.partition(":")
     digits, _, name = rest.partition(":")
     if rest and not digits.isdigit():

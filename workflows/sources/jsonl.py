@@ -1,4 +1,7 @@
-"""JSON lines that name images: a path relative to the file (or a URL), with caption, label and questions."""
+"""Source `jsonl`: JSON lines with paths of images.
+
+A path is relative to the file, absolute, or a URL. A line may have caption, label and questions.
+"""
 
 from __future__ import annotations
 
@@ -31,15 +34,16 @@ from smalti.workflows.sources.listing import expand
 from smalti.workflows.sources.network import UnreachedError
 
 IMAGE_NAMES = ("image", "file_name", "path", "url")
-PAUSES_S = (1.0,)  # a list of web addresses has dead hosts: each is asked twice
-OUT_OF_REACH = 20  # images in a row that nobody answers for: it is the network, and not some of the hosts
+PAUSES_S = (1.0,)  # a list of web addresses has dead hosts: two tries each
+OUT_OF_REACH = 20  # consecutive unreachable images: then the network is down, not some hosts
 
 
 @dataclass(frozen=True)
 class JsonLinesGroup:
-    """The lines of a file that begin from byte `start` up to `end`; `first` is the number of the first of them.
+    """Lines of a file that start in bytes `start` to `end` - 1.
 
-    Each image lies by itself: one that is gone at the second pass is lost alone (`corpus_write`).
+    `first`: number of the first line. Each image is a file of its own: if one is missing in the second pass, only that one
+    is dropped (`corpus.write`).
     """
 
     path: str
@@ -60,7 +64,11 @@ class JsonLinesGroup:
         return self.path
 
     def samples(self) -> Iterator[Sample | Lost]:
-        """Errors: UnreachedError when nobody answers for `OUT_OF_REACH` images in a row."""
+        """Yield the images.
+
+        Raises:
+            UnreachedError: if `OUT_OF_REACH` consecutive images are unreachable.
+        """
         reach = Reach(self.path)
         with open_seekable(self.path) as stream:
             stream.seek(self.start)
@@ -91,7 +99,7 @@ class JsonLinesGroup:
         try:
             record = load_json(_text(line))
             if not isinstance(record, dict):
-                raise ValueError("it is no object")
+                raise ValueError("it is not a JSON object")
             place, qa = self._where(record), read_pairs(record)
         except (ValueError, TypeError) as error:
             return Lost(key, "bad_metadata", f"line {key}: {error}")
@@ -107,7 +115,7 @@ class JsonLinesGroup:
             return Lost(key, "unreachable", str(error))
         except FileNotFoundError:
             reach.met()
-            return Lost(key, "missing", f"line {key} names {place}, and it is not there")
+            return Lost(key, "missing", f"line {key} names {place}, which does not exist")
         except (OSError, ValueError, DataError) as error:
             if isinstance(error, OSError) and not is_of_file(error):
                 raise
@@ -117,23 +125,27 @@ class JsonLinesGroup:
 
 
 class Reach:
-    """Counts the images in a row of a list of them that nobody answers for."""
+    """Counts consecutive unreachable images."""
 
     def __init__(self, source: str) -> None:
         self.source, self.unanswered = source, 0
 
     def met(self) -> None:
-        """Somebody answered."""
+        """Reset the count: a server answered."""
         self.unanswered = 0
 
     def missed(self, place: str) -> None:
-        """Nobody did. Errors: UnreachedError from `OUT_OF_REACH` on."""
+        """Count an unreachable image.
+
+        Raises:
+            UnreachedError: from `OUT_OF_REACH` on.
+        """
         self.unanswered += 1
         if self.unanswered >= OUT_OF_REACH:
             raise UnreachedError(
-                f"{self.source} names {self.unanswered} images in a row that nobody answers for, the last is {place}. Check "
-                "the network, and run the command again: what is done is kept. Where their hosts are gone for good, take "
-                "those lines out or mix the lines."
+                f"{self.source} names {self.unanswered} unreachable images in a row; the last is {place}. Check the network, "
+                "then run the same command to resume. If their hosts no longer exist, remove those lines or shuffle the "
+                "lines."
             )
 
 
@@ -142,12 +154,16 @@ def _text(line: bytes) -> str:
 
 
 def is_jsonl(path: str) -> bool:
-    """Whether a name is that of a file of JSON lines."""
+    """Whether a name is that of a JSON lines file."""
     return named(path).endswith((".jsonl", ".ndjson"))
 
 
 def jsonl_groups(source: str, section: CorpusSection, seed: int) -> list[JsonLinesGroup]:
-    """Groups of `shard_images` lines of the files that a path or pattern names. Errors: DataError when none is found."""
+    """Groups of `shard_images` lines of the files of a path or pattern.
+
+    Raises:
+        DataError: if there are none.
+    """
     groups: list[JsonLinesGroup] = []
     for path in expand(source):
         with open_seekable(path) as stream:
@@ -158,7 +174,7 @@ def jsonl_groups(source: str, section: CorpusSection, seed: int) -> list[JsonLin
 
 
 def _ranges(stream: BinaryIO, size: int) -> Iterator[tuple[int, int, int]]:
-    """(number of the first line, first byte, end) of each `size` lines; lines are counted from 1."""
+    """Yield (first line, first byte, end) of each `size` lines; counted from 1."""
     start = position = 0
     number = 1
     for line in stream:

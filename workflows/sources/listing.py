@@ -1,4 +1,4 @@
-"""The files that a source names: below a folder, of a pattern; listed without holding their names."""
+"""List the files of a source: below a folder, or of a pattern."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ STATISTICS = "_stats.json"
 
 
 def is_hidden(path: str) -> bool:
-    """Whether a relative path is an operating system's litter: dot files and folders, `__MACOSX`, `Thumbs.db`.
+    """Whether a path is hidden or a system file (`__MACOSX`, `Thumbs.db`).
 
-    The `.` and `..` of a path are no names: what an archive holds under `../` is read as any other member."""
+    `.` and `..` are not hidden: an archive's member under `../` is read like any other.
+    """
     parts = [part for part in path.split("/") if part not in (".", "..")] or [path]
     return any(part.startswith((".", "__MACOSX")) or part == "lost+found" for part in parts) or parts[-1].lower() in (
         "thumbs.db",
@@ -29,9 +30,11 @@ def is_hidden(path: str) -> bool:
 
 
 class SideTables:
-    """The tables that img2dataset writes beside its tars and folders, among names met one by one: `00000.parquet` beside
-    `00000.tar` or `00000/`, with `00000_stats.json` or img2dataset's columns. Held are the names of folders, tars, Parquet
-    files and statistics."""
+    """Finds the tables that img2dataset writes beside its tars and folders.
+
+    Such a table is `00000.parquet` beside `00000.tar` or `00000/`, with `00000_stats.json` or img2dataset's columns. Memory
+    holds the names of folders, tars, Parquet files and statistics.
+    """
 
     def __init__(self, root: str) -> None:
         self.root = root
@@ -50,12 +53,12 @@ class SideTables:
             self.tables.append(name)
 
     def found(self) -> set[str]:
-        """The tables among the names so far. Errors: OSError."""
+        """The tables among the names so far."""
         beside = [name for name in self.tables if name.removesuffix(".parquet") in self.shards]
-        told = [name for name in beside if name.removesuffix(".parquet") in self.counted]
+        known = [name for name in beside if name.removesuffix(".parquet") in self.counted]
         open_them = [name for name in beside if name.removesuffix(".parquet") not in self.counted]
         fits = of_each(self._has_columns, open_them)
-        return {*told, *(name for name, fit in zip(open_them, fits, strict=True) if fit)}
+        return {*known, *(name for name, fit in zip(open_them, fits, strict=True) if fit)}
 
     def _has_columns(self, name: str) -> bool:
         """Whether a table has img2dataset's columns, or cannot be read at all."""
@@ -69,10 +72,13 @@ class SideTables:
 
 
 def each_file(root: str, lost: list[Lost]) -> Iterator[str]:
-    """Relative paths of the unhidden files below a folder, folder by folder; what cannot be read of it comes to `lost`.
+    """Yield relative paths of the files below a folder, without hidden ones.
 
-    On a local disk links to folders are followed; a folder met again (a circle of links) is not read twice. A folder of
-    an object store is one request or some, and none of them is kept. Errors: OSError.
+    Folders that cannot be read are added to `lost`. On a local disk links to folders are followed; no folder is read twice,
+    so that circular links end. A folder of an object store takes one or several requests, which are not cached.
+
+    Raises:
+        OSError: if the store does not answer.
     """
     fs, inside = filesystem(root)
     errors: list[OSError] = []
@@ -109,7 +115,7 @@ def _walk(root: str, errors: list[OSError]) -> Iterator[str]:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link in a circle of its own
+    except OSError:  # a link to itself
         return False
 
 
@@ -120,14 +126,14 @@ def _walk_store(fs: Any, root: str, errors: list[OSError]) -> Iterator[str]:
         folder = waiting.pop()
         try:
             found = fs.ls(folder, detail=True)
-        except FileNotFoundError as error:  # a page may link to a folder that is not there
+        except FileNotFoundError as error:  # a page may link to a missing folder
             errors.append(error)
             continue
-        fs.invalidate_cache()  # it would hold every listing
+        fs.invalidate_cache()  # it would keep every listing in memory
         for info in found:
             path = info["name"].rstrip("/")
             if path == folder:
-                continue  # an object that stands for the folder
+                continue  # the folder's own marker object
             if info["type"] == "directory":
                 waiting.append(path)
             else:
@@ -135,7 +141,11 @@ def _walk_store(fs: Any, root: str, errors: list[OSError]) -> Iterator[str]:
 
 
 def find_files(source: str, accepts: Callable[[str], bool], kind: str) -> list[str]:
-    """Files of a kind that a path, a pattern, or a folder names. Errors: DataError when there are none."""
+    """Files of a kind that a path, a pattern or a folder names.
+
+    Raises:
+        DataError: if there are none.
+    """
     fs, inside = filesystem(source)
     if not fs.isdir(inside):
         return expand(source)
@@ -143,17 +153,20 @@ def find_files(source: str, accepts: Callable[[str], bool], kind: str) -> list[s
     paths = [storage.join(source, name) for name in sorted(filter(accepts, each_file(source, lost)))]
     if lost:
         raise DataError(
-            f"corpus.source: {source} cannot be read whole ({lost[0].detail}). Check its permissions, or name files."
+            f"corpus.source: {source} cannot be read completely ({lost[0].detail}). Check its permissions, or name files."
         )
     if not paths:
-        raise DataError(f"corpus.source: no {kind} lies in {source}. Name files, or set corpus.format.")
+        raise DataError(f"corpus.source: there is no {kind} in {source}. Name files, or set corpus.format.")
     return paths
 
 
 def expand(pattern: str) -> list[str]:
-    """Files that a path, glob or brace pattern (`{00000..00012}`, `{a,b}`) names, sorted within each alternative.
+    """Files of a path, glob or brace pattern (`{00000..00012}`, `{a,b}`).
 
-    A file of that very name comes before what it could mean as a pattern. Errors: DataError when nothing is named.
+    They are sorted within each alternative. If a file has exactly this name, it is not read as a pattern.
+
+    Raises:
+        DataError: if nothing matches.
     """
     if _is_there(pattern):
         return [pattern]
@@ -161,13 +174,13 @@ def expand(pattern: str) -> list[str]:
     for path, names in zip(paths := _braces(pattern), of_each(_names, paths), strict=True):
         if not names:
             where = "" if path == pattern else f" (of {pattern})"
-            raise DataError(f"corpus.source: nothing is found at {path}{where}. Check the path, and quote patterns.")
+            raise DataError(f"corpus.source: nothing found at {path}{where}. Check the path, and quote patterns.")
         found += names
     return found
 
 
 def _names(path: str) -> list[str]:
-    """The files that a path or a glob names. A web address has its query behind a `?`."""
+    """Files of a path or glob; in a web address `?` starts the query."""
     fs, inside = filesystem(path)
     if any(char in path for char in ("*[" if is_web(path) else "*?[")):
         names = sorted(str(fs.unstrip_protocol(name)) for name in fs.glob(inside))
@@ -183,7 +196,10 @@ def _is_there(path: str) -> bool:
 
 
 def _braces(pattern: str) -> list[str]:
-    """Every alternative of a brace pattern, left to right; `{01..10}` keeps the zeros, and braces may lie in braces."""
+    """Alternatives of a brace pattern, left to right.
+
+    `{01..10}` keeps its zeros; braces may be nested.
+    """
     start = pattern.find("{")
     if start < 0:
         return [pattern]

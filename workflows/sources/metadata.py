@@ -1,4 +1,4 @@
-"""What `metadata.jsonl` and `metadata.csv` in a folder of images say, a row at a time."""
+"""Rows of `metadata.jsonl` and `metadata.csv` in a folder of images."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 
 @dataclass(frozen=True)
 class Said:
-    """What one row says of an image: its path from the source's folder (as `composed`), and the row's own place."""
+    """One row: an image's path below the source (as `composed`) and its texts.
+
+    `where`: the row's file and line.
+    """
 
     path: str
     where: str
@@ -41,20 +44,20 @@ class Said:
 
 
 def composed(name: str) -> str:
-    """A name in Unicode's composed form: some systems take names apart (`e` and an accent), the metadata does not."""
+    """A name in Unicode's composed form (NFC); some file systems decompose names."""
     return unicodedata.normalize("NFC", name)
 
 
 @dataclass
 class Metadata:
-    """The metadata files of a folder, as they are read one after the other."""
+    """Reads the metadata files of a folder."""
 
     section: CorpusSection
     root: str
     columns: set[str] = field(default_factory=set)
 
     def check(self) -> None:
-        """Errors: DataError when a column that the recipe names stands in no metadata file, where there is one."""
+        """Raise DataError if a column of the recipe is in none of the metadata files."""
         for key in ("caption_column", "label_column"):
             name = getattr(self.section, key)
             default = CorpusSection.model_fields[key].default
@@ -65,7 +68,13 @@ class Metadata:
                 )
 
     def read(self, name: str, stream: BinaryIO) -> Iterator[Said | Lost]:
-        """What the rows of one file say, in order; its `file_name`s are relative to its own folder. Errors: DataError."""
+        """Yield the rows of one file, in order.
+
+        Each `file_name` is relative to the metadata file's folder.
+
+        Raises:
+            DataError: if the file has no column `file_name`.
+        """
         folder = name.rsplit("/", 1)[0] + "/" if "/" in name else ""
         with _lines_of(stream) as text:
             for number, row in self._table(name, text) if suffix(name) == ".csv" else _json_lines(text):
@@ -80,13 +89,13 @@ class Metadata:
                     yield Lost(where, "bad_metadata", f"{type(error).__name__}: {error}")
 
     def _table(self, name: str, text: TextIO) -> Iterator[tuple[int, dict[str, Any] | csv.Error]]:
-        """(last line, row) of each row of a CSV; a row that is none, as the error that says why."""
+        """Yield (last line, row) of a CSV; for a malformed row, its error."""
         table = csv.DictReader(text, skipinitialspace=True, strict=True)
         try:
             heads = [head.strip() for head in table.fieldnames or []]
         except csv.Error as error:
             raise DataError(
-                f"{self.root}/{name}: its first line, the names of the columns, is no CSV: {error}."
+                f"{self.root}/{name}: its first line, the names of the columns, is not CSV: {error}."
             ) from error
         if "file_name" not in heads:
             raise DataError(
@@ -114,8 +123,8 @@ class Metadata:
 
 @contextmanager
 def _lines_of(stream: BinaryIO) -> Iterator[TextIO]:
-    """The lines of a text as `as_text` reads it; whatever ends them, here it is `\\n`."""
-    with tempfile.TemporaryFile() as copy:  # what is read may be a stream that only goes forward
+    """Open a text, decoded as in `as_text`, with `\\n` as line ending."""
+    with tempfile.TemporaryFile() as copy:  # the stream may not be seekable
         shutil.copyfileobj(stream, copy)
         copy.seek(0)
         encoding = text_encoding(copy.read(2))
@@ -124,5 +133,8 @@ def _lines_of(stream: BinaryIO) -> Iterator[TextIO]:
 
 
 def _json_lines(text: TextIO) -> Iterator[tuple[int, str]]:
-    """(number, line) of each line that is not blank; JSON may hold U+2028 and the like, which end no line of a file."""
+    """(number, line) of each line that is not blank.
+
+    Only `\\n` ends a line: JSON may contain U+2028 and similar.
+    """
     return ((number, line.removesuffix("\n")) for number, line in enumerate(text, 1) if line.strip())

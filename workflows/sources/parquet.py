@@ -1,4 +1,7 @@
-"""Parquet files with image bytes: a binary column, or Hugging Face's struct {bytes, path}; columns by name."""
+"""Source `parquet`: files with image bytes.
+
+The image column is binary, or Hugging Face's struct {bytes, path}; columns are found by name.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,10 @@ BYTES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, 
 
 @dataclass(frozen=True)
 class ParquetGroup:
-    """Some row groups of one file. `names` are the classes of an integer label (Hugging Face's ClassLabel)."""
+    """Some row groups of one file.
+
+    `names`: classes of an integer label (Hugging Face's ClassLabel).
+    """
 
     path: str
     row_groups: tuple[int, ...]
@@ -87,8 +93,8 @@ class ParquetGroup:
 
     def _sample(self, key: str, locator: Locator, record: dict[str, Any] | Exception) -> Sample | Lost:
         if isinstance(record, Exception):
-            told = "a text is not UTF-8" if isinstance(record, UnicodeDecodeError) else "a value cannot be read"
-            return Lost(key, "bad_metadata", f"{told}: {record}")
+            what = "a text is not UTF-8" if isinstance(record, UnicodeDecodeError) else "a value cannot be read"
+            return Lost(key, "bad_metadata", f"{what}: {record}")
         image = record[self.image]
         data = image.get("bytes") if isinstance(image, dict) else image
         if data is None:
@@ -106,7 +112,10 @@ class ParquetGroup:
 
 
 class Batches:
-    """Values of one column by (part, row), holding one batch; reading on is cheap, going back starts the part again."""
+    """Random access to one column by (part, row), with one batch in memory.
+
+    Reading forward is cheap; reading backward restarts the part.
+    """
 
     def __init__(self, batches: Callable[[int], Iterator[pa.RecordBatch]]) -> None:
         self.batches = batches
@@ -114,7 +123,11 @@ class Batches:
         self.rest: Iterator[pa.RecordBatch] = iter(())
 
     def value(self, locator: Locator) -> bytes:
-        """The image bytes at (part, row). Errors: EOFError when the part has no such row any more."""
+        """The image bytes at (part, row).
+
+        Raises:
+            EOFError: if the part no longer has this row.
+        """
         part, row = locator
         if part != self.part or row < self.start:
             self.part, self.start, self.held, self.rest = part, 0, pa.array([]), self.batches(part)
@@ -129,7 +142,10 @@ class Batches:
 
 
 def records(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | Exception]:
-    """Each row; the error in place of one whose text is not UTF-8 (not every writer looks), or whose date no calendar has."""
+    """Yield each row, or the error of a row that cannot be decoded.
+
+    Such as a text that is not UTF-8 (not every writer checks), or an invalid date.
+    """
     for row in range(len(batch)):
         try:
             yield batch.slice(row, 1).to_pylist()[0]
@@ -144,16 +160,17 @@ def _open(path: str) -> Iterator[pq.ParquetFile]:
 
 
 def parquet_groups(source: str, section: CorpusSection, seed: int) -> list[ParquetGroup]:
-    """Groups of at least `shard_images` rows (whole row groups) of the files that a path, pattern or folder names.
+    """Groups of whole row groups with at least `shard_images` rows.
 
-    Errors: DataError when a column is missing (it names those there) or the image column cannot hold an image.
+    Raises:
+        DataError: if a column is missing, or the image column cannot hold images.
     """
     paths = find_files(source, is_parquet, "Parquet file")
     return [group for groups in of_each(partial(_file_groups, section=section), paths) for group in groups]
 
 
 def is_parquet(path: str) -> bool:
-    """Whether a name is a Parquet file's."""
+    """Whether a name is that of a Parquet file."""
     return named(path).endswith((".parquet", ".pq"))
 
 
@@ -184,7 +201,7 @@ def _file_groups(path: str, section: CorpusSection) -> list[ParquetGroup]:
 
 
 def image_column(schema: pa.Schema, name: str) -> str:
-    """The column to look for: `name`; where it is the default and is not there, the one of img2dataset's output."""
+    """The image column: `name`, or img2dataset's if the default is missing."""
     default = CorpusSection.model_fields["image_column"].default
     if name not in schema.names and name == default and IMG2DATASET.issubset(schema.names):
         return next((one for one in IMG2DATASET_IMAGES if one in schema.names), name)
@@ -213,7 +230,7 @@ def _check_single(path: str, schema: pa.Schema, name: str) -> None:
 
 
 def pick_column(path: str, schema: pa.Schema, name: str, key: str, default: str, others: Sequence[str]) -> str | None:
-    """The column to use: the one named; when the default is not there, the first of `others`, or none."""
+    """The column `name`; if it is the missing default, the first of `others` or None."""
     if name in schema.names:
         _check_single(path, schema, name)
         return name
@@ -223,9 +240,10 @@ def pick_column(path: str, schema: pa.Schema, name: str, key: str, default: str,
 
 
 def class_names(path: str, schema: pa.Schema, label: str | None) -> tuple[str, ...]:
-    """Class names that Hugging Face's `datasets` keeps in the schema's metadata; empty without.
+    """Class names in the schema's metadata by Hugging Face's `datasets`; empty without.
 
-    Errors: DataError when the metadata is there and is not as `datasets` writes it.
+    Raises:
+        DataError: if the metadata is malformed.
     """
     raw = (schema.metadata or {}).get(b"huggingface")
     if raw is None or label is None:

@@ -1,4 +1,4 @@
-"""More records than memory should hold, in order: sorted in runs, the runs kept in a file, and merged."""
+"""External merge sort of records."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import IO, Any
 from smalti.errors import DataError
 
 HELD = 100_000  # records in memory
-BLOCK_BYTES = 16_384  # of each run, while they are merged
+BLOCK_BYTES = 16_384  # read from each run at once while merging
 
 
 class SortedRecords:
-    """Records that JSON can hold, added in any order and given back sorted; `HELD` of them are in memory, the rest lies in
-    a file of the machine's temporary folder.
+    """JSON records, added in any order and iterated sorted.
 
-    A record is a list whose first items tell it from every other, so that no comparison comes to what may be null.
+    At most `HELD` of them are in memory; the others lie in a file of the temporary folder. A record is a list whose first
+    items are unique, so that comparisons never reach items that may be null.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,11 @@ class SortedRecords:
         self.ends = [0]  # of the runs in the file
 
     def add(self, record: list[Any]) -> None:
-        """Errors: DataError when the temporary folder does not take a run."""
+        """Add a record.
+
+        Raises:
+            DataError: if a run cannot be written to the temporary folder.
+        """
         self.held.append(record)
         if len(self.held) >= HELD:
             self._write_run()
@@ -36,7 +40,7 @@ class SortedRecords:
     def _write_run(self) -> None:
         self.held.sort()
         try:
-            self.file = self.file or tempfile.TemporaryFile()  # noqa: SIM115, it lives as long as this
+            self.file = self.file or tempfile.TemporaryFile()  # noqa: SIM115, open as long as this object
             self.file.writelines(json.dumps(record).encode() + b"\n" for record in self.held)
             self.file.flush()
         except OSError as error:

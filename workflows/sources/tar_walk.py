@@ -1,4 +1,4 @@
-"""A tar as a stream of its members, in order, and what is wrong with its end."""
+"""Read a tar as a stream of its members, and detect truncation."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from smalti.workflows.sources.listing import is_hidden
 
 BLOCK = 512
 BROKEN = (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
-BAD_HEADER = (ValueError, OverflowError)  # of tarfile, where numbers in a header are none
-BZ2_COMPLAINT = "Invalid data stream"  # comes as a bare OSError
+BAD_HEADER = (ValueError, OverflowError)  # of tarfile, for malformed numbers in a header
+BZ2_COMPLAINT = "Invalid data stream"  # raised as a plain OSError
 
 
 class Member(NamedTuple):
-    """A file of a tar: its name, where its bytes lie and how many they are, and the bytes; `what` tells why there are none."""
+    """A file of a tar.
+
+    `what`: why `data` is missing (a link, a sparse file).
+    """
 
     name: str
     offset: int
@@ -29,10 +32,10 @@ class Member(NamedTuple):
 
 
 class TailReader:
-    """A stream that remembers the last bytes it gave, so that the end of the archive can be looked at afterwards.
+    """A stream that keeps its last bytes, so that the end of the archive can be checked.
 
-    What a broken compressed stream still gives before it breaks is given; the error comes with the next read. Reading on
-    and on behind the end is an error too: tarfile would do so up to whatever size a damaged header tells.
+    Of a damaged compressed stream the bytes before the damage are returned; the next read raises the error. Repeated reads
+    past the end raise an error too: tarfile would read up to the size in a damaged header.
     """
 
     KEPT = 4 * tarfile.RECORDSIZE
@@ -42,7 +45,7 @@ class TailReader:
         self._take = getattr(stream, "read1", stream.read)
         self.tail, self.position = b"", 0
         self._error: Exception | None = None
-        self._empty = 0  # reads that gave nothing
+        self._empty = 0  # reads that returned nothing
 
     def read(self, size: int) -> bytes:
         parts: list[bytes] = []
@@ -81,7 +84,7 @@ class TailReader:
 
 
 def headers(stream: BinaryIO) -> Iterator[Member]:
-    """Each whole file in a plain tar, without its bytes: only the headers are read."""
+    """Yield each complete file of a plain tar; only headers are read."""
     last: tarfile.TarInfo | None = None
     with suppress(*BROKEN, *BAD_HEADER), tarfile.open(fileobj=stream, mode="r:") as tar:
         while (info := tar.next()) is not None:
@@ -94,7 +97,10 @@ def headers(stream: BinaryIO) -> Iterator[Member]:
 
 
 class TarWalk:
-    """Members of a tar stream in order; `torn` says afterwards what is wrong with its end, `torn_member` where."""
+    """Members of a tar stream, in order.
+
+    Afterwards `torn` says what is wrong with its end (None if nothing), and `torn_member` names the incomplete member.
+    """
 
     def __init__(self, stream: TailReader, max_bytes: int) -> None:
         self.stream, self.max_bytes = stream, max_bytes
@@ -102,13 +108,15 @@ class TarWalk:
         self.torn_member: str | None = None
 
     def members(self) -> Iterator[Member]:
-        """Each unhidden file; without its bytes a link, which a stream cannot follow, a sparse file, whose bytes do not
-        lie together, and one of more than `max_bytes`."""
+        """Yield each file that is not hidden.
+
+        Links, sparse files and files over `max_bytes` come without their bytes.
+        """
         name: str | None = None
         try:
             with tarfile.open(fileobj=cast(Any, self.stream), mode="r|") as tar:
                 while (info := tar.next()) is not None:
-                    tar.members.clear()  # type: ignore[attr-defined]  # else every header stays in memory
+                    tar.members.clear()  # type: ignore[attr-defined]  # otherwise every header stays in memory
                     if info.isdir() or is_hidden(info.name.removeprefix("./")):
                         continue
                     what = "a sparse file" if info.issparse() else "" if info.isreg() else "a link"

@@ -1,7 +1,8 @@
-"""WebDataset tars: streamed, never extracted; members that share a key make a sample.
+"""Source `webdataset`: tars, streamed and never extracted.
 
-A member's key is its path up to the first dot of its name. Members of one sample usually follow each other; any other
-order is taken too (see `_Far`). A tar without its end marker is truncated: what came before is kept, the loss is told.
+Members that share a key form a sample; the key is the path up to the first dot of the name. Members of one sample usually
+follow each other; any other order is supported too (see `_Far`). A tar without its end marker is truncated: the samples
+before the end are kept, and the truncation is listed in quarantine.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ from smalti.workflows.sources.base import (
 from smalti.workflows.sources.listing import find_files
 from smalti.workflows.sources.tar_walk import Member, TailReader, TarWalk, headers
 
-WINDOW = 256  # keys that wait for more members
-WINDOW_BYTES = 400_000_000  # of all that wait; the last key waits however large it is
+WINDOW = 256  # keys that may get more members
+WINDOW_BYTES = 400_000_000  # of all such keys; the last one stays whatever its size
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 SHORT = {".tgz": "gzip", ".tbz2": "bz2", ".txz": "xz", ".tzst": "zstd"}
 TEXTS = ("txt", "caption", "text", "json", "cls")
@@ -45,8 +46,10 @@ TEXTS = ("txt", "caption", "text", "json", "cls")
 
 @dataclass
 class _Members:
-    """What has come of one key. Of its images the bytes of the plainest (the fewest dots in its extension) are held, the
-    first of several; `more` names those as plain."""
+    """Members of one key so far.
+
+    Of its images the first with the fewest dots in its extension is held; `more` names others with as few.
+    """
 
     image: tuple[str, str, Locator, bytes] | None = None  # name, extension, place, bytes
     more: list[str] = field(default_factory=list)
@@ -55,7 +58,7 @@ class _Members:
     large: bool = False
 
     def add(self, extension: str, member: Member) -> None:
-        """Take in a member that is not too large an image. Of two texts of one extension the first stays."""
+        """Add a member; of two texts with one extension the first is kept."""
         if is_image(extension) and member.data is not None:
             if self.image is None or self.would_take(extension):
                 self.image = (member.name, extension, (member.offset, len(member.data)), member.data)
@@ -68,7 +71,7 @@ class _Members:
             self.others.add(f"{extension} ({member.what})" if member.what else extension)
 
     def would_take(self, extension: str) -> bool:
-        """Whether there is no image yet, or a member of this extension would be a plainer one."""
+        """Whether an image of this extension would replace the current one."""
         return self.image is None or (is_image(extension) and extension.count(".") < self.image[1].count("."))
 
     @property
@@ -117,7 +120,7 @@ class TarGroup:
         if walk.torn_member is not None:
             key, extension = split_name(walk.torn_member)
             if key in waiting and waiting[key].would_take(extension):
-                del waiting[key]  # its image is what is cut off, told below; or it has none
+                del waiting[key]  # its image is cut off, which is listed below; or it has none
         for key, members in waiting.items():
             yield from self._samples(key, members, far)
         if walk.torn is not None:
@@ -139,12 +142,15 @@ class TarGroup:
             yield stream
 
     def _samples(self, key: str, members: _Members, far: _Far) -> Iterator[Sample | Lost]:
-        """The sample of a key, or why there is none. Of several images the first with the plainest extension is taken;
-        a mask beside it (`a.mask.png`) is no image of its own, another as plain is one, and lost."""
+        """Yield the sample of a key, or why there is none.
+
+        Of several images the first with the fewest dots in its extension is used. One with more (`a.mask.png`) is not a
+        sample of its own; one with as few is reported as `second_image`.
+        """
         far.complete(key, members)
         if members.image is None:
             if members.large or (members.texts and far.has_image(key)):
-                return  # counted already, or counted where the image lies
+                return  # counted already, or with its image
             there = sorted(members.others.union(members.texts))
             yield Lost(key, "no_image", f"members: {', '.join(name or 'one without extension' for name in there)}")
             return
@@ -170,23 +176,23 @@ class TarGroup:
 
 
 class _Far:
-    """Members that lie further from their key's others than the window: a tar may hold all images, then all texts.
+    """Finds texts that are further from their image than the window.
 
-    The first key that is not complete within the window makes the tar's headers be read once; kept are, for each key, the
-    places of its texts (their bytes where the tar is compressed, and a place cannot be gone to) and whether it has an
-    image. Until then it costs nothing.
+    For example, a tar may hold all images, then all texts. When the first key is incomplete within the window, the tar's
+    headers are read once. Memory then holds, per key, the positions of its texts (their bytes if the tar is compressed, which
+    allows no seeking) and the position of its image. Until then it costs nothing.
     """
 
     def __init__(self, group: TarGroup) -> None:
         self.group = group
         self.texts: dict[str, list[tuple[str, Locator, bytes | None]]] | None = None
-        self.images: dict[str, int] = {}  # where they lie
+        self.images: dict[str, int] = {}  # their offsets
         self.passed = False  # whether the window was full
-        self.given = -1  # where the last image lies that was given
-        self.given_before = -1  # the same when the headers were read
+        self.given = -1  # offset of the last image that was yielded
+        self.given_before = -1  # the same at the time the headers were read
 
     def complete(self, key: str, members: _Members) -> None:
-        """Add the texts of a key that lie elsewhere."""
+        """Add the texts of a key from outside the window."""
         if self.passed and self.texts is None and (members.image is not None) != bool(members.texts):
             self.given_before = self.given
             self._scan()
@@ -199,8 +205,10 @@ class _Far:
                 members.texts.setdefault(extension, read(locator) if data is None else data)
 
     def has_image(self, key: str) -> bool:
-        """Whether an image of a key lies anywhere in the tar. One that was given before the headers were read, complete as
-        it seemed, has these texts no more: they are counted."""
+        """Whether the tar has an image of this key.
+
+        If the image was yielded before the headers were read, the texts are too late: they are counted.
+        """
         HERE.count("late_texts", int(-1 < self.images.get(key, -1) <= self.given_before))
         return key in self.images
 
@@ -220,19 +228,23 @@ class _Far:
 
 
 def is_image(extension: str) -> bool:
-    """Whether a member's extension (`jpg`, `left.png`) is an image's."""
+    """Whether an extension (`jpg`, `left.png`) is that of an image."""
     return "." + extension.rsplit(".", 1)[-1] in IMAGE_SUFFIXES
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """`a/b.left.PNG` → (`a/b`, `left.png`): key and extension as WebDataset has them."""
+    """Key and extension as in WebDataset: `a/b.left.PNG` → (`a/b`, `left.png`)."""
     folder, slash, base = name.removeprefix("./").rpartition("/")
     stem, _, extension = base.partition(".")
     return folder + slash + stem, extension.lower()
 
 
 def tar_groups(source: str, section: CorpusSection, seed: int) -> list[TarGroup]:
-    """A group for each tar that a path, pattern or folder names. Errors: DataError, also for an unknown compression."""
+    """One group per tar of a path, pattern or folder.
+
+    Raises:
+        DataError: if there is none, or a package for its compression is missing.
+    """
     paths = find_files(source, is_tar, "tar")
     for path in paths:
         compression_of(path)
@@ -240,7 +252,11 @@ def tar_groups(source: str, section: CorpusSection, seed: int) -> list[TarGroup]
 
 
 def compression_of(path: str) -> str | None:
-    """fsspec's name of the compression that a file's name tells. Errors: DataError when a package for it is missing."""
+    """fsspec's name of the compression, by the file's name.
+
+    Raises:
+        DataError: if the package for it is missing.
+    """
     name = named(path)
     if name.endswith((".zst", ".tzst")) and "zstd" not in available_compressions():
         raise DataError(f"corpus.source: reading {path} needs the package zstandard. Run `pip install zstandard`.")
@@ -248,5 +264,5 @@ def compression_of(path: str) -> str | None:
 
 
 def is_tar(path: str) -> bool:
-    """Whether a name is a tar's, plain or compressed."""
+    """Whether a name is that of a tar, plain or compressed."""
     return named(path).endswith(TARS)

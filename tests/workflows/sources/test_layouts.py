@@ -237,7 +237,7 @@ def test_sources_on_a_server(server: str, tmp_path: Path) -> None:
     (tmp_path / "0.jpg").write_bytes(picture(0))
     (tmp_path / "x.jsonl").write_text('{"image": "0.jpg"}')
     assert len(collect(server + "/x.jsonl")[0]) == 1
-    with pytest.raises(DataError, match="nothing is found at"):
+    with pytest.raises(DataError, match="nothing found at"):
         collect(server + "/nowhere.tar")
 
 
