@@ -1,11 +1,12 @@
-"""Duplicates of a corpus without all its ids in one place: a shuffle over files.
+"""Find the duplicates of a corpus by a shuffle over files.
 
-`FindDuplicates` takes one range of ids from every group (a *bucket*) and writes which rows are later copies. `MarkGroup`
-takes from every bucket what concerns some groups, and writes a mark for each of their rows. First in order wins: groups
-stand in the order of the sources, the held-out one first, whose images are thereby dropped from training.
+No process holds all ids. `FindDuplicates` takes one range of ids from every group (a *bucket*) and writes which rows are
+later copies. `MarkGroups` takes from every bucket what concerns some groups, and writes a mark for each of their rows. The
+first copy is kept: groups are in the order of the sources, the held-out one first, so that its images are dropped from
+training.
 
-A later copy that brings question-answer pairs which the first has not (one row a question, as VQA sets are published)
-gives them to the first and is counted as `merged`; it does so within one source only, never from training to held-out.
+A later copy with question-answer pairs that the first lacks (VQA sets are published with one row per question) adds them to
+the first and is counted as `merged`; this happens within one source only, never from training to held-out.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from smalti.shards import QA
 from smalti.workflows.corpus.index import PREFIXES, halves, ids_path, index_key, read_ids
 from smalti.workflows.pipeline.timings import HERE
 
-LOST, TRAIN, VAL, DUPLICATE, MERGED = range(5)  # what a mark says of a row
+LOST, TRAIN, VAL, DUPLICATE, MERGED = range(5)  # marks of a row
 IDS_A_BUCKET = 500_000
-GROUPS_A_SPAN = 64  # groups that are marked together: so many fewer times is each bucket's file opened
+GROUPS_A_SPAN = 64  # groups marked by one task, which opens each bucket's file once
 COPIES = pa.schema(
     [
         ("group", pa.int32()),  # the copy's, by its place in the order of all groups
@@ -34,13 +35,13 @@ COPIES = pa.schema(
         ("merged", pa.bool_()),
     ]
 )
-GIFTS = pa.schema([("group", pa.int32()), ("row", pa.int64()), ("qa", QA)])  # pairs that a first row gets
+GIFTS = pa.schema([("group", pa.int32()), ("row", pa.int64()), ("qa", QA)])  # pairs added to a first row
 MARKS = pa.schema([("mark", pa.int8()), ("first", pa.string()), ("qa", QA)])
 
 
 @dataclass(frozen=True)
 class Place:
-    """A group in the order of all: the split whose source it is of, its number there, and the source's name."""
+    """A group: the split that its source feeds, its number there, and the source."""
 
     split: str
     number: int
@@ -49,7 +50,7 @@ class Place:
 
 @dataclass(frozen=True)
 class GroupCounts:
-    """What the marks of a group come to."""
+    """Counts of a group's marks."""
 
     rows: int
     kept: dict[str, int]
@@ -70,7 +71,7 @@ def marks_key(split: str, number: int) -> str:
 
 
 class FindDuplicates:
-    """Actor: a range of ids in, the copies among them on disk out; returns how many."""
+    """Actor: writes the copies within a range of ids; returns how many."""
 
     def __init__(self, path: str, places: list[Place]) -> None:
         self.path, self.places = path, places
@@ -83,7 +84,7 @@ class FindDuplicates:
             return self.find(item)
 
     def find(self, item: tuple[int, int]) -> int:
-        """Write the copies and the gifts of a range; how many copies there are."""
+        """Write the copies and the added pairs of a range; returns the number of copies."""
         parts = [read_ids(ids_path(self.path, one.split, one.number), *item) for one in self.places]
         group = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in parts])
         table = pa.concat_tables(parts).combine_chunks()
@@ -101,30 +102,33 @@ class FindDuplicates:
     def copies(
         self, table: pa.Table, group: np.ndarray, row: np.ndarray, order: np.ndarray, same: np.ndarray
     ) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
-        """Rows of COPIES and of GIFTS. `same`: whether a row in `order` has the id of the one before."""
+        """Rows of COPIES and of GIFTS.
+
+        `same`: whether a row in `order` has the id of the row before it.
+        """
         found: list[dict[str, object]] = []
         gifts: list[dict[str, object]] = []
         edges = np.diff(np.append(same, False).astype(np.int8))
         for start, end in zip(np.flatnonzero(edges == 1), np.flatnonzero(edges == -1) + 1, strict=True):
             first = order[start]
             place = self.places[group[first]]
-            told = f"{place.source}::{table['key'][int(first)].as_py()}"
+            name = f"{place.source}::{table['key'][int(first)].as_py()}"
             pairs = table["qa"][int(first)].as_py() or []
             more: list[dict[str, str]] = []
             for one in order[start + 1 : end]:
                 new = [pair for pair in table["qa"][int(one)].as_py() or [] if pair not in pairs and pair not in more]
                 merged = bool(new) and self.places[group[one]].split == place.split
                 more += new if merged else []
-                found.append({"group": int(group[one]), "row": int(row[one]), "first": told, "merged": merged})
+                found.append({"group": int(group[one]), "row": int(row[one]), "first": name, "merged": merged})
             if more:
                 gifts.append({"group": int(group[first]), "row": int(row[first]), "qa": pairs + more})
         return found, gifts
 
 
 class MarkGroups:
-    """Actor: some groups in (as a range of places), their marks on disk out; returns [(place, GroupCounts)].
+    """Actor: writes the marks of a range of groups; returns [(place, GroupCounts)].
 
-    `fraction`: the share that is held out of each source by the hash; None where a held-out source is named.
+    `fraction`: share of each source that the hash holds out; None if the recipe names a held-out source.
     """
 
     def __init__(self, path: str, places: list[Place], ranges: list[tuple[int, int]], fraction: float | None) -> None:
@@ -139,7 +143,7 @@ class MarkGroups:
             return [(number, self.mark(number, _of(copies, number), _of(gifts, number))) for number in range(*item)]
 
     def gather(self, name: str, first: int, last: int) -> pa.Table:
-        """What all buckets say of the groups `first` to `last` - 1."""
+        """Rows of all buckets on the groups `first` to `last` - 1."""
         parts = []
         for start, _ in self.ranges:
             part = shards.read_shard(self.path, shards.shard_key(name, start))
@@ -169,7 +173,10 @@ class MarkGroups:
 
 
 def held_out(high: np.ndarray, fraction: float) -> np.ndarray:
-    """Whether images belong to the held-out split, by the higher halves (uint64) of their ids: 52 bits are a fraction."""
+    """Whether images are held out, by the higher halves (uint64) of their ids.
+
+    Their upper 52 bits, as a fraction, are compared with `fraction`.
+    """
     return (high >> np.uint64(12)).astype(np.float64) / 2.0**52 < fraction
 
 
@@ -184,23 +191,23 @@ def count_marks(marks: np.ndarray, reasons: pa.ChunkedArray) -> GroupCounts:
 
 
 def clear(path: str) -> None:
-    """Take away what the shuffle wrote."""
+    """Remove the files of the shuffle."""
     for name in ("copies", "gifts", "marks"):
         storage.remove(storage.join(path, name))
 
 
 def spans(count: int) -> Iterator[tuple[int, int]]:
-    """Ranges of places that are marked together."""
+    """Ranges of groups that one task marks."""
     return ((start, min(start + GROUPS_A_SPAN, count)) for start in range(0, count, GROUPS_A_SPAN))
 
 
 def _of(table: pa.Table, number: int) -> pa.Table:
-    """The rows of one group, from those of several in any order."""
+    """The rows of one group."""
     return table.filter(pa.array(table.column("group").to_numpy() == number))
 
 
 def _scatter(size: int, rows: np.ndarray, values: pa.ChunkedArray) -> pa.Array:
-    """An array of `size` that holds `values` at `rows`, and null elsewhere."""
+    """An array of `size` with `values` at `rows`, null elsewhere."""
     places = np.full(size, -1, np.int64)
     places[rows] = np.arange(len(rows))
     return values.combine_chunks().take(pa.array(places, mask=places < 0))

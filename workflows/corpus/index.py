@@ -1,9 +1,9 @@
-"""First pass of stage `corpus`: every image decoded once, and what is known of it on disk, without its pixels.
+"""First pass of stage `corpus`: decode every image once and write an index.
 
-A group of input leaves two files. Its index (`index/train/00012.parquet`) has a row for each thing found, in order. Its
-ids (`ids/train/00012.arrow`) have those of the usable images, sorted, in batches by their prefix, so that `corpus_dedup`
-reads some prefixes of all groups without the rest. Rows are written as they come: a group of a million
-images holds a few thousand of them in memory.
+Two files are written per group of input. Its index (`index/train/00012.parquet`) has a row for each item found, in order,
+without pixels. Its ids (`ids/train/00012.arrow`) are those of the usable images, sorted, in batches by prefix, so that
+`dedup` can read a range of prefixes of all groups. Rows are written as a stream: of a group of a million images a few
+thousand are in memory.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from smalti.workflows.pipeline.stage import StageRun
 
 ID_DIGITS = 32  # hex digits of a sha256: 128 bits
-INDEX_ROWS = 4096  # rows held while an index is written, and a row group of it
+INDEX_ROWS = 4096  # rows per row group, and in memory while an index is written
 PREFIXES = 128  # values of the first 7 bits of an id
-IDS_A_BATCH = 1024  # fewer in a batch of an ids file would not pay
+IDS_A_BATCH = 1024  # minimum per batch of an ids file
 INDEX = pa.schema(
     [
         ("key", pa.string()),
@@ -53,12 +53,12 @@ IDS = pa.schema([("high", pa.uint64()), ("low", pa.uint64()), ("row", pa.int64()
 
 
 def image_id(data: bytes) -> str:
-    """Id of an image: 32 hex digits of the sha256 of its encoded bytes."""
+    """Id of an image: first 32 hex digits of the sha256 of its bytes."""
     return hashlib.sha256(data).hexdigest()[:ID_DIGITS]
 
 
 def halves(identities: list[str]) -> np.ndarray:
-    """Ids as numbers: uint64 (N, 2), the higher half first; they sort as the ids do."""
+    """Ids as uint64 (N, 2), the higher half first; same order as the ids."""
     return np.frombuffer(bytes.fromhex("".join(identities)), ">u8").astype(np.uint64).reshape(-1, 2)
 
 
@@ -87,7 +87,14 @@ def read_rows(path: str, split: str, number: int, rows: np.ndarray, columns: lis
 
 
 def look(found: Sample, section: CorpusSection) -> tuple[int, int]:
-    """Width and height of an image that the section wants, decoded whole. Errors: ImageError with the reason."""
+    """Decode an image fully and check it against the section.
+
+    Returns:
+        Width and height in pixels.
+
+    Raises:
+        ImageError: with the reason why it cannot be used.
+    """
     check_file(found, section)
     width, height = images.probe(found.data, max_pixels=section.max_pixels, min_size=section.min_size)
     if section.max_aspect is not None and max(width, height) > section.max_aspect * min(width, height):
@@ -96,29 +103,36 @@ def look(found: Sample, section: CorpusSection) -> tuple[int, int]:
 
 
 def check_file(found: Sample, section: CorpusSection) -> None:
-    """What can be told without decoding. Errors: ImageError with the reason."""
+    """Check what needs no decoding.
+
+    Raises:
+        ImageError: with the reason why the image cannot be used.
+    """
     if len(found.data) > section.max_bytes:
         raise ImageError(f"{len(found.data):,} bytes, and corpus.max_bytes is {section.max_bytes:,}", "too_large")
     if section.require_caption and not found.caption:
-        raise ImageError("it has no caption, and corpus.require_caption asks for one", "no_caption")
+        raise ImageError("it has no caption, and corpus.require_caption is set", "no_caption")
 
 
 def tell_second_images(run: StageRun, counts: Mapping[str, int]) -> None:
-    """A line that names one of the images left out because another has their key: with dots in a tar's names, all but one."""
+    """Log how many images share the key of another, with an example.
+
+    Dots in the names of a tar can give many images one key.
+    """
     if not (number := counts.get("quarantined/second_image", 0)):
         return
     for key in shards.list_shards(run.path, "quarantine"):
         for row in shards.read_shard(run.path, key).to_pylist():
             if row["reason"] == "second_image":
                 run.log(
-                    f"{number:,} images are left out as they have the key of another, as {row['key']} in {row['source']} "
-                    f"({row['detail']}): name them without other dots where each is an image of its own"
+                    f"{number:,} images are left out because they share the key of another, such as {row['key']} in "
+                    f"{row['source']} ({row['detail']}): if each is a separate image, name them without further dots"
                 )
                 return
 
 
 class IndexGroup:
-    """Actor: one group of input in, its index and ids on disk out; returns (group, rows, how many are lost)."""
+    """Actor: writes a group's index and ids; returns (group, rows, unusable rows)."""
 
     def __init__(self, path: str, section: CorpusSection) -> None:
         self.path, self.section = path, section
@@ -138,7 +152,7 @@ class IndexGroup:
         return number, len(lost), len(lost) - lost.null_count
 
     def write(self, split: str, number: int, group: Group) -> None:
-        """Write the index of a group, and before it the ids: where an index stands, both do."""
+        """Write the ids of a group, then its index: if the index exists, so do the ids."""
         sink = pa.BufferOutputStream()
         ids: list[pa.Table] = []
         count = 0
@@ -162,7 +176,7 @@ class IndexGroup:
             yield row
 
     def row(self, found: Sample | Lost) -> dict[str, Any]:
-        """The index row of one sample, decoded whole to see that it can be used."""
+        """The index row of one sample, which is decoded fully to check it."""
         key = printable(found.key)
         if isinstance(found, Lost):
             return {"key": key, "reason": found.reason, "detail": printable(found.detail)}
@@ -190,7 +204,7 @@ def _chunks(rows: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str
 
 
 def ids_of(table: pa.Table, first: int) -> pa.Table:
-    """The ids of the usable rows of a part of an index that begins at row `first`."""
+    """Ids of the usable rows of a part of an index that starts at row `first`."""
     rows = np.flatnonzero(table.column("reason").is_null().to_numpy())
     used = table.select(["image_id", "key", "qa"]).take(pa.array(rows))
     numbers = halves(used.column("image_id").to_pylist())
@@ -199,7 +213,10 @@ def ids_of(table: pa.Table, first: int) -> pa.Table:
 
 
 def write_ids(path: str, parts: list[pa.Table]) -> None:
-    """Write ids sorted, equal ones by their row, in batches of equal ranges of prefixes: 1 to `PREFIXES` of them."""
+    """Write ids sorted by id, then row.
+
+    Each of the 1 to `PREFIXES` batches holds an equal range of prefixes.
+    """
     table = pa.concat_tables(parts) if parts else IDS.empty_table()
     table = table.sort_by([("high", "ascending"), ("low", "ascending"), ("row", "ascending")]).combine_chunks()
     count = min(PREFIXES, 1 << (len(table) // IDS_A_BATCH).bit_length())

@@ -1,7 +1,7 @@
-"""Where each image of a corpus goes: the split and the shards, by prefix sums over the counts of the groups.
+"""Assign the images of a corpus to splits and shards.
 
-A pure function of the marks (`corpus_dedup`), so that neither the number of tasks nor an interruption shows in the
-result. What is held here is a few numbers a group; rows stay in the files.
+By prefix sums over the counts of the groups: a pure function of the marks (`dedup`), so that neither the number of tasks
+nor an interruption changes the result. Memory holds a few numbers per group; rows stay in the files.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ Part = tuple[int, int, int]  # place, and the range of its rows of a kind: first
 
 
 def is_held_out(identity: str, fraction: float) -> bool:
-    """Whether an image belongs to the held-out split: a pure function of its id."""
+    """Whether an image is held out: a pure function of its id."""
     return int(identity[:13], 16) / 16**13 < fraction
 
 
 @dataclass
 class Plan:
-    """How many rows of which group go where, in order; `parts` of `train`, `val` and `quarantine`."""
+    """How many rows of each group go to `train`, `val` and `quarantine`, in order."""
 
     parts: dict[str, list[Part]] = field(default_factory=lambda: {name: [] for name in MARK_OF})
     reasons: Counter[str] = field(default_factory=Counter)
@@ -36,7 +36,7 @@ class Plan:
     found: int = 0
 
     def total(self, name: str) -> int:
-        """Rows that go to a split, or to `quarantine`."""
+        """Rows of a split, or of `quarantine`."""
         return sum(end - start for _, start, end in self.parts[name])
 
     def counts(self) -> dict[str, int]:
@@ -48,7 +48,7 @@ class Plan:
         return counts | {f"quarantined/{reason}": count for reason, count in sorted(self.reasons.items()) if count}
 
     def pieces(self, name: str, size: int) -> Iterator[tuple[str, list[Part]]]:
-        """(shard key, its parts) of each shard of a split or of the quarantine, of `size` rows."""
+        """(key, parts) of each shard of a split or of `quarantine`, of `size` rows."""
         number, room = 0, size
         parts: list[Part] = []
         for place, start, end in self.parts[name]:
@@ -66,10 +66,13 @@ class Plan:
 def lay_out(
     path: str, places: Sequence[Place], marked: Sequence[GroupCounts], limit: int | None, by_hash: bool
 ) -> Plan:
-    """The plan that the counts of the groups give. `by_hash`: the source of `train` feeds the held-out split too.
+    """The plan for the counts of the groups.
 
-    Reading stops where every split that a source feeds has `limit` images: the group in which that happens is looked
-    at row by row.
+    Reading stops when every split that a source feeds has `limit` images; the marks of the group where that happens are read
+    row by row.
+
+    Args:
+        by_hash: whether the source of `train` also feeds the held-out split.
     """
     plan = Plan()
     full = {"train": 0, "val": 0}
@@ -94,7 +97,7 @@ def lay_out(
 
 
 def _until_full(path: str, place: Place, left: dict[str, int]) -> GroupCounts:
-    """Counts of a group's rows up to the one with which every split has what is left for it."""
+    """Counts of a group's rows up to the one that fills the last split."""
     marks = shards.read_shard(path, marks_key(place.split, place.number), ["mark"]).column("mark").to_numpy()
     last = [int(np.flatnonzero(marks == MARK_OF[split][0])[room - 1]) for split, room in left.items() if room > 0]
     end = max(last) + 1
@@ -103,6 +106,9 @@ def _until_full(path: str, place: Place, left: dict[str, int]) -> GroupCounts:
 
 
 def rows_of(path: str, place: Place, name: str, start: int, end: int) -> np.ndarray:
-    """Row numbers in a group's index (int64) of its rows `start` to `end` - 1 of a split, or of the quarantine."""
+    """Row numbers (int64) in a group's index of some rows of a split or `quarantine`.
+
+    They are its rows `start` to `end` - 1 there.
+    """
     marks = shards.read_shard(path, marks_key(place.split, place.number), ["mark"]).column("mark").to_numpy()
     return np.flatnonzero(np.isin(marks, MARK_OF[name]))[start:end]

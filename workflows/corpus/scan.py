@@ -1,4 +1,4 @@
-"""First pass of stage `corpus`, as the driver sees it: groups are looked at, duplicates found, the shards laid out."""
+"""First pass of stage `corpus` on the driver: index, find duplicates, plan shards."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ from smalti.workflows.pipeline.stage import StageRun
 from smalti.workflows.pipeline.timings import HERE, Tally, shown
 from smalti.workflows.sources import Group
 
-INLINE_ROWS = 100_000  # so few are sorted out in this process: an actor takes longer to start
+INLINE_ROWS = 100_000  # up to so many are handled in this process: an actor takes longer to start
 
 
 def each(
     run: StageRun, tally: Tally, items: Sequence[Any], worker: type, args: tuple[Any, ...], inline: bool = False
 ) -> Generator[Any, None, None]:
-    """The result of each item, on Ray or in this process; what the workers noted is in the tally before it comes."""
+    """Yield the result of each item, on Ray or (`inline`) in this process.
+
+    What the workers counted is added to the tally before the result is yielded.
+    """
     if not inline:
         yield from run_shards(items, worker, args, run.recipe.resources, model=False, tally=tally)
         return
@@ -35,10 +38,14 @@ def each(
 
 
 def look_and_plan(run: StageRun, tally: Tally, groups: Mapping[str, Sequence[Group]]) -> tuple[list[Place], Plan]:
-    """The groups that were looked at, in order, and the plan. With a limit, only as many as it needs for certain."""
+    """Check the images and plan the shards.
+
+    Returns:
+        The groups that were read, in order (with a limit only as many as it needs), and the plan.
+    """
     section = run.recipe.corpus
     total = sum(map(len, groups.values()))
-    run.log(f"looking at every image: {total:,} groups of input")
+    run.log(f"checking every image: {total:,} groups of input")
     need = section.limit
     with shown(run, tally, total, "groups") as update:
         looking = _Looking(run, tally, update)
@@ -53,7 +60,7 @@ def look_and_plan(run: StageRun, tally: Tally, groups: Mapping[str, Sequence[Gro
 
 @dataclass(frozen=True)
 class _Found:
-    """Rows of a group, and how many of them can be used."""
+    """Rows of a group, and how many of them are usable."""
 
     found: int
     usable: int
@@ -61,20 +68,25 @@ class _Found:
 
 @dataclass
 class _Looking:
-    """What has been looked at, by (split, group). `need` only grows."""
+    """Results of the groups read so far, by (split, group). `need` only grows."""
 
     run: StageRun
     tally: Tally
     update: Callable[..., None]
     done: dict[tuple[str, int], _Found] = field(default_factory=dict)
-    front: dict[str, tuple[int, int]] = field(default_factory=dict)  # groups of a split in a row, their usable images
+    front: dict[str, tuple[int, int]] = field(
+        default_factory=dict
+    )  # consecutive groups of a split from the first, and their usable images
     images: int = 0
     unusable: int = 0
 
     def at(self, split: str, members: Sequence[Group], need: int | None) -> int:
-        """Look at groups until the first ones hold `need` usable images; how many groups that takes.
+        """Read groups until the first ones hold `need` usable images.
 
-        More may be looked at, and are kept in `done`.
+        More may be read; they are kept in `done`.
+
+        Returns:
+            How many of the first groups are needed.
         """
         items = [(split, number, group) for number, group in enumerate(members) if (split, number) not in self.done]
         if need is None or self.first_with(split, need) is None:
@@ -89,7 +101,7 @@ class _Looking:
         return len(members) if need is None else self.first_with(split, need) or len(members)
 
     def first_with(self, split: str, need: int) -> int | None:
-        """How many of the first groups hold `need` usable images; None while one that may be needed is missing."""
+        """How many of the first groups hold `need` usable images; None if unknown yet."""
         number, usable = self.front.get(split, (0, 0))
         while usable < need and (split, number) in self.done:
             usable += self.done[split, number].usable
@@ -101,7 +113,7 @@ class _Looking:
 def _enough(
     plan: Plan, groups: Mapping[str, Sequence[Group]], first: Mapping[str, int], section: CorpusSection
 ) -> bool:
-    """Whether every split has `limit` images, or no group is left that could feed it."""
+    """Whether every split has `limit` images, or no further group can feed it."""
     limit = section.limit or 0
     for split, members in groups.items():
         fed = ["train", "val"] if "val" not in groups and section.val_fraction else [split]
@@ -111,7 +123,7 @@ def _enough(
 
 
 def _plan(run: StageRun, tally: Tally, places: list[Place], rows: int) -> Plan:
-    """Find the duplicates among some groups, and lay out the shards."""
+    """Find the duplicates among the groups, and plan the shards."""
     section = run.recipe.corpus
     by_hash = not section.val_source
     dedup.clear(run.path)

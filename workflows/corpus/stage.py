@@ -1,10 +1,10 @@
-"""Stage `corpus`: images from any source, verified, without duplicates, split, in shards; the rest in quarantine.
+"""Stage `corpus`: check, deduplicate and split images; write them as shards.
 
-Two passes over the source, both on Ray. The first (`corpus_look`) looks at every image (decoded whole once) and writes an
-index without pixels, a file a group of input (`corpus_index`). From the indexes duplicates are found by a shuffle over files
-(`corpus_dedup`), and the shards are laid out from counts (`corpus_layout`): a pure function of the source, so that
-neither the number of tasks nor an interruption shows in the result. The second pass (`corpus_write`) fetches the bytes again
-and writes the shards. This process holds a few numbers a group and a shard, never the images' ids.
+Unusable images are listed in quarantine. Two passes over the source, both on Ray. The first (`scan`) decodes every image
+once and writes an index without pixels, one file per group of input (`index`). From the indexes duplicates are found by a
+shuffle over files (`dedup`), and the shards are planned from counts (`layout`): a pure function of the source, so that
+neither the number of tasks nor an interruption changes the result. The second pass (`write`) reads the bytes again and
+writes the shards. The driver holds a few numbers per group and per shard, never the images' ids.
 """
 
 from __future__ import annotations
@@ -27,22 +27,24 @@ from smalti.workflows.pipeline.stage import StageRun, run_stage, stage_path
 from smalti.workflows.pipeline.timings import HERE, tallied
 from smalti.workflows.sources import Group, find_groups, listed
 
-WORK = ("index", "ids", "copies", "gifts", "marks", GONE)  # folders that the finished artifact does not keep
+WORK = ("index", "ids", "copies", "gifts", "marks", GONE)  # folders that are removed from the finished artifact
 LISTED_AGAIN = 1_000_000
-LISTED = "listed"  # another: what a folder lists, a file a group; written anew by each try
+LISTED = "listed"  # another: the listing of a folder, one file per group; written by each run
 
 
 def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
     """The corpus artifact: `train/`, `val/` and `quarantine/` shards.
 
-    Counts: images, train, val, quarantined, over_limit, found (their sum), `quarantined/<reason>`, and of the images those
-    `without_caption`, where there are any.
-    Errors: DataError when the source cannot be found, or when a split that was asked for has no usable image.
+    Counts: images, train, val, quarantined, over_limit, found (their sum), `quarantined/<reason>`, and `without_caption` if
+    there are such images.
+
+    Raises:
+        DataError: if the source cannot be found, or has no usable image to train on.
     """
     path = stage_path(recipe, "corpus")
     stood = Artifact.find(path) is not None
     made = run_stage(recipe, "corpus", "corpus", stage_config(recipe), {}, _body, tracker=tracker)
-    if made.path == path:  # only now: what is made of them stands
+    if made.path == path:  # only now that the artifact is finished
         for name in set(storage.list_names(path)).intersection({*WORK, LISTED}):
             storage.remove(storage.join(path, name))
     if stood:
@@ -51,7 +53,10 @@ def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
 
 
 def stage_config(recipe: Recipe) -> dict[str, Any]:
-    """What the corpus depends on. `image_size` is used on reading only, except by generated pictures."""
+    """Settings that the corpus depends on.
+
+    `image_size` is used only when shards are read, except by generated pictures.
+    """
     section = recipe.corpus
     config = result_settings(section, ("image_size",))
     if section.format == "generated" or any(one.partition(":")[0] == "generated" for one in sources_of(recipe)):
@@ -68,7 +73,7 @@ def sources_of(recipe: Recipe) -> list[str]:
 def _body(run: StageRun) -> dict[str, int]:
     with tallied(run) as tally:
         with tally.part("list"):
-            HERE.drain()  # what an earlier run in this process left
+            HERE.drain()  # drops what an earlier run in this process counted
             groups, listing = _groups(run.recipe, storage.join(run.path, LISTED))
             tally.add(HERE.drain())
             _same_listing(run, listing)
@@ -81,8 +86,11 @@ def _body(run: StageRun) -> dict[str, int]:
 
 
 def _groups(recipe: Recipe, folder: str | None = None) -> tuple[dict[str, list[Group]], dict[str, str]]:
-    """The groups of each source, the held-out one first, long records in `folder`; and in short what the sources list:
-    files and what metadata says of them, not their bytes. Without a folder that alone."""
+    """The groups of each source, the held-out one first, and a digest of the listing.
+
+    The digest covers file names and metadata, not the files' bytes. Long records are written to `folder`; without one only
+    the digest is returned.
+    """
     section, digest = recipe.corpus, hashlib.sha256()
     sources = {"val": section.val_source} if section.val_source else {}
     groups: dict[str, list[Group]] = {}
@@ -97,10 +105,10 @@ def _groups(recipe: Recipe, folder: str | None = None) -> tuple[dict[str, list[G
 
 
 def _tell_of_change(recipe: Recipe, made: Artifact) -> None:
-    """A line when a finished corpus is of other files than the source lists now: its fingerprint is of settings alone.
+    """Log if the source lists other files than when a finished corpus was created.
 
-    Looked at where it is cheap, on this machine's disks and up to `LISTED_AGAIN` images; a source that is gone is no
-    change.
+    The fingerprint covers only settings. Checked where it is cheap: on local disks and up to `LISTED_AGAIN` images. A missing
+    source is not a change.
     """
     path = storage.join(made.path, LISTING)
     cheap = made.counts["found"] <= LISTED_AGAIN and all(storage.is_local(name) for name in sources_of(recipe))
@@ -111,51 +119,60 @@ def _tell_of_change(recipe: Recipe, made: Artifact) -> None:
     except DataError:
         return
     if changed:
-        log(f"corpus: the source lists other files now than when this was made; remove {made.path} to make it again")
+        log(
+            f"corpus: the source now lists other files than when the corpus was created; remove {made.path} to create it again"
+        )
 
 
 def _same_listing(run: StageRun, listing: Mapping[str, str]) -> None:
-    """Start over when the source lists other files than at the try that is gone on with."""
+    """Start over if the source changed since the interrupted run."""
     path = storage.join(run.path, LISTING)
     if storage.exists(path) and storage.read_json(path) == listing:
         return
     if run.resumed:
         if storage.exists(path):
-            run.log("the source has changed since the interrupted try: starting over")
+            run.log("the source has changed since the interrupted run: starting over")
         _clear(run.path)
     storage.write_json(path, listing)
 
 
 def _clear(path: str) -> None:
-    """Take away all that the stage has made."""
+    """Remove all that the stage wrote."""
     for name in (LISTING, *WORK, "train", "val", "quarantine"):
         storage.remove(storage.join(path, name))
 
 
 def _check(run: StageRun, counts: dict[str, int], written: Mapping[str, int]) -> None:
-    """Nothing vanished; each split that was asked for holds an image. Tells what lies in
-    quarantine. `written`: the rows of each shard, as the workers told them."""
+    """Check that the counts add up and that training has images; log the quarantine.
+
+    `written`: the rows of each shard, from the receipts.
+
+    Raises:
+        DataError: if no image is usable, or all of them are held out.
+    """
     kept = sum(written.values())
     assert kept == counts["images"], f"{kept} rows in shards, {counts['images']} planned"
     gone = counts["quarantined"] + counts["over_limit"] + counts.get("merged", 0)
     assert kept + gone == counts["found"], counts
     reasons = [f"{count:,} {name.partition('/')[2]}" for name, count in counts.items() if "/" in name]
-    told = ", ".join(reasons) or "none"
+    unusable = ", ".join(reasons) or "none"
     section = run.recipe.corpus
     if not counts["images"]:
         lost = shards.list_shards(run.path, "quarantine")[:1]
         rows = [row for key in lost for row in shards.read_shard(run.path, key).slice(0, 3).to_pylist()]
         examples = "; ".join(f"{row['key']}: {row['detail']}" for row in rows)
         raise DataError(
-            f"The corpus has 0 usable images of {counts['found']:,} found in {section.source} (unusable: {told})."
+            f"The corpus has 0 usable images of {counts['found']:,} found in {section.source} (unusable: {unusable})."
             f" {examples + '. ' if examples else ''}See {run.path}/quarantine, or set corpus.source."
         )
     if not counts["train"]:
         _clear(run.path)
-        mend = "Name another corpus.val_source" if section.val_source else "Lower corpus.val_fraction"
-        raise DataError(f"No image is left to train on: all {counts['val']:,} are held out. {mend}.")
+        fix = "Name another corpus.val_source" if section.val_source else "Lower corpus.val_fraction"
+        raise DataError(f"No image is left to train on: all {counts['val']:,} are held out. {fix}.")
     if not counts["val"] and (section.val_source or section.val_fraction):
-        run.log("no image is held out: raise corpus.val_fraction, or name a corpus.val_source")
+        run.log("no image is held out: raise corpus.val_fraction, or set corpus.val_source")
     tell_second_images(run, counts)
     if counts["quarantined"]:
-        run.log(f"{counts['quarantined']:,} of {counts['found']:,} in quarantine ({told}); see {run.path}/quarantine")
+        run.log(
+            f"{counts['quarantined']:,} of {counts['found']:,} in quarantine ({unusable}); see {run.path}/quarantine"
+        )

@@ -1,4 +1,4 @@
-"""Second pass of stage `corpus`: the bytes are fetched again, and the shards of the plan and the quarantine written."""
+"""Second pass of stage `corpus`: read the bytes again and write the shards."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from smalti.workflows.sources.jsonl import JsonLinesGroup, Reach
 from smalti.workflows.sources.network import UnreachedError, reading
 
 LISTING = "listing.json"
-GONE = "gone"  # what vanished between the passes, a file a shard
-# what a source raises that is not what it was: cut short, or another file
+GONE = "gone"  # images that vanished between the passes, one file per shard
+# errors of a source that has changed: truncated, or another file
 DAMAGE = (
     pa.ArrowException,
     gzip.BadGzipFile,
@@ -41,20 +41,26 @@ DAMAGE = (
     LookupError,
 )
 QUARANTINE_ROWS = 10_000
-INLINE_PIECES = 4  # shards of quarantine that are written in this process
+INLINE_PIECES = 4  # up to so many quarantine shards are written in this process
 ShardItem = tuple[str, list[tuple[Place, Group, list[int]]]]  # key; and of each part its group and range of rows
 
 
 def write_shards(
     run: StageRun, tally: Tally, groups: Mapping[str, Sequence[Group]], places: list[Place], plan: Plan
 ) -> tuple[dict[str, int], int]:
-    """Write every shard of the plan that is not there yet, and the quarantine; the rows of each shard by key, and how many
-    of all have no caption. Errors: DataError when shards lie there that are not of the plan."""
+    """Write the missing shards of the plan, and the quarantine.
+
+    Returns:
+        Rows of each shard by key, and the number of images without a caption.
+
+    Raises:
+        DataError: if the folder holds shards that are not in the plan.
+    """
     lost = list(plan.pieces("quarantine", QUARANTINE_ROWS))
     for _ in each(run, tally, lost, WriteQuarantine, (run.path, places), inline=len(lost) <= INLINE_PIECES):
         pass
     items = list(shard_items(groups, places, plan, run.recipe.corpus.shard_images))
-    refuse_foreign(run.path, [key for item in items for key, _ in item], "the corpus's source has not")
+    refuse_foreign(run.path, [key for item in items for key, _ in item], "are not of the corpus's source")
     rows: dict[str, int] = {}
     bare = 0
     with shown(run, tally, plan.counts()["images"]) as update:
@@ -66,7 +72,10 @@ def write_shards(
 
 
 def counted(path: str, plan: Plan) -> dict[str, int]:
-    """The plan's counts, less what vanished between the passes, which gets a shard of quarantine behind those planned."""
+    """The plan's counts, less the images that vanished between the passes.
+
+    Those are written as a further quarantine shard.
+    """
     counts, tables = plan.counts(), []
     for split in shards.SPLITS:
         for key in shards.list_shards(path, f"{GONE}/{split}"):
@@ -85,8 +94,11 @@ def counted(path: str, plan: Plan) -> dict[str, int]:
 def shard_items(
     groups: Mapping[str, Sequence[Group]], places: Sequence[Place], plan: Plan, size: int
 ) -> Iterator[list[ShardItem]]:
-    """Shards that one call writes: one; or those that begin in the same group, where a group is read `in_order`, so that
-    a file that cannot be read from the middle is read once a split, and not up to its place for each shard."""
+    """Shards that one call writes.
+
+    Usually one. Of a group that is read `in_order`, all shards that begin in it: a file without random access is then read
+    once per split, not once per shard.
+    """
     for split in shards.SPLITS:
         item: list[ShardItem] = []
         for key, parts in plan.pieces(split, size):
@@ -101,7 +113,7 @@ def shard_items(
 
 
 class WriteQuarantine:
-    """Actor: some lost rows in, their quarantine shard on disk out; returns its receipt."""
+    """Actor: writes a quarantine shard of unusable rows; returns its receipt."""
 
     def __init__(self, path: str, places: list[Place]) -> None:
         self.path, self.places = path, places
@@ -130,12 +142,11 @@ class WriteQuarantine:
 
 
 class WriteShards:
-    """Actor: the rows of some shards in, the shards on disk out; returns their receipts, each with the number of its
-    images without a caption."""
+    """Actor: writes some shards; returns (receipt, images without a caption) of each."""
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.opened: tuple[Place, Any] | None = None  # the group that is read, and its reader
+        self.opened: tuple[Place, Any] | None = None  # the open group and its reader
 
     def read(self, item: list[ShardItem]) -> list[ShardItem]:
         return item
@@ -146,9 +157,9 @@ class WriteShards:
             return [self.shard(key, parts, stack) for key, parts in item]
 
     def shard(self, key: str, parts: list[tuple[Place, Group, list[int]]], stack: ExitStack) -> tuple[Receipt, int]:
-        """Write one shard; its receipt and how many of its images have no caption.
+        """Write one shard; returns its receipt and the images without a caption.
 
-        Readers are opened on `stack`; one that the next shard begins with stays open.
+        Readers are opened on `stack`; the last stays open for the next shard.
         """
         done = standing(self.path, key, ["image_id", "caption"])
         if done is not None:
@@ -162,7 +173,7 @@ class WriteShards:
                 for place, group, (start, end) in parts
             ]
         with HERE.part("write"):
-            if gone:  # before the shard: where that stands, this does
+            if gone:  # before the shard: if the shard exists, so does this
                 shards.write_shard(self.path, f"{GONE}/{key}", pa.Table.from_pylist(gone, QUARANTINE))
             elif any(isinstance(group, JsonLinesGroup) for _, group, _ in parts):
                 storage.remove(shards.shard_path(self.path, f"{GONE}/{key}"))
@@ -172,10 +183,13 @@ class WriteShards:
     def table(
         self, place: Place, group: Group, rows: np.ndarray, stack: ExitStack, gone: list[dict[str, str]]
     ) -> pa.Table:
-        """Corpus rows of one group. Errors: DataError when the source gives other bytes than at the first pass, or none.
+        """Corpus rows of one group.
 
-        What is not there now, or cannot be reached, may come back: only other bytes make the next try start over. An
-        image of a list of places goes to `gone`, as a row of quarantine, and the others stay.
+        A missing or unreachable source may come back: only changed bytes make the next run start over. A changed image of
+        a JSON lines source is added to `gone`, as a row of quarantine; the others are kept.
+
+        Raises:
+            DataError: if the source returns other bytes than in the first pass, or none.
         """
         index = read_rows(self.path, place.split, place.number, rows)
         marks = shards.read_shard(self.path, marks_key(place.split, place.number), ["qa"]).take(pa.array(rows))
@@ -200,40 +214,43 @@ class WriteShards:
         return pa.table([arrays[name] if name in arrays else index[name] for name in CORPUS.names], CORPUS)
 
     def fetch(self, group: Group, read: ReadBytes, index: pa.Table) -> Iterator[bytes | Lost]:
-        """The bytes of each row. Where images lie apart, one that is not the same any more is lost alone."""
+        """Yield the bytes of each row.
+
+        If each image is a file of its own, a changed one is dropped alone.
+        """
         apart, reach = isinstance(group, JsonLinesGroup), Reach(group.source)
         columns = [index.column(name).to_pylist() for name in ("key", "start", "extent", "image_id")]
         for key, start, extent, identity in zip(*columns, strict=True):
             try:
                 data = read((start, extent))
-                told = "" if image_id(data) == identity else "it gives other bytes now"
+                detail = "" if image_id(data) == identity else "its bytes have changed"
                 reach.met()
             except (OSError, UnreachedError) as error:
                 if not apart or (isinstance(error, OSError) and not is_of_file(error)):
                     raise
                 if isinstance(error, UnreachedError):
                     reach.missed(f"line {key}")
-                told = f"it is not there any more: {error}"
-            if told and not apart:
+                detail = f"it no longer exists: {error}"
+            if detail and not apart:
                 raise self.other_bytes(f"{group.source}::{key}")
-            yield Lost(key, "vanished", told) if told else data
+            yield Lost(key, "vanished", detail) if detail else data
 
     def reader(self, place: Place, group: Group, stack: ExitStack) -> Any:
-        """The group's reader: the one that is open, or a new one in its place."""
+        """The group's reader, opened if it is not the current one."""
         if self.opened is None or self.opened[0] != place:
             stack.close()
             self.opened = place, stack.enter_context(group.reader())
         return self.opened[1]
 
     def other_bytes(self, what: str) -> DataError:
-        """The error of a source that holds other bytes now. The listing goes, so that the next try starts over."""
+        """The error of changed bytes; removes the listing, so that the next run starts over."""
         storage.remove(storage.join(self.path, LISTING))
         return changed(what)
 
 
 def changed(what: str) -> DataError:
-    """The error of a source that is another one now."""
+    """The error of a source that has changed."""
     return DataError(
-        f"{what} has changed while the corpus was made. "
-        "Leave the source alone while it is read, and run the command again."
+        f"{what} has changed while the corpus was created. "
+        "Do not change the source while it is read, then run the same command again."
     )

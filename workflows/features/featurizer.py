@@ -1,4 +1,4 @@
-"""Patch features of images: the encoder on an actor's device, and which patches are kept."""
+"""Patch features of images, computed by the encoder on an actor's device."""
 
 from __future__ import annotations
 
@@ -21,14 +21,17 @@ from smalti.workflows.pipeline.timings import HERE
 
 
 def choose_patches(identity: str, seed: int, num: int, total: int) -> np.ndarray:
-    """`num` of `total` patches of an image, sorted, int32: drawn by a hash of seed and image_id, so always the same."""
+    """`num` of `total` patches of an image: sorted int32.
+
+    Drawn by a hash of seed and image_id, so that they are always the same.
+    """
     digest = hashlib.sha256(f"{seed}/{identity}".encode()).digest()
     rng = np.random.default_rng(int.from_bytes(digest[:8], "big"))
     return np.sort(rng.permutation(total)[:num]).astype(np.int32)
 
 
 class FeatureShard:
-    """Actor: one corpus shard in, one feature shard on disk out; returns (receipt, images)."""
+    """Actor: writes the feature shard of a corpus shard; returns (receipt, images)."""
 
     def __init__(self, out: str, corpus: str, encoder: str, recipe: Recipe, image_size: int) -> None:
         self.out, self.corpus, self.encoder_dir, self.recipe = out, corpus, encoder, recipe
@@ -55,7 +58,7 @@ class FeatureShard:
 
 
 class Featurizer:
-    """The encoder of a recipe on the actor's device, and what of its features is kept."""
+    """A recipe's encoder on the actor's device, and its selection of patches."""
 
     def __init__(self, encoder_dir: str, recipe: Recipe) -> None:
         from smalti.tokenizers.encoders import as_set
@@ -68,9 +71,16 @@ class Featurizer:
         self.encode = as_set(encoder, self.device, recipe.features.precision, recipe.features.compile)
 
     def rows(self, pixels: np.ndarray, ids: list[str], where: str) -> pa.Table:
-        """Feature rows of images uint8 (B, S, S, 3), all patches or the sampled ones; one batch's features are held.
+        """Feature rows of images, of all patches or the sampled ones.
 
-        Errors: DataError naming the first image with a feature that is not finite in float16; `where` names the file.
+        One batch's features are in memory at a time.
+
+        Args:
+            pixels: uint8 (B, S, S, 3).
+            where: the file, for errors.
+
+        Raises:
+            DataError: naming the first image with a feature that is not finite in float16.
         """
         import torch
 
@@ -95,14 +105,14 @@ class Featurizer:
         return pa.table(arrays, shards.feature_schema(self.dim))
 
     def choose(self, ids: list[str], total: int) -> np.ndarray:
-        """Patches that are kept of each image: int32 (B, M), sorted."""
+        """Selected patches of each image: sorted int32 (B, M)."""
         wanted = self.recipe.features.patches
         if wanted == "all" or wanted >= total:
             return np.tile(np.arange(total, dtype=np.int32), (len(ids), 1))
         return np.stack([choose_patches(one, self.recipe.seed, wanted, total) for one in ids])
 
     def check(self, vectors_BNC: np.ndarray, ids: list[str], where: str) -> None:
-        """Errors: DataError naming the first image with a feature that is not finite in float16."""
+        """Raise DataError naming the first image with a feature not finite in float16."""
         bad = ~np.isfinite(vectors_BNC).all(axis=(1, 2))
         if bad.any():
             raise DataError(
@@ -113,13 +123,17 @@ class Featurizer:
 
 
 def open_parent(recipe: Recipe, encoder: Artifact) -> tuple[str, VisionEncoder]:
-    """The encoder's place and the encoder. Errors: ConfigError when the recipe asks for more patches than it gives."""
+    """The encoder's folder and the encoder.
+
+    Raises:
+        ConfigError: if `features.patches` is more than the encoder has per image.
+    """
     path = encoder_path(encoder)
     model = open_encoder(path, recipe.encoder.layer)
     total = model.grid[0] * model.grid[1]
     if recipe.features.patches != "all" and recipe.features.patches > total:
         raise ConfigError(
-            f"features.patches={recipe.features.patches}, but {path} gives {total} patches an image. "
+            f"features.patches={recipe.features.patches}, but {path} gives {total} patches per image. "
             f"Set features.patches to at most {total}, or to all."
         )
     return path, model

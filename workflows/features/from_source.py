@@ -1,8 +1,9 @@
-"""Stage `features` straight from a source of images (`features.source`), without a corpus: a group of input at a time.
+"""Stage `features` directly from a source of images (`features.source`).
 
-A group's images are decoded, encoded and written in shards `train/<group>-<piece>` and `val/<group>-<piece>` of at most
-`corpus.shard_images` images, so that one such block of pixels is held. `groups/<group>.json`, written last, tells what
-came of it: a restart makes only the groups without one, and gives the same bytes. What cannot be used lies in quarantine.
+No corpus is needed. A group's images are decoded, encoded and written in shards `train/<group>-<piece>` and
+`val/<group>-<piece>` of at most `corpus.shard_images` images; one such block of pixels is in memory. The record
+`groups/<group>.json` is written last: a restart computes only the groups without one, with the same bytes. Unusable images
+are listed in quarantine.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from smalti.workflows.sources.base import printable
 from smalti.workflows.sources.folder import ListedGroup
 from smalti.workflows.sources.network import reading
 
-LISTED = "listed"  # what a folder lists, a file a group, until the stage is done
+LISTED = "listed"  # the listing of a folder, one file per group, until the stage is finished
 Note = dict[str, Any]
-GroupItem = tuple[int, Group, list[str]]  # number, group, and the shards that stand under that number
+GroupItem = tuple[int, Group, list[str]]  # number, group, and the existing shards of that number
 
 
 def source_config(recipe: Recipe) -> dict[str, Any]:
-    """What features of a source depend on beside the encoder and the patches: how the source is read, and the split."""
+    """Settings of the source and the split that the features depend on."""
     exclude = {"source", "val_source", "limit", "image_size"}
     return result_settings(recipe.corpus, exclude) | {
         "source": recipe.features.source,
@@ -46,9 +47,12 @@ def source_config(recipe: Recipe) -> dict[str, Any]:
 
 
 def make(run: StageRun, encoder: Artifact) -> dict[str, int]:
-    """The body of the stage. Counts: images, vectors, train, val (vectors of each split), dim, groups, quarantined, found.
+    """The body of the stage.
 
-    Errors: DataError when the source cannot be found or has no image that can be used, or shards of other groups lie there.
+    Counts: images, vectors, train, val (vectors of each split), dim, groups, quarantined, found.
+
+    Raises:
+        DataError: if the source cannot be found or has no image to train on, or the folder holds shards of other groups.
     """
     recipe = run.recipe
     path, model = open_parent(recipe, encoder)
@@ -70,7 +74,7 @@ def make(run: StageRun, encoder: Artifact) -> dict[str, int]:
             update(1, images=counts["images"], quarantined=counts["quarantined"])
     if not counts["train"]:
         raise DataError(
-            f"{recipe.features.source} gave no image to train on ({counts['quarantined']:,} in quarantine, "
+            f"{recipe.features.source} has no image to train on ({counts['quarantined']:,} in quarantine, "
             f"{counts['images']:,} held out). See {run.path}/quarantine, or set features.source."
         )
     tell_second_images(run, counts)
@@ -80,14 +84,14 @@ def make(run: StageRun, encoder: Artifact) -> dict[str, int]:
 
 
 class FeatureGroup:
-    """Actor: one group of input in, its feature shards and its quarantine on disk out; returns the group's note."""
+    """Actor: writes a group's feature shards and quarantine; returns its record."""
 
     def __init__(self, out: str, encoder: str, recipe: Recipe, image_size: int) -> None:
         self.out, self.encoder_dir, self.recipe, self.image_size = out, encoder, recipe, image_size
         self.featurizer: Featurizer | None = None
 
     def read(self, item: GroupItem) -> GroupItem:
-        """What the group lists; it is read in blocks by `work`, so that its pixels are never held as a whole."""
+        """Load the group's listing; `work` reads its images in blocks."""
         number, group, standing = item
         return number, group.load() if isinstance(group, ListedGroup) else group, standing
 
@@ -117,15 +121,17 @@ class FeatureGroup:
         return note
 
     def forget(self, number: int, standing: list[str], path: str) -> None:
-        """Take away what was made under this number, of another group or by a try that was killed before its note."""
+        """Remove the files of this number, of another group or of an interrupted run."""
         for key in standing:
             storage.remove(shards.shard_path(self.out, key))
         storage.remove(shards.shard_path(self.out, shards.shard_key("quarantine", number)))
         storage.remove(path)
 
     def blocks(self, group: Group, lost: list[dict[str, str]]) -> Iterator[list[tuple[str, np.ndarray]]]:
-        """(image_id, pixels uint8 (S, S, 3)) of the images that can be used, a shard's worth at a time; the rest into
-        `lost`."""
+        """Yield (image_id, pixels uint8 (S, S, 3)) of usable images, in blocks of a shard.
+
+        The others are added to `lost`.
+        """
         block: list[tuple[str, np.ndarray]] = []
         for found in HERE.timed("read", group.samples()):
             with HERE.part("decode"):
@@ -155,7 +161,7 @@ class FeatureGroup:
         return image_id(found.data), pixels
 
     def write(self, name: str, block: list[tuple[str, np.ndarray]], where: str) -> dict[str, int]:
-        """Rows written of each shard: the block's images to train on, and those held out."""
+        """Write a block's shards, train and val; returns the rows of each."""
         if self.featurizer is None:
             self.featurizer = Featurizer(self.encoder_dir, self.recipe)
         written = {}
@@ -171,8 +177,11 @@ class FeatureGroup:
 
 
 def _standing(path: str, num_groups: int) -> dict[int, list[str]]:
-    """The shards that lie in the artifact, by the number of their group. Errors: DataError when no group of the source
-    makes one of them."""
+    """Existing shards by the number of their group.
+
+    Raises:
+        DataError: if a shard belongs to no group of the source.
+    """
     numbers = {f"{number:05d}": number for number in range(num_groups)}
     standing: dict[int, list[str]] = {}
     foreign: list[str] = []
@@ -181,7 +190,7 @@ def _standing(path: str, num_groups: int) -> dict[int, list[str]]:
         (foreign if number is None else standing.setdefault(number, [])).append(key)
     if foreign:
         raise DataError(
-            f"{path} holds {len(foreign):,} shards that are of no group of the source, the first is "
-            f"{shards.shard_path(path, foreign[0])}. Move them away, and run the command again."
+            f"{path} holds {len(foreign):,} shards that belong to no group of the source; the first is "
+            f"{shards.shard_path(path, foreign[0])}. Move them away, then run the same command to resume."
         )
     return standing

@@ -1,4 +1,7 @@
-"""Stage `features`: corpus shards → shards of patch features of the frozen encoder, all or a seeded sample an image."""
+"""Stage `features`: shards of the frozen encoder's patch features.
+
+All patches are kept, or a seeded sample per image.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,14 @@ from smalti.workflows.pipeline.timings import shard_progress
 
 
 def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
-    """The features artifact: a shard of patch vectors (float16) for each corpus shard, train and val; with
-    `features.source` shards made straight from that source (`feature_source`), and no corpus is needed.
+    """The features artifact: a shard of float16 patch vectors per corpus shard.
 
-    Counts: images, vectors, train, val (vectors of each split), dim. Errors: DataError on a NaN or Inf feature.
+    With `features.source` the shards are created directly from that source (`from_source`), without a corpus.
+
+    Counts: images, vectors, train, val (vectors of each split), dim.
+
+    Raises:
+        DataError: if a feature is NaN or Inf.
     """
     config = result_settings(recipe.features, ("source",)) | {"layer": recipe.encoder.layer}
     if recipe.features.patches != "all":

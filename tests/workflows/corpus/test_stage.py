@@ -321,7 +321,7 @@ def test_an_image_that_changes_between_the_passes_is_told_and_the_next_try_mends
 
     with monkeypatch.context() as patch:
         patch.setattr(corpus_write.WriteShards, "shard", shard)
-        with pytest.raises(DataError, match=r"has changed while the corpus was made"):
+        with pytest.raises(DataError, match=r"has changed while the corpus was created"):
             corpus.run(wanted)
     made = corpus.run(wanted)
     assert made.counts["found"] == (5 if gone else 6)
@@ -360,7 +360,7 @@ def test_a_file_that_is_replaced_between_the_passes_is_told(
 
         with monkeypatch.context() as patch:
             patch.setattr(corpus, "look_and_plan", plans)
-            with pytest.raises(DataError, match="has changed while the corpus was made"):
+            with pytest.raises(DataError, match="has changed while the corpus was created"):
                 corpus.run(recipe(tmp_path / "out", str(path), val_fraction=0.0))
     write(4)
     assert corpus.run(recipe(tmp_path / "out", str(path), val_fraction=0.0)).counts["train"] == 4
@@ -422,7 +422,10 @@ def test_images_under_one_key_are_told_of(inline: None, tmp_path: Path, capsys: 
             tar.addfile(info, io.BytesIO(picture(number)))
     made = corpus.run(recipe(tmp_path / "out", str(tmp_path / "x.tar"), val_fraction=0.0))
     assert (made.counts["train"], made.counts["quarantined/second_image"]) == (1, 2)
-    assert "2 images are left out as they have the key of another, as IMG.0001.png in" in capsys.readouterr().err
+    assert (
+        "2 images are left out because they share the key of another, such as IMG.0001.png in"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_finished_corpus_whose_source_changed_is_told_of(
@@ -432,12 +435,12 @@ def test_a_finished_corpus_whose_source_changed_is_told_of(
     source.mkdir()
     (source / "0.png").write_bytes(picture(0))
     wanted = recipe(tmp_path / "out", str(source), val_fraction=0.0)
-    told = "the source lists other files now"
+    told = "the source now lists other files"
     made = corpus.run(wanted)
     assert corpus.run(wanted) == made and told not in capsys.readouterr().err
     (source / "0.txt").write_text("a caption that came later")
     assert corpus.run(wanted) == made
-    assert f"{told} than when this was made; remove {made.path}" in capsys.readouterr().err
+    assert f"{told} than when the corpus was created; remove {made.path}" in capsys.readouterr().err
     with monkeypatch.context() as patch:
         patch.setattr(corpus, "LISTED_AGAIN", 0)
         assert corpus.run(wanted) == made and told not in capsys.readouterr().err, "a listing that would be dear"

@@ -188,14 +188,14 @@ def test_shards_of_no_group_and_sources_without_images_are_refused(source: Path,
     key = shards.list_shards(made.path)[0]
     other = Path(shards.shard_path(made.path, "train/77777-000"))
     shutil.copy(shards.shard_path(made.path, key), other)
-    with pytest.raises(DataError, match=r"1 shards that are of no group.*77777"):
+    with pytest.raises(DataError, match=r"1 shards that belong to no group.*77777"):
         features.run(wanted)
     other.unlink()
     assert features.run(wanted).counts == made.counts
     empty = tmp_path / "broken"
     empty.mkdir()
     (empty / "a.png").write_bytes(b"nothing")
-    with pytest.raises(DataError, match="gave no image to train on"):
+    with pytest.raises(DataError, match="has no image to train on"):
         features.run(recipe(tmp_path / "none", empty, siglip))
 
 
