@@ -1,8 +1,8 @@
-"""The second level of the codebook: the vectors of each cell together in files, and k-means of its own in every cell.
+"""Second level of the codebook: sort vectors by cell, then k-means in each cell.
 
-Axis letters: N vectors, C their width, K codes, P cells. A file a chunk of the features holds its vectors sorted by cell;
-a cell's codes are kept as soon as they are made. Where faiss is installed it makes the codes of a cell (docs/codebook.md
-has the figures); each cell is the work of one thread, so that its codes are the same wherever they are made.
+Axis letters: N vectors, C their width, K codes, P cells. One file per chunk of the features holds its vectors sorted by
+cell; a cell's codes are saved as soon as they are computed. If faiss is installed, it computes the codes of a cell
+(docs/codebook.md has the figures); one thread computes each cell, so that its codes are the same on every machine.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ from smalti.tokenizers import kmeans
 from smalti.workflows.codebook import passes
 from smalti.workflows.codebook.passes import Chunk, in_order
 
-WRITTEN_ROWS = 8_192  # of a cell file, put in order at once
+WRITTEN_ROWS = 8_192  # of a cell file, sorted at once
 
 
 @dataclass(frozen=True)
 class CellSettings:
-    """How the codes of a cell are made from vectors of `width` numbers; of more than `bound` vectors a sample is used."""
+    """Settings of k-means in a cell.
+
+    `width`: numbers per vector. `bound`: of more vectors than this, a sample is used.
+    """
 
     width: int
     iterations: int
@@ -40,18 +43,26 @@ class CellSettings:
 
 
 def cell_file(folder: str, chunk: Chunk) -> str:
-    """Where a chunk's sorted vectors lie, without the endings `.bin` (float16 rows) and `.npy` (where cells start)."""
+    """Path of a chunk's sorted vectors, without suffix.
+
+    `.bin`: float16 rows; `.npy`: the first row of each cell.
+    """
     return storage.join(folder, chunk.parts[0][0].replace("/", "-"))
 
 
 def codes_file(folder: str, cell: int) -> str:
-    """Where the codes of a cell are kept: float32 (share, C)."""
+    """Path of the codes of a cell: float32 (share, C)."""
     return storage.join(folder, f"{cell:06d}.npy")
 
 
 def write_cells(parts: Sequence[Chunk], cells_PC: Tensor, folder: str, workers: int) -> np.ndarray:
-    """Write every chunk's vectors sorted by their nearest cell; returns where the cells of each file start: int32
-    (files, P + 1). One pass. Files that stand are kept."""
+    """Write every chunk's vectors sorted by their nearest cell. One pass.
+
+    Existing files are kept.
+
+    Returns:
+        The first row of each cell in each file: int32 (files, P + 1).
+    """
     import ray
 
     standing = set(storage.list_names(folder, ".npy"))
@@ -75,7 +86,7 @@ def _chunk_cells(chunk: Chunk, cells_PC: Tensor, folder: str) -> None:
         if chunk.spherical:
             x_NC = x_NC[(x_NC != 0).any(-1)]
         block = slice(held, held + len(x_NC))
-        rows_NC[block] = x_NC.half().cpu().numpy()  # exact: they came as float16
+        rows_NC[block] = x_NC.half().cpu().numpy()  # exact: they are stored as float16
         ids_N[block] = kmeans.assign(kmeans.on_sphere(x_NC) if chunk.spherical else x_NC, cells_PC)[0].cpu()
         held += len(x_NC)
     order = torch.argsort(ids_N[:held], stable=True).numpy()
@@ -89,7 +100,7 @@ def _chunk_cells(chunk: Chunk, cells_PC: Tensor, folder: str) -> None:
 def read_cells(names: Sequence[str], first: int, last: int, settings: CellSettings) -> list[Tensor]:
     """Vectors, float32 (n, C), of the cells first … last − 1, in the order of the files.
 
-    Of a cell with more than `settings.bound` vectors so many are drawn, seeded, and only those are held.
+    From a larger cell, `settings.bound` vectors are sampled with a seed; only those are held in memory.
     """
     starts = [_load(f"{name}.npy")[first : last + 1] for name in names]
     sizes = np.sum([np.diff(one) for one in starts], axis=0)
@@ -114,7 +125,11 @@ def read_cells(names: Sequence[str], first: int, last: int, settings: CellSettin
 
 
 def read_rows(name: str, low: int, high: int, width: int) -> np.ndarray:
-    """The rows low … high − 1 of a cell file, by one range read: float16. Errors: DataError, a file cut short."""
+    """Rows low … high − 1 of a cell file, float16, by one range read.
+
+    Raises:
+        DataError: if the file is truncated.
+    """
     rows = np.frombuffer(storage.read_range(f"{name}.bin", low * width * 2, (high - low) * width * 2), np.float16)
     if len(rows) != (high - low) * width:
         raise DataError(f"{name}.bin is shorter than its index says. Remove its folder and run the stage again.")
@@ -122,9 +137,9 @@ def read_rows(name: str, low: int, high: int, width: int) -> np.ndarray:
 
 
 def fine(names: Sequence[str], folder: str, first: int, shares: Sequence[int], settings: CellSettings) -> int:
-    """Make the codes of some cells, `shares[i]` in cell first + i, a file a cell in `folder`; returns how many codes.
+    """Task: compute the codes of some cells, one file per cell in `folder`.
 
-    A task. Files that stand are kept.
+    Cell first + i gets `shares[i]` codes. Existing files are kept. Returns the number of codes.
     """
     missing = [i for i, num in enumerate(shares) if num and not storage.exists(codes_file(folder, first + i))]
     if missing:
@@ -138,8 +153,10 @@ def fine(names: Sequence[str], folder: str, first: int, shares: Sequence[int], s
 
 
 def cell_codes(x_NC: Tensor, num: int, cell: int, settings: CellSettings) -> Tensor:
-    """k-means of a cell's vectors: float32 (num, C), by faiss where it is installed and no GPU is asked for (for one
-    iteration it would not do). The vectors may be written over."""
+    """k-means of a cell's vectors: float32 (num, C).
+
+    By faiss if it is installed, no GPU is requested and there is more than one iteration. The vectors may be overwritten.
+    """
     faiss = _faiss()
     if faiss is None or settings.device != "cpu" or len(x_NC) <= num or settings.iterations == 1:
         x_NC = x_NC.to(settings.device)
@@ -169,8 +186,11 @@ def cell_codes(x_NC: Tensor, num: int, cell: int, settings: CellSettings) -> Ten
 
 
 def _last_step(x_NC: Tensor, c_KC: Tensor, spherical: bool) -> Tensor:
-    """The last of Lloyd's iterations, with float64 means. faiss moves an empty code a little off another one: such a code
-    goes to a far vector, or where there is none it repeats a code, so that it is found out."""
+    """The last Lloyd iteration, with float64 means.
+
+    faiss places an empty code close to another one. Here it is moved to a far vector; if there is none, it becomes an exact
+    copy of a code, which is detected later.
+    """
     ids_N, distance_N = kmeans.assign(x_NC, c_KC)
     sums_KC, counts_K = kmeans.lloyd_stats(x_NC, ids_N, len(c_KC))
     c_KC = kmeans.move(c_KC, sums_KC, counts_K, spherical)
@@ -179,7 +199,7 @@ def _last_step(x_NC: Tensor, c_KC: Tensor, spherical: bool) -> Tensor:
 
 
 def _faiss() -> ModuleType | None:
-    """faiss, where it is installed and can seed by k-means++."""
+    """faiss, if it is installed and can seed by k-means++."""
     try:
         import faiss
     except ImportError:
@@ -198,7 +218,7 @@ def _npy(array: np.ndarray) -> bytes:
 
 
 def load_codes(folder: str, shares: Sequence[int], width: int) -> Tensor:
-    """The codes of all cells in order, from their files: float32 (sum, C)."""
+    """The codes of all cells in order: float32 (sum, C)."""
     codes_KC, start = torch.empty(sum(shares), width), 0
     for cell, num in enumerate(shares):
         if num:

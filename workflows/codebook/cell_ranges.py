@@ -1,7 +1,7 @@
-"""The vectors in the cell files as the polish steps see them: those of neighbouring cells together.
+"""Vectors of neighbouring cells together, for the polish passes.
 
-The vectors of a cell meet the codes of few cells, so that the sums of a piece are a small part of those of a chunk. A piece
-takes one range read of each file.
+The vectors of a cell are near the codes of few cells, so that the sums of a piece are far smaller than those of a chunk. A
+piece takes one range read per file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from smalti.workflows.codebook.passes import Chunk
 
 @dataclass(frozen=True)
 class Piece:
-    """Some ranges of cell files, (name, first row, end) each, as a pass sees a chunk (`clustering.Vectors`)."""
+    """Ranges of cell files, (name, first row, end) each; see `passes.Vectors`."""
 
     spans: tuple[tuple[str, int, int], ...]
     width: int
@@ -30,12 +30,16 @@ class Piece:
 
     @property
     def rows(self) -> int:
-        """Vectors in it."""
+        """Number of vectors."""
         return sum(end - first for _, first, end in self.spans)
 
     def vectors(self) -> Iterator[Tensor]:
-        """float32 blocks (n, C), file by file. Errors: DataError, a file cut short."""
-        with ThreadPoolExecutor(passes.READ_THREADS) as threads:  # many small reads: a store answers late
+        """Yield float32 blocks (n, C), file by file.
+
+        Raises:
+            DataError: if a file is truncated.
+        """
+        with ThreadPoolExecutor(passes.READ_THREADS) as threads:  # many small reads: object stores have high latency
             arrays = threads.map(self._read, self.spans)
             for x_NC in passes.in_blocks(arrays, self.rows, self.width):
                 yield kmeans.on_sphere(x_NC.to(self.device)) if self.spherical else x_NC.to(self.device)
@@ -46,9 +50,9 @@ class Piece:
 
 
 def pieces(parts: Sequence[Chunk], starts_FP: np.ndarray, folder: str) -> list[Piece]:
-    """All vectors in the cell files of the parts, about as many a piece as a chunk has; see `cells.write_cells`.
+    """All vectors in the cell files, in pieces about as large as a chunk.
 
-    A cell with more vectors than that makes pieces of its own, of some files each.
+    A larger cell is cut into several pieces, of some files each. See `cell_files.write_cells`.
     """
     kind, most, names = parts[0], passes.CHUNK_VECTORS, [cell_files.cell_file(folder, chunk) for chunk in parts]
     found: list[Piece] = []
@@ -62,7 +66,11 @@ def pieces(parts: Sequence[Chunk], starts_FP: np.ndarray, folder: str) -> list[P
 
 
 def runs(sizes: Sequence[int], most: int) -> list[tuple[int, int]]:
-    """Neighbours that together are no larger than `most`, or one alone: (first, end) of each run."""
+    """Cut a list into runs of total size at most `most`, or of one item.
+
+    Returns:
+        (first, end) of each run.
+    """
     found, first, held = [], 0, 0
     for place, size in enumerate(sizes):
         if place > first and held + size > most:

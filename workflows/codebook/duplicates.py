@@ -1,4 +1,7 @@
-"""Codes that say something: no NaN, no Inf, none twice. Axis letters as in `clustering`."""
+"""Replace or drop codes that are NaN or Inf, or repeat another.
+
+Axis letters as in `passes`.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ NAME = "V16"  # of a vector: see `kmeans.row_names`
 
 
 def unusable(codes_KC: Tensor) -> Tensor:
-    """Which codes hold NaN or Inf, or repeat an earlier one exactly: bool (K,)."""
+    """Mask of codes that hold NaN or Inf, or repeat an earlier one: bool (K,)."""
     low_K, high_K = torch.aminmax(codes_KC, dim=-1)
     bad_K = ~(torch.isfinite(low_K) & torch.isfinite(high_K))
     first = kmeans.first_distinct(codes_KC, torch.arange(len(codes_KC)), len(codes_KC), set())
@@ -28,7 +31,7 @@ def unusable(codes_KC: Tensor) -> Tensor:
 
 
 def without(tree: Tree, bad_K: Tensor) -> Tree:
-    """The tree without these codes; the others are moved up in place."""
+    """The tree without these codes; the others are moved in place."""
     kept = (~bad_K).nonzero().flatten()
     for start in range(0, len(kept), ROWS):
         ids = kept[start : start + ROWS]
@@ -37,13 +40,15 @@ def without(tree: Tree, bad_K: Tensor) -> Tree:
 
 
 def replaced(parts: Sequence[Chunk], tree: Tree, bad_K: Tensor, workers: int) -> Tree:
-    """The tree with every bad code put on a vector that is no code yet, the farthest first, in place. A pass that finds
-    them, and a read of the chunks that hold them.
+    """Replace every bad code, in place, by a vector that is not a code yet.
 
-    Errors: DataError when there are fewer distinct vectors than codes.
+    The vectors farthest from their codes come first. One pass, and a read of the chunks that hold them.
+
+    Raises:
+        DataError: if there are fewer distinct vectors than codes.
     """
     bad, good = bad_K.nonzero().flatten(), (~bad_K).nonzero().flatten()
-    for start in range(0, len(bad), ROWS):  # until then they repeat a good one, and are never found
+    for start in range(0, len(bad), ROWS):  # meanwhile they repeat a good one: the search never returns them
         tree.codes[bad[start : start + ROWS]] = tree.codes[good[0]].clone() if len(good) else 0.0
     far = _Far(len(bad))
     for number, found in enumerate(in_order(_chunk_far, _items(parts, tree, len(bad)), workers, parts[0].gpus)):
@@ -62,7 +67,7 @@ def replaced(parts: Sequence[Chunk], tree: Tree, bad_K: Tensor, workers: int) ->
 
 
 class _Far:
-    """Of all chunks the vectors that are farthest from their codes, farthest first and each once: at most `num`."""
+    """The `num` distinct vectors of all chunks that are farthest from their codes."""
 
     def __init__(self, num: int) -> None:
         self.num = num
@@ -70,7 +75,7 @@ class _Far:
         self.distances, self.names = np.empty(0, np.float32), np.empty(0, NAME)
 
     def add(self, number: int, distances: np.ndarray, names: np.ndarray, rows: np.ndarray) -> None:
-        """Take in what a chunk found; of equally far vectors the first come first."""
+        """Add the vectors of a chunk; at equal distance the earlier ones come first."""
         distances, names = np.concatenate([self.distances, distances]), np.concatenate([self.names, names])
         known, kept = set[bytes](), list[int]()
         for place in np.argsort(-distances, kind="stable").tolist():
@@ -93,8 +98,10 @@ def _items(parts: Sequence[Chunk], tree: Tree, num: int) -> list[tuple[object, .
 def _chunk_far(
     chunk: Chunk, shared: tuple[np.ndarray, ...], known: np.ndarray, num: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Task of `replaced`: distance, name and row of the `num` vectors of a chunk that are farthest from their codes, no
-    codes themselves and no two alike."""
+    """Task of `replaced`: distance, name and row of a chunk's farthest vectors.
+
+    They are distinct and not codes themselves.
+    """
     tree, names = Tree.of_shared(shared, chunk.device), set(known.tolist())
     far, start = _Far(num), 0
     with torch.device(chunk.device):
@@ -110,7 +117,7 @@ def _chunk_far(
 
 
 def _chunk_rows(chunk: Chunk, rows: np.ndarray) -> Tensor:
-    """Task of `replaced`: these vectors of a chunk, float32 (n, C), in their order."""
+    """Task of `replaced`: some vectors of a chunk, float32 (n, C)."""
     found_NC, start = torch.empty(len(rows), chunk.width), 0
     for x_NC in chunk.vectors():
         mine = (rows >= start) & (rows < start + len(x_NC))

@@ -1,4 +1,4 @@
-"""How many vectors each code has, as a picture."""
+"""A chart of the number of vectors per code."""
 
 from __future__ import annotations
 
@@ -15,9 +15,13 @@ INK, BAR, EVEN = (40, 40, 40), (66, 114, 168), (190, 80, 40)
 
 
 def sizes_picture(counts_K: Tensor, title: str) -> bytes:
-    """PNG: codes from the largest to the smallest along x, their vectors along y on a log scale; a line at the even share.
+    """PNG of the vectors per code.
 
-    Codes without a vector leave the right of the picture white. ValueError: no code has a vector.
+    Codes along x, the largest first; their vectors along y on a log scale; a line at the mean. Codes without a vector leave
+    the right side empty.
+
+    Raises:
+        ValueError: if no code has a vector.
     """
     sizes = np.sort(counts_K.cpu().numpy())[::-1].astype(np.float64)
     if not len(sizes) or sizes[0] <= 0:

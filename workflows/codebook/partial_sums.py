@@ -1,7 +1,8 @@
-"""Sums of the vectors of each code: of a chunk in its task, of all chunks in tasks that own a range of codes each.
+"""Sums of the vectors of each code, over chunks and ranges of codes.
 
-Axis letters: N vectors, C their width, K codes, U codes that occur. Sums are float64 and added in a fixed order: of the
-vectors in a chunk, then of the chunks. No process holds the sums of all codes.
+Axis letters: N vectors, C their width, K codes, U codes that occur. A task sums its chunk; further tasks add up the chunks,
+each for a range of codes. Sums are float64 and added in a fixed order: of the vectors in a chunk, then of the chunks. No
+process holds the sums of all codes.
 """
 
 from __future__ import annotations
@@ -17,23 +18,26 @@ from torch import Tensor
 from smalti.tokenizers import kmeans
 
 RANGE_NUMBERS = 1 << 25  # numbers in a range of codes: 268 MB of sums
-MOVED_NUMBERS = 1 << 21  # of a range, handed out at once
+MOVED_NUMBERS = 1 << 21  # of a range, yielded at once
 FOLD = 64  # parts that a task adds to the sums of a range, at most
 
 
 def mapped(array: np.ndarray) -> Tensor:
-    """A tensor over an array of Ray's object store, not to be written to."""
+    """A tensor over an array of Ray's object store; do not write to it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array)
 
 
 class UsedSums:
-    """Sums of the vectors of the codes that occur, float64: a row a code that was seen, so memory follows the vectors."""
+    """float64 sums of the codes that occur in a chunk, one row per code.
+
+    Memory grows with the number of vectors, not with K.
+    """
 
     def __init__(self, num: int, width: int, vectors: int) -> None:
         self.row_K = torch.full((num,), -1)
-        # numpy's zeros take memory as rows are written to, where torch's take it at once
+        # numpy allocates zeros on the first write; torch allocates them at once
         zeros = np.zeros((min(num, vectors), width))
         self.sums = torch.from_numpy(zeros).to(self.row_K.device)
         self.used = 0
@@ -51,16 +55,20 @@ class UsedSums:
         return int((self.row_K[low:high] >= 0).sum())
 
     def part(self, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of the codes low … high − 1 those that occur, counted from `low`, and their sums: int64 (U,), float64 (U, C)."""
+        """Codes low … high − 1 that occur, and their sums.
+
+        Returns:
+            Codes counted from `low`, int64 (U,), and sums, float64 (U, C).
+        """
         used = (self.row_K[low:high] >= 0).nonzero().flatten()
         return used.cpu().numpy(), self.sums[self.row_K[low + used]].cpu().numpy()
 
 
 class RangeSums:
-    """Sums of the vectors of each code, a range of codes an object: added in the order of the chunks, by tasks.
+    """Sums of the vectors of each code, one Ray object per range of codes.
 
-    A range is added to as soon as the parts that wait for it hold as many rows as a range has (or are `FOLD`): so the sums
-    that are read and written again are no more than the parts.
+    Tasks add the chunks in order. A range is updated once its waiting parts have as many rows as the range (or number
+    `FOLD`), so that rewriting the sums costs no more than reading the parts.
     """
 
     def __init__(self, num: int, width: int) -> None:
@@ -71,7 +79,12 @@ class RangeSums:
         self.rows = [0] * len(self.bounds)
 
     def add(self, references: Sequence[Any], used: Sequence[int]) -> None:
-        """The next chunk's parts, one a range, (codes counted from the range's first, their sums), and how many codes."""
+        """Add the next chunk's parts, one per range.
+
+        Args:
+            references: to (codes counted from the range's first, their sums).
+            used: number of codes in each part.
+        """
         for place, (reference, rows) in enumerate(zip(references, used, strict=True)):
             if rows:
                 self.waiting[place].append(reference)
@@ -83,14 +96,14 @@ class RangeSums:
         import ray
 
         (low, high), total = self.bounds[place], self.totals[place]
-        if total is not None:  # no more than two rounds of parts are held by the store
+        if total is not None:  # the store holds at most two rounds of parts
             ray.wait([total], fetch_local=False)
         remote = ray.remote(num_cpus=1)(_add_up)
         self.totals[place] = remote.remote(total, high - low, self.width, *self.waiting[place])
         self.waiting[place], self.rows[place] = [], 0
 
     def ranges(self) -> Iterator[tuple[slice, Tensor]]:
-        """(codes, float64 (codes, C)) of the ranges that a chunk added to, in order, some codes at a time."""
+        """Yield (codes, float64 (codes, C)) of the ranges with vectors, in order."""
         import ray
 
         for place, waiting in enumerate(self.waiting):

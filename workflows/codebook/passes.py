@@ -1,9 +1,9 @@
-"""k-means over feature shards on Ray: the passes that the stage `codebook` is made of.
+"""Passes of k-means over feature shards, on Ray.
 
-Axis letters: N vectors, C their width, K codes, P cells of the first level. The vectors are cut into chunks (whole
-shards) by their number alone; a chunk is a task. Sums are added in the order of the chunks (see `code_sums`): the driver
-holds the codes and one range of sums, a task those of the codes that it met. So the result does not depend on how many
-tasks run at once. A pass over the data is what costs: each function says how many.
+Axis letters: N vectors, C their width, K codes, P cells of the first level. The vectors are cut into chunks (whole shards)
+by their number alone; each chunk is a task. Sums are added in the order of the chunks (see `partial_sums`), so that the
+result does not depend on how many tasks run at once. The driver holds the codes and one range of sums, a task the sums of
+the codes in its chunk. Passes over the data dominate the cost: each function states its number of passes.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from smalti.tokenizers import kmeans
 from smalti.tokenizers.code_index import CodeIndex, Probes
 from smalti.workflows.codebook.partial_sums import RangeSums, UsedSums, mapped
 
-CHUNK_VECTORS = 262_144  # of a task: what a lost task costs
-SAMPLE_CHUNK_VECTORS = 16_384  # of a task of the first level: its sample is small
+CHUNK_VECTORS = 262_144  # per task: lost if the task is
+SAMPLE_CHUNK_VECTORS = 16_384  # per task of the first level, whose sample is small
 BLOCK_VECTORS = 65_536  # in float32 at once
-PROBES = 4  # cells searched for a vector while codes still move
+PROBES = 4  # cells searched per vector while codes still move
 POLISH = Probes(PROBES, 1.0, math.nan)
 FAR_A_CHUNK = 256  # candidates for codes without a vector
 FAR_KEPT = 16_384  # of all chunks
@@ -39,7 +39,7 @@ READ_THREADS = 16
 
 
 class Vectors(Protocol):
-    """What a task of a pass sees of the data: a chunk, or a piece of the sorted vectors (`cell_pieces`)."""
+    """The data of a task: a chunk, or a piece of the sorted vectors (`cell_ranges`)."""
 
     @property
     def rows(self) -> int: ...
@@ -54,8 +54,11 @@ class Vectors(Protocol):
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some whole shards of a features artifact: (key, rows) each. A task of it takes so many `gpus` and has its vectors on
-    `device`; `spherical` ones come on the unit sphere, those of norm 0 left out."""
+    """Some whole shards of a features artifact: (key, rows) each.
+
+    A task requests `gpus` and has its vectors on `device`. With `spherical` they are normalized, and those of norm 0 are left
+    out.
+    """
 
     path: str
     parts: tuple[tuple[str, int], ...]
@@ -66,18 +69,22 @@ class Chunk:
 
     @property
     def rows(self) -> int:
-        """Vectors in it."""
+        """Number of vectors."""
         return sum(count for _, count in self.parts)
 
     def on_cpu(self) -> Chunk:
-        """The same for a process without a GPU, such as the driver."""
+        """The same chunk for a process without a GPU, such as the driver."""
         return replace(self, gpus=0.0, device="cpu")
 
     def vectors(self) -> Iterator[Tensor]:
-        """float32 (`BLOCK_VECTORS`, C), the last with what is left. Errors: DataError, a vector that is not finite."""
+        """Yield float32 blocks (`BLOCK_VECTORS`, C); the last may be smaller.
+
+        Raises:
+            DataError: if a vector holds NaN or Inf.
+        """
         for x_NC in in_blocks((self._shard(key, rows) for key, rows in self.parts), self.rows, self.width):
-            if not bool(torch.isfinite(x_NC.sum())):  # one sum tells: float16 cannot overflow it
-                raise DataError(f"{self._not_finite()} holds NaN or Inf. Make the features again.")
+            if not bool(torch.isfinite(x_NC.sum())):  # one sum is enough: float16 values cannot overflow it
+                raise DataError(f"{self._not_finite()} holds NaN or Inf. Remove the features and compute them again.")
             yield kmeans.on_sphere(x_NC.to(self.device)) if self.spherical else x_NC.to(self.device)
 
     def _shard(self, key: str, rows: int) -> np.ndarray:
@@ -85,7 +92,7 @@ class Chunk:
         if len(x_NC) != rows:
             raise DataError(
                 f"{shards.shard_path(self.path, key)} holds {len(x_NC)} vectors, where it held {rows} when this run began. "
-                "Let nothing else write there, and run again."
+                "Let no other process write there, then run the same command again."
             )
         return x_NC
 
@@ -96,7 +103,10 @@ class Chunk:
 
 
 def in_blocks(arrays: Iterable[np.ndarray], rows: int, width: int) -> Iterator[Tensor]:
-    """Arrays (n, C) that together have `rows` rows as float32 (`BLOCK_VECTORS`, C), the last with what is left."""
+    """Regroup arrays (n, C) of `rows` rows in total into float32 (`BLOCK_VECTORS`, C).
+
+    The last block may be smaller.
+    """
     held, left = 0, rows
     block_NC = np.empty((min(left, BLOCK_VECTORS), width), np.float32)
     for array in arrays:
@@ -113,7 +123,10 @@ def in_blocks(arrays: Iterable[np.ndarray], rows: int, width: int) -> Iterator[T
 
 @dataclass(frozen=True)
 class Tree:
-    """Codes in cells: float32 (P, C) and (K, C), int64 (K,). With one cell, a flat codebook."""
+    """Cells float32 (P, C), codes float32 (K, C), and the cell of each code int64 (K,).
+
+    With one cell, a flat codebook.
+    """
 
     cells: Tensor
     codes: Tensor
@@ -123,7 +136,10 @@ class Tree:
         return replace(self, codes=codes_KC)
 
     def in_cell_order(self) -> Tree:
-        """The same with the codes in the order of their cells, as the search wants them; they are moved in place."""
+        """The tree with its codes in the order of their cells, as the search needs them.
+
+        They are moved in place.
+        """
         order = torch.argsort(self.cell_of, stable=True)
         step = max(COLUMNS, MOVED_NUMBERS // max(1, len(order)))
         for columns in range(0, self.codes.shape[1], step):
@@ -132,20 +148,23 @@ class Tree:
         return replace(self, cell_of=self.cell_of[order])
 
     def shared(self) -> Any:
-        """A reference for tasks, which map it into their memory: one copy a machine. See `of_shared`."""
+        """A Ray reference for tasks; one copy per node. See `of_shared`."""
         import ray
 
         return ray.put((self.cells.numpy(), self.codes.numpy(), self.cell_of.numpy()))
 
     @classmethod
     def of_shared(cls, arrays: tuple[np.ndarray, ...], device: str) -> Tree:
-        """The tree in a task, not to be written to."""
+        """The tree in a task; do not write to it."""
         return cls(*(mapped(array).to(device) for array in arrays))
 
 
 @dataclass
 class PassStats:
-    """What a pass over vectors found. `far` are the vectors with the largest distances, farthest first."""
+    """Result of a pass.
+
+    `far`: the vectors with the largest distances, farthest first.
+    """
 
     counts: Tensor
     distance_sum: float = 0.0
@@ -154,11 +173,11 @@ class PassStats:
 
     @property
     def distortion(self) -> float:
-        """Mean squared distance of a vector to its code."""
+        """Mean squared distance between a vector and its code."""
         return self.distance_sum / max(1, int(self.counts.sum()))
 
     def add(self, counts_K: Tensor, distance: float, far_NC: Tensor, far_N: Tensor) -> None:
-        """Take in what a chunk found; of equally far vectors the first come first."""
+        """Add the result of a chunk; at equal distance the earlier vectors come first."""
         self.counts += counts_K
         self.distance_sum += distance
         distances = torch.cat([self.far_distance, far_N])
@@ -168,10 +187,15 @@ class PassStats:
 
 
 def chunks(path: str, split: str, target: int | None = None) -> list[Chunk]:
-    """The shards of a split in chunks of about `target` vectors (default `CHUNK_VECTORS`), in order, from their footers; shards
-    without a vector are left out.
+    """The shards of a split in chunks of about `target` vectors, in order.
 
-    Errors: DataError, a shard whose vectors have another width than those of most shards.
+    Only footers are read; empty shards are left out.
+
+    Args:
+        target: default `CHUNK_VECTORS`.
+
+    Raises:
+        DataError: if the vectors of a shard have another width than those of most shards.
     """
     keys = shards.list_shards(path, split)
     with ThreadPoolExecutor(READ_THREADS) as threads:
@@ -184,7 +208,7 @@ def chunks(path: str, split: str, target: int | None = None) -> list[Chunk]:
         if own != width:
             raise DataError(
                 f"{shards.shard_path(path, key)} holds vectors of {own} numbers, where the other shards of {path} hold "
-                f"{width}. Remove {path} and make the features again with one encoder."
+                f"{width}. Remove {path} and compute the features again with one encoder."
             )
         if sum(count for _, count in found[-1]) + rows > (target or CHUNK_VECTORS) and found[-1]:
             found.append([])
@@ -195,10 +219,14 @@ def chunks(path: str, split: str, target: int | None = None) -> list[Chunk]:
 def in_order(
     task: Callable[..., Any], items: Sequence[tuple[Any, ...]], workers: int, gpus: float = 0, left: int = 0
 ) -> Iterator[Any]:
-    """`task(*item)` for each item as Ray tasks, at most `workers` at once; results in the order of the items.
+    """Run `task(*item)` as Ray tasks; yield the results in the order of the items.
 
-    With `left`, a task yields 1 + left objects: the first comes here, the others as references. A SmaltiError of a task is
-    raised here as it was.
+    Args:
+        workers: tasks at once.
+        left: if set, a task yields 1 + left objects: the first is fetched, the others are yielded as references.
+
+    Raises:
+        SmaltiError: of a task, unchanged.
     """
     import ray
     from ray.exceptions import RayTaskError
@@ -219,8 +247,14 @@ def in_order(
 def full_pass(
     parts: Sequence[Vectors], tree: Tree, workers: int, *, sums: RangeSums | None = None, probes: Probes = POLISH
 ) -> PassStats:
-    """Assign every vector, by a search of the tree: counts, distances, the farthest vectors and, if given, the sums. One
-    pass."""
+    """Assign every vector by a search of the tree. One pass.
+
+    Args:
+        sums: if given, receives the sums of the vectors of each code.
+
+    Returns:
+        Counts, distances and the farthest vectors.
+    """
     shared = tree.shared()
     total = PassStats(torch.zeros(len(tree.codes), dtype=torch.int64))
     gpus = parts[0].gpus if parts else 0
@@ -245,8 +279,10 @@ def _chunk_pass(chunk: Vectors, shared: tuple[np.ndarray, ...], probes: Probes) 
 def _chunk_sums(
     chunk: Vectors, shared: tuple[np.ndarray, ...], probes: Probes, bounds: Sequence[tuple[int, int]]
 ) -> Iterator[Any]:
-    """Task of `full_pass`: what `_chunk_pass` finds and how many codes of each range, then each range's part, one at a
-    time."""
+    """Task of `full_pass`: the result of `_chunk_pass` and the codes per range.
+
+    Then each range's part is yielded.
+    """
     tree = Tree.of_shared(shared, chunk.device)
     with torch.device(chunk.device):
         sums = UsedSums(len(tree.codes), tree.codes.shape[1], chunk.rows)
@@ -275,10 +311,13 @@ def _chunk_stats(chunk: Vectors, tree: Tree, probes: Probes, sums: UsedSums | No
 
 
 def lloyd(parts: Sequence[Vectors], tree: Tree, workers: int) -> tuple[Tree, PassStats, int]:
-    """One Lloyd iteration over all vectors: (tree with moved codes, stats before the move, codes re-seeded). One pass.
+    """One Lloyd iteration over all vectors. One pass.
 
-    Codes without a vector go to the vectors farthest from theirs. The tree's codes are written over: a second matrix of
-    K codes is never held.
+    Codes without a vector are moved to the vectors farthest from theirs. The tree's codes are overwritten: there is never a
+    second matrix of K codes.
+
+    Returns:
+        The tree with moved codes, the statistics before the move, and the number of re-seeded codes.
     """
     sums = RangeSums(*tree.codes.shape)
     stats = full_pass(parts, tree, workers, sums=sums)
@@ -291,16 +330,19 @@ def lloyd(parts: Sequence[Vectors], tree: Tree, workers: int) -> tuple[Tree, Pas
 
 
 def placed(tree: Tree) -> Tree:
-    """The tree with every code in the cell that is nearest to it now, as the search wants it, in the order of the cells."""
+    """The tree with every code in its nearest cell, in the order of the cells."""
     if len(tree.cells) == 1:
         return tree
     return replace(tree, cell_of=kmeans.assign(tree.codes, tree.cells)[0]).in_cell_order()
 
 
 def sample(parts: Sequence[Chunk], num: int, seed: int, workers: int, folder: str) -> list[Chunk]:
-    """A seeded sample of about `num` vectors in `folder`, a shard a chunk in proportion to its size, in chunks. One pass.
+    """Write a seeded sample of about `num` vectors to `folder`. One pass.
 
-    Shards that stand in the folder are kept.
+    One shard per chunk, in proportion to its size; existing shards are kept.
+
+    Returns:
+        The sample in chunks.
     """
     rows, kind = [chunk.rows for chunk in parts], parts[0]
     total, standing = sum(rows), set(shards.list_shards(folder, "train"))
@@ -323,7 +365,7 @@ def _chunk_sample(chunk: Chunk, quota: int, seed: int, key: str, folder: str) ->
     taken, start = [], 0
     for x_NC in replace(chunk.on_cpu(), spherical=False).vectors():
         mine = chosen[(chosen >= start) & (chosen < start + len(x_NC))] - start
-        drawn = x_NC.numpy()[mine].astype(np.float16)  # exact: they came as float16
+        drawn = x_NC.numpy()[mine].astype(np.float16)  # exact: they are stored as float16
         taken.append(drawn[(drawn != 0).any(1)] if chunk.spherical else drawn)
         start += len(x_NC)
     vectors = shards.list_column(np.concatenate(taken))

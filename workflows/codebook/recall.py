@@ -1,6 +1,6 @@
-"""How much of the tree a search must see to find the nearest code, by vectors drawn from the features.
+"""Measure how many cells a search must visit to find the nearest code.
 
-Axis letters as in `clustering`.
+Axis letters as in `passes`.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from smalti.tokenizers.code_index import CodeIndex, Probes
 from smalti.workflows.codebook.passes import Chunk, Tree, in_order, sample
 from smalti.workflows.pipeline.stage import StageRun
 
-VECTORS, MOST_VECTORS = 4_096, 32_768  # drawn; each is compared with all K codes
-MISSED = 16  # of them by a search of just the recall asked for, where these bounds let so many be drawn
+VECTORS, MOST_VECTORS = 4_096, 32_768  # sampled; each is compared with all K codes
+MISSED = 16  # expected misses at the recall of the recipe, within these bounds
 TASK_VECTORS = 512
-FILL_CHUNKS = 64  # from which training vectors are drawn, at most
+FILL_CHUNKS = 64  # at most, from which training vectors are sampled
 
 
 def work(run: StageRun) -> str:
-    """Where the stage `codebook` keeps what it has made so far."""
+    """Folder of the intermediate results of stage `codebook`."""
     return storage.join(run.path, "work")
 
 
 def draw(
     run: StageRun, parts: Sequence[Chunk], held_out: Sequence[Chunk], workers: int
 ) -> tuple[list[Chunk], list[Chunk]]:
-    """Seeded samples of held-out vectors and, where these are too few and there are cells to search, of training ones.
+    """Seeded samples of held-out vectors and, if these are too few, of training ones.
 
-    A pass over the held-out vectors, which tells what is wrong with them, and where they are too few a read of
-    `FILL_CHUNKS` of the others. Nothing where `probes` has been there.
+    A pass over the held-out vectors, which also checks them; if they are too few and there are cells to search, a read of
+    at most `FILL_CHUNKS` training chunks. Empty if `probes` is finished.
     """
     if storage.exists(_noted(run)):
         return [], []
@@ -48,7 +48,10 @@ def draw(
 
 
 def probes(run: StageRun, drawn: tuple[list[Chunk], list[Chunk]], tree: Tree, workers: int) -> Probes:
-    """How much of the tree a search sees to reach `codebook.recall` on the vectors of `draw`; told, scored and kept."""
+    """The search that reaches `codebook.recall` on the sampled vectors.
+
+    It is logged, added to the scores and saved.
+    """
     wanted, num = run.recipe.codebook.recall, len(tree.cell_of.unique())
     if len(tree.cells) == 1:
         return Probes(1, 1.0, 1.0)
@@ -60,8 +63,8 @@ def probes(run: StageRun, drawn: tuple[list[Chunk], list[Chunk]], tree: Tree, wo
     noted = storage.read_json(_noted(run))
     seen, counts = Probes(*noted["probes"]), {name: noted[name] for name in ("held-out", "training")}
     whose = " and ".join(f"{count:,} {name}" for name, count in counts.items() if count)
-    told = f"{seen.recall:.2%} of {whose} vectors find their nearest code in at most {seen.cells} of {num} cells"
-    run.log(told if seen.cells < num else f"{told}: codebook.recall={wanted} needs all of them")
+    message = f"{seen.recall:.2%} of {whose} vectors find their nearest code in at most {seen.cells} of {num} cells"
+    run.log(message if seen.cells < num else f"{message}: codebook.recall={wanted} needs all of them")
     run.scores |= {"recall": seen.recall, "vectors/recall": sum(counts.values())}
     return seen
 
@@ -71,7 +74,7 @@ def _noted(run: StageRun) -> str:
 
 
 def probes_for(drawn: Sequence[Chunk], tree: Tree, recall: float, workers: int) -> Probes:
-    """The least search of the tree that reaches a recall@1 on these vectors."""
+    """The smallest search that reaches a recall@1 on these vectors."""
     shared, step = tree.shared(), -(-sum(chunk.rows for chunk in drawn) // TASK_VECTORS)
     items = [(chunk, shared, first, step) for chunk in drawn for first in range(min(step, chunk.rows))]
     cells, reaches = zip(*in_order(_needs, items, workers, drawn[0].gpus), strict=True)
@@ -79,12 +82,12 @@ def probes_for(drawn: Sequence[Chunk], tree: Tree, recall: float, workers: int) 
 
 
 def num_vectors(recall: float) -> int:
-    """How many vectors a recall is measured on: the nearer it is to 1, the more tell it from a lower one."""
+    """Vectors to measure a recall on; a recall closer to 1 needs more."""
     return round(min(MOST_VECTORS, max(VECTORS, MISSED / max(1 - recall, 1e-9))))
 
 
 def _needs(chunk: Chunk, shared: tuple[np.ndarray, ...], first: int, step: int) -> tuple[Tensor, Tensor]:
-    """Task of `probes_for`, every `step`-th vector of a chunk: see `CodeIndex.needs`."""
+    """Task of `probes_for` on every `step`-th vector of a chunk."""
     tree = Tree.of_shared(shared, chunk.device)
     x_NC = torch.cat(list(chunk.vectors()))[first::step]
     cells_N, reach_N = CodeIndex(tree.codes, tree.cells, tree.cell_of).needs(x_NC)

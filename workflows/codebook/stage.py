@@ -1,9 +1,9 @@
-"""Stage `codebook`: two-level k-means over the feature shards, of any size K and number of cells K1.
+"""Stage `codebook`: two-level k-means over the feature shards.
 
-The cells are k-means of a seeded sample; each vector goes to its nearest cell; a cell gets its part of K (in proportion
-to its vectors, or the same as every other), and k-means of its own. `polish` adds Lloyd passes over all vectors, each searched in the nearest cells.
-With K1 = 1 it is flat k-means over all vectors. Exactly K distinct codes come out, or a clear error; with
-`codebook.duplicates: drop`, as many as are distinct.
+The K1 cells come from k-means of a seeded sample. Each vector is assigned to its nearest cell, each cell gets its share of
+the K codes (in proportion to its vectors, or equal), and k-means runs in each cell. `polish` adds Lloyd passes over all
+vectors, searching the nearest cells. With K1 = 1 it is flat k-means over all vectors. The result has exactly K distinct
+codes, or the stage fails; with `codebook.duplicates: drop` it has as many as are distinct.
 """
 
 from __future__ import annotations
@@ -38,19 +38,26 @@ SAMPLED = "sampled_cells.json"
 DISTINCT = "distinct.json"
 SAMPLE_MIN = 65_536
 SAMPLE_A_CELL = 256
-SEEDS_A_CODE = 4  # vectors looked at for each seed of flat k-means
+SEEDS_A_CODE = 4  # sampled vectors per seed of flat k-means
 FINE_VECTORS = 262_144  # vectors in a task of the second level, unless one cell has more
 
 
 def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
-    """The codebook artifact: `centroids.safetensors` (`centroids`, float32 (K, C)) and `tree.safetensors` (`cells`
-    (K1, C), `cell_of` int64 (K,), and `searched_cells` and `reach` for `CodeIndex.tree`, with which `recall` is the share
-    of held-out vectors that find their nearest code); codes lie in the order of their cells. Beside them
-    `counts.safetensors`, vectors of each code (`train` and, where some are held out, `val`, int64 (K,)), and `sizes.png`.
+    """The codebook artifact; codes are in the order of their cells.
 
-    Scores: `recall`, and each for train and val vectors distortion (mean squared distance), entropy (nats), perplexity,
-    usage, imbalance (K·Σp²) and the number of vectors they were counted on. Errors: ConfigError, DataError (too few
-    vectors, or distinct ones).
+    Files:
+        `centroids.safetensors`: `centroids`, float32 (K, C).
+        `tree.safetensors`: `cells` (K1, C), `cell_of` int64 (K,), `searched_cells` and `reach` for `CodeIndex.tree`, and
+            `recall`, the share of held-out vectors that this search assigns to their nearest code.
+        `counts.safetensors`: vectors per code, `train` and, if some are held out, `val`: int64 (K,).
+        `sizes.png`: a chart of the counts.
+
+    Scores: `recall`; for train and val each the distortion (mean squared distance), entropy (nats), perplexity, usage,
+    imbalance (K·Σp²) and the number of vectors.
+
+    Raises:
+        ConfigError: if the section's settings do not fit together.
+        DataError: if there are too few vectors, or too few distinct ones.
     """
     parents = {"features": find_artifact(recipe, "features")}
     config = result_settings(recipe.codebook) | {"seed": recipe.seed}
@@ -58,7 +65,7 @@ def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
 
 
 def check(recipe: Recipe) -> None:
-    """ConfigError when there are more cells than codes, or more codes than the vectors that cells may draw."""
+    """Raise ConfigError if there are more cells than codes, or too few vectors per cell."""
     section = recipe.codebook
     if section.coarse > section.size and recipe.clusters:
         raise ConfigError(
@@ -70,7 +77,7 @@ def check(recipe: Recipe) -> None:
 
 
 def _check_reach(section: CodebookSection, drawn: int) -> None:
-    """ConfigError when the vectors that the cells' k-means see are fewer than the codes."""
+    """Raise ConfigError if the cells' k-means see fewer vectors than codes."""
     if drawn < section.size:
         raise ConfigError(
             f"codebook.size={section.size:,}, but with codebook.cell_vectors={section.cell_vectors:,} the k-means of all cells "
@@ -91,13 +98,13 @@ def _body(features: Artifact) -> Any:
             )
         workers = max(run.recipe.resources.readers, run.recipe.resources.actors)
         with ensure_ray(run.recipe):
-            drawn = recall.draw(run, parts, held_out, workers)  # looks at all held-out vectors: bad ones are told first
+            drawn = recall.draw(run, parts, held_out, workers)  # reads all held-out vectors: reports bad ones early
             tree, counts = _Build(run, parts, workers).tree()
             probes = recall.probes(run, drawn, tree, workers)
             _score(run, {"train": parts, "val": held_out}, tree, workers, probes)
         zeros = num_vectors - run.scores["vectors/train"]
         if zeros:
-            run.log(f"{zeros} training vectors are 0, have no direction, and were left out")
+            run.log(f"{zeros} training vectors are 0, which has no direction, and were left out")
         _save(run.path, tree, probes)
         storage.remove(recall.work(run))
         return {
@@ -113,7 +120,11 @@ def _body(features: Artifact) -> Any:
 
 
 def _chunks(recipe: Recipe, path: str) -> tuple[list[Chunk], list[Chunk]]:
-    """Chunks of the train and val vectors. Errors: DataError, shards of different widths."""
+    """Chunks of the train and val vectors.
+
+    Raises:
+        DataError: if their widths differ.
+    """
     gpus, spherical = recipe.resources.gpus_per_worker, recipe.codebook.spherical
     device = "cuda" if gpus and recipe.resources.device == "auto" else "cpu"
     parts, held_out = (
@@ -123,13 +134,16 @@ def _chunks(recipe: Recipe, path: str) -> tuple[list[Chunk], list[Chunk]]:
     if parts and held_out and parts[0].width != held_out[0].width:
         raise DataError(
             f"{path}: train vectors have {parts[0].width} numbers, val vectors {held_out[0].width}. "
-            f"Remove {path} and make the features again with one encoder."
+            f"Remove {path} and compute the features again with one encoder."
         )
     return parts, held_out
 
 
 class _Build:
-    """The steps, each kept in `<stage>/work` as soon as it is done: an interrupted run goes on after the last one."""
+    """The steps of the stage.
+
+    Each is saved in `<stage>/work` when it is finished; an interrupted run resumes after the last one.
+    """
 
     def __init__(self, run: StageRun, parts: Sequence[Chunk], workers: int) -> None:
         self.run, self.parts, self.workers = run, parts, workers
@@ -148,7 +162,7 @@ class _Build:
         return tree.in_cell_order(), counts | changed
 
     def usable(self, tree: Tree) -> tuple[Tree, dict[str, int]]:
-        """Codes that repeat another one or are not finite put on other vectors or dropped, as the recipe says; kept."""
+        """Replace or drop codes that repeat another or are not finite; saves the result."""
         done = self.kept("distinct")
         if done is not None:
             return done, self.noted(DISTINCT, {})
@@ -159,11 +173,11 @@ class _Build:
         if self.section.duplicates == "drop":
             tree, counts, what = distinct.without(tree, bad_K), {"dropped": num}, "were dropped"
         else:
-            counts, what = {"replaced": num}, "were put on other vectors"
+            counts, what = {"replaced": num}, "were replaced by other vectors"
             try:
                 tree = distinct.replaced(self.parts, tree, bad_K, self.workers)
             except DataError:
-                storage.remove(self.work)  # no try with these settings ends otherwise: others may stand here
+                storage.remove(self.work)  # every run with these settings fails: free the folder for others
                 raise
         self.run.log(f"{num} codes repeated another one or were not finite and {what}: there are {len(tree.codes)}")
         storage.write_json(storage.join(self.work, DISTINCT), counts)
@@ -171,7 +185,7 @@ class _Build:
         return tree, counts
 
     def seeds(self) -> Tree:
-        """Where flat k-means over all vectors starts."""
+        """Start of flat k-means over all vectors."""
         wanted = max(self.section.sample or SAMPLE_MIN, SEEDS_A_CODE * self.section.size)
         return self.seeds_of(self.sampled(wanted), self.section.size)
 
@@ -179,7 +193,7 @@ class _Build:
         return passes.sample(self.parts, wanted, self.seed, self.workers, storage.join(self.work, "sample"))
 
     def seeds_of(self, sample: Sequence[Chunk], num: int) -> Tree:
-        """`num` codes drawn from a sample, in one cell; kept."""
+        """`num` codes seeded from a sample, in one cell; saves them."""
         done = self.kept("seeds")
         if done is not None:
             return done
@@ -191,16 +205,14 @@ class _Build:
         x_NC = x_NC[:held]
         if not held:
             storage.remove(self.work)
-            raise DataError(
-                "The vectors drawn are all 0, and codebook.spherical=true wants directions. Set it to false."
-            )
+            raise DataError("All sampled vectors are 0, and codebook.spherical=true needs directions. Set it to false.")
         codes_KC = kmeans.seed(x_NC, num, torch.Generator().manual_seed(self.seed), self.section.seeding).float()
         seeds = Tree(x_NC.mean(0, keepdim=True), codes_KC, torch.zeros(num, dtype=torch.int64))
         self.keep("seeds", seeds)
         return seeds
 
     def iterate(self, name: str, parts: Callable[[], Sequence[Vectors]], first: Callable[[], Tree], steps: int) -> Tree:
-        """Lloyd passes over the parts, from `first()` or from the last pass that was kept."""
+        """Lloyd passes over the parts, from `first()` or from the last saved pass."""
         last = max((n for n in range(steps) if storage.exists(self.file(f"{name}-{n:03d}"))), default=-1)
         tree = first() if last < 0 else self.kept(f"{name}-{last:03d}")
         assert tree is not None
@@ -236,25 +248,25 @@ class _Build:
         return tree
 
     def shares(self, sizes: list[int]) -> list[int]:
-        """Codes of each cell: no more than the vectors that its k-means sees."""
+        """Codes per cell: at most the vectors that its k-means sees."""
         bound = self.section.cell_vectors
         most = [min(size, bound) for size in sizes]
         sampled = sum(size > bound for size in sizes)
         if sampled:
             self.run.log(
-                f"{sampled} cells hold more than codebook.cell_vectors={bound:,} vectors: their codes come from a sample of "
-                "so many"
+                f"{sampled} cells hold more than codebook.cell_vectors={bound:,} vectors: their codes are computed "
+                "from a sample of that size"
             )
             try:
                 _check_reach(self.section, sum(most))
             except ConfigError:
-                storage.remove(self.work)  # no try with these settings ends otherwise: others may stand here
+                storage.remove(self.work)  # every run with these settings fails: free the folder for others
                 raise
         divide = {"proportional": kmeans.allocate, "equal": kmeans.share_equally}[self.section.split]
         return divide(self.section.size, sizes, most)
 
     def pieces(self) -> list[cell_ranges.Piece]:
-        """All vectors by their cells; those files that do not stand are made."""
+        """All vectors by their cells; missing files are written."""
         starts_FP = cell_files.write_cells(self.parts, self.cells(), self.cell_files, self.workers)
         return cell_ranges.pieces(self.parts, starts_FP, self.cell_files)
 
@@ -263,7 +275,7 @@ class _Build:
         return storage.read_json(path) if storage.exists(path) else default
 
     def cells(self) -> Tensor:
-        """Centroids of the first level by Lloyd over a sample: float32 (K1, C)."""
+        """Centroids of the first level, by Lloyd over a sample: float32 (K1, C)."""
         done = self.kept("cells")
         if done is not None:
             return done.cells
@@ -278,7 +290,7 @@ class _Build:
         return cells_PC
 
     def fine(self, codes: str, sizes: list[int], shares: list[int]) -> None:
-        """Codes of all cells, a task for some neighbouring cells."""
+        """Compute the codes of all cells; each task takes some neighbouring cells."""
         names = [cell_files.cell_file(self.cell_files, chunk) for chunk in self.parts]
         section, chunk = self.section, self.parts[0]
         how = (section.seeding, section.spherical, chunk.device)
@@ -303,7 +315,7 @@ class _Build:
 
 
 def _score(run: StageRun, splits: dict[str, list[Chunk]], tree: Tree, workers: int, probes: Probes) -> None:
-    """Fill the stage's scores and keep the counts, one pass over all vectors, and one over the held-out ones."""
+    """Fill the stage's scores and write the counts: one pass over each split."""
     counted: dict[str, Tensor] = {}
     for split, members in splits.items():
         if not members:
@@ -320,7 +332,7 @@ def _score(run: StageRun, splits: dict[str, list[Chunk]], tree: Tree, workers: i
             f"vectors/{split}": int(stats.counts.sum()),
         }
     tensor_files.write(storage.join(run.path, COUNTS), counted)
-    picture = sizes_picture(counted["train"], "training vectors of a code")
+    picture = sizes_picture(counted["train"], "training vectors per code")
     storage.write_atomic(storage.join(run.path, PICTURE), picture)
     shown = {key: f"{value:.4g}" for key, value in run.scores.items() if not key.startswith(("vectors", "entropy"))}
     run.log(", ".join(f"{key} {value}" for key, value in shown.items()))

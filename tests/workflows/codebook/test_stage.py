@@ -42,9 +42,9 @@ MOMENTS = ("sample/train/*.parquet", "coarse-001.safetensors", "cells/*.npy", "c
 CHILD = """
 import sys
 from smalti.schema import Recipe
-from smalti.workflows import clustering, codebook
-clustering.CHUNK_VECTORS = 1_000
-codebook.run(Recipe.model_validate_json(sys.argv[1]))
+from smalti.workflows.codebook import passes, stage
+passes.CHUNK_VECTORS = 1_000
+stage.run(Recipe.model_validate_json(sys.argv[1]))
 """
 
 
