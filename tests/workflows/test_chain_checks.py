@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from smalti.config import load_recipe
+from smalti.config import load_recipe, recipes_folder
 from smalti.errors import ConfigError, DataError
 from smalti.workflows import chain
 from smalti.workflows.chain import run_recipe
 from smalti.workflows.corpus import scan
 from smalti.workflows.corpus import stage as corpus
+from smalti.workflows.smoke import shrink
 
 WRONG = {
     "no source": (["corpus.source=null"], "corpus.source is not set"),
@@ -45,6 +46,16 @@ def test_a_stage_that_the_system_has_not_is_told_with_its_chain() -> None:
     recipe = load_recipe("dualtoken-384")
     with pytest.raises(ConfigError, match="has no stage codebook: its chain is corpus → encoder → tokenizer → tokens"):
         run_recipe(recipe, only="codebook")
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in recipes_folder().glob("*-quickstart.yaml")))
+def test_a_quickstart_passes_its_checks_and_shrinks(name: str, tmp_path: Path) -> None:
+    """Its stages run in the smoke of the larger recipe of its system, which has the same phases."""
+    recipe = load_recipe(name, [f"out={tmp_path}/out"])
+    chain._check(recipe, None)
+    small = shrink(recipe)
+    chain._check(small, None)
+    assert chain.stages_of(small) == chain.stages_of(recipe)
 
 
 def test_a_bridge_without_its_section_is_refused_before_ray_starts(monkeypatch: pytest.MonkeyPatch) -> None:
