@@ -81,5 +81,5 @@ def test_an_unwritable_target_is_told(inline: None, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(DataError, match="a file is where a folder is needed"):
         corpus.run(recipe(tmp_path / "file", tmp_path / "in"))
-    with pytest.raises(DataError, match="cannot make the folder /proc/smalti"):
+    with pytest.raises(DataError, match="cannot create the folder /proc/smalti"):
         corpus.run(recipe(Path("/proc/smalti"), tmp_path / "in"))

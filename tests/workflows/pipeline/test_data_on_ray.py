@@ -32,6 +32,7 @@ from smalti.workflows.codebook import stage as codebook
 from smalti.workflows.corpus import scan
 from smalti.workflows.corpus import stage as corpus
 from smalti.workflows.features import stage as features
+from smalti.workflows.features.featurizer import Featurizer, choose_patches
 from smalti.workflows.pipeline import shards as shard_pipeline
 from smalti.workflows.pipeline.stage import StageRun, find_artifact, run_stage
 
@@ -216,7 +217,7 @@ def test_features_are_the_encoders_and_samples_are_among_them(base: Path, siglip
     chosen = np.array(sampled.column("patch")).reshape(SHARD, 5)
     assert len({tuple(row) for row in chosen.tolist()}) > 1, "each image has its own patches"
     for row, one in enumerate(source.column("image_id").to_pylist()):
-        assert (chosen[row] == features.choose_patches(one, 0, 5, GRID * GRID)).all()
+        assert (chosen[row] == choose_patches(one, 0, 5, GRID * GRID)).all()
         np.testing.assert_array_equal(shards.vectors(sampled).reshape(SHARD, 5, DIM)[row], found[row, chosen[row]])
 
 
@@ -226,7 +227,7 @@ def test_features_refuse_what_cannot_be(base: Path, siglip: str, tmp_path: Path)
         stage.run(wanted)
     with pytest.raises(ConfigError, match=r"features\.patches=17, but .* gives 16 patches"):
         features.run(wanted)
-    worker = features.Featurizer(siglip, wanted)
+    worker = Featurizer(siglip, wanted)
     with pytest.raises(DataError, match=r"some/file: image second has features that are NaN.* 1 of the 2 images"):
         worker.check(np.array([[[1.0]], [[np.inf]]], np.float16), ["first", "second"], "some/file")
 
