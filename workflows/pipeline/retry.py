@@ -25,6 +25,11 @@ PERMANENT = frozenset(
 ANSWERS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 """The same of clients of object stores, which set no errno."""
 
+LATER = frozenset([408, 425, 429])
+"""Statuses of HTTP's 4xx that may pass."""
+DENIED = ("ACCESS_DENIED", "AccessDenied")
+"""What clients of object stores write into an error without errno when a permission is missing."""
+
 T = TypeVar("T")
 
 
@@ -76,9 +81,23 @@ def is_transient(error: Exception) -> bool:
     causes = [cause for cause in chain_of(error) if cause is not error]
     if not causes:
         return False  # our own finding about the data
-    if any(isinstance(cause, ANSWERS) or (isinstance(cause, OSError) and cause.errno in PERMANENT) for cause in causes):
+    return not any(_is_permanent(cause) for cause in causes)
+
+
+def _is_permanent(cause: BaseException) -> bool:
+    """Whether a later try meets the same error."""
+    if isinstance(cause, (*ANSWERS, ValueError, TypeError, KeyError, AttributeError)) or refused(cause):
+        return True
+    if not isinstance(cause, OSError):
         return False
-    return not any(isinstance(cause, ValueError | TypeError | KeyError | AttributeError) for cause in causes)
+    denied = cause.errno is None and any(word in str(cause) for word in DENIED)
+    return denied or cause.errno in PERMANENT
+
+
+def refused(error: BaseException | None) -> bool | None:
+    """Whether the HTTP status of an error is permanent (4xx but for `LATER`); None without a status."""
+    status = getattr(error, "status", None)  # aiohttp's
+    return 400 <= status < 500 and status not in LATER if isinstance(status, int) else None
 
 
 def chain_of(error: BaseException) -> Iterator[BaseException]:

@@ -13,12 +13,11 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from smalti.errors import DataError
-from smalti.workflows.pipeline.retry import ANSWERS, brief, retry
+from smalti.workflows.pipeline.retry import ANSWERS, brief, refused, retry
 
 PAUSES_S = (1.0, 4.0, 10.0)  # before each further try
 BUFFER_BYTES = 1 << 16
 MISUSE = (ValueError, TypeError, AttributeError, NotImplementedError)  # of a client: a retry would fail too
-LATER = frozenset([408, 425, 429])  # statuses of HTTP's 4xx that may pass
 T = TypeVar("T")
 
 
@@ -86,9 +85,9 @@ def _is_answer(error: Exception) -> bool:
     """
     cause = error.__cause__ if isinstance(error, FileNotFoundError) else None
     for one in (error, cause):
-        status = getattr(one, "status", None)  # aiohttp's
-        if isinstance(status, int):
-            return 400 <= status < 500 and status not in LATER
+        permanent = refused(one)
+        if permanent is not None:
+            return permanent
     if cause is not None and not isinstance(cause, MISUSE) and type(cause).__module__.startswith("aiohttp"):
         return False
     return isinstance(error, ANSWERS) and not isinstance(cause, TimeoutError | ConnectionError)

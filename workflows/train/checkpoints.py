@@ -24,7 +24,7 @@ import torch
 
 from smalti import storage
 from smalti.errors import ConfigError, DataError
-from smalti.workflows.pipeline.retry import retry_storage
+from smalti.workflows.pipeline.retry import chain_of, retry_storage
 from smalti.workflows.train import reshard
 from smalti.workflows.train.collectives import Collectives
 from smalti.workflows.train.scratch import Scratch, filled, takes_no_more
@@ -78,7 +78,12 @@ def look(path: str) -> Whole | str:
         name = manifest_name(len(manifests))
         if name not in sizes:
             return f"it has no {name}"
-        manifest = read_manifest(storage.join(path, name))
+        try:
+            manifest = read_manifest(storage.join(path, name))
+        except DataError as error:
+            if any(isinstance(cause, FileNotFoundError) for cause in chain_of(error)):
+                return f"it has no {name}"  # removed after the listing
+            raise
         if manifest is None:
             return f"its {name} is torn"
         manifests.append(manifest)
@@ -170,9 +175,7 @@ class Checkpoints:
                 stages = {name: int(engine.zero_optimization_stage()) for name, engine in engines.items()}
                 with open(os.path.join(local, STATE_FILE), "w") as out:
                     json.dump({**state, "world_size": self.collectives.world_size, "zero_stages": stages}, out)
-                retry_storage(
-                    storage.remove, target
-                )  # what an earlier try left: not whole, or it would have been gone on from
+                retry_storage(storage.remove, target, say=self.say)  # an incomplete checkpoint of an earlier try
             self.collectives.storage_barrier()
         self._sending = self._thread.submit(self._send, scratch, target, score)
 
@@ -191,7 +194,7 @@ class Checkpoints:
         device = next(iter(engines.values())).device
         damaged: list[str] = []
         while (chosen := self._choose(device, damaged)) is not None:
-            with fetched(chosen, self.collectives) as folder:
+            with fetched(chosen, self.collectives, self.say) as folder:
                 wrong = self._changed(chosen, folder, device)
                 if not wrong:
                     return self._take(chosen, folder, engines, task)
@@ -233,7 +236,7 @@ class Checkpoints:
         found: Whole | DataError | None = None
         if self.collectives.rank == 0:
             try:
-                found = retry_storage(newest, self.folder, self.say, damaged)
+                found = retry_storage(newest, self.folder, self.say, damaged, say=self.say)
             except DataError as error:
                 found = error
         found = self.collectives.broadcast_object(found, device)
@@ -258,9 +261,10 @@ class Checkpoints:
             sizes = {name: os.path.getsize(os.path.join(local, name)) for name in names}
             sums = {name: checksum(os.path.join(local, name)) for name in names}
             for name in names:
-                retry_storage(storage.put_file, os.path.join(local, name), storage.join(target, name))
+                retry_storage(storage.put_file, os.path.join(local, name), storage.join(target, name), say=self.say)
             manifest = {"world_size": self.collectives.world_size, "score": score, "files": sizes, "crc32": sums}
-            retry_storage(storage.write_json, storage.join(target, manifest_name(self.collectives.rank)), manifest)
+            path = storage.join(target, manifest_name(self.collectives.rank))
+            retry_storage(storage.write_json, path, manifest, say=self.say)
         except BaseException:
             with contextlib.suppress(DataError):  # the first error counts; what is half there takes room
                 storage.remove(target)
@@ -268,7 +272,7 @@ class Checkpoints:
         finally:
             scratch.remove()
         if self.collectives.rank == 0:
-            retry_storage(self._drop)
+            retry_storage(self._drop, say=self.say)
 
     def _drop(self) -> None:
         """Remove what is not to be kept; of those older than the newest whole one also what is not whole."""
@@ -312,7 +316,7 @@ def _made_here() -> Iterator[Scratch]:
 
 
 @contextlib.contextmanager
-def fetched(chosen: Whole, collectives: Collectives) -> Iterator[str]:
+def fetched(chosen: Whole, collectives: Collectives, say: Callable[[str], None]) -> Iterator[str]:
     """A local folder with the checkpoint's files, all of them where it is local already. From an object store each worker
     fetches what it loads (its own files, and what worker 0 wrote for all); where another number of workers wrote it, the
     first worker of each machine fetches all files for all workers there."""
@@ -321,18 +325,18 @@ def fetched(chosen: Whole, collectives: Collectives) -> Iterator[str]:
     elif len(chosen.files) == collectives.world_size:
         scratch = Scratch("resume")
         try:
-            fetch(chosen.path, {*chosen.files[0], *chosen.files[collectives.rank]}, scratch.path)
+            fetch(chosen.path, {*chosen.files[0], *chosen.files[collectives.rank]}, scratch.path, say)
             yield scratch.path
         finally:
             scratch.remove()
     else:
         every = {name for files in chosen.files for name in files}
-        with filled("resume", lambda folder: fetch(chosen.path, every, folder), collectives) as folder:
+        with filled("resume", lambda folder: fetch(chosen.path, every, folder, say), collectives) as folder:
             yield folder
 
 
-def fetch(path: str, names: Iterable[str], folder: str) -> None:
+def fetch(path: str, names: Iterable[str], folder: str, say: Callable[[str], None]) -> None:
     """Bring files of the folder `path` to the local `folder`."""
     for name in sorted(names):
         os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
-        retry_storage(storage.get_file, storage.join(path, name), os.path.join(folder, name))
+        retry_storage(storage.get_file, storage.join(path, name), os.path.join(folder, name), say=say)

@@ -125,7 +125,7 @@ class ShardRows:
     def _read_table(self, shard: int) -> tuple[pa.Table, Any]:
         read = shards.read_shard if self.disk is None else self.disk.read
         place = (self.path, self.keys[shard], self.columns)
-        table = read(*place) if storage.is_local(self.path) else retry_storage(read, *place)
+        table = read(*place) if storage.is_local(self.path) else retry_storage(read, *place, say=self.say)
         prepared = self.prepare(table)
         found = self.rows_in(table, prepared)
         if found != self.sizes[shard]:
@@ -244,7 +244,7 @@ class Joined:
         self.starts = [sum(len(part.sizes) for part in parts[:n]) for n in range(len(parts))]
 
     def choose_window(self, train: Train, say: Callable[[str], None]) -> None:
-        """As `ShardRows.settle`; each part may hold as much."""
+        """As `ShardRows.choose_window`; each part may hold as much."""
         for part in self.parts:
             part.choose_window(train, say)
 

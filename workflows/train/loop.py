@@ -331,7 +331,8 @@ class Loop:
 
     def _write_history(self) -> None:
         lines = "".join(json.dumps(row) + "\n" for row in self.history)
-        retry_storage(storage.write_atomic, storage.join(self.job.path, HISTORY_FILE), lines.encode())
+        path = storage.join(self.job.path, HISTORY_FILE)
+        retry_storage(storage.write_atomic, path, lines.encode(), say=self._say)
 
     # The end
 

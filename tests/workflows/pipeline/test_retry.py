@@ -20,6 +20,12 @@ def caused(cause: BaseException) -> DataError:
     return error
 
 
+def answered(status: int) -> Exception:
+    error = RuntimeError(f"HTTP {status}")
+    error.status = status  # type: ignore[attr-defined]
+    return error
+
+
 class Failing:
     """Fails `times` times with an error, then returns its argument."""
 
@@ -64,6 +70,13 @@ def test_an_error_that_stays_is_raised_at_once_without_a_line() -> None:
         (caused(ConnectionResetError()), True),
         (caused(OSError(errno.EIO, "input/output error")), True),
         (caused(OSError("HTTP 503")), True),
+        (caused(answered(503)), True),
+        (caused(answered(408)), True),
+        (caused(answered(425)), True),
+        (caused(answered(429)), True),
+        (caused(answered(400)), False),
+        (caused(answered(403)), False),
+        (caused(OSError("AWS Error ACCESS_DENIED during PutObject")), False),
         (caused(FileNotFoundError("no key")), False),
         (caused(PermissionError("403")), False),
         (caused(OSError(errno.EROFS, "read-only")), False),

@@ -136,14 +136,22 @@ def test_storage_that_does_not_answer_makes_no_checkpoint_torn(place, monkeypatc
     assert storage.list_names(place) == [step_folder(5), step_folder(10)] and not away
 
 
+def test_a_manifest_that_disappears_after_the_listing_is_reported_as_missing(place, monkeypatch) -> None:
+    path = plant(place, 5)
+    sizes = storage.sizes_bytes(path)
+    storage.remove(storage.join(path, "manifest-00000.json"))
+    monkeypatch.setattr(storage, "sizes_bytes", lambda folder: sizes)
+    assert look(path) == "it has no manifest-00000.json"
+
+
 def test_a_worker_fetches_its_own_files_and_those_for_all(memory_url) -> None:
     found = look(plant(memory_url, 5, world_size=3))
     assert isinstance(found, Whole)
     third = Collectives()
     third.rank, third.world_size = 2, 3
-    with fetched(found, third) as folder:
+    with fetched(found, third, print) as folder:
         assert sorted(storage.sizes_bytes(folder)) == ["model/engine/rank0.pt", "model/engine/rank2.pt", "task.pt"]
-    with fetched(found, Collectives()) as folder:
+    with fetched(found, Collectives(), print) as folder:
         assert len(storage.sizes_bytes(folder)) == 4
     assert not storage.exists(folder)
 
