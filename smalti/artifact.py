@@ -81,6 +81,12 @@ class Artifact:
             )
         return cls(path=path, **{name: record[name] for name in names})
 
+    def save(self) -> None:
+        """Write the record, replacing one that exists in a single step."""
+        record = dataclasses.asdict(self)
+        del record["path"]
+        storage.write_json(storage.join(self.path, RECORD), record)
+
 
 @dataclass
 class Workspace:
@@ -124,9 +130,7 @@ class Workspace:
             scores=dict(scores or {}),
             created=_now(),
         )
-        record = dataclasses.asdict(artifact)
-        del record["path"]
-        storage.write_json(storage.join(self.path, RECORD), record)
+        artifact.save()
         storage.remove(storage.join(self.path, PARTIAL))
         return artifact
 

@@ -129,9 +129,8 @@ def test_smoke_of_a_recipe(start: Any, recipe: str, tmp_path: Path) -> None:
 @pytest.mark.timeout(400)
 def test_a_whole_run_leaves_every_artifact_and_the_report(unbroken: Path) -> None:
     recipe = load_recipe(find_recipe("semhitok-quickstart"))
-    folders = {"evaluate": "evaluation"}
     for stage in stages_of(recipe):
-        record = json.loads((unbroken / folders.get(stage, stage) / "artifact.json").read_text())
+        record = json.loads((unbroken / stage / "artifact.json").read_text())
         assert record["fingerprint"]
     report = json.loads((unbroken / "report.json").read_text())
     assert {"name", "version", "recipe", "machine", "started", "seconds", "stages", "scores"} <= set(report)
@@ -172,7 +171,7 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_artifacts(unbroken: Path
     recipe = load_recipe(find_recipe("semhitok-quickstart"))
     out, broken = tmp_path / "out", tmp_path / "out-smoke"
     whole_command = command("semhitok-quickstart", out, "baselines={}")
-    for stage in [*stages_of(recipe)[:-1], "evaluation"]:
+    for stage in stages_of(recipe):
         kill_in(stage, start(whole_command, tmp_path / f"{stage}.txt"))
     last = start(whole_command, tmp_path / "last.txt")
     assert last.ended(wait=True) == 0, last.text()[-6000:]

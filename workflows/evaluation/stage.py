@@ -1,7 +1,8 @@
-"""Stage `evaluation`: every measure on the held-out split, its scores, tables and pictures for the report.
+"""Stage `evaluate`: every measure on the held-out split, its scores, tables and pictures for the report.
 
-Each measure is a part with files of its own, so an evaluation that was broken off goes on with the next one. Without
-GPUs it runs in this process; with `resources.gpus_per_worker` in one Ray actor that holds a GPU.
+Each measure has a result file of its own: an interrupted evaluation resumes with the measures that are missing, and a
+finished one takes those that were added since. Without GPUs it runs in this process; with
+`resources.gpus_per_worker` in one Ray actor that holds a GPU.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,41 +26,113 @@ from smalti.tracking import Tracker
 from smalti.workflows.evaluation.scores.codes import measure_codes
 from smalti.workflows.evaluation.scores.contact_sheet import contact_sheet
 from smalti.workflows.evaluation.scores.drawing import measure_drawing
-from smalti.workflows.evaluation.scores.heldout import HeldOut, Job
-from smalti.workflows.evaluation.scores.measure_result import PICTURES, Part, load_part, merge_baselines, save_part
+from smalti.workflows.evaluation.scores.heldout import EvaluationJob, HeldOut
+from smalti.workflows.evaluation.scores.measure_result import (
+    PICTURES,
+    MeasureResult,
+    ResultRecord,
+    load_result,
+    merge_baselines,
+    save_result,
+)
 from smalti.workflows.evaluation.scores.models import Models
 from smalti.workflows.evaluation.scores.questions import measure_questions
 from smalti.workflows.evaluation.scores.reconstruction import measure_reconstruction
 from smalti.workflows.evaluation.scores.retrieval import measure_retrieval
 from smalti.workflows.evaluation.scores.zero_shot import measure_zero_shot
+from smalti.workflows.pipeline.lock import holding
 from smalti.workflows.pipeline.stage import StageRun, find_artifact, run_stage, stage_path
+from smalti.workflows.tracking.mlflow import open_tracker
 
-STAGE = "evaluation"
+STAGE = "evaluate"
+OLD_STAGE = "evaluation"  # the folder of earlier versions
 PARENTS = ("corpus", "encoder", "tokenizer", "tokens", "export")
-FORMAT = 2  # raise when a measure changes its meaning: finished evaluations are then not taken for new ones
+FORMAT = 2  # increase when every measure changes: finished evaluations are then not reused
 
-MEASURES: dict[str, Callable[[HeldOut, Models], Part]] = {
-    "reconstruction": measure_reconstruction,
-    "codes": measure_codes,
-    "zero_shot": measure_zero_shot,
-    "retrieval": measure_retrieval,
-    "questions": measure_questions,
-    "drawing": measure_drawing,
+
+@dataclass(frozen=True)
+class Measure:
+    """A measure of `MEASURES`; it returns a `skipped` result with the reason where it does not apply.
+
+    Attributes:
+        compute: takes it on the held-out rows with the models.
+        version: increase when its meaning changes: finished evaluations then take it again.
+    """
+
+    compute: Callable[[HeldOut, Models], MeasureResult]
+    version: int = 1
+
+
+MEASURES = {
+    "reconstruction": Measure(measure_reconstruction),
+    "codes": Measure(measure_codes),
+    "zero_shot": Measure(measure_zero_shot),
+    "retrieval": Measure(measure_retrieval),
+    "questions": Measure(measure_questions),
+    "drawing": Measure(measure_drawing),
 }
+"""All measures by name. To add one: a file in `scores/`, and an entry here."""
 
 
 def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
-    """The evaluation of a finished chain: `scores.json`, `tables.json`, `pictures/`.
+    """Evaluate a finished chain: `scores.json`, `tables.json`, `pictures/`.
 
-    The returned artifact's `scores` hold, for each measure taken, `value`, `n`, `split`, `higher_is_better` and
-    `baseline`; the values that the recipe's baseline runs reached are added as they stand now, and `goal` where the
-    recipe names one. Errors: ArtifactError when a stage before it is missing; DataError when nothing is held out.
+    A finished evaluation that lacks a measure takes only that one.
+
+    Returns:
+        The artifact. Its `scores` hold, for each measure taken, `value`, `n`, `split`, `higher_is_better` and
+        `baseline`, with the present scores of the recipe's baselines added, and `goal` where the recipe has one.
+
+    Raises:
+        ArtifactError: if a stage before it is missing.
+        DataError: if nothing is held out.
     """
     parents = {name: find_artifact(recipe, name) for name in PARENTS}
     artifact = run_stage(
         recipe, STAGE, STAGE, stage_config(recipe), parents, lambda stage: _body(stage, parents), tracker=tracker
     )
+    if missing_measures(artifact):
+        with holding(artifact.path):
+            artifact = add_missing(recipe, Artifact.load(artifact.path), parents, tracker)
     return complete(recipe, artifact)
+
+
+def missing_measures(artifact: Artifact) -> list[str]:
+    """Measures that the evaluation lacks, has in another version, or has not entered in its record."""
+    missing = []
+    for name, measure in MEASURES.items():
+        result = load_result(artifact.path, name)
+        if (
+            result is None
+            or result["version"] != measure.version
+            or not result["scores"].keys() <= artifact.scores.keys()
+        ):
+            missing.append(name)
+    return missing
+
+
+def add_missing(
+    recipe: Recipe, artifact: Artifact, parents: dict[str, Artifact], tracker: Tracker | None = None
+) -> Artifact:
+    """Take the measures that a finished evaluation lacks, and write its record with all scores."""
+    parent = open_tracker(recipe) if tracker is None else tracker
+    child = parent.child(STAGE)
+    started = time.monotonic()
+    try:
+        run = StageRun(STAGE, artifact.path, recipe, child, True, artifact.fingerprint)
+        counts = _body(run, parents)
+        seconds = round(artifact.seconds + time.monotonic() - started, 3)
+        updated = dataclasses.replace(artifact, scores=run.scores, counts=counts, seconds=seconds)
+        updated.save()
+    except BaseException:
+        child.finish("FAILED")
+        if tracker is None:
+            parent.finish("FAILED")
+        raise
+    child.finish()
+    if tracker is None:
+        parent.finish()
+    return updated
 
 
 def stage_config(recipe: Recipe) -> dict[str, Any]:
@@ -81,21 +155,23 @@ def complete(recipe: Recipe, artifact: Artifact) -> Artifact:
 
 
 def baseline_scores(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """Scores of each of the recipe's baselines that was evaluated, from `<out>/baselines/<name>/evaluation`."""
+    """Scores of each of the recipe's baselines that was evaluated, from `<out>/baselines/<name>/evaluate`."""
     found = {}
     for name in recipe.baselines:
-        artifact = Artifact.find(stage_path(recipe, f"baselines/{name}/{STAGE}"))
-        if artifact is not None:
-            found[name] = artifact.scores
+        for folder in (STAGE, OLD_STAGE):
+            artifact = Artifact.find(stage_path(recipe, f"baselines/{name}/{folder}"))
+            if artifact is not None:
+                found[name] = artifact.scores
+                break
     return found
 
 
-def job_of(recipe: Recipe, parents: dict[str, Artifact], path: str) -> Job:
+def job_of(recipe: Recipe, parents: dict[str, Artifact], path: str) -> EvaluationJob:
     """The job of a recipe: places, sizes and the device."""
     from smalti.tokenizers.saved import read_config
     from smalti.workflows.encoder import encoder_path
 
-    return Job(
+    return EvaluationJob(
         path=path,
         corpus=parents["corpus"].path,
         tokens=parents["tokens"].path,
@@ -118,17 +194,19 @@ def cores() -> int:
 
 
 class Evaluator:
-    """Measures one part after the other, with the models and rows that they share. Also the Ray actor's body."""
+    """Takes measures one after the other, with the models and rows that they share; also the Ray actor's body."""
 
-    def __init__(self, job: Job, threads: int) -> None:
-        self.job, self.threads = job, threads
+    def __init__(self, job: EvaluationJob, threads: int) -> None:
+        self.job = job
+        self.threads = threads
         self.data = HeldOut(job)
         self.models = Models(self.data)
 
-    def measure(self, name: str) -> dict[str, Any]:
-        """Take one measure, write its part, return the part's JSON."""
+    def measure(self, name: str, measure: Measure) -> ResultRecord:
+        """Take one measure and write its result."""
         with _torch_threads(self.threads), quiet():
-            return save_part(self.job.path, name, MEASURES[name](self.data, self.models))
+            result = measure.compute(self.data, self.models)
+            return save_result(self.job.path, name, result, measure.version)
 
 
 @contextmanager
@@ -143,8 +221,8 @@ def _torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _measurer(recipe: Recipe, job: Job) -> Callable[[str], dict[str, Any]]:
-    """Where measures are taken: here, or in an actor with a GPU."""
+def _measurer(recipe: Recipe, job: EvaluationJob) -> Callable[[str, Measure], ResultRecord]:
+    """A function that takes measures: in this process, or in an actor with a GPU."""
     resources = recipe.resources
     if not resources.gpus_per_worker:
         return Evaluator(job, cores()).measure
@@ -154,43 +232,54 @@ def _measurer(recipe: Recipe, job: Job) -> Callable[[str], dict[str, Any]]:
     options = {"num_cpus": resources.cpus_per_worker, "num_gpus": min(1, resources.gpus_per_worker)}
     actor = actor_class.options(**options).remote(job, resources.cpus_per_worker)
 
-    def measure(name: str) -> dict[str, Any]:
+    def take(name: str, measure: Measure) -> ResultRecord:
         try:
-            return ray.get(actor.measure.remote(name))
+            return ray.get(actor.measure.remote(name, measure))
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, SmaltiError):
                 raise error.cause from error
             raise
 
-    return measure
+    return take
 
 
 def _body(run: StageRun, parents: dict[str, Artifact]) -> dict[str, int]:
-    job = job_of(run.recipe, parents, run.path)
-    parts: dict[str, dict[str, Any]] = {}
-    measure = _measurer(run.recipe, job)
-    for name in MEASURES:
-        part = load_part(run.path, name)
-        if part is None:
-            started = time.monotonic()
-            part = measure(name)
-            run.log(f"{name} ({time.monotonic() - started:.1f} s): {_told(part)}")
-        parts[name] = part
-    scores = {key: score for part in parts.values() for key, score in part["scores"].items()}
-    tables = {key: table for part in parts.values() for key, table in part["tables"].items()}
-    tables["skipped"] = {name: part["skipped"] for name, part in parts.items() if part["skipped"]}
+    """Take the missing measures, then write the scores and tables of all."""
+    results = _take_missing(run, job_of(run.recipe, parents, run.path))
+    scores = {key: score for result in results.values() for key, score in result["scores"].items()}
+    tables = {key: table for result in results.values() for key, table in result["tables"].items()}
+    tables["skipped"] = {name: result["skipped"] for name, result in results.items() if result["skipped"]}
     storage.write_json(storage.join(run.path, "scores.json"), scores)
     storage.write_json(storage.join(run.path, "tables.json"), tables)
     run.scores |= scores
     _track(run, tables)
-    return {"scores": len(scores), "pictures": sum(len(part["pictures"]) for part in parts.values())}
+    return {"scores": len(scores), "pictures": sum(len(result["pictures"]) for result in results.values())}
 
 
-def _told(part: dict[str, Any]) -> str:
-    """One line about a part for the terminal."""
-    if part["skipped"]:
-        return f"not measured: {part['skipped']}"
-    return ", ".join(f"{key} {score['value']:.4g}" for key, score in part["scores"].items()) or "pictures only"
+def _take_missing(run: StageRun, job: EvaluationJob) -> dict[str, ResultRecord]:
+    """The result of every measure, in the order of `MEASURES`; finished ones are reused."""
+    results: dict[str, ResultRecord] = {}
+    for name, measure in MEASURES.items():
+        result = load_result(run.path, name)
+        if result is not None and result["version"] == measure.version:
+            results[name] = result
+    if results:
+        run.log(f"reusing finished measures: {', '.join(results)}")
+    missing = [name for name in MEASURES if name not in results]
+    take = _measurer(run.recipe, job) if missing else None
+    for name in missing:
+        assert take is not None
+        started = time.monotonic()
+        results[name] = take(name, MEASURES[name])
+        run.log(f"{name} ({time.monotonic() - started:.1f} s): {_summary(results[name])}")
+    return {name: results[name] for name in MEASURES}
+
+
+def _summary(result: ResultRecord) -> str:
+    """One line for the terminal."""
+    if result["skipped"]:
+        return f"not measured: {result['skipped']}"
+    return ", ".join(f"{key} {score['value']:.4g}" for key, score in result["scores"].items()) or "pictures only"
 
 
 def _track(run: StageRun, tables: dict[str, Any]) -> None:

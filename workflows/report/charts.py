@@ -14,6 +14,7 @@ Point = tuple[float, float]
 WIDTH, WIDE, HEIGHT = 320, 460, 168
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 24
 MOST_POINTS = 400
+FEW_VALUES = 8
 LEAST_SHARE = 1 / 3  # of the axis, for all but the first points of a curve
 
 
@@ -43,6 +44,8 @@ def y_range(values: Sequence[float]) -> YRange:
     where that does not help, it covers the other values alone. The note says which.
     """
     low, high = min(values), max(values)
+    if len(values) < FEW_VALUES and high > low:
+        return YRange(low, high)
     if high == low:
         margin = abs(low) * 0.1 + 1e-9
         return YRange(low - margin, high + margin)

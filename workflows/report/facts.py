@@ -18,6 +18,7 @@ from smalti.workflows.pipeline.stage import STAGES
 from smalti.workflows.report.machine import machine
 
 HISTORY = "history.jsonl"
+EVALUATION = ("evaluate", "evaluation")  # folder names of this and of earlier versions
 SCORE_KEYS = ("value", "n", "split", "higher_is_better", "baseline")
 
 
@@ -76,7 +77,7 @@ def gather(recipe: Recipe, artifacts: Sequence[Artifact], started: float | None 
     phases = [phase for stage in stages if stage.name == "tokenizer" for phase in _phases(stage.artifact.path)]
     baselines = _baseline_stages(recipe)
     work = sum(stage.artifact.seconds for stage in [*stages, *baselines])
-    evaluation = next((stage.artifact for stage in stages if stage.name == "evaluation"), None)
+    evaluation = next((stage.artifact for stage in stages if stage.name in EVALUATION), None)
     return Facts(
         name=recipe.name,
         recipe=dump(recipe),
@@ -123,7 +124,7 @@ def _baseline_stages(recipe: Recipe) -> list[Stage]:
     """Stages that the baseline runs made themselves (what they share with the recipe is not theirs)."""
     found = []
     for name in recipe.baselines:
-        for stage in (*STAGES[:-1], "evaluation"):
+        for stage in (*STAGES[:-1], *EVALUATION):
             artifact = Artifact.find(storage.join(storage.absolute(recipe.out), "baselines", name, stage))
             if artifact is not None:
                 found.append(Stage(f"baselines/{name}/{stage}", artifact, history(artifact.path)))

@@ -38,8 +38,8 @@ from smalti.schema import (
     VitSize,
 )
 from smalti.workflows.evaluation import stage as evaluate
-from smalti.workflows.evaluation.scores.heldout import HeldOut, Job
-from smalti.workflows.evaluation.scores.measure_result import Part
+from smalti.workflows.evaluation.scores.heldout import EvaluationJob, HeldOut
+from smalti.workflows.evaluation.scores.measure_result import MeasureResult, Score
 from smalti.workflows.evaluation.scores.models import Models
 from smalti.workflows.evaluation.scores.zero_shot import ZeroShot
 
@@ -185,7 +185,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[HeldOut, Models]:
     corpus, tokens = str(tmp_path_factory.mktemp("corpus")), str(tmp_path_factory.mktemp("tokens"))
     for split, found in (("train", TRAIN), ("val", VAL)):
         write_split(corpus, tokens, split, found, np.stack([item.codes for item in found]))
-    job = Job(
+    job = EvaluationJob(
         path=str(tmp_path_factory.mktemp("evaluation")), corpus=corpus, tokens=tokens, tokenizer="", encoder="",
         encoder_layer=-1, export="here", image_size=SIZE, max_pixels=10**6, seed=0,
         evaluate=EvaluateSection(batch_size=8, drawings=2),
@@ -196,8 +196,8 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[HeldOut, Models]:
     return data, models
 
 
-def take(name: str, planted: tuple[HeldOut, Models]) -> Part:
-    return evaluate.MEASURES[name](*planted)
+def take(name: str, planted: tuple[HeldOut, Models]) -> MeasureResult:
+    return evaluate.MEASURES[name].compute(*planted)
 
 
 def test_psnr_of_a_planted_error(planted: tuple[HeldOut, Models]) -> None:
@@ -211,52 +211,52 @@ def test_psnr_of_a_planted_error(planted: tuple[HeldOut, Models]) -> None:
 
 
 def test_reconstruction_grid_belongs_to_its_images(planted: tuple[HeldOut, Models]) -> None:
-    part = take("reconstruction", planted)
+    result = take("reconstruction", planted)
     by_id = {item.image_id: item for item in VAL}
-    assert len(part.tables["grid"]) == 16
-    for line in part.tables["grid"]:
-        assert np.array_equal(part.pictures[line["input"]], by_id[line["image_id"]].pixels)
-        assert np.array_equal(part.pictures[line["decoded"]], by_id[line["image_id"]].pixels)
+    assert len(result.tables["grid"]) == 16
+    for line in result.tables["grid"]:
+        assert np.array_equal(result.pictures[line["input"]], by_id[line["image_id"]].pixels)
+        assert np.array_equal(result.pictures[line["decoded"]], by_id[line["image_id"]].pixels)
         assert line["psnr"] == 100.0
 
 
 def test_codes_are_counted_over_all_held_out_tokens(planted: tuple[HeldOut, Models]) -> None:
-    part = take("codes", planted)
+    result = take("codes", planted)
     share = np.array([12, 4 / 3, 4 / 3, 4 / 3]) / 16
     entropy = -(share * np.log(share)).sum()
-    assert part.scores["codes/usage"].value == 1.0
-    assert part.scores["codes/usage"].n == 45 * TOKENS
-    assert part.scores["codes/entropy"].value == pytest.approx(entropy)
-    assert part.scores["codes/semantic_perplexity"].value == pytest.approx(math.exp(entropy))
-    vrr = part.scores["codes/vrr"]
+    assert result.scores["codes/usage"].value == 1.0
+    assert result.scores["codes/usage"].n == 45 * TOKENS
+    assert result.scores["codes/entropy"].value == pytest.approx(entropy)
+    assert result.scores["codes/semantic_perplexity"].value == pytest.approx(math.exp(entropy))
+    vrr = result.scores["codes/vrr"]
     assert vrr.value == pytest.approx(1.0)  # all patches of a colour are alike
     assert abs(vrr.baseline["shuffled"]) < 0.3
-    assert part.tables["gallery_of"] == "semantic"
-    assert sorted(line["code"] for line in part.tables["gallery"]) == [0, 1, 2, 3]
+    assert result.tables["gallery_of"] == "semantic"
+    assert sorted(line["code"] for line in result.tables["gallery"]) == [0, 1, 2, 3]
 
 
 def test_questions_are_scored_beside_the_question_only_answer(planted: tuple[HeldOut, Models]) -> None:
-    part = take("questions", planted)
-    score = part.scores["qa/accuracy"]
+    result = take("questions", planted)
+    score = result.scores["qa/accuracy"]
     assert score.n == 90
     assert score.value == pytest.approx((45 + 15) / 90)  # every colour, and `yes` where it is red
     assert score.baseline["question_only"] == pytest.approx((15 + 30) / 90)  # blue (ties: alphabet), no
-    kinds = {row["key"]: row for row in part.tables["questions"]["by_kind"]}
+    kinds = {row["key"]: row for row in result.tables["questions"]["by_kind"]}
     assert kinds["other"]["accuracy"] == 1.0
     assert kinds["yes / no"]["accuracy"] == pytest.approx(1 / 3)
-    examples = part.tables["examples"]
+    examples = result.tables["examples"]
     assert sum(not line["right"] for line in examples) == 12
     assert all(line["given"] == "yes" and line["answer"] == "no" for line in examples if not line["right"])
 
 
 def test_drawings_are_judged_by_both_judges(planted: tuple[HeldOut, Models]) -> None:
-    part = take("drawing", planted)
-    assert part.scores["drawing/accuracy"].value == pytest.approx(2 / 3)  # green comes out blue
-    assert part.scores["drawing/accuracy"].n == 6
-    assert part.scores["drawing/accuracy"].baseline == {"chance": pytest.approx(1 / 3), "reconstructed": 1.0}
-    assert part.scores["drawing/judge_accuracy"].value == 1.0
-    assert part.scores["drawing/zero_shot_accuracy"].value == pytest.approx(2 / 3)
-    wrong = [line for line in part.tables["drawings"] if line["seen"]["judge"] != line["label"]]
+    result = take("drawing", planted)
+    assert result.scores["drawing/accuracy"].value == pytest.approx(2 / 3)  # green comes out blue
+    assert result.scores["drawing/accuracy"].n == 6
+    assert result.scores["drawing/accuracy"].baseline == {"chance": pytest.approx(1 / 3), "reconstructed": 1.0}
+    assert result.scores["drawing/judge_accuracy"].value == 1.0
+    assert result.scores["drawing/zero_shot_accuracy"].value == pytest.approx(2 / 3)
+    wrong = [line for line in result.tables["drawings"] if line["seen"]["judge"] != line["label"]]
     assert {line["prompt"] for line in wrong} == {"a green block"}
     assert {line["seen"]["judge"] for line in wrong} == {"blue"}
 
@@ -277,12 +277,12 @@ def test_without_a_decoder_what_needs_pixels_is_skipped_with_the_reason(planted:
     models, drawer = Models(planted[0]), Drawer()
     vars(models).update(vars(planted[1]) | {"tokenizer": Undecodable(), "language": drawer})
     for name in ("reconstruction", "drawing"):
-        part = evaluate.MEASURES[name](planted[0], models)
-        assert part.skipped == "no decoder here" and not part.scores and not part.pictures
+        result = evaluate.MEASURES[name].compute(planted[0], models)
+        assert result.skipped == "no decoder here" and not result.scores and not result.pictures
     for name in ("codes", "questions", "zero_shot"):
-        assert evaluate.MEASURES[name](planted[0], models).scores
+        assert evaluate.MEASURES[name].compute(planted[0], models).scores
     drawer.cannot_draw = None  # a diffusion decoder stands by: what is drawn is judged, reconstructions are not made
-    drawn = evaluate.MEASURES["drawing"](planted[0], models).scores["drawing/accuracy"]
+    drawn = evaluate.MEASURES["drawing"].compute(planted[0], models).scores["drawing/accuracy"]
     assert (
         drawn.value == take("drawing", planted).scores["drawing/accuracy"].value
         and "reconstructed" not in drawn.baseline
@@ -290,9 +290,9 @@ def test_without_a_decoder_what_needs_pixels_is_skipped_with_the_reason(planted:
 
 
 def test_zero_shot_names_every_colour(planted: tuple[HeldOut, Models]) -> None:
-    part = take("zero_shot", planted)
-    assert part.scores["zero_shot/accuracy"].value == 1.0
-    assert part.scores["zero_shot/accuracy"].baseline["most_frequent"] == pytest.approx(1 / 3)
+    result = take("zero_shot", planted)
+    assert result.scores["zero_shot/accuracy"].value == 1.0
+    assert result.scores["zero_shot/accuracy"].baseline["most_frequent"] == pytest.approx(1 / 3)
     assert ZeroShot(planted[1]).labels == ["blue", "green", "red"]
 
 
@@ -300,26 +300,26 @@ def test_a_tokenizer_that_keeps_embeddings_is_measured_through_its_codes(planted
     """One of three colours is lost: a third of the images, and of the captions."""
     data, models = HeldOut(planted[0].job), Models(planted[0])
     vars(models).update(tokenizer=EmbeddingTokenizer(), encoder=ColorEncoder())
-    scores = evaluate.MEASURES["zero_shot"](data, models).scores
+    scores = evaluate.MEASURES["zero_shot"].compute(data, models).scores
     assert scores["zero_shot/through_codes"].value == pytest.approx(2 / 3)
     assert scores["zero_shot/through_codes"].baseline == {"encoder": 1.0}
     vars(data)["images"] = [next(row for row in planted[0].rows if row.label == color) for color in COLORS]
-    scores = evaluate.MEASURES["retrieval"](data, models).scores
+    scores = evaluate.MEASURES["retrieval"].compute(data, models).scores
     assert scores["retrieval/i2t_r1_through_codes"].value == pytest.approx(2 / 3)
     assert scores["retrieval/i2t_r1_through_codes"].baseline["encoder"] == scores["retrieval/i2t_r1"].value == 1.0
 
 
 def test_retrieval_is_not_taken_where_captions_repeat(planted: tuple[HeldOut, Models]) -> None:
-    part = take("retrieval", planted)
-    assert part.scores == {}
-    assert "3 distinct captions" in (part.skipped or "")
+    result = take("retrieval", planted)
+    assert result.scores == {}
+    assert "3 distinct captions" in (result.skipped or "")
 
 
 def test_retrieval_finds_captions_of_their_own(planted: tuple[HeldOut, Models]) -> None:
     data, models = HeldOut(planted[0].job), planted[1]
     chosen = [next(row for row in planted[0].rows if row.label == color) for color in COLORS]
     vars(data)["images"] = chosen
-    scores = evaluate.MEASURES["retrieval"](data, models).scores
+    scores = evaluate.MEASURES["retrieval"].compute(data, models).scores
     assert scores["retrieval/i2t_r1"].value == 1.0
     assert scores["retrieval/t2i_r1"].value == 1.0
     assert scores["retrieval/t2i_r1"].baseline == {"chance": pytest.approx(1 / 3)}
@@ -344,19 +344,24 @@ def test_without_labels_captions_and_questions_only_pixels_are_measured(tmp_path
                 index, table.schema.field(name), pa.nulls(len(table), table.schema.field(name).type)
             )
         shards.write_shard(tokens, key, table)
-    job = Job("", corpus, tokens, "", "", -1, "here", SIZE, 10**6, 0, EvaluateSection())
+    job = EvaluationJob("", corpus, tokens, "", "", -1, "here", SIZE, 10**6, 0, EvaluateSection())
     data = HeldOut(job)
     models = Models(data)
     vars(models).update(tokenizer=PaletteTokenizer(), language=Oracle(), encoder=ColorEncoder())
-    parts = {name: measure(data, models) for name, measure in evaluate.MEASURES.items()}
-    assert {name for name, part in parts.items() if part.skipped} == {"zero_shot", "retrieval", "questions", "drawing"}
-    assert "reconstruction/psnr" in parts["reconstruction"].scores
+    results = {name: measure.compute(data, models) for name, measure in evaluate.MEASURES.items()}
+    assert {name for name, result in results.items() if result.skipped} == {
+        "zero_shot",
+        "retrieval",
+        "questions",
+        "drawing",
+    }
+    assert "reconstruction/psnr" in results["reconstruction"].scores
 
 
 def test_nothing_held_out_is_an_error(tmp_path: Path) -> None:
     corpus, tokens = str(tmp_path / "corpus"), str(tmp_path / "tokens")
     write_split(corpus, tokens, "train", TRAIN, np.stack([item.codes for item in TRAIN]))
-    job = Job("", corpus, tokens, "", "", -1, None, SIZE, 10**6, 0, EvaluateSection())
+    job = EvaluationJob("", corpus, tokens, "", "", -1, None, SIZE, 10**6, 0, EvaluateSection())
     with pytest.raises(DataError, match="val_fraction"):
         _ = HeldOut(job).images
 
@@ -477,20 +482,23 @@ def test_a_broken_off_evaluation_goes_on_with_what_is_missing(chain: Recipe, eva
     record = json.loads((path / "artifact.json").read_text())
     partial = {key: record[key] for key in ("kind", "fingerprint", "config", "parents")} | {"seconds": 5.0}
     (path / "artifact.partial.json").write_text(json.dumps(partial))
-    for name in ("artifact.json", "scores.json", "tables.json", "parts/drawing.json", "parts/codes.json"):
+    for name in ("artifact.json", "scores.json", "tables.json", "measures/drawing.json", "measures/codes.json"):
         (path / name).unlink()
     taken = []
     original = evaluate.Evaluator.measure
-    monkeypatch.setattr(evaluate.Evaluator, "measure", lambda self, name: (taken.append(name), original(self, name))[1])
+    monkeypatch.setattr(
+        evaluate.Evaluator, "measure", lambda self, name, one: (taken.append(name), original(self, name, one))[1]
+    )
     resumed = evaluate.run(chain)
     assert taken == ["codes", "drawing"]
     assert (path / "scores.json").read_bytes() == before
     assert resumed.fingerprint == evaluated.fingerprint
 
 
-def test_baseline_runs_stand_beside_the_scores(chain: Recipe, evaluated: Artifact) -> None:
+@pytest.mark.parametrize("folder", ["evaluation", "evaluate"])  # of an earlier version, and of this one
+def test_scores_of_baseline_runs_are_added(chain: Recipe, evaluated: Artifact, folder: str) -> None:
     recipe = with_overrides(chain, {"baselines": {"pixel_codes": {"tokenizer.guidance": False}, "absent": {}}})
-    beside = make(Path(chain.out), "baselines/pixel_codes/evaluation")
+    beside = make(Path(chain.out), f"baselines/pixel_codes/{folder}")
     beside.finish(
         {"scores": 1}, 1.0, scores={"qa/accuracy": {"value": 0.5, "n": 20}, "codes/usage": {"value": 0.25, "n": 9}}
     )
@@ -498,6 +506,44 @@ def test_baseline_runs_stand_beside_the_scores(chain: Recipe, evaluated: Artifac
     assert scores["qa/accuracy"]["baseline"]["pixel_codes"] == 0.5
     assert "question_only" in scores["qa/accuracy"]["baseline"]
     assert scores["codes/usage"]["baseline"] == {"pixel_codes": 0.25}
+
+
+def test_a_finished_evaluation_takes_only_a_measure_that_was_added(
+    chain: Recipe, evaluated: Artifact, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(evaluated.path)
+    files = {file: file.stat().st_mtime_ns for file in path.rglob("measures/*.json")}
+
+    def count_rows(data: HeldOut, models: Models) -> MeasureResult:
+        return MeasureResult({"own/rows": Score(float(len(data.rows)), len(data.rows))})
+
+    measures = evaluate.MEASURES | {"own": evaluate.Measure(count_rows)}
+    monkeypatch.setattr(evaluate, "MEASURES", measures)
+    first = evaluate.run(chain)
+    output = "".join(capsys.readouterr())
+    assert first.scores["own/rows"]["value"] == 45
+    assert first.scores.keys() == evaluated.scores.keys() | {"own/rows"}
+    assert first.fingerprint == evaluated.fingerprint
+    assert first.counts["scores"] == evaluated.counts["scores"] + 1
+    assert {file: file.stat().st_mtime_ns for file in files} == files, "a finished measure was taken again"
+    assert "reusing finished measures: reconstruction, codes, zero_shot, retrieval, questions, drawing" in output
+    assert "own (" in output and "own/rows 45" in output
+    assert "own/rows" in json.loads((path / "scores.json").read_text())
+    assert Artifact.load(evaluated.path).scores["own/rows"]["value"] == 45
+    evaluate.run(chain)
+    assert "own (" not in "".join(capsys.readouterr())
+    monkeypatch.setitem(measures, "own", evaluate.Measure(count_rows, version=2))
+    evaluate.run(chain)
+    assert "own (" in "".join(capsys.readouterr())
+
+
+def test_a_record_that_lacks_scores_of_finished_measures_is_completed(chain: Recipe, evaluated: Artifact) -> None:
+    """An addition was interrupted after its result was written, before the record was."""
+    wanted = Artifact.load(evaluated.path).scores
+    without = {key: score for key, score in wanted.items() if not key.startswith("codes/")}
+    dataclasses.replace(Artifact.load(evaluated.path), scores=without).save()
+    assert evaluate.run(chain).scores.keys() >= evaluated.scores.keys()
+    assert evaluated.scores.keys() <= Artifact.load(evaluated.path).scores.keys()
 
 
 def test_a_missing_stage_is_named(chain: Recipe, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from smalti.schema import Recipe
 from smalti.ticks import log_ticks, nice_ticks, tick_text, tick_texts
 from smalti.workflows import report
 from smalti.workflows.evaluation.scores.answers import breakdown
-from smalti.workflows.evaluation.scores.measure_result import Part, Score, save_part
+from smalti.workflows.evaluation.scores.measure_result import MeasureResult, Score, save_result
 from smalti.workflows.report.charts import YRange, line_chart, rank_chart, thin, y_range
 from smalti.workflows.report.facts import history
 from smalti.workflows.report.names import duration, goal_met, ordered, written
@@ -79,7 +79,7 @@ def write_history(folder: Path, rows: list[dict[str, Any]]) -> None:
     (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def evaluation(out: Path) -> Artifact:
+def evaluation(out: Path, folder: str = "evaluate") -> Artifact:
     """An evaluation with every table, its texts as nasty as a stranger's captions may be."""
     picture = np.zeros((8, 8, 3), np.uint8)
     names = [
@@ -90,7 +90,7 @@ def evaluation(out: Path) -> Artifact:
         "drawing-00",
         "question-00",
     ]
-    part = Part(
+    part = MeasureResult(
         scores={
             "qa/accuracy": Score(0.92, 2000, baseline={"question_only": 0.67}),
             "reconstruction/psnr": Score(23.0, 100),
@@ -98,9 +98,9 @@ def evaluation(out: Path) -> Artifact:
         },
         pictures=dict.fromkeys(names, picture),
     )
-    place = artifact.begin(str(out / "evaluation"), "evaluation", {}, {})
+    place = artifact.begin(str(out / folder), folder, {}, {})
     assert isinstance(place, artifact.Workspace)
-    record = save_part(place.path, "all", part)
+    record = save_result(place.path, "all", part)
     grid = {
         "image_id": "1",
         "caption": NASTY,
@@ -124,7 +124,7 @@ def evaluation(out: Path) -> Artifact:
         "zero_shot": {"classes": [{"key": NASTY, "n": 3, "accuracy": 0.5}], "sentences": {NASTY: NASTY}},
         "skipped": {"retrieval": NASTY},
     }
-    (out / "evaluation" / "tables.json").write_text(json.dumps(tables))
+    (out / folder / "tables.json").write_text(json.dumps(tables))
     made = place.finish({"scores": 3}, 9.0, scores=record["scores"])
     scores = {key: dict(score) for key, score in made.scores.items()}
     scores["qa/accuracy"]["goal"], scores["reconstruction/psnr"]["goal"] = 0.9, 24.0
@@ -164,7 +164,7 @@ def test_json_has_the_promised_shape(recipe: Recipe, artifacts: list[Artifact], 
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", found["started"])
     assert found["seconds"] == pytest.approx(2 + 40 + 100 + 9 + 90, abs=1)  # the work, which is longer than the command
     assert [stage["name"] for stage in found["stages"]] == [
-        "corpus", "tokenizer", "mllm", "evaluation", "baselines/pixel_codes/mllm",
+        "corpus", "tokenizer", "mllm", "evaluate", "baselines/pixel_codes/mllm",
     ]  # fmt: skip
     assert all(set(stage) == {"name", "seconds", "artifact"} for stage in found["stages"])
     assert Path(found["stages"][0]["artifact"]).is_dir()
@@ -222,6 +222,12 @@ def test_every_section_of_a_whole_run_is_there(recipe: Recipe, artifacts: list[A
     assert not any("samples_per_s" in label for label in charts)
 
 
+def test_an_evaluation_in_the_folder_of_earlier_versions_is_reported(recipe: Recipe, tmp_path: Path) -> None:
+    html_path, json_path = report.build(recipe, [evaluation(tmp_path, "evaluation")], recipe.out)
+    assert len(Page(Path(html_path).read_text()).of("img")) == 6
+    assert json.loads(Path(json_path).read_text())["scores"]["qa/accuracy"]["value"] == 0.92
+
+
 @pytest.mark.parametrize("kept", [0, 1, 3])
 def test_parts_may_be_missing(recipe: Recipe, artifacts: list[Artifact], kept: int) -> None:
     lonely = with_overrides(recipe.model_copy(update={"baselines": {}}), {"tracking.uri": "off"})
@@ -236,7 +242,7 @@ def test_parts_may_be_missing(recipe: Recipe, artifacts: list[Artifact], kept: i
 
 
 def test_an_evaluation_without_questions_or_pictures(recipe: Recipe, artifacts: list[Artifact], tmp_path: Path) -> None:
-    (tmp_path / "evaluation" / "tables.json").write_text(json.dumps({"skipped": {}}))
+    (tmp_path / "evaluate" / "tables.json").write_text(json.dumps({"skipped": {}}))
     html_path, _ = report.build(recipe, artifacts, recipe.out)
     page = Page(Path(html_path).read_text())
     assert {"scores", "run", "curves"} <= {attributes["id"] for attributes in page.of("section")}

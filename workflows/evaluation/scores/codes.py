@@ -15,14 +15,14 @@ import torch
 from smalti.tokenizers.dualtoken import DualToken
 from smalti.tokenizers.metrics import code_counts, entropy, perplexity, usage, vrr
 from smalti.workflows.evaluation.scores.heldout import HeldOut, choose
-from smalti.workflows.evaluation.scores.measure_result import Part, Score
+from smalti.workflows.evaluation.scores.measure_result import MeasureResult, Score
 from smalti.workflows.evaluation.scores.models import Models
 from smalti.workflows.evaluation.scores.patches import cut_patches, gallery
 
 HISTOGRAM_POINTS = 256
 
 
-def measure_codes(data: HeldOut, models: Models) -> Part:
+def measure_codes(data: HeldOut, models: Models) -> MeasureResult:
     """Usage, perplexity, entropy (nats) and VRR of the flat codes and, with guidance, of the semantic codes; of DualToken's
     pixel and semantic codes, of all depths together, VRR by the first."""
     tokenizer = models.tokenizer
@@ -30,29 +30,29 @@ def measure_codes(data: HeldOut, models: Models) -> Part:
     chosen = choose(len(data.rows), data.job.evaluate.vrr_images, data.job.seed + 3)
     pixels = data.pixels([data.rows[index] for index in chosen])
     patches_NHWC = cut_patches(pixels, tokenizer.grid)
-    part = Part()
+    result = MeasureResult()
     levels = levels_of(tokenizer, codes_NT)
     guided = "semantic_" in levels
     for prefix, (ids_NT, every, num_codes) in levels.items():
         counts = code_counts(torch.from_numpy(every), num_codes).numpy()
-        part.scores |= count_scores(prefix, counts)
-        part.tables[f"{prefix}histogram"] = histogram(counts)
+        result.scores |= count_scores(prefix, counts)
+        result.tables[f"{prefix}histogram"] = histogram(counts)
         score = _vrr_score(patches_NHWC, ids_NT[chosen].reshape(-1), data.job.seed)
         if score is not None:
-            part.scores[f"codes/{prefix}vrr"] = score
+            result.scores[f"codes/{prefix}vrr"] = score
     ids_NT = levels["semantic_" if guided else ""][0]
-    part.tables["gallery"], pictures = gallery(pixels, ids_NT[chosen], tokenizer.grid, data.job.seed)
-    part.tables["gallery_of"] = "semantic" if guided else "flat"
-    part.pictures |= pictures
-    return part
+    result.tables["gallery"], pictures = gallery(pixels, ids_NT[chosen], tokenizer.grid, data.job.seed)
+    result.tables["gallery_of"] = "semantic" if guided else "flat"
+    result.pictures |= pictures
+    return result
 
 
 def levels_of(tokenizer: Any, codes: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
     """By the prefix of their scores: the code of each token (N, T), all codes that are counted, and how many there are."""
     if isinstance(tokenizer, DualToken):
-        parts = {"": codes[:, :, 0], "semantic_": codes[:, :, 1]}
+        halves = {"": codes[:, :, 0], "semantic_": codes[:, :, 1]}
         return {
-            prefix: (part[..., 0], np.ascontiguousarray(part), tokenizer.num_codes) for prefix, part in parts.items()
+            prefix: (half[..., 0], np.ascontiguousarray(half), tokenizer.num_codes) for prefix, half in halves.items()
         }
     levels = {"": (codes, codes, tokenizer.num_codes)}
     if tokenizer.num_semantic:

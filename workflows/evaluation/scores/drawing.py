@@ -15,7 +15,7 @@ from torch import Tensor
 from smalti.progress import Progress
 from smalti.workflows.evaluation.scores.answers import normalise
 from smalti.workflows.evaluation.scores.heldout import HeldOut, choose
-from smalti.workflows.evaluation.scores.measure_result import Part, Score, share
+from smalti.workflows.evaluation.scores.measure_result import MeasureResult, Score, share
 from smalti.workflows.evaluation.scores.models import Models
 from smalti.workflows.evaluation.scores.pixels import thumbnail, to_model, to_uint8
 from smalti.workflows.evaluation.scores.zero_shot import ZeroShot, by_class, no_text_tower
@@ -34,34 +34,34 @@ class Prompt:
     label: str | None
 
 
-def measure_drawing(data: HeldOut, models: Models) -> Part:
+def measure_drawing(data: HeldOut, models: Models) -> MeasureResult:
     """drawing/accuracy, drawing/zero_shot_accuracy, drawing/judge_accuracy (the judge on real held-out images), and a
     gallery; without labels the gallery alone."""
     settings = data.job.evaluate
     if data.job.export is None:
-        return Part(skipped="no exported language model")
+        return MeasureResult(skipped="no exported language model")
     if settings.drawings == 0:
-        return Part(skipped="evaluate.drawings is 0")
+        return MeasureResult(skipped="evaluate.drawings is 0")
     if models.cannot_draw:
-        return Part(skipped=models.cannot_draw)
+        return MeasureResult(skipped=models.cannot_draw)
     prompts = [prompt for prompt in prompts_of(data) for _ in range(settings.drawings)]
     if not prompts:
-        return Part(
+        return MeasureResult(
             skipped="no prompt to draw: the corpus has neither labels nor captions, and evaluate.prompts is not set"
         )
     drawn_BCHW = draw(prompts, data, models)
-    part = Part()
-    verdicts = _judge(part, prompts, drawn_BCHW, data, models)
+    result = MeasureResult()
+    verdicts = _judge(result, prompts, drawn_BCHW, data, models)
     bhwc = to_uint8(drawn_BCHW)
     lines: list[dict[str, object]] = []
     for index in np.linspace(0, len(prompts) - 1, min(SHOWN, len(prompts))).astype(int):
         name = f"drawing-{len(lines):02d}"
-        part.pictures[name] = thumbnail(bhwc[index])
+        result.pictures[name] = thumbnail(bhwc[index])
         prompt = prompts[index]
         seen = {judge: labels[index] for judge, labels in verdicts.items()}
         lines.append({"picture": name, "prompt": prompt.text, "label": prompt.label, "seen": seen})
-    part.tables["drawings"] = lines
-    return part
+    result.tables["drawings"] = lines
+    return result
 
 
 def prompts_of(data: HeldOut) -> list[Prompt]:
@@ -88,7 +88,7 @@ def draw(prompts: list[Prompt], data: HeldOut, models: Models) -> Tensor:
     """Drawn images, float (n, 3, S, S) in [-1, 1] on the CPU."""
     settings, drawn = data.job.evaluate, []
     sampling = settings.sampling.model_dump()
-    with Progress(len(prompts), "drawings", "evaluation: drawing") as progress:
+    with Progress(len(prompts), "drawings", "evaluate: drawing") as progress:
         for start in range(0, len(prompts), DRAWN_AT_ONCE):
             texts = [prompt.text for prompt in prompts[start : start + DRAWN_AT_ONCE]]
             seed = data.job.seed + start
@@ -100,7 +100,7 @@ def draw(prompts: list[Prompt], data: HeldOut, models: Models) -> Tensor:
 
 
 def _judge(
-    part: Part, prompts: list[Prompt], drawn_BCHW: Tensor, data: HeldOut, models: Models
+    result: MeasureResult, prompts: list[Prompt], drawn_BCHW: Tensor, data: HeldOut, models: Models
 ) -> dict[str, list[str]]:
     """Add the scores; what each judge sees in each drawing."""
     places = [place for place, prompt in enumerate(prompts) if prompt.label is not None]
@@ -112,10 +112,10 @@ def _judge(
     hits = [verdicts["judge"][place] == label for place, label in zip(places, right, strict=True)]
     real, reconstructed, count = _judge_on_held_out(data, models)
     beside = {} if reconstructed is None else {"reconstructed": reconstructed}
-    part.scores["drawing/accuracy"] = Score(share(hits), len(hits), baseline=chance | beside)
-    part.tables["drawing_by_label"] = by_class(right, hits)
+    result.scores["drawing/accuracy"] = Score(share(hits), len(hits), baseline=chance | beside)
+    result.tables["drawing_by_label"] = by_class(right, hits)
     if real is not None:
-        part.scores["drawing/judge_accuracy"] = Score(real, count, baseline=chance)
+        result.scores["drawing/judge_accuracy"] = Score(real, count, baseline=chance)
     if no_text_tower(models) is None:
         classifier = ZeroShot(models)
         size = data.job.evaluate.batch_size
@@ -124,7 +124,7 @@ def _judge(
             seen += classifier.classify(drawn_BCHW[start : start + size].to(data.job.device))
         verdicts["zero_shot"] = seen
         hits = [seen[place] == label for place, label in zip(places, right, strict=True)]
-        part.scores["drawing/zero_shot_accuracy"] = Score(share(hits), len(hits), baseline=chance)
+        result.scores["drawing/zero_shot_accuracy"] = Score(share(hits), len(hits), baseline=chance)
     return verdicts
 
 

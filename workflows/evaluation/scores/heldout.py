@@ -27,7 +27,7 @@ TEXT_COLUMNS = ["image_id", "caption", "label", "qa"]
 
 
 @dataclass(frozen=True)
-class Job:
+class EvaluationJob:
     """Everything an evaluation depends on; plain values, so that it travels to another machine."""
 
     path: str  # of the evaluation's artifact
@@ -46,7 +46,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Row:
+class HeldOutRow:
     """One held-out image: where it lies, its codes int32 (T,) or (T, 2, R) and its texts."""
 
     image_id: str
@@ -62,7 +62,7 @@ class Row:
 class Question:
     """One held-out question; `row` says which image it is about."""
 
-    row: Row
+    row: HeldOutRow
     question: str
     answer: str
 
@@ -93,11 +93,11 @@ def texts_of(table: pa.Table) -> list[dict[str, Any]]:
 class HeldOut:
     """The held-out rows of a job and, for what must be learned from it, the training split."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: EvaluationJob) -> None:
         self.job = job
 
     @cached_property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[HeldOutRow]:
         """Every row of the chosen held-out token shards, in the order of the shards. Errors: DataError when empty."""
         keys = spread(shards.list_shards(self.job.tokens, "val"))
         rows = [row for key in keys for row in self._rows_of(key)]
@@ -108,16 +108,16 @@ class HeldOut:
             )
         return rows
 
-    def _rows_of(self, key: str) -> list[Row]:
+    def _rows_of(self, key: str) -> list[HeldOutRow]:
         table = shards.read_shard(self.job.tokens, key)
         codes = shards.codes(table)
         return [
-            Row(text["image_id"], key, index, codes[index], text["caption"], text["label"], text["qa"])
+            HeldOutRow(text["image_id"], key, index, codes[index], text["caption"], text["label"], text["qa"])
             for index, text in enumerate(texts_of(table))
         ]
 
     @cached_property
-    def images(self) -> list[Row]:
+    def images(self) -> list[HeldOutRow]:
         """The sample of held-out images, at most `evaluate.images`."""
         chosen = choose(len(self.rows), self.job.evaluate.images, self.job.seed)
         return [self.rows[index] for index in chosen]
@@ -129,7 +129,7 @@ class HeldOut:
         chosen = choose(len(everything), self.job.evaluate.questions, self.job.seed + 1)
         return [everything[index] for index in chosen]
 
-    def pixels(self, rows: Sequence[Row]) -> np.ndarray:
+    def pixels(self, rows: Sequence[HeldOutRow]) -> np.ndarray:
         """uint8 (B, size, size, 3): the images of the rows, read from the corpus and checked by image_id."""
         size = self.job.image_size
         out = np.empty((len(rows), size, size, 3), dtype=np.uint8)
@@ -147,13 +147,13 @@ class HeldOut:
                 out[place] = to_pixels(table["image"][index].as_py(), size, max_pixels=self.job.max_pixels)
         return out
 
-    def batches(self, rows: Sequence[Row], what: str) -> Iterator[tuple[list[Row], np.ndarray]]:
+    def batches(self, rows: Sequence[HeldOutRow], what: str) -> Iterator[tuple[list[HeldOutRow], np.ndarray]]:
         """The rows in batches of `evaluate.batch_size`, each with its pixels; progress is shown as `what`.
 
         Rows lie in the order of shards, so a shard's bytes are read once for all of its batches.
         """
         size = self.job.evaluate.batch_size
-        with Progress(len(rows), "images", f"evaluation: {what}") as progress:
+        with Progress(len(rows), "images", f"evaluate: {what}") as progress:
             for key in dict.fromkeys(row.key for row in rows):
                 inside = [row for row in rows if row.key == key]
                 pixels = self.pixels(inside)

@@ -78,7 +78,7 @@ def train_judge(bhwc: np.ndarray, labels: Sequence[str], *, seed: int, device: s
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=1e-5)
     order = torch.empty(0, dtype=torch.int64)
     judge.train()
-    with Progress(steps, "steps", "evaluation: training the judge") as progress:
+    with Progress(steps, "steps", "evaluate: training the judge") as progress:
         for _ in range(steps):
             while len(order) < BATCH:
                 order = torch.cat([order, torch.randperm(len(labels), generator=generator)])

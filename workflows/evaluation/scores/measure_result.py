@@ -1,7 +1,7 @@
-"""What one measure leaves behind: scores, tables for the report, and pictures; written as files, so it can resume.
+"""The result of one measure: scores, tables and pictures, and the files that hold them.
 
-`<evaluation>/parts/<name>.json` holds a finished part, its pictures lie in `<evaluation>/pictures/`. A part that stands
-is not measured again when an evaluation goes on after a break.
+`<evaluate>/measures/<name>.json` holds a finished result, `<evaluate>/pictures/` its pictures. An interrupted
+evaluation resumes with the measures that have no such file.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import io
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from PIL import Image
@@ -18,7 +18,8 @@ from PIL import Image
 from smalti import storage
 from smalti.errors import DataError
 
-PARTS, PICTURES = "parts", "pictures"
+RESULTS = "measures"
+PICTURES = "pictures"
 NOT_OF_THE_CODES = {"zero_shot/accuracy", "drawing/judge_accuracy", "retrieval/t2i_r1", "retrieval/i2t_r1"}
 
 
@@ -33,15 +34,22 @@ class Score:
     baseline: dict[str, float] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain types. Errors: DataError when a number is not finite (it would not be valid JSON, nor honest)."""
+        """The score as plain types.
+
+        Raises:
+            DataError: if a number is NaN or Inf.
+        """
         for name, number in {"the value": self.value, **self.baseline}.items():
             if not math.isfinite(number):
-                raise DataError(f"A score came out as {number} ({name}, n = {self.n}); expected a finite number.")
+                raise DataError(
+                    f"A measure returned a score that is not finite: {name} is {number} (n = {self.n}). "
+                    "Check the losses of the trained models in history.jsonl for NaN or Inf."
+                )
         return asdict(self) | {"value": float(self.value), "baseline": {k: float(v) for k, v in self.baseline.items()}}
 
 
 @dataclass
-class Part:
+class MeasureResult:
     """Result of one measure; empty when there was nothing to measure (`skipped` then says why)."""
 
     scores: dict[str, Score] = field(default_factory=dict)
@@ -50,25 +58,36 @@ class Part:
     skipped: str | None = None
 
 
-def save_part(path: str, name: str, part: Part) -> dict[str, Any]:
-    """Write the pictures, then the part's JSON (in this order: a part that stands is whole); returns the JSON."""
-    storage.make_dirs(storage.join(path, PARTS))
+class ResultRecord(TypedDict):
+    """A finished result as JSON; `version` is that of the measure's definition."""
+
+    version: int
+    scores: dict[str, dict[str, Any]]
+    tables: dict[str, Any]
+    pictures: list[str]
+    skipped: str | None
+
+
+def save_result(path: str, name: str, result: MeasureResult, version: int = 1) -> ResultRecord:
+    """Write the pictures, then the JSON, so that a JSON file means a complete result."""
+    storage.make_dirs(storage.join(path, RESULTS))
     storage.make_dirs(storage.join(path, PICTURES))
-    for key, hwc in part.pictures.items():
+    for key, hwc in result.pictures.items():
         storage.write_atomic(storage.join(path, PICTURES, f"{key}.png"), png(hwc))
-    record = {
-        "scores": {key: score.as_json() for key, score in part.scores.items()},
-        "tables": part.tables,
-        "pictures": sorted(part.pictures),
-        "skipped": part.skipped,
+    record: ResultRecord = {
+        "version": version,
+        "scores": {key: score.as_json() for key, score in result.scores.items()},
+        "tables": result.tables,
+        "pictures": sorted(result.pictures),
+        "skipped": result.skipped,
     }
-    storage.write_json(storage.join(path, PARTS, f"{name}.json"), record)
+    storage.write_json(storage.join(path, RESULTS, f"{name}.json"), record)
     return record
 
 
-def load_part(path: str, name: str) -> dict[str, Any] | None:
-    """The JSON of a part that stands, else None."""
-    place = storage.join(path, PARTS, f"{name}.json")
+def load_result(path: str, name: str) -> ResultRecord | None:
+    """The JSON of a finished result, or None."""
+    place = storage.join(path, RESULTS, f"{name}.json")
     return storage.read_json(place) if storage.exists(place) else None
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from smalti.progress import Progress
 from smalti.workflows.evaluation.scores.answers import QuestionOnly, answer_kind, breakdown, opening, same_answer
 from smalti.workflows.evaluation.scores.heldout import HeldOut, Question
-from smalti.workflows.evaluation.scores.measure_result import Part, Score, share
+from smalti.workflows.evaluation.scores.measure_result import MeasureResult, Score, share
 from smalti.workflows.evaluation.scores.models import Models
 from smalti.workflows.evaluation.scores.pixels import thumbnail
 
@@ -15,13 +15,13 @@ SHOWN_EACH = 12
 ANSWER_TOKENS = 16
 
 
-def measure_questions(data: HeldOut, models: Models) -> Part:
+def measure_questions(data: HeldOut, models: Models) -> MeasureResult:
     """Share of held-out questions whose normalised answer is exactly right, with tables by kind, opening and answer."""
     if data.job.export is None:
-        return Part(skipped="no exported language model")
+        return MeasureResult(skipped="no exported language model")
     questions = data.questions
     if not questions:
-        return Part(skipped="the held-out split has no questions")
+        return MeasureResult(skipped="the held-out split has no questions")
     guesser = QuestionOnly()
     for text in data.training_texts:
         guesser.learn((pair["question"], pair["answer"]) for pair in text["qa"])
@@ -31,14 +31,14 @@ def measure_questions(data: HeldOut, models: Models) -> Part:
         [same_answer(guesser.answer(one.question) or "", one.answer) for one in questions] if guesser.overall else None
     )
     baseline = {"question_only": share(guesses)} if guesses is not None else {}
-    part = Part({"qa/accuracy": Score(share(hits), len(hits), baseline=baseline)})
-    part.tables["questions"] = {
+    result = MeasureResult({"qa/accuracy": Score(share(hits), len(hits), baseline=baseline)})
+    result.tables["questions"] = {
         "by_kind": breakdown([answer_kind(one.answer) for one in questions], hits, guesses),
         "by_opening": breakdown([opening(one.question) for one in questions], hits, guesses),
         "by_answer": breakdown([one.answer for one in questions], hits, guesses, most=24),
     }
-    part.tables["examples"] = _examples(data, part, given, hits)
-    return part
+    result.tables["examples"] = _examples(data, result, given, hits)
+    return result
 
 
 def ask(questions: list[Question], models: Models) -> list[str]:
@@ -46,7 +46,7 @@ def ask(questions: list[Question], models: Models) -> list[str]:
     size = models.job.evaluate.batch_size
     order = sorted(range(len(questions)), key=lambda index: (len(questions[index].question), index))
     answers = [""] * len(questions)
-    with Progress(len(questions), "questions", "evaluation: questions") as progress:
+    with Progress(len(questions), "questions", "evaluate: questions") as progress:
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
             codes_BT = models.to_codes(np.stack([questions[index].row.codes for index in chosen]))
@@ -58,7 +58,7 @@ def ask(questions: list[Question], models: Models) -> list[str]:
     return answers
 
 
-def _examples(data: HeldOut, part: Part, given: list[str], hits: list[bool]) -> list[dict[str, object]]:
+def _examples(data: HeldOut, result: MeasureResult, given: list[str], hits: list[bool]) -> list[dict[str, object]]:
     """Up to a dozen wrong and a dozen right answers, evenly over the sample, each about another image."""
     chosen: list[int] = []
     for wanted in (False, True):
@@ -72,7 +72,7 @@ def _examples(data: HeldOut, part: Part, given: list[str], hits: list[bool]) -> 
     lines: list[dict[str, object]] = []
     for number, (index, hwc) in enumerate(zip(chosen, pixels, strict=True)):
         name = f"question-{number:02d}"
-        part.pictures[name] = thumbnail(hwc, 256)
+        result.pictures[name] = thumbnail(hwc, 256)
         one = data.questions[index]
         line = {
             "picture": name,

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from smalti.tokenizers.metrics import psnr, ssim
-from smalti.workflows.evaluation.scores.heldout import HeldOut, Row
-from smalti.workflows.evaluation.scores.measure_result import Part, Score
+from smalti.workflows.evaluation.scores.heldout import HeldOut, HeldOutRow
+from smalti.workflows.evaluation.scores.measure_result import MeasureResult, Score
 from smalti.workflows.evaluation.scores.models import Models
 from smalti.workflows.evaluation.scores.pixels import thumbnail, to_model, to_uint8
 
@@ -16,16 +16,16 @@ MOST_DB = 100.0  # of one image: an exact copy would be infinite, and so would t
 
 
 @torch.inference_mode()
-def measure_reconstruction(data: HeldOut, models: Models) -> Part:
+def measure_reconstruction(data: HeldOut, models: Models) -> MeasureResult:
     """PSNR (dB) and SSIM, mean over images, of the decoder on all codes and, where it was trained, of the decoder that
     sees the semantic codes alone; their difference as `reconstruction/psnr_over_semantic_only`."""
     if models.no_decoder:
-        return Part(skipped=models.no_decoder)
+        return MeasureResult(skipped=models.no_decoder)
     tokenizer = models.tokenizer
     semantic = tokenizer.has_semantic_only
     found: dict[str, list[float]] = {"psnr": [], "ssim": [], "psnr_semantic_only": [], "ssim_semantic_only": []}
     shown = {row.image_id for row in _spread_rows(data.images, SHOWN)}
-    part = Part()
+    result = MeasureResult()
     grid: list[dict[str, object]] = []
     for rows, bhwc in data.batches(data.images, "reconstruction"):
         truth_BCHW = to_model(bhwc).to(data.job.device)
@@ -40,16 +40,16 @@ def measure_reconstruction(data: HeldOut, models: Models) -> Part:
             pictures["semantic"] = to_uint8(plain_BCHW)
         for place, row in enumerate(rows):
             if row.image_id in shown:
-                grid.append(_keep(part, len(grid), row, place, pictures, found, len(rows)))
-    part.tables["grid"] = grid
-    part.tables["psnr"] = _spread_of(found["psnr"])
+                grid.append(_keep(result, len(grid), row, place, pictures, found, len(rows)))
+    result.tables["grid"] = grid
+    result.tables["psnr"] = _spread_of(found["psnr"])
     for name, values in found.items():
         if values:
-            part.scores[f"reconstruction/{name}"] = Score(float(np.mean(values)), len(values))
+            result.scores[f"reconstruction/{name}"] = Score(float(np.mean(values)), len(values))
     if semantic:
         gain = np.mean(found["psnr"]) - np.mean(found["psnr_semantic_only"])
-        part.scores["reconstruction/psnr_over_semantic_only"] = Score(float(gain), len(found["psnr"]))
-    return part
+        result.scores["reconstruction/psnr_over_semantic_only"] = Score(float(gain), len(found["psnr"]))
+    return result
 
 
 def _measure(found: dict[str, list[float]], ending: str, decoded: torch.Tensor, truth: torch.Tensor) -> None:
@@ -58,9 +58,9 @@ def _measure(found: dict[str, list[float]], ending: str, decoded: torch.Tensor, 
 
 
 def _keep(
-    part: Part,
+    result: MeasureResult,
     number: int,
-    row: Row,
+    row: HeldOutRow,
     place: int,
     pictures: dict[str, np.ndarray],
     found: dict[str, list[float]],
@@ -70,7 +70,7 @@ def _keep(
     line: dict[str, object] = {"image_id": row.image_id, "caption": row.caption or row.label}
     for kind, bhwc in pictures.items():
         name = f"reconstruction-{number:02d}-{kind}"
-        part.pictures[name] = thumbnail(bhwc[place])
+        result.pictures[name] = thumbnail(bhwc[place])
         line[kind] = name
     line["psnr"] = found["psnr"][place - size]
     if found["psnr_semantic_only"]:
@@ -78,7 +78,7 @@ def _keep(
     return line
 
 
-def _spread_rows(rows: list[Row], most: int) -> list[Row]:
+def _spread_rows(rows: list[HeldOutRow], most: int) -> list[HeldOutRow]:
     """Rows evenly over the sample, so that the grid shows more than one source or class."""
     return [rows[int(place)] for place in np.linspace(0, len(rows) - 1, min(most, len(rows)))]
 

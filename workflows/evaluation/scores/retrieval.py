@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smalti.workflows.evaluation.scores.heldout import HeldOut
-from smalti.workflows.evaluation.scores.measure_result import Part, Score
+from smalti.workflows.evaluation.scores.measure_result import MeasureResult, Score
 from smalti.workflows.evaluation.scores.models import Models
 from smalti.workflows.evaluation.scores.pixels import to_model
 from smalti.workflows.evaluation.scores.zero_shot import embed_texts, fit, no_text_tower
@@ -17,7 +17,7 @@ LEAST_DISTINCT = 0.9  # share of captions that stand with one image only
 
 
 @torch.no_grad()
-def measure_retrieval(data: HeldOut, models: Models) -> Part:
+def measure_retrieval(data: HeldOut, models: Models) -> MeasureResult:
     """R@1 both ways over the sample's captioned images, chance beside it.
 
     Taken only where nine in ten captions are distinct: with a handful of sentences for a thousand images a caption has
@@ -28,10 +28,12 @@ def measure_retrieval(data: HeldOut, models: Models) -> Part:
     captions = [row.caption or "" for row in rows]
     texts = sorted(set(captions))
     if len(rows) < 2 or len(texts) < LEAST_DISTINCT * len(rows):
-        return Part(skipped=f"{len(texts)} distinct captions for {len(rows)} captioned images: no image has its own")
+        return MeasureResult(
+            skipped=f"{len(texts)} distinct captions for {len(rows)} captioned images: no image has its own"
+        )
     why = no_text_tower(models)
     if why:
-        return Part(skipped=why)
+        return MeasureResult(skipped=why)
     texts_CE = embed_texts(models, texts)
     owner_B = torch.tensor([texts.index(caption) for caption in captions])
     chunks, coded = [], []
@@ -39,15 +41,15 @@ def measure_retrieval(data: HeldOut, models: Models) -> Part:
         chunks.append(models.encoder.pooled(fit(to_model(bhwc).to(data.job.device), models.encoder.image_size)))
         if models.code_embedder is not None:
             coded.append(models.code_embedder(models.to_codes(np.stack([row.codes for row in batch]))))
-    part = Part()
+    result = MeasureResult()
     plain = recalls(torch.cat(chunks), texts_CE, owner_B)
     counts, chances = {"i2t": len(rows), "t2i": len(texts)}, {"i2t": 1 / len(texts), "t2i": 1 / len(rows)}
     for way, value in plain.items():
-        part.scores[f"retrieval/{way}_r1"] = Score(value, counts[way], baseline={"chance": chances[way]})
+        result.scores[f"retrieval/{way}_r1"] = Score(value, counts[way], baseline={"chance": chances[way]})
     for way, value in recalls(torch.cat(coded), texts_CE, owner_B).items() if coded else ():
         baseline = {"chance": chances[way], "encoder": plain[way]}
-        part.scores[f"retrieval/{way}_r1_through_codes"] = Score(value, counts[way], baseline=baseline)
-    return part
+        result.scores[f"retrieval/{way}_r1_through_codes"] = Score(value, counts[way], baseline=baseline)
+    return result
 
 
 def recalls(images_BE: Tensor, texts_CE: Tensor, owner_B: Tensor) -> dict[str, float]:

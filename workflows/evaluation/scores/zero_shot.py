@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smalti.errors import ArtifactError
-from smalti.workflows.evaluation.scores.heldout import HeldOut, Row
-from smalti.workflows.evaluation.scores.measure_result import Part, Score, share
+from smalti.workflows.evaluation.scores.heldout import HeldOut, HeldOutRow
+from smalti.workflows.evaluation.scores.measure_result import MeasureResult, Score, share
 from smalti.workflows.evaluation.scores.models import Models
 from smalti.workflows.evaluation.scores.pixels import to_model
 
@@ -58,18 +58,18 @@ def no_text_tower(models: Models) -> str | None:
     return None
 
 
-def measure_zero_shot(data: HeldOut, models: Models) -> Part:
+def measure_zero_shot(data: HeldOut, models: Models) -> MeasureResult:
     """Share of held-out images with a label whose own sentence is the nearest; chance stands beside it. With DualToken
     also through its semantic codes, by the trained tower's last layers and the encoder's texts."""
     if not data.labels:
-        return Part(skipped="the corpus has fewer than two labels")
+        return MeasureResult(skipped="the corpus has fewer than two labels")
     why = no_text_tower(models)
     if why:
-        return Part(skipped=why)
+        return MeasureResult(skipped=why)
     known = set(data.labels)
     rows = [row for row in data.images if row.label in known]
     if not rows:
-        return Part(skipped="no held-out image has one of the training labels")
+        return MeasureResult(skipped="no held-out image has one of the training labels")
     classifier = ZeroShot(models)
     given: list[str] = []
     coded: list[str] = []
@@ -82,14 +82,14 @@ def measure_zero_shot(data: HeldOut, models: Models) -> Part:
     hits = [one == other for one, other in zip(given, right, strict=True)]
     score = Score(share(hits), len(rows), baseline={"most_frequent": most_frequent_share(data, rows)})
     table = {"classes": by_class(right, hits), "sentences": dict(list(data.zero_shot_sentences.items())[:200])}
-    part = Part({"zero_shot/accuracy": score}, {"zero_shot": table})
+    result = MeasureResult({"zero_shot/accuracy": score}, {"zero_shot": table})
     if coded:
         hits = [one == other for one, other in zip(coded, right, strict=True)]
-        part.scores["zero_shot/through_codes"] = Score(share(hits), len(rows), baseline={"encoder": score.value})
-    return part
+        result.scores["zero_shot/through_codes"] = Score(share(hits), len(rows), baseline={"encoder": score.value})
+    return result
 
 
-def most_frequent_share(data: HeldOut, rows: list[Row]) -> float:
+def most_frequent_share(data: HeldOut, rows: list[HeldOutRow]) -> float:
     """How often the most frequent label of the training split is right on the rows."""
     labels = [text["label"] for text in data.training_texts if text["label"]]
     names, counts = np.unique(labels, return_counts=True)

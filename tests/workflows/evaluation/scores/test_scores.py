@@ -32,9 +32,16 @@ from smalti.workflows.evaluation.scores.answers import (
 from smalti.workflows.evaluation.scores.codes import count_scores, histogram, levels_of
 from smalti.workflows.evaluation.scores.contact_sheet import contact_sheet
 from smalti.workflows.evaluation.scores.drawing import named_label, prompts_of
-from smalti.workflows.evaluation.scores.heldout import HeldOut, Job, choose, spread
+from smalti.workflows.evaluation.scores.heldout import EvaluationJob, HeldOut, choose, spread
 from smalti.workflows.evaluation.scores.judge import Judge, train_judge, training_steps
-from smalti.workflows.evaluation.scores.measure_result import Part, Score, load_part, merge_baselines, png, save_part
+from smalti.workflows.evaluation.scores.measure_result import (
+    MeasureResult,
+    Score,
+    load_result,
+    merge_baselines,
+    png,
+    save_result,
+)
 from smalti.workflows.evaluation.scores.patches import cut_patches, gallery, in_context
 from smalti.workflows.evaluation.scores.pixels import thumbnail, to_model, to_uint8
 
@@ -118,7 +125,7 @@ def test_named_label_is_the_longest_in_the_prompt() -> None:
 
 def told_of(rows: list[tuple[str | None, str]], own_encoder: bool) -> HeldOut:
     """A job whose training split has these (caption, label) rows."""
-    data = HeldOut(Job("", "", "", "", "", -1, None, 8, 1, 0, EvaluateSection(), own_encoder=own_encoder))
+    data = HeldOut(EvaluationJob("", "", "", "", "", -1, None, 8, 1, 0, EvaluateSection(), own_encoder=own_encoder))
     vars(data).update(training_texts=[{"caption": caption, "label": label} for caption, label in rows])
     return data
 
@@ -320,10 +327,12 @@ def test_thumbnail_never_enlarges() -> None:
 
 
 def test_part_is_read_back_as_it_was_written(tmp_path) -> None:
-    part = Part({"a/b": Score(0.5, 10, baseline={"chance": 0.1})}, {"t": [1]}, {"p": np.zeros((4, 4, 3), np.uint8)})
-    assert load_part(str(tmp_path), "x") is None
-    written = save_part(str(tmp_path), "x", part)
-    assert load_part(str(tmp_path), "x") == written
+    part = MeasureResult(
+        {"a/b": Score(0.5, 10, baseline={"chance": 0.1})}, {"t": [1]}, {"p": np.zeros((4, 4, 3), np.uint8)}
+    )
+    assert load_result(str(tmp_path), "x") is None
+    written = save_result(str(tmp_path), "x", part)
+    assert load_result(str(tmp_path), "x") == written
     assert written["scores"]["a/b"] == {
         "value": 0.5, "n": 10, "split": "val", "higher_is_better": True, "baseline": {"chance": 0.1},
     }  # fmt: skip
