@@ -249,6 +249,7 @@ def test_what_cannot_be_a_source_is_one_clear_error(name: str, tmp_path: Path) -
         list(find_groups(str(tmp_path / name), CorpusSection(), 0))
 
 
+@pytest.mark.ray
 def test_a_corpus_of_all_of_them_keeps_or_counts_everything(tmp_path: Path) -> None:
     """On Ray; and somebody's files in the place of the corpus are an error before any work."""
     (tmp_path / "in").mkdir()
