@@ -34,7 +34,7 @@ quickstart: $(STAMP)  ## the whole chain, small, on this machine
 test: $(STAMP)  ## all tests
 	$(PYTEST)
 
-test-quick: $(STAMP)  ## tests that start no Ray: about a minute
+test-quick: $(STAMP)  ## tests that start no Ray and no training ranks: about 90 seconds
 	$(PYTEST) --quick
 
 check: $(STAMP)  ## lint, types, documentation and all tests: what CI runs

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -38,20 +37,38 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Put the longest files first; with --quick leave out tests marked `ray` or `slow`."""
+    """Put the longest files first; with --quick leave out tests marked `ray` or `slow`, and those that use `ranks`."""
     rank = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.relative_to(TESTS).as_posix(), len(rank)))
     if config.getoption("--quick"):
-        left = [item for item in items if item.get_closest_marker("ray") or item.get_closest_marker("slow")]
+        left = [item for item in items if takes_long(item)]
         config.hook.pytest_deselected(items=left)
         items[:] = [item for item in items if item not in set(left)]
 
 
-@pytest.fixture(autouse=True)
-def _no_ray_in_quick_mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With --quick a test that starts Ray fails: it lacks the mark `ray`."""
-    if request.config.getoption("--quick") and "ray" in sys.modules:
-        monkeypatch.setattr("ray.init", lambda *a, **k: pytest.fail("starts Ray: mark this test with pytest.mark.ray"))
+def takes_long(item: pytest.Item) -> bool:
+    """Whether --quick leaves a test out: it starts Ray or processes that train, or is marked `slow`."""
+    marked = item.get_closest_marker("ray") or item.get_closest_marker("slow")
+    return marked is not None or "ranks" in getattr(item, "fixturenames", ())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_ray_in_quick_mode(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With --quick whatever starts Ray in this process fails: the test lacks the mark `ray`.
+
+    Of the session, so that it precedes the fixtures of modules; `ray.init` and `Cluster` both make a `Node`.
+    """
+    if not request.config.getoption("--quick"):
+        yield
+        return
+    import ray._private.node
+
+    def refuse(*args: object, **options: object) -> None:
+        pytest.fail("starts Ray: mark this test with pytest.mark.ray")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray._private.node.Node, "__init__", refuse)
+        yield
 
 
 @pytest.fixture

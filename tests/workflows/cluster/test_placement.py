@@ -125,16 +125,19 @@ def simulated() -> Iterator[Any]:
     cluster.shutdown()
 
 
+@pytest.mark.ray
 def test_every_stage_of_the_papers_recipe_is_scheduled(simulated: Any) -> None:
     rows = simulated.schedule(recipe(workers=16, actors=16, readers=32), 0)
     assert [name for name, _, _ in rows] == ["data stages", "codebook", "encoder, tokenizer, mllm", "evaluate"]
 
 
+@pytest.mark.ray
 def test_what_would_wait_for_ever_is_refused_before(simulated: Any) -> None:
     with pytest.raises(ConfigError, match=r"This cluster would wait forever:\n  encoder, tokenizer, mllm: .*=17"):
         simulated.schedule(recipe(workers=17, cpus_per_worker=1), 0)
 
 
+@pytest.mark.ray
 def test_the_nodes_of_a_recipe_are_waited_for_only_so_long(simulated: Any) -> None:
     from smalti.workflows.cluster.checks import wait_for_room
 
@@ -143,6 +146,7 @@ def test_the_nodes_of_a_recipe_are_waited_for_only_so_long(simulated: Any) -> No
     assert not came and 0.5 <= waited_s < 30
 
 
+@pytest.mark.ray
 def test_doctor_looks_at_every_node(simulated: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nodes of one machine share its folders and versions; their GPUs are not there, and torch says so."""
     from smalti.cli.doctor_cluster import cluster_checks
