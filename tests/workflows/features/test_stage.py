@@ -114,7 +114,9 @@ def test_features_in_bf16_and_compiled(siglip: Path, setting: dict[str, object],
         for given in ({}, setting)
     )
     np.testing.assert_allclose(other, plain, atol=close)
-    assert (other != plain).any() == ("precision" in setting), "bf16 is another precision, compiled is the same model"
+    rounding = np.maximum(np.spacing(np.abs(plain).astype(np.float16)).astype(np.float32), 1e-6)
+    beyond = (np.abs(other - plain) > rounding).any()
+    assert beyond == ("precision" in setting), "bf16 is another precision; compiled, only float16 rounding may differ"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
