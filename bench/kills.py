@@ -105,9 +105,9 @@ class Nodes:
 
         self.cluster = Cluster(initialize_head=True, head_node_args={"include_dashboard": False, **node_settings()})
         self.second: Any = None
-        self.mend()
+        self.fix()
 
-    def mend(self) -> None:
+    def fix(self) -> None:
         """A second node that lives."""
         if self.alive():
             return
@@ -212,7 +212,7 @@ class Strikes:
         elif kind == "raylet":
             self.nodes.kill()
             if self.rng.random() < 0.5:
-                self.nodes.mend()
+                self.nodes.fix()
                 self.told.append("(replaced)")
         else:
             pids = worker_pids()
@@ -279,7 +279,7 @@ def strike_all(folder: str, runs: int, seed: int) -> Sums:
             out.mkdir()
             for name in {"corpus", "encoder", "tokenizer"} - {stage}:
                 Path(out, name).symlink_to(Path(folder, "whole", name))
-            nodes.mend()
+            nodes.fix()
             groups = IMAGES // SHARD if stage == "corpus" else 0
             strikes = Strikes(stage, nodes, rng, num_files(Path(folder, "whole", stage)) + groups)
             try:

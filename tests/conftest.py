@@ -38,6 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Put the longest files first; with --quick leave out tests marked `ray` or `slow`, and those that use `ranks`."""
+    assert all((TESTS / name).is_file() for name in LONGEST), "LONGEST names a file that was moved"
     rank = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.relative_to(TESTS).as_posix(), len(rank)))
     if config.getoption("--quick"):

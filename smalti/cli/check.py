@@ -17,11 +17,11 @@ class Check:
     name: str
     state: State
     found: str
-    mend: str = ""
+    fix: str = ""
 
     def line(self) -> str:
         text = f"{MARKS[self.state]}  {self.name:<16} {self.found}"
-        return f"{text}\n    {'':<16} → {self.mend}" if self.mend else text
+        return f"{text}\n    {'':<16} → {self.fix}" if self.fix else text
 
 
 def gib(size_bytes: float) -> str:

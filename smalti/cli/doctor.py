@@ -128,8 +128,8 @@ def _optional_packages() -> list[Check]:
     checks = []
     for module, (use, extra) in OPTIONAL.items():
         found = importlib.util.find_spec(module) is not None
-        mend = f"optional ({use}): {_install(extra)}"
-        checks.append(Check(module, "ok", "installed") if found else Check(module, "missing", "not installed", mend))
+        fix = f"optional ({use}): {_install(extra)}"
+        checks.append(Check(module, "ok", "installed") if found else Check(module, "missing", "not installed", fix))
     return checks
 
 
@@ -158,8 +158,8 @@ def _memory() -> list[Check]:
         return [Check("memory", "missing", text, "the quickstart needs 4 GiB; with less the kernel may kill it")]
     shared = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0
     small = shared < 128 * 2**20
-    mend = "Ray keeps objects there: give the container --shm-size=1g or more" if small else ""
-    return [Check("memory", "ok", text), Check("/dev/shm", "missing" if small else "ok", f"{gib(shared)} free", mend)]
+    fix = "Ray keeps objects there: give the container --shm-size=1g or more" if small else ""
+    return [Check("memory", "ok", text), Check("/dev/shm", "missing" if small else "ok", f"{gib(shared)} free", fix)]
 
 
 def _cgroup_limit() -> int | None:
@@ -227,8 +227,8 @@ def _gpus() -> list[Check]:
         text = ", ".join(f"{item.name} ({gib(item.total_memory)})" for item in names)
         return [Check("GPUs", "ok", f"{len(names)}: {text}")]
     if driver:
-        mend = "torch is a CPU build or the driver is too old: pip install --force-reinstall torch -c requirements.lock"
-        return [Check("GPUs", "missing", f"nvidia-smi is here, and torch {torch.__version__} sees none", mend)]
+        fix = "torch is a CPU build or the driver is too old: pip install --force-reinstall torch -c requirements.lock"
+        return [Check("GPUs", "missing", f"nvidia-smi is here, and torch {torch.__version__} sees none", fix)]
     return [Check("GPUs", "note", "none: everything runs on the CPU, at small sizes")]
 
 
@@ -280,12 +280,12 @@ def _reach(address: str, mode: str, out: str, recipe: Recipe | None, wait_s: flo
         return [Check("ray", "ok", text), guarded, *found]
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        mend = (
+        fix = (
             "is it running? `ray status`; a cluster with tokens needs RAY_AUTH_MODE=token"
             if mode != "token"
             else "`ray status`"
         )
-        return [Check("ray", "problem", f"{address} cannot be reached ({reason})", mend)]
+        return [Check("ray", "problem", f"{address} cannot be reached ({reason})", fix)]
     finally:
         if not here and ray.is_initialized():
             ray.shutdown()
@@ -299,8 +299,8 @@ def token_check(asked: bool | None) -> Check:
         return Check(
             "ray token", "note", "whether the cluster asks for a token could not be tried: no answer to a client"
         )
-    mend = "whoever reaches its ports runs code there: RAY_AUTH_MODE=token on every node and client (docs/cluster.md)"
-    return Check("ray token", "missing", "a client without a token came in", mend)
+    fix = "whoever reaches its ports runs code there: RAY_AUTH_MODE=token on every node and client (docs/cluster.md)"
+    return Check("ray token", "missing", "a client without a token came in", fix)
 
 
 def _data() -> list[Check]:
@@ -312,8 +312,8 @@ def _data() -> list[Check]:
         ("stamps", stamps, "a small corpus of drawings", "scripts/fetch_stamps.py"),
     ):
         here = path if path.exists() else ROOT / path
-        mend = f"optional ({use}): python {script}, in a checkout"
-        checks.append(Check(name, "ok", str(here)) if here.exists() else Check(name, "missing", "not found", mend))
+        fix = f"optional ({use}): python {script}, in a checkout"
+        checks.append(Check(name, "ok", str(here)) if here.exists() else Check(name, "missing", "not found", fix))
     hub = os.environ.get("HF_HUB_OFFLINE")
     if hub and hub != "0":
         checks.append(Check("Hugging Face", "note", "HF_HUB_OFFLINE is set: only models in its cache can be loaded"))

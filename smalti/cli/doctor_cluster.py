@@ -32,8 +32,8 @@ def cluster_checks(out: str, recipe: Recipe | None, wait_s: float = 0.0) -> list
 def came_check(waited_s: float, came: bool) -> Check:
     if came:
         return Check("autoscaler", "ok", f"the nodes of the recipe are up after {waited_s:.0f} s")
-    mend = "the checks below are of the nodes that are up; `ray status` shows pending nodes; or wait longer"
-    return Check("autoscaler", "note", f"the nodes of the recipe are not up after {waited_s:.0f} s", mend)
+    fix = "the checks below are of the nodes that are up; `ray status` shows pending nodes; or wait longer"
+    return Check("autoscaler", "note", f"the nodes of the recipe are not up after {waited_s:.0f} s", fix)
 
 
 def local_folders(recipe: Recipe) -> list[str]:
@@ -47,8 +47,8 @@ def local_folders(recipe: Recipe) -> list[str]:
 
 def _answers(facts: list[Any], silent: list[str]) -> Check:
     if silent:
-        mend = "read its raylet log (/tmp/ray/session_latest/logs), and that the packages are installed there"
-        return Check("nodes", "problem", f"{len(silent)} did not answer: {', '.join(silent)}", mend)
+        fix = "read its raylet log (/tmp/ray/session_latest/logs), and that the packages are installed there"
+        return Check("nodes", "problem", f"{len(silent)} did not answer: {', '.join(silent)}", fix)
     return Check("nodes", "ok", f"{len(facts)} answered: {', '.join(sorted({fact.host for fact in facts}))}")
 
 
@@ -61,8 +61,8 @@ def _versions(facts: list[Any]) -> list[Check]:
             found.setdefault(fact.python if name == "python" else fact.packages[name], []).append(fact.host)
         if len(found) > 1:
             text = "; ".join(f"{version} on {', '.join(sorted(set(hosts)))}" for version, hosts in found.items())
-            mend = "install requirements.lock on every node (setup_commands of ray_cluster.yaml), and start them again"
-            checks.append(Check(f"{name} on nodes", "problem", text, mend))
+            fix = "install requirements.lock on every node (setup_commands of ray_cluster.yaml), and start them again"
+            checks.append(Check(f"{name} on nodes", "problem", text, fix))
     if not checks and facts:
         first = facts[0]
         text = ", ".join(f"{name} {version}" for name, version in first.packages.items())
@@ -106,8 +106,8 @@ def _disk(facts: list[Any]) -> list[Check]:
     }
     if low:
         text = ", ".join(f"{where} has {gib(free)}" for where, free in low.items())
-        mend = "free some space; Ray spills to another disk with ray start --object-spilling-directory, TMPDIR moves the rest"
-        return [Check("disk on nodes", "missing", text, mend)]
+        fix = "free some space; Ray spills to another disk with ray start --object-spilling-directory, TMPDIR moves the rest"
+        return [Check("disk on nodes", "missing", text, fix)]
     least = min((free for fact in facts for free in fact.free_bytes.values()), default=0)
     return [Check("disk on nodes", "ok", f"at least {gib(least)} free on each")] if least else []
 
@@ -119,8 +119,8 @@ def _storage(out: str, facts: list[Any], unseen: dict[str, list[str]]) -> list[C
         return [Check("storage", "problem", text, "fix the permissions or credentials there, or set another out")]
     if unseen:
         text = "; ".join(f"{host} does not see what {', '.join(lost)} wrote" for host, lost in unseen.items())
-        mend = f"{out} is another folder there: set out to a URL (s3://…), or mount one shared folder on all nodes"
-        return [Check("storage", "problem", text, mend)]
+        fix = f"{out} is another folder there: set out to a URL (s3://…), or mount one shared folder on all nodes"
+        return [Check("storage", "problem", text, fix)]
     return [Check("storage", "ok", f"{out}: every node writes there, and sees what the others wrote")]
 
 
@@ -139,8 +139,8 @@ def _reduce(facts: list[Any], all_reduce: Any, free_gpus: float) -> list[Check]:
     versions = ", ".join(sorted({fact.nccl for fact in facts if fact.nccl}))
     wrong = all_reduce(world, 1.0 if gpus else 0.0)
     if wrong:
-        mend = "open all ports between the nodes; set NCCL_SOCKET_IFNAME (GLOO_SOCKET_IFNAME) to their common network"
-        return [Check(name, "problem", f"all-reduce of {world} processes: {wrong}", mend)]
+        fix = "open all ports between the nodes; set NCCL_SOCKET_IFNAME (GLOO_SOCKET_IFNAME) to their common network"
+        return [Check(name, "problem", f"all-reduce of {world} processes: {wrong}", fix)]
     return [Check(name, "ok", f"{versions} all-reduce of {world} processes is correct".strip())]
 
 
@@ -150,12 +150,12 @@ def room_checks(recipe: Recipe, nodes: Any, unseen: bool = False) -> list[Check]
 
     checks = []
     for line in unplaceable(recipe, nodes):
-        text, _, mend = line.partition("). ")
+        text, _, fix = line.partition("). ")
         if unseen:
-            text, mend = text + "); a run waits for KubeRay's autoscaler", "set SMALTI_WORKER_GROUPS (deploy/kuberay)"
-            checks.append(Check("room", "note", text, mend))
+            text, fix = text + "); a run waits for KubeRay's autoscaler", "set SMALTI_WORKER_GROUPS (deploy/kuberay)"
+            checks.append(Check("room", "note", text, fix))
         else:
-            checks.append(Check("room", "problem", text + ")", mend))
+            checks.append(Check("room", "problem", text + ")", fix))
     for line in shortages(recipe, nodes):
         checks.append(Check("room", "note", f"{line}: it runs with fewer"))
     return checks or [Check("room", "ok", f"every stage of {recipe.name} can be placed")]

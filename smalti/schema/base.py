@@ -107,8 +107,10 @@ class Train(Section):
     warmup: Weight = Field(0.03, description="linear warmup: below 1 a fraction of the steps, else a number of steps")
     min_lr: Fraction = Field(0.0, description="learning rate at the end of the cosine, as a fraction of lr")
     clip: Weight = Field(1.0, description="largest gradient norm; 0 is off")
-    zero_stage: Annotated[int, Field(ge=0, le=3, json_schema_extra=RUN_ONLY)] = Field(
-        0, description="DeepSpeed ZeRO: 0 off; 1 partitions optimizer states, 2 gradients too, 3 weights too"
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(
+        0,
+        description="DeepSpeed ZeRO: 0 off; 1 partitions optimizer states, 2 gradients too, 3 weights too",
+        json_schema_extra=RUN_ONLY,
     )
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="fp32, or bf16: bfloat16 autocast with float32 weights"
@@ -143,8 +145,10 @@ class Train(Section):
     max_failures: NonNegative = Field(
         3, description="worker failures to recover from before the run fails", json_schema_extra=RUN_ONLY
     )
-    max_preemptions: Annotated[int, Field(ge=-1, json_schema_extra=RUN_ONLY)] = Field(
-        -1, description="node preemptions to recover from before the run fails; -1: any number"
+    max_preemptions: Annotated[int, Field(ge=-1)] = Field(
+        -1,
+        description="node preemptions to recover from before the run fails; -1: any number",
+        json_schema_extra=RUN_ONLY,
     )
     max_skipped: NonNegative = Field(
         5,

@@ -20,6 +20,9 @@ from smalti.schema.base import (
     run_only_below,
 )
 
+Adapter = Literal["dual", "single", "cascade"]
+"""How code vectors become inputs of the language model."""
+
 
 class LanguageModel(Section):
     """Sizes of a Qwen2 trained from random weights."""
@@ -104,7 +107,7 @@ class MllmSection(Section):
     config: LanguageModel | None = Field(
         None, description="sizes of a small Qwen2 trained from random weights; excludes pretrained"
     )
-    adapter: Literal["dual", "single", "cascade"] = Field(
+    adapter: Adapter = Field(
         "dual",
         description="from code vectors to inputs: an MLP per part (dual), one MLP (single), or one MLP on a trained codebook "
         "initialized from the tokenizer's (cascade; default for unicode2)",

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
+from smalti.schema.model import Adapter
 from smalti.schema.tokenizer import TokenizerSection
-
-Adapter = Literal["dual", "single", "cascade"]
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def test_a_token_that_is_missing_and_a_cluster_that_is_gone(monkeypatch: pytest.
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     (check,) = doctor._ray()
-    assert (check.state, check.mend) == ("problem", "ray get-auth-token --generate")
+    assert (check.state, check.fix) == ("problem", "ray get-auth-token --generate")
 
 
 def test_a_folder_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,7 +83,7 @@ def test_room_for_a_recipe_on_this_machine_alone() -> None:
     wanted = load_recipe("semhitok-quickstart", ["resources.gpus_per_worker=64"])
     checks = local_room(wanted)
     assert {check.state for check in checks} == {"problem"}
-    assert "no node has that" in checks[0].found and checks[0].mend.startswith("Lower resources.cpus_per_worker")
+    assert "no node has that" in checks[0].found and checks[0].fix.startswith("Lower resources.cpus_per_worker")
 
 
 def facts(host: str, **seen: Any) -> NodeFacts:
@@ -101,7 +101,7 @@ def test_versions_that_differ_between_nodes() -> None:
         ("python on nodes", "problem"),
         ("torch on nodes", "problem"),
     ]
-    assert checks[1].found == "1.0 on a, c; 2.0 on b" and "requirements.lock" in checks[1].mend
+    assert checks[1].found == "1.0 on a, c; 2.0 on b" and "requirements.lock" in checks[1].fix
 
 
 def test_a_node_that_does_not_answer() -> None:

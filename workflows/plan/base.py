@@ -78,7 +78,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Plan:
-    """The phases of a stage on `num` devices. `memory` holds (who, bytes, formula, mend) of the largest needs."""
+    """The phases of a stage on `num` devices. `memory` holds (who, bytes, formula, fix) of the largest needs."""
 
     title: str
     phases: Sequence[Phase]
@@ -91,12 +91,12 @@ class Plan:
         return sum(phase.seconds(self.rates, self.num)[0] for phase in self.phases)
 
     def refusal(self) -> str | None:
-        """Why it cannot fit, and the mend; None when every process has the memory that it needs."""
-        for who, size, formula, mend in self.memory:
+        """Why it cannot fit, and the fix; None when every process has the memory that it needs."""
+        for who, size, formula, fix in self.memory:
             if size > self.rates.memory:
                 return (
                     f"{self.title}: {who} needs {size / 1e9:,.1f} GB ({formula}), and {self.rates.device} has "
-                    f"{self.rates.memory / 1e9:,.1f} GB. {mend}"
+                    f"{self.rates.memory / 1e9:,.1f} GB. {fix}"
                 )
         return None
 

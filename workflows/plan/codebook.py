@@ -92,7 +92,7 @@ def _sample(section: CodebookSection, vectors: int) -> int:
 
 
 def _memory(section: CodebookSection, vectors: int, width: int) -> list[tuple[str, float, str, str]]:
-    """(who, bytes, formula, mend) of the largest needs of the driver and of a task, beside what Python and torch take."""
+    """(who, bytes, formula, fix) of the largest needs of the driver and of a task, beside what Python and torch take."""
     chunk, block = min(vectors, passes.CHUNK_VECTORS), min(vectors, passes.BLOCK_VECTORS)
     codes, far = float(SINGLE * section.size * width), float(3 * SINGLE * passes.FAR_KEPT * width)
     rows = (
@@ -129,9 +129,9 @@ def _memory(section: CodebookSection, vectors: int, width: int) -> list[tuple[st
         cell = min(whole, section.cell_vectors)
         together = max(1.0, FINE_VECTORS // whole) * cell * (2 if section.spherical else 1)
         size = SINGLE * together * width + DOUBLE * section.size / section.coarse * width
-        mend = "Set codebook.coarse higher, or codebook.cell_vectors lower."
+        fix = "Set codebook.coarse higher, or codebook.cell_vectors lower."
         needs += [
             ("a task in the sorting", read + HALF * chunk * width, f"(2 + 2)·{chunk:,}·C + 8·{block:,}·C", shard),
-            ("a task in a cell", size, "4·n·C + 8·(K/P)·C, n vectors of cells read together", mend),
+            ("a task in a cell", size, "4·n·C + 8·(K/P)·C, n vectors of cells read together", fix),
         ]
     return needs

@@ -58,8 +58,8 @@ class InferenceCost(NamedTuple):
         if not rates.peaks or self.memory <= room:
             return None
         most = int((room - self.weights - self.first) / self.further) + 1
-        mend = f"Set {stage}.batch_size={most}." if most > 0 else "Not one image fits."
+        fix = f"Set {stage}.batch_size={most}." if most > 0 else "Not one image fits."
         return (
             f"{stage} needs {size_text(self.memory)} on each {rates.device} for {self.batch} images, of "
-            f"{size_text(rates.memory)} ({size_text(room)} to plan with). {mend}"
+            f"{size_text(rates.memory)} ({size_text(room)} to plan with). {fix}"
         )

@@ -296,11 +296,11 @@ class TrainPlan:
             return (
                 f"{self.model.name} puts {size_text(sum(self.host(self.setting).values()))} into main memory for each "
                 f"{self.rates.device} ({_parts(self.host(self.setting))}), of {size_text(self.rates.host)} ({HOST_SHARE:.0%} to "
-                f"plan with, ASSUMED). {self._smaller_window() or self._mend()}"
+                f"plan with, ASSUMED). {self._smaller_window() or self._fix()}"
             )
         return (
             f"{self.model.name} needs {size_text(total)} on each {self.rates.device}, of {size_text(self.rates.memory)} "
-            f"({size_text(self.room)} to plan with): {_parts(self.memory)}. {self._mend()}"
+            f"({size_text(self.room)} to plan with): {_parts(self.memory)}. {self._fix()}"
         )
 
     def _smaller_window(self) -> str:
@@ -312,7 +312,7 @@ class TrainPlan:
             return ""
         return f"With {self.model.section}.data_gb={tenths / 10:g} it fits (a window that takes more is read again)."
 
-    def _mend(self) -> str:
+    def _fix(self) -> str:
         """The smallest change that fits: one alone, else several, else more GPUs."""
         key, now = self.model.section, self.setting
         smaller = [replace(now, micro=micro) for micro in _divisors(now.micro)]

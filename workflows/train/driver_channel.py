@@ -34,7 +34,7 @@ class DriverChannel:
         self._started.append((step, workers))
 
     def failed(self, line: str) -> None:
-        """Why workers start again; "" where it is for the user to mend, who sees it at the end."""
+        """Why workers start again; "" where it is for the user to fix, who sees it at the end."""
         self._failed += [line] if line else []
 
     def say(self, line: str) -> None:

@@ -44,9 +44,15 @@ TOGETHER = (guards.NotFiniteError, guards.DriftError)
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker is told: plain values that travel. `task` is made with `settings`;
-    `channel` the handle of the DriverChannel actor; not `resumable`: no checkpoints are written or looked for; `preemptible`:
-    nodes may be taken away with notice; `elastic`: more workers may come."""
+    """What a worker needs for a training, as plain values that can be pickled.
+
+    Attributes:
+        task: made with `settings` in each worker.
+        channel: handle of the DriverChannel actor.
+        resumable: write checkpoints, and look for them at the start.
+        preemptible: nodes may be taken away with notice.
+        elastic: more workers may join during the run.
+    """
 
     task: type[Task]
     settings: dict[str, Any]
@@ -68,9 +74,9 @@ class Job:
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     """Entry point of a Ray Train worker. Returns {"metrics", "fatal"}.
 
-    What the user must mend (a SmaltiError) is not tried again and again. Where every worker meets it in the same place
-    it is returned as `fatal`. Otherwise it is told to the channel and raised, which ends the other workers; Ray starts
-    the group once more, and that returns it at once.
+    A SmaltiError needs the user and is not retried. If every worker raises it at the same place, it is returned as
+    `fatal`. Otherwise it is reported to the channel and raised, which ends the other workers; Ray then restarts the group,
+    which returns it at once.
     """
     import ray
     import ray.train

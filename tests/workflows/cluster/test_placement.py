@@ -105,7 +105,7 @@ def test_on_kuberay_the_groups_of_its_file_are_those_that_may_come(monkeypatch: 
     assert [(node.name, node.count) for node in nodes.to_come] == [("gpu", 3), ("cpu", 20)]
     assert unplaceable(recipe(), nodes) == []
     check, *_ = room_checks(recipe(workers=33, cpus_per_worker=1), nodes, placement.grows_unseen())
-    assert (check.state, check.mend) == ("problem", "Set resources.workers=32, or add nodes.")
+    assert (check.state, check.fix) == ("problem", "Set resources.workers=32, or add nodes.")
 
 
 @pytest.fixture(scope="module")
@@ -159,4 +159,4 @@ def test_doctor_looks_at_every_node(simulated: Any, tmp_path: Path, monkeypatch:
     assert "every node writes there" in checks["storage"].found
     assert not any((tmp_path / "out").glob(".smalti-doctor*"))
     assert checks["GPUs"].state == "problem" and "Ray offers 8, and torch sees 0" in checks["GPUs"].found
-    assert checks["room"].state == "problem" and checks["room"].mend.startswith("Set resources.workers=16")
+    assert checks["room"].state == "problem" and checks["room"].fix.startswith("Set resources.workers=16")

@@ -128,6 +128,7 @@ class PaletteTokenizer:
     """One code a colour; decodes exactly, and with a known error from the semantic codes alone."""
 
     grid, num_codes, num_sub, num_semantic, image_size, has_semantic_only = GRID, 4, 1, 4, SIZE, True
+    code_shape = ()  # one code per token
 
     def decode(self, codes_BT: Tensor) -> Tensor:
         bhwc = PALETTE[codes_BT.numpy().reshape(-1, *GRID)].repeat(8, 1).repeat(8, 2)

@@ -379,7 +379,7 @@ def test_windows_and_batches_must_fit_into_main_memory(trials: dict[str, Trial])
     small = text.model.train.model_copy(update={"data_gb": 2.9})
     trial = Trial.__new__(Trial)
     vars(trial).update(vars(trials["mllm"]) | {"model": replace(text.model, train=small)})
-    assert TrainPlan(trial, text.rates, 2).refusal() is None, "the mend holds"
+    assert TrainPlan(trial, text.rates, 2).refusal() is None, "the fix holds"
 
 
 def test_memory_of_stages_that_train_nothing() -> None:

@@ -1,4 +1,4 @@
-"""Sources on stores and servers that do not always answer: asked again, then one clear error, and nothing lost for it.
+"""Sources on stores and servers that do not always answer: retries, then one clear error, and no image is lost.
 
 Covers: workflows/sources/jsonl.py.
 """

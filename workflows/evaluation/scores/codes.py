@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from smalti.tokenizers.dualtoken import DualToken
 from smalti.tokenizers.metrics import code_counts, entropy, perplexity, usage, vrr
 from smalti.workflows.evaluation.scores.heldout import HeldOut, choose
 from smalti.workflows.evaluation.scores.measure_result import MeasureResult, Score
@@ -49,7 +48,7 @@ def measure_codes(data: HeldOut, models: Models) -> MeasureResult:
 
 def levels_of(tokenizer: Any, codes: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
     """By the prefix of their scores: the code of each token (N, T), all codes that are counted, and how many there are."""
-    if isinstance(tokenizer, DualToken):
+    if tokenizer.code_shape:  # several codes per token: pixel before semantic, each of several depths
         halves = {"": codes[:, :, 0], "semantic_": codes[:, :, 1]}
         return {
             prefix: (half[..., 0], np.ascontiguousarray(half), tokenizer.num_codes) for prefix, half in halves.items()
