@@ -39,7 +39,9 @@ def mini_batch(x_NC: np.ndarray, num: int) -> np.ndarray:
     """Centroids of scikit-learn's mini-batch k-means."""
     with warnings.catch_warnings(), threadpool_limits(1):
         warnings.simplefilter("ignore")
-        machine = MiniBatchKMeans(num, batch_size=4_096, max_iter=1, n_init=1, init="random", random_state=1)
+        machine = MiniBatchKMeans(
+            num, batch_size=4_096, max_iter=1, n_init=1, init="random", random_state=1
+        )
         return np.asarray(machine.fit(x_NC).cluster_centers_)
 
 
@@ -67,7 +69,9 @@ def main() -> None:
         f"{len(train):,} x {train.shape[1]} vectors ({vectors.told(asked)}) into {asked.codes} codes, {asked.cells} cells"
     )
     for (name, took), value in zip(seconds.items(), found.values(), strict=True):
-        print(f"{name}: {took:.2f} CPU-s, held-out distortion {value:.6g}, {value / found['flat']:.4f} of flat's")
+        print(
+            f"{name}: {took:.2f} CPU-s, held-out distortion {value:.6g}, {value / found['flat']:.4f} of flat's"
+        )
     ratio, quality = seconds["flat"] / seconds["two-level"], found["ours"] / found["flat"]
     report(
         1,

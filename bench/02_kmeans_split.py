@@ -49,8 +49,17 @@ def main() -> None:
     )
     for name, took in seconds.items():
         print(f"{name}: {took:.2f} CPU-s, held-out distortion {found[name]:.6g}")
-    ratio, quality = seconds["proportional"] / seconds["equal"], found["proportional"] / found["equal"]
-    report(2, ratio=ratio, quality=quality, met=ratio <= RATIO and quality <= QUALITY, vectors=vectors.told(asked))
+    ratio, quality = (
+        seconds["proportional"] / seconds["equal"],
+        found["proportional"] / found["equal"],
+    )
+    report(
+        2,
+        ratio=ratio,
+        quality=quality,
+        met=ratio <= RATIO and quality <= QUALITY,
+        vectors=vectors.told(asked),
+    )
 
 
 if __name__ == "__main__":

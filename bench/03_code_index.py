@@ -39,7 +39,10 @@ def reaching(search: Callable[[int], Tensor], wanted: Tensor) -> int:
     high = 1
     while not enough(high):
         if high == MOST:
-            print(f"{MOST} probes did not reach a recall of {RECALL}: this peer is timed with these", flush=True)
+            print(
+                f"{MOST} probes did not reach a recall of {RECALL}: this peer is timed with these",
+                flush=True,
+            )
             return high
         high *= 2
     low = high // 2 + 1
@@ -89,8 +92,15 @@ def main() -> None:
     exact = sides["brute"](test)
     recalls = {name: float((work(test) == exact).double().mean()) for name, work in sides.items()}
     seconds = medians({name: partial(work, test) for name, work in sides.items()}, asked.turns)
-    for name, seen in {"tree": probes.cells, "brute": len(codes), "ivf": nprobe, "hnsw": ef}.items():
-        print(f"{name}: {seconds[name]:.3f} CPU-s for {len(test)} vectors, {seen} probes, recall {recalls[name]:.4f}")
+    for name, seen in {
+        "tree": probes.cells,
+        "brute": len(codes),
+        "ivf": nprobe,
+        "hnsw": ef,
+    }.items():
+        print(
+            f"{name}: {seconds[name]:.3f} CPU-s for {len(test)} vectors, {seen} probes, recall {recalls[name]:.4f}"
+        )
     ratios = {name: round(seconds[name] / seconds["tree"], 2) for name in GOALS}
     report(
         3,

@@ -35,7 +35,9 @@ def right(z_MD: Tensor, codes_KD: Tensor, ids_M: Tensor) -> float:
     hits = 0
     for z_mD, ids_m in zip(z_MD.double().split(512), ids_M.split(512), strict=True):
         distance_mK = torch.cdist(z_mD, codes_KD.double())
-        hits += int((distance_mK.gather(1, ids_m[:, None])[:, 0] <= distance_mK.amin(1) + 1e-6).sum())
+        hits += int(
+            (distance_mK.gather(1, ids_m[:, None])[:, 0] <= distance_mK.amin(1) + 1e-6).sum()
+        )
     return hits / len(ids_M)
 
 
@@ -43,7 +45,9 @@ def main() -> None:
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     codes_KD = torch.randn(CODES, DIM, generator=generator)
-    z_MD = codes_KD[torch.randint(CODES, (NUM,), generator=generator)] + torch.randn(NUM, DIM, generator=generator)
+    z_MD = codes_KD[torch.randint(CODES, (NUM,), generator=generator)] + torch.randn(
+        NUM, DIM, generator=generator
+    )
 
     def ours() -> Tensor:
         return nearest(z_MD, codes_KD)
@@ -51,12 +55,17 @@ def main() -> None:
     def theirs() -> Tensor:
         return full_matrix(z_MD, codes_KD)
 
-    nearest(z_MD[:8], codes_KD), full_matrix(z_MD[:8], codes_KD)  # what is loaded once is no scratch
+    (
+        nearest(z_MD[:8], codes_KD),
+        full_matrix(z_MD[:8], codes_KD),
+    )  # what is loaded once is no scratch
     ours_bytes, theirs_bytes = peak_bytes(ours), peak_bytes(theirs)
     ours_s, theirs_s = in_turns(ours, theirs, TURNS)
     quality = right(z_MD, codes_KD, ours())
     ratio, memory = theirs_s / ours_s, ours_bytes / theirs_bytes
-    print(f"ours {ours_s:.3f} s and {ours_bytes >> 20} MiB, full matrix {theirs_s:.3f} s and {theirs_bytes >> 20} MiB")
+    print(
+        f"ours {ours_s:.3f} s and {ours_bytes >> 20} MiB, full matrix {theirs_s:.3f} s and {theirs_bytes >> 20} MiB"
+    )
     result = {
         "goal": 4,
         "ratio": round(ratio, 2),

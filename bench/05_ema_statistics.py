@@ -41,7 +41,9 @@ def main() -> None:
     ours_s, theirs_s = in_turns(ours, lambda: one_hot(h_MD, ids_M), TURNS)
     ours_s /= CALLS
     stats, (counts_K, sums_KD) = EMAStats.of(h_MD, ids_M, CODES), one_hot(h_MD, ids_M)
-    quality = float(torch.equal(stats.counts, counts_K) and torch.allclose(stats.sums, sums_KD, atol=1e-4))
+    quality = float(
+        torch.equal(stats.counts, counts_K) and torch.allclose(stats.sums, sums_KD, atol=1e-4)
+    )
     ratio = theirs_s / ours_s
     print(f"index_add {ours_s * 1e3:.2f} ms, one-hot {theirs_s * 1e3:.0f} ms")
     result = {

@@ -36,7 +36,11 @@ def masked_flat(p_TD: Tensor, i_T: Tensor, codes_VD: Tensor) -> Tensor:
 
 def problem(num_semantic: int, num: int) -> tuple[SubCodebooks, Tensor, Tensor]:
     torch.manual_seed(num_semantic)
-    return SubCodebooks(num_semantic, SUB, DIM), torch.randn(num, DIM), torch.randint(num_semantic, (num,))
+    return (
+        SubCodebooks(num_semantic, SUB, DIM),
+        torch.randn(num, DIM),
+        torch.randint(num_semantic, (num,)),
+    )
 
 
 def main() -> None:
@@ -52,9 +56,13 @@ def main() -> None:
     ours_s /= CALLS
     quality = float((books.assign(p_TD, i_T) == masked_flat(p_TD, i_T, codes_VD)).float().mean())
     small, large = problem(1024, MANY), problem(4096, MANY)
-    small_s, large_s = in_turns(lambda: small[0].assign(*small[1:]), lambda: large[0].assign(*large[1:]), 2 * TURNS + 1)
+    small_s, large_s = in_turns(
+        lambda: small[0].assign(*small[1:]), lambda: large[0].assign(*large[1:]), 2 * TURNS + 1
+    )
     ratio, growth = theirs_s / ours_s, large_s / small_s
-    print(f"own rows {ours_s * 1e3:.2f} ms, masked flat search {theirs_s * 1e3:.0f} ms; K 1K to 4K: {growth:.2f}x")
+    print(
+        f"own rows {ours_s * 1e3:.2f} ms, masked flat search {theirs_s * 1e3:.0f} ms; K 1K to 4K: {growth:.2f}x"
+    )
     result = {
         "goal": 6,
         "ratio": round(ratio, 1),

@@ -21,7 +21,15 @@ from bench.machine import machine
 from bench.turns import in_turns, peak_bytes
 from smalti.mllm.losses import chunked_cross_entropy
 
-NUM, DIM, CLASSES, CHUNK, TURNS, GOAL_MEMORY, GOAL_TIME = 512, 256, (65_536, 348_672), 64, 2, 1 / 8, 1.1
+NUM, DIM, CLASSES, CHUNK, TURNS, GOAL_MEMORY, GOAL_TIME = (
+    512,
+    256,
+    (65_536, 348_672),
+    64,
+    2,
+    1 / 8,
+    1.1,
+)
 
 
 class Problem:
@@ -30,11 +38,15 @@ class Problem:
     def __init__(self, num_classes: int) -> None:
         generator = torch.Generator().manual_seed(0)
         self.hidden_ND = torch.randn(NUM, DIM, generator=generator).requires_grad_()
-        self.weight_VD = (torch.randn(num_classes, DIM, generator=generator) / DIM**0.5).requires_grad_()
+        self.weight_VD = (
+            torch.randn(num_classes, DIM, generator=generator) / DIM**0.5
+        ).requires_grad_()
         self.labels_N = torch.randint(num_classes, (NUM,), generator=generator)
 
     def ours(self) -> tuple[Tensor, ...]:
-        total = chunked_cross_entropy(self.hidden_ND, self.weight_VD, self.labels_N, CHUNK).total / NUM
+        total = (
+            chunked_cross_entropy(self.hidden_ND, self.weight_VD, self.labels_N, CHUNK).total / NUM
+        )
         return total.detach(), *torch.autograd.grad(total, (self.hidden_ND, self.weight_VD))
 
     def theirs(self) -> tuple[Tensor, ...]:
@@ -57,10 +69,15 @@ def main() -> None:
     memory, times, same = {}, {}, True
     for num_classes in CLASSES:
         problem = Problem(num_classes)
-        extra = [peak_bytes(side) - problem.gradient_bytes for side in (problem.ours, problem.theirs)]
+        extra = [
+            peak_bytes(side) - problem.gradient_bytes for side in (problem.ours, problem.theirs)
+        ]
         same &= close(problem.ours(), problem.theirs())
         ours_s, theirs_s = in_turns(problem.ours, problem.theirs, TURNS, warm=True)
-        memory[num_classes], times[num_classes] = round(extra[0] / extra[1], 4), round(ours_s / theirs_s, 3)
+        memory[num_classes], times[num_classes] = (
+            round(extra[0] / extra[1], 4),
+            round(ours_s / theirs_s, 3),
+        )
         print(
             f"{num_classes:,} classes: ours {ours_s:.2f} s, {extra[0] >> 20} MiB extra; "
             f"full logits {theirs_s:.2f} s, {extra[1] >> 20} MiB"

@@ -23,7 +23,10 @@ SHARDS, WORKERS, TURNS, GOAL = 24, 2, 3, 0.95
 
 
 def told(side: feature_runs.Measured) -> str:
-    return ", ".join(f"{kind} {seconds:.2f}" for kind, seconds in sorted(side.cpu_s.items(), key=lambda item: -item[1]))
+    return ", ".join(
+        f"{kind} {seconds:.2f}"
+        for kind, seconds in sorted(side.cpu_s.items(), key=lambda item: -item[1])
+    )
 
 
 def main() -> None:
@@ -33,7 +36,10 @@ def main() -> None:
         print(feature_runs.prepare(folder, num_shards))
         with ensure_ray(feature_runs.recipe(WORKERS)):
             for _ in range(TURNS):
-                ray, pool = feature_runs.through_ray(folder, WORKERS), feature_runs.through_pool(folder, WORKERS)
+                ray, pool = (
+                    feature_runs.through_ray(folder, WORKERS),
+                    feature_runs.through_pool(folder, WORKERS),
+                )
                 print(
                     f"Ray Data {ray.rate:,.0f} images/s, {ray.cpu_rate:,.0f} a CPU-second; pool {pool.rate:,.0f}, "
                     f"{pool.cpu_rate:,.0f}; load {os.getloadavg()[0]:.1f}",
@@ -48,11 +54,21 @@ def main() -> None:
         / statistics.median(getattr(pool, kind) for _, pool in turns)
         for kind in ("rate", "cpu_rate")
     )
-    spent = {kind: statistics.median(ray.cpu_s.get(kind, 0.0) for ray, _ in turns) for kind in turns[0][0].cpu_s}
+    spent = {
+        kind: statistics.median(ray.cpu_s.get(kind, 0.0) for ray, _ in turns)
+        for kind in turns[0][0].cpu_s
+    }
     shares = {kind: round(seconds / sum(spent.values()), 4) for kind, seconds in spent.items()}
     equal = len({side.digest for turn in turns for side in turn}) == 1
     met = bool(equal and ratio >= GOAL)
-    report(9, ratio=ratio, quality=float(equal), met=met, cpu_ratio=round(cpu_ratio, 3), cpu_shares=shares)
+    report(
+        9,
+        ratio=ratio,
+        quality=float(equal),
+        met=met,
+        cpu_ratio=round(cpu_ratio, 3),
+        cpu_shares=shares,
+    )
 
 
 if __name__ == "__main__":

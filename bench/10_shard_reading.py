@@ -34,14 +34,18 @@ def cpu_seconds(read: Callable[[], np.ndarray]) -> float:
 
 
 def main() -> None:
-    matrix = np.random.default_rng(0).standard_normal((NUM, DIM), dtype=np.float32).astype(np.float16)
+    matrix = (
+        np.random.default_rng(0).standard_normal((NUM, DIM), dtype=np.float32).astype(np.float16)
+    )
     with tempfile.TemporaryDirectory() as folder:
         columns = [
             pa.array([f"{i // 256:06d}" for i in range(NUM)]),
             pa.array(np.arange(NUM, dtype=np.int32) % 256),
             shards.list_column(matrix),
         ]
-        shards.write_shard(folder, "train/00000", pa.Table.from_arrays(columns, schema=shards.feature_schema(DIM)))
+        shards.write_shard(
+            folder, "train/00000", pa.Table.from_arrays(columns, schema=shards.feature_schema(DIM))
+        )
         plain = Path(folder, "plain.parquet")
         offsets = pa.array(np.arange(NUM + 1, dtype=np.int32) * DIM)
         lists = pa.ListArray.from_arrays(offsets, pa.array(matrix.astype(np.float32).reshape(-1)))
@@ -54,7 +58,9 @@ def main() -> None:
             column = pq.read_table(plain, use_threads=False).column("vector").combine_chunks()
             return column.flatten().to_numpy().reshape(-1, DIM)
 
-        equal = np.array_equal(ours(), matrix) and np.array_equal(theirs(), matrix.astype(np.float32))
+        equal = np.array_equal(ours(), matrix) and np.array_equal(
+            theirs(), matrix.astype(np.float32)
+        )
         times = [(cpu_seconds(ours), cpu_seconds(theirs)) for _ in range(TURNS)]
     ours_s, theirs_s = (statistics.median(side) for side in zip(*times, strict=True))
     ours_rate, theirs_rate = matrix.nbytes / 1e6 / ours_s, 2 * matrix.nbytes / 1e6 / theirs_s

@@ -24,7 +24,9 @@ from bench.turns import in_turns
 from smalti.mllm.generation import draw
 from smalti.schema import LanguageModel, Sampling
 
-SIZE = LanguageModel(hidden_size=512, layers=8, heads=8, kv_heads=2, intermediate_size=1536, text_vocab_size=4096)
+SIZE = LanguageModel(
+    hidden_size=512, layers=8, heads=8, kv_heads=2, intermediate_size=1536, text_vocab_size=4096
+)
 CODES, TOKENS, CFG, TURNS, GOAL, BATCHES = 8192, 256, 3.0, 2, 1.5, (1, 4)
 
 
@@ -37,7 +39,12 @@ def two_passes(lm, embed, vocabulary, prompts: list[list[int]]) -> Tensor:
     for _ in range(TOKENS):
         logits = []
         for half in halves:
-            out = lm(inputs_embeds=embed(half[0]), past_key_values=half[1], use_cache=True, logits_to_keep=1)
+            out = lm(
+                inputs_embeds=embed(half[0]),
+                past_key_values=half[1],
+                use_cache=True,
+                logits_to_keep=1,
+            )
             half[1] = out.past_key_values
             logits.append(out.logits[:, -1].float())
         guided_BV = logits[1] + CFG * (logits[0] - logits[1])
@@ -50,7 +57,9 @@ def two_passes(lm, embed, vocabulary, prompts: list[list[int]]) -> Tensor:
 def made_up_words() -> list[str]:
     """Enough different words for a vocabulary of 4,096 tokens."""
     letters, rng = "abcdefghijklmnopqrstuvwxyz", np.random.default_rng(0)
-    words = ["".join(letters[i] for i in rng.integers(26, size=rng.integers(3, 8))) for _ in range(4000)]
+    words = [
+        "".join(letters[i] for i in rng.integers(26, size=rng.integers(3, 8))) for _ in range(4000)
+    ]
     return [" ".join(words)] * 2
 
 
@@ -62,7 +71,9 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     ratios, same = {}, True
     for num in BATCHES:
-        words = torch.randint(300, vocabulary.num_text - 10, (num, 12), generator=generator).tolist()
+        words = torch.randint(
+            300, vocabulary.num_text - 10, (num, 12), generator=generator
+        ).tolist()
         prompts = [[vocabulary.bos, *row, vocabulary.boi] for row in words]
 
         drawn: dict[str, Tensor] = {}
@@ -77,7 +88,9 @@ def main() -> None:
         ours_s, theirs_s = in_turns(ours, theirs, TURNS, warm=True)
         same &= torch.equal(drawn["ours"], drawn["theirs"])
         ratios[num] = round(theirs_s / ours_s, 2)
-        print(f"{num} image(s): one batch {ours_s:.2f} s, two passes {theirs_s:.2f} s: {ratios[num]:.2f}x")
+        print(
+            f"{num} image(s): one batch {ours_s:.2f} s, two passes {theirs_s:.2f} s: {ratios[num]:.2f}x"
+        )
     result = {
         "goal": 11,
         "ratio": min(ratios.values()),

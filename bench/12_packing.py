@@ -37,7 +37,13 @@ def padded(sequences: list[TokenSequence], pad: int) -> dict[str, torch.Tensor]:
     """One row a sequence, as wide as the longest."""
     parts = [collate([sequence], pad) for sequence in sequences]
     longest = max(part["input_ids"].shape[1] for part in parts)
-    fills = {"input_ids": pad, "labels": IGNORE, "attention_mask": 0, "answer_mask": 0, "position_ids": 0}
+    fills = {
+        "input_ids": pad,
+        "labels": IGNORE,
+        "attention_mask": 0,
+        "answer_mask": 0,
+        "position_ids": 0,
+    }
     fills |= {"segment_ids": 0, "document_ids": -1}
     batch = {}
     for name, fill in fills.items():
@@ -61,7 +67,9 @@ def in_buckets(batches: list[list[TokenSequence]]) -> float:
     """Efficiency of padding where the sequences of WINDOW batches are sorted by length before they are cut into batches."""
     size, tokens, places = len(batches[0]), 0, 0
     for first in range(0, len(batches), WINDOW):
-        lengths = sorted(len(sequence.ids) for batch in batches[first : first + WINDOW] for sequence in batch)
+        lengths = sorted(
+            len(sequence.ids) for batch in batches[first : first + WINDOW] for sequence in batch
+        )
         tokens += sum(lengths)
         places += sum(size * max(lengths[at : at + size]) for at in range(0, len(lengths), size))
     return tokens / places
@@ -88,7 +96,11 @@ def main() -> None:
         print(
             f"{name}: efficiency {tokens / within:.3f} (padded {tokens / without:.3f}), useful tokens {ratios[name]:.2f}x"
         )
-    met = same and min(efficiencies.values()) >= GOAL_EFFICIENCY and ratios["long-tailed"] >= GOAL_RATIO
+    met = (
+        same
+        and min(efficiencies.values()) >= GOAL_EFFICIENCY
+        and ratios["long-tailed"] >= GOAL_RATIO
+    )
     result = {
         "goal": 12,
         "ratio": ratios["long-tailed"],

@@ -32,10 +32,13 @@ def main() -> None:
                 load = os.getloadavg()[0]
                 one, two = feature_runs.through_ray(folder, 1), feature_runs.through_ray(folder, 2)
                 print(
-                    f"1 worker {one.rate:,.0f} images/s, 2 workers {two.rate:,.0f}; load before {load:.1f}", flush=True
+                    f"1 worker {one.rate:,.0f} images/s, 2 workers {two.rate:,.0f}; load before {load:.1f}",
+                    flush=True,
                 )
                 turns.append((one, two))
-    ratio = statistics.median(two.rate for _, two in turns) / statistics.median(one.rate for one, _ in turns)
+    ratio = statistics.median(two.rate for _, two in turns) / statistics.median(
+        one.rate for one, _ in turns
+    )
     equal = len({side.digest for turn in turns for side in turn}) == 1
     report(13, ratio=ratio, quality=float(equal), met=bool(equal and ratio >= GOAL))
 

@@ -46,7 +46,10 @@ def role(process: psutil.Process, driver: int) -> str | None:
 def peaks(command: list[str]) -> dict[str, float]:
     """Largest peak in MB by role of a command's process tree. Errors: CalledProcessError."""
     found: dict[str, float] = {}
-    with tempfile.TemporaryFile() as log, subprocess.Popen(command, stdout=log, stderr=log) as running:
+    with (
+        tempfile.TemporaryFile() as log,
+        subprocess.Popen(command, stdout=log, stderr=log) as running,
+    ):
         root = psutil.Process(running.pid)
         while running.poll() is None:
             for process in [root, *root.children(recursive=True)]:

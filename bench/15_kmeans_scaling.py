@@ -54,7 +54,9 @@ def main() -> None:
     shape = Shape(asked.vectors, DIM, CELLS, CODES, groups=64, planted=4_096)
     turns, made = [], []
     with tempfile.TemporaryDirectory() as folder:
-        recipe = Recipe.model_validate({"out": folder, "tracking": {"uri": "off"}, "resources": {"actors": 2}})
+        recipe = Recipe.model_validate(
+            {"out": folder, "tracking": {"uri": "off"}, "resources": {"actors": 2}}
+        )
         features = run_stage(recipe, "features", "features", {}, {}, lambda run: plant(shape, run))
         parts = passes.chunks(features.path, "train", asked.vectors // CHUNKS)
         tree = start(parts)
@@ -62,8 +64,13 @@ def main() -> None:
             one_pass(parts[:2], tree, 2)  # starts the workers
             for _ in range(asked.turns):
                 load = os.getloadavg()[0]
-                (one, codes), (two, codes_by_two) = (one_pass(parts, tree, workers) for workers in (1, 2))
-                print(f"1 worker {one:,.0f} vectors/s, 2 workers {two:,.0f}; load before {load:.1f}", flush=True)
+                (one, codes), (two, codes_by_two) = (
+                    one_pass(parts, tree, workers) for workers in (1, 2)
+                )
+                print(
+                    f"1 worker {one:,.0f} vectors/s, 2 workers {two:,.0f}; load before {load:.1f}",
+                    flush=True,
+                )
                 turns.append((one, two))
                 made += [codes, codes_by_two]
     one, two = (statistics.median(side) for side in zip(*turns, strict=True))

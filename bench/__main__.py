@@ -44,7 +44,11 @@ def main() -> int:
     given = sys.argv[1:]
     first = next((place for place, word in enumerate(given) if word.startswith("--")), len(given))
     wanted, options = {int(number) for number in given[:first]}, given[first:]
-    scripts = [path for path in sorted(HERE.glob("[0-9][0-9]_*.py")) if not wanted or int(path.name[:2]) in wanted]
+    scripts = [
+        path
+        for path in sorted(HERE.glob("[0-9][0-9]_*.py"))
+        if not wanted or int(path.name[:2]) in wanted
+    ]
     if not scripts:
         print("no such benchmark", file=sys.stderr)
         return 2
@@ -60,7 +64,9 @@ def main() -> int:
         else:
             results.append(found)
     if results:
-        machine = re.sub(r"[^A-Za-z0-9]+", "-", str(results[0].get("machine", os.uname().machine))).strip("-")
+        machine = re.sub(
+            r"[^A-Za-z0-9]+", "-", str(results[0].get("machine", os.uname().machine))
+        ).strip("-")
         path = HERE / "results" / f"{datetime.date.today().isoformat()}-{machine}.json"
         path.parent.mkdir(exist_ok=True)
         new = {which(item) for item in results}

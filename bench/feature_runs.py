@@ -59,7 +59,9 @@ def prepare(folder: str, num_shards: int) -> str:
             for index, (data, caption, label, _) in enumerate(drawn)
         ]
         shards.write_shard(
-            f"{folder}/corpus", shards.shard_key("train", number), pa.Table.from_pylist(rows, shards.CORPUS)
+            f"{folder}/corpus",
+            shards.shard_key("train", number),
+            pa.Table.from_pylist(rows, shards.CORPUS),
         )
     return save_encoder(f"{folder}/encoder", IMAGE_SIZE, 8, 128, 3)
 
@@ -67,7 +69,11 @@ def prepare(folder: str, num_shards: int) -> str:
 def recipe(workers: int) -> Recipe:
     """16 patches an image, `workers` actors of one core."""
     return Recipe.model_validate(
-        {"corpus": {"image_size": IMAGE_SIZE}, "features": {"patches": 16}, "resources": {"actors": workers}}
+        {
+            "corpus": {"image_size": IMAGE_SIZE},
+            "features": {"patches": 16},
+            "resources": {"actors": workers},
+        }
     )
 
 
@@ -87,7 +93,10 @@ def through_ray(folder: str, workers: int) -> Measured:
     """The stage's own pipeline; a Ray session must be open."""
     given = recipe(workers)
     args = (f"{folder}/out", f"{folder}/corpus", f"{folder}/encoder", given, IMAGE_SIZE)
-    return _measure(folder, run_shards(shards.list_shards(f"{folder}/corpus"), FeatureShard, args, given.resources))
+    return _measure(
+        folder,
+        run_shards(shards.list_shards(f"{folder}/corpus"), FeatureShard, args, given.resources),
+    )
 
 
 def through_pool(folder: str, workers: int) -> Measured:
@@ -116,12 +125,16 @@ def _measure(folder: str, results: Iterator[Any]) -> Measured:
             warm = counts
     files = sorted(Path(folder, "out").rglob("*.parquet"))
     written = sorted(os.stat(file).st_mtime for file in files)
-    digest = hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
+    digest = hashlib.sha256(
+        b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)
+    ).hexdigest()
     shutil.rmtree(Path(folder, "out"))
     timed = num_images * (len(written) - WARM) / len(written)
     cpu_s = {kind: seconds - warm.get(kind, 0.0) for kind, seconds in counts.items()}
     tail_s = ended - written[-1]
-    return Measured(timed / (ended - written[WARM - 1]), timed / sum(cpu_s.values()), digest, cpu_s, tail_s)
+    return Measured(
+        timed / (ended - written[WARM - 1]), timed / sum(cpu_s.values()), digest, cpu_s, tail_s
+    )
 
 
 class _CpuSeconds:

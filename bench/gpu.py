@@ -23,7 +23,9 @@ RESULTS = Path(__file__).resolve().parent / "results"
 def arguments(description: str | None, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """`--tiny`, `--turns` and `--out`; without a GPU only `--tiny` runs."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
-    parser.add_argument("--tiny", action="store_true", help="smallest sizes, on the CPU: does it run at all?")
+    parser.add_argument(
+        "--tiny", action="store_true", help="smallest sizes, on the CPU: does it run at all?"
+    )
     parser.add_argument("--turns", type=int, default=10)
     parser.add_argument(
         "--out",
@@ -81,7 +83,10 @@ def peak_share(flops_s: float, device: torch.device) -> float:
 
 
 def report(
-    title: str, rows: Sequence[tuple[str, float, str]], goals: dict[str, tuple[str, float]], asked: argparse.Namespace
+    title: str,
+    rows: Sequence[tuple[str, float, str]],
+    goals: dict[str, tuple[str, float]],
+    asked: argparse.Namespace,
 ) -> None:
     """Print (measure, value, unit) as a table with its goals, (`>=` or `<=`, value) by measure; the last line is JSON, and
     is added to the file `--out`, in place of an earlier one of this script."""
@@ -93,13 +98,18 @@ def report(
         if goal is not None and not tiny:
             met[name] = value >= goal[1] if goal[0] == ">=" else value <= goal[1]
         told = (
-            f"goal {goal[0]} {goal[1]:g}" + (f", {'met' if met[name] else 'missed'}" if name in met else "")
+            f"goal {goal[0]} {goal[1]:g}"
+            + (f", {'met' if met[name] else 'missed'}" if name in met else "")
             if goal
             else ""
         )
         print(f"  {name:<44} {value:>12.4g} {unit:<10} {told}".rstrip())
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    result = {"goal": title.partition(":")[0], "date": datetime.date.today().isoformat(), "machine": machine}
+    result = {
+        "goal": title.partition(":")[0],
+        "date": datetime.date.today().isoformat(),
+        "machine": machine,
+    }
     result |= {"torch": torch.__version__, "tiny": tiny, "met": bool(met) and all(met.values())}
     result |= {"goals": {name: list(goal) for name, goal in goals.items()}}
     result |= {"measures": {name: None if value != value else value for name, value, _ in rows}}
@@ -108,4 +118,6 @@ def report(
         standing = json.loads(asked.out.read_text()) if asked.out.exists() else []
         others = [item for item in standing if item["goal"] != result["goal"]]
         asked.out.parent.mkdir(parents=True, exist_ok=True)
-        asked.out.write_text(json.dumps(sorted([*others, result], key=lambda item: item["goal"]), indent=2) + "\n")
+        asked.out.write_text(
+            json.dumps(sorted([*others, result], key=lambda item: item["goal"]), indent=2) + "\n"
+        )

@@ -40,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows.append((f"scratch, {name}", scratch / 1e9, "GB"))
         if name == "bf16":
             rows.append(("share of the bf16 peak", gpu.peak_share(flops / took, asked.device), ""))
-    rows.append(("same codes in bf16 and fp32", float((found["bf16"] == found["fp32"]).double().mean()), ""))
+    rows.append(
+        ("same codes in bf16 and fp32", float((found["bf16"] == found["fp32"]).double().mean()), "")
+    )
     gpu.report("gpu_assignment: code assignment", rows, GOALS, asked)
 
 

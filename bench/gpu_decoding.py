@@ -28,14 +28,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     asked = gpu.arguments(__doc__, argv)
     tokens, codes = (4, 64) if asked.tiny else (256, 196_608)
     name = None if asked.tiny else "Qwen/Qwen2.5-7B-Instruct"
-    model = unified(name, codes, asked.device, torch.float32 if asked.tiny else torch.bfloat16).eval()
+    model = unified(
+        name, codes, asked.device, torch.float32 if asked.tiny else torch.bfloat16
+    ).eval()
     prompt = [*range(20), model.vocabulary.boi]
 
     backend = None if asked.tiny else "inductor"
 
     def run(cfg: float, count: int, compile: str | None = backend) -> None:
-        sampling: Any = SimpleNamespace(cfg=cfg, temperature=1.0, top_k=0 if asked.tiny else 2000, top_p=1.0)
-        draw(model, model.vocabulary, [prompt] * count, tokens=tokens, sampling=sampling, seed=0, compile=compile)
+        sampling: Any = SimpleNamespace(
+            cfg=cfg, temperature=1.0, top_k=0 if asked.tiny else 2000, top_p=1.0
+        )
+        draw(
+            model,
+            model.vocabulary,
+            [prompt] * count,
+            tokens=tokens,
+            sampling=sampling,
+            seed=0,
+            compile=compile,
+        )
 
     plain = gpu.seconds(lambda: run(1.0, 1), asked.device, asked.turns, warm=1)
     guided = gpu.seconds(lambda: run(5.0, 1), asked.device, asked.turns, warm=1)

@@ -41,7 +41,9 @@ def decoded(task: tuple[list[bytes], int]) -> np.ndarray:
     return np.stack([images.to_pixels(file, size) for file in files])
 
 
-def in_order(pool: Executor, call: Callable[[Any], Any], tasks: Iterable[Any], window: int) -> Iterator[Any]:
+def in_order(
+    pool: Executor, call: Callable[[Any], Any], tasks: Iterable[Any], window: int
+) -> Iterator[Any]:
     """Results of `call` of each task, in order; at most `window` are under way or wait at once."""
     running: deque[Future[Any]] = deque()
     for task in tasks:
@@ -52,12 +54,19 @@ def in_order(pool: Executor, call: Callable[[Any], Any], tasks: Iterable[Any], w
         yield running.popleft().result()
 
 
-def from_files(files: list[bytes], size: int, batch: int, num: int, workers: int) -> Iterator[np.ndarray]:
+def from_files(
+    files: list[bytes], size: int, batch: int, num: int, workers: int
+) -> Iterator[np.ndarray]:
     """`num` batches decoded by `workers` processes, in order; all processes are up before the first `next` returns."""
     part = math.gcd(batch, PART)
-    tasks = (([files[(start + i) % len(files)] for i in range(part)], size) for start in range(0, num * batch, part))
+    tasks = (
+        ([files[(start + i) % len(files)] for i in range(part)], size)
+        for start in range(0, num * batch, part)
+    )
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=context.Barrier(workers, timeout=300).wait) as pool:
+    with ProcessPoolExecutor(
+        workers, context, initializer=context.Barrier(workers, timeout=300).wait
+    ) as pool:
         list(pool.map(decoded, [(files[:1], size)] * workers))  # none begins before all have come
         yield np.empty(0)
         parts = in_order(pool, decoded, tasks, 2 * workers)
@@ -97,7 +106,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     flops = counter.get_total_flops()
     took = gpu.seconds(lambda: run(itertools.repeat(pixels, num)), asked.device, 1, warm=1)
     memory_rate = batch * num / took
-    files = [jpeg(photo(seed, *((64, 48) if asked.tiny else (640, 480)))) for seed in range(2 if asked.tiny else 64)]
+    files = [
+        jpeg(photo(seed, *((64, 48) if asked.tiny else (640, 480))))
+        for seed in range(2 if asked.tiny else 64)
+    ]
     if workers:
         feed = from_files(files, size, batch, num, workers)
         next(feed)

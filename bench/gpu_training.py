@@ -23,7 +23,9 @@ from bench import gpu
 from bench.language_models import unified
 from smalti.workflows.train.optimizers import build_optimizer
 
-ADAMW: Any = SimpleNamespace(optimizer="adamw", weight_decay=0.0, betas=(0.9, 0.95))  # as a recipe has it by itself
+ADAMW: Any = SimpleNamespace(
+    optimizer="adamw", weight_decay=0.0, betas=(0.9, 0.95)
+)  # as a recipe has it by itself
 GOALS = {"MFU": (">=", 0.42)}
 DOCUMENT = 300  # tokens: a caption and an image of 256 codes
 
@@ -68,15 +70,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, tokens = model.lm.config, batch * length
     parameters = sum(p.numel() for p in model.parameters())
     embedding = model.lm.get_input_embeddings().weight.numel()
-    dense, attention = 6.0 * (parameters - embedding), 12.0 * config.num_hidden_layers * config.hidden_size
-    flops, useful = dense + attention * length, dense + attention * (min(DOCUMENT, length // 2) + 1) / 2
+    dense, attention = (
+        6.0 * (parameters - embedding),
+        12.0 * config.num_hidden_layers * config.hidden_size,
+    )
+    flops, useful = (
+        dense + attention * length,
+        dense + attention * (min(DOCUMENT, length // 2) + 1) / 2,
+    )
     rows = [
         ("parameters", parameters / 1e9, "1e9"),
         ("seconds a step", took, "s"),
         ("tokens a second", tokens / took, "1/s"),
         ("MFU", gpu.peak_share(flops * tokens / took, asked.device), ""),
         ("MFU without what masks hide", gpu.peak_share(useful * tokens / took, asked.device), ""),
-        ("memory of a step beyond weights and moments", gpu.extra_bytes(step, asked.device) / 1e9, "GB"),
+        (
+            "memory of a step beyond weights and moments",
+            gpu.extra_bytes(step, asked.device) / 1e9,
+            "GB",
+        ),
     ]
     gpu.report("gpu_training: packed training of 1.5B", rows, GOALS, asked)
 

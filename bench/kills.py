@@ -103,7 +103,9 @@ class Nodes:
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
 
-        self.cluster = Cluster(initialize_head=True, head_node_args={"include_dashboard": False, **node_settings()})
+        self.cluster = Cluster(
+            initialize_head=True, head_node_args={"include_dashboard": False, **node_settings()}
+        )
         self.second: Any = None
         self.fix()
 
@@ -134,7 +136,9 @@ def start(stage: str, recipe_file: str, address: str) -> subprocess.Popen[bytes]
     environment |= {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
     environment |= PATIENT | NO_UPLOAD | {"RAY_ADDRESS": address}
     command = [sys.executable, "-m", "smalti", stage, recipe_file]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
 
 
 def finish(running: subprocess.Popen[bytes]) -> None:
@@ -196,11 +200,15 @@ class Strikes:
                 running = start(self.stage, recipe_file, self.nodes.cluster.address)
         finish(running)
 
-    def reached(self, share: float, kind: str, running: subprocess.Popen[bytes], artifact: Path) -> bool:
+    def reached(
+        self, share: float, kind: str, running: subprocess.Popen[bytes], artifact: Path
+    ) -> bool:
         """Wait until this share of the files stands, and there is an actor if one is to die; False when the driver ends."""
         deadline = time.monotonic() + LIMIT_S
         while running.poll() is None and time.monotonic() < deadline:
-            if num_files(artifact) >= max(1, share * self.total) and (kind != "actor" or worker_pids()):
+            if num_files(artifact) >= max(1, share * self.total) and (
+                kind != "actor" or worker_pids()
+            ):
                 return True
             time.sleep(0.01)
         return False
@@ -237,8 +245,15 @@ class Sums:
         """One struck run that ended, in `out`; told in a line."""
         same = digest(out / strikes.stage) == wanted
         scores = json.loads((out / strikes.stage / RECORD).read_text())["scores"]
-        again = {key.partition("/")[2]: value for key, value in scores.items() if key.startswith("retried/") and value}
-        print(f"{name}: {'equal' if same else 'DIFFERENT'} after {', '.join(strikes.told)}; {again}", flush=True)
+        again = {
+            key.partition("/")[2]: value
+            for key, value in scores.items()
+            if key.startswith("retried/") and value
+        }
+        print(
+            f"{name}: {'equal' if same else 'DIFFERENT'} after {', '.join(strikes.told)}; {again}",
+            flush=True,
+        )
         self.runs += 1
         self.equal[strikes.stage] += same
         self.hits.update(strikes.hits)
@@ -298,7 +313,9 @@ def strike_all(folder: str, runs: int, seed: int) -> Sums:
 
 def main() -> None:
     os.environ |= PATIENT | {"PYTHONPATH": str(ROOT)}
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins without
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background job begins without
     parser = argparse.ArgumentParser()
     parser.add_argument("runs", type=int, nargs="?", default=30)
     parser.add_argument("seed", type=int, nargs="?", default=0)

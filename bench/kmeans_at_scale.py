@@ -67,7 +67,11 @@ def plant(shape: Shape, run: StageRun) -> dict[str, int]:
         rows = HELD_OUT if number < 0 else SHARD
         x_NC = centres[rng.integers(shape.planted, size=rows)]
         x_NC = (x_NC + NOISE * rng.standard_normal(x_NC.shape, dtype=np.float32)).astype(np.float16)
-        columns = [pa.array(["x"] * rows), pa.array(np.arange(rows, dtype=np.int32)), shards.list_column(x_NC)]
+        columns = [
+            pa.array(["x"] * rows),
+            pa.array(np.arange(rows, dtype=np.int32)),
+            shards.list_column(x_NC),
+        ]
         key = shards.shard_key("val", 0) if number < 0 else shards.shard_key("train", number)
         shards.write_shard(run.path, key, pa.table(columns, shards.feature_schema(shape.dim)))
     return {"vectors": shape.vectors}
@@ -136,7 +140,11 @@ def measured(name: str, folder: str) -> dict[str, Any]:
         "disk_peak_mb": round(peaks.disk / 1e6),
         "planted_distortion": round(NOISE**2 * shape.dim, 4),
         **made.counts,
-        **{key: round(float(value), 4) for key, value in made.scores.items() if isinstance(value, int | float)},
+        **{
+            key: round(float(value), 4)
+            for key, value in made.scores.items()
+            if isinstance(value, int | float)
+        },
         "machine": machine(),
     }
 
@@ -144,7 +152,9 @@ def measured(name: str, folder: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("shapes", choices=SHAPES, nargs="+")
-    parser.add_argument("--folder", help="where vectors and codebook go; default: a temporary folder")
+    parser.add_argument(
+        "--folder", help="where vectors and codebook go; default: a temporary folder"
+    )
     arguments = parser.parse_args()
     for name in arguments.shapes:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:

@@ -30,10 +30,14 @@ class RandomCodes:
     embed_splits: tuple[int, ...] = (48, 8)
 
     def code_vectors(self) -> Tensor:
-        return torch.randn(self.num_codes, sum(self.embed_splits), generator=torch.Generator().manual_seed(0))
+        return torch.randn(
+            self.num_codes, sum(self.embed_splits), generator=torch.Generator().manual_seed(0)
+        )
 
 
-def small_model(size: LanguageModel, num_codes: int, texts: list[str], max_length: int) -> tuple[UnifiedModel, Any]:
+def small_model(
+    size: LanguageModel, num_codes: int, texts: list[str], max_length: int
+) -> tuple[UnifiedModel, Any]:
     """A unified model with random weights, and its tokenizer."""
     hf_tokenizer = train_bpe(texts, size.text_vocab_size)
     section = MllmSection(config=size, max_length=max_length)
@@ -55,28 +59,41 @@ def quickstart() -> Made:
     assert section.config is not None
     model, hf_tokenizer = small_model(section.config, 1000, texts, section.max_length)
     names = ("questions_per_image", "max_length", "uncond_probability", "mixture")
-    builder = SequenceBuilder(hf_tokenizer, model.vocabulary, **{name: getattr(section, name) for name in names})
+    builder = SequenceBuilder(
+        hf_tokenizer, model.vocabulary, **{name: getattr(section, name) for name in names}
+    )
     micro = section.train.batch_size // recipe.resources.workers
     batches = []
     for _ in range(BATCHES):
         chosen = [rows[i] for i in rng.integers(len(rows), size=micro)]
-        batches.append([builder.build(builder.sample_kind(row, rng) or "qa", row, rng) for row in chosen])
+        batches.append(
+            [builder.build(builder.sample_kind(row, rng) or "qa", row, rng) for row in chosen]
+        )
     return model, batches
 
 
 def long_tailed() -> Made:
     """85 % images of 256 codes with a caption (log-normal, median 40 tokens, deviation 0.7), 15 % text (log-normal, mean 427
     tokens as C4's documents, 156 billion tokens in 365 million; deviation 1.0), cut at 2,048."""
-    size = LanguageModel(hidden_size=128, layers=2, heads=4, kv_heads=4, intermediate_size=512, text_vocab_size=512)
+    size = LanguageModel(
+        hidden_size=128, layers=2, heads=4, kv_heads=4, intermediate_size=512, text_vocab_size=512
+    )
     model, hf_tokenizer = small_model(size, 1000, ["a a a"], 2048)
     builder = SequenceBuilder(hf_tokenizer, model.vocabulary, max_length=2048)
     rng = np.random.default_rng(0)
 
     def one() -> TokenSequence:
         if rng.random() < 0.15:
-            return builder.build("text", {"text": words(rng.lognormal(np.log(427) - 0.5, 1.0))}, rng)
-        row = {"codes": rng.integers(0, 1000, 256), "caption": words(rng.lognormal(np.log(40), 0.7))}
-        return builder.build("caption_to_image" if rng.random() < 0.6 else "image_to_caption", row, rng)
+            return builder.build(
+                "text", {"text": words(rng.lognormal(np.log(427) - 0.5, 1.0))}, rng
+            )
+        row = {
+            "codes": rng.integers(0, 1000, 256),
+            "caption": words(rng.lognormal(np.log(40), 0.7)),
+        }
+        return builder.build(
+            "caption_to_image" if rng.random() < 0.6 else "image_to_caption", row, rng
+        )
 
     return model, [[one() for _ in range(LONG_TAIL_BATCH)] for _ in range(BATCHES)]
 

@@ -15,7 +15,9 @@ from smalti.workflows.plan.configs import language_config
 SPLITS = (48, 8)  # recipes/semhitok-256.yaml: widths of a semantic and a pixel code
 
 
-def unified(name: str | None, num_codes: int, device: torch.device, dtype: torch.dtype) -> UnifiedModel:
+def unified(
+    name: str | None, num_codes: int, device: torch.device, dtype: torch.dtype
+) -> UnifiedModel:
     """A public Qwen2.5 by name, None for a tiny one, with `num_codes` visual codes; normal weights, straight on the device."""
     if name is None:
         tokens = 300
@@ -26,12 +28,16 @@ def unified(name: str | None, num_codes: int, device: torch.device, dtype: torch
     else:
         config, tokens, _ = language_config(name)
     first = tokens + len(DELIMITERS)
-    vocabulary = VisualVocabulary(tokens, first, num_codes, tokens, tokens + 1, tokens + 2, tokens + 3, 0, 0, None)
+    vocabulary = VisualVocabulary(
+        tokens, first, num_codes, tokens, tokens + 1, tokens + 2, tokens + 3, 0, 0, None
+    )
     with torch.device("meta"):
         lm: Any = AutoModelForCausalLM.from_config(config)
         fit_shapes(lm, vocabulary)
         width = lm.get_input_embeddings().embedding_dim
-        model = UnifiedModel(lm, DualAdapter(SPLITS, width, width), torch.empty(num_codes, sum(SPLITS)), vocabulary)
+        model = UnifiedModel(
+            lm, DualAdapter(SPLITS, width, width), torch.empty(num_codes, sum(SPLITS)), vocabulary
+        )
     with torch.device(device):
         rotary = type(lm.model.rotary_emb)(config=lm.config)  # its buffers are computed, not loaded
     model = model.to_empty(device=device)

@@ -18,7 +18,9 @@ def machine() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
         names = [
-            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+            line.partition(":")[2].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
         ]
         name = names[0] if names else name
     return f"{name}, {os.cpu_count()} cores"
@@ -40,4 +42,6 @@ def medians(sides: Mapping[str, Callable[[], Any]], turns: int) -> dict[str, flo
 def report(goal: int, *, ratio: float, quality: float, met: bool, **more: Any) -> None:
     """Print the result as `python -m bench` reads it: one line of JSON, the last."""
     first = {"goal": goal, "ratio": round(ratio, 3)}
-    print(json.dumps(first | more | {"quality": round(quality, 4), "met": met, "machine": machine()}))
+    print(
+        json.dumps(first | more | {"quality": round(quality, 4), "met": met, "machine": machine()})
+    )

@@ -38,7 +38,10 @@ ROOT = Path(__file__).resolve().parents[1]
 NAME = "smalti-bench"
 SERVERS = {  # by protocol: the module, its arguments, and the environment that sends clients to it
     "s3": ("moto.server -H 127.0.0.1 -p {port}", "AWS_ENDPOINT_URL"),
-    "gs": ("gcp_storage_emulator start --host=127.0.0.1 --port={port} --in-memory", "STORAGE_EMULATOR_HOST"),
+    "gs": (
+        "gcp_storage_emulator start --host=127.0.0.1 --port={port} --in-memory",
+        "STORAGE_EMULATOR_HOST",
+    ),
 }
 ACCOUNT = {
     "AWS_ACCESS_KEY_ID": "bench",
@@ -46,7 +49,12 @@ ACCOUNT = {
     "AWS_DEFAULT_REGION": "us-east-1",
     "GOOGLE_CLOUD_PROJECT": "bench",
 }
-STAGES: dict[str, Any] = {"corpus": corpus, "encoder": encoder, "features": features, "tokens": tokens}
+STAGES: dict[str, Any] = {
+    "corpus": corpus,
+    "encoder": encoder,
+    "features": features,
+    "tokens": tokens,
+}
 RECORDS = ("artifact.json", "artifact.partial.json", "shared.json")
 
 
@@ -118,7 +126,9 @@ def files(root: str) -> dict[str, bytes]:
     fs.invalidate_cache()
     names = [name for name in fs.find(inside) if name.rsplit("/", 1)[-1] not in RECORDS]
     found = {name[len(inside.rstrip("/")) + 1 :]: bytes(fs.cat_file(name)) for name in names}
-    return {name: data for name, data in found.items() if not name.rsplit("/", 1)[-1].startswith(".")}
+    return {
+        name: data for name, data in found.items() if not name.rsplit("/", 1)[-1].startswith(".")
+    }
 
 
 def measure(folder: str, bucket: str) -> dict[str, Any]:
@@ -135,7 +145,9 @@ def measure(folder: str, bucket: str) -> dict[str, Any]:
         made = files(f"{bucket}/out")
         again = [stage.run(recipe(folder, bucket, f"{bucket}/out")) for stage in STAGES.values()]
     here, there = files(f"{folder}/out"), files(f"{bucket}/out")
-    differ = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+    differ = sorted(
+        name for name in here.keys() | there.keys() if here.get(name) != there.get(name)
+    )
     print(f"{len(here)} files, differing: {differ[:10] or 'none'}")
     met = not differ and made == there and len(again) == len(STAGES)
     return {"quality": float(met), "files": len(here), "seconds": seconds, "met": met}
@@ -145,7 +157,9 @@ def chain(bucket: str) -> bool:
     """Whether a smoke run with its output on the store ends well: trainings, their checkpoints, evaluation and all."""
     overrides = [f"out={bucket}/chain", "resources.workers=2", "baselines={}", "tracking.uri=off"]
     command = [sys.executable, "-m", "smalti", "run", "semhitok-quickstart", "--smoke", *overrides]
-    done = subprocess.run([*command, "mllm.train.checkpoint_every=1"], cwd=ROOT, stdout=subprocess.DEVNULL)
+    done = subprocess.run(
+        [*command, "mllm.train.checkpoint_every=1"], cwd=ROOT, stdout=subprocess.DEVNULL
+    )
     return done.returncode == 0 and storage.exists(f"{bucket}/chain-smoke/report.json")
 
 

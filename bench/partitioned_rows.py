@@ -37,7 +37,9 @@ def start(rank: int, folder: str, parts: bool, told: multiprocessing.Queue) -> N
 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(WORKERS), "LOCAL_RANK": str(rank)}
     engines.prepare_process(False, 1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store{parts}", rank=rank, world_size=WORKERS)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store{parts}", rank=rank, world_size=WORKERS
+    )
     train = Train(batch_size=WORKERS, zero_stage=3)
     section = MllmSection(pretrained=f"{folder}/lm", train=train)
 
@@ -45,7 +47,9 @@ def start(rank: int, folder: str, parts: bool, told: multiprocessing.Queue) -> N
         tokenizer, codes = train_bpe(["a"], 260), RandomCodes(num_codes)
         if not parts:
             return build_unified(section, tokenizer, codes)
-        with partitioned_loading(engines.deepspeed_config(train, WORKERS), Collectives()) as matrices:
+        with partitioned_loading(
+            engines.deepspeed_config(train, WORKERS), Collectives()
+        ) as matrices:
             return build_unified(section, tokenizer, codes, matrices=matrices)
 
     work(64)  # what is imported once is not counted
@@ -59,12 +63,20 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     peaks: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as folder:
-        size = {"vocab_size": 8192, "hidden_size": WIDTH, "intermediate_size": 512, "num_hidden_layers": 1}
+        size = {
+            "vocab_size": 8192,
+            "hidden_size": WIDTH,
+            "intermediate_size": 512,
+            "num_hidden_layers": 1,
+        }
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
         Qwen2ForCausalLM(Qwen2Config(**size, **heads)).save_pretrained(f"{folder}/lm")
         for name, parts in (("in parts", True), ("whole", False)):
             told = context.Queue()
-            workers = [context.Process(target=start, args=(rank, folder, parts, told)) for rank in range(WORKERS)]
+            workers = [
+                context.Process(target=start, args=(rank, folder, parts, told))
+                for rank in range(WORKERS)
+            ]
             for worker in workers:
                 worker.start()
             peaks[name] = max(told.get() for _ in workers)
@@ -73,7 +85,11 @@ def main() -> None:
     whole = CODES * WIDTH * 4
     for name, peak in peaks.items():
         print(f"{name}: {peak >> 20} MiB, {peak / whole:.2f} of the whole head ({whole >> 20} MiB)")
-    result = {"peak_bytes": peaks, "ratio": round(peaks["in parts"] / peaks["whole"], 3), "machine": machine()}
+    result = {
+        "peak_bytes": peaks,
+        "ratio": round(peaks["in parts"] / peaks["whole"], 3),
+        "machine": machine(),
+    }
     print(json.dumps(result))
 
 

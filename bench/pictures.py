@@ -42,9 +42,13 @@ def jpeg(image: Image.Image, quality: int = 90) -> bytes:
     return stream.getvalue()
 
 
-def save_encoder(folder: str | Path, image_size: int, patch_size: int, hidden_size: int, layers: int) -> str:
+def save_encoder(
+    folder: str | Path, image_size: int, patch_size: int, hidden_size: int, layers: int
+) -> str:
     """A SigLIP vision tower with seeded random weights in `folder`; returns what it is, in words."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers loads DeepSpeed, which warns where it must guess
+    os.environ.setdefault(
+        "DS_ACCELERATOR", "cpu"
+    )  # transformers loads DeepSpeed, which warns where it must guess
     import torch
     from transformers import SiglipVisionConfig, SiglipVisionModel
     from transformers.utils import logging
@@ -78,7 +82,9 @@ def save_tokenizer(out: str, encoder: str, image_size: int) -> None:
         torch.manual_seed(3)
         tiny = VitSize(dim=16, layers=1, heads=2, mlp_ratio=2)
         semantic = SemanticStage(dim=6, decoder_dim=16, decoder_heads=2, decoder_layers=1)
-        section = TokenizerSection(semantic=semantic, pixel=PixelStage(codes=3, dim=4, encoder=tiny, decoder=tiny))
+        section = TokenizerSection(
+            semantic=semantic, pixel=PixelStage(codes=3, dim=4, encoder=tiny, decoder=tiny)
+        )
         vision = VisionEncoder.from_pretrained(encoder)
         meaning = SemanticTokenizer(vision.dim, section.semantic, 10, vision.grid)
         pixel = PixelTokenizer(section.pixel, meaning.codes, image_size, vision.grid)

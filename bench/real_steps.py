@@ -36,7 +36,9 @@ def peak_of(call: Callable[[], None]) -> int:
         call()
     live = peak = 0
     record: Any = found.profiler
-    events = [(e.start_ns(), e.nbytes()) for e in record.kineto_results.events() if e.name() == "[memory]"]
+    events = [
+        (e.start_ns(), e.nbytes()) for e in record.kineto_results.events() if e.name() == "[memory]"
+    ]
     for _, change in sorted(events, key=lambda event: event[0]):
         live += change
         peak = max(peak, live)
@@ -68,7 +70,11 @@ def real_step(model: Model, batch: int) -> Callable[[], None]:
             ids = modules["semantic"].encode(modules["encoder"](pixels))  # type: ignore[operator]
         with autocast():
             out = main(pixels, ids)
-        more = out.vq_loss if out.semantic_only is None else out.vq_loss + criterion(out.semantic_only, pixels)[0]
+        more = (
+            out.vq_loss
+            if out.semantic_only is None
+            else out.vq_loss + criterion(out.semantic_only, pixels)[0]
+        )
         return rebuilt(out.pixels, pixels, more)
 
     def dual() -> Tensor:
@@ -82,7 +88,10 @@ def real_step(model: Model, batch: int) -> Callable[[], None]:
     def rebuilt(made: Tensor, pixels: Tensor, more: Tensor) -> Tensor:
         """The losses of rebuilt images and the model's own; with a discriminator they are backward already."""
         critic = dict(modules.items()).get("discriminator")
-        loss = criterion(made, pixels, discriminator=critic, last_layer=main.last_layer, step=10**9)[0] + more
+        loss = (
+            criterion(made, pixels, discriminator=critic, last_layer=main.last_layer, step=10**9)[0]
+            + more
+        )
         if critic is None:
             return loss
         loss.backward()
@@ -95,14 +104,20 @@ def real_step(model: Model, batch: int) -> Callable[[], None]:
         if model.head.depths:  # every position a place
             ids = torch.full_like(ids, int(main.vocabulary.first_visual))  # type: ignore[union-attr]
         same = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
-        same |= {name: torch.zeros_like(ids) for name in ("document_ids", "segment_ids", "position_ids")}
+        same |= {
+            name: torch.zeros_like(ids) for name in ("document_ids", "segment_ids", "position_ids")
+        }
         if model.head.depths:
-            same["codes"] = torch.randint(model.head.codes, (ids.numel(), 2, model.head.depths // 2))
+            same["codes"] = torch.randint(
+                model.head.codes, (ids.numel(), 2, model.head.depths // 2)
+            )
         main.loss_chunk = model.head.chunk  # type: ignore[assignment]
         with autocast():
             return main(same)[0]
 
-    loss = {"encoder": encoder, "semantic": semantic, "pixel": pixel, "dual": dual, "mllm": mllm}[model.name]
+    loss = {"encoder": encoder, "semantic": semantic, "pixel": pixel, "dual": dual, "mllm": mllm}[
+        model.name
+    ]
     return lambda: loss().backward()
 
 
@@ -116,17 +131,32 @@ def measure(recipe: Recipe, batch: int, turns: int = 0) -> dict[str, Measured]:
             for tensor in [*modules.parameters(), *modules.buffers()]:
                 tensor.normal_(0, 0.02) if tensor.is_floating_point() else tensor.zero_()
         step = real_step(model, batch)
-        optimizers = [build_optimizer(modules[name], model.train, 1e-4, torch.device("cpu")) for name in model.engines]
+        optimizers = [
+            build_optimizer(modules[name], model.train, 1e-4, torch.device("cpu"))
+            for name in model.engines
+        ]
         step()
         for optimizer in optimizers:
             optimizer.step()
-        trained = [p for name in model.engines for p in modules[name].parameters() if p.requires_grad]
-        moments = [v for o in optimizers for s in o.state.values() for v in s.values() if isinstance(v, Tensor)]
-        stays = size([*modules.parameters(), *modules.buffers(), *(p.grad for p in trained), *moments])
+        trained = [
+            p for name in model.engines for p in modules[name].parameters() if p.requires_grad
+        ]
+        moments = [
+            v
+            for o in optimizers
+            for s in o.state.values()
+            for v in s.values()
+            if isinstance(v, Tensor)
+        ]
+        stays = size(
+            [*modules.parameters(), *modules.buffers(), *(p.grad for p in trained), *moments]
+        )
         passing = peak_of(step)
         started = time.process_time()
         for _ in range(turns):
             step()
-        found[model.name] = Measured(stays, passing, (time.process_time() - started) / max(turns, 1))
+        found[model.name] = Measured(
+            stays, passing, (time.process_time() - started) / max(turns, 1)
+        )
         del optimizers, moments, trained, step
     return found

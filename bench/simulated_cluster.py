@@ -73,7 +73,9 @@ def reserve(needs: Sequence[Need]) -> float:
     from ray.util.placement_group import placement_group, remove_placement_group
 
     started = time.monotonic()
-    group = placement_group([dict(need.bundle) for need in needs for _ in range(need.count)], strategy="PACK")
+    group = placement_group(
+        [dict(need.bundle) for need in needs for _ in range(need.count)], strategy="PACK"
+    )
     try:
         ray.get(group.ready(), timeout=LIMIT_S)
         return time.monotonic() - started
@@ -101,18 +103,36 @@ def schedule(recipe: Recipe, size: int) -> list[tuple[str, float, str]]:
 
     placement.check(recipe)
     needs = placement.needs_of(recipe)
-    data = [need for need in needs if need.key in ("readers", "actors") and need.stages != "codebook"]
-    rows = [("data stages", reserve(data), f"{sum(need.count for need in data)} readers and actors at once")]
+    data = [
+        need for need in needs if need.key in ("readers", "actors") and need.stages != "codebook"
+    ]
+    rows = [
+        (
+            "data stages",
+            reserve(data),
+            f"{sum(need.count for need in data)} readers and actors at once",
+        )
+    ]
     for need in needs:
         if need not in data:
-            rows.append((need.stages, reserve([need]), f"{need.count} x {placement.bundle_text(need.bundle)}"))
+            rows.append(
+                (
+                    need.stages,
+                    reserve([need]),
+                    f"{need.count} x {placement.bundle_text(need.bundle)}",
+                )
+            )
     if size:
         took, actors = pool(recipe, size)
         rows.append(("pools of Ray Data", took, f"{actors} real actors took part"))
         started = time.monotonic()
         wrong = all_reduce(2, 0.0)
         rows.append(
-            ("doctor's all-reduce", time.monotonic() - started, wrong or "2 processes through gloo add up right")
+            (
+                "doctor's all-reduce",
+                time.monotonic() - started,
+                wrong or "2 processes through gloo add up right",
+            )
         )
     return rows
 
@@ -133,7 +153,13 @@ def main() -> int:
     before = psutil.virtual_memory().available
     started = time.monotonic()
     cluster = start(asked.nodes, asked.gpus, asked.cpus)
-    rows = [("nodes up", time.monotonic() - started, f"{asked.nodes} x {asked.cpus} CPUs and {asked.gpus} GPUs")]
+    rows = [
+        (
+            "nodes up",
+            time.monotonic() - started,
+            f"{asked.nodes} x {asked.cpus} CPUs and {asked.gpus} GPUs",
+        )
+    ]
     used = (before - psutil.virtual_memory().available) / 1e9
     refused = ""
     try:
@@ -148,8 +174,18 @@ def main() -> int:
         print(f"  {name:<26} {took:>8.1f} s  {what}")
     if refused:
         print(refused)
-    result = {"goal": "simulated_cluster", "machine": machine(), "nodes": asked.nodes, "gpus": asked.gpus * asked.nodes}
-    print(json.dumps(result | {"met": not refused, "seconds": {name: round(took, 1) for name, took, _ in rows}}))
+    result = {
+        "goal": "simulated_cluster",
+        "machine": machine(),
+        "nodes": asked.nodes,
+        "gpus": asked.gpus * asked.nodes,
+    }
+    print(
+        json.dumps(
+            result
+            | {"met": not refused, "seconds": {name: round(took, 1) for name, took, _ in rows}}
+        )
+    )
     return 1 if refused else 0
 
 

@@ -20,7 +20,13 @@ from smalti.workflows.systems.registry import system_of
 from smalti.workflows.train import deepspeed_compat, engines, guards
 
 WORKERS, LENGTH = 2, 16
-ROUNDS = {"allreduce_": 2, "_allgather_base_": 1, "allgather_": 1, "_reduce_scatter_base_": 1, "broadcast_": 1}
+ROUNDS = {
+    "allreduce_": 2,
+    "_allgather_base_": 1,
+    "allgather_": 1,
+    "_reduce_scatter_base_": 1,
+    "broadcast_": 1,
+}
 """How often a ring passes the data of a collective on."""
 SCALE = {
     "stage3_max_live_parameters": 1_000_000,
@@ -52,13 +58,22 @@ class Sent(TorchDispatchMode):
 
 
 def _bytes(argument: Any) -> int:
-    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(argument) if isinstance(leaf, Tensor))
+    return sum(
+        leaf.numel() * leaf.element_size()
+        for leaf in tree_leaves(argument)
+        if isinstance(leaf, Tensor)
+    )
 
 
 def recipe_of(train: Train, hidden: int, layers: int) -> Recipe:
     """A recipe whose language model is this large, over 64 codes."""
     size = LanguageModel(
-        hidden_size=hidden, layers=layers, heads=4, kv_heads=4, intermediate_size=hidden, text_vocab_size=300
+        hidden_size=hidden,
+        layers=layers,
+        heads=4,
+        kv_heads=4,
+        intermediate_size=hidden,
+        text_vocab_size=300,
     )
     recipe = load_recipe("semhitok-quickstart", ["codebook.size=16", "tokenizer.pixel.codes=4"])
     return recipe.model_copy(
@@ -72,7 +87,9 @@ def model_of(recipe: Recipe) -> Model:
 
 def planned(recipe: Recipe) -> float:
     """Bytes that a worker sends in a step, by `smalti plan`."""
-    return TrainPlan(Trial(model_of(recipe)), Rates("box", 1e12, 1e9, 16e9, "stated"), WORKERS).traffic
+    return TrainPlan(
+        Trial(model_of(recipe)), Rates("box", 1e12, 1e9, 16e9, "stated"), WORKERS
+    ).traffic
 
 
 def counted(recipe: Recipe) -> Sent:
@@ -85,7 +102,12 @@ def counted(recipe: Recipe) -> Sent:
             tensor.normal_(0, 0.02) if tensor.is_floating_point() else tensor.zero_()
     module.loss_chunk = LENGTH
     engine = engines.build_engine(
-        module, train, lr=train.lr, zero_stage=train.zero_stage, world_size=WORKERS, device=torch.device("cpu")
+        module,
+        train,
+        lr=train.lr,
+        zero_stage=train.zero_stage,
+        world_size=WORKERS,
+        device=torch.device("cpu"),
     )
     for _ in range(2):  # ZeRO-3 learns the order of the modules
         _step(engine, train)
@@ -100,7 +122,9 @@ def _step(engine: nn.Module, train: Train) -> None:
     for done in range(count):
         ids = torch.randint(300, (micro, LENGTH))
         batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
-        batch |= {name: torch.zeros_like(ids) for name in ("document_ids", "segment_ids", "position_ids")}
+        batch |= {
+            name: torch.zeros_like(ids) for name in ("document_ids", "segment_ids", "position_ids")
+        }
         engine.backward(guards.poisoned(engine(batch)[0]))  # type: ignore[operator]
         if done < count - 1:
             engine.step()  # type: ignore[operator]

@@ -35,7 +35,12 @@ from smalti.workflows.train.tasks.mllm import MllmTask
 ROOT = Path(__file__).resolve().parents[1]
 TOY = ROOT / "tests" / "workflows" / "toy_training.py"
 SLOW_S, GROWING_S, STEPS, BATCH = 0.4, 2.0, 60, 8
-CHANGES: dict[str, Any] = {"steps": STEPS, "checkpoint_every": 5, "log_every": 1, "max_failures": 99}
+CHANGES: dict[str, Any] = {
+    "steps": STEPS,
+    "checkpoint_every": 5,
+    "log_every": 1,
+    "max_failures": 99,
+}
 
 
 def load(path: Path) -> Any:
@@ -87,14 +92,21 @@ def session(nodes: int | None = None) -> Iterator[Any]:
         cluster.shutdown()
 
 
-def train(toy: Any, path: Path, *, meddle: Callable[[Any], int] | None = None, **settings: Any) -> int:
+def train(
+    toy: Any, path: Path, *, meddle: Callable[[Any], int] | None = None, **settings: Any
+) -> int:
     """Train the toy into `path`, in a thread while `meddle(run)` does its harm here; how often it did."""
     workers = settings.pop("workers", 2)
     path.mkdir(parents=True, exist_ok=True)
     run = toy.FakeRun(str(path), workers)
-    slow = {"slow_s": settings.pop("slow_s", SLOW_S if meddle else 0.0), "record": str(path / "record")}
+    slow = {
+        "slow_s": settings.pop("slow_s", SLOW_S if meddle else 0.0),
+        "record": str(path / "record"),
+    }
     with ThreadPoolExecutor(1) as pool:  # nodes can be added by the main thread alone
-        training = pool.submit(toy.train, str(path), run=run, workers=workers, settings=slow, **CHANGES | settings)
+        training = pool.submit(
+            toy.train, str(path), run=run, workers=workers, settings=slow, **CHANGES | settings
+        )
         training.add_done_callback(lambda done: run.lines.append("trained"))
         done = meddle(run) if meddle else 0
         training.result()
@@ -133,7 +145,10 @@ def is_worker(process: psutil.Process) -> bool:
     """A training worker of this very benchmark."""
     title = " ".join(process.info["cmdline"] or [])
     with contextlib.suppress(psutil.Error):
-        return "RayTrainWorker" in title and process.environ().get("SMALTI_KILLS") == os.environ["SMALTI_KILLS"]
+        return (
+            "RayTrainWorker" in title
+            and process.environ().get("SMALTI_KILLS") == os.environ["SMALTI_KILLS"]
+        )
     return False
 
 
@@ -195,8 +210,16 @@ def kill_driver(path: Path, kills: int, rng: random.Random) -> int:
     """The toy's own script, killed at random moments after steps that it told of, until it ends by itself."""
     told = re.compile(r"toy: [1-9]\d*/")
     for kill in range(kills + 1):
-        command = [sys.executable, str(TOY), str(path), str(SLOW_S), json.dumps(CHANGES | {"workers": 2})]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as running:
+        command = [
+            sys.executable,
+            str(TOY),
+            str(path),
+            str(SLOW_S),
+            json.dumps(CHANGES | {"workers": 2}),
+        ]
+        with subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, start_new_session=True
+        ) as running:
             assert running.stderr is not None
             for line in running.stderr:
                 if told.match(line) and kill < kills:
@@ -285,7 +308,11 @@ def main() -> None:
                     note(kind, train(toy, root / kind, meddle=harm, zero_stage=int(kind[-1])))
         if "driver" in kinds:
             note("driver", kill_driver(root / "driver", kills, rng))
-        ways: dict[str, dict[str, float]] = {"node": {}, "fixed": {"away_s": AWAY_S}, "notice": {"notice_s": 30.0}}
+        ways: dict[str, dict[str, float]] = {
+            "node": {},
+            "fixed": {"away_s": AWAY_S},
+            "notice": {"notice_s": 30.0},
+        }
         for kind, way in ways.items():
             if kind in kinds:
                 with session(nodes=2) as cluster:
@@ -295,7 +322,12 @@ def main() -> None:
         if "grow" in kinds:
             with session(nodes=0) as cluster:  # Ray looks for new nodes once a minute
                 grown = train(
-                    toy, root / "grow", meddle=add_node(cluster), workers=(1, 2), zero_stage=2, slow_s=GROWING_S
+                    toy,
+                    root / "grow",
+                    meddle=add_node(cluster),
+                    workers=(1, 2),
+                    zero_stage=2,
+                    slow_s=GROWING_S,
                 )
                 note("grow", grown)
     bounds = {kind: 1e-4 if kind in ("node", "notice", "grow") else 1e-5 for kind in found}

@@ -20,9 +20,15 @@ CLUSTERS = 300
 
 def add_options(options: argparse.ArgumentParser) -> None:
     """`--features`, `--window` and `--turns`, which these benchmarks share."""
-    options.add_argument("--features", help="a features artifact whose vectors are used; default: planted ones")
     options.add_argument(
-        "--window", type=int, choices=[1, 3], default=1, help="1; or 3: a patch beside its neighbours, 9 times as wide"
+        "--features", help="a features artifact whose vectors are used; default: planted ones"
+    )
+    options.add_argument(
+        "--window",
+        type=int,
+        choices=[1, 3],
+        default=1,
+        help="1; or 3: a patch beside its neighbours, 9 times as wide",
     )
     options.add_argument("--turns", type=int, default=3)
 
@@ -39,7 +45,11 @@ def chosen(asked: argparse.Namespace, held: int, num: int, width: int) -> tuple[
 
 def told(asked: argparse.Namespace) -> str:
     """What the vectors are, in a word."""
-    return "planted" if asked.features is None else "features" + (", 3 x 3 patches" if asked.window > 1 else "")
+    return (
+        "planted"
+        if asked.features is None
+        else "features" + (", 3 x 3 patches" if asked.window > 1 else "")
+    )
 
 
 def planted(num: int, width: int) -> Tensor:
@@ -50,7 +60,9 @@ def planted(num: int, width: int) -> Tensor:
     draw = torch.Generator().manual_seed(0)
     sizes = 1 / torch.arange(1, CLUSTERS + 1).float()
     centres = torch.randn(CLUSTERS, INNER, generator=draw) * 2
-    low = centres[sizes.multinomial(num, replacement=True, generator=draw)] + torch.randn(num, INNER, generator=draw)
+    low = centres[sizes.multinomial(num, replacement=True, generator=draw)] + torch.randn(
+        num, INNER, generator=draw
+    )
     noise = 0.1 * torch.randn(num, width, generator=draw)
     return low @ torch.randn(INNER, width, generator=draw) / INNER**0.5 + noise
 
@@ -77,5 +89,7 @@ def _windows(shard: pa.Table, window: int) -> np.ndarray:
     if window == 1:
         return x_NC.reshape(-1, side**2, x_NC.shape[1])
     images = x_NC.reshape(-1, side, side, x_NC.shape[1])
-    view = np.lib.stride_tricks.sliding_window_view(images, (window, window), (1, 2))  # (B, rows, columns, C, w, w)
+    view = np.lib.stride_tricks.sliding_window_view(
+        images, (window, window), (1, 2)
+    )  # (B, rows, columns, C, w, w)
     return view.reshape(len(images), -1, x_NC.shape[1] * window**2)

@@ -51,7 +51,10 @@ def on_post_build(config: MkDocsConfig) -> None:
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """Add the generated pages to the site."""
-    pages = {"recipe_reference.md": REFERENCE + reference_markdown(), "recipes.md": recipes_markdown()}
+    pages = {
+        "recipe_reference.md": REFERENCE + reference_markdown(),
+        "recipes.md": recipes_markdown(),
+    }
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
     return files
@@ -63,6 +66,11 @@ def recipes_markdown() -> str:
     for name in shipped():
         path = find_recipe(name)
         head = read_head(path)
-        rows = "\n".join(f"| {label} | {text.replace('|', chr(92) + '|')} |" for label, text in head.facts.items())
-        parts.append(f"## {name}\n\n{head.title}\n\n| System | {load_recipe(path).system} |\n|---|---|\n{rows}\n")
+        rows = "\n".join(
+            f"| {label} | {text.replace('|', chr(92) + '|')} |"
+            for label, text in head.facts.items()
+        )
+        parts.append(
+            f"## {name}\n\n{head.title}\n\n| System | {load_recipe(path).system} |\n|---|---|\n{rows}\n"
+        )
     return "\n".join(parts)

@@ -70,7 +70,9 @@ class Adapter(nn.Module):
 
     def whiten(self, codes_NC: Tensor) -> Tensor:
         """Code vectors as `project` takes them: float32 (…, C)."""
-        with torch.autocast(codes_NC.device.type, enabled=False):  # in bf16, rounding would drown the thin directions
+        with torch.autocast(
+            codes_NC.device.type, enabled=False
+        ):  # in bf16, rounding would drown the thin directions
             return (codes_NC.float() - self.shift_C.float()) @ self.whiten_CC.float()
 
     def project(self, codes_NC: Tensor) -> Tensor:
@@ -144,7 +146,11 @@ class CascadeAdapter(SingleAdapter):
         return self.project(self.codes(codes_N))
 
 
-ADAPTERS: dict[str, type[Adapter]] = {"dual": DualAdapter, "single": SingleAdapter, "cascade": CascadeAdapter}
+ADAPTERS: dict[str, type[Adapter]] = {
+    "dual": DualAdapter,
+    "single": SingleAdapter,
+    "cascade": CascadeAdapter,
+}
 
 
 def fitting(name: str, splits: Sequence[int]) -> str:

@@ -44,7 +44,9 @@ class Conditioning(NamedTuple):
     def shape(self, tokens: int, code_width: int) -> Shape:
         """Sizes of a bridge to it from so many codes of this width."""
         length, width = self.sequence.shape[1:]
-        return Shape(tokens, code_width, length, width, 0 if self.pooled is None else self.pooled.shape[-1])
+        return Shape(
+            tokens, code_width, length, width, 0 if self.pooled is None else self.pooled.shape[-1]
+        )
 
 
 class Bridge(nn.Module):
@@ -65,9 +67,13 @@ class Bridge(nn.Module):
         """Float32 whatever the precision of training."""
         queries = self.queries.expand(len(vectors_BTC), -1, -1)
         seen = self.inward(vectors_BTC)
-        found = self.body(torch.cat([queries.to(seen.dtype), seen + self.places], 1))[:, : queries.shape[1]]
+        found = self.body(torch.cat([queries.to(seen.dtype), seen + self.places], 1))[
+            :, : queries.shape[1]
+        ]
         sequence = self.sequence(found[:, : self.shape.length]).float()
-        return Conditioning(sequence, None if self.pooled is None else self.pooled(found[:, -1]).float())
+        return Conditioning(
+            sequence, None if self.pooled is None else self.pooled(found[:, -1]).float()
+        )
 
 
 class BridgeLoss(nn.Module):
@@ -98,13 +104,20 @@ class BridgeLoss(nn.Module):
         for mine, own in zip(found, wanted, strict=True):
             if mine is not None and own is not None:
                 mine, own = (x if x.ndim == 3 else x[:, None] for x in (mine, own))
-                loss, hit = info_nce(mine, every(own.contiguous()), same_BM, first, section.temperature)
+                loss, hit = info_nce(
+                    mine, every(own.contiguous()), same_BM, first, section.temperature
+                )
                 losses.append(loss)
                 hits.append(hit)
                 errors.append(F.mse_loss(mine, own))
         nce, error = torch.stack(losses).mean(), torch.stack(errors).mean()
         total = nce + section.regression * error
-        told = {"loss": total, "info_nce": nce, "squared_error": error, "retrieval": torch.stack(hits).mean()}
+        told = {
+            "loss": total,
+            "info_nce": nce,
+            "squared_error": error,
+            "retrieval": torch.stack(hits).mean(),
+        }
         return total, {name: value.detach() for name, value in told.items()}
 
 
@@ -116,7 +129,10 @@ def info_nce(
 
     same_BM: prompts that are the image's own, word for word; the others among them than its own are no negatives.
     """
-    found_BLE, wanted_MLE = F.normalize(found_BLE.float(), dim=-1), F.normalize(wanted_MLE.float(), dim=-1)
+    found_BLE, wanted_MLE = (
+        F.normalize(found_BLE.float(), dim=-1),
+        F.normalize(wanted_MLE.float(), dim=-1),
+    )
     logits_LBM = torch.einsum("ble,mle->lbm", found_BLE, wanted_MLE) / temperature
     own_B = first + torch.arange(len(found_BLE), device=found_BLE.device)
     left_out_BM = same_BM.clone()
@@ -131,7 +147,11 @@ def save_bridge(folder: str, bridge: Bridge, state: dict[str, Tensor] | None = N
     state = bridge.state_dict() if state is None else state
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     save_file(tensors, os.path.join(folder, WEIGHTS), metadata={"format": "pt"})
-    settings = {"format": FORMAT, "shape": list(bridge.shape), "bridge": bridge.section.model_dump(mode="json")}
+    settings = {
+        "format": FORMAT,
+        "shape": list(bridge.shape),
+        "bridge": bridge.section.model_dump(mode="json"),
+    }
     with open(os.path.join(folder, SETTINGS), "w", encoding="utf-8") as file:
         json.dump(settings, file, indent=2)
 
@@ -148,5 +168,7 @@ def load_bridge(folder: str) -> tuple[Bridge, Tensor]:
         bridge.load_state_dict(load_file(os.path.join(folder, WEIGHTS)))
         codes_VC = load_file(os.path.join(folder, CODES))["codes"]
     except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{folder} holds no whole bridge ({error!r}). Run `smalti bridge RECIPE` again.") from error
+        raise ArtifactError(
+            f"{folder} holds no whole bridge ({error!r}). Run `smalti bridge RECIPE` again."
+        ) from error
     return bridge.requires_grad_(False).eval(), codes_VC

@@ -81,11 +81,19 @@ def build_unified(
         torch.manual_seed(seed)
         causal_lm = load_language_model(section, hf_tokenizer)
         several = visual_tokenizer.code_shape
-        vocabulary = VisualVocabulary.extend(hf_tokenizer, 1 if several else visual_tokenizer.num_codes)
+        vocabulary = VisualVocabulary.extend(
+            hf_tokenizer, 1 if several else visual_tokenizer.num_codes
+        )
         width = causal_lm.get_input_embeddings().embedding_dim
-        adapter = ADAPTERS[section.adapter](visual_tokenizer.embed_splits, section.adapter_hidden or width, width)
+        adapter = ADAPTERS[section.adapter](
+            visual_tokenizer.embed_splits, section.adapter_hidden or width, width
+        )
         codes_VC = visual_tokenizer.code_vectors()
-        kind = partial(DepthModel, size=section.depth_heads, depth=several[-1]) if several else UnifiedModel
+        kind = (
+            partial(DepthModel, size=section.depth_heads, depth=several[-1])
+            if several
+            else UnifiedModel
+        )
         model = kind(
             causal_lm,
             adapter,
@@ -160,7 +168,9 @@ def load_text_tokenizer(pretrained: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(pretrained)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"mllm.pretrained={pretrained!r} has no tokenizer that loads: {error}") from error
+        raise ConfigError(
+            f"mllm.pretrained={pretrained!r} has no tokenizer that loads: {error}"
+        ) from error
 
 
 def _from_numbers(config: Qwen2Config) -> Qwen2ForCausalLM:
@@ -190,7 +200,8 @@ def _qwen2_config(size: LanguageModel, max_length: int, hf_tokenizer: Any) -> Qw
         num_attention_heads=size.heads,
         num_key_value_heads=size.kv_heads,
         max_position_embeddings=max_length,
-        initializer_range=size.hidden_size**-0.5,  # outputs of unit scale; 0.02 is meant for widths of thousands.
+        initializer_range=size.hidden_size
+        ** -0.5,  # outputs of unit scale; 0.02 is meant for widths of thousands.
         # In a one-seed sketch it left the question-only plateau about 100 steps sooner than with 0.02
         tie_word_embeddings=False,
         use_sliding_window=False,
@@ -200,7 +211,9 @@ def _qwen2_config(size: LanguageModel, max_length: int, hf_tokenizer: Any) -> Qw
     )
 
 
-def save_unified(path: str, model: UnifiedModel, hf_tokenizer: Any, state: Mapping[str, Tensor] | None = None) -> None:
+def save_unified(
+    path: str, model: UnifiedModel, hf_tokenizer: Any, state: Mapping[str, Tensor] | None = None
+) -> None:
     """Write a unified model into the local folder `path`. `state`: its whole state dict, where the model itself holds
     only a part (ZeRO-3). The settings file comes last: a folder without it is half-written."""
     os.makedirs(path, exist_ok=True)
@@ -244,9 +257,15 @@ def load_unified(path: str) -> tuple[UnifiedModel, Any]:
     causal_lm.generation_config = GenerationConfig.from_pretrained(path)
     fit_shapes(causal_lm, vocabulary)
     width = causal_lm.get_input_embeddings().embedding_dim
-    adapter: Adapter = ADAPTERS[settings["adapter"]](settings["splits"], settings["adapter_hidden"], width)
+    adapter: Adapter = ADAPTERS[settings["adapter"]](
+        settings["splits"], settings["adapter_hidden"], width
+    )
     nothing = torch.empty(vocabulary.num_codes, 0)  # of an adapter that holds the vectors itself
-    kind: Any = partial(DepthModel, **depth_settings(settings["depth"])) if "depth" in settings else UnifiedModel
+    kind: Any = (
+        partial(DepthModel, **depth_settings(settings["depth"]))
+        if "depth" in settings
+        else UnifiedModel
+    )
     with torch.device("meta"):  # what is not there yet gets its weights below
         model = kind(
             causal_lm,
@@ -281,7 +300,9 @@ def _read_settings(path: str) -> dict[str, Any]:
             f"{path} holds no whole unified model ({error}). Run `smalti mllm RECIPE` first."
         ) from error
     if settings.get("format") != FORMAT:
-        raise ArtifactError(f"{file} has format {settings.get('format')}, but this version reads format {FORMAT}.")
+        raise ArtifactError(
+            f"{file} has format {settings.get('format')}, but this version reads format {FORMAT}."
+        )
     return settings
 
 
@@ -290,4 +311,6 @@ def _read_tensors(file: str) -> dict[str, Tensor]:
         with safe_open(file, framework="pt") as tensors:
             return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (not a dict)
     except Exception as error:  # safetensors raises its own class, which is no OSError
-        raise ArtifactError(f"{file} is missing or torn ({error}). Train the model again.") from error
+        raise ArtifactError(
+            f"{file} is missing or torn ({error}). Train the model again."
+        ) from error

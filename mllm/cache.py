@@ -35,7 +35,9 @@ class ReservedLayer(CacheLayerMixin):
         self.values = value_states.new_empty((rows, heads, self.max_length, value_states.shape[-1]))
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Append keys and values (R, H, L, D); all that are held so far, as views."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -73,7 +75,11 @@ def few_row_linears(model: nn.Module, rows: int) -> list[nn.Linear]:
     if rows not in FEW_ROWS:
         return []
     layers = [module for module in model.modules() if type(module) is nn.Linear]
-    return [layer for layer in layers if layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32]
+    return [
+        layer
+        for layer in layers
+        if layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32
+    ]
 
 
 @contextmanager

@@ -41,7 +41,9 @@ class DepthHead(nn.Module):
     """Codes of one codebook at a place. A causal transformer over R positions: the first holds the language model's hidden
     state, the d-th the sum of the vectors of the codes before; a classifier of its own for each."""
 
-    def __init__(self, size: DepthHeads, hidden: int, code_width: int, num_codes: int, depth: int) -> None:
+    def __init__(
+        self, size: DepthHeads, hidden: int, code_width: int, num_codes: int, depth: int
+    ) -> None:
         super().__init__()
         if hidden % size.heads:
             raise ConfigError(
@@ -50,7 +52,9 @@ class DepthHead(nn.Module):
         self.code_in = nn.Linear(code_width, hidden)
         self.places = nn.Parameter(torch.randn(depth, hidden) * 0.02)
         self.body = Transformer(hidden, size.layers, size.heads, size.mlp_ratio, causal=True)
-        self.classifiers = nn.ModuleList(LossHead(hidden, num_codes, bias=False) for _ in range(depth))
+        self.classifiers = nn.ModuleList(
+            LossHead(hidden, num_codes, bias=False) for _ in range(depth)
+        )
         for linear in (self.code_in, *self.classifiers):
             init_linear(linear)
 
@@ -74,9 +78,12 @@ class DepthHead(nn.Module):
             return self.classifiers[sums_NRW.shape[1]](self.outputs(hidden_NH, sums_NRW)[:, -1])
         out_NRH = self.outputs(hidden_NH, sums_NRW[:, :-1])
         parts = [
-            classifier(out_NRH[:, d], codes_NR[:, d], weights_N, chunk) for d, classifier in enumerate(self.classifiers)
+            classifier(out_NRH[:, d], codes_NR[:, d], weights_N, chunk)
+            for d, classifier in enumerate(self.classifiers)
         ]
-        return torch.stack([total for total, *_ in parts]).sum(), torch.stack([losses_N for _, losses_N, _ in parts], 1)
+        return torch.stack([total for total, *_ in parts]).sum(), torch.stack(
+            [losses_N for _, losses_N, _ in parts], 1
+        )
 
 
 class DepthModel(UnifiedModel):
@@ -101,11 +108,17 @@ class DepthModel(UnifiedModel):
         self.size, self.depth = size, depth
         _, num_codes, width = code_vectors_PKW.shape
         hidden = causal_lm.get_input_embeddings().embedding_dim
-        self.heads = nn.ModuleDict({name: DepthHead(size, hidden, width, num_codes, depth) for name in BOOKS})
+        self.heads = nn.ModuleDict(
+            {name: DepthHead(size, hidden, width, num_codes, depth) for name in BOOKS}
+        )
 
     def check_vectors(self, code_vectors_VC: Tensor, vocabulary: VisualVocabulary) -> None:
         """VocabularyError unless there are two codebooks and one token for a place."""
-        if code_vectors_VC.ndim != 3 or len(code_vectors_VC) != len(BOOKS) or vocabulary.num_codes != 1:
+        if (
+            code_vectors_VC.ndim != 3
+            or len(code_vectors_VC) != len(BOOKS)
+            or vocabulary.num_codes != 1
+        ):
             raise VocabularyError(
                 f"Code vectors {tuple(code_vectors_VC.shape)} with {vocabulary.num_codes} visual tokens; expected two codebooks "
                 "(2, K, W) and one token for a place. Build the model with the tokenizer that made its tokens."
@@ -117,28 +130,38 @@ class DepthModel(UnifiedModel):
         return self.code_vectors_VC.shape[1]
 
     @torch.no_grad()
-    def start_visual(self, head_gain: float = 1.0, chunk: int = 65_536, sample_MC: Tensor | None = None) -> None:
+    def start_visual(
+        self, head_gain: float = 1.0, chunk: int = 65_536, sample_MC: Tensor | None = None
+    ) -> None:
         """Fit the adapter to a sample of places' vectors (default: of random codes), its output at the text's scale."""
         if sample_MC is None:
             generator = torch.Generator().manual_seed(0)
             shape = (SAMPLE, len(BOOKS), self.depth)
-            sample_MC = self.place_vectors(torch.randint(self.num_codes, shape, generator=generator))
+            sample_MC = self.place_vectors(
+                torch.randint(self.num_codes, shape, generator=generator)
+            )
         self.adapter.fit(sample_MC)
         vectors_MH = self.adapter(sample_MC[:SAMPLE])
         scale = root_mean_square(WholeRows(vectors_MH), len(vectors_MH)).clamp_min(1e-12)
         embed_rows = self.matrices.rows(self.lm.get_input_embeddings().weight)
-        self.adapter.scale_output(float(root_mean_square(embed_rows, self.vocabulary.num_text) / scale))
+        self.adapter.scale_output(
+            float(root_mean_square(embed_rows, self.vocabulary.num_text) / scale)
+        )
 
     def visual_rows(self, start: int, stop: int) -> Tensor:
         """Zeros: what stands at a place depends on its codes, which a plain embedding row does not see."""
-        return self.lm.get_input_embeddings().weight.new_zeros(min(stop, 1) - start, self.adapter.out)
+        return self.lm.get_input_embeddings().weight.new_zeros(
+            min(stop, 1) - start, self.adapter.out
+        )
 
     def parts(self) -> dict[int, Part]:
         return super().parts() | {id(p): "new_rows" for p in self.heads.parameters()}
 
     def sums(self, codes_NPR: Tensor) -> Tensor:
         """ẑ_1 … ẑ_R of both codebooks: float32 (N, P, R, W)."""
-        parts = [F.embedding(codes_NPR[:, p], vectors) for p, vectors in enumerate(self.code_vectors_VC)]
+        parts = [
+            F.embedding(codes_NPR[:, p], vectors) for p, vectors in enumerate(self.code_vectors_VC)
+        ]
         return torch.stack(parts, 1).cumsum(-2)
 
     def place_vectors(self, codes_NPR: Tensor) -> Tensor:
@@ -151,7 +174,9 @@ class DepthModel(UnifiedModel):
         if codes_NPR is None:
             codes_NPR = ids_BL.new_zeros(0, len(BOOKS), self.depth)
         if len(codes_NPR) != int(visual_BL.sum()):
-            raise VocabularyError(f"{int(visual_BL.sum())} visual places, but codes of {len(codes_NPR)}.")
+            raise VocabularyError(
+                f"{int(visual_BL.sum())} visual places, but codes of {len(codes_NPR)}."
+            )
         return self._embedded(ids_BL, visual_BL, self.place_vectors(codes_NPR))
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -173,7 +198,9 @@ class DepthModel(UnifiedModel):
         )
         number_BL = self.vocabulary.is_visual(ids_BL).flatten().cumsum(0).view_as(ids_BL) - 1
         chosen_NPR = codes_NPR[number_BL[:, 1:].flatten()[places_S]]
-        visual, losses_NPR = self._place_losses(hidden_SH[places_S], chosen_NPR, weights_S[places_S], hidden_SH[:1])
+        visual, losses_NPR = self._place_losses(
+            hidden_SH[places_S], chosen_NPR, weights_S[places_S], hidden_SH[:1]
+        )
         losses_S = losses_S.masked_scatter(places_S, losses_NPR.sum((1, 2)).to(losses_S.dtype))
         metrics = self._metrics(labels_S, losses_S, correct_S, answers_S)
         for name, losses_NR in zip(BOOKS, losses_NPR.unbind(1), strict=True):
@@ -195,14 +222,18 @@ class DepthModel(UnifiedModel):
             head(hidden_NH, sums_NPRW[:, p], labels_NPR[:, p], weights_N, self.loss_chunk)
             for p, head in enumerate(self.heads.values())
         ]
-        return torch.stack([total for total, _ in found]).sum(), torch.stack([x for _, x in found], 1)[:count].float()
+        return torch.stack([total for total, _ in found]).sum(), torch.stack(
+            [x for _, x in found], 1
+        )[:count].float()
 
     @torch.no_grad()
     def draw_place(self, hidden_RH: Tensor, sampling: Sampling, uniform_BPR: Tensor) -> Tensor:
         """The codes of one place for each image: int64 (B, 2, R). Guidance comes before temperature, top-k and top-p at every
         depth; conditional rows stand above unconditional ones."""
         codes = []
-        for p, (vectors_KW, head) in enumerate(zip(self.code_vectors_VC, self.heads.values(), strict=True)):
+        for p, (vectors_KW, head) in enumerate(
+            zip(self.code_vectors_VC, self.heads.values(), strict=True)
+        ):
             sums_RdW = vectors_KW.new_zeros(len(hidden_RH), 0, vectors_KW.shape[1])
             own = []
             for d in range(self.depth):
@@ -234,21 +265,27 @@ def draw_places(
     guided, count = sampling.cfg != 1.0, len(prompts_ids)
     rows = prompt_rows(model.vocabulary, prompts_ids, guided, unconditional_ids)
     decoder = Decoder(model, rows, model.vocabulary.pad, tokens - 1, compile)
-    uniform = sample_uniform(seeds_of(seed, count), tokens * len(BOOKS) * model.depth).view(count, *shape)
+    uniform = sample_uniform(seeds_of(seed, count), tokens * len(BOOKS) * model.depth).view(
+        count, *shape
+    )
     codes = torch.empty((count, *shape), dtype=torch.int64)
     place_R1 = torch.full((len(rows), 1), model.vocabulary.first_visual, device=decoder.device)
     for t in range(tokens):
         drawn_BPR = model.draw_place(decoder.last_RH, sampling, uniform[:, t].to(decoder.device))
         codes[:, t] = drawn_BPR.cpu()
         if t + 1 < tokens:
-            decoder.append(model.inputs_embeds(place_R1, drawn_BPR.repeat(2 if guided else 1, 1, 1)))
+            decoder.append(
+                model.inputs_embeds(place_R1, drawn_BPR.repeat(2 if guided else 1, 1, 1))
+            )
     return codes
 
 
 class PlaceBuilder(SequenceBuilder):
     """Builds sequences whose images are places of several codes: `code_shape` (2, R), each of `num_codes`."""
 
-    def __init__(self, *args: Any, num_codes: int, code_shape: tuple[int, ...], **settings: Any) -> None:
+    def __init__(
+        self, *args: Any, num_codes: int, code_shape: tuple[int, ...], **settings: Any
+    ) -> None:
         super().__init__(*args, **settings)
         self.num_codes, self.code_shape = num_codes, tuple(code_shape)
 

@@ -55,7 +55,9 @@ PIPELINES: dict[str, Callable[[Mapping[str, Any]], Conditioning]] = {
 class PromptSide(nn.Module):
     """The text encoders of a diffusion decoder, frozen: prompts → what the decoder is conditioned on."""
 
-    def __init__(self, pipeline: str, encoders: Mapping[str, nn.Module], tokenizers: Mapping[str, Any]) -> None:
+    def __init__(
+        self, pipeline: str, encoders: Mapping[str, nn.Module], tokenizers: Mapping[str, Any]
+    ) -> None:
         super().__init__()
         self.pipeline, self.tokenizers = pipeline, dict(tokenizers)
         self.encoders = nn.ModuleDict(encoders).requires_grad_(False).eval()
@@ -71,19 +73,25 @@ class PromptSide(nn.Module):
         try:
             with quiet():
                 for name in ("text_encoder", "text_encoder_2"):
-                    kind: Any = getattr(transformers, (index.get(name) or [None, None])[1] or "", None)
+                    kind: Any = getattr(
+                        transformers, (index.get(name) or [None, None])[1] or "", None
+                    )
                     if kind is None:
                         continue
                     where = {"subfolder": name}
                     if meta:
                         with torch.device("meta"):
-                            encoders[name] = kind(kind.config_class.from_pretrained(decoder, **where))
+                            encoders[name] = kind(
+                                kind.config_class.from_pretrained(decoder, **where)
+                            )
                     else:
                         encoders[name] = kind.from_pretrained(decoder, dtype=torch.float32, **where)
                     there = name.replace("text_encoder", "tokenizer")
                     tokenizers[name] = AutoTokenizer.from_pretrained(decoder, subfolder=there)
         except (OSError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"bridge.decoder={decoder}: its text encoders do not load: {error}") from error
+            raise ConfigError(
+                f"bridge.decoder={decoder}: its text encoders do not load: {error}"
+            ) from error
         return cls(index["_class_name"], encoders, tokenizers)
 
     def train(self, mode: bool = True) -> PromptSide:
@@ -94,16 +102,25 @@ class PromptSide(nn.Module):
         """Token ids for each encoder, padded to its full length: int64 (B, L)."""
         found = {}
         for name, tokenizer in self.tokenizers.items():
-            told = {"padding": "max_length", "truncation": True, "max_length": tokenizer.model_max_length}
+            told = {
+                "padding": "max_length",
+                "truncation": True,
+                "max_length": tokenizer.model_max_length,
+            }
             found[name] = tokenizer(list(prompts), return_tensors="pt", **told)["input_ids"]
         return found
 
     @torch.no_grad()
     def forward(self, ids: Mapping[str, Tensor]) -> Conditioning:
         """The conditioning of tokenized prompts, as the pipeline itself would make it."""
-        out = {name: self.encoders[name](ids_BL, output_hidden_states=True) for name, ids_BL in ids.items()}
+        out = {
+            name: self.encoders[name](ids_BL, output_hidden_states=True)
+            for name, ids_BL in ids.items()
+        }
         found = PIPELINES[self.pipeline](out)
-        return Conditioning(found.sequence.float(), None if found.pooled is None else found.pooled.float())
+        return Conditioning(
+            found.sequence.float(), None if found.pooled is None else found.pooled.float()
+        )
 
 
 def read_index(decoder: str) -> dict[str, Any]:
@@ -142,13 +159,19 @@ class Diffuser:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         try:
             with quiet():
-                self.pipeline = diffusers.DiffusionPipeline.from_pretrained(decoder, torch_dtype=dtype).to(device)
+                self.pipeline = diffusers.DiffusionPipeline.from_pretrained(
+                    decoder, torch_dtype=dtype
+                ).to(device)
         except (OSError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"bridge.decoder={decoder} does not load as a whole pipeline: {error}") from error
+            raise ConfigError(
+                f"bridge.decoder={decoder} does not load as a whole pipeline: {error}"
+            ) from error
         self.pipeline.set_progress_bar_config(disable=True)
         self.device, self.dtype = device, dtype
 
-    def draw(self, given: Conditioning, seeds: Sequence[int], steps: int, guidance: float) -> list[Image.Image]:
+    def draw(
+        self, given: Conditioning, seeds: Sequence[int], steps: int, guidance: float
+    ) -> list[Image.Image]:
         """One picture for each row of the conditioning, `AT_ONCE` at a time; a seed a picture, whatever the batch."""
         drawn: list[Image.Image] = []
         takes_pooled = "pooled_prompt_embeds" in signature(self.pipeline.__call__).parameters

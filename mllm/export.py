@@ -85,8 +85,14 @@ def export_language_model(
 ) -> dict[str, int]:
     """The Hugging Face part of `export`: weights with every embedding row, configs, tokenizer and chat template."""
     lm = model.lm
-    state = {name: tensor.to(dtype) for name, tensor in lm.state_dict().items() if tensor.is_floating_point()}
-    state |= {name: tensor for name, tensor in lm.state_dict().items() if not tensor.is_floating_point()}
+    state = {
+        name: tensor.to(dtype)
+        for name, tensor in lm.state_dict().items()
+        if tensor.is_floating_point()
+    }
+    state |= {
+        name: tensor for name, tensor in lm.state_dict().items() if not tensor.is_floating_point()
+    }
     embed = lm.get_input_embeddings()
     name = next(name for name, module in lm.named_modules() if module is embed)
     rows_VH = swapped_rows(model, dtype, chunk)
@@ -97,7 +103,9 @@ def export_language_model(
     hf_tokenizer.save_pretrained(out_dir)
     _check_tokenizer(model.vocabulary, hf_tokenizer, out_dir)
     return {
-        "parameters": sum(p.numel() for p in lm.parameters()) - embed.weight.numel() + rows_VH.numel(),
+        "parameters": sum(p.numel() for p in lm.parameters())
+        - embed.weight.numel()
+        + rows_VH.numel(),
         "embedding_rows": len(rows_VH),
         "codes": model.vocabulary.num_codes,
     }

@@ -79,7 +79,9 @@ def prompt_rows(
     rows = [list(prompt) for prompt in prompts_ids]
     if guided:
         begin = [] if vocabulary.bos is None else [vocabulary.bos]
-        unconditional = [*begin, vocabulary.boi] if unconditional_ids is None else list(unconditional_ids)
+        unconditional = (
+            [*begin, vocabulary.boi] if unconditional_ids is None else list(unconditional_ids)
+        )
         rows += [unconditional] * len(prompts_ids)
     return rows
 
@@ -106,24 +108,40 @@ def answer(
     Only text ids can come out. A row ends at the end token or at a line's end.
     """
     if len(codes_BT) != len(questions):
-        raise ValueError(f"{len(codes_BT)} images but {len(questions)} questions; give one question an image.")
+        raise ValueError(
+            f"{len(codes_BT)} images but {len(questions)} questions; give one question an image."
+        )
     if not len(questions):
         return []
     text = TextEncoder(hf_tokenizer, vocabulary)
     several = codes_BT.ndim > 2  # codes of a place: the model embeds them
-    images = vocabulary.to_ids(torch.zeros_like(codes_BT[:, :, 0, 0]) if several else codes_BT).tolist()
+    images = vocabulary.to_ids(
+        torch.zeros_like(codes_BT[:, :, 0, 0]) if several else codes_BT
+    ).tolist()
     rows = [
-        [*text.begin(), vocabulary.und_start, *image, vocabulary.und_end, *text.question_prompt(question)]
+        [
+            *text.begin(),
+            vocabulary.und_start,
+            *image,
+            vocabulary.und_end,
+            *text.question_prompt(question),
+        ]
         for image, question in zip(images, questions, strict=True)
     ]
     ends = end_ids(lm, vocabulary)
-    decoder = Decoder(lm, rows, vocabulary.pad, max_new_tokens, codes=codes_BT.flatten(0, 1) if several else None)
+    decoder = Decoder(
+        lm, rows, vocabulary.pad, max_new_tokens, codes=codes_BT.flatten(0, 1) if several else None
+    )
     head = decoder.head_rows(0, vocabulary.num_text)
-    banned = torch.tensor(sorted(i for i in text.reserved - ends if i < vocabulary.num_text), dtype=torch.int64)
+    banned = torch.tensor(
+        sorted(i for i in text.reserved - ends if i < vocabulary.num_text), dtype=torch.int64
+    )
     answers: list[list[int]] = [[] for _ in rows]
     running = set(range(len(rows)))
     for _ in range(max_new_tokens):
-        logits_BV = head(decoder.last_RH).float().index_fill_(1, banned.to(decoder.device), -torch.inf)
+        logits_BV = (
+            head(decoder.last_RH).float().index_fill_(1, banned.to(decoder.device), -torch.inf)
+        )
         ids_B = logits_BV.argmax(-1)
         for b, token in enumerate(ids_B.tolist()):
             if b not in running:
@@ -152,7 +170,9 @@ def choose(logits_BK: Tensor, sampling: Sampling, uniform_B: Tensor) -> Tensor:
     if sampling.top_p < 1:
         probabilities_BK = _nucleus(probabilities_BK, sampling.top_p)
     sums_BK = probabilities_BK.cumsum(-1)
-    drawn_B = torch.searchsorted(sums_BK, (uniform_B.double() * sums_BK[:, -1])[:, None], right=True).squeeze(1)
+    drawn_B = torch.searchsorted(
+        sums_BK, (uniform_B.double() * sums_BK[:, -1])[:, None], right=True
+    ).squeeze(1)
     last_B = probabilities_BK.shape[1] - 1 - (probabilities_BK > 0).flip(-1).int().argmax(-1)
     return torch.minimum(drawn_B, last_B)
 
@@ -167,7 +187,10 @@ def _nucleus(probabilities_BK: Tensor, top_p: float) -> Tensor:
 
 def sample_uniform(seeds: Sequence[int], tokens: int) -> Tensor:
     """Random numbers in [0, 1) for each sample and token: float64 (B, tokens); a row depends on its own seed alone."""
-    rows = [torch.rand(tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds]
+    rows = [
+        torch.rand(tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        for seed in seeds
+    ]
     return torch.stack(rows)
 
 
@@ -189,7 +212,9 @@ def seeds_of(seed: int | Sequence[int], count: int) -> list[int]:
     if isinstance(seed, int):
         return [sample_seed(seed, index) for index in range(count)]
     if len(seed) != count:
-        raise ValueError(f"{len(seed)} seeds for {count} prompts; give one number, or one a prompt.")
+        raise ValueError(
+            f"{len(seed)} seeds for {count} prompts; give one number, or one a prompt."
+        )
     return list(seed)
 
 
@@ -225,22 +250,34 @@ class Decoder:
         self.embed = lm.inputs_embeds if unified else lm.get_input_embeddings()
         self.device = next(lm.parameters()).device
         if any(not row for row in rows):
-            raise VocabularyError("An empty prompt cannot be continued: it must hold at least one token.")
+            raise VocabularyError(
+                "An empty prompt cannot be continued: it must hold at least one token."
+            )
         longest = max(len(row) for row in rows)
-        ids_RL = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows], device=self.device)
+        ids_RL = torch.tensor(
+            [[pad] * (longest - len(row)) + list(row) for row in rows], device=self.device
+        )
         self.pads_R = torch.tensor([longest - len(row) for row in rows], device=self.device)
         self.length, self.compile = longest, compile
         total = longest + room if compile is None else math.ceil((longest + room) / STEP) * STEP
         places_T = torch.arange(total, device=self.device)
-        self.seen_R1T = (places_T >= self.pads_R[:, None])[:, None]  # what all later positions of a row see
+        self.seen_R1T = (places_T >= self.pads_R[:, None])[
+            :, None
+        ]  # what all later positions of a row see
         causal_LT = places_T[:longest, None] >= places_T
         self.thin = few_row_linears(self.causal_lm.base_model, len(rows)) if compile is None else []
         self.cache = (
-            make_cache(self.causal_lm.config, total, static=False) if compile is None else self._kept(len(rows), total)
+            make_cache(self.causal_lm.config, total, static=False)
+            if compile is None
+            else self._kept(len(rows), total)
         )
-        seen_RLT = self.seen_R1T & causal_LT | torch.eye(longest, total, dtype=torch.bool, device=self.device)
+        seen_RLT = self.seen_R1T & causal_LT | torch.eye(
+            longest, total, dtype=torch.bool, device=self.device
+        )
         positions_RL = (places_T[:longest] - self.pads_R[:, None]).clamp_min(0)
-        embeds_RLH = self.embed(ids_RL) if codes is None else self.embed(ids_RL, codes.to(self.device))
+        embeds_RLH = (
+            self.embed(ids_RL) if codes is None else self.embed(ids_RL, codes.to(self.device))
+        )
         self._run(embeds_RLH, seen_RLT, positions_RL, self.causal_lm.base_model)
 
     def head_rows(self, start: int, count: int) -> nn.Module:
@@ -260,7 +297,9 @@ class Decoder:
         """Append one position to every row."""
         seen_R1T = self.seen_R1T
         if self.compile:
-            seen_R1T = seen_R1T & (torch.arange(seen_R1T.shape[-1], device=self.device) <= self.length)
+            seen_R1T = seen_R1T & (
+                torch.arange(seen_R1T.shape[-1], device=self.device) <= self.length
+            )
         positions_R1 = (self.length - self.pads_R)[:, None]
         self.length += 1
         with as_columns(self.thin):
@@ -273,14 +312,24 @@ class Decoder:
             assert self.compile is not None
             mode = "reduce-overhead" if self.compile == "inductor" else None
             forward = self.causal_lm.base_model.forward
-            made = _Compiled(self.compile, torch.compile(forward, backend=self.compile, mode=mode, dynamic=False), {})
+            made = _Compiled(
+                self.compile,
+                torch.compile(forward, backend=self.compile, mode=mode, dynamic=False),
+                {},
+            )
             object.__setattr__(self.causal_lm, "_compiled_step", made)
         return made
 
     def _kept(self, rows: int, total: int) -> Cache:
         """An empty cache at the place of the last one of its shape: recorded CUDA graphs read and write there."""
         caches = self._compiled().caches
-        key = rows, total, self.device, next(self.causal_lm.parameters()).dtype, torch.is_inference_mode_enabled()
+        key = (
+            rows,
+            total,
+            self.device,
+            next(self.causal_lm.parameters()).dtype,
+            torch.is_inference_mode_enabled(),
+        )
         cache = caches.pop(key, None) or make_cache(self.causal_lm.config, total, static=True)
         cache.reset()
         caches[key] = cache
@@ -296,12 +345,16 @@ class Decoder:
             past_key_values=self.cache,
             use_cache=True,
         )
-        self.last_RH = out.last_hidden_state[:, -1].clone()  # a CUDA graph writes its next output to the same place
+        self.last_RH = out.last_hidden_state[
+            :, -1
+        ].clone()  # a CUDA graph writes its next output to the same place
 
     def _mask(self, seen_RLT: Tensor) -> Tensor:
         """The mask as it stands, where attention takes one; else the padding, of which transformers makes what it needs."""
         config = self.causal_lm.config.get_text_config()
-        sliding = set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}
+        sliding = set(getattr(config, "layer_types", None) or ["full_attention"]) != {
+            "full_attention"
+        }
         if sliding or config._attn_implementation != "sdpa":
             return self.seen_R1T[:, 0, : self.length].long()
         return seen_RLT[:, None]

@@ -36,7 +36,9 @@ from smalti.storage import exists, join, local_copy, read_json
 class VisualModel:
     """A model that `smalti export` wrote: the language model, its tokenizer and (on first use) the visual tokenizer."""
 
-    def __init__(self, lm: Any, hf_tokenizer: Any, settings: dict[str, Any], visual_tokenizer_dir: str) -> None:
+    def __init__(
+        self, lm: Any, hf_tokenizer: Any, settings: dict[str, Any], visual_tokenizer_dir: str
+    ) -> None:
         self.lm, self.hf_tokenizer, self.settings = lm, hf_tokenizer, settings
         self.vocabulary = VisualVocabulary.from_tokenizer(hf_tokenizer)
         self.text = TextEncoder(hf_tokenizer, self.vocabulary)
@@ -49,7 +51,9 @@ class VisualModel:
             )
 
     @classmethod
-    def from_pretrained(cls, export_dir: str, device: str | torch.device | None = None) -> VisualModel:
+    def from_pretrained(
+        cls, export_dir: str, device: str | torch.device | None = None
+    ) -> VisualModel:
         """Load the folder (or URL) that `smalti export` wrote, to `device` (default: CUDA where there is one, else CPU)."""
         if not exists(join(export_dir, SETTINGS)):
             raise ArtifactError(
@@ -60,8 +64,18 @@ class VisualModel:
         with local_copy(export_dir) as folder:
             lm, hf_tokenizer = _load(folder, export_dir)
             if "visual_side" in settings:
-                lm = load_side(folder, lm, VisualVocabulary.from_tokenizer(hf_tokenizer), settings["visual_side"])
-            model = cls(lm.to(target), hf_tokenizer, settings, os.path.join(folder, settings["visual_tokenizer"]))
+                lm = load_side(
+                    folder,
+                    lm,
+                    VisualVocabulary.from_tokenizer(hf_tokenizer),
+                    settings["visual_side"],
+                )
+            model = cls(
+                lm.to(target),
+                hf_tokenizer,
+                settings,
+                os.path.join(folder, settings["visual_tokenizer"]),
+            )
             if exists(join(folder, "bridge")):
                 bridge, codes_VC = load_bridge(os.path.join(folder, "bridge"))
                 model._bridge = bridge.to(target), codes_VC
@@ -111,10 +125,18 @@ class VisualModel:
         sampling = Sampling(cfg=cfg, temperature=temperature, top_k=top_k, top_p=top_p)
         ids = [self.text.caption_prompt(prompt) for prompt in prompts]
         seeds = [sample_seed(seed, index) for index in range(len(ids))]
-        drawing = partial(draw_places, self.lm) if self.code_shape else partial(draw, self.lm, self.vocabulary)
+        drawing = (
+            partial(draw_places, self.lm)
+            if self.code_shape
+            else partial(draw, self.lm, self.vocabulary)
+        )
         one = partial(drawing, tokens=self.num_tokens, sampling=sampling, compile=compile)
         parts = [one(ids[part], seed=seeds[part]) for part in _batches(len(ids), batch_size)]
-        return torch.cat(parts) if parts else torch.empty((0, self.num_tokens, *self.code_shape), dtype=torch.int64)
+        return (
+            torch.cat(parts)
+            if parts
+            else torch.empty((0, self.num_tokens, *self.code_shape), dtype=torch.int64)
+        )
 
     def generate(
         self,
@@ -146,17 +168,27 @@ class VisualModel:
         return [picture for part in parts for picture in self.decode(codes_BT[part], seeds[part])]
 
     def ask(
-        self, images: Sequence[Image.Image], questions: Sequence[str], max_new_tokens: int = 32, batch_size: int = 32
+        self,
+        images: Sequence[Image.Image],
+        questions: Sequence[str],
+        max_new_tokens: int = 32,
+        batch_size: int = 32,
     ) -> list[str]:
         """The answer to one question about each picture (as many of one as of the other)."""
         _same_number(len(images), questions)
         answers = []
         for part in _batches(len(images), batch_size):
-            answers += self.ask_codes(self.encode(images[part]), questions[part], max_new_tokens, batch_size)
+            answers += self.ask_codes(
+                self.encode(images[part]), questions[part], max_new_tokens, batch_size
+            )
         return answers
 
     def ask_codes(
-        self, codes_BT: Tensor, questions: Sequence[str], max_new_tokens: int = 32, batch_size: int = 32
+        self,
+        codes_BT: Tensor,
+        questions: Sequence[str],
+        max_new_tokens: int = 32,
+        batch_size: int = 32,
     ) -> list[str]:
         """As `ask`, for images that are codes already, int (B, T, *code_shape). Questions of like length go into a batch together."""
         _same_number(len(codes_BT), questions)
@@ -165,7 +197,9 @@ class VisualModel:
         for part in _batches(len(order), batch_size):
             chosen = order[part]
             asked = [questions[i] for i in chosen]
-            found = answer(self.lm, self.hf_tokenizer, self.vocabulary, codes_BT[chosen], asked, max_new_tokens)
+            found = answer(
+                self.lm, self.hf_tokenizer, self.vocabulary, codes_BT[chosen], asked, max_new_tokens
+            )
             for i, text in zip(chosen, found, strict=True):
                 answers[i] = text
         return answers
@@ -201,10 +235,20 @@ class VisualModel:
             given = bridge(codes_VC[codes_BT.cpu()].to(self.device))
             seeds = range(len(codes_BT)) if seeds is None else seeds
             return (
-                self._diffuser.draw(given, seeds, bridge.section.steps, bridge.section.guidance) if len(seeds) else []
+                self._diffuser.draw(given, seeds, bridge.section.steps, bridge.section.guidance)
+                if len(seeds)
+                else []
             )
         pixels_BCHW = self.visual_tokenizer.decode(codes_BT.to(self.device)).float().cpu()
-        pixels = pixels_BCHW.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        pixels = (
+            pixels_BCHW.add(1)
+            .mul(127.5)
+            .round()
+            .clamp(0, 255)
+            .to(torch.uint8)
+            .permute(0, 2, 3, 1)
+            .numpy()
+        )
         return [Image.fromarray(array) for array in pixels]
 
 
@@ -215,7 +259,9 @@ def _load(folder: str, export_dir: str) -> tuple[Any, Any]:
         hf_tokenizer = AutoTokenizer.from_pretrained(folder)
     except UNREADABLE as error:
         told = (str(error).splitlines() or [repr(error)])[0].rstrip(".")
-        raise ArtifactError(f"{export_dir} holds no whole language model ({told}). Export it again.") from error
+        raise ArtifactError(
+            f"{export_dir} holds no whole language model ({told}). Export it again."
+        ) from error
     if missing:
         raise ArtifactError(
             f"{export_dir} lacks {len(missing)} weights of its language model, the first {missing[0]}. Export it again."
@@ -230,11 +276,16 @@ def _batches(total: int, size: int) -> Iterator[slice]:
 
 def _same_number(images: int, questions: Sequence[str]) -> None:
     if images != len(questions):
-        raise VocabularyError(f"{images} images but {len(questions)} questions: give one question for each image.")
+        raise VocabularyError(
+            f"{images} images but {len(questions)} questions: give one question for each image."
+        )
 
 
 def _png(image: Image.Image) -> bytes:
     """Lossless bytes of a picture, so that pictures and files take the one way to pixels."""
     stream = io.BytesIO()
-    image.save(stream, format="PNG" if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16") else "TIFF")
+    image.save(
+        stream,
+        format="PNG" if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16") else "TIFF",
+    )
     return stream.getvalue()

@@ -19,7 +19,9 @@ ADAPTER = "default"
 def require_peft() -> None:
     """ConfigError where peft is not installed."""
     if find_spec("peft") is None:
-        raise ConfigError("mllm.lora needs the package peft. Run `pip install -e '.[lora]'`, or leave mllm.lora out.")
+        raise ConfigError(
+            "mllm.lora needs the package peft. Run `pip install -e '.[lora]'`, or leave mllm.lora out."
+        )
 
 
 def add_lora(model: UnifiedModel, lora: Lora) -> None:
@@ -31,7 +33,10 @@ def add_lora(model: UnifiedModel, lora: Lora) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets)
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.targets),
     )
     wanted = {name: parameter.requires_grad for name, parameter in model.adapter.named_parameters()}
     try:
@@ -43,7 +48,10 @@ def add_lora(model: UnifiedModel, lora: Lora) -> None:
         ) from error
     for matrix in (model.lm.get_input_embeddings(), model.lm.get_output_embeddings()):
         matrix.requires_grad_(True)
-    assert all(parameter.requires_grad == wanted[name] for name, parameter in model.adapter.named_parameters())
+    assert all(
+        parameter.requires_grad == wanted[name]
+        for name, parameter in model.adapter.named_parameters()
+    )
 
 
 def merge_lora(model: UnifiedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

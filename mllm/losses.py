@@ -55,8 +55,12 @@ def chunked_cross_entropy(
         raise IndexError(f"a label lies outside [0, {weight_VD.shape[0]})")
     if weights_N is None:
         weights_N = torch.ones_like(labels_N, dtype=torch.float32)
-    settings = _Settings(chunk, low_sums, scaled, has_kernel(hidden_ND) if kernel is None else kernel)
-    return ChunkedLoss(*_ChunkedCrossEntropy.apply(hidden_ND, weight_VD, bias_V, labels_N, weights_N, settings))
+    settings = _Settings(
+        chunk, low_sums, scaled, has_kernel(hidden_ND) if kernel is None else kernel
+    )
+    return ChunkedLoss(
+        *_ChunkedCrossEntropy.apply(hidden_ND, weight_VD, bias_V, labels_N, weights_N, settings)
+    )
 
 
 class Scaled(NamedTuple):
@@ -83,7 +87,11 @@ class LossHead(nn.Linear):
     scaled: Scaled | None = None
 
     def forward(  # type: ignore[override]
-        self, input: Tensor, labels_N: Tensor | None = None, weights_N: Tensor | None = None, chunk: int = 4096
+        self,
+        input: Tensor,
+        labels_N: Tensor | None = None,
+        weights_N: Tensor | None = None,
+        chunk: int = 4096,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Logits (…, V); or, with labels, the three parts of a ChunkedLoss as a plain tuple (input then is (N, D))."""
         if labels_N is None:
@@ -91,7 +99,13 @@ class LossHead(nn.Linear):
             return super().forward(input)
         return tuple(
             chunked_cross_entropy(
-                input, self.weight, labels_N, chunk, bias_V=self.bias, weights_N=weights_N, scaled=self.scaled
+                input,
+                self.weight,
+                labels_N,
+                chunk,
+                bias_V=self.bias,
+                weights_N=weights_N,
+                scaled=self.scaled,
             )
         )  # type: ignore[return-value]
 
@@ -141,14 +155,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (*grads.scaled(grad_total), None, None, None)
 
 
-def _logits(hidden_nD: Tensor, matrix_VD: Tensor, bias_V: Tensor | None, scaled: Scaled | None) -> Tensor:
+def _logits(
+    hidden_nD: Tensor, matrix_VD: Tensor, bias_V: Tensor | None, scaled: Scaled | None
+) -> Tensor:
     logits_nV = hidden_nD @ matrix_VD.T
     if scaled:
         logits_nV[:, : scaled.rows] *= scaled.factor
     return logits_nV if bias_V is None else logits_nV.to(_wide(logits_nV.dtype)).add_(bias_V)
 
 
-def _by_torch(logits_nV: Tensor, labels_n: Tensor, weights_n: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _by_torch(
+    logits_nV: Tensor, labels_n: Tensor, weights_n: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Losses, whether the label is the best, and with weights the gradient of Σ weights · loss on the logits, which float32
     logits give their place to."""
     logits_nV = logits_nV.to(_wide(logits_nV.dtype))
@@ -163,7 +181,9 @@ def _by_torch(logits_nV: Tensor, labels_n: Tensor, weights_n: Tensor | None) -> 
     return *found, grad_nV.scatter_add_(1, labels_n[:, None], -weights_n[:, None])
 
 
-def _by_liger(logits_nV: Tensor, labels_n: Tensor, weights_n: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _by_liger(
+    logits_nV: Tensor, labels_n: Tensor, weights_n: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The same by liger-kernel's kernel: softmax minus one-hot is written over the logits, in their dtype. Of several best
     ones only the first counts as correct."""
     from liger_kernel.ops.cross_entropy import cross_entropy_forward  # pyright: ignore[reportMissingImports]  # an extra
@@ -173,12 +193,20 @@ def _by_liger(logits_nV: Tensor, labels_n: Tensor, weights_n: Tensor | None) -> 
         logits_nV, labels_n, None, IGNORE, 0.0, 0.0, "none", None, False, True, False
     )
     grad_nV = grad_nV.detach()
-    return losses_n, correct_n.bool(), None if weights_n is None else grad_nV.mul_(weights_n[:, None].to(grad_nV.dtype))
+    return (
+        losses_n,
+        correct_n.bool(),
+        None if weights_n is None else grad_nV.mul_(weights_n[:, None].to(grad_nV.dtype)),
+    )
 
 
 def has_kernel(hidden_ND: Tensor) -> bool:
     """Whether liger-kernel can make the losses: on a GPU, and installed."""
-    return hidden_ND.is_cuda and hidden_ND.dtype != torch.float64 and find_spec("liger_kernel") is not None
+    return (
+        hidden_ND.is_cuda
+        and hidden_ND.dtype != torch.float64
+        and find_spec("liger_kernel") is not None
+    )
 
 
 def _product_dtype(hidden_ND: Tensor) -> torch.dtype:
@@ -199,9 +227,18 @@ class _Gradients:
     with `low_sums` too)."""
 
     def __init__(
-        self, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, needed: tuple[bool, ...], settings: _Settings
+        self,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        needed: tuple[bool, ...],
+        settings: _Settings,
     ) -> None:
-        inputs, low, self.scaled_rows = (hidden_ND, weight_VD, bias_V), settings.low_sums, settings.scaled
+        inputs, low, self.scaled_rows = (
+            (hidden_ND, weight_VD, bias_V),
+            settings.low_sums,
+            settings.scaled,
+        )
         self.wanted = any(needed)
         self.dtypes = tuple(None if t is None else t.dtype for t in inputs)
         self.sums = [
@@ -225,7 +262,9 @@ class _Gradients:
                 weight_sum.addmm_(low_nV.T, hidden_nD)
             else:
                 step = max(1, PART // hidden_nD.shape[1])
-                for part_nv, sum_vD in zip(low_nV.split(step, dim=1), weight_sum.split(step), strict=True):
+                for part_nv, sum_vD in zip(
+                    low_nV.split(step, dim=1), weight_sum.split(step), strict=True
+                ):
                     sum_vD += part_nv.T @ hidden_nD
 
     def scaled(self, factor: Tensor) -> list[Tensor | None]:

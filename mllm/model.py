@@ -64,7 +64,11 @@ class UnifiedModel(nn.Module):
         self.old_rows: Scaled | None = None
         self._resting: set[Part] | None = None
         adapter.hold(vocabulary.num_codes, matrices)
-        held = code_vectors_VC.new_empty(0, code_vectors_VC.shape[1]) if adapter.own_codes else code_vectors_VC
+        held = (
+            code_vectors_VC.new_empty(0, code_vectors_VC.shape[1])
+            if adapter.own_codes
+            else code_vectors_VC
+        )
         self.register_buffer("code_vectors_VC", held.detach().float().clone(), persistent=False)
         if not is_fitted(causal_lm, vocabulary):
             fit_vocabulary(causal_lm, vocabulary, torch.Generator().manual_seed(seed), matrices)
@@ -83,7 +87,9 @@ class UnifiedModel(nn.Module):
         return self.lm.config
 
     @torch.no_grad()
-    def start_visual(self, head_gain: float = 1.0, chunk: int = 65_536, codes_VC: Tensor | None = None) -> None:
+    def start_visual(
+        self, head_gain: float = 1.0, chunk: int = 65_536, codes_VC: Tensor | None = None
+    ) -> None:
         """Start the visual side from the codebook, at the scales of the text side.
 
         The adapter is fitted to the code vectors and its output scaled to the root mean square of the text embedding. The
@@ -96,7 +102,9 @@ class UnifiedModel(nn.Module):
         codes_VC = self.code_vectors_VC if codes_VC is None else codes_VC
         self.adapter.fit(codes_VC, self.matrices)
         head = self.lm.get_output_embeddings()
-        embed_rows, head_rows = (self.matrices.rows(matrix.weight) for matrix in (self.lm.get_input_embeddings(), head))
+        embed_rows, head_rows = (
+            self.matrices.rows(matrix.weight) for matrix in (self.lm.get_input_embeddings(), head)
+        )
         num_text = self.vocabulary.num_text
         sample = torch.linspace(0, len(codes_VC) - 1, min(4096, len(codes_VC))).long()
         vectors_NH = self.adapter.of_vectors(codes_VC[sample])
@@ -104,7 +112,9 @@ class UnifiedModel(nn.Module):
         self.adapter.scale_output(float(root_mean_square(embed_rows, num_text) / scale))
         size = float(head_gain * root_mean_square(head_rows, num_text) * head.in_features**0.5)
         for start, stop in ranges(0, self.vocabulary.num_codes, head_rows.step or chunk):
-            rows_nH = F.normalize(self.adapter.of_vectors(codes_VC[start:stop]).float(), dim=-1) * size
+            rows_nH = (
+                F.normalize(self.adapter.of_vectors(codes_VC[start:stop]).float(), dim=-1) * size
+            )
             head_rows.write(self.vocabulary.first_visual + start, rows_nH)
 
     def visual_inputs(self, codes: Tensor) -> Tensor:
@@ -127,10 +137,14 @@ class UnifiedModel(nn.Module):
         The adapter runs even where there is no visual id (on zeros, with no effect on the result), so that every rank of a
         parallel run does the same communication.
         """
-        embeds_BLH = self.lm.get_input_embeddings()(ids_BL.masked_fill(visual_BL, self.vocabulary.boi))
+        embeds_BLH = self.lm.get_input_embeddings()(
+            ids_BL.masked_fill(visual_BL, self.vocabulary.boi)
+        )
         if self.old_rows is not None:
             embeds_BLH = torch.where(
-                (ids_BL < self.old_rows.rows)[..., None], embeds_BLH * self.old_rows.factor, embeds_BLH
+                (ids_BL < self.old_rows.rows)[..., None],
+                embeds_BLH * self.old_rows.factor,
+                embeds_BLH,
             )
         if not len(adapted_N):
             nothing = adapted_N.new_zeros(1, *adapted_N.shape[1:])
@@ -157,10 +171,15 @@ class UnifiedModel(nn.Module):
         labels_N = batch["labels"][:, 1:].reshape(-1)
         answers = batch["answer_mask"][:, 1:].reshape(-1) if "answer_mask" in batch else None
         total, losses_N, correct_N = self.lm.get_output_embeddings()(
-            hidden_BLH[:, :-1].flatten(0, 1), labels_N, self._weights(batch, labels_N, answers), self.loss_chunk
+            hidden_BLH[:, :-1].flatten(0, 1),
+            labels_N,
+            self._weights(batch, labels_N, answers),
+            self.loss_chunk,
         )
         divisor = batch["loss_weight"] if "loss_weight" in batch else self.loss_weight(batch)
-        return total / divisor.clamp_min(1e-6), self._metrics(labels_N, losses_N, correct_N, answers)
+        return total / divisor.clamp_min(1e-6), self._metrics(
+            labels_N, losses_N, correct_N, answers
+        )
 
     @property
     def num_codes(self) -> int:
@@ -170,7 +189,9 @@ class UnifiedModel(nn.Module):
     def visual_rows(self, start: int, stop: int) -> Tensor:
         """Embedding rows that stand for visual tokens in a plain language model: (n, H)."""
         stop = min(stop, self.vocabulary.num_codes)
-        return self.visual_inputs(torch.arange(start, stop, device=self.lm.get_input_embeddings().weight.device))
+        return self.visual_inputs(
+            torch.arange(start, stop, device=self.lm.get_input_embeddings().weight.device)
+        )
 
     def parts(self) -> dict[int, Part]:
         """`id` of each parameter → the part of the model that it belongs to."""
@@ -215,12 +236,17 @@ class UnifiedModel(nn.Module):
                 position_ids=batch["position_ids"][held_BL][None],
                 use_cache=False,
             ).last_hidden_state
-            return torch.zeros_like(embeds_BLH, dtype=out_1NH.dtype).masked_scatter(held_BL[..., None], out_1NH)
+            return torch.zeros_like(embeds_BLH, dtype=out_1NH.dtype).masked_scatter(
+                held_BL[..., None], out_1NH
+            )
         mask = batch["attention_mask"]
         if "document_ids" in batch:
             mask = visible_mask(batch["document_ids"], batch["segment_ids"], embeds_BLH.dtype)
         return self.backbone(
-            inputs_embeds=embeds_BLH, attention_mask=mask, position_ids=batch.get("position_ids"), use_cache=False
+            inputs_embeds=embeds_BLH,
+            attention_mask=mask,
+            position_ids=batch.get("position_ids"),
+            use_cache=False,
         ).last_hidden_state
 
     @property
@@ -267,7 +293,9 @@ def visible_mask(documents_BL: Tensor, segments_BL: Tensor, dtype: torch.dtype) 
     """
     length = segments_BL.shape[1]
     queries_BL1, keys_B1L = segments_BL[:, :, None], segments_BL[:, None, :]
-    seen_BLL = (documents_BL[:, :, None] == documents_BL[:, None, :]) & (documents_BL >= 0)[:, :, None]
+    seen_BLL = (documents_BL[:, :, None] == documents_BL[:, None, :]) & (documents_BL >= 0)[
+        :, :, None
+    ]
     seen_BLL &= (keys_B1L == queries_BL1) | (keys_B1L == 0)
     seen_BLL &= torch.ones(length, length, dtype=torch.bool, device=segments_BL.device).tril()
     seen_BLL |= torch.eye(length, dtype=torch.bool, device=segments_BL.device)
@@ -299,7 +327,9 @@ def check_supported(causal_lm: Any) -> None:
         )
     with torch.no_grad():
         probe = torch.zeros(1, dtype=torch.int64, device=embed.weight.device)
-        here = embed.weight.device.type != "meta" and embed.weight.numel() > 0  # neither without storage nor in parts
+        here = (
+            embed.weight.device.type != "meta" and embed.weight.numel() > 0
+        )  # neither without storage nor in parts
         if here and not torch.equal(embed(probe), embed.weight[:1]):
             raise VocabularyError(
                 f"{type(causal_lm).__name__} rescales its embedding rows, which the embedding swap cannot undo. "
@@ -372,10 +402,14 @@ def is_fitted(causal_lm: Any, vocabulary: VisualVocabulary) -> bool:
 def fit_shapes(causal_lm: Any, vocabulary: VisualVocabulary) -> None:
     """As `fit_vocabulary`, for a language model whose weights are still to be loaded: shapes only, no storage."""
     embed, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
-    embed.weight = nn.Parameter(embed.weight.new_empty((vocabulary.first_visual, embed.embedding_dim), device="meta"))
+    embed.weight = nn.Parameter(
+        embed.weight.new_empty((vocabulary.first_visual, embed.embedding_dim), device="meta")
+    )
     embed.num_embeddings, embed.padding_idx = vocabulary.first_visual, None
     num_head = max(vocabulary.size, head.out_features)
-    causal_lm.set_output_embeddings(LossHead(head.in_features, num_head, bias=head.bias is not None, device="meta"))
+    causal_lm.set_output_embeddings(
+        LossHead(head.in_features, num_head, bias=head.bias is not None, device="meta")
+    )
     untie(causal_lm, num_head)
 
 

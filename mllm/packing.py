@@ -25,7 +25,10 @@ def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
     total, widest = sum(lengths), max(int(WIDEST * room), *lengths)
     within = best_fit(lengths, max(room, *lengths))
     found = [(within, width_of(within, lengths))]
-    found += [narrowest(lengths, num) for num in range(max(1, -(-total // widest)), round(total / room) + 2)]
+    found += [
+        narrowest(lengths, num)
+        for num in range(max(1, -(-total // widest)), round(total / room) + 2)
+    ]
     areas = [(len(rows) * width, width, rows) for rows, width in found if width <= widest]
     return min(areas, key=lambda one: one[:2])[2]
 

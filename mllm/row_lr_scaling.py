@@ -38,7 +38,12 @@ def plain_rows(model: UnifiedModel, state: Mapping[str, Tensor]) -> dict[str, Te
     found = dict(state)
     if model.old_rows is not None:
         count, factor = model.old_rows
-        matrices = {id(m.weight) for m in (model.lm.get_input_embeddings(), model.lm.get_output_embeddings())}
-        for name in [name for name, parameter in model.named_parameters() if id(parameter) in matrices]:
+        matrices = {
+            id(m.weight)
+            for m in (model.lm.get_input_embeddings(), model.lm.get_output_embeddings())
+        }
+        for name in [
+            name for name, parameter in model.named_parameters() if id(parameter) in matrices
+        ]:
             found[name] = torch.cat([found[name][:count] * factor, found[name][count:]])
     return found

@@ -72,7 +72,9 @@ class Whole:
 
 
 @torch.no_grad()
-def grow(old: Rows, new: Rows, keep: int, total: int, width: int, generator: torch.Generator) -> None:
+def grow(
+    old: Rows, new: Rows, keep: int, total: int, width: int, generator: torch.Generator
+) -> None:
     """Fill a new matrix of `total` rows: the first `keep` as they are, the others normal with their mean vector and deviation."""
     sum_H, squares = torch.zeros(()), torch.zeros(())
     for start, stop in ranges(0, keep, old.step):

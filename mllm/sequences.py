@@ -33,10 +33,14 @@ class TokenSequence:
     ids: np.ndarray  # int64 (L,)
     labels: np.ndarray  # int64 (L,)
     answers: np.ndarray  # bool (L,): tokens of answers
-    segments: np.ndarray  # int64 (L,): 0 what all of the sequence sees, k > 0 what only the k-th segment sees
+    segments: (
+        np.ndarray
+    )  # int64 (L,): 0 what all of the sequence sees, k > 0 what only the k-th segment sees
     positions: np.ndarray  # int64 (L,): each segment goes on where the shared part ended
     num_cut: int = 0  # text tokens left out so that the image fits max_length
-    codes: np.ndarray | None = None  # int64 (N, 2, R): of its visual places, where a place holds several
+    codes: np.ndarray | None = (
+        None  # int64 (N, 2, R): of its visual places, where a place holds several
+    )
 
 
 class SequenceBuilder:
@@ -71,7 +75,9 @@ class SequenceBuilder:
         self.dense, self.dense_images = dense, dense_images
         self.isolate_questions = isolate_questions
         if not any(getattr(mixture, kind) for kind in KINDS):
-            raise ConfigError("Every weight of mllm.mixture is 0, so there is nothing to train on. Set one above 0.")
+            raise ConfigError(
+                "Every weight of mllm.mixture is 0, so there is nothing to train on. Set one above 0."
+            )
 
     def kinds_for(self, row: Row) -> tuple[Kind, ...]:
         """The kinds that this row can become: an image without any caption can still be drawn unconditionally."""
@@ -84,14 +90,18 @@ class SequenceBuilder:
             kinds.append("qa")
         return tuple(kinds)
 
-    def sample_kind(self, row: Row, rng: np.random.Generator, mixture: Mixture | None = None) -> Kind | None:
+    def sample_kind(
+        self, row: Row, rng: np.random.Generator, mixture: Mixture | None = None
+    ) -> Kind | None:
         """One of the row's kinds by the weights of `mixture` (default: the builder's); None where it wants none of them."""
         mixture = mixture or self.mixture
         kinds = [kind for kind in self.kinds_for(row) if getattr(mixture, kind) > 0]
         if not kinds:
             return None
         weights = np.array([getattr(mixture, kind) for kind in kinds])
-        return kinds[int(np.searchsorted(np.cumsum(weights), rng.random() * weights.sum(), side="right"))]
+        return kinds[
+            int(np.searchsorted(np.cumsum(weights), rng.random() * weights.sum(), side="right"))
+        ]
 
     def build(self, kind: Kind, row: Row, rng: np.random.Generator) -> TokenSequence:
         """The sequence of a row. Images are never cut: one that does not fit raises ConfigError; text that does not is cut.
@@ -102,7 +112,9 @@ class SequenceBuilder:
             return self._text(row)
         image = self._image(row)
         if kind == "caption_to_image":
-            return self._draw(image, "" if rng.random() < self.uncond_probability else caption_of(row))
+            return self._draw(
+                image, "" if rng.random() < self.uncond_probability else caption_of(row)
+            )
         if kind == "image_to_caption":
             return self._describe(image, caption_of(row))
         return self._ask(image, questions_of(row), rng)
@@ -128,18 +140,25 @@ class SequenceBuilder:
         parts.add([self.vocabulary.eos])
         return parts.sequence()
 
-    def _ask(self, image: list[int], questions: list[tuple[str, str]], rng: np.random.Generator) -> TokenSequence:
+    def _ask(
+        self, image: list[int], questions: list[tuple[str, str]], rng: np.random.Generator
+    ) -> TokenSequence:
         parts = self._seen("qa", image)
         chosen = rng.permutation(len(questions))[: self.questions_per_image]
         for nth, index in enumerate(chosen):
-            question, answer = self.text.question_prompt(questions[index][0]), self.text(questions[index][1])
+            question, answer = (
+                self.text.question_prompt(questions[index][0]),
+                self.text(questions[index][1]),
+            )
             length = len(question) + len(answer) + len(self.text.line_end)
             if nth > 0 and parts.length + length + 1 > self.max_length:
                 parts.num_cut += length
                 continue
             if self.isolate_questions:
                 parts.begin_segment()
-            parts.add_cut(question, room=len(answer) + len(self.text.line_end) + 1, predicted=self.dense)
+            parts.add_cut(
+                question, room=len(answer) + len(self.text.line_end) + 1, predicted=self.dense
+            )
             parts.add_cut(answer, room=len(self.text.line_end) + 1, answer=True)
             parts.add_cut(self.text.line_end, room=1)
         parts.add([self.vocabulary.eos])
@@ -201,7 +220,9 @@ class _Parts:
         self.positions.extend(range(self.next_position, self.next_position + len(ids)))
         self.next_position += len(ids)
 
-    def add_cut(self, ids: Sequence[int], room: int, predicted: bool = True, answer: bool = False) -> None:
+    def add_cut(
+        self, ids: Sequence[int], room: int, predicted: bool = True, answer: bool = False
+    ) -> None:
         """Add as much of `ids` as leaves `room` positions free."""
         fits = max(0, self.max_length - self.length - room)
         self.num_cut += max(0, len(ids) - fits)
@@ -233,7 +254,9 @@ def questions_of(row: Row) -> list[tuple[str, str]]:
     return [(question, answer) for question, answer in pairs if question and answer]
 
 
-def collate(sequences: Sequence[TokenSequence], pad: int, room: int | None = None) -> dict[str, Tensor]:
+def collate(
+    sequences: Sequence[TokenSequence], pad: int, room: int | None = None
+) -> dict[str, Tensor]:
     """A batch for `UnifiedModel`, right-padded to (B, L): input_ids, labels, attention_mask int64, answer_mask bool.
 
     Short sequences share a row, so B may be below their number. Rows are as long as the longest sequence (`best_fit`), or
@@ -244,8 +267,17 @@ def collate(sequences: Sequence[TokenSequence], pad: int, room: int | None = Non
     lengths = [len(sequence.ids) for sequence in sequences]
     rows = best_fit(lengths, max(lengths)) if room is None else pack(lengths, room)
     longest = max(sum(lengths[member] for member in row) for row in rows)
-    fills = {"input_ids": pad, "labels": IGNORE, "attention_mask": 0, "position_ids": 0, "segment_ids": 0}
-    batch = {name: torch.full((len(rows), longest), fill, dtype=torch.int64) for name, fill in fills.items()}
+    fills = {
+        "input_ids": pad,
+        "labels": IGNORE,
+        "attention_mask": 0,
+        "position_ids": 0,
+        "segment_ids": 0,
+    }
+    batch = {
+        name: torch.full((len(rows), longest), fill, dtype=torch.int64)
+        for name, fill in fills.items()
+    }
     batch["document_ids"] = torch.full((len(rows), longest), -1, dtype=torch.int64)
     batch["answer_mask"] = torch.zeros((len(rows), longest), dtype=torch.bool)
     for b, members in enumerate(rows):
@@ -260,7 +292,12 @@ def collate(sequences: Sequence[TokenSequence], pad: int, room: int | None = Non
             batch["attention_mask"][place] = 1
             batch["document_ids"][place] = document
             start += len(sequence.ids)
-    codes = [found for members in rows for member in members if (found := sequences[member].codes) is not None]
+    codes = [
+        found
+        for members in rows
+        for member in members
+        if (found := sequences[member].codes) is not None
+    ]
     if codes:
         batch["codes"] = torch.from_numpy(np.concatenate(codes))
     if len(rows) == len(sequences) and not batch["segment_ids"].any():

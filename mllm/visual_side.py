@@ -39,24 +39,35 @@ def side_settings(model: DepthModel) -> dict[str, Any]:
 def save_side(model: DepthModel, out_dir: str, dtype: torch.dtype) -> int:
     """Write the visual side into the local folder, its parameters in `dtype`; their number comes back."""
     trained = {name for name, _ in model.named_parameters()}
-    own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("lm.")}
-    tensors = {n: t.detach().cpu().to(dtype if n in trained else t.dtype).contiguous() for n, t in own.items()}
+    own = {
+        name: tensor for name, tensor in model.state_dict().items() if not name.startswith("lm.")
+    }
+    tensors = {
+        n: t.detach().cpu().to(dtype if n in trained else t.dtype).contiguous()
+        for n, t in own.items()
+    }
     tensors[_CODES] = model.code_vectors_VC.detach().float().cpu().contiguous()
     save_file(tensors, os.path.join(out_dir, WEIGHTS), metadata={"format": "pt"})
     return sum(tensor.numel() for name, tensor in own.items() if name in trained)
 
 
-def load_side(folder: str, causal_lm: Any, vocabulary: VisualVocabulary, settings: Mapping[str, Any]) -> DepthModel:
+def load_side(
+    folder: str, causal_lm: Any, vocabulary: VisualVocabulary, settings: Mapping[str, Any]
+) -> DepthModel:
     """The model around an exported language model, which is taken over. ArtifactError: missing or torn weights."""
     try:
         tensors = load_file(os.path.join(folder, WEIGHTS))
         cut_rows(causal_lm, vocabulary)
         width = causal_lm.get_input_embeddings().embedding_dim
-        adapter = ADAPTERS[settings["adapter"]](settings["splits"], settings["adapter_hidden"], width)
+        adapter = ADAPTERS[settings["adapter"]](
+            settings["splits"], settings["adapter_hidden"], width
+        )
         size = DepthHeads.model_validate(settings["size"])
         codes = tensors.pop(_CODES)
         with torch.device("meta"):  # the heads get their weights below
-            model = DepthModel(causal_lm, adapter, codes, vocabulary, size=size, depth=settings["depth"])
+            model = DepthModel(
+                causal_lm, adapter, codes, vocabulary, size=size, depth=settings["depth"]
+            )
         lm = {f"lm.{name}": tensor for name, tensor in causal_lm.state_dict().items()}
         model.load_state_dict(lm | tensors, assign=True)
     except (OSError, SafetensorError, RuntimeError, KeyError) as error:

@@ -81,7 +81,9 @@ class VisualVocabulary:
             return
         low, high = int(codes.min()), int(codes.max())
         if low < 0:
-            raise VocabularyError(f"{source} holds the visual id {low}; visual ids start at 0. Tokenize again.")
+            raise VocabularyError(
+                f"{source} holds the visual id {low}; visual ids start at 0. Tokenize again."
+            )
         if high >= self.num_codes:
             raise VocabularyError(
                 f"{source} holds visual ids up to {high}, but this model has {self.num_codes} visual codes. Tokenize "
@@ -97,7 +99,9 @@ class VisualVocabulary:
         A tokenizer that has visual tokens already, or no end-of-sequence token, raises VocabularyError.
         """
         if num_codes < 1:
-            raise VocabularyError(f"A visual vocabulary needs at least 1 code, but {num_codes} were asked for.")
+            raise VocabularyError(
+                f"A visual vocabulary needs at least 1 code, but {num_codes} were asked for."
+            )
         if _token_id(hf_tokenizer, visual_token(0)) is not None:
             raise VocabularyError(
                 "This tokenizer has visual tokens (<IMG_0>) already. Start from the language model as published, "
@@ -108,9 +112,12 @@ class VisualVocabulary:
             hf_tokenizer.pad_token = hf_tokenizer.eos_token
         absent = [name for name in DELIMITERS if _token_id(hf_tokenizer, name) is None]
         hf_tokenizer.add_tokens(
-            [AddedToken(name, normalized=False, special=True) for name in absent], special_tokens=True
+            [AddedToken(name, normalized=False, special=True) for name in absent],
+            special_tokens=True,
         )
-        hf_tokenizer.add_tokens([AddedToken(visual_token(i), normalized=False) for i in range(num_codes)])
+        hf_tokenizer.add_tokens(
+            [AddedToken(visual_token(i), normalized=False) for i in range(num_codes)]
+        )
         vocabulary = cls.from_tokenizer(hf_tokenizer)
         if vocabulary.num_codes != num_codes:
             raise VocabularyError(
@@ -124,7 +131,9 @@ class VisualVocabulary:
         """The layout of a tokenizer that `extend` has extended, now or in an earlier process."""
         first_visual = _token_id(hf_tokenizer, visual_token(0))
         ids = {name: _token_id(hf_tokenizer, name) for name in DELIMITERS}
-        missing = [name for name, found in {visual_token(0): first_visual, **ids}.items() if found is None]
+        missing = [
+            name for name, found in {visual_token(0): first_visual, **ids}.items() if found is None
+        ]
         if missing or first_visual is None:
             raise VocabularyError(
                 f"This tokenizer has no {', '.join(missing)}: it is not one of a unified model. "
@@ -167,7 +176,9 @@ def _token_id(hf_tokenizer: Any, token: str) -> int | None:
 def _count_codes(hf_tokenizer: Any, first_visual: int) -> int:
     """How many visual tokens follow `first_visual` without a gap."""
     most = len(hf_tokenizer) - first_visual
-    tokens: Iterable[str | None] = hf_tokenizer.convert_ids_to_tokens(range(first_visual, first_visual + most))
+    tokens: Iterable[str | None] = hf_tokenizer.convert_ids_to_tokens(
+        range(first_visual, first_visual + most)
+    )
     count = 0
     for token in tokens:
         if token != visual_token(count):

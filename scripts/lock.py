@@ -33,7 +33,10 @@ def normal(name: str) -> str:
 
 def installed() -> dict[str, str]:
     """Name to public version of what this environment holds."""
-    found = {normal(d.metadata["Name"]): d.version.partition("+")[0] for d in importlib.metadata.distributions()}
+    found = {
+        normal(d.metadata["Name"]): d.version.partition("+")[0]
+        for d in importlib.metadata.distributions()
+    }
     return {name: version for name, version in found.items() if name not in SKIPPED}
 
 
@@ -42,7 +45,9 @@ def resolved(pins: dict[str, str]) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         constraints, report = Path(folder, "pins.txt"), Path(folder, "report.json")
         constraints.write_text("".join(f"{name}=={version}\n" for name, version in pins.items()))
-        environment = {k: v for k, v in os.environ.items() if k != "PIP_FIND_LINKS"} | {"PIP_CONFIG_FILE": os.devnull}
+        environment = {k: v for k, v in os.environ.items() if k != "PIP_FIND_LINKS"} | {
+            "PIP_CONFIG_FILE": os.devnull
+        }
         command = [
             sys.executable,
             "-m",
@@ -56,7 +61,9 @@ def resolved(pins: dict[str, str]) -> dict[str, str]:
         ]
         subprocess.run([*command, "-c", str(constraints), *ELSEWHERE], check=True, env=environment)
         items = json.loads(report.read_text())["install"]
-    return {normal(i["metadata"]["name"]): i["metadata"]["version"].partition("+")[0] for i in items}
+    return {
+        normal(i["metadata"]["name"]): i["metadata"]["version"].partition("+")[0] for i in items
+    }
 
 
 def main() -> None:

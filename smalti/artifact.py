@@ -61,7 +61,9 @@ class Artifact:
         if found is not None:
             return found
         if storage.exists(storage.join(path, PARTIAL)):
-            raise ArtifactError(f"{path} is an incomplete artifact: run the command that started it again to finish it")
+            raise ArtifactError(
+                f"{path} is an incomplete artifact: run the command that started it again to finish it"
+            )
         raise ArtifactError(
             f"there is no artifact at {path} (no {RECORD}): run the stage that writes it, or check the path"
         )
@@ -107,9 +109,13 @@ class Workspace:
 
     def beat(self, seconds: float) -> None:
         """Record the seconds of this try so far, so that an interrupted try counts too."""
-        storage.write_json(storage.join(self.path, PARTIAL), self._partial(self.earlier_s + seconds))
+        storage.write_json(
+            storage.join(self.path, PARTIAL), self._partial(self.earlier_s + seconds)
+        )
 
-    def finish(self, counts: Mapping[str, int], seconds: float, scores: Mapping[str, object] | None = None) -> Artifact:
+    def finish(
+        self, counts: Mapping[str, int], seconds: float, scores: Mapping[str, object] | None = None
+    ) -> Artifact:
         """Write the record, then remove the partial one.
 
         Args:
@@ -152,10 +158,14 @@ class Workspace:
 
 def fingerprint(kind: str, config: Mapping[str, object], parents: Mapping[str, Artifact]) -> str:
     """16 hex digits of kind, config and the fingerprints of the parents."""
-    return _digest(kind, _plain(config), {name: artifact.fingerprint for name, artifact in parents.items()})
+    return _digest(
+        kind, _plain(config), {name: artifact.fingerprint for name, artifact in parents.items()}
+    )
 
 
-def begin(path: str, kind: str, config: Mapping[str, object], parents: Mapping[str, Artifact]) -> Artifact | Workspace:
+def begin(
+    path: str, kind: str, config: Mapping[str, object], parents: Mapping[str, Artifact]
+) -> Artifact | Workspace:
     """The finished artifact at `path` if its fingerprint is equal, else a `Workspace` to write it.
 
     Raises:
@@ -169,7 +179,10 @@ def begin(path: str, kind: str, config: Mapping[str, object], parents: Mapping[s
         if finished.fingerprint != wanted:
             there = {"kind": finished.kind, "config": finished.config, "parents": finished.parents}
             raise _conflict(
-                path, "a finished artifact", there, {"kind": kind, "config": plain, "parents": parent_prints}
+                path,
+                "a finished artifact",
+                there,
+                {"kind": kind, "config": plain, "parents": parent_prints},
             )
         storage.remove(storage.join(path, PARTIAL))
         return finished
@@ -179,7 +192,10 @@ def begin(path: str, kind: str, config: Mapping[str, object], parents: Mapping[s
         partial = _read_record(partial_path)
         if partial.get("fingerprint") != wanted:
             raise _conflict(
-                path, "an incomplete artifact", partial, {"kind": kind, "config": plain, "parents": parent_prints}
+                path,
+                "an incomplete artifact",
+                partial,
+                {"kind": kind, "config": plain, "parents": parent_prints},
             )
         workspace.resumed = True
         workspace.earlier_s = float(partial.get("seconds", 0.0))
@@ -214,7 +230,9 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def differences(there: Mapping[str, object], here: Mapping[str, object], prefix: str = "") -> list[str]:
+def differences(
+    there: Mapping[str, object], here: Mapping[str, object], prefix: str = ""
+) -> list[str]:
     """Dotted keys whose values differ, as `key: <there> there, <here> here`, with `absent` for none."""
     lines = []
     for key in sorted(there.keys() | here.keys()):
@@ -238,10 +256,16 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "…"
 
 
-def _conflict(path: str, what: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> ArtifactError:
+def _conflict(
+    path: str, what: str, there: Mapping[str, Any], here: Mapping[str, Any]
+) -> ArtifactError:
     """The error for a record that differs from the expected one, with the differences."""
     keys = ("config", "parents")
-    lines = [f"kind: {there.get('kind')} there, {here['kind']} here"] if there.get("kind") != here["kind"] else []
+    lines = (
+        [f"kind: {there.get('kind')} there, {here['kind']} here"]
+        if there.get("kind") != here["kind"]
+        else []
+    )
     for key in keys:
         lines += differences(there.get(key) or {}, here[key], "" if key == "config" else "parent ")
     shown = lines[:_SHOWN_DIFFERENCES]
@@ -256,11 +280,15 @@ def _conflict(path: str, what: str, there: Mapping[str, Any], here: Mapping[str,
 def _refuse_foreign(path: str) -> None:
     """Refuse to write into a folder with files that are no artifact: they may be data of the user."""
     if storage.exists(path) and not storage.is_dir(path):
-        raise ArtifactError(f"{path} is a file, expected a folder: set another `out`, or move the file")
+        raise ArtifactError(
+            f"{path} is a file, expected a folder: set another `out`, or move the file"
+        )
     names = [name for name in storage.list_names(path) if not name.startswith(".")]
     if names:
         some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-        raise ArtifactError(f"{path} holds files that are no artifact ({some}): set another `out`, or move them away")
+        raise ArtifactError(
+            f"{path} holds files that are no artifact ({some}): set another `out`, or move them away"
+        )
 
 
 def _read_record(path: str) -> dict[str, Any]:
@@ -269,7 +297,9 @@ def _read_record(path: str) -> dict[str, Any]:
     except DataError as error:
         raise ArtifactError(f"{error}") from error
     if not isinstance(record, dict):
-        raise ArtifactError(f"{path} holds {type(record).__name__}, expected a JSON object: remove it and run again")
+        raise ArtifactError(
+            f"{path} holds {type(record).__name__}, expected a JSON object: remove it and run again"
+        )
     return record
 
 
@@ -280,14 +310,18 @@ def _plain(config: Mapping[str, object]) -> dict[str, Any]:
 
 def _digest(kind: str, config: Mapping[str, object], parents: Mapping[str, str]) -> str:
     value = {"kind": kind, "config": config, "parents": dict(parents)}
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    text = json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _git(root: Path, *arguments: str) -> str:
     """Output of a git command, or "" if it fails or git is not installed."""
     try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""

@@ -25,7 +25,9 @@ _SCHEMA = Schema(Recipe)
 Origins = dict[str, str]
 
 
-def load_recipe(path: str | None, overrides: Sequence[str] = (), *, base: Mapping[str, object] | None = None) -> Recipe:
+def load_recipe(
+    path: str | None, overrides: Sequence[str] = (), *, base: Mapping[str, object] | None = None
+) -> Recipe:
     """The recipe of a YAML file (None: defaults alone) with `a.b=c` overrides, checked as a whole.
 
     `path` is a file, a URL, or the name of a recipe that comes with smalti (`semhitok-quickstart`). Values of overrides are
@@ -44,7 +46,9 @@ def load_recipe(path: str | None, overrides: Sequence[str] = (), *, base: Mappin
     return _validated(data, origins, path or "recipe")
 
 
-def with_overrides(recipe: Recipe, overrides: Mapping[str, object], *, where: str = "override") -> Recipe:
+def with_overrides(
+    recipe: Recipe, overrides: Mapping[str, object], *, where: str = "override"
+) -> Recipe:
     """A copy of `recipe` with dotted keys set; a mapping given for a section is merged into it, `{}` empties it."""
     data = dump(recipe)
     origins: Origins = {}
@@ -80,7 +84,11 @@ def parse_override(text: str) -> tuple[str, Any]:
     if _SCHEMA.takes_raw_text(key):
         bare = raw.strip()
         listed = bare.startswith("[") and bare.endswith("]") and _SCHEMA.takes(key, list)
-        value = recipe_yaml.parse(raw, f"override {text!r}") if listed or bare[:1] in ("'", '"') else raw
+        value = (
+            recipe_yaml.parse(raw, f"override {text!r}")
+            if listed or bare[:1] in ("'", '"')
+            else raw
+        )
         return key, None if raw in ("null", "~", "") and _SCHEMA.takes(key, type(None)) else value
     return key, recipe_yaml.parse(raw, f"override {text!r}")
 
@@ -101,7 +109,11 @@ def find_recipe(path: str) -> str:
     folder = recipes_folder()
     shipped = sorted(file.stem for file in folder.glob("*.yaml"))
     stem = posixpath.basename(path).removesuffix(".yaml").removesuffix(".yml")
-    if storage.is_local(path) and stem in shipped and posixpath.dirname(path) in ("", ".", "recipes", "./recipes"):
+    if (
+        storage.is_local(path)
+        and stem in shipped
+        and posixpath.dirname(path) in ("", ".", "recipes", "./recipes")
+    ):
         return str(folder / f"{stem}.yaml")
     hint = f"recipes that come with smalti: {', '.join(shipped)}" if shipped else "check the path"
     raise ConfigError(f"no recipe exists at {path} ({hint})")
@@ -116,14 +128,21 @@ def _read_chain(path: str) -> tuple[dict[str, Any], Origins]:
         found = find_recipe(current)
         name = storage.absolute(found)
         if name in seen:
-            loop = " → ".join([*(os.path.basename(item) for item in seen[seen.index(name) :]), os.path.basename(name)])
+            loop = " → ".join(
+                [
+                    *(os.path.basename(item) for item in seen[seen.index(name) :]),
+                    os.path.basename(name),
+                ]
+            )
             raise ConfigError(f"{path}: `extends` forms a circle: {loop}")
         seen.append(name)
         data = _read(found)
         above = data.pop("extends", None)
         chain.append((current if found == current else found, data))
         if above is not None and not isinstance(above, str):
-            raise ConfigError(f"{current}: extends: expected the path of one recipe, found {above!r}")
+            raise ConfigError(
+                f"{current}: extends: expected the path of one recipe, found {above!r}"
+            )
         current = None if above is None else _beside(found, above)
     merged: dict[str, Any] = {}
     origins: Origins = {}
@@ -159,7 +178,11 @@ def _beside(path: str, above: str) -> str:
     beside = storage.join(storage.parent(path), above) if storage.parent(path) else above
     if storage.is_local(beside):
         beside = os.path.normpath(beside)
-    return beside if storage.exists(beside) or "/" in above or above.endswith((".yaml", ".yml")) else above
+    return (
+        beside
+        if storage.exists(beside) or "/" in above or above.endswith((".yaml", ".yml"))
+        else above
+    )
 
 
 def _dotted(data: Mapping[str, object], prefix: str = "") -> list[str]:
@@ -205,7 +228,9 @@ def _validated(data: dict[str, Any], origins: Origins, where: str) -> Recipe:
     return recipe
 
 
-def _check_baseline(data: Mapping[str, object], key: str, overrides: Mapping[str, object], where: str) -> None:
+def _check_baseline(
+    data: Mapping[str, object], key: str, overrides: Mapping[str, object], where: str
+) -> None:
     variant = copy.deepcopy({name: value for name, value in data.items() if name != "baselines"})
     for dotted, value in overrides.items():
         _set(variant, dotted, value, where=f"{where}: {key}")

@@ -50,9 +50,7 @@ def explained(action: str, path: str) -> Iterator[None]:
     except Exception as error:
         if is_local(path):
             raise
-        text = (
-            f"cannot {action} {path}: {type(error).__name__}: {error}. Check the URL, the credentials and the network"
-        )
+        text = f"cannot {action} {path}: {type(error).__name__}: {error}. Check the URL, the credentials and the network"
         raise DataError(text) from error
 
 
@@ -78,11 +76,17 @@ def remote(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     return fs, key
 
 
-def files_below(fs: fsspec.AbstractFileSystem, key: str) -> dict[str, tuple[str, dict[str, object]]]:
+def files_below(
+    fs: fsspec.AbstractFileSystem, key: str
+) -> dict[str, tuple[str, dict[str, object]]]:
     """(full name, info) of every file below a folder, by relative path.
 
     Names that end with a slash are left out: some programs, such as Ray Train on S3, write empty objects for folders.
     """
     root = fs._strip_protocol(key)
     found = fs.find(key, detail=True)
-    return {posixpath.relpath(name, root): (name, info) for name, info in found.items() if not name.endswith("/")}
+    return {
+        posixpath.relpath(name, root): (name, info)
+        for name, info in found.items()
+        if not name.endswith("/")
+    }

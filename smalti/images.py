@@ -17,7 +17,22 @@ from PIL import Image, ImageChops, ImageCms
 from smalti.errors import ImageError
 
 MAX_PIXELS = 64_000_000
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "PCX", "SGI", "QOI")
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "DIB",
+    "TIFF",
+    "PPM",
+    "JPEG2000",
+    "AVIF",
+    "ICO",
+    "PCX",
+    "SGI",
+    "QOI",
+)
 REASONS = ("empty", "undecodable", "truncated", "bomb", "too_small")
 
 _PLAIN = ("RGB", "L", "CMYK")  # modes that always come to RGB
@@ -63,7 +78,9 @@ def probe(data: bytes, *, max_pixels: int = MAX_PIXELS, min_size: int = 1) -> tu
     return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
-def to_pixels(data: bytes, size: int, *, max_pixels: int = MAX_PIXELS, min_size: int = 1) -> np.ndarray:
+def to_pixels(
+    data: bytes, size: int, *, max_pixels: int = MAX_PIXELS, min_size: int = 1
+) -> np.ndarray:
     """Decode, resize the shorter side (bicubic, antialiased), and crop the centre.
 
     A JPEG is decoded at the smallest scale (1/2, 1/4, 1/8) that still covers `size`. Raises as `decode`.
@@ -93,20 +110,32 @@ def _open(data: bytes, max_pixels: int, min_size: int) -> Image.Image:
     image = _identify(bytes(data))
     width, height = image.size
     if width * height > max_pixels:
-        raise ImageError(f"{width} x {height} pixels, more than max_pixels = {max_pixels:,}", "bomb")
+        raise ImageError(
+            f"{width} x {height} pixels, more than max_pixels = {max_pixels:,}", "bomb"
+        )
     if min(width, height) < max(1, min_size):
-        raise ImageError(f"{width} x {height} pixels, expected sides of at least {min_size}", "too_small")
+        raise ImageError(
+            f"{width} x {height} pixels, expected sides of at least {min_size}", "too_small"
+        )
     return image
 
 
 def _check_segments(data: bytes) -> None:
     """Refuse a JPEG with too many header segments: Pillow joins EXIF segments in quadratic time."""
     place, num, every = 2, 0, 0
-    while data[:2] == b"\xff\xd8" and data[place : place + 1] == b"\xff" and data[place + 1 : place + 2] != b"\xda":
-        num += data[place + 1 : place + 2] == b"\xe1" and data[place + 4 : place + 10] == b"Exif\0\0"
+    while (
+        data[:2] == b"\xff\xd8"
+        and data[place : place + 1] == b"\xff"
+        and data[place + 1 : place + 2] != b"\xda"
+    ):
+        num += (
+            data[place + 1 : place + 2] == b"\xe1" and data[place + 4 : place + 10] == b"Exif\0\0"
+        )
         every += 1
         if num > _EXIF_SEGMENTS or every > _SEGMENTS:
-            raise ImageError(f"more than {_EXIF_SEGMENTS} EXIF segments, or {_SEGMENTS:,} of any kind")
+            raise ImageError(
+                f"more than {_EXIF_SEGMENTS} EXIF segments, or {_SEGMENTS:,} of any kind"
+            )
         place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
 
 
@@ -125,10 +154,15 @@ def _check_icon(data: bytes, max_pixels: int) -> None:
         else:  # a bitmap, its mask below it; the oldest headers, of 12 bytes, have numbers of two bytes
             step = 2 if inner[:4] == b"\x0c\0\0\0" else 4
             sides = (inner[4 : 4 + step], inner[4 + step : 4 + 2 * step])
-            width, height = (abs(int.from_bytes(side, "little", signed=step == 4)) for side in sides)
+            width, height = (
+                abs(int.from_bytes(side, "little", signed=step == 4)) for side in sides
+            )
             height //= 2
         if width * height > max_pixels:
-            raise ImageError(f"{width} x {height} pixels in an icon, more than max_pixels = {max_pixels:,}", "bomb")
+            raise ImageError(
+                f"{width} x {height} pixels in an icon, more than max_pixels = {max_pixels:,}",
+                "bomb",
+            )
 
 
 def _identify(data: bytes) -> Image.Image:
@@ -159,9 +193,13 @@ def _load(image: Image.Image) -> None:
         image.load()
     except _DECODER_ERRORS as error:
         reason = "truncated" if _is_truncation(error) else "undecodable"
-        raise ImageError(f"the {image.format} file cannot be decoded{_because(error)}", reason) from error
+        raise ImageError(
+            f"the {image.format} file cannot be decoded{_because(error)}", reason
+        ) from error
     except MemoryError as error:
-        raise ImageError(f"{image.width} x {image.height} pixels do not fit into memory", "bomb") from error
+        raise ImageError(
+            f"{image.width} x {image.height} pixels do not fit into memory", "bomb"
+        ) from error
 
 
 def _is_truncation(error: Exception) -> bool:
@@ -226,7 +264,9 @@ def _deep_to_rgb(image: Image.Image) -> Image.Image:
     if not np.isfinite(values).all():
         raise ValueError("some pixels are NaN or Inf")
     low, high = float(values.min()), float(values.max())
-    sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    sixteen_bits = image.mode.startswith("I;16") or (
+        image.mode == "I" and image.format in ("PNG", "PPM")
+    )
     if image.mode == "F" and low >= 0 and high <= 1:
         scaled = values * 255
     elif sixteen_bits or (low >= 0 and 255 < high <= 65_535):

@@ -41,11 +41,15 @@ class Schema:
         names = ", ".join(key.rsplit(".", 1)[-1] for key in self._neighbours(section))
         if not names:
             return f"unknown key '{dotted}'; '{section}' is a plain value and has no keys under it"
-        return f"unknown key '{dotted}'; {f'{section!r} has' if section else 'a recipe has'}: {names}"
+        return (
+            f"unknown key '{dotted}'; {f'{section!r} has' if section else 'a recipe has'}: {names}"
+        )
 
     def _neighbours(self, section: str) -> list[str]:
         prefix = f"{section}." if section else ""
-        return [key for key in self.keys if key.startswith(prefix) and "." not in key[len(prefix) :]]
+        return [
+            key for key in self.keys if key.startswith(prefix) and "." not in key[len(prefix) :]
+        ]
 
     def _nearest(self, dotted: str, section: str) -> list[str]:
         """The likeliest keys meant: the wrong part corrected, the key under another section, the most alike in all."""
@@ -61,7 +65,11 @@ class Schema:
             return elsewhere[:3]
         leaf = dotted.rsplit(".", 1)[-1]
         alike = difflib.get_close_matches(dotted, self.keys, 3, 0.75)
-        alike = [key for key in alike if difflib.SequenceMatcher(None, key.rsplit(".", 1)[-1], leaf).ratio() >= 0.6]
+        alike = [
+            key
+            for key in alike
+            if difflib.SequenceMatcher(None, key.rsplit(".", 1)[-1], leaf).ratio() >= 0.6
+        ]
         return alike[:1] or [key for key in self.keys if key.rsplit(".", 1)[-1] == leaf][:3]
 
     def takes_raw_text(self, dotted: str) -> bool:
@@ -75,7 +83,11 @@ class Schema:
             for b in _branches(field.annotation)
             if get_origin(b) is Literal and all(isinstance(v, str) for v in get_args(b))
         ]
-        return bool(kinds) and all(kind is str for kind in kinds - {Literal}) and (Literal not in kinds or bool(texts))
+        return (
+            bool(kinds)
+            and all(kind is str for kind in kinds - {Literal})
+            and (Literal not in kinds or bool(texts))
+        )
 
     def takes(self, dotted: str, kind: object) -> bool:
         """True when the key may be of a kind, such as `list`, or null (`NoneType`)."""
@@ -136,7 +148,9 @@ def describe(annotation: object, metadata: list[object] | None = None) -> str:
         if get_origin(branch) is Annotated:
             bounds += list(get_args(branch)[1:])
             branch = get_args(branch)[0]
-        parts.append(_describe_one(branch) + ("" if branch is type(None) else _describe_bounds(bounds)))
+        parts.append(
+            _describe_one(branch) + ("" if branch is type(None) else _describe_bounds(bounds))
+        )
     return " or ".join(dict.fromkeys(parts))
 
 
@@ -164,12 +178,21 @@ def _describe_one(kind: object) -> str:
 
 
 def _describe_bounds(metadata: list[object]) -> str:
-    signs = {annotated_types.Ge: "ge", annotated_types.Gt: "gt", annotated_types.Le: "le", annotated_types.Lt: "lt"}
+    signs = {
+        annotated_types.Ge: "ge",
+        annotated_types.Gt: "gt",
+        annotated_types.Le: "le",
+        annotated_types.Lt: "lt",
+    }
     words = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
     found = []
     for item in metadata:
         items = item.metadata if isinstance(item, FieldInfo) else [item]
-        found += [f"{words[signs[type(b)]]} {getattr(b, signs[type(b)]):g}" for b in items if type(b) in signs]
+        found += [
+            f"{words[signs[type(b)]]} {getattr(b, signs[type(b)]):g}"
+            for b in items
+            if type(b) in signs
+        ]
     return f" {' and '.join(found)}" if found else ""
 
 

@@ -53,7 +53,13 @@ class Progress:
     """
 
     def __init__(
-        self, total: int | None, unit: str, label: str, *, done: int = 0, stream: IO[str] | None = None
+        self,
+        total: int | None,
+        unit: str,
+        label: str,
+        *,
+        done: int = 0,
+        stream: IO[str] | None = None,
     ) -> None:
         self.total = total
         self.unit = unit
@@ -73,7 +79,10 @@ class Progress:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         with self._lock:
             self._show(time.monotonic(), last=True, failed=kind is not None)
@@ -105,7 +114,8 @@ class Progress:
             if self.total and self.count < self.total:
                 parts.append(f"{format_seconds((self.total - self.count) / rate)} left")
         parts += [
-            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in self._info.items()
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in self._info.items()
         ]
         return ", ".join(parts)
 

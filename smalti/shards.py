@@ -110,7 +110,8 @@ def list_shards(artifact_path: str, split: Split | str | None = None) -> list[st
     keys = []
     for name in SPLITS if split is None else (split,):
         stems = [
-            file.removesuffix(".parquet") for file in storage.list_names(storage.join(artifact_path, name), ".parquet")
+            file.removesuffix(".parquet")
+            for file in storage.list_names(storage.join(artifact_path, name), ".parquet")
         ]
         keys += [f"{name}/{stem}" for stem in sorted(stems, key=lambda stem: (len(stem), stem))]
     return keys
@@ -169,8 +170,14 @@ def vector_shape(artifact_path: str, key: str) -> tuple[int, int]:
         field = parquet.schema_arrow.field("vector") if "vector" in names else None
         packed = (field.metadata or {}).get(_PACKED) if field is not None else None
         if field is None or (packed is None and not pa.types.is_fixed_size_list(field.type)):
-            have = f"a column 'vector' of {field.type}" if field is not None else f"columns {', '.join(names)}"
-            raise DataError(f"{path} has {have}, expected vectors: remove it and run the stage features again")
+            have = (
+                f"a column 'vector' of {field.type}"
+                if field is not None
+                else f"columns {', '.join(names)}"
+            )
+            raise DataError(
+                f"{path} has {have}, expected vectors: remove it and run the stage features again"
+            )
         return int(parquet.metadata.num_rows), int(packed or field.type.list_size)
 
 
@@ -253,7 +260,9 @@ def _pack(table: pa.Table) -> pa.Table:
             pa.binary(2 * kind.list_size), len(values), [None, pa.py_buffer(values)]
         )
         metadata = {**(field.metadata or {}), _PACKED: str(kind.list_size).encode()}
-        table = table.set_column(index, pa.field(field.name, binary.type, nullable=False, metadata=metadata), binary)
+        table = table.set_column(
+            index, pa.field(field.name, binary.type, nullable=False, metadata=metadata), binary
+        )
     return table
 
 
@@ -264,13 +273,21 @@ def _unpack(table: pa.Table) -> pa.Table:
         width = int(field.metadata[_PACKED])
         column = table.column(index)
         array = (
-            column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks or [pa.array([], field.type)])
+            column.chunk(0)
+            if column.num_chunks == 1
+            else pa.concat_arrays(column.chunks or [pa.array([], field.type)])
         )
         data = array.buffers()[1]
-        flat = pa.Array.from_buffers(pa.float16(), len(array) * width, [None, data], offset=array.offset * width)
+        flat = pa.Array.from_buffers(
+            pa.float16(), len(array) * width, [None, data], offset=array.offset * width
+        )
         lists = pa.FixedSizeListArray.from_arrays(flat, width)
-        metadata = {name: value for name, value in field.metadata.items() if name != _PACKED} or None
-        table = table.set_column(index, pa.field(field.name, lists.type, nullable=False, metadata=metadata), lists)
+        metadata = {
+            name: value for name, value in field.metadata.items() if name != _PACKED
+        } or None
+        table = table.set_column(
+            index, pa.field(field.name, lists.type, nullable=False, metadata=metadata), lists
+        )
     return table
 
 

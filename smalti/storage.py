@@ -60,8 +60,14 @@ def list_names(directory: str, suffix: str = "") -> list[str]:
             if not fs.isdir(key):
                 return []
             names = [posixpath.basename(name.rstrip("/")) for name in fs.ls(key, detail=False)]
-            names = [name for name in names if name and name != posixpath.basename(key.rstrip("/"))] if names else []
-    return sorted({name for name in names if name.endswith(suffix) and not name.endswith(TEMP_SUFFIX)})
+            names = (
+                [name for name in names if name and name != posixpath.basename(key.rstrip("/"))]
+                if names
+                else []
+            )
+    return sorted(
+        {name for name in names if name.endswith(suffix) and not name.endswith(TEMP_SUFFIX)}
+    )
 
 
 def make_dirs(path: str) -> None:
@@ -125,7 +131,10 @@ def stamp(path: str) -> str:
             return f"{found.st_size} {found.st_mtime_ns}"
         fs, key = remote(path)
         info = fs.info(key)
-        known = [info.get(name) for name in ("ETag", "etag", "md5Hash", "LastModified", "mtime", "updated", "created")]
+        known = [
+            info.get(name)
+            for name in ("ETag", "etag", "md5Hash", "LastModified", "mtime", "updated", "created")
+        ]
         return " ".join(str(value) for value in [info["size"], *known] if value is not None)
 
 
@@ -137,11 +146,18 @@ def sizes_bytes(directory: str) -> dict[str, int]:
     with explained("list", directory):
         if is_local(directory):
             root = local_path(directory)
-            files = [os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names]
-            found = {os.path.relpath(file, root).replace(os.sep, "/"): os.path.getsize(file) for file in files}
+            files = [
+                os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names
+            ]
+            found = {
+                os.path.relpath(file, root).replace(os.sep, "/"): os.path.getsize(file)
+                for file in files
+            }
         else:
             fs, key = remote(directory)
-            found = {name: int(str(info["size"])) for name, (_, info) in files_below(fs, key).items()}
+            found = {
+                name: int(str(info["size"])) for name, (_, info) in files_below(fs, key).items()
+            }
     return {name: size for name, size in found.items() if not name.endswith(TEMP_SUFFIX)}
 
 
@@ -202,7 +218,9 @@ def atomic_file(path: str) -> Iterator[str]:
             os.makedirs(os.path.dirname(local) or ".", exist_ok=True)
             temp = temp_name(local)
         else:
-            temp = os.path.join(stack.enter_context(tempfile.TemporaryDirectory(prefix="smalti-")), "file")
+            temp = os.path.join(
+                stack.enter_context(tempfile.TemporaryDirectory(prefix="smalti-")), "file"
+            )
         try:
             yield temp
             if is_local(path):

@@ -17,7 +17,9 @@ def nice_ticks(low: float, high: float, least_step: float = 0.0) -> list[float]:
         return [low]
     power = 10.0 ** math.floor(math.log10((high - low) / 5))
     steps = [factor * scale for factor in FACTORS for scale in (power, 10 * power)]
-    allowed = [step for step in steps if step >= least_step and (not least_step or step % least_step == 0)]
+    allowed = [
+        step for step in steps if step >= least_step and (not least_step or step % least_step == 0)
+    ]
     for step in allowed:
         ticks = _multiples(step, low, high)
         if 4 <= len(ticks) <= 6:

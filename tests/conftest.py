@@ -33,7 +33,9 @@ LONGEST = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--quick", action="store_true", help="leave out tests that start Ray or take long")
+    parser.addoption(
+        "--quick", action="store_true", help="leave out tests that start Ray or take long"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -92,7 +94,11 @@ def memory_url() -> Iterator[str]:
 @pytest.fixture(params=["local", "memory"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A folder that does not exist yet: on the local disk, and in an object store."""
-    return str(tmp_path / "place") if request.param == "local" else request.getfixturevalue("memory_url") + "/place"
+    return (
+        str(tmp_path / "place")
+        if request.param == "local"
+        else request.getfixturevalue("memory_url") + "/place"
+    )
 
 
 @pytest.fixture

@@ -15,13 +15,23 @@ import pytest
 import smalti
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("tune", "workflows", "mllm", "tokenizers", "smalti")  # each may import itself and those after it
+ROOMS = (
+    "tune",
+    "workflows",
+    "mllm",
+    "tokenizers",
+    "smalti",
+)  # each may import itself and those after it
 INSIDE = (  # rooms and files of workflows/: each may import itself and those before it
     "tracking", "cluster", "pipeline", "sources", "corpus", "train", "encoder", "features", "codebook", "plan",
     "evaluation", "report", "systems", "tokenizer", "tokens", "mllm", "bridge", "export", "recipe_plan", "chain",
     "quickstart", "smoke",
 )  # fmt: skip
-ONLY_ABOVE = {"ray": 2, "deepspeed": 2, "mlflow": 2}  # package: rooms from the top that may import it
+ONLY_ABOVE = {
+    "ray": 2,
+    "deepspeed": 2,
+    "mlflow": 2,
+}  # package: rooms from the top that may import it
 NO_TORCH = ("torch", "transformers", "safetensors", "torchvision")
 LAZY_EXCEPTIONS = ("smalti/api.py", "smalti/cli")  # they load upper rooms inside functions
 
@@ -64,7 +74,9 @@ def strip_type_checking(tree: ast.Module) -> ast.Module:
         for body in (getattr(node, "body", None), getattr(node, "orelse", None)):
             if isinstance(body, list):
                 body[:] = [
-                    item for item in body if not (isinstance(item, ast.If) and "TYPE_CHECKING" in ast.dump(item.test))
+                    item
+                    for item in body
+                    if not (isinstance(item, ast.If) and "TYPE_CHECKING" in ast.dump(item.test))
                 ] or ([ast.Pass()] if body else [])
     return tree
 
@@ -74,7 +86,9 @@ def graph(files: dict[str, str], excepted: frozenset[str] = frozenset()) -> dict
     found: dict[str, set[str]] = {}
     for module, text in files.items():
         tree = strip_type_checking(ast.parse(text))
-        lazy = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+        lazy = {
+            id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)
+        }
         names = set[str]()
         for node in ast.walk(tree):
             if id(node) in lazy and module in excepted:
@@ -83,7 +97,8 @@ def graph(files: dict[str, str], excepted: frozenset[str] = frozenset()) -> dict
                 names |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 names |= {
-                    full if (full := f"{node.module}.{a.name}") in files else node.module or "" for a in node.names
+                    full if (full := f"{node.module}.{a.name}") in files else node.module or ""
+                    for a in node.names
                 }
         found[module] = {name for name in names if name in files} - {module}
     return found
@@ -115,7 +130,10 @@ EXCEPTED = ("smalti.cli", "smalti.api", "smalti")
 
 def all_arrows() -> dict[str, set[str]]:
     files = {module_of(path): path.read_text(encoding="utf-8") for path in sources()}
-    return graph(files, frozenset(name for name in files if name in EXCEPTED or name.startswith("smalti.cli.")))
+    return graph(
+        files,
+        frozenset(name for name in files if name in EXCEPTED or name.startswith("smalti.cli.")),
+    )
 
 
 def test_no_import_circle_lazy_imports_counted() -> None:
@@ -124,9 +142,14 @@ def test_no_import_circle_lazy_imports_counted() -> None:
 
 
 def test_a_circle_behind_a_lazy_import_is_found() -> None:
-    files = {"smalti.a": "def f():\n    from smalti.b import g\n", "smalti.b": "import smalti.a\ndef g(): pass\n"}
+    files = {
+        "smalti.a": "def f():\n    from smalti.b import g\n",
+        "smalti.b": "import smalti.a\ndef g(): pass\n",
+    }
     assert circle_of(graph(files)) == ["smalti.a", "smalti.b", "smalti.a"]
-    typed = files | {"smalti.a": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from smalti.b import g\n"}
+    typed = files | {
+        "smalti.a": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from smalti.b import g\n"
+    }
     assert circle_of(graph(typed)) == []
 
 
@@ -157,10 +180,14 @@ def test_imports_go_down_only(path: Path) -> None:
     here = ROOMS.index(path.relative_to(ROOT).parts[0])
     for module, lazy in imports_of(path):
         top = module.split(".")[0]
-        assert top not in ("mllm", "workflows", "tune", "bench", "tests"), f"{module}: import it as smalti.{module}"
+        assert top not in ("mllm", "workflows", "tune", "bench", "tests"), (
+            f"{module}: import it as smalti.{module}"
+        )
         room = room_of(module)
         if room is not None:
-            assert ROOMS.index(room) >= here or (lazy and is_excepted(path)), f"{module} lies above {ROOMS[here]}"
+            assert ROOMS.index(room) >= here or (lazy and is_excepted(path)), (
+                f"{module} lies above {ROOMS[here]}"
+            )
         if top in ONLY_ABOVE:
             assert here < ONLY_ABOVE[top] or (lazy and is_excepted(path)), (
                 f"{top} belongs to {ROOMS[: ONLY_ABOVE[top]]}"
@@ -178,7 +205,9 @@ def test_the_rule_finds_what_breaks_it(tmp_path: Path) -> None:
 
 
 def test_tokenizers_is_no_package_of_its_own() -> None:
-    assert not (ROOT / "tokenizers" / "__init__.py").exists(), "it would hide Hugging Face's tokenizers from the root"
+    assert not (ROOT / "tokenizers" / "__init__.py").exists(), (
+        "it would hide Hugging Face's tokenizers from the root"
+    )
 
 
 def test_the_rooms_are_the_folders_at_the_root() -> None:
@@ -188,7 +217,9 @@ def test_the_rooms_are_the_folders_at_the_root() -> None:
     import smalti.workflows
 
     for room in (smalti.mllm, smalti.tokenizers, smalti.tune, smalti.workflows):
-        assert [Path(path).resolve() for path in room.__path__] == [ROOT / room.__name__.split(".")[-1]]
+        assert [Path(path).resolve() for path in room.__path__] == [
+            ROOT / room.__name__.split(".")[-1]
+        ]
     import tokenizers
 
     assert "site-packages" in tokenizers.__file__
@@ -219,7 +250,9 @@ def test_imports_in_a_fresh_process(place: str, tmp_path: Path) -> None:
 def test_the_base_is_light() -> None:
     """Help and recipes come without the seconds that torch and Ray take to load."""
     code = "import sys, smalti.cli.parser, smalti.config, smalti.artifact, smalti.shards, smalti.images; print([m for m in ('torch', 'ray', 'transformers', 'mlflow') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"
 
 

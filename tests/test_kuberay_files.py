@@ -29,7 +29,15 @@ GROUP = {
     "groupName", "replicas", "minReplicas", "maxReplicas", "numOfHosts", "rayStartParams", "template", "scaleStrategy",
     "idleTimeoutSeconds", "suspend", "resources", "labels",
 }  # fmt: skip
-HEAD = {"serviceType", "headService", "enableIngress", "rayStartParams", "template", "resources", "labels"}
+HEAD = {
+    "serviceType",
+    "headService",
+    "enableIngress",
+    "rayStartParams",
+    "template",
+    "resources",
+    "labels",
+}
 NESTED = {
     "authOptions": {"mode", "secretName", "enableK8sTokenAuth"},
     "gcsFaultToleranceOptions": {"redisAddress", "redisPassword", "redisUsername", "externalStorageNamespace"},
@@ -73,7 +81,10 @@ def test_doors_are_shut_and_the_head_can_come_back(spec: dict[str, Any]) -> None
     assert spec["authOptions"] == {"mode": "token", "secretName": "smalti-ray-token"}
     assert spec["headGroupSpec"]["serviceType"] == "ClusterIP"
     assert "enableIngress" not in spec["headGroupSpec"]
-    assert spec["gcsFaultToleranceOptions"]["redisPassword"]["valueFrom"]["secretKeyRef"]["name"] == "smalti-redis"
+    assert (
+        spec["gcsFaultToleranceOptions"]["redisPassword"]["valueFrom"]["secretKeyRef"]["name"]
+        == "smalti-redis"
+    )
     service, redis = yaml.safe_load_all((FOLDER / "redis.yaml").read_text())
     address = f"redis://{service['metadata']['name']}:{service['spec']['ports'][0]['port']}"
     assert spec["gcsFaultToleranceOptions"]["redisAddress"] == address
@@ -85,8 +96,10 @@ def labels_of_pods() -> dict[str, dict[str, str]]:
     name, ray = read("raycluster.yaml")["metadata"]["name"], {"ray.io/is-ray-node": "yes"}
     _, redis = yaml.safe_load_all((FOLDER / "redis.yaml").read_text())
     return {
-        "head": ray | {"ray.io/cluster": name, "ray.io/node-type": "head", "ray.io/group": "headgroup"},
-        "worker": ray | {"ray.io/cluster": name, "ray.io/node-type": "worker", "ray.io/group": "gpu"},
+        "head": ray
+        | {"ray.io/cluster": name, "ray.io/node-type": "head", "ray.io/group": "headgroup"},
+        "worker": ray
+        | {"ray.io/cluster": name, "ray.io/node-type": "worker", "ray.io/group": "gpu"},
         "another cluster's": ray | {"ray.io/cluster": "other", "ray.io/node-type": "worker"},
         "operator": {"app.kubernetes.io/name": "kuberay-operator"},
         "redis": redis["spec"]["template"]["metadata"]["labels"],
@@ -98,7 +111,9 @@ def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
     """Kubernetes' own rule: all labels match, and each key that must exist does."""
     assert set(selector) <= {"matchLabels", "matchExpressions"}
     wanted = selector.get("matchLabels", {})
-    present = [one["key"] for one in selector.get("matchExpressions", []) if one["operator"] == "Exists"]
+    present = [
+        one["key"] for one in selector.get("matchExpressions", []) if one["operator"] == "Exists"
+    ]
     assert len(present) == len(selector.get("matchExpressions", []))
     return wanted.items() <= labels.items() and set(present) <= set(labels)
 
@@ -106,17 +121,28 @@ def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
 def test_only_the_clusters_pods_and_the_operator_reach_its_ports() -> None:
     policies = list(yaml.safe_load_all((FOLDER / "networkpolicy.yaml").read_text()))
     pods = labels_of_pods()
-    assert all((p["apiVersion"], p["kind"]) == ("networking.k8s.io/v1", "NetworkPolicy") for p in policies)
+    assert all(
+        (p["apiVersion"], p["kind"]) == ("networking.k8s.io/v1", "NetworkPolicy") for p in policies
+    )
     assert all(set(p["spec"]) == {"podSelector", "policyTypes", "ingress"} for p in policies)
 
     def reached(target: str, port: int) -> set[str]:
         rules = [
-            rule for p in policies if selects(p["spec"]["podSelector"], pods[target]) for rule in p["spec"]["ingress"]
+            rule
+            for p in policies
+            if selects(p["spec"]["podSelector"], pods[target])
+            for rule in p["spec"]["ingress"]
         ]
         assert rules, "a pod that no policy selects is open to all"
-        opened = [rule for rule in rules if port in [one["port"] for one in rule.get("ports", [{"port": port}])]]
+        opened = [
+            rule
+            for rule in rules
+            if port in [one["port"] for one in rule.get("ports", [{"port": port}])]
+        ]
         peers = [peer["podSelector"] for rule in opened for peer in rule["from"]]
-        return {name for name, labels in pods.items() if any(selects(peer, labels) for peer in peers)}
+        return {
+            name for name, labels in pods.items() if any(selects(peer, labels) for peer in peers)
+        }
 
     assert reached("head", 8265) == {"head", "worker", "operator"}
     for target, port in (("head", 6379), ("head", 10001), ("worker", 8265), ("worker", 40000)):
@@ -144,8 +170,13 @@ def test_the_head_knows_the_worker_groups(spec: dict[str, Any]) -> None:
     assert set(known) == {group["groupName"] for group in spec["workerGroupSpecs"]}
     for group in spec["workerGroupSpecs"]:
         limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
-        offer = {"CPU": int(limits["cpu"])} | ({"GPU": limits["nvidia.com/gpu"]} if "nvidia.com/gpu" in limits else {})
-        assert known[group["groupName"]] == {"max_workers": group["maxReplicas"], "resources": offer}
+        offer = {"CPU": int(limits["cpu"])} | (
+            {"GPU": limits["nvidia.com/gpu"]} if "nvidia.com/gpu" in limits else {}
+        )
+        assert known[group["groupName"]] == {
+            "max_workers": group["maxReplicas"],
+            "resources": offer,
+        }
 
 
 def test_the_jobs_command_is_one_of_smalti() -> None:

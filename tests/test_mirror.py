@@ -16,7 +16,9 @@ ROOMS = ("smalti", "tokenizers", "mllm", "workflows", "tune")
 
 def modules() -> list[str]:
     """Source files with code, as paths from the root: `mllm/model.py`."""
-    found = [path for room in ROOMS for path in (ROOT / room).rglob("*.py") if path.resolve() == path]
+    found = [
+        path for room in ROOMS for path in (ROOT / room).rglob("*.py") if path.resolve() == path
+    ]
     coded = [path for path in found if len(ast.parse(path.read_text()).body) > 1]
     return sorted(path.relative_to(ROOT).as_posix() for path in coded)
 
@@ -42,8 +44,12 @@ def own_file(module: str) -> Path:
 
 def test_every_module_has_its_tests_or_a_line_that_says_where() -> None:
     named = covered()
-    missing = [module for module in modules() if not own_file(module).is_file() and module not in named]
-    assert not missing, f"neither tests/…/test_NAME.py nor a `Covers:` line for {', '.join(missing)}"
+    missing = [
+        module for module in modules() if not own_file(module).is_file() and module not in named
+    ]
+    assert not missing, (
+        f"neither tests/…/test_NAME.py nor a `Covers:` line for {', '.join(missing)}"
+    )
 
 
 def test_covers_lines_name_modules_that_exist() -> None:

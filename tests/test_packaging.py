@@ -43,7 +43,16 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy / name)
     out = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(copy)]
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        str(out),
+        str(copy),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return next(out.glob("smalti-*.whl"))
@@ -80,7 +89,10 @@ def run(installed: Path, folder: Path, *arguments: str) -> subprocess.CompletedP
         f"sys.path[:] = [{str(installed)!r}] + [p for p in sys.path if p not in ('', {str(ROOT)!r})];"
     )
     return subprocess.run(
-        [sys.executable, "-c", code + arguments[0], *arguments[1:]], cwd=folder, capture_output=True, text=True
+        [sys.executable, "-c", code + arguments[0], *arguments[1:]],
+        cwd=folder,
+        capture_output=True,
+        text=True,
     )
 
 
@@ -101,7 +113,9 @@ def test_the_wheel_holds_every_module_and_recipe(wheel: Path) -> None:
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-def test_the_installed_wheel_keeps_the_two_tokenizers_apart(installed: Path, tmp_path: Path) -> None:
+def test_the_installed_wheel_keeps_the_two_tokenizers_apart(
+    installed: Path, tmp_path: Path
+) -> None:
     code = (
         "import smalti, smalti.mllm, smalti.workflows, smalti.tune, tokenizers, transformers;"
         "from smalti.tokenizers import vit, loading;"
@@ -115,7 +129,9 @@ def test_the_installed_wheel_keeps_the_two_tokenizers_apart(installed: Path, tmp
     assert path == str([str(installed / "smalti")])
 
 
-def test_the_installed_wheel_runs_commands_and_finds_its_recipes(installed: Path, tmp_path: Path) -> None:
+def test_the_installed_wheel_runs_commands_and_finds_its_recipes(
+    installed: Path, tmp_path: Path
+) -> None:
     main = "import sys; from smalti.cli import main; sys.exit(main(sys.argv[1:]))"
     done = run(installed, tmp_path, main, "--version")
     assert (done.returncode, done.stdout) == (0, f"smalti {__import__('smalti').__version__}\n")
@@ -127,7 +143,9 @@ def test_the_installed_wheel_runs_commands_and_finds_its_recipes(installed: Path
 def test_every_dependency_is_pinned_and_nothing_local_is_in_the_lock() -> None:
     text = (ROOT / "requirements.lock").read_text()
     pins = [line for line in text.splitlines() if line and not line.startswith("#")]
-    assert all(re.fullmatch(r"[a-z0-9.-]+==[A-Za-z0-9.!]+", pin) for pin in pins), "plain name==version lines only"
+    assert all(re.fullmatch(r"[a-z0-9.-]+==[A-Za-z0-9.!]+", pin) for pin in pins), (
+        "plain name==version lines only"
+    )
     names = {pin.split("==")[0] for pin in pins}
     assert len(names) == len(pins)
     project = settings()["project"]

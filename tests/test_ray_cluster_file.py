@@ -28,7 +28,9 @@ def test_rays_validator_would_refuse_a_misspelt_key(config: dict[str, Any]) -> N
         validate_config(config)
 
 
-def test_the_head_listens_on_loopback_and_every_ray_start_asks_for_a_token(config: dict[str, Any]) -> None:
+def test_the_head_listens_on_loopback_and_every_ray_start_asks_for_a_token(
+    config: dict[str, Any],
+) -> None:
     starts = [
         command
         for key in ("head_start_ray_commands", "worker_start_ray_commands")
@@ -58,9 +60,13 @@ def test_the_head_is_no_spot_machine_and_all_workers_are(config: dict[str, Any])
 
 def test_workers_reach_the_bucket_and_stand_beside_each_other(config: dict[str, Any]) -> None:
     """Ray gives an instance profile to the head alone; a comma would spread the machines over zones."""
-    workers = [config["available_node_types"][name]["node_config"] for name in ("gpu_worker", "cpu_worker")]
+    workers = [
+        config["available_node_types"][name]["node_config"] for name in ("gpu_worker", "cpu_worker")
+    ]
     assert all(node["IamInstanceProfile"]["Arn"].startswith("arn:aws:iam::") for node in workers)
-    assert workers[0]["Placement"]["GroupName"] and "," not in config["provider"]["availability_zone"]
+    assert (
+        workers[0]["Placement"]["GroupName"] and "," not in config["provider"]["availability_zone"]
+    )
 
 
 def test_nodes_may_open_many_files_and_have_what_recipes_name(config: dict[str, Any]) -> None:

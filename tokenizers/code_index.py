@@ -64,7 +64,10 @@ class Probes(NamedTuple):
         if not len(cells_N):
             raise ValueError("recall cannot be measured on 0 vectors")
         num = len(cells_N)
-        wanted = min(num, bisect.bisect_left(range(num + 1), recall, key=lambda found: lower_bound(found, num)))
+        wanted = min(
+            num,
+            bisect.bisect_left(range(num + 1), recall, key=lambda found: lower_bound(found, num)),
+        )
         reach = float(reach_N.sort().values[max(wanted, 1) - 1])
         found_N = reach_N <= reach
         return cls(int(cells_N[found_N].max()), reach * (1 + 1e-6), float(found_N.double().mean()))
@@ -102,10 +105,15 @@ class CodeIndex:
         probes: Probes | None = None,
     ) -> None:
         if codes_KC.ndim != 2 or not len(codes_KC):
-            raise ValueError(f"CodeIndex wants codes (K, C) with K >= 1, got {tuple(codes_KC.shape)}")
+            raise ValueError(
+                f"CodeIndex wants codes (K, C) with K >= 1, got {tuple(codes_KC.shape)}"
+            )
         self.codes, self.probes = codes_KC.float(), probes
         if cells_PC is None or cell_of_K is None:
-            cells_PC, cell_of_K = self.codes.mean(0, keepdim=True), codes_KC.new_zeros(len(codes_KC), dtype=torch.int64)
+            cells_PC, cell_of_K = (
+                self.codes.mean(0, keepdim=True),
+                codes_KC.new_zeros(len(codes_KC), dtype=torch.int64),
+            )
         if cell_of_K.shape != (len(codes_KC),) or cells_PC.shape[1:] != codes_KC.shape[1:]:
             raise ValueError(
                 f"CodeIndex: cells {tuple(cells_PC.shape)} and cell_of {tuple(cell_of_K.shape)} "
@@ -118,7 +126,9 @@ class CodeIndex:
         self.cells = cells_PC[full].float()  # a cell without codes is never searched
         self.cell_of = (full.cumsum(0) - 1)[cell_of_K]
         self._order = torch.argsort(cell_of_K, stable=True)
-        in_place = bool((cell_of_K.diff() >= 0).all())  # codes that lie in the order of their cells are not copied
+        in_place = bool(
+            (cell_of_K.diff() >= 0).all()
+        )  # codes that lie in the order of their cells are not copied
         self._sorted = self.codes if in_place else self.codes[self._order]
         self._half_norms = quantizers.squared_norms(self.codes) / 2
         self._sorted_half_norms = self._half_norms[self._order]
@@ -144,14 +154,22 @@ class CodeIndex:
         ids_N, scores_N = _empty(x_NC)
         if dtype == torch.float32:
             for rows in _blocks(len(x_NC), block):
-                scores_N[rows], ids_N[rows] = quantizers.best_score(x_NC[rows], self.codes, self._half_norms)
+                scores_N[rows], ids_N[rows] = quantizers.best_score(
+                    x_NC[rows], self.codes, self._half_norms
+                )
             return ids_N, _distance(quantizers.squared_norms(x_NC), scores_N)
         if dtype not in self._low:
             self._low[dtype] = self.codes.to(dtype).contiguous()
-        low_KC, low_NC, kernel = self._low[dtype], x_NC.to(dtype).contiguous(), _has_kernel(x_NC.device, dtype)
+        low_KC, low_NC, kernel = (
+            self._low[dtype],
+            x_NC.to(dtype).contiguous(),
+            _has_kernel(x_NC.device, dtype),
+        )
         width = max(x_NC.shape[1] * CANDIDATES, min(len(self.codes), CANDIDATE_BLOCK))
         for rows in _blocks(len(x_NC), 1, KERNEL_ROWS) if kernel else _blocks(len(x_NC), width):
-            found_NB = (_by_kernel if kernel else _candidates)(low_NC[rows], low_KC, self._half_norms)
+            found_NB = (_by_kernel if kernel else _candidates)(
+                low_NC[rows], low_KC, self._half_norms
+            )
             dots_NB = torch.einsum("nc,nbc->nb", x_NC[rows], self.codes[found_NB])
             scores_N[rows], place_N = (self._half_norms[found_NB] - dots_NB).min(-1)
             ids_N[rows] = found_NB.gather(1, place_N[:, None])[:, 0]
@@ -159,7 +177,11 @@ class CodeIndex:
 
     def nearest(self, x_NC: Tensor) -> tuple[Tensor, Tensor]:
         """As `exact`, by the tree search that `probes` describe; exact without them."""
-        return self.exact(x_NC) if self.probes is None else self.tree(x_NC, self.probes.cells, self.probes.reach)
+        return (
+            self.exact(x_NC)
+            if self.probes is None
+            else self.tree(x_NC, self.probes.cells, self.probes.reach)
+        )
 
     def tree(self, x_NC: Tensor, num_cells: int, reach: float = 1.0) -> tuple[Tensor, Tensor]:
         """As `exact`, among the codes of the `num_cells` cells nearest to each vector.
@@ -194,10 +216,14 @@ class CodeIndex:
             What `_probe` returns, and the distance of the best code, float32 (N,).
         """
         probed, planes = self._probe(x_NC, num)
-        self._score(x_NC, torch.arange(len(x_NC), device=x_NC.device), probed[:, 0], ids_N, scores_N)
+        self._score(
+            x_NC, torch.arange(len(x_NC), device=x_NC.device), probed[:, 0], ids_N, scores_N
+        )
         return probed, planes, (_distance(norms_N, scores_N) + ROUNDING * norms_N).sqrt_()
 
-    def _score(self, x_NC: Tensor, rows: Tensor, cells: Tensor, ids_N: Tensor, scores_N: Tensor) -> None:
+    def _score(
+        self, x_NC: Tensor, rows: Tensor, cells: Tensor, ids_N: Tensor, scores_N: Tensor
+    ) -> None:
         """Compare vectors `rows` with the codes of `cells`, pairwise; better codes are written in place."""
         rows = rows[torch.argsort(cells, stable=True)]
         ends = torch.bincount(cells, minlength=len(self.cells)).cumsum(0).tolist()
@@ -206,11 +232,16 @@ class CodeIndex:
             num_codes = min(codes.stop - codes.start, quantizers.CODE_BLOCK)
             for block in _blocks(last - first, max(num_codes, x_NC.shape[1])):
                 mine = rows[first:last][block]
-                score, local = quantizers.best_score(x_NC[mine], self._sorted[codes], self._sorted_half_norms[codes])
+                score, local = quantizers.best_score(
+                    x_NC[mine], self._sorted[codes], self._sorted_half_norms[codes]
+                )
                 found = self._order[codes][local]
                 best, known = scores_N[mine], ids_N[mine]
                 closer = (score < best) | ((score == best) & (found < known))
-                scores_N[mine], ids_N[mine] = torch.where(closer, score, best), torch.where(closer, found, known)
+                scores_N[mine], ids_N[mine] = (
+                    torch.where(closer, score, best),
+                    torch.where(closer, found, known),
+                )
 
     def needs(self, x_NC: Tensor) -> tuple[Tensor, Tensor]:
         """The cells, int64 (N,), and the reach, float32 (N,), with which `tree` finds the nearest code."""
@@ -220,7 +251,9 @@ class CodeIndex:
         reach_N = torch.zeros(len(x_NC), device=x_NC.device)
         for block in _blocks(len(x_NC) if num > 1 else 0, num, PAIRS):
             mine = x_NC[block]
-            probed, planes, near_N = self._nearest_cell(mine, quantizers.squared_norms(mine), num, *_empty(mine))
+            probed, planes, near_N = self._nearest_cell(
+                mine, quantizers.squared_norms(mine), num, *_empty(mine)
+            )
             rank_N = (probed == home_N[block, None]).int().argmax(-1)
             cells_N[block] = rank_N + 1
             reach_N[block] = planes.gather(1, rank_N[:, None])[:, 0] / near_N.clamp(min=TINY)
@@ -253,7 +286,11 @@ class CodeIndex:
             scores = torch.addmm(self._cell_half_norms, x_NC[rows], self.cells.T, alpha=-1)
             best, probed[rows] = scores.topk(num, largest=False)
             home_N = probed[rows, 0]
-            apart = torch.cdist(self.cells[home_N], self.cells) if self._apart is None else self._apart[home_N]
+            apart = (
+                torch.cdist(self.cells[home_N], self.cells)
+                if self._apart is None
+                else self._apart[home_N]
+            )
             apart = apart.gather(1, probed[rows])
             planes[rows] = (best - best[:, :1]) / apart.clamp(min=TINY)
         return probed, planes

@@ -75,11 +75,19 @@ class DualModel(nn.Module):
             trained.requires_grad_(True)
         for block in encoder.tower.encoder.layers:
             block.self_attn.dropout = 0.0  # F0, the target, is computed without dropout
-        config = VQ(stage.codes, stage.dim, stage.commitment, stage.decay, stage.eps, stage.restart_below)
-        self.pixel_down, self.semantic_down = nn.Linear(encoder.dim, stage.dim), nn.Linear(encoder.dim, stage.dim)
+        config = VQ(
+            stage.codes, stage.dim, stage.commitment, stage.decay, stage.eps, stage.restart_below
+        )
+        self.pixel_down, self.semantic_down = (
+            nn.Linear(encoder.dim, stage.dim),
+            nn.Linear(encoder.dim, stage.dim),
+        )
         self.semantic_up = nn.Linear(stage.dim, encoder.dim)
         init_linear(self.semantic_up)
-        self.pixel, self.semantic = ResidualQuantizer(config, stage.depth), ResidualQuantizer(config, stage.depth)
+        self.pixel, self.semantic = (
+            ResidualQuantizer(config, stage.depth),
+            ResidualQuantizer(config, stage.depth),
+        )
         self.decoder = PixelDecoder(encoder.image_size, encoder.grid, stage.decoder, (stage.dim,))
 
     def train(self, mode: bool = True) -> DualModel:
@@ -117,7 +125,9 @@ class DualModel(nn.Module):
         shallow_BNC, deep_BNC = self.hidden(pixels_BCHW)
         return self.pixel_down(shallow_BNC), self.semantic_down(deep_BNC)
 
-    def forward(self, pixels_BCHW: Tensor, target_BNC: Tensor, quantize: bool = True) -> DualOutputs:
+    def forward(
+        self, pixels_BCHW: Tensor, target_BNC: Tensor, quantize: bool = True
+    ) -> DualOutputs:
         """Reconstructions and losses, in float32.
 
         Args:
@@ -154,7 +164,10 @@ class DualModel(nn.Module):
 
     def embed(self, codes_BN2R: Tensor) -> Tensor:
         """Vectors [ẑ_pix ; ẑ_sem] of codes (…, 2, R): float32 (…, 2·D)."""
-        return torch.cat([self.pixel.embed(codes_BN2R[..., 0, :]), self.semantic.embed(codes_BN2R[..., 1, :])], -1)
+        return torch.cat(
+            [self.pixel.embed(codes_BN2R[..., 0, :]), self.semantic.embed(codes_BN2R[..., 1, :])],
+            -1,
+        )
 
     @torch.no_grad()
     def pooled(self, codes_BN2R: Tensor) -> Tensor:
@@ -167,7 +180,9 @@ class DualModel(nn.Module):
         for block in tower.encoder.layers[self.depth :]:
             x_BNC = block(x_BNC, None)
         if not tower.use_head:
-            raise ArtifactError(f"{self.encoder.source} has no pooling head (vision_use_head is false).")
+            raise ArtifactError(
+                f"{self.encoder.source} has no pooling head (vision_use_head is false)."
+            )
         return tower.head(tower.post_layernorm(x_BNC)).float()
 
 
@@ -250,7 +265,9 @@ class DualToken(SavedTokenizer):
         """
         check_pixels(pixels, self.image_size)
         if not len(pixels):
-            return torch.empty(0, self.num_tokens, *self.code_shape, dtype=torch.int64, device=self.device)
+            return torch.empty(
+                0, self.num_tokens, *self.code_shape, dtype=torch.int64, device=self.device
+            )
         return self.model.encode(pixels.to(self.device, torch.float32))
 
     @torch.no_grad()
@@ -269,7 +286,9 @@ class DualToken(SavedTokenizer):
 
     def decode_semantic_only(self, codes: Tensor) -> Tensor:
         """DualToken has no decoder for semantic codes: always raises ConfigError."""
-        raise ConfigError("DualToken decodes its pixel codes alone; it has no decoder for semantic codes.")
+        raise ConfigError(
+            "DualToken decodes its pixel codes alone; it has no decoder for semantic codes."
+        )
 
     @torch.no_grad()
     def embed(self, codes: Tensor) -> Tensor:
@@ -288,7 +307,9 @@ class DualToken(SavedTokenizer):
     def _checked(self, codes: Tensor, whole: bool) -> Tensor:
         """Codes as int64 on the device; VocabularyError if they are not this tokenizer's."""
         grid = self.grid if whole else None
-        return checked_codes(codes, self.num_codes, grid, self.code_shape).to(self.device, torch.int64)
+        return checked_codes(codes, self.num_codes, grid, self.code_shape).to(
+            self.device, torch.int64
+        )
 
     def config_dict(self) -> dict[str, Any]:
         """The content of `config.json`."""
@@ -313,12 +334,16 @@ class DualToken(SavedTokenizer):
     def _load(cls, config: Mapping[str, Any], folder: str, source: str) -> Self:
         try:
             stage = DualStage.model_validate(config["dual"])
-            encoder = VisionEncoder.from_pretrained(os.path.join(folder, ENCODER_NAME), config["encoder_layer"])
+            encoder = VisionEncoder.from_pretrained(
+                os.path.join(folder, ENCODER_NAME), config["encoder_layer"]
+            )
             model = DualModel(stage, encoder)
             tower = {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
             model.load_state_dict(tower | load_file(os.path.join(folder, WEIGHTS_NAME)))
         except (KeyError, TypeError, ValueError, ConfigError) as error:
-            raise ArtifactError(f"{source}/{CONFIG_NAME} is not a DualToken config: {error!r}.") from error
+            raise ArtifactError(
+                f"{source}/{CONFIG_NAME} is not a DualToken config: {error!r}."
+            ) from error
         except (OSError, SafetensorError, RuntimeError) as error:
             raise ArtifactError(
                 f"The weights in {source} are missing, damaged or do not fit its config: {error}. Save the tokenizer again."

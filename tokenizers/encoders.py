@@ -36,15 +36,21 @@ def check_pixels(pixels: Tensor, image_size: int) -> None:
     if not isinstance(pixels, Tensor):
         raise DataError(f"Pixels are a {type(pixels).__name__}, expected {wanted}.")
     if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, image_size, image_size):
-        raise DataError(f"Pixels have the shape {tuple(pixels.shape)}, expected {wanted}. Resize and crop the images.")
+        raise DataError(
+            f"Pixels have the shape {tuple(pixels.shape)}, expected {wanted}. Resize and crop the images."
+        )
     if not pixels.is_floating_point():
-        raise DataError(f"Pixels are {pixels.dtype}, expected {wanted}. For uint8 use `x.float() / 127.5 - 1`.")
+        raise DataError(
+            f"Pixels are {pixels.dtype}, expected {wanted}. For uint8 use `x.float() / 127.5 - 1`."
+        )
     if pixels.numel():
         low, high = pixels.aminmax()
         if not bool(torch.isfinite(low) & torch.isfinite(high)):
             raise DataError(f"Pixels hold NaN or Inf, expected {wanted}.")
         if low < -1 - RANGE_SLACK or high > 1 + RANGE_SLACK:
-            raise DataError(f"Pixels lie in [{float(low):.4g}, {float(high):.4g}], expected {wanted}.")
+            raise DataError(
+                f"Pixels lie in [{float(low):.4g}, {float(high):.4g}], expected {wanted}."
+            )
 
 
 def batches(pixels: np.ndarray, size: int, device: torch.device | str) -> Iterator[Tensor]:
@@ -73,7 +79,9 @@ def on_host(results: Iterable[Tensor]) -> Iterator[Tensor]:
         if result.device.type != "cuda":
             yield result.cpu()
             continue
-        host = torch.empty(result.shape, dtype=result.dtype, pin_memory=True).copy_(result, non_blocking=True)
+        host = torch.empty(result.shape, dtype=result.dtype, pin_memory=True).copy_(
+            result, non_blocking=True
+        )
         copied = torch.cuda.Event()
         copied.record(torch.cuda.current_stream(result.device))
         if waiting is not None:
@@ -109,7 +117,9 @@ class VisionEncoder(nn.Module):
 
     bf16 = False
 
-    def __init__(self, tower: SiglipVisionModel, layer: int = -1, source: str | None = None) -> None:
+    def __init__(
+        self, tower: SiglipVisionModel, layer: int = -1, source: str | None = None
+    ) -> None:
         super().__init__()
         config = tower.config
         self.tower = tower.eval().requires_grad_(False)
@@ -163,7 +173,9 @@ class VisionEncoder(nn.Module):
             )
         last = self.layer == -1
         depth = self.layer if self.layer >= 0 else self.num_layers + 1 + self.layer
-        with torch.autocast(pixels_BCHW.device.type, torch.bfloat16) if self.bf16 else nullcontext():
+        with (
+            torch.autocast(pixels_BCHW.device.type, torch.bfloat16) if self.bf16 else nullcontext()
+        ):
             x_BNC = self.tower.embeddings(pixels_BCHW)
             for block in self.tower.encoder.layers[:depth]:
                 x_BNC = block(x_BNC, None)
@@ -174,7 +186,9 @@ class VisionEncoder(nn.Module):
         """Attention-pooled image embeddings, as zero-shot uses them: float32 (B, E), not normalized."""
         pooled = self.tower(pixel_values=pixels_BCHW).pooler_output
         if pooled is None:
-            raise ArtifactError(f"{self.source} has no pooling head (vision_use_head is false): no image embedding.")
+            raise ArtifactError(
+                f"{self.source} has no pooling head (vision_use_head is false): no image embedding."
+            )
         return pooled.float()
 
     def _text_side(self) -> dict[str, Any]:
@@ -189,7 +203,9 @@ class VisionEncoder(nn.Module):
             try:
                 tokenizer = AutoTokenizer.from_pretrained(self.source)
             except (OSError, ValueError) as error:
-                raise ArtifactError(f"{self.source} has no tokenizer beside the model: {error}") from error
+                raise ArtifactError(
+                    f"{self.source} has no tokenizer beside the model: {error}"
+                ) from error
             self._texts = {
                 "tower": model.text_model,
                 "tokenizer": tokenizer,
@@ -246,9 +262,13 @@ def load_model(kind: type[Any], path_or_name: str) -> Any:
     """
     try:
         with quiet():
-            model, report = kind.from_pretrained(path_or_name, dtype=torch.float32, output_loading_info=True)
+            model, report = kind.from_pretrained(
+                path_or_name, dtype=torch.float32, output_loading_info=True
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ArtifactError(f"{path_or_name} does not load as {kind.__name__}: {_first_line(error)}.") from error
+        raise ArtifactError(
+            f"{path_or_name} does not load as {kind.__name__}: {_first_line(error)}."
+        ) from error
     missing = sorted(report["missing_keys"])
     if missing:
         raise ArtifactError(
@@ -284,15 +304,21 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], length: int) -> Tensor:
     SigLIP pools the last position, so that padding is required.
     """
     if tokenizer.pad_token_id is None:
-        raise ArtifactError("The text tokenizer beside the encoder has no padding token, which SigLIP needs.")
-    coded = tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        raise ArtifactError(
+            "The text tokenizer beside the encoder has no padding token, which SigLIP needs."
+        )
+    coded = tokenizer(
+        list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+    )
     return coded["input_ids"]
 
 
 def _side(value: Any, what: str) -> int:
     sides = {int(v) for v in value} if isinstance(value, (list, tuple)) else {int(value)}
     if len(sides) != 1:
-        raise ArtifactError(f"the encoder's {what} is {value}; only square images and patches are supported.")
+        raise ArtifactError(
+            f"the encoder's {what} is {value}; only square images and patches are supported."
+        )
     return sides.pop()
 
 

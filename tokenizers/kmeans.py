@@ -37,7 +37,9 @@ def by_plusplus(seeding: Seeding, num: int) -> bool:
     return seeding == "plusplus" or (seeding == "auto" and num <= PLUSPLUS_MAX)
 
 
-def seed(x_NC: Tensor, num: int, generator: torch.Generator | None = None, seeding: Seeding = "auto") -> Tensor:
+def seed(
+    x_NC: Tensor, num: int, generator: torch.Generator | None = None, seeding: Seeding = "auto"
+) -> Tensor:
     """`num` initial centroids: (num, C)."""
     return (seed_plusplus if by_plusplus(seeding, num) else seed_random)(x_NC, num, generator)
 
@@ -108,7 +110,9 @@ def seed_plusplus(x_NC: Tensor, num: int, generator: torch.Generator | None = No
 def _to_one(x_NC: Tensor, c_C: Tensor) -> Tensor:
     """Squared distance of every vector to one, exactly 0 where they are equal: float32 (N,)."""
     distance_N = x_NC.new_empty(len(x_NC))
-    step = max(1, BLOCK_NUMBERS // max(1, x_NC.shape[1])) if x_NC.device.type == "cpu" else len(x_NC)
+    step = (
+        max(1, BLOCK_NUMBERS // max(1, x_NC.shape[1])) if x_NC.device.type == "cpu" else len(x_NC)
+    )
     for start in range(0, len(x_NC), step):
         rows = slice(start, start + step)
         torch.sum((x_NC[rows] - c_C).square_(), -1, out=distance_N[rows])
@@ -154,7 +158,9 @@ def on_sphere(x_NC: Tensor) -> Tensor:
     return x_NC.div_(norms_N)
 
 
-def reseed_empty(c_KC: Tensor, counts_K: Tensor, x_NC: Tensor, distance_N: Tensor) -> tuple[Tensor, int]:
+def reseed_empty(
+    c_KC: Tensor, counts_K: Tensor, x_NC: Tensor, distance_N: Tensor
+) -> tuple[Tensor, int]:
     """Move centroids without vectors to the vectors farthest from their centroid.
 
     Only distinct vectors at a positive distance are used, each once: duplicates stay empty.
@@ -230,7 +236,9 @@ def allocate(total: int, cell_sizes: Sequence[int], most: Sequence[int] | None =
     cells = _open_cells(total, cell_sizes)
     most = cell_sizes if most is None else most
     capped = sum(most[i] for i in cells) >= total
-    quota = _quotas(total, {i: cell_sizes[i] for i in cells}, most if capped else [total] * len(most))
+    quota = _quotas(
+        total, {i: cell_sizes[i] for i in cells}, most if capped else [total] * len(most)
+    )
     share = {i: max(1, min(int(quota[i]), most[i] if capped else int(quota[i]))) for i in cells}
     missing = total - sum(share.values())
     sign = 1 if missing > 0 else -1
@@ -251,7 +259,9 @@ def _open_cells(total: int, cell_sizes: Sequence[int]) -> list[int]:
     """Cells that hold vectors; ValueError if there are none, or more than `total`."""
     cells = [i for i, size in enumerate(cell_sizes) if size > 0]
     if not cells or total < len(cells):
-        raise ValueError(f"{total} centroids for {len(cells)} cells that hold vectors; at least one each is needed")
+        raise ValueError(
+            f"{total} centroids for {len(cells)} cells that hold vectors; at least one each is needed"
+        )
     return cells
 
 
@@ -269,7 +279,9 @@ def _quotas(total: int, sizes: Mapping[int, int], most: Sequence[int]) -> dict[i
         full |= over
 
 
-def share_equally(total: int, cell_sizes: Sequence[int], most: Sequence[int] | None = None) -> list[int]:
+def share_equally(
+    total: int, cell_sizes: Sequence[int], most: Sequence[int] | None = None
+) -> list[int]:
     """Divide `total` centroids equally (within one) among cells that hold vectors.
 
     Arguments, result and errors are those of `allocate`.

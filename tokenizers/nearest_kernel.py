@@ -71,5 +71,9 @@ def _best_of_tiles(
     for kept in tl.static_range(KEPT):
         place = tl.argmin(scores, axis=1)
         tl.store(scores_ptr + out + kept, tl.min(scores, axis=1), mask=rows < num_x)
-        tl.store(ids_ptr + out + kept, tl.minimum(tile + num_tiles * place, num_codes - 1), mask=rows < num_x)
+        tl.store(
+            ids_ptr + out + kept,
+            tl.minimum(tile + num_tiles * place, num_codes - 1),
+            mask=rows < num_x,
+        )
         scores = tl.where(offsets[None, :] == place[:, None], float("inf"), scores)

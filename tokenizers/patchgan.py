@@ -21,7 +21,11 @@ class PatchGAN(nn.Module):
         for layer in range(1, layers + 1):
             wider = channels * min(2**layer, 8)
             stride = 2 if layer < layers else 1
-            parts += [nn.Conv2d(width, wider, 4, stride, 1, bias=False), _norm(wider), nn.LeakyReLU(0.2)]
+            parts += [
+                nn.Conv2d(width, wider, 4, stride, 1, bias=False),
+                _norm(wider),
+                nn.LeakyReLU(0.2),
+            ]
             width = wider
         self.body = nn.Sequential(*parts, nn.Conv2d(width, 1, 4, 1, 1))
         self.min_size = smallest_image(layers)

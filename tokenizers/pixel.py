@@ -73,12 +73,18 @@ class PixelTokenizer(Float32Buffers):
             self.semantic_scale = float(semantic_codes.square().mean().clamp(min=1e-12).rsqrt())
             self.codebook = SubCodebooks(len(semantic_codes), stage.codes, stage.dim, stage.beta)
             if stage.semantic_only_decoder:
-                self.semantic_only_decoder = PixelDecoder(image_size, grid, stage.decoder, (semantic_codes.shape[1],))
+                self.semantic_only_decoder = PixelDecoder(
+                    image_size, grid, stage.decoder, (semantic_codes.shape[1],)
+                )
         else:
             if num_codes is None:
-                raise ConfigError("Without guidance the pixel tokenizer needs a number of codes (codebook.size x m).")
+                raise ConfigError(
+                    "Without guidance the pixel tokenizer needs a number of codes (codebook.size x m)."
+                )
             if stage.semantic_only_decoder:
-                raise ConfigError("tokenizer.pixel.semantic_only_decoder needs tokenizer.guidance: true.")
+                raise ConfigError(
+                    "tokenizer.pixel.semantic_only_decoder needs tokenizer.guidance: true."
+                )
             self.semantic_codes = None
             self.codebook = FlatCodebook(num_codes, stage.dim, stage.beta)
         self.encoder = VitEncoder(image_size, grid, stage.encoder, stage.dim)
@@ -88,7 +94,11 @@ class PixelTokenizer(Float32Buffers):
         if self.semantic_codes is None or self.stage.concat == "none":
             return (self.stage.dim,)
         semantic = self.semantic_codes.shape[1]
-        return (semantic + self.stage.dim,) if self.stage.concat == "dim" else (semantic, self.stage.dim)
+        return (
+            (semantic + self.stage.dim,)
+            if self.stage.concat == "dim"
+            else (semantic, self.stage.dim)
+        )
 
     @property
     def num_codes(self) -> int:
@@ -148,7 +158,9 @@ class PixelTokenizer(Float32Buffers):
                 "This tokenizer has no decoder for semantic codes alone. Train it with "
                 "tokenizer.pixel.semantic_only_decoder=true."
             )
-        return self.semantic_only_decoder(self._semantic(semantic_ids_BN, self.decoder.head.weight.dtype))
+        return self.semantic_only_decoder(
+            self._semantic(semantic_ids_BN, self.decoder.head.weight.dtype)
+        )
 
     def forward(
         self, pixels_BCHW: Tensor, semantic_ids_BN: Tensor | None = None, quantize: bool = True
@@ -185,5 +197,7 @@ class PixelTokenizer(Float32Buffers):
         self.requires_grad_(False)
         parameter = self.codebook.codes
         self.decoder_size = size
-        self.decoder = PixelDecoder(self.image_size, self.grid, size, self._decoder_dims()).to(parameter)
+        self.decoder = PixelDecoder(self.image_size, self.grid, size, self._decoder_dims()).to(
+            parameter
+        )
         self.decoder.requires_grad_(True)

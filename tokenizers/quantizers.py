@@ -45,7 +45,9 @@ def search(z_MD: Tensor, codes_KD: Tensor, chunk: int | None = None) -> tuple[Te
         ValueError: for shapes that do not match, or no codes.
     """
     if z_MD.ndim != 2 or codes_KD.ndim != 2 or z_MD.shape[1] != codes_KD.shape[1]:
-        raise ValueError(f"search expects (M, D) and (K, D), found {tuple(z_MD.shape)} and {tuple(codes_KD.shape)}")
+        raise ValueError(
+            f"search expects (M, D) and (K, D), found {tuple(z_MD.shape)} and {tuple(codes_KD.shape)}"
+        )
     if not len(codes_KD):
         raise ValueError("search among 0 codes")
     with torch.no_grad(), torch.autocast(z_MD.device.type, enabled=False):
@@ -74,7 +76,10 @@ def best_score(z_MD: Tensor, codes_KD: Tensor, half_norms_K: Tensor) -> tuple[Te
         score_M, id_M = found.values, found.indices + start
         if best is not None:
             closer_M = score_M < best[0]
-            score_M, id_M = torch.where(closer_M, score_M, best[0]), torch.where(closer_M, id_M, best[1])
+            score_M, id_M = (
+                torch.where(closer_M, score_M, best[0]),
+                torch.where(closer_M, id_M, best[1]),
+            )
         best = score_M, id_M
     assert best is not None
     return best
@@ -263,7 +268,9 @@ class EMAQuantizer(Float32Buffers, Quantizer):
         loss = self.config.beta * F.mse_loss(h_BND.float(), q)
         stats = None
         if self.training:
-            stats = EMAStats.of(h_BND.reshape(-1, self.config.dim), ids.flatten(), self.config.num_codes)
+            stats = EMAStats.of(
+                h_BND.reshape(-1, self.config.dim), ids.flatten(), self.config.num_codes
+            )
         return Quantized(straight_through(h_BND, q.to(h_BND.dtype)), ids, loss, stats)
 
     @torch.no_grad()
@@ -293,7 +300,9 @@ class EMAQuantizer(Float32Buffers, Quantizer):
         counts_K = all_reduce(stats.counts.clone())
         sums_KD = all_reduce(stats.sums.clone())
         if not bool(torch.isfinite(sums_KD).all()):
-            raise FloatingPointError("EMA statistics hold NaN or Inf: the vectors of the quantizer diverged")
+            raise FloatingPointError(
+                "EMA statistics hold NaN or Inf: the vectors of the quantizer diverged"
+            )
         if self.num_updates == 0:
             self.counts.fill_(max(1.0, float(counts_K.sum()) / self.config.num_codes))
             self.sums.copy_(self.codes * self.counts[:, None])
@@ -305,30 +314,45 @@ class EMAQuantizer(Float32Buffers, Quantizer):
             self.sums[dead] = self._draw(len(dead), stats.candidates, all_reduce, generator, rank)
             self.counts[dead] = 1.0
         total = self.counts.sum()
-        smoothed_K = total * (self.counts + self.config.eps) / (total + self.config.num_codes * self.config.eps)
+        smoothed_K = (
+            total
+            * (self.counts + self.config.eps)
+            / (total + self.config.num_codes * self.config.eps)
+        )
         self.codes.copy_(self.sums / smoothed_K[:, None])
         self.num_updates += 1
         return len(dead)
 
     def _draw(
-        self, num: int, own_MD: Tensor, all_reduce: AllReduce, generator: torch.Generator | None, rank: int
+        self,
+        num: int,
+        own_MD: Tensor,
+        all_reduce: AllReduce,
+        generator: torch.Generator | None,
+        rank: int,
     ) -> Tensor:
         """`num` random vectors of the global batch, equal on all ranks: float32 (num, D)."""
         if generator is None:
             generator = torch.Generator().manual_seed(1_000_003 + int(self.num_updates))
-        sizes = torch.zeros(int(all_reduce(own_MD.new_ones(1)).round()), dtype=torch.float64, device=own_MD.device)
+        sizes = torch.zeros(
+            int(all_reduce(own_MD.new_ones(1)).round()), dtype=torch.float64, device=own_MD.device
+        )
         if not 0 <= rank < len(sizes):
             raise ValueError(f"rank is {rank}, expected 0 to {len(sizes) - 1}")
         sizes[rank] = len(own_MD)
         sizes = all_reduce(sizes).to(torch.int64)
         if sizes[rank] != len(own_MD):
-            raise ValueError(f"{len(sizes)} ranks updated a codebook with the same rank {rank}: pass each its own")
+            raise ValueError(
+                f"{len(sizes)} ranks updated a codebook with the same rank {rank}: pass each its own"
+            )
         total = int(sizes.sum())
         offset = int(sizes[:rank].sum())
         if total == 0:
             raise ValueError("EMA update without vectors")
         order = torch.randperm(total, generator=generator, device=generator.device)[:num]
-        extra = torch.randint(total, (max(0, num - total),), generator=generator, device=generator.device)
+        extra = torch.randint(
+            total, (max(0, num - total),), generator=generator, device=generator.device
+        )
         local = torch.cat([order, extra]).to(own_MD.device) - offset
         mine = (local >= 0) & (local < len(own_MD))
         drawn = own_MD.new_zeros(num, own_MD.shape[1])
@@ -385,7 +409,9 @@ class NormQuantizer(VanillaQuantizer):
 
 def _checked_codes(codes_KD: Tensor, config: VQ) -> Tensor:
     if codes_KD.shape != (config.num_codes, config.dim):
-        raise ValueError(f"codes have the shape {tuple(codes_KD.shape)}, expected {(config.num_codes, config.dim)}")
+        raise ValueError(
+            f"codes have the shape {tuple(codes_KD.shape)}, expected {(config.num_codes, config.dim)}"
+        )
     if not bool(torch.isfinite(codes_KD).all()):
         raise ValueError("codes hold NaN or Inf")
     return codes_KD

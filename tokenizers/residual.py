@@ -90,7 +90,9 @@ class ResidualQuantizer(nn.Module):
         return self.book.update(stats, all_reduce, generator, rank)
 
     @torch.no_grad()
-    def start_of(self, z_MD: Tensor, generator: torch.Generator | None = None, iterations: int = 10) -> Tensor:
+    def start_of(
+        self, z_MD: Tensor, generator: torch.Generator | None = None, iterations: int = 10
+    ) -> Tensor:
         """An initial codebook: float32 (K, D).
 
         Each depth gets an equal share of the codes: the k-means of the residuals of the depths before it, with at most
@@ -101,10 +103,15 @@ class ResidualQuantizer(nn.Module):
         """
         rest_MD = z_MD.detach().float().reshape(-1, self.book.config.dim)
         num_codes = self.book.config.num_codes
-        shares = [num_codes * (d + 1) // self.depth - num_codes * d // self.depth for d in range(self.depth)]
+        shares = [
+            num_codes * (d + 1) // self.depth - num_codes * d // self.depth
+            for d in range(self.depth)
+        ]
         most = SAMPLES_PER_CODE * max(shares)
         if len(rest_MD) > most:
-            rest_MD = rest_MD[torch.randperm(len(rest_MD), generator=generator)[:most].to(rest_MD.device)]
+            rest_MD = rest_MD[
+                torch.randperm(len(rest_MD), generator=generator)[:most].to(rest_MD.device)
+            ]
         parts = []
         for share in filter(None, shares):
             codes_kD = kmeans(rest_MD, share, iterations, generator)

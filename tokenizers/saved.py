@@ -76,7 +76,10 @@ class SavedTokenizer(nn.Module, ABC):
 
 
 def write_folder(
-    target: str, config: Mapping[str, Any], state: Mapping[str, Tensor], encoder: VisionEncoder | None
+    target: str,
+    config: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    encoder: VisionEncoder | None,
 ) -> None:
     """Write a tokenizer to a folder or URL.
 
@@ -85,7 +88,9 @@ def write_folder(
     Args:
         state: its state dict; names `encoder.…` are left to `encoder`.
     """
-    tensors = {n: t.detach().cpu().contiguous() for n, t in state.items() if not n.startswith("encoder.")}
+    tensors = {
+        n: t.detach().cpu().contiguous() for n, t in state.items() if not n.startswith("encoder.")
+    }
     storage.make_dirs(target)
     with tempfile.TemporaryDirectory(prefix="smalti-") as folder:
         save_file(tensors, os.path.join(folder, WEIGHTS_NAME), metadata={"format": "pt"})
@@ -96,7 +101,9 @@ def write_folder(
             for name in sorted(names):
                 source = os.path.join(base, name)
                 parts = os.path.relpath(source, folder).split(os.sep)
-                storage.put_file(source, storage.join(target, *parts))  # streamed: a codebook may have gigabytes
+                storage.put_file(
+                    source, storage.join(target, *parts)
+                )  # streamed: a codebook may have gigabytes
     storage.write_json(storage.join(target, CONFIG_NAME), dict(config))
 
 
@@ -117,7 +124,9 @@ def read_config(source: str) -> dict[str, Any]:
     except ValueError as error:
         raise ArtifactError(f"{path} is not JSON: {error}.") from error
     if not isinstance(config, dict):
-        raise ArtifactError(f"{path} holds a {type(config).__name__}, expected a tokenizer's config.")
+        raise ArtifactError(
+            f"{path} holds a {type(config).__name__}, expected a tokenizer's config."
+        )
     return config
 
 
@@ -130,7 +139,9 @@ def check_format(config: Mapping[str, Any], source: str, system: str, number: in
         )
 
 
-def checked_codes(codes: Tensor, num_codes: int, grid: tuple[int, int] | None, inner: tuple[int, ...] = ()) -> Tensor:
+def checked_codes(
+    codes: Tensor, num_codes: int, grid: tuple[int, int] | None, inner: tuple[int, ...] = ()
+) -> Tensor:
     """Check that codes belong to a tokenizer, and return them.
 
     Args:
@@ -140,15 +151,28 @@ def checked_codes(codes: Tensor, num_codes: int, grid: tuple[int, int] | None, i
     Raises:
         VocabularyError: for another shape, no integers, or codes outside [0, num_codes).
     """
-    found = f"{tuple(codes.shape)} {codes.dtype}" if isinstance(codes, Tensor) else type(codes).__name__
+    found = (
+        f"{tuple(codes.shape)} {codes.dtype}" if isinstance(codes, Tensor) else type(codes).__name__
+    )
     num_tokens = "T" if grid is None else grid[0] * grid[1]
     wanted = ", ".join(map(str, ("B", num_tokens, *inner)))
-    if not isinstance(codes, Tensor) or codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
+    if (
+        not isinstance(codes, Tensor)
+        or codes.is_floating_point()
+        or codes.is_complex()
+        or codes.dtype == torch.bool
+    ):
         raise VocabularyError(f"Codes are {found}, expected an integer tensor ({wanted}).")
-    if grid is not None and (codes.ndim != 2 + len(inner) or codes.shape[1:] != (num_tokens, *inner)):
-        raise VocabularyError(f"Codes are {found}, expected ({wanted}): {grid[0]}x{grid[1]} tokens per image.")
+    if grid is not None and (
+        codes.ndim != 2 + len(inner) or codes.shape[1:] != (num_tokens, *inner)
+    ):
+        raise VocabularyError(
+            f"Codes are {found}, expected ({wanted}): {grid[0]}x{grid[1]} tokens per image."
+        )
     if inner and tuple(codes.shape[-len(inner) :]) != inner:
-        raise VocabularyError(f"Codes are {found}, expected ({wanted}): the last axes are those of one token.")
+        raise VocabularyError(
+            f"Codes are {found}, expected ({wanted}): the last axes are those of one token."
+        )
     if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= num_codes):
         raise VocabularyError(
             f"Codes lie in [{int(codes.min())}, {int(codes.max())}], but this tokenizer has {num_codes}, from 0 on. "
@@ -159,4 +183,8 @@ def checked_codes(codes: Tensor, num_codes: int, grid: tuple[int, int] | None, i
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors whose names start with `prefix`, which is removed."""
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }

@@ -31,10 +31,19 @@ class SemanticTokenizer(nn.Module):
     ids: Tensor | None = None
 
     def __init__(
-        self, feature_dim: int, stage: SemanticStage, num_codes: int, grid: tuple[int, int] | None = None
+        self,
+        feature_dim: int,
+        stage: SemanticStage,
+        num_codes: int,
+        grid: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
-        self.feature_dim, self.stage, self.num_codes, self.grid = feature_dim, stage, num_codes, grid
+        self.feature_dim, self.stage, self.num_codes, self.grid = (
+            feature_dim,
+            stage,
+            num_codes,
+            grid,
+        )
         self.proj = nn.Linear(feature_dim, stage.dim)
         self.quantizer: Quantizer = QUANTIZERS[stage.vq](
             VQ(num_codes, stage.dim, stage.beta, stage.decay, stage.eps, stage.restart_below)

@@ -59,7 +59,9 @@ class SemHiTok(SavedTokenizer):
     ) -> None:
         super().__init__()
         if section.guidance != (semantic is not None) or section.guidance != (encoder is not None):
-            raise ConfigError("SemHiTok has an encoder and a semantic part with guidance, and neither without.")
+            raise ConfigError(
+                "SemHiTok has an encoder and a semantic part with guidance, and neither without."
+            )
         if encoder is not None and semantic is not None:
             if encoder.grid != pixel.grid or encoder.image_size != pixel.image_size:
                 raise ConfigError(
@@ -67,7 +69,9 @@ class SemHiTok(SavedTokenizer):
                     f"{pixel.image_size} px as {pixel.grid}."
                 )
             if encoder.dim != semantic.feature_dim:
-                raise ConfigError(f"The encoder's features are {encoder.dim} wide, expected {semantic.feature_dim}.")
+                raise ConfigError(
+                    f"The encoder's features are {encoder.dim} wide, expected {semantic.feature_dim}."
+                )
         self.section, self.pixel, self.semantic, self.encoder = section, pixel, semantic, encoder
         self.requires_grad_(False).eval()
 
@@ -104,7 +108,9 @@ class SemHiTok(SavedTokenizer):
     @property
     def embed_splits(self) -> tuple[int, ...]:
         """Widths of the parts of a code's vector: (semantic, pixel), or (pixel,) without guidance."""
-        return ((self.section.semantic.dim,) if self.section.guidance else ()) + (self.section.pixel.dim,)
+        return ((self.section.semantic.dim,) if self.section.guidance else ()) + (
+            self.section.pixel.dim,
+        )
 
     @property
     def has_semantic_only(self) -> bool:
@@ -152,7 +158,11 @@ class SemHiTok(SavedTokenizer):
             ConfigError: if that decoder was not trained.
         """
         ids, _ = split_codes(self._checked(codes, whole=True), self.num_sub)
-        return self.pixel.decode_semantic_only(ids).float().clamp(-1, 1) if len(ids) else self._no_images()
+        return (
+            self.pixel.decode_semantic_only(ids).float().clamp(-1, 1)
+            if len(ids)
+            else self._no_images()
+        )
 
     def _no_images(self) -> Tensor:
         return torch.empty(0, 3, self.image_size, self.image_size, device=self.device)
@@ -173,7 +183,9 @@ class SemHiTok(SavedTokenizer):
 
     def _checked(self, codes: Tensor, whole: bool) -> Tensor:
         """Codes as int64 on the device; VocabularyError if they are not this tokenizer's."""
-        return checked_codes(codes, self.num_codes, self.grid if whole else None).to(self.device, torch.int64)
+        return checked_codes(codes, self.num_codes, self.grid if whole else None).to(
+            self.device, torch.int64
+        )
 
     def config_dict(self) -> dict[str, Any]:
         """The content of `config.json`."""
@@ -199,8 +211,12 @@ class SemHiTok(SavedTokenizer):
             grid = (int(config["grid"][0]), int(config["grid"][1]))
             semantic = encoder = None
             if section.guidance:
-                encoder = VisionEncoder.from_pretrained(os.path.join(folder, ENCODER_NAME), config["encoder_layer"])
-                semantic = SemanticTokenizer(config["feature_dim"], section.semantic, config["num_semantic"], grid)
+                encoder = VisionEncoder.from_pretrained(
+                    os.path.join(folder, ENCODER_NAME), config["encoder_layer"]
+                )
+                semantic = SemanticTokenizer(
+                    config["feature_dim"], section.semantic, config["num_semantic"], grid
+                )
             tensors = load_file(os.path.join(folder, WEIGHTS_NAME))
             if semantic is not None:
                 semantic.load_state_dict(under("semantic.", tensors))
@@ -214,7 +230,9 @@ class SemHiTok(SavedTokenizer):
             )
             pixel.load_state_dict(under("pixel.", tensors))
         except (KeyError, TypeError, IndexError, ValueError, ConfigError) as error:
-            raise ArtifactError(f"{source}/{CONFIG_NAME} is not a SemHiTok config: {error!r}.") from error
+            raise ArtifactError(
+                f"{source}/{CONFIG_NAME} is not a SemHiTok config: {error!r}."
+            ) from error
         except (OSError, SafetensorError, RuntimeError) as error:
             raise ArtifactError(
                 f"The weights in {source} are missing, damaged or do not fit its config: {error}. Save the tokenizer again."

@@ -46,7 +46,11 @@ def build_siglip(
         "num_attention_heads": config.heads,
         "attention_dropout": config.dropout,
     }
-    vision = {"num_hidden_layers": config.layers, "image_size": image_size, "patch_size": config.patch_size}
+    vision = {
+        "num_hidden_layers": config.layers,
+        "image_size": image_size,
+        "patch_size": config.patch_size,
+    }
     text = {
         "num_hidden_layers": config.text_layers,
         "vocab_size": vocab_size,
@@ -67,14 +71,20 @@ def build_siglip(
 
 
 def siglip_loss(
-    image_BE: Tensor, text_GE: Tensor, logit_scale: Tensor, logit_bias: Tensor, same_caption_BG: Tensor
+    image_BE: Tensor,
+    text_GE: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    same_caption_BG: Tensor,
 ) -> Tensor:
     """Sigmoid loss −Σ log σ(±(t·x·y + b)) / B of unit embeddings: float32 scalar.
 
     Args:
         same_caption_BG: positive pairs; a caption that repeats in the batch is positive for each of its images.
     """
-    logits_BG = image_BE.float() @ text_GE.float().T * logit_scale.float().exp() + logit_bias.float()
+    logits_BG = (
+        image_BE.float() @ text_GE.float().T * logit_scale.float().exp() + logit_bias.float()
+    )
     signs_BG = same_caption_BG.to(logits_BG.dtype) * 2 - 1
     return -F.logsigmoid(signs_BG * logits_BG).sum() / len(image_BE)
 
@@ -92,7 +102,10 @@ class ContrastiveModel(nn.Module):
         self.model = model
 
     def forward(
-        self, pixels_BCHW: Tensor, input_ids_BL: Tensor, gather: Callable[[Tensor], Tensor] | None = None
+        self,
+        pixels_BCHW: Tensor,
+        input_ids_BL: Tensor,
+        gather: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of a batch of image-text pairs.
 
@@ -101,7 +114,9 @@ class ContrastiveModel(nn.Module):
                 ranks. Gradients averaged over ranks then equal those of the whole batch on one rank: a rank's images
                 are compared with all texts, its texts with all images, and gradients reach its own only.
         """
-        image_BE = F.normalize(self.model.vision_model(pixel_values=pixels_BCHW).pooler_output.float(), dim=-1)
+        image_BE = F.normalize(
+            self.model.vision_model(pixel_values=pixels_BCHW).pooler_output.float(), dim=-1
+        )
         text_BE = self._text(input_ids_BL)
         scale, bias = self.model.logit_scale, self.model.logit_bias
         if gather is None:
@@ -111,7 +126,9 @@ class ContrastiveModel(nn.Module):
             ids_GL = gather(input_ids_BL)
             same = same_rows(input_ids_BL, ids_GL)
             loss = siglip_loss(image_BE, gather(text_BE.detach()), scale, bias, same)
-            mirrored = siglip_loss(text_BE, gather(image_BE.detach()), scale.detach(), bias.detach(), same)
+            mirrored = siglip_loss(
+                text_BE, gather(image_BE.detach()), scale.detach(), bias.detach(), same
+            )
             loss = loss + mirrored - mirrored.detach()
         with torch.no_grad():
             right = same_rows(input_ids_BL, input_ids_BL)
@@ -128,4 +145,6 @@ class ContrastiveModel(nn.Module):
     def _text(self, input_ids_BL: Tensor) -> Tensor:
         """Unit embeddings (B, E) of texts; repeated texts are embedded once."""
         unique_UL, places_B = input_ids_BL.unique(dim=0, return_inverse=True)
-        return F.normalize(self.model.text_model(input_ids=unique_UL).pooler_output.float(), dim=-1)[places_B]
+        return F.normalize(
+            self.model.text_model(input_ids=unique_UL).pooler_output.float(), dim=-1
+        )[places_B]

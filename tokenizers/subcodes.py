@@ -76,7 +76,9 @@ class SubCodebooks(nn.Module):
             ValueError: for shapes that do not match.
         """
         if p.shape[:-1] != i.shape or p.shape[-1] != self.dim:
-            raise ValueError(f"vectors {tuple(p.shape)} and semantic codes {tuple(i.shape)}, expected width {self.dim}")
+            raise ValueError(
+                f"vectors {tuple(p.shape)} and semantic codes {tuple(i.shape)}, expected width {self.dim}"
+            )
         with torch.no_grad(), torch.autocast(p.device.type, enabled=False):
             rows = F.embedding(i, self.codes.float().view(self.num_semantic, -1))
             rows = rows.view(*i.shape, self.num_sub, self.dim)
@@ -86,11 +88,17 @@ class SubCodebooks(nn.Module):
         """Quantize pixel vectors within the sub-codebooks of their semantic codes."""
         j_BN = self.assign(p_BND, i_BN)
         e_BND = F.embedding(i_BN * self.num_sub + j_BN, self.codes)
-        return SubQuantized(straight_through(p_BND, e_BND.to(p_BND.dtype)), j_BN, vq_loss(p_BND, e_BND, self.beta))
+        return SubQuantized(
+            straight_through(p_BND, e_BND.to(p_BND.dtype)), j_BN, vq_loss(p_BND, e_BND, self.beta)
+        )
 
     @torch.no_grad()
     def init_from(
-        self, vectors_TD: Tensor, ids_T: Tensor, generator: torch.Generator | None = None, iterations: int = 10
+        self,
+        vectors_TD: Tensor,
+        ids_T: Tensor,
+        generator: torch.Generator | None = None,
+        iterations: int = 10,
     ) -> None:
         """Initialize every sub-codebook with k-means of its semantic code's vectors.
 
@@ -113,10 +121,14 @@ class SubCodebooks(nn.Module):
             raise ValueError("pixel vectors hold NaN or Inf: sub-codebooks cannot be initialized")
         counts_K = torch.bincount(ids_T, minlength=self.num_semantic)
         sums_KD = vectors_TD.new_zeros(self.num_semantic, self.dim).index_add_(0, ids_T, vectors_TD)
-        means_KD = torch.where(counts_K[:, None] > 0, sums_KD / counts_K.clamp(min=1)[:, None], vectors_TD.mean(0))
+        means_KD = torch.where(
+            counts_K[:, None] > 0, sums_KD / counts_K.clamp(min=1)[:, None], vectors_TD.mean(0)
+        )
         shuffled = torch.randperm(len(ids_T), generator=generator).to(ids_T.device)
         sample = shuffled[: 1 << 16]
-        deviations_MD = kmeans(vectors_TD[sample] - means_KD[ids_T[sample]], self.num_sub, iterations, generator)
+        deviations_MD = kmeans(
+            vectors_TD[sample] - means_KD[ids_T[sample]], self.num_sub, iterations, generator
+        )
         rows_KMD = means_KD[:, None] + deviations_MD
         rich = (counts_K >= self.num_sub).nonzero().flatten()
         by_code = shuffled[ids_T[shuffled].sort(stable=True).indices]
@@ -125,8 +137,12 @@ class SubCodebooks(nn.Module):
         step = max(1, GROUP_VALUES // (samples * self.num_sub * self.dim))
         for group in rich.split(step):
             held = torch.arange(samples, device=ids_T.device) < counts_K[group][:, None]
-            places = (starts_K[group][:, None] + torch.arange(samples, device=ids_T.device)).clamp(max=len(ids_T) - 1)
-            rows_KMD[group] = grouped_kmeans(vectors_TD[by_code[places]], held, self.num_sub, iterations)
+            places = (starts_K[group][:, None] + torch.arange(samples, device=ids_T.device)).clamp(
+                max=len(ids_T) - 1
+            )
+            rows_KMD[group] = grouped_kmeans(
+                vectors_TD[by_code[places]], held, self.num_sub, iterations
+            )
         self.codes.copy_(rows_KMD.reshape(-1, self.dim))
 
 
@@ -146,14 +162,20 @@ def grouped_kmeans(x_GSD: Tensor, held_GS: Tensor, num: int, iterations: int) ->
     for k in range(num):
         pick_G = far.argmax(-1) if k else held_GS.int().argmax(-1)
         seeds.append(x_GSD[group, pick_G])
-        far = torch.minimum(far, (x_GSD - seeds[-1][:, None]).square().sum(-1).masked_fill(~held_GS, -1.0))
+        far = torch.minimum(
+            far, (x_GSD - seeds[-1][:, None]).square().sum(-1).masked_fill(~held_GS, -1.0)
+        )
     c_GMD = torch.stack(seeds, 1)
     for _ in range(iterations):
         distance_GSM = (x_GSD.unsqueeze(2) - c_GMD.unsqueeze(1)).square().sum(-1)
         best = distance_GSM.min(-1)
         ids = (best.indices + group[:, None] * num)[held_GS]
         counts = torch.bincount(ids, minlength=len(x_GSD) * num).view(len(x_GSD), num)
-        sums = x_GSD.new_zeros(len(x_GSD) * num, x_GSD.shape[-1]).index_add_(0, ids, x_GSD[held_GS]).view_as(c_GMD)
+        sums = (
+            x_GSD.new_zeros(len(x_GSD) * num, x_GSD.shape[-1])
+            .index_add_(0, ids, x_GSD[held_GS])
+            .view_as(c_GMD)
+        )
         worst_G = best.values.masked_fill(~held_GS, -1.0).argmax(-1)
         c_GMD = torch.where(counts[..., None] > 0, sums / counts.clamp(min=1)[..., None], c_GMD)
         first_empty = (counts == 0) & ((counts == 0).int().cumsum(-1) == 1)
@@ -177,7 +199,9 @@ class FlatCodebook(nn.Module):
         """Quantize pixel vectors; `i_BN` is ignored."""
         j_BN = self.assign(p_BND)
         e_BND = F.embedding(j_BN, self.codes)
-        return SubQuantized(straight_through(p_BND, e_BND.to(p_BND.dtype)), j_BN, vq_loss(p_BND, e_BND, self.beta))
+        return SubQuantized(
+            straight_through(p_BND, e_BND.to(p_BND.dtype)), j_BN, vq_loss(p_BND, e_BND, self.beta)
+        )
 
     @torch.no_grad()
     def init_from(

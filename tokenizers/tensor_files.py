@@ -23,12 +23,18 @@ def write(path: str, tensors: Mapping[str, Tensor]) -> None:
     Errors: DataError, as `storage.atomic_file`.
     """
     flat = {key: _bytes_of(value.contiguous()) for key, value in tensors.items()}
-    order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))  # each aligned to its numbers
+    order = sorted(
+        tensors, key=lambda key: (-tensors[key].element_size(), key)
+    )  # each aligned to its numbers
     header, end = {}, 0
     for key in order:
         start, end = end, end + len(flat[key])
         shape = list(tensors[key].shape)
-        header[key] = {"dtype": _NAMES[tensors[key].dtype], "shape": shape, "data_offsets": [start, end]}
+        header[key] = {
+            "dtype": _NAMES[tensors[key].dtype],
+            "shape": shape,
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNED)
     with storage.atomic_file(path) as temp, open(temp, "wb") as file:

@@ -59,7 +59,9 @@ class Unicode2(SavedTokenizer):
     num_semantic = 0  # the codes have no second level
     num_sub = 1
 
-    def __init__(self, encoder: VisionEncoder, index: CodeIndex, *, spherical: bool = False) -> None:
+    def __init__(
+        self, encoder: VisionEncoder, index: CodeIndex, *, spherical: bool = False
+    ) -> None:
         super().__init__()
         if index.codes.shape[1] != encoder.dim:
             raise ConfigError(
@@ -157,7 +159,9 @@ class Unicode2(SavedTokenizer):
         Raises:
             VocabularyError: for codes that are not this tokenizer's.
         """
-        return F.embedding(checked_codes(codes, self.num_codes, None).to(self.device, torch.int64), self.codes)
+        return F.embedding(
+            checked_codes(codes, self.num_codes, None).to(self.device, torch.int64), self.codes
+        )
 
     def code_vectors(self) -> Tensor:
         """The codebook: float32 (K, C). Read-only: it may be a mapped file."""
@@ -181,14 +185,26 @@ class Unicode2(SavedTokenizer):
     def _load(cls, config: Mapping[str, Any], folder: str, source: str) -> Self:
         """Load with the codes in a mapped file: processes on a node share them, and pages load on use."""
         try:
-            encoder = VisionEncoder.from_pretrained(os.path.join(folder, ENCODER_NAME), config["encoder_layer"])
+            encoder = VisionEncoder.from_pretrained(
+                os.path.join(folder, ENCODER_NAME), config["encoder_layer"]
+            )
             tensors = load_file(os.path.join(folder, WEIGHTS_NAME))
             search = None if config["search"] is None else Probes(**config["search"])
             index = CodeIndex(tensors["codes"], tensors["cells"], tensors["cell_of"], search)
             if len(index.codes) != config["num_codes"]:
-                raise ValueError(f"found {len(index.codes)} codes, but num_codes is {config['num_codes']}")
+                raise ValueError(
+                    f"found {len(index.codes)} codes, but num_codes is {config['num_codes']}"
+                )
             return cls(encoder, index, spherical=bool(config["spherical"]))
-        except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError, ConfigError) as error:
+        except (
+            OSError,
+            SafetensorError,
+            RuntimeError,
+            KeyError,
+            TypeError,
+            ValueError,
+            ConfigError,
+        ) as error:
             raise ArtifactError(
                 f"The UniCode² tokenizer in {source} is damaged, or its weights do not fit its {CONFIG_NAME}: {error!r}. Save it again."
             ) from error

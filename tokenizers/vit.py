@@ -29,7 +29,11 @@ class Attention(nn.Module):
     def forward(self, x_BND: Tensor) -> Tensor:
         """Attend: (B, N, D) → (B, N, D)."""
         batch, tokens, dim = x_BND.shape
-        qkv = self.qkv(x_BND).view(batch, tokens, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
+        qkv = (
+            self.qkv(x_BND)
+            .view(batch, tokens, 3, self.heads, dim // self.heads)
+            .permute(2, 0, 3, 1, 4)
+        )
         mixed = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], is_causal=self.causal)
         return self.out(mixed.transpose(1, 2).reshape(batch, tokens, dim))
 
@@ -42,7 +46,9 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attention = Attention(dim, heads, causal)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Linear(mlp_ratio * dim, dim))
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Linear(mlp_ratio * dim, dim)
+        )
 
     def forward(self, x_BND: Tensor) -> Tensor:
         """(B, N, D) → (B, N, D)."""
@@ -56,7 +62,9 @@ class Transformer(nn.Module):
     Weights are initialized as in ViT: truncated normal 0.02, residual outputs scaled by depth.
     """
 
-    def __init__(self, dim: int, layers: int, heads: int, mlp_ratio: int = 4, causal: bool = False) -> None:
+    def __init__(
+        self, dim: int, layers: int, heads: int, mlp_ratio: int = 4, causal: bool = False
+    ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, causal) for _ in range(layers))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
@@ -98,7 +106,9 @@ def sincos_positions(grid: tuple[int, int], dim: int, device: torch.device | Non
         raise ValueError(f"position codes need a width of at least 4, found {dim}")
     rates = 10_000.0 ** -(torch.arange(quarter, dtype=torch.float64, device=device) / quarter)
     parts = []
-    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64, device=device) for n in grid), indexing="ij")
+    rows, columns = torch.meshgrid(
+        *(torch.arange(n, dtype=torch.float64, device=device) for n in grid), indexing="ij"
+    )
     for axis in (rows, columns):
         angles = axis.reshape(-1, 1) * rates
         parts += [angles.sin(), angles.cos()]
@@ -110,7 +120,9 @@ def patchify(pixels_BCHW: Tensor, grid: tuple[int, int]) -> Tensor:
     batch, channels, height, width = pixels_BCHW.shape
     rows, columns = grid
     if height % rows or width % columns:
-        raise ValueError(f"an image of {height}x{width} cannot be divided into a grid of {rows}x{columns}")
+        raise ValueError(
+            f"an image of {height}x{width} cannot be divided into a grid of {rows}x{columns}"
+        )
     x = pixels_BCHW.view(batch, channels, rows, height // rows, columns, width // columns)
     return x.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, -1)
 
@@ -126,7 +138,9 @@ def unpatchify(patches_BND: Tensor, grid: tuple[int, int], channels: int = 3) ->
 def working_patch(image_size: int, grid: tuple[int, int]) -> int:
     """Patch side with which a grid best covers an image of this size (384 px, 27 columns: 14)."""
     if max(grid) > image_size:
-        raise ValueError(f"a grid of {grid[0]}x{grid[1]} is finer than an image of {image_size} pixels")
+        raise ValueError(
+            f"a grid of {grid[0]}x{grid[1]} is finer than an image of {image_size} pixels"
+        )
     return max(1, round(image_size / max(grid)))
 
 
@@ -134,7 +148,9 @@ def resize(pixels_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize images, bilinear with antialiasing; the same tensor if they have this size."""
     if tuple(pixels_BCHW.shape[-2:]) == size:
         return pixels_BCHW
-    return F.interpolate(pixels_BCHW, size=size, mode="bilinear", align_corners=False, antialias=True)
+    return F.interpolate(
+        pixels_BCHW, size=size, mode="bilinear", align_corners=False, antialias=True
+    )
 
 
 class VitEncoder(nn.Module):
@@ -172,13 +188,17 @@ class PixelDecoder(nn.Module):
             first part, then the N of the second, and pixels are read from the second.
     """
 
-    def __init__(self, image_size: int, grid: tuple[int, int], size: VitSize, in_dims: tuple[int, ...]) -> None:
+    def __init__(
+        self, image_size: int, grid: tuple[int, int], size: VitSize, in_dims: tuple[int, ...]
+    ) -> None:
         super().__init__()
         self.image_size = image_size
         self.grid = grid
         self.patch = working_patch(image_size, grid)
         self.embeds = nn.ModuleList(nn.Linear(dim, size.dim) for dim in in_dims)
-        self.kinds = nn.Parameter(torch.randn(len(in_dims), size.dim) * 0.02) if len(in_dims) > 1 else None
+        self.kinds = (
+            nn.Parameter(torch.randn(len(in_dims), size.dim) * 0.02) if len(in_dims) > 1 else None
+        )
         self.body = Transformer(size.dim, size.layers, size.heads, size.mlp_ratio)
         self.head = nn.Linear(size.dim, 3 * self.patch**2)
         self.skip = nn.Linear(sum(in_dims), 3 * self.patch**2, bias=False) if size.skip else None

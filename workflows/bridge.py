@@ -30,7 +30,10 @@ def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
         )
     check(recipe)
     parents = {name: find_artifact(recipe, name) for name in ("tokenizer", "tokens", "mllm")}
-    config = result_settings(recipe.bridge) | {"seed": recipe.seed, "decoder": resolve(recipe.bridge.decoder)}
+    config = result_settings(recipe.bridge) | {
+        "seed": recipe.seed,
+        "decoder": resolve(recipe.bridge.decoder),
+    }
     return run_stage(recipe, "bridge", "bridge", config, parents, _body(parents), tracker=tracker)
 
 
@@ -82,9 +85,14 @@ def captioned(tokens: str) -> tuple[list[str], list[int]]:
     from smalti.workflows.train.tasks.mllm import usable_rows
 
     keys = shards.list_shards(tokens, "train")
-    sizes = [len(usable_rows(shards.read_shard(tokens, key, ["caption", "label", "qa"]), CAPTIONED)) for key in keys]
+    sizes = [
+        len(usable_rows(shards.read_shard(tokens, key, ["caption", "label", "qa"]), CAPTIONED))
+        for key in keys
+    ]
     if not sum(sizes):
-        raise DataError(f"No image of {tokens} has a caption, and a bridge learns from captions. Take `bridge` out.")
+        raise DataError(
+            f"No image of {tokens} has a caption, and a bridge learns from captions. Take `bridge` out."
+        )
     return keys, sizes
 
 

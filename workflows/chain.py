@@ -76,7 +76,11 @@ def run_recipe(recipe: Recipe, *, only: str | None = None) -> list[Artifact]:
         if only and only != "evaluate":
             return [_stage(only).run(recipe, tracker)]
         before = stages_of(recipe)[:-1]
-        artifacts = [find_artifact(recipe, name) for name in before] if only else _run_all(recipe, before, tracker)
+        artifacts = (
+            [find_artifact(recipe, name) for name in before]
+            if only
+            else _run_all(recipe, before, tracker)
+        )
         artifacts.append(_stage("evaluate").run(recipe, tracker))
     finish(recipe, artifacts, started)
     return artifacts
@@ -119,7 +123,9 @@ def _check_has_stage(recipe: Recipe, only: str) -> None:
             "bridge.decoder=stabilityai/stable-diffusion-xl-base-1.0."
         )
     if only in system_of(recipe).ignores:
-        raise ConfigError(f"system: {recipe.system} has no stage {only}: its chain is {' → '.join(stages_of(recipe))}.")
+        raise ConfigError(
+            f"system: {recipe.system} has no stage {only}: its chain is {' → '.join(stages_of(recipe))}."
+        )
 
 
 def _check_held_out(corpus: Artifact) -> None:
@@ -168,7 +174,9 @@ def finish(recipe: Recipe, artifacts: list[Artifact], started: float) -> None:
 
 def _run_baseline(recipe: Recipe, name: str, tracker: Tracker) -> None:
     baseline = baseline_recipe(recipe, name)
-    log(f"baseline {name}: {', '.join(f'{k}={v}' for k, v in flatten(recipe.baselines[name]).items())}")
+    log(
+        f"baseline {name}: {', '.join(f'{k}={v}' for k, v in flatten(recipe.baselines[name]).items())}"
+    )
     with _run_of(tracker.child(f"baseline {name}")) as child:
         child.params(dump(baseline))
         for stage in stages_of(baseline):

@@ -36,12 +36,20 @@ def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
     section = recipe.encoder
     if section.pretrained:
         name = resolve(section.pretrained)
-        return run_stage(recipe, "encoder", "encoder", {"pretrained": name}, {}, _record(name), tracker=tracker)
+        return run_stage(
+            recipe, "encoder", "encoder", {"pretrained": name}, {}, _record(name), tracker=tracker
+        )
     assert section.train is not None
     corpus = find_artifact(recipe, "corpus")
-    config = {"train": result_settings(section.train), "image_size": recipe.corpus.image_size, "seed": recipe.seed}
+    config = {
+        "train": result_settings(section.train),
+        "image_size": recipe.corpus.image_size,
+        "seed": recipe.seed,
+    }
     body = _train(section.train, corpus)
-    return run_stage(recipe, "encoder", "encoder", config, {"corpus": corpus}, body, tracker=tracker)
+    return run_stage(
+        recipe, "encoder", "encoder", config, {"corpus": corpus}, body, tracker=tracker
+    )
 
 
 def check(recipe: Recipe) -> None:
@@ -52,7 +60,12 @@ def check(recipe: Recipe) -> None:
             "or encoder.train to train one on the corpus."
         )
     if recipe.encoder.train is not None and not recipe.encoder.pretrained:
-        check_batch("encoder.train", recipe.encoder.train.train, recipe.resources, together="the contrastive loss")
+        check_batch(
+            "encoder.train",
+            recipe.encoder.train.train,
+            recipe.resources,
+            together="the contrastive loss",
+        )
 
 
 def encoder_path(artifact: Artifact) -> str:
@@ -69,7 +82,9 @@ def _record(name: str) -> Any:
     def body(run: StageRun) -> dict[str, int]:
         encoder = open_encoder(name, run.recipe.encoder.layer)
         rows, columns = encoder.grid
-        run.log(f"{name}: {encoder.image_size} px, {rows}x{columns} patches of {encoder.dim} features")
+        run.log(
+            f"{name}: {encoder.image_size} px, {rows}x{columns} patches of {encoder.dim} features"
+        )
         return {"image_size": encoder.image_size, "patches": rows * columns, "dim": encoder.dim}
 
     return body
@@ -112,8 +127,14 @@ def captioned(corpus: Artifact) -> tuple[list[str], list[int], Counter[tuple[str
 
     keys, sizes, texts = [], [], Counter[tuple[str, str]]()
     for key, table in _tables(corpus, "train", ["caption", "label"]):
-        pairs = list(zip(table.column("caption").to_pylist(), table.column("label").to_pylist(), strict=True))
-        used = [(text_of(caption, label), label or "") for caption, label in pairs if text_of(caption, label)]
+        pairs = list(
+            zip(table.column("caption").to_pylist(), table.column("label").to_pylist(), strict=True)
+        )
+        used = [
+            (text_of(caption, label), label or "")
+            for caption, label in pairs
+            if text_of(caption, label)
+        ]
         keys.append(key)
         sizes.append(len(used))
         texts.update(used)
@@ -126,7 +147,9 @@ def captioned(corpus: Artifact) -> tuple[list[str], list[int], Counter[tuple[str
     return keys, sizes, texts
 
 
-def make_text_tokenizer(run: StageRun, section: EncoderTrain, texts: Counter[tuple[str, str]]) -> None:
+def make_text_tokenizer(
+    run: StageRun, section: EncoderTrain, texts: Counter[tuple[str, str]]
+) -> None:
     """Train the BPE of the captions into `<stage>/text_tokenizer`; the same every time."""
     from smalti.mllm.bpe import train_bpe
 
@@ -135,7 +158,9 @@ def make_text_tokenizer(run: StageRun, section: EncoderTrain, texts: Counter[tup
         train_bpe(words, section.text_vocab_size).save_pretrained(folder)
 
 
-def zero_shot(corpus: Artifact, model: str, texts: Counter[tuple[str, str]], recipe: Recipe) -> dict[str, Any] | None:
+def zero_shot(
+    corpus: Artifact, model: str, texts: Counter[tuple[str, str]], recipe: Recipe
+) -> dict[str, Any] | None:
     """Accuracy of choosing a held-out image's label among all of them by the text embedding of each label's commonest
     training text: value, n, classes; None when fewer than two labels are held out with a known text."""
     import torch
@@ -146,7 +171,9 @@ def zero_shot(corpus: Artifact, model: str, texts: Counter[tuple[str, str]], rec
     labels = sorted(prompts)
     if len(labels) < 2:
         return None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    )
     torch.set_num_threads(cores)
     with storage.local_copy(model) as folder:
         encoder = VisionEncoder.from_pretrained(folder)
@@ -155,11 +182,19 @@ def zero_shot(corpus: Artifact, model: str, texts: Counter[tuple[str, str]], rec
             wanted = table.column("label").to_pylist()
             if seen >= ZERO_SHOT_IMAGES or not any(label in prompts for label in wanted):
                 continue
-            _, pixels = load_pixels(corpus.path, key, recipe.corpus.image_size, recipe.corpus.max_pixels, ["image_id"])
+            _, pixels = load_pixels(
+                corpus.path, key, recipe.corpus.image_size, recipe.corpus.max_pixels, ["image_id"]
+            )
             found: list[int] = []
             for part in batches(pixels, ZERO_SHOT_BATCH, "cpu"):
-                found += encoder.logits(part, [prompts[label] for label in labels]).argmax(-1).tolist()
-            hits = [labels[i] == label for i, label in zip(found, wanted, strict=True) if label in prompts]
+                found += (
+                    encoder.logits(part, [prompts[label] for label in labels]).argmax(-1).tolist()
+                )
+            hits = [
+                labels[i] == label
+                for i, label in zip(found, wanted, strict=True)
+                if label in prompts
+            ]
             right, seen = right + sum(hits), seen + len(hits)
     return {"value": right / seen, "n": seen, "classes": len(labels)} if seen else None
 

@@ -37,7 +37,9 @@ def _body(parents: dict[str, Artifact]) -> Any:
         with local_dir(run.path) as out:
             if "bridge" in parents:
                 copy_into(parents["bridge"].path, out)
-            return export(model, hf_tokenizer, parents["tokenizer"].path, out, run.recipe.export.dtype)
+            return export(
+                model, hf_tokenizer, parents["tokenizer"].path, out, run.recipe.export.dtype
+            )
 
     return body
 

@@ -48,16 +48,22 @@ def check(recipe: Recipe) -> None:
     section = recipe.mllm
     if bool(section.pretrained) == bool(section.config):
         found = (
-            "both mllm.pretrained and mllm.config" if section.pretrained else "neither mllm.pretrained nor mllm.config"
+            "both mllm.pretrained and mllm.config"
+            if section.pretrained
+            else "neither mllm.pretrained nor mllm.config"
         )
-        raise ConfigError(f"The recipe sets {found}; set one: a folder or hub name, or the numbers of a small Qwen2.")
+        raise ConfigError(
+            f"The recipe sets {found}; set one: a folder or hub name, or the numbers of a small Qwen2."
+        )
     for mixture in [section.mixture, *(stage.mixture for stage in section.stages if stage.mixture)]:
         if not any((mixture.caption_to_image, mixture.image_to_caption, mixture.qa)):
             raise ConfigError(
                 "mllm.mixture has no kind with images. Set caption_to_image, image_to_caption or qa above 0."
             )
     if section.whole_mixture.text and not section.text_source:
-        raise ConfigError("mllm.mixture.text is above 0, but mllm.text_source is not set. Set it, or set text to 0.")
+        raise ConfigError(
+            "mllm.mixture.text is above 0, but mllm.text_source is not set. Set it, or set text to 0."
+        )
     check_parts(section)
     check_batch("mllm", section.train, recipe.resources)
 
@@ -101,7 +107,11 @@ def _body(parents: dict[str, Artifact]) -> Any:
         }
         with ensure_ray(run.recipe):
             fit(MllmTask, settings, section.train, run, seed=run.recipe.seed)
-        return {"rows": sum(sizes), "texts": sum(text[1]) if text else 0, "steps": section.train.steps}
+        return {
+            "rows": sum(sizes),
+            "texts": sum(text[1]) if text else 0,
+            "steps": section.train.steps,
+        }
 
     return body
 
@@ -115,7 +125,10 @@ def usable(run: StageRun, tokens: str) -> tuple[list[str], list[int]]:
     if mixture.caption_to_image:
         return shard_index(tokens, "train")
     keys = shards.list_shards(tokens, "train")
-    sizes = [len(usable_rows(shards.read_shard(tokens, key, ["caption", "label", "qa"]), mixture)) for key in keys]
+    sizes = [
+        len(usable_rows(shards.read_shard(tokens, key, ["caption", "label", "qa"]), mixture))
+        for key in keys
+    ]
     if not sum(sizes):
         raise DataError(
             f"No row of {tokens} has what mllm.mixture asks for (a caption, or a question with its answer). "
@@ -126,7 +139,11 @@ def usable(run: StageRun, tokens: str) -> tuple[list[str], list[int]]:
 
 def placed(section: MllmSection) -> MllmSection:
     """The section as workers can use it: they stand in other folders, so a local model goes by its absolute path."""
-    return section.model_copy(update={"pretrained": resolve(section.pretrained)}) if section.pretrained else section
+    return (
+        section.model_copy(update={"pretrained": resolve(section.pretrained)})
+        if section.pretrained
+        else section
+    )
 
 
 def prepare_texts(run: StageRun, tokens: str) -> tuple[list[str], list[int]] | None:
@@ -193,7 +210,9 @@ def write_texts(run: StageRun) -> tuple[list[str], list[int]]:
     if held:
         flush()
     if not keys:
-        raise DataError(f"mllm.text_source={source} holds no text. Give it text, or set mllm.mixture.text=0.")
+        raise DataError(
+            f"mllm.text_source={source} holds no text. Give it text, or set mllm.mixture.text=0."
+        )
     return keys, sizes
 
 
@@ -208,7 +227,9 @@ def read_texts(source: str) -> Iterator[str]:
         if ending == "parquet":
             parquet = pq.ParquetFile(file)
             if "text" not in parquet.schema_arrow.names:
-                raise DataError(f"{source} has no column `text`; it has {', '.join(parquet.schema_arrow.names)}")
+                raise DataError(
+                    f"{source} has no column `text`; it has {', '.join(parquet.schema_arrow.names)}"
+                )
             for batch in parquet.iter_batches(columns=["text"]):
                 yield from (text for text in batch.column(0).to_pylist() if text and text.strip())
             return

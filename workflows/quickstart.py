@@ -28,10 +28,14 @@ def run(out: str, images: str | None = None, overrides: Sequence[str] = ()) -> N
     if images is not None and "corpus.source" in given:
         raise ConfigError("--images and corpus.source= both name the images; keep one")
     log(f"smalti quickstart: {'easy-vqa' if images is None else images} → {recipe.out}")
-    log("the chain: corpus → encoder → features → codebook → tokenizer → tokens → mllm → export → evaluation")
+    log(
+        "the chain: corpus → encoder → features → codebook → tokenizer → tokens → mllm → export → evaluation"
+    )
     if images is not None:
         if not exists(images):
-            raise ConfigError(f"--images {images}: there is no such folder. Name one that holds images.")
+            raise ConfigError(
+                f"--images {images}: there is no such folder. Name one that holds images."
+            )
         own = {key: value for key, value in _corpus_of(images).items() if key not in given}
         recipe = _own_images(with_overrides(recipe, own))
     run_recipe(recipe)
@@ -69,7 +73,12 @@ def fitted(recipe: Recipe, num_images: int) -> Recipe:
     size = recipe.codebook.size
     while size > 16 and size * VECTORS_A_CODE > num_images * _patches(recipe):
         size //= 2
-    sections = ("encoder.train.train", "tokenizer.semantic.train", "tokenizer.pixel.train", "mllm.train")
+    sections = (
+        "encoder.train.train",
+        "tokenizer.semantic.train",
+        "tokenizer.pixel.train",
+        "mllm.train",
+    )
     workers = recipe.resources.max_workers
     most = max(workers, num_images // workers * workers)
     batches = {f"{section}.batch_size": min(_batch(recipe, section), most) for section in sections}

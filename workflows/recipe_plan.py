@@ -92,7 +92,12 @@ class RecipePlan:
     def trained(self) -> list[TrainPlan]:
         fill = self.mean_length / self.recipe.mllm.max_length
         return [
-            TrainPlan(Trial(m, fill if m.head else 1.0), self.rates, self.num, [o for o in self.models if o is not m])
+            TrainPlan(
+                Trial(m, fill if m.head else 1.0),
+                self.rates,
+                self.num,
+                [o for o in self.models if o is not m],
+            )
             for m in self.models
         ]
 
@@ -121,7 +126,9 @@ class RecipePlan:
         if self.rates.note:
             yield f"  {self.rates.note}"
         yield from (
-            f"  {origin}" for origin in dict.fromkeys([self.origin, *(m.origin for m in self.models)]) if origin
+            f"  {origin}"
+            for origin in dict.fromkeys([self.origin, *(m.origin for m in self.models)])
+            if origin
         )
         yield from ["", *self._data_lines()]
         if self.codebook is not None:
@@ -140,7 +147,9 @@ class RecipePlan:
     def _length_told(self) -> str:
         mean, longest = self.mean_length, self.recipe.mllm.max_length
         if mean == longest:
-            return f"hours are an upper bound: every sequence taken as {longest:,} tokens (--length)"
+            return (
+                f"hours are an upper bound: every sequence taken as {longest:,} tokens (--length)"
+            )
         assumed = "" if self.length else ", ASSUMED (--length)"
         packed = "packed into rows of" if self.recipe.mllm.packing else "for hours; memory at"
         return f"sequences of {mean:,} tokens in the mean{assumed}, {packed} {longest:,}"
@@ -151,12 +160,16 @@ class RecipePlan:
         part_of: dict[int, str] = modules.parts()  # type: ignore[operator]
         awake: dict[int, tuple[str, ...]] = {}
         for start in sorted({0, *(stage.from_step for stage in section.stages)}):
-            parts: tuple[str, ...] = tuple(part for part, rate in section.rates_at(start).items() if rate)
+            parts: tuple[str, ...] = tuple(
+                part for part, rate in section.rates_at(start).items() if rate
+            )
             if parts not in list(awake.values())[-1:]:
                 awake[start] = parts
         if len(awake) == 1:
             return
-        for (start, parts), stop in zip(awake.items(), [*list(awake)[1:], section.train.steps], strict=True):
+        for (start, parts), stop in zip(
+            awake.items(), [*list(awake)[1:], section.train.steps], strict=True
+        ):
             count = sum(p.numel() for p in modules.parameters() if part_of[id(p)] in parts)
             yield f"steps {start:,} to {stop:,}: {count / 1e9:.3g}B parameters learn ({', '.join(parts)})"
 
@@ -167,7 +180,9 @@ class RecipePlan:
     def _training_rates(self) -> str:
         if not self.rates.peaks:
             return ""
-        rates = ", ".join(f"{name} {self.rates.training(name) / 1e12:.3g}" for name in ("bf16", "tf32", "fp32"))
+        rates = ", ".join(
+            f"{name} {self.rates.training(name) / 1e12:.3g}" for name in ("bf16", "tf32", "fp32")
+        )
         return (
             f"\n  ASSUMED in training, TFLOP/s a GPU: {rates}; between GPUs {size_text(self.rates.inside)}/s within a "
             f"node, {size_text(self.rates.network)}/s a node beyond"
@@ -194,7 +209,9 @@ class RecipePlan:
     def data_hours(self) -> dict[str, float]:
         """Hours of these stages."""
         seconds = {
-            name: sum(count / self.rates.training(precision) for precision, count in cost.flops.items())
+            name: sum(
+                count / self.rates.training(precision) for precision, count in cost.flops.items()
+            )
             for name, cost in self.inference.items()
         }
         images = {"features": self.featured, "tokens": self.images}
@@ -204,27 +221,43 @@ class RecipePlan:
     def stored(self) -> list[tuple[str, float, str]]:
         """(what, bytes, formula)."""
         recipe, images = self.recipe, self.images
-        found = [("corpus", float(images * ASSUMED_IMAGE_BYTES), f"{ASSUMED_IMAGE_BYTES:,} bytes an image, ASSUMED")]
+        found = [
+            (
+                "corpus",
+                float(images * ASSUMED_IMAGE_BYTES),
+                f"{ASSUMED_IMAGE_BYTES:,} bytes an image, ASSUMED",
+            )
+        ]
         if recipe.clusters:
             size = float(HALF * self.featured * self.kept * self.encoder.dim)
             found.append(("features", size, f"2·{self.kept} patches·{self.encoder.dim:,} an image"))
             cells = size if recipe.codebook.coarse > 1 else 0.0
             found.append(
-                ("codebook", cells + SINGLE * recipe.codebook.size * self.encoder.dim, "4·K·C, and the sorted features")
+                (
+                    "codebook",
+                    cells + SINGLE * recipe.codebook.size * self.encoder.dim,
+                    "4·K·C, and the sorted features",
+                )
             )
         codes = self.patches * self.codes_a_token
         found.append(("tokens", float(CODE_BYTES * images * codes), f"4·{codes} an image"))
         for plan in self.trained:
             keep, name = plan.model.train.keep + 1, plan.model.name
             found.append(
-                (f"{name}: checkpoints", keep * plan.checkpoint, f"train.keep + 1 = {keep} while one is written")
+                (
+                    f"{name}: checkpoints",
+                    keep * plan.checkpoint,
+                    f"train.keep + 1 = {keep} while one is written",
+                )
             )
         return [*found, ("models", sum(map(_weights, self.models)), "4·P each")]
 
     def _storage_lines(self) -> list[str]:
         total = sum(size for _, size, _ in self.stored)
         found = [f"storage: {size_text(total)}"]
-        return found + [f"  {name:<23} {size_text(size):>9}  {formula}" for name, size, formula in self.stored]
+        return found + [
+            f"  {name:<23} {size_text(size):>9}  {formula}" for name, size, formula in self.stored
+        ]
 
     def _total(self) -> str:
         hours = sum(plan.hours for plan in self.trained) + sum(self.data_hours.values())

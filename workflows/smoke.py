@@ -27,7 +27,12 @@ def shrink(recipe: Recipe) -> Recipe:
     out = recipe.out.rstrip("/") + "-smoke"
     values: dict[str, Any] = {"out": out, "name": f"{recipe.name}-smoke", "share": []}
     system = system_of(recipe)
-    values |= _data(recipe, system) | system.smoke(recipe) | _model(recipe, system, out) | _resources(recipe)
+    values |= (
+        _data(recipe, system)
+        | system.smoke(recipe)
+        | _model(recipe, system, out)
+        | _resources(recipe)
+    )
     if recipe.bridge:
         values |= smoke_sizes.train("bridge.train", recipe.bridge.train) | {"bridge.steps": 2}
         values |= {"bridge.width": 16, "bridge.layers": 1, "bridge.heads": 2}
@@ -89,7 +94,9 @@ def _clustering(recipe: Recipe) -> dict[str, Any]:
     return {
         "features.batch_size": 8,
         "features.source": None,
-        "features.patches": "all" if recipe.features.patches == "all" else min(recipe.features.patches, 8),
+        "features.patches": "all"
+        if recipe.features.patches == "all"
+        else min(recipe.features.patches, 8),
         "codebook.size": 16,
         "codebook.coarse": min(recipe.codebook.coarse, 4),
         "codebook.iterations": 2,
@@ -98,10 +105,16 @@ def _clustering(recipe: Recipe) -> dict[str, Any]:
 
 
 def _model(recipe: Recipe, system: System, out: str) -> dict[str, Any]:
-    values: dict[str, Any] = {"mllm.max_length": 128, "mllm.loss_chunk": 64, "mllm.adapter_hidden": None}
+    values: dict[str, Any] = {
+        "mllm.max_length": 128,
+        "mllm.loss_chunk": 64,
+        "mllm.adapter_hidden": None,
+    }
     values |= smoke_sizes.train("mllm.train", recipe.mllm.train)
     begun = zip(range(1, smoke_sizes.STEPS), recipe.mllm.stages, strict=False)
-    values["mllm.stages"] = [stage.model_dump(exclude_none=True) | {"from_step": step} for step, stage in begun]
+    values["mllm.stages"] = [
+        stage.model_dump(exclude_none=True) | {"from_step": step} for step, stage in begun
+    ]
     if recipe.mllm.whole_mixture.text:
         values["mllm.text_source"] = _some_text(join(out, "stand-ins", "text.txt"))
     if recipe.encoder.train:
@@ -120,7 +133,9 @@ def _model(recipe: Recipe, system: System, out: str) -> dict[str, Any]:
         values["encoder.pretrained"] = _tiny_siglip(join(out, "stand-ins", "siglip"), layers)
     if recipe.mllm.config:
         tiny = {"hidden_size": 32, "layers": 2, "heads": 2, "kv_heads": 1, "intermediate_size": 64}
-        values |= {f"mllm.config.{key}": value for key, value in (tiny | {"text_vocab_size": 300}).items()}
+        values |= {
+            f"mllm.config.{key}": value for key, value in (tiny | {"text_vocab_size": 300}).items()
+        }
     else:
         values["mllm.pretrained"] = _tiny_qwen2(join(out, "stand-ins", "qwen2"))
     return values
@@ -150,7 +165,10 @@ def _tiny_diffuser(path: str) -> str:
         else:
             text_encoder.save_pretrained(os.path.join(folder, "text_encoder"))
             tokenizer.save_pretrained(os.path.join(folder, "tokenizer"))
-            kinds = {"_class_name": "StableDiffusionPipeline", "text_encoder": ["transformers", "CLIPTextModel"]}
+            kinds = {
+                "_class_name": "StableDiffusionPipeline",
+                "text_encoder": ["transformers", "CLIPTextModel"],
+            }
             write_json(os.path.join(folder, "model_index.json"), kinds)
     return path
 
@@ -178,7 +196,9 @@ def _tiny_pipeline(text_encoder: Any, tokenizer: Any) -> Any:
 def _words() -> list[str]:
     """Text enough for a byte-level BPE of some hundred tokens."""
     return [
-        f"a {colour} {shape}" for colour in ("red", "green", "blue") for shape in ("circle", "rectangle", "triangle")
+        f"a {colour} {shape}"
+        for colour in ("red", "green", "blue")
+        for shape in ("circle", "rectangle", "triangle")
     ]
 
 
@@ -197,11 +217,15 @@ def _tiny_siglip(path: str, layers: int) -> str:
     from smalti.mllm.bpe import train_bpe
     from smalti.tokenizers.siglip import build_siglip
 
-    size = EncoderTrain(patch_size=32 // _NUM_PATCHES_A_SIDE, hidden_size=16, layers=layers, heads=2, text_layers=1)
+    size = EncoderTrain(
+        patch_size=32 // _NUM_PATCHES_A_SIDE, hidden_size=16, layers=layers, heads=2, text_layers=1
+    )
     tokenizer = train_bpe(_words(), 300)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = build_siglip(size, 32, len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id)
+        model = build_siglip(
+            size, 32, len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id
+        )
     with atomic_local_dir(path) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

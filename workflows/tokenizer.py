@@ -23,7 +23,9 @@ def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
     def body(run: StageRun) -> Mapping[str, int]:
         return system.build(run, parents)
 
-    return run_stage(recipe, "tokenizer", "tokenizer", system.settings(recipe), parents, body, tracker=tracker)
+    return run_stage(
+        recipe, "tokenizer", "tokenizer", system.settings(recipe), parents, body, tracker=tracker
+    )
 
 
 def check(recipe: Recipe) -> None:

@@ -26,14 +26,22 @@ def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
     """The tokens artifact: codes int32 of every image, train and val. Counts: images, train, val, codes, num_codes."""
     parents = {name: find_artifact(recipe, name) for name in ("corpus", "tokenizer")}
     return run_stage(
-        recipe, "tokens", "tokens", result_settings(recipe.tokens), parents, _body(parents), tracker=tracker
+        recipe,
+        "tokens",
+        "tokens",
+        result_settings(recipe.tokens),
+        parents,
+        _body(parents),
+        tracker=tracker,
     )
 
 
 class EncodeShard:
     """Actor: one corpus shard in, one token shard on disk out; returns its receipt."""
 
-    def __init__(self, out: str, corpus: str, tokenizer: str, recipe: Recipe, image_size: int) -> None:
+    def __init__(
+        self, out: str, corpus: str, tokenizer: str, recipe: Recipe, image_size: int
+    ) -> None:
         self.out, self.corpus, self.tokenizer_dir, self.recipe = out, corpus, tokenizer, recipe
         self.image_size = image_size
         self.model: Any = None
@@ -42,7 +50,11 @@ class EncodeShard:
         done = standing_for(self.out, self.corpus, key)
         if done is not None:
             return key, done, None, None
-        return key, None, *load_pixels(self.corpus, key, self.image_size, self.recipe.corpus.max_pixels, CARRIED)
+        return (
+            key,
+            None,
+            *load_pixels(self.corpus, key, self.image_size, self.recipe.corpus.max_pixels, CARRIED),
+        )
 
     def work(self, loaded: tuple[str, shards.Receipt | None, Any, Any]) -> shards.Receipt:
         key, done, table, pixels = loaded
@@ -53,9 +65,13 @@ class EncodeShard:
         with HERE.part("model"):
             codes = self.encode(pixels)
         schema = shards.token_schema(codes.shape[1:])
-        arrays = {name: table.column(name) for name in CARRIED} | {"codes": shards.list_column(codes)}
+        arrays = {name: table.column(name) for name in CARRIED} | {
+            "codes": shards.list_column(codes)
+        }
         with HERE.part("write"):
-            return shards.write_shard(self.out, key, pa.table([arrays[name] for name in schema.names], schema))
+            return shards.write_shard(
+                self.out, key, pa.table([arrays[name] for name in schema.names], schema)
+            )
 
     def start(self) -> None:
         """Load the tokenizer onto the actor's device."""
@@ -66,7 +82,9 @@ class EncodeShard:
         with HERE.part("start"):
             tokenizer = load_tokenizer(self.tokenizer_dir).to(self.device)
         self.num_codes = tokenizer.num_codes
-        self.model = as_set(tokenizer.encode, self.device, self.recipe.tokens.precision, self.recipe.tokens.compile)
+        self.model = as_set(
+            tokenizer.encode, self.device, self.recipe.tokens.precision, self.recipe.tokens.compile
+        )
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         """Codes of the images: int32 (images, …). Errors: DataError when the tokenizer gives a code out of its range."""
@@ -76,7 +94,9 @@ class EncodeShard:
 
         size = self.recipe.tokens.batch_size
         with torch.inference_mode():
-            codes = torch.cat(list(on_host(self.model(part) for part in batches(pixels, size, self.device))))
+            codes = torch.cat(
+                list(on_host(self.model(part) for part in batches(pixels, size, self.device)))
+            )
         low, high = int(codes.min()), int(codes.max())
         if low < 0 or high >= self.num_codes:
             raise DataError(
@@ -99,7 +119,9 @@ def _body(parents: dict[str, Artifact]) -> Any:
         refuse_foreign(run.path, keys)
         with ensure_ray(recipe), shard_progress(run, corpus.counts["images"]) as (tally, update):
             block = block_bytes(recipe, args[-1])
-            for receipt in run_shards(keys, EncodeShard, args, recipe.resources, tally=tally, block_bytes=block):
+            for receipt in run_shards(
+                keys, EncodeShard, args, recipe.resources, tally=tally, block_bytes=block
+            ):
                 update(receipt.rows)
                 counts["images"] += receipt.rows
                 counts[receipt.key.split("/")[0]] += receipt.rows

@@ -22,7 +22,9 @@ DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # where the terminal is not UTF-8, `→` is not a reason to fail
+        sys.stdout.reconfigure(
+            errors="replace"
+        )  # where the terminal is not UTF-8, `→` is not a reason to fail
     try:
         arguments = parse(argv)
     except SystemExit as stop:  # argparse: 0 after --help and --version, 2 after a complaint
@@ -56,7 +58,9 @@ def _report(error: Exception) -> int:
     text = "".join(traceback.format_exception(error))
     last = f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else 'no message'}"
     try:
-        with tempfile.NamedTemporaryFile("w", prefix="smalti-error-", suffix=".log", delete=False) as file:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="smalti-error-", suffix=".log", delete=False
+        ) as file:
             file.write(text)
     except OSError:  # the disk may be full: print the traceback instead
         sys.stderr.write(text)

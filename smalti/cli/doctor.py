@@ -48,11 +48,18 @@ MIN_MEMORY_BYTES = 4 * 2**30
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "recipe", metavar="RECIPE", nargs="?", help="also whether the stages of this recipe can be placed"
+        "recipe",
+        metavar="RECIPE",
+        nargs="?",
+        help="also whether the stages of this recipe can be placed",
     )
-    parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="its keys with other values")
     parser.add_argument(
-        "--out", metavar="DIR", help="folder or URL that runs would write to (default: the recipe's, else out)"
+        "overrides", metavar="key=value", nargs="*", default=[], help="its keys with other values"
+    )
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        help="folder or URL that runs would write to (default: the recipe's, else out)",
     )
     parser.add_argument(
         "--wait", metavar="SECONDS", type=float, default=0.0,
@@ -99,12 +106,22 @@ def _packages() -> list[Check]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             absent.append(name)
-    checks = [Check("packages", "ok", ", ".join(f"{name} {version}" for name, version in versions.items()))]
+    checks = [
+        Check(
+            "packages", "ok", ", ".join(f"{name} {version}" for name, version in versions.items())
+        )
+    ]
     if absent:
         checks.append(Check("packages", "problem", f"not installed: {', '.join(absent)}", install))
-    others = [f"{n} {v} (lock: {lock[n]})" for n, v in versions.items() if n in lock and v.partition("+")[0] != lock[n]]
+    others = [
+        f"{n} {v} (lock: {lock[n]})"
+        for n, v in versions.items()
+        if n in lock and v.partition("+")[0] != lock[n]
+    ]
     if others:
-        checks.append(Check("lock", "missing", f"other versions than tested: {', '.join(others)}", install))
+        checks.append(
+            Check("lock", "missing", f"other versions than tested: {', '.join(others)}", install)
+        )
     elif lock:
         checks.append(Check("lock", "ok", "these are the versions of requirements.lock"))
     return checks
@@ -129,7 +146,11 @@ def _optional_packages() -> list[Check]:
     for module, (use, extra) in OPTIONAL.items():
         found = importlib.util.find_spec(module) is not None
         fix = f"optional ({use}): {_install(extra)}"
-        checks.append(Check(module, "ok", "installed") if found else Check(module, "missing", "not installed", fix))
+        checks.append(
+            Check(module, "ok", "installed")
+            if found
+            else Check(module, "missing", "not installed", fix)
+        )
     return checks
 
 
@@ -138,12 +159,20 @@ def _compiler() -> list[Check]:
     beside = Path(sys.executable).parent / "ninja"
     ninja = shutil.which("ninja") or (str(beside) if beside.exists() else None)
     found = {"g++": shutil.which("g++") or shutil.which("c++"), "ninja": ninja}
-    mends = {"g++": "training needs it: apt-get install g++", "ninja": "training needs it: pip install ninja"}
-    return [Check(n, "ok", path) if path else Check(n, "problem", "not found", mends[n]) for n, path in found.items()]
+    mends = {
+        "g++": "training needs it: apt-get install g++",
+        "ninja": "training needs it: pip install ninja",
+    }
+    return [
+        Check(n, "ok", path) if path else Check(n, "problem", "not found", mends[n])
+        for n, path in found.items()
+    ]
 
 
 def _cores() -> list[Check]:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    usable = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return [Check("cores", "ok", f"{usable} usable of {os.cpu_count()}")]
 
 
@@ -155,11 +184,21 @@ def _memory() -> list[Check]:
     total = min(memory.total, limit) if limit else memory.total
     text = f"{gib(total)}, {gib(min(memory.available, total))} free"
     if total < MIN_MEMORY_BYTES:
-        return [Check("memory", "missing", text, "the quickstart needs 4 GiB; with less the kernel may kill it")]
+        return [
+            Check(
+                "memory",
+                "missing",
+                text,
+                "the quickstart needs 4 GiB; with less the kernel may kill it",
+            )
+        ]
     shared = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0
     small = shared < 128 * 2**20
     fix = "Ray keeps objects there: give the container --shm-size=1g or more" if small else ""
-    return [Check("memory", "ok", text), Check("/dev/shm", "missing" if small else "ok", f"{gib(shared)} free", fix)]
+    return [
+        Check("memory", "ok", text),
+        Check("/dev/shm", "missing" if small else "ok", f"{gib(shared)} free", fix),
+    ]
 
 
 def _cgroup_limit() -> int | None:
@@ -197,7 +236,12 @@ def _disk(out: str) -> list[Check]:
             pass
     except OSError as error:
         checks.append(
-            Check("writing", "problem", f"{folder}: {error.strerror}", "set another `out`, or fix the permissions")
+            Check(
+                "writing",
+                "problem",
+                f"{folder}: {error.strerror}",
+                "set another `out`, or fix the permissions",
+            )
         )
     else:
         checks.append(Check("writing", "ok", f"{folder} can be written to"))
@@ -211,7 +255,14 @@ def _remote(out: str) -> list[Check]:
         storage.write_atomic(probe, b"")
         storage.remove(probe)
     except SmaltiError as error:
-        return [Check("writing", "problem", str(error).splitlines()[0], "fix the credentials, or set another `out`")]
+        return [
+            Check(
+                "writing",
+                "problem",
+                str(error).splitlines()[0],
+                "fix the credentials, or set another `out`",
+            )
+        ]
     return [Check("writing", "ok", f"{out} can be written to")]
 
 
@@ -228,7 +279,14 @@ def _gpus() -> list[Check]:
         return [Check("GPUs", "ok", f"{len(names)}: {text}")]
     if driver:
         fix = "torch is a CPU build or the driver is too old: pip install --force-reinstall torch -c requirements.lock"
-        return [Check("GPUs", "missing", f"nvidia-smi is here, and torch {torch.__version__} sees none", fix)]
+        return [
+            Check(
+                "GPUs",
+                "missing",
+                f"nvidia-smi is here, and torch {torch.__version__} sees none",
+                fix,
+            )
+        ]
     return [Check("GPUs", "note", "none: everything runs on the CPU, at small sizes")]
 
 
@@ -250,7 +308,11 @@ def _ray(out: str = "out", recipe: Recipe | None = None, wait_s: float = 0.0) ->
         )
     if not address:
         checks.append(
-            Check("ray", "note", "RAY_ADDRESS is not set: a run starts a local session of its own and stops it")
+            Check(
+                "ray",
+                "note",
+                "RAY_ADDRESS is not set: a run starts a local session of its own and stops it",
+            )
         )
         return checks if recipe is None else [*checks, *local_room(recipe)]
     if address.startswith("http"):
@@ -271,7 +333,12 @@ def _reach(address: str, mode: str, out: str, recipe: Recipe | None, wait_s: flo
     here = ray.is_initialized()
     try:
         if not here:
-            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, runtime_env=remote_env())
+            ray.init(
+                address=address,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                runtime_env=remote_env(),
+            )
         guarded = token_check(asks_for_token(ray.get_runtime_context().gcs_address))
         found = cluster_checks(out, recipe, wait_s)
         nodes = [node for node in ray.nodes() if node["Alive"]]
@@ -297,7 +364,9 @@ def token_check(asked: bool | None) -> Check:
         return Check("ray token", "ok", "a client without a token is turned away")
     if asked is None:
         return Check(
-            "ray token", "note", "whether the cluster asks for a token could not be tried: no answer to a client"
+            "ray token",
+            "note",
+            "whether the cluster asks for a token could not be tried: no answer to a client",
         )
     fix = "whoever reaches its ports runs code there: RAY_AUTH_MODE=token on every node and client (docs/cluster.md)"
     return Check("ray token", "missing", "a client without a token came in", fix)
@@ -313,8 +382,18 @@ def _data() -> list[Check]:
     ):
         here = path if path.exists() else ROOT / path
         fix = f"optional ({use}): python {script}, in a checkout"
-        checks.append(Check(name, "ok", str(here)) if here.exists() else Check(name, "missing", "not found", fix))
+        checks.append(
+            Check(name, "ok", str(here))
+            if here.exists()
+            else Check(name, "missing", "not found", fix)
+        )
     hub = os.environ.get("HF_HUB_OFFLINE")
     if hub and hub != "0":
-        checks.append(Check("Hugging Face", "note", "HF_HUB_OFFLINE is set: only models in its cache can be loaded"))
+        checks.append(
+            Check(
+                "Hugging Face",
+                "note",
+                "HF_HUB_OFFLINE is set: only models in its cache can be loaded",
+            )
+        )
     return checks

@@ -20,11 +20,15 @@ def cluster_checks(out: str, recipe: Recipe | None, wait_s: float = 0.0) -> list
     from smalti.workflows.cluster import checks as work
     from smalti.workflows.cluster.placement import cluster_nodes, grows_unseen
 
-    checks = [] if recipe is None or not wait_s else [came_check(*work.wait_for_room(recipe, wait_s))]
+    checks = (
+        [] if recipe is None or not wait_s else [came_check(*work.wait_for_room(recipe, wait_s))]
+    )
     facts, unseen, silent = work.survey(out, [] if recipe is None else local_folders(recipe))
     hosts = {fact.node: fact.host for fact in facts}
     checks += [_answers(facts, silent), *_versions(facts), *_gpus(facts), *_disk(facts)]
-    checks += _storage(out, facts, {hosts[node]: [hosts[name] for name in lost] for node, lost in unseen.items()})
+    checks += _storage(
+        out, facts, {hosts[node]: [hosts[name] for name in lost] for node, lost in unseen.items()}
+    )
     checks += _reduce(facts, work.all_reduce, ray.available_resources().get("GPU", 0.0))
     return checks + ([] if recipe is None else room_checks(recipe, cluster_nodes(), grows_unseen()))
 
@@ -33,13 +37,20 @@ def came_check(waited_s: float, came: bool) -> Check:
     if came:
         return Check("autoscaler", "ok", f"the nodes of the recipe are up after {waited_s:.0f} s")
     fix = "the checks below are of the nodes that are up; `ray status` shows pending nodes; or wait longer"
-    return Check("autoscaler", "note", f"the nodes of the recipe are not up after {waited_s:.0f} s", fix)
+    return Check(
+        "autoscaler", "note", f"the nodes of the recipe are not up after {waited_s:.0f} s", fix
+    )
 
 
 def local_folders(recipe: Recipe) -> list[str]:
     """Folders on each machine that the recipe's trainings write to: caches of shards, and states that are offloaded."""
     tokenizer, encoder = recipe.tokenizer, recipe.encoder.train
-    trains = [recipe.mllm.train, tokenizer.semantic.train, tokenizer.pixel.train, tokenizer.dual.train]
+    trains = [
+        recipe.mllm.train,
+        tokenizer.semantic.train,
+        tokenizer.pixel.train,
+        tokenizer.dual.train,
+    ]
     trains += [part.train for part in (tokenizer.decoder, encoder) if part]
     found = [path for train in trains for path in (train.cache_dir, train.offload_path) if path]
     return list(dict.fromkeys(found))
@@ -49,7 +60,9 @@ def _answers(facts: list[Any], silent: list[str]) -> Check:
     if silent:
         fix = "read its raylet log (/tmp/ray/session_latest/logs), and that the packages are installed there"
         return Check("nodes", "problem", f"{len(silent)} did not answer: {', '.join(silent)}", fix)
-    return Check("nodes", "ok", f"{len(facts)} answered: {', '.join(sorted({fact.host for fact in facts}))}")
+    return Check(
+        "nodes", "ok", f"{len(facts)} answered: {', '.join(sorted({fact.host for fact in facts}))}"
+    )
 
 
 def _versions(facts: list[Any]) -> list[Check]:
@@ -58,15 +71,21 @@ def _versions(facts: list[Any]) -> list[Check]:
     for name in MUST_AGREE:
         found: dict[str, list[str]] = {}
         for fact in facts:
-            found.setdefault(fact.python if name == "python" else fact.packages[name], []).append(fact.host)
+            found.setdefault(fact.python if name == "python" else fact.packages[name], []).append(
+                fact.host
+            )
         if len(found) > 1:
-            text = "; ".join(f"{version} on {', '.join(sorted(set(hosts)))}" for version, hosts in found.items())
+            text = "; ".join(
+                f"{version} on {', '.join(sorted(set(hosts)))}" for version, hosts in found.items()
+            )
             fix = "install requirements.lock on every node (setup_commands of ray_cluster.yaml), and start them again"
             checks.append(Check(f"{name} on nodes", "problem", text, fix))
     if not checks and facts:
         first = facts[0]
         text = ", ".join(f"{name} {version}" for name, version in first.packages.items())
-        checks.append(Check("versions", "ok", f"the same on all nodes: python {first.python}, {text}"))
+        checks.append(
+            Check("versions", "ok", f"the same on all nodes: python {first.python}, {text}")
+        )
     return checks
 
 
@@ -116,12 +135,23 @@ def _storage(out: str, facts: list[Any], unseen: dict[str, list[str]]) -> list[C
     failed = {fact.host: fact.wrote for fact in facts if fact.wrote}
     if failed:
         text = "; ".join(f"{host}: {why}" for host, why in failed.items())
-        return [Check("storage", "problem", text, "fix the permissions or credentials there, or set another out")]
+        return [
+            Check(
+                "storage",
+                "problem",
+                text,
+                "fix the permissions or credentials there, or set another out",
+            )
+        ]
     if unseen:
-        text = "; ".join(f"{host} does not see what {', '.join(lost)} wrote" for host, lost in unseen.items())
+        text = "; ".join(
+            f"{host} does not see what {', '.join(lost)} wrote" for host, lost in unseen.items()
+        )
         fix = f"{out} is another folder there: set out to a URL (s3://…), or mount one shared folder on all nodes"
         return [Check("storage", "problem", text, fix)]
-    return [Check("storage", "ok", f"{out}: every node writes there, and sees what the others wrote")]
+    return [
+        Check("storage", "ok", f"{out}: every node writes there, and sees what the others wrote")
+    ]
 
 
 def _reduce(facts: list[Any], all_reduce: Any, free_gpus: float) -> list[Check]:
@@ -152,7 +182,10 @@ def room_checks(recipe: Recipe, nodes: Any, unseen: bool = False) -> list[Check]
     for line in unplaceable(recipe, nodes):
         text, _, fix = line.partition("). ")
         if unseen:
-            text, fix = text + "); a run waits for KubeRay's autoscaler", "set SMALTI_WORKER_GROUPS (deploy/kuberay)"
+            text, fix = (
+                text + "); a run waits for KubeRay's autoscaler",
+                "set SMALTI_WORKER_GROUPS (deploy/kuberay)",
+            )
             checks.append(Check("room", "note", text, fix))
         else:
             checks.append(Check("room", "problem", text + ")", fix))

@@ -21,23 +21,46 @@ MAX_PIXELS = 300_000_000
 
 
 def generate_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="folder or URL of an exported model (OUT/export)")
+    parser.add_argument(
+        "model", metavar="MODEL", help="folder or URL of an exported model (OUT/export)"
+    )
     parser.add_argument("prompt", metavar="PROMPT", help="what to draw")
     parser.add_argument(
-        "--out", metavar="FILE", required=True, help="image file; with -n above 1 a grid, and FILE-1, FILE-2, …"
-    )
-    parser.add_argument("-n", metavar="N", type=_at_least(1, int), default=1, help="images to draw (default: 1)")
-    parser.add_argument(
-        "--cfg", metavar="S", type=_at_least(0.0, float), default=3.0, help="guidance scale; 1 is off (default: 3)"
-    )
-    parser.add_argument(
-        "--seed", metavar="N", type=int, default=0, help="the same seed draws the same images (default: 0)"
+        "--out",
+        metavar="FILE",
+        required=True,
+        help="image file; with -n above 1 a grid, and FILE-1, FILE-2, …",
     )
     parser.add_argument(
-        "--temperature", metavar="T", type=_at_least(0.0, float), default=1.0, help="0 is greedy (default: 1)"
+        "-n", metavar="N", type=_at_least(1, int), default=1, help="images to draw (default: 1)"
     )
     parser.add_argument(
-        "--top-k", metavar="K", type=_at_least(0, int), default=0, help="draw from the K likeliest codes; 0 is off"
+        "--cfg",
+        metavar="S",
+        type=_at_least(0.0, float),
+        default=3.0,
+        help="guidance scale; 1 is off (default: 3)",
+    )
+    parser.add_argument(
+        "--seed",
+        metavar="N",
+        type=int,
+        default=0,
+        help="the same seed draws the same images (default: 0)",
+    )
+    parser.add_argument(
+        "--temperature",
+        metavar="T",
+        type=_at_least(0.0, float),
+        default=1.0,
+        help="0 is greedy (default: 1)",
+    )
+    parser.add_argument(
+        "--top-k",
+        metavar="K",
+        type=_at_least(0, int),
+        default=0,
+        help="draw from the K likeliest codes; 0 is off",
     )
     parser.add_argument(
         "--top-p",
@@ -72,11 +95,19 @@ def generate(arguments: argparse.Namespace) -> None:
 
 
 def ask_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="folder or URL of an exported model (OUT/export)")
-    parser.add_argument("image", metavar="IMAGE", help="image file or URL")
-    parser.add_argument("question", metavar="QUESTION", nargs="+", help="one or more questions, each in quotes")
     parser.add_argument(
-        "--max-new-tokens", metavar="N", type=_at_least(1, int), default=64, help="longest answer (default: 64)"
+        "model", metavar="MODEL", help="folder or URL of an exported model (OUT/export)"
+    )
+    parser.add_argument("image", metavar="IMAGE", help="image file or URL")
+    parser.add_argument(
+        "question", metavar="QUESTION", nargs="+", help="one or more questions, each in quotes"
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        metavar="N",
+        type=_at_least(1, int),
+        default=64,
+        help="longest answer (default: 64)",
     )
 
 
@@ -86,15 +117,21 @@ def ask(arguments: argparse.Namespace) -> None:
 
     model = VisualModel.from_pretrained(arguments.model)
     questions = arguments.question
-    answers = model.ask([image] * len(questions), questions, max_new_tokens=arguments.max_new_tokens)
+    answers = model.ask(
+        [image] * len(questions), questions, max_new_tokens=arguments.max_new_tokens
+    )
     for answer in answers:
         print(answer)
 
 
 def reconstruct_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("tokenizer", metavar="TOKENIZER", help="folder or URL of a tokenizer (OUT/tokenizer)")
+    parser.add_argument(
+        "tokenizer", metavar="TOKENIZER", help="folder or URL of a tokenizer (OUT/tokenizer)"
+    )
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="image files or URLs")
-    parser.add_argument("--out", metavar="DIR", required=True, help="folder for the pictures, one PNG an image")
+    parser.add_argument(
+        "--out", metavar="DIR", required=True, help="folder for the pictures, one PNG an image"
+    )
 
 
 def reconstruct(arguments: argparse.Namespace) -> None:
@@ -126,7 +163,9 @@ def _picture(pixels: Any) -> Image:
     """The first of a (B, 3, H, W) batch in [-1, 1]."""
     from PIL import Image
 
-    array = ((pixels[0].float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
+    array = (
+        ((pixels[0].float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
+    )
     return Image.fromarray(array)
 
 
@@ -143,7 +182,9 @@ def _grid(rows: list[list[Image]]) -> Image:
 
     width, height = rows[0][0].size
     columns = max(len(row) for row in rows)
-    sheet = Image.new("RGB", (columns * (width + GAP) - GAP, len(rows) * (height + GAP) - GAP), "white")
+    sheet = Image.new(
+        "RGB", (columns * (width + GAP) - GAP, len(rows) * (height + GAP) - GAP), "white"
+    )
     for y, row in enumerate(rows):
         for x, image in enumerate(row):
             sheet.paste(image, (x * (width + GAP), y * (height + GAP)))
@@ -158,7 +199,9 @@ def _image_format(path: str) -> str:
     Image.init()
     name = Image.registered_extensions().get(suffix)
     if name is None or name not in Image.SAVE:
-        raise ConfigError(f"--out {path}: pictures are written as .png, .jpg or .webp; give the file such an ending")
+        raise ConfigError(
+            f"--out {path}: pictures are written as .png, .jpg or .webp; give the file such an ending"
+        )
     return name
 
 

@@ -28,9 +28,18 @@ class Command:
     defaults: dict[str, Any] = field(default_factory=dict)
 
 
-def _stage(name: str, line: str, words: str = "recipes/semhitok-quickstart.yaml out=out/mine") -> Command:
+def _stage(
+    name: str, line: str, words: str = "recipes/semhitok-quickstart.yaml out=out/mine"
+) -> Command:
     example = f"smalti {name} {words}"
-    return Command(name, line, (example,), stages.run, stages.recipe_options, {"only": name, "rest": "overrides"})
+    return Command(
+        name,
+        line,
+        (example,),
+        stages.run,
+        stages.recipe_options,
+        {"only": name, "rest": "overrides"},
+    )
 
 
 GROUPS: dict[str, tuple[Command, ...]] = {
@@ -38,7 +47,10 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command(
             "quickstart",
             "the whole chain, small, on this machine; ends with a table of scores and a report",
-            ("smalti quickstart --out out/quickstart", "smalti quickstart --images ~/pictures --out out/pictures"),
+            (
+                "smalti quickstart --out out/quickstart",
+                "smalti quickstart --images ~/pictures --out out/pictures",
+            ),
             stages.quickstart,
             stages.quickstart_options,
             {"rest": "overrides"},
@@ -57,7 +69,9 @@ GROUPS: dict[str, tuple[Command, ...]] = {
     ),
     "one stage, in the order of the chain": (
         _stage("corpus", "images → shards, with captions, labels and questions"),
-        _stage("encoder", "the vision encoder: trained on the corpus, or a pretrained one recorded"),
+        _stage(
+            "encoder", "the vision encoder: trained on the corpus, or a pretrained one recorded"
+        ),
         _stage("features", "shards → patch features of the encoder"),
         _stage("codebook", "features → k-means centroids"),
         _stage("tokenizer", "train the visual tokenizer"),
@@ -71,7 +85,9 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command(
             "generate",
             "text → images",
-            ('smalti generate out/quickstart/export "a red circle" --out red.png --cfg 3 --seed 0 -n 4',),
+            (
+                'smalti generate out/quickstart/export "a red circle" --out red.png --cfg 3 --seed 0 -n 4',
+            ),
             models.generate,
             models.generate_options,
         ),
@@ -145,10 +161,23 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     about = parser.add_argument_group("options")
-    about.add_argument("-h", "--help", action="help", help="this text; `smalti COMMAND --help` for one command")
-    about.add_argument("-V", "--version", action="version", version=f"smalti {smalti.__version__}", help="the version")
+    about.add_argument(
+        "-h", "--help", action="help", help="this text; `smalti COMMAND --help` for one command"
+    )
+    about.add_argument(
+        "-V",
+        "--version",
+        action="version",
+        version=f"smalti {smalti.__version__}",
+        help="the version",
+    )
     commands = parser.add_subparsers(
-        dest="command", metavar="COMMAND", required=True, prog="smalti", help=argparse.SUPPRESS, parser_class=_Parser
+        dest="command",
+        metavar="COMMAND",
+        required=True,
+        prog="smalti",
+        help=argparse.SUPPRESS,
+        parser_class=_Parser,
     )
     for command in COMMANDS.values():
         examples = "\n".join(f"  {example}" for example in command.examples)
@@ -175,7 +204,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     rest = getattr(arguments, "rest", None)
     wrong = [text for text in left if text.startswith("-") or rest is None]
     if wrong:
-        parser.exit(2, f"smalti: error: unknown argument {wrong[0]!r}\nsee `smalti {arguments.command} --help`\n")
+        parser.exit(
+            2,
+            f"smalti: error: unknown argument {wrong[0]!r}\nsee `smalti {arguments.command} --help`\n",
+        )
     if left and rest is not None:
         setattr(arguments, rest, [*getattr(arguments, rest), *left])
     return arguments

@@ -31,7 +31,9 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--vectors", metavar="N", type=float,
         help="feature vectors of the codebook; default: of the recipe's features where they stand, else images x patches",
     )  # fmt: skip
-    parser.add_argument("--width", metavar="C", type=int, help="numbers a vector; default: likewise")
+    parser.add_argument(
+        "--width", metavar="C", type=int, help="numbers a vector; default: likewise"
+    )
     parser.add_argument(
         "--length", metavar="L", type=int,
         help="mean tokens of a sequence of the language model; default: an image and 64 tokens where they are packed, else mllm.max_length",
@@ -41,10 +43,16 @@ def options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Print the plan. ConfigError (exit 2): what cannot be planned; SmaltiError (exit 1): what cannot fit, and the fix."""
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    wrong = [f"--{name}" for name in ("gpus", "images", "vectors", "width", "length") if _below_one(arguments, name)]
+    wrong = [
+        f"--{name}"
+        for name in ("gpus", "images", "vectors", "width", "length")
+        if _below_one(arguments, name)
+    ]
     if wrong:
         raise ConfigError(f"{', '.join(wrong)}: expected a number of at least 1")
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing is computed: DeepSpeed need not look for a device
+    os.environ.setdefault(
+        "DS_ACCELERATOR", "cpu"
+    )  # nothing is computed: DeepSpeed need not look for a device
     from smalti.workflows.plan.base import cpu_rates, gpu_rates
     from smalti.workflows.recipe_plan import RecipePlan
 
@@ -52,7 +60,9 @@ def run(arguments: argparse.Namespace) -> None:
     rates = cpu_rates(arguments.width or 1152) if cpu else gpu_rates(arguments.gpu)
     vectors = int(arguments.vectors) if arguments.vectors else None
     images = int(arguments.images or 0)
-    plan = RecipePlan(recipe, rates, arguments.gpus, vectors, arguments.width, arguments.length, images=images)
+    plan = RecipePlan(
+        recipe, rates, arguments.gpus, vectors, arguments.width, arguments.length, images=images
+    )
     for line in plan.lines():
         print(line)
     sys.stdout.flush()

@@ -34,7 +34,9 @@ class Head:
 
 def options(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `smalti recipes`."""
-    parser.add_argument("recipe", metavar="RECIPE", nargs="?", help="show this recipe: its path, and its whole head")
+    parser.add_argument(
+        "recipe", metavar="RECIPE", nargs="?", help="show this recipe: its path, and its whole head"
+    )
     parser.add_argument(
         "--schema",
         action="store_true",
@@ -96,10 +98,14 @@ def _summary(name: str) -> str:
     try:
         system = load_recipe(path).system
     except ConfigError as error:
-        raise ConfigError(f"{path} comes with smalti, but it is not a valid recipe: {error}") from error
+        raise ConfigError(
+            f"{path} comes with smalti, but it is not a valid recipe: {error}"
+        ) from error
     head = read_head(path)
     width = min(MAX_WIDTH, shutil.get_terminal_size((MAX_WIDTH, 24)).columns)
     lines = [name, *textwrap.wrap(head.title, width, initial_indent="  ", subsequent_indent="  ")]
     for label, text in {"System": system, **head.facts}.items():
-        lines += textwrap.wrap(text, width, initial_indent=f"  {label.lower():<10}", subsequent_indent=" " * 12)
+        lines += textwrap.wrap(
+            text, width, initial_indent=f"  {label.lower():<10}", subsequent_indent=" " * 12
+        )
     return "\n".join(lines)

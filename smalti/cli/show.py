@@ -16,8 +16,16 @@ _DEPTH = 4
 
 def options(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `smalti show`."""
-    parser.add_argument("artifact", metavar="ARTIFACT", help="folder or URL of an artifact, or of a run's whole output")
-    parser.add_argument("--json", action="store_true", help="the record as JSON (a list of records for a whole output)")
+    parser.add_argument(
+        "artifact",
+        metavar="ARTIFACT",
+        help="folder or URL of an artifact, or of a run's whole output",
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="the record as JSON (a list of records for a whole output)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -34,7 +42,9 @@ def run(arguments: argparse.Namespace) -> None:
     if artifact is None and storage.exists(storage.join(path, PARTIAL)):
         below.append(path)
     if artifact is None and not below:
-        raise ArtifactError(f"{path} holds no artifact: expected the folder of a stage, or the `out` folder of a run")
+        raise ArtifactError(
+            f"{path} holds no artifact: expected the folder of a stage, or the `out` folder of a run"
+        )
     if arguments.json:
         _print_json(artifact, below)
     elif artifact is not None:
@@ -73,13 +83,24 @@ def table(paths: list[str]) -> str:
         artifact = Artifact.find(path)
         if artifact is None:
             partial = storage.read_json(storage.join(path, PARTIAL))
-            rows.append((path, str(partial.get("kind", "?")), str(partial.get("fingerprint", "?")), "incomplete", ""))
+            rows.append(
+                (
+                    path,
+                    str(partial.get("kind", "?")),
+                    str(partial.get("fingerprint", "?")),
+                    "incomplete",
+                    "",
+                )
+            )
             continue
         counts = ", ".join(f"{count:,} {name}" for name, count in artifact.counts.items())
-        rows.append((path, artifact.kind, artifact.fingerprint, format_seconds(artifact.seconds), counts))
+        rows.append(
+            (path, artifact.kind, artifact.fingerprint, format_seconds(artifact.seconds), counts)
+        )
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     return "\n".join(
-        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]).rstrip() for row in rows
+        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]).rstrip()
+        for row in rows
     )
 
 
@@ -90,7 +111,9 @@ def flat(values: Mapping[str, object], prefix: str = "") -> dict[str, str]:
         if isinstance(value, Mapping):
             found |= flat(value, f"{prefix}{key}.")
         else:
-            found[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            found[f"{prefix}{key}"] = (
+                value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            )
     return found
 
 
@@ -102,16 +125,30 @@ def _below(path: str, depth: int = 0) -> Iterator[str]:
     if RECORD in names or PARTIAL in names:
         yield path
     for name in names:
-        if "." not in name and name not in ("train", "val", "quarantine") and storage.is_dir(storage.join(path, name)):
+        if (
+            "." not in name
+            and name not in ("train", "val", "quarantine")
+            and storage.is_dir(storage.join(path, name))
+        ):
             yield from _below(storage.join(path, name), depth + 1)
 
 
 def _print_json(artifact: Artifact | None, below: list[str]) -> None:
     if artifact is not None:
-        print(json.dumps(storage.read_json(storage.join(artifact.path, RECORD)), indent=2, ensure_ascii=False))
+        print(
+            json.dumps(
+                storage.read_json(storage.join(artifact.path, RECORD)), indent=2, ensure_ascii=False
+            )
+        )
         return
     records = []
     for path in below:
         name = RECORD if storage.exists(storage.join(path, RECORD)) else PARTIAL
-        records.append({"path": path, "finished": name == RECORD, **storage.read_json(storage.join(path, name))})
+        records.append(
+            {
+                "path": path,
+                "finished": name == RECORD,
+                **storage.read_json(storage.join(path, name)),
+            }
+        )
     print(json.dumps(records, indent=2, ensure_ascii=False))

@@ -10,7 +10,9 @@ from smalti.errors import ConfigError
 
 def recipe_options(parser: argparse.ArgumentParser, smoke: bool = True) -> None:
     parser.add_argument(
-        "recipe", metavar="RECIPE", help="a YAML file or URL, or the name of a recipe that comes with smalti"
+        "recipe",
+        metavar="RECIPE",
+        help="a YAML file or URL, or the name of a recipe that comes with smalti",
     )
     parser.add_argument(
         "overrides",
@@ -28,8 +30,15 @@ def recipe_options(parser: argparse.ArgumentParser, smoke: bool = True) -> None:
 
 
 def quickstart_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", metavar="DIR", default="out/quickstart", help="output folder (default: %(default)s)")
-    parser.add_argument("--images", metavar="DIR", help="a folder of your own images instead of easy-vqa")
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        default="out/quickstart",
+        help="output folder (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--images", metavar="DIR", help="a folder of your own images instead of easy-vqa"
+    )
     parser.add_argument(
         "overrides",
         metavar="key=value",

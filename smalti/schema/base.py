@@ -63,7 +63,11 @@ def result_settings(section: Section, exclude: Collection[str] = ()) -> dict[str
     settings = section.model_dump(mode="json")
     for name, field in type(section).model_fields.items():
         mark = _mark(field, "result")
-        if name in exclude or mark is False or (mark in ("if_set", "late") and _is_default(section, name)):
+        if (
+            name in exclude
+            or mark is False
+            or (mark in ("if_set", "late") and _is_default(section, name))
+        ):
             settings.pop(name, None)
             continue
         value = getattr(section, name)
@@ -91,21 +95,30 @@ class Train(Section):
     """How one model is trained; the same keys for every training stage."""
 
     steps: Positive = Field(1000, description="optimizer steps")
-    batch_size: Positive = Field(64, description="samples per step, over all workers and accumulation steps")
+    batch_size: Positive = Field(
+        64, description="samples per step, over all workers and accumulation steps"
+    )
     micro_batch_size: Positive | None = Field(
         None, description="samples per worker and forward pass; default: no gradient accumulation"
     )
     lr: Rate = Field(1e-4, description="peak learning rate")
     optimizer: Literal["adamw", "muon"] = Field(
-        "adamw", description="adamw; or muon for the weights of linear layers, AdamW for the rest (not under ZeRO)"
+        "adamw",
+        description="adamw; or muon for the weights of linear layers, AdamW for the rest (not under ZeRO)",
     )
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), strict=False, description="AdamW's β1 and β2")
+    betas: tuple[Fraction, Fraction] = Field(
+        (0.9, 0.95), strict=False, description="AdamW's β1 and β2"
+    )
     weight_decay: Weight = Field(0.0, description="decoupled weight decay; 0 is off")
     schedule: Literal["cosine", "constant"] = Field(
         "cosine", description="learning rate after the warmup: cosine decay to min_lr, or constant"
     )
-    warmup: Weight = Field(0.03, description="linear warmup: below 1 a fraction of the steps, else a number of steps")
-    min_lr: Fraction = Field(0.0, description="learning rate at the end of the cosine, as a fraction of lr")
+    warmup: Weight = Field(
+        0.03, description="linear warmup: below 1 a fraction of the steps, else a number of steps"
+    )
+    min_lr: Fraction = Field(
+        0.0, description="learning rate at the end of the cosine, as a fraction of lr"
+    )
     clip: Weight = Field(1.0, description="largest gradient norm; 0 is off")
     zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(
         0,
@@ -121,7 +134,9 @@ class Train(Section):
         json_schema_extra=RUN_ONLY,
     )
     offload_path: str | None = Field(
-        None, description="offload: nvme: a folder on the local NVMe disk of each node", json_schema_extra=RUN_ONLY
+        None,
+        description="offload: nvme: a folder on the local NVMe disk of each node",
+        json_schema_extra=RUN_ONLY,
     )
     activation_checkpointing: bool = Field(
         False,
@@ -129,21 +144,31 @@ class Train(Section):
         json_schema_extra=RUN_ONLY,
     )
     compile: bool = Field(
-        False, description="torch.compile of each transformer block (needs a C++ compiler)", json_schema_extra=RUN_ONLY
+        False,
+        description="torch.compile of each transformer block (needs a C++ compiler)",
+        json_schema_extra=RUN_ONLY,
     )
-    checkpoint_every: Positive = Field(500, description="steps between checkpoints", json_schema_extra=RUN_ONLY)
-    keep: Positive = Field(2, description="newest complete checkpoints to keep", json_schema_extra=RUN_ONLY)
+    checkpoint_every: Positive = Field(
+        500, description="steps between checkpoints", json_schema_extra=RUN_ONLY
+    )
+    keep: Positive = Field(
+        2, description="newest complete checkpoints to keep", json_schema_extra=RUN_ONLY
+    )
     best: str | None = Field(
         None,
         description="metric whose best checkpoint is kept beside the newest: NAME for the lowest, max:NAME for the highest",
         json_schema_extra=RUN_ONLY,
     )
-    log_every: Positive = Field(20, description="steps between logged metrics", json_schema_extra=RUN_ONLY)
+    log_every: Positive = Field(
+        20, description="steps between logged metrics", json_schema_extra=RUN_ONLY
+    )
     image_every: NonNegative = Field(
         0, description="steps between logged images; 0: only at the end", json_schema_extra=RUN_ONLY
     )
     max_failures: NonNegative = Field(
-        3, description="worker failures to recover from before the run fails", json_schema_extra=RUN_ONLY
+        3,
+        description="worker failures to recover from before the run fails",
+        json_schema_extra=RUN_ONLY,
     )
     max_preemptions: Annotated[int, Field(ge=-1)] = Field(
         -1,
@@ -180,7 +205,9 @@ class Train(Section):
     @model_validator(mode="after")
     def _offload_has_what_it_needs(self) -> Train:
         if self.offload != "none" and not self.zero_stage:
-            raise ValueError(f"offload: {self.offload} needs ZeRO, but zero_stage is 0; set zero_stage: 1, 2 or 3")
+            raise ValueError(
+                f"offload: {self.offload} needs ZeRO, but zero_stage is 0; set zero_stage: 1, 2 or 3"
+            )
         if self.offload == "nvme" and (self.zero_stage != 3 or not self.offload_path):
             raise ValueError(
                 f"offload: nvme needs zero_stage: 3 and offload_path, a folder on a local disk; found zero_stage: "

@@ -13,7 +13,9 @@ class BridgeSection(Section):
     decoder: str = Field(
         description="a text-to-image pipeline of diffusers (Stable Diffusion, SDXL, FLUX): folder or hub name"
     )
-    width: Positive = Field(1024, description="width of the bridge's transformer; a multiple of heads")
+    width: Positive = Field(
+        1024, description="width of the bridge's transformer; a multiple of heads"
+    )
     layers: Positive = Field(6, description="transformer blocks")
     heads: Positive = Field(16, description="attention heads")
     temperature: Rate = Field(0.07, description="temperature of the InfoNCE loss")

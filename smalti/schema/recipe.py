@@ -8,7 +8,13 @@ from pydantic import Field, field_validator, model_validator
 
 from smalti.schema.base import Positive, Section, Weight
 from smalti.schema.bridge import BridgeSection
-from smalti.schema.data import CodebookSection, CorpusSection, EncoderSection, FeaturesSection, TokensSection
+from smalti.schema.data import (
+    CodebookSection,
+    CorpusSection,
+    EncoderSection,
+    FeaturesSection,
+    TokensSection,
+)
 from smalti.schema.model import EvaluateSection, ExportSection, MllmSection
 from smalti.schema.systems import SYSTEMS
 from smalti.schema.tokenizer import TokenizerSection
@@ -20,8 +26,12 @@ class Resources(Section):
     workers: Positive | Annotated[tuple[Positive, Positive], Field(strict=False)] = Field(
         1, description="training workers; [min, max]: as many as fit, changing during the run"
     )
-    gpus_per_worker: Weight = Field(0, description="GPUs per training worker and per model actor; 0: CPU only")
-    cpus_per_worker: Positive = Field(1, description="CPU cores per training worker and per model actor")
+    gpus_per_worker: Weight = Field(
+        0, description="GPUs per training worker and per model actor; 0: CPU only"
+    )
+    cpus_per_worker: Positive = Field(
+        1, description="CPU cores per training worker and per model actor"
+    )
     actors: Positive = Field(1, description="actors with a model, in features and tokens")
     readers: Positive = Field(1, description="parallel CPU tasks that read and decode images")
     device: Literal["auto", "cpu"] = Field(
@@ -51,7 +61,8 @@ class Tracking(Section):
     """MLflow tracking."""
 
     uri: str | None = Field(
-        None, description="MLflow tracking URI; default: SQLite in <out>/mlflow.db; off: no tracking"
+        None,
+        description="MLflow tracking URI; default: SQLite in <out>/mlflow.db; off: no tracking",
     )
     experiment: str = Field("smalti", description="name of the MLflow experiment")
 
@@ -72,11 +83,19 @@ class Recipe(Section):
     )
     corpus: CorpusSection = Field(CorpusSection(), description="images, and how they become shards")
     encoder: EncoderSection = Field(EncoderSection(), description="the frozen vision encoder")
-    features: FeaturesSection = Field(FeaturesSection(), description="patch features for the codebook")
-    codebook: CodebookSection = Field(CodebookSection(), description="k-means codebook of the features")
-    tokenizer: TokenizerSection = Field(TokenizerSection(), description="the visual tokenizer and its training")
+    features: FeaturesSection = Field(
+        FeaturesSection(), description="patch features for the codebook"
+    )
+    codebook: CodebookSection = Field(
+        CodebookSection(), description="k-means codebook of the features"
+    )
+    tokenizer: TokenizerSection = Field(
+        TokenizerSection(), description="the visual tokenizer and its training"
+    )
     tokens: TokensSection = Field(TokensSection(), description="visual tokens of the corpus")
-    mllm: MllmSection = Field(MllmSection(), description="the unified language model and its training")
+    mllm: MllmSection = Field(
+        MllmSection(), description="the unified language model and its training"
+    )
     bridge: BridgeSection | None = Field(
         None, description="unicode2: diffusion decoder that draws images from codes; null: none"
     )
@@ -85,7 +104,9 @@ class Recipe(Section):
     baselines: dict[str, dict[str, Any]] = Field(
         {}, description="name → overrides: variants that run beside the recipe, evaluation included"
     )
-    resources: Resources = Field(Resources(), description="workers, CPUs and GPUs; changes no result")
+    resources: Resources = Field(
+        Resources(), description="workers, CPUs and GPUs; changes no result"
+    )
     tracking: Tracking = Field(Tracking(), description="MLflow tracking; changes no result")
 
     @property
@@ -126,24 +147,37 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _guided_parts(self) -> Recipe:
         if self.tokenizer.pixel.semantic_only_decoder and not self.tokenizer.guidance:
-            raise ValueError("tokenizer.pixel.semantic_only_decoder needs tokenizer.guidance: true; set it to false")
+            raise ValueError(
+                "tokenizer.pixel.semantic_only_decoder needs tokenizer.guidance: true; set it to false"
+            )
         return self
 
     @model_validator(mode="after")
     def _seed_counts(self) -> Recipe:
         if self.seed < 0:
-            raise ValueError(f"seed={self.seed}, expected 0 or above: NumPy's generators take no negative seed")
+            raise ValueError(
+                f"seed={self.seed}, expected 0 or above: NumPy's generators take no negative seed"
+            )
         return self
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Recipe:
         tokenizer, siglip, qwen2 = self.tokenizer, self.encoder.train, self.mllm.config
         semantic, pixel, decoder = tokenizer.semantic, tokenizer.pixel, tokenizer.decoder
-        sizes = {"tokenizer.semantic": (semantic.decoder_dim, semantic.decoder_heads, "decoder_dim", "decoder_heads")}
+        sizes = {
+            "tokenizer.semantic": (
+                semantic.decoder_dim,
+                semantic.decoder_heads,
+                "decoder_dim",
+                "decoder_heads",
+            )
+        }
         vits = {"pixel.encoder": pixel.encoder, "pixel.decoder": pixel.decoder}
         vits |= {"decoder.decoder": decoder.decoder} if decoder else {}
         vits |= {"dual.decoder": tokenizer.dual.decoder}
-        sizes |= {f"tokenizer.{name}": (vit.dim, vit.heads, "dim", "heads") for name, vit in vits.items()}
+        sizes |= {
+            f"tokenizer.{name}": (vit.dim, vit.heads, "dim", "heads") for name, vit in vits.items()
+        }
         if siglip:
             sizes["encoder.train"] = (siglip.hidden_size, siglip.heads, "hidden_size", "heads")
         if qwen2:
@@ -152,5 +186,7 @@ class Recipe(Section):
             sizes["bridge"] = (self.bridge.width, self.bridge.heads, "width", "heads")
         for section, (width, heads, key, by) in sizes.items():
             if width % heads:
-                raise ValueError(f"{section}.{key}={width} does not split over {section}.{by}={heads}; set a multiple")
+                raise ValueError(
+                    f"{section}.{key}={width} does not split over {section}.{by}={heads}; set a multiple"
+                )
         return self

@@ -14,7 +14,9 @@ from smalti.schema.base import Section
 from smalti.schema.recipe import Recipe
 
 MODELINE = "# yaml-language-server: $schema="
-EXTENDS = "path or name of the recipe that this one extends; its keys apply unless they are set here"
+EXTENDS = (
+    "path or name of the recipe that this one extends; its keys apply unless they are set here"
+)
 
 
 def json_schema() -> dict[str, object]:
@@ -107,7 +109,11 @@ def _heading(section: type[Section], places: list[str]) -> str:
 
 def _row(name: str, field: FieldInfo, headings: dict[type[Section], str]) -> str:
     below = sections_of(field.annotation)
-    value = f"section [{headings[below[0]]}](#{_anchor(headings[below[0]])})" if below else _value(field)
+    value = (
+        f"section [{headings[below[0]]}](#{_anchor(headings[below[0]])})"
+        if below
+        else _value(field)
+    )
     meaning = (field.description or "").replace("<", "&lt;")
     cells = (f"`{name}`", value, _default(field), meaning)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
@@ -125,7 +131,9 @@ def _default(field: FieldInfo) -> str:
     if not isinstance(value, Section):
         return f"`{json.dumps(value, ensure_ascii=False)}`"
     plain = type(value)().model_dump(mode="json")
-    own = {key: item for key, item in value.model_dump(mode="json").items() if item != plain.get(key)}
+    own = {
+        key: item for key, item in value.model_dump(mode="json").items() if item != plain.get(key)
+    }
     return f"`{json.dumps(own).replace(chr(34), '')}`" if own else ""
 
 

@@ -6,7 +6,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from smalti.schema.base import IF_SET, LATE, Fraction, NonNegative, Positive, Rate, Section, Train, Weight
+from smalti.schema.base import (
+    IF_SET,
+    LATE,
+    Fraction,
+    NonNegative,
+    Positive,
+    Rate,
+    Section,
+    Train,
+    Weight,
+)
 
 
 class SemanticStage(Section):
@@ -20,14 +30,18 @@ class SemanticStage(Section):
     decay: Fraction = Field(0.99, description="vq: ema: decay of the moving averages per step")
     eps: Rate = Field(1e-5, description="vq: ema: Laplace smoothing of the code counts")
     restart_below: Weight = Field(
-        1.0, description="EMA count below which a code restarts from a vector of the batch; 0 is off"
+        1.0,
+        description="EMA count below which a code restarts from a vector of the batch; 0 is off",
     )
     beta: Weight = Field(0.25, description="weight of the commitment loss")
     distill: Literal["cosine", "l2"] = Field(
-        "cosine", description="loss between decoded and encoder features: 1 - cosine, or mean squared error"
+        "cosine",
+        description="loss between decoded and encoder features: 1 - cosine, or mean squared error",
     )
     decoder_layers: Positive = Field(3, description="transformer blocks of the feature decoder")
-    decoder_dim: Positive = Field(768, description="width of the feature decoder; a multiple of decoder_heads")
+    decoder_dim: Positive = Field(
+        768, description="width of the feature decoder; a multiple of decoder_heads"
+    )
     decoder_heads: Positive = Field(12, description="attention heads of the feature decoder")
     train: Train = Field(Train(), description="training of the semantic codebook")
 
@@ -39,14 +53,18 @@ class VitSize(Section):
     layers: Positive = Field(12, description="transformer blocks")
     heads: Positive = Field(12, description="attention heads")
     mlp_ratio: Positive = Field(4, description="MLP width as a multiple of dim")
-    skip: bool = Field(False, description="add a linear map from input to output patches; small models learn faster")
+    skip: bool = Field(
+        False,
+        description="add a linear map from input to output patches; small models learn faster",
+    )
 
 
 class Perceptual(Section):
     """Perceptual part of the reconstruction loss."""
 
     kind: Literal["off", "lpips", "encoder"] = Field(
-        "off", description="off; lpips: LPIPS on VGG16 (arXiv 1801.03924); encoder: features of the frozen encoder"
+        "off",
+        description="off; lpips: LPIPS on VGG16 (arXiv 1801.03924); encoder: features of the frozen encoder",
     )
     weight: Weight = Field(1.0, description="weight of the perceptual loss; 0 is off")
     weights: str | None = Field(None, description="LPIPS-VGG16 weights file (kind: lpips)")
@@ -56,14 +74,19 @@ class Gan(Section):
     """Adversarial part of the reconstruction loss: hinge loss, PatchGAN."""
 
     weight: Weight = Field(0.0, description="weight of the adversarial loss; 0 is off")
-    start_step: NonNegative = Field(20_000, description="step from which the discriminator trains and its loss counts")
-    ramp_steps: NonNegative = Field(0, description="steps over which the weight rises linearly after start_step")
+    start_step: NonNegative = Field(
+        20_000, description="step from which the discriminator trains and its loss counts"
+    )
+    ramp_steps: NonNegative = Field(
+        0, description="steps over which the weight rises linearly after start_step"
+    )
     adaptive: bool = Field(
-        False, description="scale the weight by the ratio of gradient norms at the decoder's last layer (VQGAN)"
+        False,
+        description="scale the weight by the ratio of gradient norms at the decoder's last layer (VQGAN)",
     )
-    adaptive_range: Annotated[tuple[Weight, Weight], Field(strict=False, json_schema_extra=LATE)] = Field(
-        (0.0, 1e4), description="bounds of that ratio"
-    )
+    adaptive_range: Annotated[
+        tuple[Weight, Weight], Field(strict=False, json_schema_extra=LATE)
+    ] = Field((0.0, 1e4), description="bounds of that ratio")
     channels: Positive = Field(64, description="channels of the discriminator's first layer")
     layers: Positive = Field(3, description="halvings of the resolution in the discriminator")
     lr: Rate = Field(1e-4, description="peak learning rate of the discriminator")
@@ -81,7 +104,9 @@ class Loss(Section):
 
     l1: Weight = Field(0.0, description="weight of the mean absolute error; 0 is off")
     l2: Weight = Field(1.0, description="weight of the mean squared error; 0 is off")
-    perceptual: Perceptual = Field(Perceptual(), description="perceptual distance to the input image")
+    perceptual: Perceptual = Field(
+        Perceptual(), description="perceptual distance to the input image"
+    )
     gan: Gan = Field(Gan(), description="adversarial loss")
 
 
@@ -103,7 +128,8 @@ class PixelStage(Section):
         description="steps before quantization starts; the sub-codebooks are then initialized by k-means of the vectors so far",
     )
     semantic_only_decoder: bool = Field(
-        False, description="also train a decoder of the same size on semantic codes alone, for comparison"
+        False,
+        description="also train a decoder of the same size on semantic codes alone, for comparison",
     )
     loss: Loss = Field(Loss(), description="reconstruction losses")
     train: Train = Field(Train(), description="training of the pixel branch")
@@ -112,7 +138,9 @@ class PixelStage(Section):
 class DecoderStage(Section):
     """SemHiTok stage D: a larger pixel decoder, everything else frozen."""
 
-    decoder: VitSize = Field(VitSize(dim=1024, layers=24, heads=16), description="sizes of the larger pixel decoder")
+    decoder: VitSize = Field(
+        VitSize(dim=1024, layers=24, heads=16), description="sizes of the larger pixel decoder"
+    )
     loss: Loss = Field(Loss(), description="reconstruction losses")
     train: Train = Field(Train(), description="training of the larger decoder")
 
@@ -130,7 +158,8 @@ class DualStage(Section):
     decay: Fraction = Field(0.99, description="decay of the codes' moving averages per step")
     eps: Rate = Field(1e-5, description="Laplace smoothing of the code counts")
     restart_below: Weight = Field(
-        1.0, description="EMA count below which a code restarts from a vector of the batch; 0 is off"
+        1.0,
+        description="EMA count below which a code restarts from a vector of the batch; 0 is off",
     )
     init_steps: NonNegative = Field(
         0,
@@ -157,7 +186,8 @@ class TokenizerSection(Section):
     """Training phases of the tokenizer: SemHiTok's three, or `dual`, DualToken's one."""
 
     guidance: bool = Field(
-        True, description="false: one flat pixel codebook of codebook.size x pixel.codes, no semantic codes"
+        True,
+        description="false: one flat pixel codebook of codebook.size x pixel.codes, no semantic codes",
     )
     encoder_precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
@@ -169,4 +199,6 @@ class TokenizerSection(Section):
     decoder: DecoderStage | None = Field(
         None, description="semhitok: train a larger pixel decoder afterwards; null: skip"
     )
-    dual: DualStage = Field(DualStage(), description="dualtoken: the tokenizer's one phase", json_schema_extra=LATE)
+    dual: DualStage = Field(
+        DualStage(), description="dualtoken: the tokenizer's one phase", json_schema_extra=LATE
+    )

@@ -36,7 +36,13 @@ def printed() -> list[str]:
 
 
 def test_each_goal_has_its_script_and_prints_its_table(printed: list[str]) -> None:
-    assert SCRIPTS == ["gpu_assignment", "gpu_cross_entropy", "gpu_decoding", "gpu_encoder", "gpu_training"]
+    assert SCRIPTS == [
+        "gpu_assignment",
+        "gpu_cross_entropy",
+        "gpu_decoding",
+        "gpu_encoder",
+        "gpu_training",
+    ]
     results = [json.loads(line) for line in printed if line.startswith("{")]
     assert [result["goal"] for result in results] == SCRIPTS
     assert all(result["tiny"] and not result["met"] for result in results)
@@ -49,7 +55,9 @@ def test_the_bare_loops_optimizer_is_a_recipes(monkeypatch: pytest.MonkeyPatch) 
     assert vars(ADAMW).items() <= Train().model_dump().items()
 
 
-def test_decoding_runs_ahead_in_order_and_no_farther_than_its_window(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_runs_ahead_in_order_and_no_farther_than_its_window(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
     from bench.gpu_encoder import in_order
 
@@ -67,7 +75,9 @@ def test_decoding_runs_ahead_in_order_and_no_farther_than_its_window(monkeypatch
     assert begun == list(range(20))
 
 
-def test_results_are_kept_in_one_file_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_are_kept_in_one_file_a_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A script's newest result takes the place of its last one; the others stay."""
     monkeypatch.syspath_prepend(str(ROOT))
     from bench import gpu
@@ -77,7 +87,10 @@ def test_results_are_kept_in_one_file_a_device(tmp_path: Path, monkeypatch: pyte
     for title, value in (("gpu_b: b", 1.0), ("gpu_a: a", 2.0), ("gpu_b: b", float("nan"))):
         gpu.report(title, [("rate", value, "1/s")], {"rate": (">=", 1.0)}, asked)
     found = json.loads(out.read_text())
-    assert [(entry["goal"], entry["measures"]["rate"]) for entry in found] == [("gpu_a", 2.0), ("gpu_b", None)]
+    assert [(entry["goal"], entry["measures"]["rate"]) for entry in found] == [
+        ("gpu_a", 2.0),
+        ("gpu_b", None),
+    ]
     assert gpu.arguments("x", ["--tiny"]).out is None
 
 

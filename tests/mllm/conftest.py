@@ -16,7 +16,15 @@ from smalti.mllm.build import build_unified
 from smalti.mllm.model import UnifiedModel
 from smalti.mllm.prompts import TextEncoder
 from smalti.mllm.vocabulary import VisualVocabulary
-from smalti.schema import EncoderTrain, LanguageModel, MllmSection, PixelStage, SemanticStage, TokenizerSection, VitSize
+from smalti.schema import (
+    EncoderTrain,
+    LanguageModel,
+    MllmSection,
+    PixelStage,
+    SemanticStage,
+    TokenizerSection,
+    VitSize,
+)
 from smalti.tokenizers.encoders import VisionEncoder
 from smalti.tokenizers.loading import load_tokenizer
 from smalti.tokenizers.semhitok import PixelTokenizer, SemanticTokenizer, SemHiTok
@@ -42,7 +50,9 @@ class Tiny:
     original: dict[str, torch.Tensor]
 
 
-def make_lm(num_text: int, *, padding: int = 3, tied: bool = True, seed: int = 0) -> Qwen2ForCausalLM:
+def make_lm(
+    num_text: int, *, padding: int = 3, tied: bool = True, seed: int = 0
+) -> Qwen2ForCausalLM:
     """A random Qwen2 with large enough weights that its outputs differ clearly."""
     config = Qwen2Config(
         vocab_size=num_text + padding, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -64,9 +74,13 @@ def make_tiny() -> Callable[..., Tiny]:
         vocabulary = VisualVocabulary.extend(hf_tokenizer, NUM_CODES)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = UnifiedModel(lm, DualAdapter((6, 3), 16, 32), 5 * torch.randn(NUM_CODES, 9), vocabulary)
+            model = UnifiedModel(
+                lm, DualAdapter((6, 3), 16, 32), 5 * torch.randn(NUM_CODES, 9), vocabulary
+            )
         model.start_visual()
-        return Tiny(model.eval(), hf_tokenizer, vocabulary, TextEncoder(hf_tokenizer, vocabulary), original)
+        return Tiny(
+            model.eval(), hf_tokenizer, vocabulary, TextEncoder(hf_tokenizer, vocabulary), original
+        )
 
     return make
 
@@ -85,7 +99,9 @@ def visual_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
         semantic=SemanticStage(dim=6, decoder_dim=16, decoder_heads=2, decoder_layers=1),
         pixel=PixelStage(codes=3, dim=3, encoder=tiny_vit, decoder=tiny_vit),
     )
-    size = EncoderTrain(patch_size=8, hidden_size=24, layers=1, heads=2, text_layers=1, text_length=6)
+    size = EncoderTrain(
+        patch_size=8, hidden_size=24, layers=1, heads=2, text_layers=1, text_length=6
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         siglip = tmp_path_factory.mktemp("siglip")
@@ -105,13 +121,17 @@ def make_unified(visual_tokenizer_dir: str) -> Callable[..., tuple[UnifiedModel,
     """A unified model built as a recipe would, on that tokenizer: `make_unified(adapter=…)` → (model, hf_tokenizer)."""
 
     def make(**settings: Any) -> tuple[UnifiedModel, Any]:
-        size = LanguageModel(hidden_size=32, layers=2, heads=4, kv_heads=2, intermediate_size=64, text_vocab_size=290)
+        size = LanguageModel(
+            hidden_size=32, layers=2, heads=4, kv_heads=2, intermediate_size=64, text_vocab_size=290
+        )
         section = MllmSection(config=size, max_length=64, **settings)
         hf_tokenizer = train_bpe(TEXTS, 290)
         model = build_unified(section, hf_tokenizer, load_tokenizer(visual_tokenizer_dir), seed=3)
         with torch.no_grad():
             for p in model.parameters():
-                p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+                p.add_(
+                    0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+                )
         return model.eval(), hf_tokenizer
 
     return make

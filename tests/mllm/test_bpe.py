@@ -39,7 +39,9 @@ def test_a_folder_with_a_qwen2_model_gives_the_same_tokenizer_back(tmp_path) -> 
 def test_order_of_texts_does_not_matter() -> None:
     shuffled = TEXTS.copy()
     random.Random(1).shuffle(shuffled)
-    assert train_bpe(shuffled, 300).backend_tokenizer.to_str() == TOKENIZER.backend_tokenizer.to_str()
+    assert (
+        train_bpe(shuffled, 300).backend_tokenizer.to_str() == TOKENIZER.backend_tokenizer.to_str()
+    )
 
 
 def test_words_of_the_corpus_become_few_tokens() -> None:

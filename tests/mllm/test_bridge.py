@@ -15,7 +15,16 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from smalti.errors import ArtifactError, ConfigError
 from smalti.mllm.bpe import train_bpe
-from smalti.mllm.bridge import CODES, Bridge, BridgeLoss, Conditioning, Shape, info_nce, load_bridge, save_bridge
+from smalti.mllm.bridge import (
+    CODES,
+    Bridge,
+    BridgeLoss,
+    Conditioning,
+    Shape,
+    info_nce,
+    load_bridge,
+    save_bridge,
+)
 from smalti.mllm.diffusion import Diffuser, PromptSide
 from smalti.schema import BridgeSection
 from smalti.workflows.smoke import _tiny_diffuser
@@ -43,7 +52,9 @@ def test_info_nce_by_hand_leaves_equal_prompts_out() -> None:
         cosines = torch.cosine_similarity(found[image][None], wanted[others], dim=-1) / 0.5
         total += float(-cosines.log_softmax(0)[others.index(image + 1)].sum())
         hits += others[int(cosines.mean(1).argmax())] == image + 1
-    assert float(loss) == pytest.approx(total / 6, rel=1e-5) and float(hit) == pytest.approx(hits / 3)
+    assert float(loss) == pytest.approx(total / 6, rel=1e-5) and float(hit) == pytest.approx(
+        hits / 3
+    )
 
 
 def test_two_workers_learn_what_one_does() -> None:
@@ -56,7 +67,9 @@ def test_two_workers_learn_what_one_does() -> None:
     for rank in range(2):
         part = slice(3 * rank, 3 * rank + 3)
         own = Conditioning(wanted.sequence[part], wanted.pooled[part])
-        loss, _ = model(vectors[part], own, prompts[part], lambda rows: every[rows.shape[1:]], 3 * rank)
+        loss, _ = model(
+            vectors[part], own, prompts[part], lambda rows: every[rows.shape[1:]], 3 * rank
+        )
         (loss / 2).backward()
     for one, parameter in zip(whole, model.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, one, rtol=1e-4, atol=1e-6)
@@ -105,7 +118,9 @@ def test_what_a_stable_diffusion_is_conditioned_on(tmp_path: Path) -> None:
     assert given.pooled is None and given.sequence.shape == (4, 12, 16)
     encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder").eval()
     torch.testing.assert_close(given.sequence, encoder(ids["text_encoder"]).last_hidden_state)
-    assert torch.equal(given.sequence[0], given.sequence[3]) and not torch.equal(given.sequence[0], given.sequence[1])
+    assert torch.equal(given.sequence[0], given.sequence[3]) and not torch.equal(
+        given.sequence[0], given.sequence[1]
+    )
     assert not any(p.requires_grad for p in side.parameters())
     shapes = PromptSide.from_pretrained(folder, meta=True)
     assert sum(p.numel() for p in shapes.parameters()) == sum(p.numel() for p in side.parameters())
@@ -116,7 +131,10 @@ def test_what_sdxl_is_conditioned_on(tmp_path: Path) -> None:
     tokenizer, made = train_bpe(PROMPTS, 290), {}
     tokenizer.model_max_length = 8
     index: dict[str, object] = {"_class_name": "StableDiffusionXLPipeline"}
-    for name, kind, width in (("text_encoder", CLIPTextModel, 8), ("text_encoder_2", CLIPTextModelWithProjection, 12)):
+    for name, kind, width in (
+        ("text_encoder", CLIPTextModel, 8),
+        ("text_encoder_2", CLIPTextModelWithProjection, 12),
+    ):
         config = CLIPTextConfig(
             vocab_size=300, hidden_size=width, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
             max_position_embeddings=8, projection_dim=10, eos_token_id=tokenizer.eos_token_id,
@@ -145,7 +163,9 @@ def test_decoders_that_cannot_be_had_are_told(tmp_path: Path) -> None:
         PromptSide.from_pretrained(str(tmp_path))
 
 
-def test_without_diffusers_nothing_is_drawn_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_diffusers_nothing_is_drawn_and_that_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("smalti.mllm.diffusion.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install diffusers"):
         Diffuser("anything", torch.device("cpu"))
@@ -160,7 +180,9 @@ def test_conditioning_draws_what_its_prompt_draws(tmp_path: Path) -> None:
     torch.testing.assert_close(given.sequence, embeds)
     drawn = decoder.draw(given, range(4), 2, 3.5)
     generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
-    by_prompt = decoder.pipeline(PROMPTS, num_inference_steps=2, guidance_scale=3.5, generator=generators).images
+    by_prompt = decoder.pipeline(
+        PROMPTS, num_inference_steps=2, guidance_scale=3.5, generator=generators
+    ).images
     assert [picture.tobytes() for picture in drawn] == [picture.tobytes() for picture in by_prompt]
     again = decoder.draw(Conditioning(given.sequence[1:2], None), [1], 2, 3.5)
     assert again[0].size == drawn[1].size

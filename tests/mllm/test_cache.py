@@ -34,4 +34,9 @@ def test_a_few_rows_as_columns_are_the_same_numbers(rows: int) -> None:
         assert all("forward" in vars(layer) for layer in layers)
         torch.testing.assert_close(model(x), expected)
     assert all("forward" not in vars(layer) for layer in layers)
-    assert few_row_linears(model, 1) == few_row_linears(model, 8) == few_row_linears(model.bfloat16(), rows) == []
+    assert (
+        few_row_linears(model, 1)
+        == few_row_linears(model, 8)
+        == few_row_linears(model.bfloat16(), rows)
+        == []
+    )

@@ -21,7 +21,9 @@ from smalti.tokenizers.loading import load_tokenizer
 from smalti.tokenizers.unicode2 import Unicode2
 
 K, C = 30, 10
-SIZE = LanguageModel(hidden_size=32, layers=2, heads=4, kv_heads=2, intermediate_size=64, text_vocab_size=290)
+SIZE = LanguageModel(
+    hidden_size=32, layers=2, heads=4, kv_heads=2, intermediate_size=64, text_vocab_size=290
+)
 
 
 class Codes:
@@ -43,7 +45,9 @@ def build(adapter: str = "cascade"):
 
 def batch_of(model: UnifiedModel, codes: list[list[int]]) -> dict[str, torch.Tensor]:
     v = model.vocabulary
-    ids = torch.tensor([[v.boi, *(v.first_visual + code for code in row), v.eoi, 40] for row in codes])
+    ids = torch.tensor(
+        [[v.boi, *(v.first_visual + code for code in row), v.eoi, 40] for row in codes]
+    )
     return {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
 
 
@@ -55,9 +59,13 @@ def test_the_second_codebook_begins_as_the_first() -> None:
     back = adapter.codes.weight @ adapter.whiten_CC.inverse() + adapter.shift_C
     torch.testing.assert_close(back, vectors_VC, rtol=1e-4, atol=1e-4)
     frozen = SingleAdapter(adapter.splits, adapter.hidden, adapter.out)
-    frozen.load_state_dict({name: t for name, t in adapter.state_dict().items() if name != "codes.weight"})
+    frozen.load_state_dict(
+        {name: t for name, t in adapter.state_dict().items() if name != "codes.weight"}
+    )
     torch.testing.assert_close(adapter(torch.arange(K)), frozen(vectors_VC))
-    torch.testing.assert_close(torch.cov(adapter.codes.weight.T, correction=0), torch.eye(C), atol=0.01, rtol=0)
+    torch.testing.assert_close(
+        torch.cov(adapter.codes.weight.T, correction=0), torch.eye(C), atol=0.01, rtol=0
+    )
 
 
 def test_it_is_held_once_and_is_part_of_the_adapter() -> None:
@@ -116,7 +124,9 @@ def test_the_export_is_a_plain_model_with_the_trained_rows(tmp_path) -> None:
         torch.testing.assert_close(lm(ids).logits, expected, rtol=0, atol=1e-4)
 
 
-def test_an_exported_unicode2_answers_and_says_that_it_cannot_draw(visual_tokenizer_dir, tmp_path) -> None:
+def test_an_exported_unicode2_answers_and_says_that_it_cannot_draw(
+    visual_tokenizer_dir, tmp_path
+) -> None:
     encoder = load_tokenizer(visual_tokenizer_dir).encoder
     Unicode2(encoder, CodeIndex(torch.randn(K, encoder.dim))).save_pretrained(tmp_path / "visual")
     hf_tokenizer = train_bpe(["a blue circle"] * 3, 290)

@@ -44,7 +44,9 @@ def made() -> tuple[DepthModel, Any]:
     )  # fmt: skip
     lm = Qwen2ForCausalLM(config)
     vocabulary = VisualVocabulary.extend(hf_tokenizer, 1)
-    model = DepthModel(lm, SingleAdapter((W, W), 16, 32), torch.randn(2, K, W), vocabulary, size=SIZE, depth=R)
+    model = DepthModel(
+        lm, SingleAdapter((W, W), 16, 32), torch.randn(2, K, W), vocabulary, size=SIZE, depth=R
+    )
     model.start_visual()
     with torch.no_grad():
         for p in model.heads.parameters():
@@ -59,14 +61,21 @@ def builder(made: tuple[DepthModel, Any], **settings: Any) -> PlaceBuilder:
 
 def row(seed: int, **more: Any) -> dict[str, Any]:
     codes = np.random.default_rng(seed).integers(0, K, (T, 2, R), dtype=np.int32)
-    return {"codes": codes, "caption": TEXTS[seed % 2], "qa": [{"question": "is it red?", "answer": "yes"}], **more}
+    return {
+        "codes": codes,
+        "caption": TEXTS[seed % 2],
+        "qa": [{"question": "is it red?", "answer": "yes"}],
+        **more,
+    }
 
 
 def sequences(made: tuple[DepthModel, Any], **settings: Any) -> list[Any]:
     """An image drawn, one described, one asked about, and a text."""
     make, rng = builder(made, mixture=Mixture(text=1.0), **settings), np.random.default_rng(0)
     kinds = ("caption_to_image", "image_to_caption", "qa")
-    return [make.build(kind, row(n), rng) for n, kind in enumerate(kinds)] + [make.build("text", {"text": "no"}, rng)]
+    return [make.build(kind, row(n), rng) for n, kind in enumerate(kinds)] + [
+        make.build("text", {"text": "no"}, rng)
+    ]
 
 
 def logits_by_hand(model: DepthModel, hidden_H: Tensor, codes_PR: Tensor) -> Tensor:
@@ -89,9 +98,15 @@ def test_the_loss_is_the_reference(made: tuple[DepthModel, Any]) -> None:
     one = sequences(made)[0]
     batch = collate([one], model.vocabulary.pad) | {"image_loss_weight": torch.tensor(0.5)}
     loss, metrics = model(batch)
-    codes, places = torch.from_numpy(one.codes), np.flatnonzero(one.ids == model.vocabulary.first_visual)
+    codes, places = (
+        torch.from_numpy(one.codes),
+        np.flatnonzero(one.ids == model.vocabulary.first_visual),
+    )
     assert len(places) == T
-    rows = [model.lm.get_input_embeddings().weight[min(i, model.vocabulary.first_visual - 1)] for i in one.ids.tolist()]
+    rows = [
+        model.lm.get_input_embeddings().weight[min(i, model.vocabulary.first_visual - 1)]
+        for i in one.ids.tolist()
+    ]
     for t, place in enumerate(places):
         vector = torch.cat([model.code_vectors_VC[p][codes[t, p]].sum(0) for p in range(2)])
         rows[place] = model.adapter(vector)
@@ -109,7 +124,9 @@ def test_the_loss_is_the_reference(made: tuple[DepthModel, Any]) -> None:
             text.append(-F.log_softmax(logits, -1)[int(one.ids[at])])
     expected = (torch.stack(text).sum() + 0.5 * torch.stack(image).sum()) / (len(text) + 0.5 * T)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(metrics["loss_image"], torch.stack(image).mean(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        metrics["loss_image"], torch.stack(image).mean(), rtol=1e-4, atol=1e-4
+    )
     pixel, semantic = torch.stack(halves).mean(0)
     torch.testing.assert_close(metrics["loss_pixel"], pixel, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(metrics["loss_semantic"], semantic, rtol=1e-4, atol=1e-4)
@@ -157,11 +174,16 @@ def test_a_batch_without_places_runs_the_heads_without_effect(made: tuple[DepthM
     loss, metrics = model(batch)
     found = gradients(model, loss)
     assert not any(bool(g.any()) for n, g in found.items() if n.startswith(("heads", "adapter")))
-    assert float(metrics["tokens_image"]) == 0 == float(metrics["loss_image"]) and float(metrics["loss_text"]) > 0
+    assert (
+        float(metrics["tokens_image"]) == 0 == float(metrics["loss_image"])
+        and float(metrics["loss_text"]) > 0
+    )
 
 
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
-def test_drawing_takes_the_best_code_at_every_depth(made: tuple[DepthModel, Any], cfg: float) -> None:
+def test_drawing_takes_the_best_code_at_every_depth(
+    made: tuple[DepthModel, Any], cfg: float
+) -> None:
     """Greedy codes, place by place and depth by depth with guidance, by whole forward passes."""
     model, hf_tokenizer = made
     text, v = TextEncoder(hf_tokenizer, model.vocabulary), model.vocabulary
@@ -171,7 +193,9 @@ def test_drawing_takes_the_best_code_at_every_depth(made: tuple[DepthModel, Any]
 
     def last(prompt: list[int], codes: Tensor) -> Tensor:
         ids = torch.tensor([[*prompt, *[v.first_visual] * len(codes)]])
-        return model.backbone(inputs_embeds=model.inputs_embeds(ids, codes)).last_hidden_state[0, -1]
+        return model.backbone(inputs_embeds=model.inputs_embeds(ids, codes)).last_hidden_state[
+            0, -1
+        ]
 
     for prompt, codes in zip(prompts, drawn, strict=True):
         for t in range(T):
@@ -199,10 +223,18 @@ def test_an_answer_is_the_greedy_one_of_whole_passes(made: tuple[DepthModel, Any
     questions = ["is it red?", "what?"]
     found = answer(model, hf_tokenizer, v, codes, questions, max_new_tokens=3)
     for image, question, told in zip(codes, questions, found, strict=True):
-        ids = [*text.begin(), v.und_start, *[v.first_visual] * T, v.und_end, *text.question_prompt(question)]
+        ids = [
+            *text.begin(),
+            v.und_start,
+            *[v.first_visual] * T,
+            v.und_end,
+            *text.question_prompt(question),
+        ]
         begun = len(ids)
         for _ in range(3):
-            hidden = model.backbone(inputs_embeds=model.inputs_embeds(torch.tensor([ids]), image)).last_hidden_state
+            hidden = model.backbone(
+                inputs_embeds=model.inputs_embeds(torch.tensor([ids]), image)
+            ).last_hidden_state
             logits = model.lm.get_output_embeddings().weight[: v.num_text] @ hidden[0, -1]
             for banned in text.reserved - {v.eos}:
                 if banned < v.num_text:
@@ -223,14 +255,23 @@ def test_saved_and_loaded_is_the_same(made: tuple[DepthModel, Any], tmp_path: An
     assert torch.equal(loaded(batch)[0], model(batch)[0])
 
 
-def test_an_export_draws_and_answers_as_the_model_does(made: tuple[DepthModel, Any], tmp_path: Any) -> None:
+def test_an_export_draws_and_answers_as_the_model_does(
+    made: tuple[DepthModel, Any], tmp_path: Any
+) -> None:
     """Its plain part loads without this project and has the text side's logits."""
     from PIL import Image
     from transformers import AutoModelForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
     model, hf_tokenizer = made
-    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    tower = VisionEncoder(SiglipVisionModel(SiglipVisionConfig(**size, image_size=16, patch_size=8)), -2)
+    size = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    tower = VisionEncoder(
+        SiglipVisionModel(SiglipVisionConfig(**size, image_size=16, patch_size=8)), -2
+    )
     vit = VitSize(dim=16, layers=1, heads=2)
     stage = DualStage(codes=K, dim=W, depth=R, pixel_layers=[1], pixel_weights=[1.0], decoder=vit)
     tokenizer = DualToken(DualModel(stage, tower))
@@ -250,7 +291,9 @@ def test_an_export_draws_and_answers_as_the_model_does(made: tuple[DepthModel, A
     assert picture.size == (16, 16)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
     codes = loaded.encode([image])
-    assert codes.shape == (1, T, 2, R) and torch.equal(codes, loaded.visual_tokenizer.encode(codes_input(image)))
+    assert codes.shape == (1, T, 2, R) and torch.equal(
+        codes, loaded.visual_tokenizer.encode(codes_input(image))
+    )
     expected = answer(model, hf_tokenizer, model.vocabulary, codes, ["is it red?"], 4)
     assert loaded.ask([image], ["is it red?"], max_new_tokens=4) == expected
     (tmp_path / "export" / "visual_heads.safetensors").write_bytes(b"torn")
@@ -272,7 +315,9 @@ def test_the_heads_count_as_new_rows(made: tuple[DepthModel, Any]) -> None:
 def test_what_does_not_fit_is_told(made: tuple[DepthModel, Any]) -> None:
     model, _ = made
     make, rng = builder(made), np.random.default_rng(0)
-    with pytest.raises(VocabularyError, match=r"shape \(4, 2, 2\), but this model reads \(T, 2, 3\)"):
+    with pytest.raises(
+        VocabularyError, match=r"shape \(4, 2, 2\), but this model reads \(T, 2, 3\)"
+    ):
         make.build("caption_to_image", {"codes": row(0)["codes"][..., :2]}, rng)
     with pytest.raises(VocabularyError, match="this model has 7 in each codebook"):
         make.build("caption_to_image", {"codes": row(0)["codes"] + K}, rng)
@@ -282,4 +327,11 @@ def test_what_does_not_fit_is_told(made: tuple[DepthModel, Any]) -> None:
     with pytest.raises(VocabularyError, match="one token for a place"):
         model.check_vectors(torch.zeros(K, W), model.vocabulary)
     with pytest.raises(ConfigError, match=r"depth_heads\.heads=5"):
-        DepthModel(model.lm, model.adapter, model.code_vectors_VC, model.vocabulary, size=DepthHeads(heads=5), depth=R)
+        DepthModel(
+            model.lm,
+            model.adapter,
+            model.code_vectors_VC,
+            model.vocabulary,
+            size=DepthHeads(heads=5),
+            depth=R,
+        )

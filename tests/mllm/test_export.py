@@ -54,17 +54,30 @@ def logits_with_adapter(model, ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.slow
-def test_the_export_gives_the_same_logits_where_smalti_cannot_be_imported(exported, tmp_path) -> None:
+def test_the_export_gives_the_same_logits_where_smalti_cannot_be_imported(
+    exported, tmp_path
+) -> None:
     model, _, folder, _ = exported
     out = tmp_path / "out.pt"
     done = subprocess.run(
-        [sys.executable, "-I", "-c", ELSEWHERE, folder, str(out)], capture_output=True, text=True, check=False
+        [sys.executable, "-I", "-c", ELSEWHERE, folder, str(out)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     found = torch.load(out)
     v = model.vocabulary
-    assert found["ids"][0, -5:].tolist() == [v.boi, v.first_visual, v.first_visual + 23, v.first_visual + 7, v.eoi]
-    torch.testing.assert_close(found["logits"], logits_with_adapter(model, found["ids"]), rtol=0, atol=1e-4)
+    assert found["ids"][0, -5:].tolist() == [
+        v.boi,
+        v.first_visual,
+        v.first_visual + 23,
+        v.first_visual + 7,
+        v.eoi,
+    ]
+    torch.testing.assert_close(
+        found["logits"], logits_with_adapter(model, found["ids"]), rtol=0, atol=1e-4
+    )
     assert found["generated"].shape[1] > found["ids"].shape[1]
 
 
@@ -82,7 +95,9 @@ def test_every_visual_id_gives_the_same_logits(exported) -> None:
     lm = AutoModelForCausalLM.from_pretrained(folder).eval()
     ids = torch.arange(model.vocabulary.size)[None]
     with torch.no_grad():
-        torch.testing.assert_close(lm(ids).logits, logits_with_adapter(model, ids), rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            lm(ids).logits, logits_with_adapter(model, ids), rtol=0, atol=1e-4
+        )
     assert counts["codes"] == 24
     assert counts["parameters"] == sum(p.numel() for p in lm.parameters())
     assert lm.config.tie_word_embeddings is False
@@ -100,12 +115,18 @@ def test_the_unified_model_is_left_as_it_was(make_unified, visual_tokenizer_dir,
 
 def test_drawing_from_the_export_equals_drawing_from_the_unified_model(exported) -> None:
     model, _, folder, _ = exported
-    lm, hf_tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    lm, hf_tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder).eval(),
+        AutoTokenizer.from_pretrained(folder),
+    )
     vocabulary = VisualVocabulary.from_tokenizer(hf_tokenizer)
     assert vocabulary == model.vocabulary
     text = TextEncoder(hf_tokenizer, vocabulary)
     prompts = [text.caption_prompt(prompt) for prompt in ("a blue circle", "a red square")]
-    drawn = [draw(m, vocabulary, prompts, tokens=16, sampling=Sampling(cfg=2.0), seed=4) for m in (model, lm)]
+    drawn = [
+        draw(m, vocabulary, prompts, tokens=16, sampling=Sampling(cfg=2.0), seed=4)
+        for m in (model, lm)
+    ]
     assert torch.equal(*drawn)
 
 
@@ -119,7 +140,9 @@ def test_bf16_is_written_and_loaded_as_such(make_unified, visual_tokenizer_dir, 
     assert torch.equal(rows, swapped_rows(model, torch.float32).bfloat16())
 
 
-def test_settings_and_chat_template_travel_along(make_unified, visual_tokenizer_dir, tmp_path) -> None:
+def test_settings_and_chat_template_travel_along(
+    make_unified, visual_tokenizer_dir, tmp_path
+) -> None:
     model, hf_tokenizer = make_unified()
     hf_tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     export(model, hf_tokenizer, visual_tokenizer_dir, str(tmp_path))
@@ -128,10 +151,14 @@ def test_settings_and_chat_template_travel_along(make_unified, visual_tokenizer_
     assert settings["first_visual"] == model.vocabulary.first_visual
     assert settings["system"] == "semhitok"
     chat = AutoTokenizer.from_pretrained(tmp_path)
-    assert chat.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False) == "hello"
+    assert (
+        chat.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False) == "hello"
+    )
 
 
-def test_another_visual_tokenizer_is_refused(tiny, make_unified, visual_tokenizer_dir, tmp_path) -> None:
+def test_another_visual_tokenizer_is_refused(
+    tiny, make_unified, visual_tokenizer_dir, tmp_path
+) -> None:
     model, hf_tokenizer = make_unified()
     object.__setattr__(model.vocabulary, "num_codes", 25)
     with pytest.raises(VocabularyError, match="24 codes, but this model was trained with 25"):
@@ -147,6 +174,8 @@ def test_a_tokenizer_that_would_load_as_another_is_refused(visual_tokenizer_dir,
         tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
     )
     size = LanguageModel(hidden_size=32, layers=1, heads=2, kv_heads=1, intermediate_size=32)
-    model = build_unified(MllmSection(config=size), hf_tokenizer, load_tokenizer(visual_tokenizer_dir))
+    model = build_unified(
+        MllmSection(config=size), hf_tokenizer, load_tokenizer(visual_tokenizer_dir)
+    )
     with pytest.raises(VocabularyError, match="loads as"):
         export(model, hf_tokenizer, visual_tokenizer_dir, str(tmp_path))

@@ -27,7 +27,10 @@ def draw_slowly(tiny, prompt: list[int], sampling: Sampling, uniform: torch.Tens
     v, codes = tiny.vocabulary, []
     for t in range(T):
         drawn = [v.first_visual + code for code in codes]
-        conditional, unconditional = visual_logits(tiny, prompt + drawn), visual_logits(tiny, [v.bos, v.boi, *drawn])
+        conditional, unconditional = (
+            visual_logits(tiny, prompt + drawn),
+            visual_logits(tiny, [v.bos, v.boi, *drawn]),
+        )
         guided = unconditional + sampling.cfg * (conditional - unconditional)
         codes.append(int(choose(guided[None], sampling, uniform[t : t + 1])))
     return codes
@@ -45,7 +48,9 @@ def draw_slowly(tiny, prompt: list[int], sampling: Sampling, uniform: torch.Tens
 )
 def test_batched_cached_drawing_equals_two_separate_passes(tiny, sampling: Sampling) -> None:
     prompts = [tiny.text.caption_prompt(prompt) for prompt in PROMPTS]
-    found = draw(tiny.model, tiny.vocabulary, prompts, tokens=T, sampling=sampling, seed=[11, 12, 13])
+    found = draw(
+        tiny.model, tiny.vocabulary, prompts, tokens=T, sampling=sampling, seed=[11, 12, 13]
+    )
     uniform = sample_uniform([11, 12, 13], T)
     assert found.shape == (3, T)
     for b, prompt in enumerate(prompts):
@@ -80,7 +85,9 @@ def test_logits_equal_two_passes_with_a_cache_in_transformers(tiny, attention: s
         conditional, unconditional = head(decoder.last_RH).chunk(2)
         guided = unconditional + 3.0 * (conditional - unconditional)
         for b in range(3):
-            torch.testing.assert_close(guided[b], expected[b][t][v.first_visual : v.size], rtol=1e-5, atol=2e-5)
+            torch.testing.assert_close(
+                guided[b], expected[b][t][v.first_visual : v.size], rtol=1e-5, atol=2e-5
+            )
         if t < len(drawn):
             decoder.step(torch.full((6,), v.first_visual + drawn[t]))
 
@@ -91,7 +98,15 @@ def test_compiled_steps_draw_the_same_and_find_their_cache_where_it_was(tiny) ->
     for texts in (PROMPTS, ["a blue circle", "red", "no"], PROMPTS[::-1]):
         prompts = [tiny.text.caption_prompt(text) for text in texts]
         plain, compiled = (
-            draw(tiny.model, tiny.vocabulary, prompts, tokens=T, sampling=Sampling(cfg=2.0), seed=3, compile=how)
+            draw(
+                tiny.model,
+                tiny.vocabulary,
+                prompts,
+                tokens=T,
+                sampling=Sampling(cfg=2.0),
+                seed=3,
+                compile=how,
+            )
             for how in (None, "eager")
         )
         assert torch.equal(plain, compiled)
@@ -106,7 +121,13 @@ def test_compiled_steps_draw_the_same_and_find_their_cache_where_it_was(tiny) ->
 def test_guidance_matters_and_the_empty_prompt_is_its_own_condition(tiny) -> None:
     prompts = [tiny.text.caption_prompt(prompt) for prompt in PROMPTS]
     plain, strong = (
-        draw(tiny.model, tiny.vocabulary, prompts, tokens=T, sampling=Sampling(cfg=cfg, temperature=0.0))
+        draw(
+            tiny.model,
+            tiny.vocabulary,
+            prompts,
+            tokens=T,
+            sampling=Sampling(cfg=cfg, temperature=0.0),
+        )
         for cfg in (1, 9)
     )
     assert not torch.equal(plain, strong)
@@ -119,7 +140,14 @@ def test_a_sample_does_not_depend_on_its_batch(tiny) -> None:
     sampling = Sampling(cfg=2.0)
     whole = draw(tiny.model, tiny.vocabulary, prompts, tokens=T, sampling=sampling, seed=0)
     for part in (slice(0, 1), slice(1, 4), slice(4, 6)):
-        alone = draw(tiny.model, tiny.vocabulary, prompts[part], tokens=T, sampling=sampling, seed=seeds[part])
+        alone = draw(
+            tiny.model,
+            tiny.vocabulary,
+            prompts[part],
+            tokens=T,
+            sampling=sampling,
+            seed=seeds[part],
+        )
         assert torch.equal(alone, whole[part])
     assert not torch.equal(whole[0], whole[3])
 
@@ -137,7 +165,9 @@ def test_codes_are_drawn_in_proportion() -> None:
     uniform = torch.linspace(0, 1, 10_001, dtype=torch.float64)[:-1]
     logits = probabilities.log().expand(10_000, 4)
     drawn = choose(logits, Sampling(), uniform)
-    torch.testing.assert_close(drawn.bincount(minlength=4) / 10_000, probabilities, atol=2e-3, rtol=0)
+    torch.testing.assert_close(
+        drawn.bincount(minlength=4) / 10_000, probabilities, atol=2e-3, rtol=0
+    )
 
 
 def test_top_k_and_top_p_keep_the_best_only() -> None:
@@ -164,11 +194,19 @@ def test_seeds_of_samples_differ() -> None:
 
 def answer_slowly(tiny, codes: list[int], question: str, limit: int) -> str:
     v, model = tiny.vocabulary, tiny.model
-    ids = [v.bos, v.und_start, *(v.first_visual + c for c in codes), v.und_end, *tiny.text.question_prompt(question)]
+    ids = [
+        v.bos,
+        v.und_start,
+        *(v.first_visual + c for c in codes),
+        v.und_end,
+        *tiny.text.question_prompt(question),
+    ]
     told: list[int] = []
     for _ in range(limit):
         with torch.no_grad():
-            logits = model.lm(inputs_embeds=model.inputs_embeds(torch.tensor([ids + told]))).logits[0, -1, : v.num_text]
+            logits = model.lm(inputs_embeds=model.inputs_embeds(torch.tensor([ids + told]))).logits[
+                0, -1, : v.num_text
+            ]
         logits[[v.pad, v.bos]] = -torch.inf
         told.append(int(logits.argmax()))
         if told[-1] == v.eos:
@@ -182,8 +220,12 @@ def answer_slowly(tiny, codes: list[int], question: str, limit: int) -> str:
 def test_batched_answers_equal_single_ones(tiny) -> None:
     questions = ["is it red?", "what shape is it? what shape is it? or not?", "why?"]
     codes = torch.randint(0, 24, (3, 4), generator=torch.Generator().manual_seed(0))
-    found = answer(tiny.model, tiny.hf_tokenizer, tiny.vocabulary, codes, questions, max_new_tokens=8)
-    expected = [answer_slowly(tiny, row.tolist(), q, 8) for row, q in zip(codes, questions, strict=True)]
+    found = answer(
+        tiny.model, tiny.hf_tokenizer, tiny.vocabulary, codes, questions, max_new_tokens=8
+    )
+    expected = [
+        answer_slowly(tiny, row.tolist(), q, 8) for row, q in zip(codes, questions, strict=True)
+    ]
     assert found == expected
     assert any(expected)
 
@@ -195,7 +237,13 @@ def test_a_trained_model_stops_at_the_line_end_and_at_the_end_token(tiny) -> Non
     for end in (tiny.text.line_end[-1], v.eos):
         with torch.no_grad():
             head[: v.num_text] = 0
-            prompt = [v.bos, v.und_start, *[v.first_visual] * 4, v.und_end, *tiny.text.question_prompt("why?")]
+            prompt = [
+                v.bos,
+                v.und_start,
+                *[v.first_visual] * 4,
+                v.und_end,
+                *tiny.text.question_prompt("why?"),
+            ]
             embeds = model.inputs_embeds(torch.tensor([prompt]))
             head[end] = model.lm.base_model(inputs_embeds=embeds).last_hidden_state[0, -1]
         assert answer(model, tiny.hf_tokenizer, v, codes, ["why?"], max_new_tokens=5) == [""]
@@ -203,7 +251,22 @@ def test_a_trained_model_stops_at_the_line_end_and_at_the_end_token(tiny) -> Non
 
 def test_answers_want_one_question_an_image(tiny) -> None:
     with pytest.raises(ValueError, match="2 images but 1 questions"):
-        answer(tiny.model, tiny.hf_tokenizer, tiny.vocabulary, torch.zeros((2, 4), dtype=torch.int64), ["why?"])
+        answer(
+            tiny.model,
+            tiny.hf_tokenizer,
+            tiny.vocabulary,
+            torch.zeros((2, 4), dtype=torch.int64),
+            ["why?"],
+        )
     with pytest.raises(VocabularyError, match="up to 24"):
         answer(tiny.model, tiny.hf_tokenizer, tiny.vocabulary, torch.full((1, 4), 24), ["why?"])
-    assert answer(tiny.model, tiny.hf_tokenizer, tiny.vocabulary, torch.zeros((0, 4), dtype=torch.int64), []) == []
+    assert (
+        answer(
+            tiny.model,
+            tiny.hf_tokenizer,
+            tiny.vocabulary,
+            torch.zeros((0, 4), dtype=torch.int64),
+            [],
+        )
+        == []
+    )

@@ -41,7 +41,9 @@ def test_text_to_pictures_whatever_the_batch(folder: str) -> None:
     with pytest.raises(torch._dynamo.exc.InvalidBackend, match="no-such"):
         model.generate(prompts[:1], compile="no-such")  # it reaches torch.compile
     assert [image.size for image in images] == [(32, 32)] * 3
-    decoded = model.visual_tokenizer.decode(whole[:1])[0].add(1).mul(127.5).round().clamp(0, 255).byte()
+    decoded = (
+        model.visual_tokenizer.decode(whole[:1])[0].add(1).mul(127.5).round().clamp(0, 255).byte()
+    )
     assert bytes(decoded.permute(1, 2, 0).flatten().tolist()) == images[0].tobytes()
     assert model.generate([]) == []
 
@@ -85,8 +87,14 @@ def test_folders_that_are_no_export(folder: str, tmp_path) -> None:
 def test_torn_and_incomplete_weights_are_told(folder: str, tmp_path) -> None:
     file = tmp_path / "moved" / "model.safetensors"
     whole = load_file(file)
-    save_file({name: tensor for name, tensor in whole.items() if name != "lm_head.weight"}, file, {"format": "pt"})
-    with pytest.raises(ArtifactError, match=r"lacks 1 weights of its language model, the first lm_head\.weight"):
+    save_file(
+        {name: tensor for name, tensor in whole.items() if name != "lm_head.weight"},
+        file,
+        {"format": "pt"},
+    )
+    with pytest.raises(
+        ArtifactError, match=r"lacks 1 weights of its language model, the first lm_head\.weight"
+    ):
         VisualModel.from_pretrained(folder)
     for torn in (file.read_bytes()[:100], b""):
         file.write_bytes(torn)

@@ -13,7 +13,9 @@ LORA = Lora(rank=3, alpha=12, targets=["q_proj", "v_proj", "down_proj"])
 
 
 def logits(tiny) -> torch.Tensor:
-    ids = torch.tensor([[*tiny.text.caption_prompt("a blue circle"), tiny.vocabulary.first_visual + 5]])
+    ids = torch.tensor(
+        [[*tiny.text.caption_prompt("a blue circle"), tiny.vocabulary.first_visual + 5]]
+    )
     with torch.no_grad():
         return tiny.model.lm(inputs_embeds=tiny.model.inputs_embeds(ids)).logits
 
@@ -32,7 +34,9 @@ def test_updates_start_at_nothing_and_merge_into_plain_weights(tiny) -> None:
     names = tiny.model.state_dict().keys()
     merged = merge_lora(tiny.model, dict(tiny.model.state_dict()))
     changed = {name for name in plain if not torch.equal(merged[name], plain[name])}
-    assert changed == {name for name in plain if any(f"{target}.weight" in name for target in LORA.targets)}
+    assert changed == {
+        name for name in plain if any(f"{target}.weight" in name for target in LORA.targets)
+    }
     with without_lora(tiny.model):
         assert merged.keys() == plain.keys() == tiny.model.state_dict().keys()
         tiny.model.load_state_dict(merged)
@@ -44,7 +48,9 @@ def test_new_rows_and_adapter_train_beside_the_updates_and_nothing_else(tiny) ->
     add_lora(tiny.model, LORA)
     part_of = tiny.model.parts()
     for name, parameter in tiny.model.named_parameters():
-        assert parameter.requires_grad == ("lora_" in name or part_of[id(parameter)] != "backbone"), name
+        assert parameter.requires_grad == (
+            "lora_" in name or part_of[id(parameter)] != "backbone"
+        ), name
 
 
 def test_a_target_that_no_layer_has_names_the_setting(tiny) -> None:

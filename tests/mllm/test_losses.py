@@ -17,7 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from smalti.mllm.losses import IGNORE, LossHead, Scaled, chunked_cross_entropy
 
 
-def problem(n: int = 37, d: int = 16, v: int = 101, dtype: torch.dtype = torch.float32, seed: int = 0):
+def problem(
+    n: int = 37, d: int = 16, v: int = 101, dtype: torch.dtype = torch.float32, seed: int = 0
+):
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(n, d, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(v, d, generator=generator).div(4).to(dtype).requires_grad_()
@@ -29,7 +31,9 @@ def problem(n: int = 37, d: int = 16, v: int = 101, dtype: torch.dtype = torch.f
 
 
 def reference(hidden, weight, bias, labels, weights):
-    losses = F.cross_entropy((hidden @ weight.T + bias).float(), labels, ignore_index=IGNORE, reduction="none")
+    losses = F.cross_entropy(
+        (hidden @ weight.T + bias).float(), labels, ignore_index=IGNORE, reduction="none"
+    )
     return (losses * weights).sum(), losses
 
 
@@ -69,7 +73,9 @@ def test_gradients_equal_finite_differences_in_float64() -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(n=st.integers(1, 20), v=st.integers(2, 40), chunk=st.integers(1, 25), seed=st.integers(0, 999))
+@given(
+    n=st.integers(1, 20), v=st.integers(2, 40), chunk=st.integers(1, 25), seed=st.integers(0, 999)
+)
 def test_any_chunk_gives_the_same(n: int, v: int, chunk: int, seed: int) -> None:
     hidden, weight, bias, labels, weights = problem(n, 4, v, seed=seed)
     expected, _ = reference(hidden, weight, bias, labels, weights)
@@ -163,7 +169,9 @@ def relative(found: torch.Tensor, right: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("low_sums", [False, True])
-def test_a_bf16_weights_gradient_in_parts_of_the_vocabulary(monkeypatch: pytest.MonkeyPatch, low_sums: bool) -> None:
+def test_a_bf16_weights_gradient_in_parts_of_the_vocabulary(
+    monkeypatch: pytest.MonkeyPatch, low_sums: bool
+) -> None:
     """Sums of 50 chunks: in float32 as exact as one product, in bf16 rounded once a chunk; parts change nothing."""
     hidden, weight, _, labels, weights = problem(n=400, dtype=torch.bfloat16)
     wide = weight.detach().float().requires_grad_()
@@ -171,7 +179,9 @@ def test_a_bf16_weights_gradient_in_parts_of_the_vocabulary(monkeypatch: pytest.
     right = torch.autograd.grad(expected, wide)[0]
 
     def gradient() -> torch.Tensor:
-        found = chunked_cross_entropy(hidden, weight, labels, 8, weights_N=weights, low_sums=low_sums)
+        found = chunked_cross_entropy(
+            hidden, weight, labels, 8, weights_N=weights, low_sums=low_sums
+        )
         return torch.autograd.grad(found.total, weight)[0]
 
     whole = gradient()
@@ -246,5 +256,7 @@ for dtype, autocast, tolerance in ((torch.float32, False, 1e-5), (torch.bfloat16
 def test_ligers_kernel_gives_the_same_under_tritons_interpreter(root) -> None:
     """On the CPU, in a process of its own: the interpreter is chosen when triton is imported."""
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", LIGER], cwd=root, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", LIGER], cwd=root, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]

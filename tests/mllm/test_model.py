@@ -30,19 +30,24 @@ def make_batch(tiny, *, batch: int = 3, length: int = 20, seed: int = 0) -> dict
 
 def full_logits(model: UnifiedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return model.lm(
-        inputs_embeds=model.inputs_embeds(batch["input_ids"]), attention_mask=batch["attention_mask"]
+        inputs_embeds=model.inputs_embeds(batch["input_ids"]),
+        attention_mask=batch["attention_mask"],
     ).logits
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("padding", [0, 3, 100])
-def test_old_rows_stay_new_rows_differ_and_the_head_is_its_own(make_tiny, tied: bool, padding: int) -> None:
+def test_old_rows_stay_new_rows_differ_and_the_head_is_its_own(
+    make_tiny, tied: bool, padding: int
+) -> None:
     tiny = make_tiny(tied=tied, padding=padding)
     v, lm = tiny.vocabulary, tiny.model.lm
     embed, head = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
     assert embed.shape == (v.first_visual, 32)
     assert head.shape == (max(v.size, v.num_text + padding), 32)
-    assert torch.equal(embed[: v.num_text], tiny.original["model.embed_tokens.weight"][: v.num_text])
+    assert torch.equal(
+        embed[: v.num_text], tiny.original["model.embed_tokens.weight"][: v.num_text]
+    )
     assert torch.equal(head[: v.num_text], tiny.original["lm_head.weight"][: v.num_text])
     assert embed.data_ptr() != head.data_ptr()
     assert lm.config.tie_word_embeddings is False
@@ -61,28 +66,46 @@ def test_new_rows_are_seeded(make_tiny) -> None:
 
 def test_inputs_are_embedding_rows_for_text_and_adapter_outputs_for_codes(tiny) -> None:
     v, model = tiny.vocabulary, tiny.model
-    ids = torch.tensor([[v.bos, v.boi, v.first_visual + 5, v.eoi], [v.first_visual, 7, v.first_visual + 23, v.eos]])
+    ids = torch.tensor(
+        [[v.bos, v.boi, v.first_visual + 5, v.eoi], [v.first_visual, 7, v.first_visual + 23, v.eos]]
+    )
     found = model.inputs_embeds(ids)
     for row, column in ((0, 0), (0, 1), (0, 3), (1, 1), (1, 3)):
-        assert torch.equal(found[row, column], model.lm.get_input_embeddings().weight[ids[row, column]])
+        assert torch.equal(
+            found[row, column], model.lm.get_input_embeddings().weight[ids[row, column]]
+        )
     for row, column, code in ((0, 2, 5), (1, 0, 0), (1, 2, 23)):
         torch.testing.assert_close(found[row, column], model.adapter(model.code_vectors_VC[code]))
 
 
 def test_scales_of_text_and_visual_inputs_match(tiny) -> None:
     visual = tiny.model.adapter(tiny.model.code_vectors_VC).pow(2).mean().sqrt()
-    text = tiny.model.lm.get_input_embeddings().weight[: tiny.vocabulary.num_text].pow(2).mean().sqrt()
+    text = (
+        tiny.model.lm.get_input_embeddings().weight[: tiny.vocabulary.num_text].pow(2).mean().sqrt()
+    )
     torch.testing.assert_close(visual, text, rtol=0.05, atol=0)
 
 
 @pytest.mark.parametrize(("image_weight", "answer_weight"), [(1.0, 1.0), (0.25, 1.0), (0.0, 10.0)])
-def test_loss_is_the_weighted_mean_over_full_logits(tiny, image_weight: float, answer_weight: float) -> None:
+def test_loss_is_the_weighted_mean_over_full_logits(
+    tiny, image_weight: float, answer_weight: float
+) -> None:
     model, batch = tiny.model, make_batch(tiny)
-    model.image_loss_weight, model.answer_loss_weight, model.loss_chunk = image_weight, answer_weight, 7
+    model.image_loss_weight, model.answer_loss_weight, model.loss_chunk = (
+        image_weight,
+        answer_weight,
+        7,
+    )
     loss, metrics = model(batch)
-    logits, labels = full_logits(model, batch)[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+    logits, labels = (
+        full_logits(model, batch)[:, :-1].flatten(0, 1),
+        batch["labels"][:, 1:].flatten(),
+    )
     losses = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
-    image, text = tiny.vocabulary.is_visual(labels), (labels != IGNORE) & ~tiny.vocabulary.is_visual(labels)
+    image, text = (
+        tiny.vocabulary.is_visual(labels),
+        (labels != IGNORE) & ~tiny.vocabulary.is_visual(labels),
+    )
     answers = batch["answer_mask"][:, 1:].flatten() & text
     weights = text.float() + image_weight * image.float() + (answer_weight - 1) * answers.float()
     torch.testing.assert_close(loss, (losses * weights).sum() / weights.sum())
@@ -114,7 +137,9 @@ def test_gradients_reach_everything_and_padding_changes_nothing(tiny) -> None:
     model, batch = tiny.model, make_batch(tiny)
     loss, _ = model(batch)
     loss.backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+    assert [
+        name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()
+    ] == []
     other = {**batch, "input_ids": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 5)}
     torch.testing.assert_close(model(other)[0], loss)
 
@@ -144,15 +169,24 @@ def test_wrong_number_of_code_vectors_is_refused(tiny) -> None:
 
 
 def test_models_with_other_heads_are_refused_with_the_reason() -> None:
-    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
-    config = Gemma2Config(vocab_size=50, intermediate_size=16, head_dim=8, final_logit_softcapping=30.0, **size)
+    size = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    config = Gemma2Config(
+        vocab_size=50, intermediate_size=16, head_dim=8, final_logit_softcapping=30.0, **size
+    )
     with pytest.raises(VocabularyError, match="final_logit_softcapping"):
         check_supported(Gemma2ForCausalLM(config))
 
 
 def test_another_architecture_with_learned_positions_works() -> None:
     hf_tokenizer = train_bpe(["a b"], 260)
-    config = GPT2Config(vocab_size=len(hf_tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    config = GPT2Config(
+        vocab_size=len(hf_tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=32
+    )
     lm = GPT2LMHeadModel(config)
     vocabulary = VisualVocabulary.extend(hf_tokenizer, 6)
     model = UnifiedModel(lm, SingleAdapter((4,), 8, 16), torch.randn(6, 4), vocabulary).eval()

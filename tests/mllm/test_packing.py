@@ -70,7 +70,9 @@ def test_half_empty_rows_are_made_narrow() -> None:
     assert filled(pack(lengths, 90), lengths) == [63, 63, 63]
     assert filled(pack([7] * 6, 20), [7] * 6) == [14, 14, 14], "of the same area the narrowest"
     assert filled(pack([1000] * 16, 1000), [1000] * 16) == [1000] * 16
-    assert filled(pack([900] * 16, 1000), [900] * 16) == [900] * 16, "two of them are wider than one and a half rows"
+    assert filled(pack([900] * 16, 1000), [900] * 16) == [900] * 16, (
+        "two of them are wider than one and a half rows"
+    )
     assert pack([], 5) == [] and pack([7], 5) == [[0]]
 
 
@@ -79,7 +81,9 @@ def test_long_tails_pack_above_97_hundredths(num: int) -> None:
     """Of all places of 20 batches, at any size of a micro batch."""
     tokens = places = 0
     for seed in range(20):
-        lengths = np.random.default_rng(seed).lognormal(5.3, 0.8, num).astype(int).clip(16, 2048).tolist()
+        lengths = (
+            np.random.default_rng(seed).lognormal(5.3, 0.8, num).astype(int).clip(16, 2048).tolist()
+        )
         rows = pack(lengths, 2048)
         tokens, places = tokens + sum(lengths), places + len(rows) * max(filled(rows, lengths))
     assert tokens / places >= 0.97
@@ -97,8 +101,18 @@ ROW = {
 @pytest.mark.parametrize("isolate", [True, False])
 def test_the_loss_of_a_packed_batch_is_that_of_its_sequences_alone(tiny, isolate: bool) -> None:
     """Values and gradients, with questions that do not see each other and with chained ones."""
-    builder = SequenceBuilder(tiny.hf_tokenizer, tiny.vocabulary, questions_per_image=3, isolate_questions=isolate)
-    kinds = ["qa", "caption_to_image", "qa", "image_to_caption", "qa", "caption_to_image", "image_to_caption"]
+    builder = SequenceBuilder(
+        tiny.hf_tokenizer, tiny.vocabulary, questions_per_image=3, isolate_questions=isolate
+    )
+    kinds = [
+        "qa",
+        "caption_to_image",
+        "qa",
+        "image_to_caption",
+        "qa",
+        "caption_to_image",
+        "image_to_caption",
+    ]
     sequences = [builder.build(kind, ROW, np.random.default_rng(n)) for n, kind in enumerate(kinds)]
     sequences.append(builder.build("text", {"text": "a red square " * 4}, np.random.default_rng(0)))
     model, pad = tiny.model, tiny.vocabulary.pad
@@ -111,7 +125,9 @@ def test_the_loss_of_a_packed_batch_is_that_of_its_sequences_alone(tiny, isolate
     found, metrics = model(packed)
     expected = sum(model({**batch, "loss_weight": weight})[0] for batch in alone)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    for grad, right in zip(*(torch.autograd.grad(t, parameters) for t in (found, expected)), strict=True):
+    for grad, right in zip(
+        *(torch.autograd.grad(t, parameters) for t in (found, expected)), strict=True
+    ):
         torch.testing.assert_close(grad, right, rtol=1e-4, atol=1e-5)
     assert metrics["tokens_answer"] == sum(int(sequence.answers.sum()) for sequence in sequences)
 

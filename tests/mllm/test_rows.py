@@ -17,7 +17,10 @@ def grown(step: int | None) -> torch.Tensor:
 
 
 def test_old_rows_stay_and_new_ones_have_their_mean_and_deviation() -> None:
-    rows_VH, old_VH = grown(None), 3 + 2 * torch.randn(50, 24, generator=torch.Generator().manual_seed(1))
+    rows_VH, old_VH = (
+        grown(None),
+        3 + 2 * torch.randn(50, 24, generator=torch.Generator().manual_seed(1)),
+    )
     assert torch.equal(rows_VH[:40], old_VH[:40])
     new_VH = rows_VH[40:]
     assert float((new_VH.mean(0) - old_VH[:40].mean(0)).abs().max()) < 0.3

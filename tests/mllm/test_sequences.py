@@ -18,7 +18,13 @@ QA = [
     {"question": "what  shape\nis it?", "answer": "circle"},
     {"question": "is it blue?", "answer": "yes"},
 ]
-ROW = {"image_id": "x", "codes": CODES, "caption": "a blue circle", "label": "blue circle", "qa": QA}
+ROW = {
+    "image_id": "x",
+    "codes": CODES,
+    "caption": "a blue circle",
+    "label": "blue circle",
+    "qa": QA,
+}
 
 
 @pytest.fixture
@@ -112,7 +118,10 @@ def test_prompt_of_a_question_is_the_start_of_its_training_sequence(tiny, builde
     prompt = [v.bos, v.und_start, *image(tiny), v.und_end, *tiny.text.question_prompt("is it red?")]
     built = builder.build("qa", {**ROW, "qa": QA[:1]}, rng())
     assert built.ids[: len(prompt)].tolist() == prompt
-    assert tiny.text.caption_prompt("a blue circle") == builder.build("caption_to_image", ROW, rng()).ids[:-6].tolist()
+    assert (
+        tiny.text.caption_prompt("a blue circle")
+        == builder.build("caption_to_image", ROW, rng()).ids[:-6].tolist()
+    )
 
 
 def test_text(tiny, builder) -> None:
@@ -123,7 +132,9 @@ def test_text(tiny, builder) -> None:
 
 def test_kinds_follow_what_a_row_holds(builder) -> None:
     assert builder.kinds_for(ROW) == ("caption_to_image", "image_to_caption", "qa")
-    assert builder.kinds_for({"codes": CODES, "caption": None, "label": None, "qa": None}) == ("caption_to_image",)
+    assert builder.kinds_for({"codes": CODES, "caption": None, "label": None, "qa": None}) == (
+        "caption_to_image",
+    )
     assert builder.kinds_for({**ROW, "qa": [{"question": "why?", "answer": None}]}) == (
         "caption_to_image",
         "image_to_caption",
@@ -143,13 +154,18 @@ def test_kinds_are_drawn_by_weight(tiny) -> None:
     assert builder.sample_kind({"text": "hello"}, generator) is None
     with pytest.raises(ConfigError, match=r"mllm\.mixture"):
         SequenceBuilder(
-            tiny.hf_tokenizer, tiny.vocabulary, mixture=Mixture(caption_to_image=0.0, image_to_caption=0.0, qa=0.0)
+            tiny.hf_tokenizer,
+            tiny.vocabulary,
+            mixture=Mixture(caption_to_image=0.0, image_to_caption=0.0, qa=0.0),
         )
 
 
 def test_the_same_state_gives_the_same_sequence(builder) -> None:
     for kind in ("caption_to_image", "image_to_caption", "qa"):
-        assert builder.build(kind, ROW, rng(3)).ids.tolist() == builder.build(kind, ROW, rng(3)).ids.tolist()
+        assert (
+            builder.build(kind, ROW, rng(3)).ids.tolist()
+            == builder.build(kind, ROW, rng(3)).ids.tolist()
+        )
 
 
 def test_long_text_is_cut_and_counted_but_no_image(tiny) -> None:
@@ -169,7 +185,9 @@ def test_long_text_is_cut_and_counted_but_no_image(tiny) -> None:
 
 
 def test_further_questions_that_do_not_fit_are_left_out_whole(tiny) -> None:
-    first = SequenceBuilder(tiny.hf_tokenizer, tiny.vocabulary, questions_per_image=1).build("qa", ROW, rng())
+    first = SequenceBuilder(tiny.hf_tokenizer, tiny.vocabulary, questions_per_image=1).build(
+        "qa", ROW, rng()
+    )
     short = SequenceBuilder(
         tiny.hf_tokenizer, tiny.vocabulary, questions_per_image=3, max_length=len(first.ids) + 2
     ).build("qa", ROW, rng())
@@ -184,13 +202,17 @@ def test_an_image_that_cannot_fit_names_the_setting(tiny) -> None:
 
 
 def test_codes_beyond_the_vocabulary_name_the_image(builder) -> None:
-    with pytest.raises(VocabularyError, match=r"image x holds visual ids up to 24, but this model has 24"):
+    with pytest.raises(
+        VocabularyError, match=r"image x holds visual ids up to 24, but this model has 24"
+    ):
         builder.build("caption_to_image", {**ROW, "codes": np.array([0, 24])}, rng())
     with pytest.raises(VocabularyError, match="no visual codes"):
         builder.build("caption_to_image", {**ROW, "codes": np.array([], dtype=np.int32)}, rng())
 
 
-@pytest.mark.parametrize("text", ["see <IMG_3> here", "<eos>", "<start_of_image><IMG_1><end_of_image>", "<bos><<eos>>"])
+@pytest.mark.parametrize(
+    "text", ["see <IMG_3> here", "<eos>", "<start_of_image><IMG_1><end_of_image>", "<bos><<eos>>"]
+)
 def test_tokens_written_out_in_text_stay_text(tiny, text: str) -> None:
     ids = tiny.text(text)
     assert ids
@@ -250,7 +272,9 @@ def place_of(batch: dict[str, torch.Tensor], sequence) -> tuple[int, int]:
 
 
 def test_a_segment_does_not_follow_from_the_one_before(tiny) -> None:
-    packed = SequenceBuilder(tiny.hf_tokenizer, tiny.vocabulary, questions_per_image=3).build("qa", ROW, rng())
+    packed = SequenceBuilder(tiny.hf_tokenizer, tiny.vocabulary, questions_per_image=3).build(
+        "qa", ROW, rng()
+    )
     starts = [int(np.flatnonzero(packed.segments == segment)[0]) for segment in (1, 2, 3)]
     assert packed.labels[starts[0]] == packed.ids[starts[0]]
     assert [int(packed.labels[start]) for start in starts[1:]] == [IGNORE, IGNORE]
@@ -258,7 +282,9 @@ def test_a_segment_does_not_follow_from_the_one_before(tiny) -> None:
 
 
 def test_chained_questions_see_each_other_when_asked_for(tiny) -> None:
-    chained = SequenceBuilder(tiny.hf_tokenizer, tiny.vocabulary, questions_per_image=3, isolate_questions=False)
+    chained = SequenceBuilder(
+        tiny.hf_tokenizer, tiny.vocabulary, questions_per_image=3, isolate_questions=False
+    )
     packed = chained.build("qa", ROW, rng())
     assert not packed.segments.any() and packed.positions.tolist() == list(range(len(packed.ids)))
     assert "segment_ids" not in collate([packed], tiny.vocabulary.pad)

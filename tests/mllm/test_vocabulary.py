@@ -24,7 +24,9 @@ def test_ids_and_codes_are_inverse(num_text: int, num_codes: int, data: st.DataO
     vocabulary = VisualVocabulary(
         num_text, first, num_codes, num_text, num_text + 1, num_text + 2, num_text + 3, 0, 0, None
     )
-    codes = torch.tensor(data.draw(st.lists(st.integers(0, num_codes - 1), min_size=1, max_size=20)))
+    codes = torch.tensor(
+        data.draw(st.lists(st.integers(0, num_codes - 1), min_size=1, max_size=20))
+    )
     ids = vocabulary.to_ids(codes)
     assert torch.equal(vocabulary.to_codes(ids), codes)
     assert vocabulary.is_visual(ids).all()
@@ -38,7 +40,9 @@ def test_extension_keeps_text_and_puts_codes_in_order() -> None:
     vocabulary = VisualVocabulary.extend(hf_tokenizer, 10)
     assert hf_tokenizer("a blue circle").input_ids == text_ids
     assert vocabulary.num_text == before
-    assert [vocabulary.boi, vocabulary.eoi, vocabulary.und_start, vocabulary.und_end] == [before + i for i in range(4)]
+    assert [vocabulary.boi, vocabulary.eoi, vocabulary.und_start, vocabulary.und_end] == [
+        before + i for i in range(4)
+    ]
     assert hf_tokenizer.convert_ids_to_tokens(vocabulary.first_visual + 9) == visual_token(9)
     assert vocabulary.size == len(hf_tokenizer)
 
@@ -53,7 +57,11 @@ def test_saved_and_loaded_tokenizer_gives_the_same_layout(tmp_path) -> None:
 def test_codes_survive_decoding_without_special_tokens() -> None:
     hf_tokenizer = train_bpe(TEXTS, 280)
     vocabulary = VisualVocabulary.extend(hf_tokenizer, 10)
-    ids = [vocabulary.boi, *range(vocabulary.first_visual, vocabulary.first_visual + 3), vocabulary.eoi]
+    ids = [
+        vocabulary.boi,
+        *range(vocabulary.first_visual, vocabulary.first_visual + 3),
+        vocabulary.eoi,
+    ]
     assert hf_tokenizer.decode(ids, skip_special_tokens=True) == "<IMG_0><IMG_1><IMG_2>"
 
 
@@ -77,7 +85,8 @@ def test_padding_token_is_the_end_token_where_there_is_none() -> None:
 def test_codes_outside_are_named_with_their_source() -> None:
     vocabulary = VisualVocabulary.extend(train_bpe(TEXTS, 280), 10)
     with pytest.raises(
-        VocabularyError, match=r"tokens/train/00003 holds visual ids up to 12, but this model has 10 visual codes"
+        VocabularyError,
+        match=r"tokens/train/00003 holds visual ids up to 12, but this model has 10 visual codes",
     ):
         vocabulary.to_ids(torch.tensor([3, 12]), "tokens/train/00003")
     with pytest.raises(VocabularyError, match="-1"):

@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smalti import storage
-from smalti.artifact import PARTIAL, RECORD, Artifact, Workspace, begin, code_version, fingerprint, package_versions
+from smalti.artifact import (
+    PARTIAL,
+    RECORD,
+    Artifact,
+    Workspace,
+    begin,
+    code_version,
+    fingerprint,
+    package_versions,
+)
 from smalti.errors import ArtifactError
 
 CONFIG = {"image_size": 64, "train": {"lr": 1e-4, "betas": (0.9, 0.95)}}
@@ -27,7 +36,12 @@ def test_an_artifact_is_found_as_it_was_finished(place: str) -> None:
     made = make(place)
     found = Artifact.load(place)
     assert found == made
-    assert (found.kind, found.counts, found.seconds, found.scores) == ("corpus", {"images": 3}, 1.5, {"psnr": 20.0})
+    assert (found.kind, found.counts, found.seconds, found.scores) == (
+        "corpus",
+        {"images": 3},
+        1.5,
+        {"psnr": 20.0},
+    )
     assert found.config["train"]["betas"] == [0.9, 0.95]
     assert found.code_version.startswith("0.")
     assert found.versions["python"] == sys.version.split()[0]
@@ -60,14 +74,18 @@ def test_a_moved_artifact_is_the_same_one(tmp_path: Any) -> None:
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-5, 5) | st.floats(-1, 1) | st.text(max_size=3),
-    lambda below: st.lists(below, max_size=3) | st.dictionaries(st.text(max_size=3), below, max_size=3),
+    lambda below: (
+        st.lists(below, max_size=3) | st.dictionaries(st.text(max_size=3), below, max_size=3)
+    ),
     max_leaves=6,
 )
 configs = st.dictionaries(st.text(max_size=3), json_values, max_size=4)
 
 
 @given(configs, configs)
-def test_fingerprints_are_equal_exactly_when_the_settings_are(one: dict[str, Any], other: dict[str, Any]) -> None:
+def test_fingerprints_are_equal_exactly_when_the_settings_are(
+    one: dict[str, Any], other: dict[str, Any]
+) -> None:
     import json
 
     same = json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
@@ -128,7 +146,9 @@ def test_other_settings_in_the_same_place_are_refused_by_name(place: str) -> Non
 def test_other_settings_in_a_half_made_place_are_refused(place: str) -> None:
     parent = make(f"{place}/parent")
     begin(f"{place}/x", "features", CONFIG, {"corpus": parent})
-    with pytest.raises(ArtifactError, match=r"incomplete artifact(.|\n)*parent corpus: .*there, absent here"):
+    with pytest.raises(
+        ArtifactError, match=r"incomplete artifact(.|\n)*parent corpus: .*there, absent here"
+    ):
         begin(f"{place}/x", "features", CONFIG, {})
 
 
@@ -166,5 +186,12 @@ def test_nan_is_no_setting() -> None:
 
 
 def test_versions_name_the_code_and_its_packages() -> None:
-    assert package_versions().keys() >= {"python", "torch", "ray", "transformers", "numpy", "pyarrow"}
+    assert package_versions().keys() >= {
+        "python",
+        "torch",
+        "ray",
+        "transformers",
+        "numpy",
+        "pyarrow",
+    }
     assert code_version().startswith("0.1.0")

@@ -26,10 +26,22 @@ from smalti.cli.parser import COMMANDS, GROUPS, parse
 from smalti.config import load_recipe
 from smalti.errors import ArtifactError, ConfigError, DataError
 
-CHAIN = ["corpus", "encoder", "features", "codebook", "tokenizer", "tokens", "mllm", "export", "evaluate"]
+CHAIN = [
+    "corpus",
+    "encoder",
+    "features",
+    "codebook",
+    "tokenizer",
+    "tokens",
+    "mllm",
+    "export",
+    "evaluate",
+]
 
 
-def test_help_lists_every_command_in_the_order_of_the_chain(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_every_command_in_the_order_of_the_chain(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     lines = [line for line in text.splitlines() if line.startswith("  ")]
@@ -43,7 +55,9 @@ def test_help_lists_every_command_in_the_order_of_the_chain(capsys: pytest.Captu
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_has_help_with_an_example_that_parses(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_has_help_with_an_example_that_parses(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([name, "--help"]) == 0
     text = capsys.readouterr().out
     assert f"usage: smalti {name}" in text
@@ -87,7 +101,11 @@ def test_options_may_stand_anywhere() -> None:
         ["r", "a=1", "b=2", "--smoke"],
     ):
         arguments = parse(["run", *words])
-        assert (arguments.recipe, arguments.overrides, arguments.smoke) == ("r", ["a=1", "b=2"], True)
+        assert (arguments.recipe, arguments.overrides, arguments.smoke) == (
+            "r",
+            ["a=1", "b=2"],
+            True,
+        )
 
 
 @pytest.mark.parametrize(
@@ -105,7 +123,9 @@ def test_options_may_stand_anywhere() -> None:
         ["show", "a", "b"],
     ],
 )
-def test_bad_arguments_exit_2_and_point_to_the_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_arguments_exit_2_and_point_to_the_help(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(words) == 2
     told = capsys.readouterr().err
     assert told.startswith("smalti: error: ")
@@ -135,7 +155,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_exit_codes(
-    error: BaseException, code: int, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: BaseException,
+    code: int,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def fail(_: str) -> bool:
         raise error
@@ -192,7 +216,9 @@ def artifact(path: str) -> None:
     place.finish({"train": 1234}, 61.0, {"psnr": 21.5})
 
 
-def test_show_an_artifact_and_a_whole_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_an_artifact_and_a_whole_output(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     artifact(str(tmp_path / "out" / "corpus"))
     begin(str(tmp_path / "out" / "tokens"), "tokens", {}, {})
     assert main(["show", str(tmp_path / "out" / "corpus")]) == 0
@@ -224,12 +250,23 @@ class FakeModel:
     """In the place of a trained model: draws grey of a brightness that tells the seed and the number in the batch."""
 
     def generate(
-        self, prompts: list[str], *, seed: int, cfg: float, temperature: float, top_k: int, top_p: float
+        self,
+        prompts: list[str],
+        *,
+        seed: int,
+        cfg: float,
+        temperature: float,
+        top_k: int,
+        top_p: float,
     ) -> list[Image.Image]:
         return [Image.new("RGB", (8, 8), (10 * seed + i,) * 3) for i, _ in enumerate(prompts)]
 
-    def ask(self, images: list[Image.Image], questions: list[str], max_new_tokens: int) -> list[str]:
-        return [f"{question} {image.size[0]}" for image, question in zip(images, questions, strict=True)]
+    def ask(
+        self, images: list[Image.Image], questions: list[str], max_new_tokens: int
+    ) -> list[str]:
+        return [
+            f"{question} {image.size[0]}" for image, question in zip(images, questions, strict=True)
+        ]
 
 
 @pytest.fixture
@@ -240,13 +277,20 @@ def fake_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("fake_model")
-def test_generate_writes_one_image_or_a_grid_and_its_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_writes_one_image_or_a_grid_and_its_parts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "new" / "x.png"
     assert main(["generate", "m", "a red circle", "--out", str(out), "--seed", "3"]) == 0
     assert capsys.readouterr().out.split() == [str(out)]
     assert np.asarray(Image.open(out)).max() == 30
     assert main(["generate", "m", "a red circle", "--out", str(out), "-n", "3"]) == 0
-    assert sorted(path.name for path in out.parent.iterdir()) == ["x-1.png", "x-2.png", "x-3.png", "x.png"]
+    assert sorted(path.name for path in out.parent.iterdir()) == [
+        "x-1.png",
+        "x-2.png",
+        "x-3.png",
+        "x.png",
+    ]
     assert Image.open(out).size == (18, 18)
     assert np.asarray(Image.open(out.with_name("x-3.png"))).max() == 2
     assert main(["generate", "m", "p", "--out", str(tmp_path / "x.doc")]) == 2
@@ -254,7 +298,9 @@ def test_generate_writes_one_image_or_a_grid_and_its_parts(tmp_path: Path, capsy
 
 
 @pytest.mark.usefixtures("fake_model")
-def test_ask_prints_an_answer_a_question(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ask_prints_an_answer_a_question(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "a.png"
     Image.new("RGB", (9, 9)).save(path)
     assert main(["ask", "m", str(path), "what?", "why?"]) == 0
@@ -301,7 +347,12 @@ def test_reconstruct_puts_images_side_by_side(
 
 
 def test_the_module_is_the_command(root: Path) -> None:
-    done = subprocess.run([sys.executable, "-m", "smalti", "show", "nowhere"], cwd=root, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "smalti", "show", "nowhere"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+    )
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "smalti: error: nothing exists at nowhere: check the path\n"
 
@@ -311,7 +362,10 @@ def test_ctrl_c_ends_with_130(root: Path, tmp_path: Path) -> None:
     fifo = tmp_path / "x.yaml"
     os.mkfifo(fifo)
     process = subprocess.Popen(
-        [sys.executable, "-m", "smalti", "run", str(fifo)], cwd=root, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "smalti", "run", str(fifo)],
+        cwd=root,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     writer = os.open(fifo, os.O_WRONLY)  # waits until the process has opened it to read
     process.send_signal(signal.SIGINT)
@@ -325,12 +379,16 @@ def test_a_closed_pipe_is_no_error(root: Path, tmp_path: Path) -> None:
     for i in range(3):
         artifact(str(tmp_path / str(i)))
     command = f"{sys.executable} -m smalti show {tmp_path} --json | head -1"
-    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], cwd=root, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"], cwd=root, capture_output=True, text=True
+    )
     assert done.stderr == ""
 
 
 def test_help_on_a_terminal_without_unicode(root: Path) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run([sys.executable, "-m", "smalti", "--help"], cwd=root, env=environment, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "smalti", "--help"], cwd=root, env=environment, capture_output=True
+    )
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"smalti COMMAND ?" in done.stdout

@@ -36,12 +36,25 @@ def test_defaults_are_a_recipe_and_survive_a_round_trip() -> None:
 
 
 def test_later_settings_win(tmp_path: Path) -> None:
-    write(tmp_path, "base.yaml", "seed: 1\nname: base\ncorpus: {image_size: 64, shard_images: 10}\nshare: [a, b]\n")
-    path = write(tmp_path, "x.yaml", "extends: base.yaml\nname: x\ncorpus: {image_size: 128}\nshare: [c]\n")
-    recipe = load_recipe(path, ["corpus.min_size=4", "seed=3"], base={"seed": 9, "corpus": {"limit": 7}})
+    write(
+        tmp_path,
+        "base.yaml",
+        "seed: 1\nname: base\ncorpus: {image_size: 64, shard_images: 10}\nshare: [a, b]\n",
+    )
+    path = write(
+        tmp_path, "x.yaml", "extends: base.yaml\nname: x\ncorpus: {image_size: 128}\nshare: [c]\n"
+    )
+    recipe = load_recipe(
+        path, ["corpus.min_size=4", "seed=3"], base={"seed": 9, "corpus": {"limit": 7}}
+    )
     assert (recipe.name, recipe.seed, recipe.share) == ("x", 3, ["c"])
     corpus = recipe.corpus
-    assert (corpus.image_size, corpus.shard_images, corpus.min_size, corpus.limit) == (128, 10, 4, 7)
+    assert (corpus.image_size, corpus.shard_images, corpus.min_size, corpus.limit) == (
+        128,
+        10,
+        4,
+        7,
+    )
 
 
 def test_extends_is_relative_to_its_file(tmp_path: Path) -> None:
@@ -68,7 +81,10 @@ def test_a_recipe_from_a_url(memory_url: str) -> None:
         ("corpus.max_pixels=1_000_000", lambda r: r.corpus.max_pixels == 1_000_000),
         ("corpus.limit=null", lambda r: r.corpus.limit is None),
         ("corpus.source=[a, b]", lambda r: r.corpus.source == ["a", "b"]),
-        ("corpus.source=s3://bucket/{a,b}/*.tar", lambda r: r.corpus.source == "s3://bucket/{a,b}/*.tar"),
+        (
+            "corpus.source=s3://bucket/{a,b}/*.tar",
+            lambda r: r.corpus.source == "s3://bucket/{a,b}/*.tar",
+        ),
         ("features.patches=12", lambda r: r.features.patches == 12),
         ("features.patches=all", lambda r: r.features.patches == "all"),
         ("name=007", lambda r: r.name == "007"),
@@ -78,11 +94,17 @@ def test_a_recipe_from_a_url(memory_url: str) -> None:
         ("out=~/x [1]", lambda r: r.out == "~/x [1]"),
         ("tracking.uri=off", lambda r: r.tracking.uri == "off"),
         ("tracking.uri=null", lambda r: r.tracking.uri is None),
-        ("tokenizer.pixel.loss.perceptual.kind=off", lambda r: r.tokenizer.pixel.loss.perceptual.kind == "off"),
+        (
+            "tokenizer.pixel.loss.perceptual.kind=off",
+            lambda r: r.tokenizer.pixel.loss.perceptual.kind == "off",
+        ),
         ("tokenizer.guidance=false", lambda r: r.tokenizer.guidance is False),
         ("mllm.train.betas=[0.5, 0.9]", lambda r: r.mllm.train.betas == (0.5, 0.9)),
         ("mllm.train.lr=1", lambda r: r.mllm.train.lr == 1.0),
-        ("baselines.flat={tokenizer.guidance: false}", lambda r: r.baselines["flat"] == {"tokenizer.guidance": False}),
+        (
+            "baselines.flat={tokenizer.guidance: false}",
+            lambda r: r.baselines["flat"] == {"tokenizer.guidance": False},
+        ),
     ],
 )
 def test_overrides_are_typed(text: str, read: Any) -> None:
@@ -101,7 +123,10 @@ def test_overrides_are_typed(text: str, read: Any) -> None:
     ],
 )
 def test_an_unknown_key_names_the_nearest(tmp_path: Path, key: str, nearest: str) -> None:
-    assert complaint([f"{key}=1"]) == f"override '{key}=1': unknown key '{key}'; did you mean '{nearest}'?"
+    assert (
+        complaint([f"{key}=1"])
+        == f"override '{key}=1': unknown key '{key}'; did you mean '{nearest}'?"
+    )
     text = "\n".join(f"{'  ' * depth}{part}:" for depth, part in enumerate(key.split("."))) + " 1\n"
     path = write(tmp_path, "x.yaml", text)
     told = complaint(path=path)
@@ -126,15 +151,24 @@ BROKEN = {  # ten kinds of broken recipe: text, what the complaint must name
         "mllm: {train: {schedule: linear}}",
         "mllm.train.schedule: expected one of 'cosine', 'constant'",
     ),
-    "switch": ("tokenizer: {guidance: yes}", "tokenizer.guidance: expected true or false, found 'yes'"),
+    "switch": (
+        "tokenizer: {guidance: yes}",
+        "tokenizer.guidance: expected true or false, found 'yes'",
+    ),
     "section": ("corpus: 5", "corpus: expected a section with keys such as source"),
     "null": ("corpus:", "corpus: expected a section"),
     "list": ("share: a", "share: expected a list of text, found 'a'"),
     "list item": ("share: [1]", "share: expected a list of text, found 1 (an integer) at [0]"),
-    "union": ("features: {patches: some}", "features.patches: expected 'all' or an integer > 0, found 'some'"),
+    "union": (
+        "features: {patches: some}",
+        "features.patches: expected 'all' or an integer > 0, found 'some'",
+    ),
     "text as number": ("name: 1.10", "name: expected text, found 1.1 (a number)"),
     "optional section": ("encoder: {train: {layres: 3}}", "did you mean 'encoder.train.layers'?"),
-    "both encoders": ("encoder: {pretrained: x, train: {}}", "encoder.pretrained and encoder.train are both set"),
+    "both encoders": (
+        "encoder: {pretrained: x, train: {}}",
+        "encoder.pretrained and encoder.train are both set",
+    ),
     "negative seed": ("seed: -1", "seed=-1, expected 0 or above"),
     "heads of a ViT": (
         "tokenizer: {pixel: {decoder: {dim: 100}}}",
@@ -148,8 +182,14 @@ BROKEN = {  # ten kinds of broken recipe: text, what the complaint must name
         "tokenizer: {decoder: {decoder: {dim: 1000, heads: 16}}}",
         "tokenizer.decoder.decoder.dim=1000 does not split",
     ),
-    "heads of a SigLIP": ("encoder: {train: {heads: 3}}", "encoder.train.hidden_size=128 does not split"),
-    "heads of a Qwen2": ("mllm: {config: {heads: 3}}", "mllm.config.hidden_size=256 does not split"),
+    "heads of a SigLIP": (
+        "encoder: {train: {heads: 3}}",
+        "encoder.train.hidden_size=128 does not split",
+    ),
+    "heads of a Qwen2": (
+        "mllm: {config: {heads: 3}}",
+        "mllm.config.hidden_size=256 does not split",
+    ),
     "baseline key": (
         "baselines: {flat: {tokenizer.guidanc: false}}",
         "baselines.flat: unknown key 'tokenizer.guidanc'",
@@ -160,7 +200,10 @@ BROKEN = {  # ten kinds of broken recipe: text, what the complaint must name
     ),
     "yaml": ("seed: [1\n", "line 2"),
     "tabs": ("corpus:\n\tsource: a\n", "line 2"),
-    "twice": ("seed: 1\nname: a\nseed: 2\n", "line 3, column 1: this is not valid YAML: key 'seed' is set twice"),
+    "twice": (
+        "seed: 1\nname: a\nseed: 2\n",
+        "line 3, column 1: this is not valid YAML: key 'seed' is set twice",
+    ),
     "no mapping": ("- a\n", "expected keys with values, found list"),
     "python tag": ("name: !!python/object/apply:os.system [ls]\n", "line 1"),
     "extends nothing": ("extends: gone.yaml\n", "no recipe exists at"),
@@ -196,7 +239,9 @@ def test_all_errors_are_told_at_once_with_where_each_was_set(tmp_path: Path) -> 
 
 def test_an_error_in_a_recipe_that_is_extended_names_that_one(tmp_path: Path) -> None:
     base = write(tmp_path, "base.yaml", "seed: a\n")
-    assert complaint(path=write(tmp_path, "x.yaml", "extends: base.yaml\n")).startswith(f"{base}: seed:")
+    assert complaint(path=write(tmp_path, "x.yaml", "extends: base.yaml\n")).startswith(
+        f"{base}: seed:"
+    )
 
 
 def test_extends_in_a_circle(tmp_path: Path) -> None:
@@ -247,13 +292,17 @@ def test_missing_files_name_the_recipes_there_are(tmp_path: Path) -> None:
     assert "is a folder" in complaint(path=str(tmp_path))
 
 
-def test_shipped_recipes_are_found_by_name_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shipped_recipes_are_found_by_name_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("semhitok-256", "semhitok-256.yaml", "recipes/semhitok-256.yaml"):
         assert Path(find_recipe(name)).name == "semhitok-256.yaml"
 
 
-@pytest.mark.parametrize("path", sorted(recipes_folder().glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted(recipes_folder().glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_every_shipped_recipe_loads(path: Path) -> None:
     recipe = load_recipe(str(path))
     assert load_recipe(None, base=dump(recipe)) == recipe
@@ -261,7 +310,9 @@ def test_every_shipped_recipe_loads(path: Path) -> None:
 
 def test_with_overrides_merges_sections_and_checks() -> None:
     recipe = load_recipe(None, ["encoder.train.layers=2"])
-    other = with_overrides(recipe, {"encoder.train.heads": 2, "corpus": {"limit": 5}, "tokenizer.guidance": False})
+    other = with_overrides(
+        recipe, {"encoder.train.heads": 2, "corpus": {"limit": 5}, "tokenizer.guidance": False}
+    )
     assert other.encoder.train is not None
     assert (other.encoder.train.layers, other.encoder.train.heads, other.corpus.limit) == (2, 2, 5)
     assert other.corpus.image_size == recipe.corpus.image_size
@@ -287,7 +338,8 @@ def test_integers_stay_integers(value: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["off", "no", "yes", "on", "12:30", "2024-01-01", "010", "1__0", "_1", "0x", "1e", "e5", "."]
+    "text",
+    ["off", "no", "yes", "on", "12:30", "2024-01-01", "010", "1__0", "_1", "0x", "1e", "e5", "."],
 )
 def test_what_yaml_1_1_would_turn_into_something_else_is_text(text: str) -> None:
     assert recipe_yaml.parse(text, "x") == text
@@ -299,13 +351,17 @@ def test_aliases_and_merge_keys_work() -> None:
 
 
 trees = st.recursive(
-    st.integers() | st.none(), lambda below: st.dictionaries(st.sampled_from("abc"), below, max_size=3), max_leaves=8
+    st.integers() | st.none(),
+    lambda below: st.dictionaries(st.sampled_from("abc"), below, max_size=3),
+    max_leaves=8,
 )
 mappings = st.dictionaries(st.sampled_from("abc"), trees, max_size=3)
 
 
 @given(mappings, mappings)
-def test_merge_keeps_every_key_and_lets_the_later_win(under: dict[str, Any], over: dict[str, Any]) -> None:
+def test_merge_keeps_every_key_and_lets_the_later_win(
+    under: dict[str, Any], over: dict[str, Any]
+) -> None:
     merged = merge(under, over)
     assert merged.keys() == under.keys() | over.keys()
     for key, value in over.items():
@@ -321,7 +377,11 @@ def test_keys_of_another_system_are_in_no_dump_until_they_are_set() -> None:
     plain = load_recipe(None, []).model_dump(mode="json")
     assert "dual" not in plain["tokenizer"] and "depth_heads" not in plain["mllm"]
     assert "adaptive_range" not in plain["tokenizer"]["pixel"]["loss"]["gan"]
-    own = ["tokenizer.dual.dim=8", "tokenizer.dual.loss.gan.adaptive_range=[0.3, 10]", "mllm.depth_heads.layers=2"]
+    own = [
+        "tokenizer.dual.dim=8",
+        "tokenizer.dual.loss.gan.adaptive_range=[0.3, 10]",
+        "mllm.depth_heads.layers=2",
+    ]
     recipe = load_recipe(None, own)
     dumped = recipe.model_dump(mode="json")
     assert dumped["tokenizer"]["dual"]["dim"] == 8 and dumped["mllm"]["depth_heads"]["layers"] == 2

@@ -22,10 +22,23 @@ def _no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def test_a_machine_that_runs_these_tests_is_ready(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_machine_that_runs_these_tests_is_ready(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     assert main(["doctor", "--out", str(tmp_path / "not" / "yet")]) == 0
     text = capsys.readouterr().out
-    for part in ("software", "machine", "cluster", "data", "torch", "g++", "cores", "GiB", str(tmp_path), "ready"):
+    for part in (
+        "software",
+        "machine",
+        "cluster",
+        "data",
+        "torch",
+        "g++",
+        "cores",
+        "GiB",
+        str(tmp_path),
+        "ready",
+    ):
         assert part in text
     assert not (tmp_path / "not").exists()
 
@@ -45,9 +58,13 @@ def test_what_is_missing_is_named_with_its_mend(
 def test_a_package_that_differs_from_the_lock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "read_lock", lambda path: {"numpy": "0.1", "torch": "2.13.0"})
     lines = [check.line() for check in doctor._packages()]
-    assert any("other versions than tested: numpy" in line and "(lock: 0.1)" in line for line in lines)
+    assert any(
+        "other versions than tested: numpy" in line and "(lock: 0.1)" in line for line in lines
+    )
     monkeypatch.setattr(doctor, "NEEDED", ("numpy", "no-such-package"))
-    assert [check.state for check in doctor._packages() if "no-such-package" in check.found] == ["problem"]
+    assert [check.state for check in doctor._packages() if "no-such-package" in check.found] == [
+        "problem"
+    ]
 
 
 def test_the_lock_is_read() -> None:
@@ -57,7 +74,9 @@ def test_the_lock_is_read() -> None:
     assert doctor.read_lock(Path("/nowhere")) == {}
 
 
-def test_a_token_that_is_missing_and_a_cluster_that_is_gone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_token_that_is_missing_and_a_cluster_that_is_gone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
@@ -83,7 +102,9 @@ def test_room_for_a_recipe_on_this_machine_alone() -> None:
     wanted = load_recipe("semhitok-quickstart", ["resources.gpus_per_worker=64"])
     checks = local_room(wanted)
     assert {check.state for check in checks} == {"problem"}
-    assert "no node has that" in checks[0].found and checks[0].fix.startswith("Lower resources.cpus_per_worker")
+    assert "no node has that" in checks[0].found and checks[0].fix.startswith(
+        "Lower resources.cpus_per_worker"
+    )
 
 
 def facts(host: str, **seen: Any) -> NodeFacts:
@@ -120,18 +141,24 @@ def test_an_output_folder_that_is_another_one_elsewhere() -> None:
     seen = [facts("a"), facts("b")]
     (check,) = doctor_cluster._storage("/data/out", seen, {"b": ["a"]})
     assert (check.state, check.found) == ("problem", "b does not see what a wrote")
-    (check,) = doctor_cluster._storage("/data/out", [facts("a"), facts("b", wrote="Permission denied")], {})
+    (check,) = doctor_cluster._storage(
+        "/data/out", [facts("a"), facts("b", wrote="Permission denied")], {}
+    )
     assert (check.state, check.found) == ("problem", "b: Permission denied")
     assert doctor_cluster._storage("/data/out", seen, {})[0].state == "ok"
 
 
 def test_gpus_that_ray_offers_too_many_or_too_few_of() -> None:
-    checks = doctor_cluster._gpus([facts("a", gpus_ray=8.0, gpus_torch=0), facts("b", gpus_ray=4.0, gpus_torch=8)])
+    checks = doctor_cluster._gpus(
+        [facts("a", gpus_ray=8.0, gpus_torch=0), facts("b", gpus_ray=4.0, gpus_torch=8)]
+    )
     assert [(check.state, check.found) for check in checks] == [
         ("problem", "a: Ray offers 8, and torch sees 0"),
         ("missing", "b: torch sees 8, and Ray offers 4"),
     ]
-    assert [check.state for check in doctor_cluster._gpus([facts("a", gpus_ray=8.0, gpus_torch=8)])] == ["ok"]
+    assert [
+        check.state for check in doctor_cluster._gpus([facts("a", gpus_ray=8.0, gpus_torch=8)])
+    ] == ["ok"]
 
 
 def test_an_all_reduce_that_fails_and_one_that_finds_no_free_gpus() -> None:
@@ -147,11 +174,26 @@ def test_an_all_reduce_that_fails_and_one_that_finds_no_free_gpus() -> None:
 
 
 def test_the_token_line_follows_what_a_client_without_one_met() -> None:
-    assert [refused(0, ""), refused(1, "AuthenticationError: …"), refused(1, "no route")] == [False, True, None]
-    assert [doctor.token_check(asked).state for asked in (False, True, None)] == ["missing", "ok", "note"]
+    assert [refused(0, ""), refused(1, "AuthenticationError: …"), refused(1, "no route")] == [
+        False,
+        True,
+        None,
+    ]
+    assert [doctor.token_check(asked).state for asked in (False, True, None)] == [
+        "missing",
+        "ok",
+        "note",
+    ]
 
 
 def test_folders_of_a_recipe_that_every_machine_must_have_room_in() -> None:
     asked = ["mllm.train.cache_dir=/nvme/cache", "tokenizer.pixel.train.cache_dir=/nvme/cache"]
-    asked += ["mllm.train.zero_stage=3", "mllm.train.offload=nvme", "mllm.train.offload_path=/nvme/states"]
-    assert doctor_cluster.local_folders(load_recipe("semhitok-256", asked)) == ["/nvme/cache", "/nvme/states"]
+    asked += [
+        "mllm.train.zero_stage=3",
+        "mllm.train.offload=nvme",
+        "mllm.train.offload_path=/nvme/states",
+    ]
+    assert doctor_cluster.local_folders(load_recipe("semhitok-256", asked)) == [
+        "/nvme/cache",
+        "/nvme/states",
+    ]

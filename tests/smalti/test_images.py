@@ -31,7 +31,9 @@ def gradient(width: int = 40, height: int = 30) -> Image.Image:
 
 
 def noise(width: int = 64, height: int = 64) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    )
 
 
 def reason_of(data: bytes, **options: Any) -> str:
@@ -52,13 +54,23 @@ def png_chunk(kind: bytes, body: bytes) -> bytes:
 
 def png_of(width: int, height: int, idat: bytes) -> bytes:
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", head) + png_chunk(b"IDAT", idat) + png_chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + png_chunk(b"IHDR", head)
+        + png_chunk(b"IDAT", idat)
+        + png_chunk(b"IEND", b"")
+    )
 
 
 def palette_png(transparencies: int) -> bytes:
     """A 1 x 1 PNG with a palette of two colours and so many bytes of transparency."""
     head = struct.pack(">IIBBBBB", 1, 1, 8, 3, 0, 0, 0)
-    chunks = [(b"IHDR", head), (b"PLTE", bytes(6)), (b"tRNS", bytes(transparencies)), (b"IDAT", zlib.compress(b"\0\0"))]
+    chunks = [
+        (b"IHDR", head),
+        (b"PLTE", bytes(6)),
+        (b"tRNS", bytes(transparencies)),
+        (b"IDAT", zlib.compress(b"\0\0")),
+    ]
     return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in [*chunks, (b"IEND", b"")])
 
 
@@ -76,7 +88,10 @@ BROKEN: dict[str, tuple[Callable[[], bytes], set[str]]] = {
     "empty": (lambda: b"", {"empty"}),
     "text": (lambda: b"this is no image, only a name that ends with .jpg", {"undecodable"}),
     "html": (lambda: b"<!DOCTYPE html><html><body>404 Not Found</body></html>", {"undecodable"}),
-    "svg": (lambda: b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', {"undecodable"}),
+    "svg": (
+        lambda: b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>',
+        {"undecodable"},
+    ),
     "postscript": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", {"undecodable"}),
     "zeros": (lambda: bytes(1000), {"undecodable"}),
     "jpeg cut": (lambda: encoded(noise(), "JPEG")[:-700], {"truncated"}),
@@ -86,12 +101,21 @@ BROKEN: dict[str, tuple[Callable[[], bytes], set[str]]] = {
     "gif cut": (lambda: encoded(noise(), "GIF")[:-2000], {"truncated"}),
     "webp cut": (lambda: encoded(noise(), "WEBP")[:-500], {"truncated", "undecodable"}),
     "bmp cut": (lambda: encoded(noise(), "BMP")[:-500], {"truncated"}),
-    "tiff cut": (lambda: encoded(noise(), "TIFF", compression="tiff_lzw")[:-9000], {"truncated", "undecodable"}),
+    "tiff cut": (
+        lambda: encoded(noise(), "TIFF", compression="tiff_lzw")[:-9000],
+        {"truncated", "undecodable"},
+    ),
     "png of no size": (lambda: png_of(0, 10, b""), {"undecodable", "too_small"}),
-    "png whose pixels are no zlib": (lambda: png_of(64, 64, b"not zlib"), {"undecodable", "truncated"}),
+    "png whose pixels are no zlib": (
+        lambda: png_of(64, 64, b"not zlib"),
+        {"undecodable", "truncated"},
+    ),
     "palette with too many transparencies": (lambda: palette_png(300), {"undecodable"}),
     "bomb in an icon": (lambda: icon(png_of(9_000, 9_000, zlib.compress(bytes(1000)))), {"bomb"}),
-    "bitmap bomb in an icon": (lambda: icon(struct.pack("<IiiHH", 40, 9_000, 18_000, 1, 24) + bytes(24)), {"bomb"}),
+    "bitmap bomb in an icon": (
+        lambda: icon(struct.pack("<IiiHH", 40, 9_000, 18_000, 1, 24) + bytes(24)),
+        {"bomb"},
+    ),
     "bomb": (lambda: png_of(30_000, 30_000, zlib.compress(bytes(1000))), {"bomb"}),
     "small bomb": (lambda: png_of(9_000, 9_000, zlib.compress(bytes(1000))), {"bomb"}),
 }
@@ -123,7 +147,10 @@ def test_the_bound_on_pixels_is_exact_and_ours_alone() -> None:
         Image.MAX_IMAGE_PIXELS = before
 
 
-@given(st.integers(min_value=0, max_value=2**32 - 1), st.sampled_from(["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF"]))
+@given(
+    st.integers(min_value=0, max_value=2**32 - 1),
+    st.sampled_from(["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF"]),
+)
 @settings(max_examples=60, deadline=None)
 def test_random_damage_never_raises_anything_else(seed: int, kind: str) -> None:
     rng = np.random.default_rng(seed)
@@ -161,7 +188,9 @@ def test_exif_turns(orientation: int, kind: str) -> None:
     data = encoded(stored, kind, exif=exif, **options)
     seen = np.asarray(images.decode(data)).astype(int)
     assert images.probe(data) == (48, 32)
-    assert np.abs(seen - np.asarray(upright).astype(int)).max() <= (12 if kind in ("JPEG", "MPO", "AVIF") else 0)
+    assert np.abs(seen - np.asarray(upright).astype(int)).max() <= (
+        12 if kind in ("JPEG", "MPO", "AVIF") else 0
+    )
     square = images.to_pixels(data, 16).astype(int)
     assert np.abs(square - images.to_pixels(encoded(upright, "PNG"), 16).astype(int)).max() <= 8
 
@@ -176,7 +205,9 @@ def test_a_jpeg_that_is_all_exif_is_refused_at_once() -> None:
     stream = io.BytesIO()
     Image.new("RGB", (16, 16)).save(stream, "JPEG")
     segment = b"\xff\xe1\xff\xffExif\0\0" + bytes(65527)
-    few, many = (stream.getvalue()[:2] + segment * num + stream.getvalue()[2:] for num in (3, 3_000))
+    few, many = (
+        stream.getvalue()[:2] + segment * num + stream.getvalue()[2:] for num in (3, 3_000)
+    )
     assert images.probe(few) == (16, 16)
     with pytest.raises(ImageError, match="64 EXIF segments"):
         images.probe(many)
@@ -189,7 +220,11 @@ def test_alpha_lies_on_white() -> None:
     rgba[4:, :, 3] = 128
     half = round(200 * 128 / 255 + 255 * 127 / 255)
     image = Image.fromarray(rgba)
-    for data in (encoded(image, "PNG"), encoded(image, "WEBP", lossless=True), encoded(image, "TIFF")):
+    for data in (
+        encoded(image, "PNG"),
+        encoded(image, "WEBP", lossless=True),
+        encoded(image, "TIFF"),
+    ):
         seen = np.asarray(images.decode(data))
         assert seen[0, 0].tolist() == [200, 0, 0]
         assert np.abs(seen[7, 0].astype(int) - [half, 127, 127]).max() <= 1
@@ -211,7 +246,11 @@ def test_every_kind_of_transparency() -> None:
     }
     for kind, data in clear.items():
         assert (np.asarray(images.decode(data)) == 255).all(), kind
-    assert np.asarray(images.decode(encoded(palette, "PNG", transparency=0)))[0, 0].tolist() == [0, 0, 255]
+    assert np.asarray(images.decode(encoded(palette, "PNG", transparency=0)))[0, 0].tolist() == [
+        0,
+        0,
+        255,
+    ]
 
 
 def test_sixteen_bits_are_scaled_not_clipped() -> None:
@@ -227,10 +266,14 @@ def test_sixteen_bits_are_scaled_not_clipped() -> None:
 def test_integers_and_floats_of_tiff() -> None:
     unit = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
     for values in (unit, unit * 255, unit * 65_535, unit * 1e6 - 5e5):
-        seen = np.asarray(images.decode(encoded(Image.fromarray(values.astype(np.float32)), "TIFF")))
+        seen = np.asarray(
+            images.decode(encoded(Image.fromarray(values.astype(np.float32)), "TIFF"))
+        )
         assert np.abs(seen[..., 0] - unit * 255).max() <= 1
     for top in (255, 65_535, 2**30):
-        seen = np.asarray(images.decode(encoded(Image.fromarray((unit * top).astype(np.int32)), "TIFF")))
+        seen = np.asarray(
+            images.decode(encoded(Image.fromarray((unit * top).astype(np.int32)), "TIFF"))
+        )
         assert np.abs(seen[..., 0] - unit * 255).max() <= 1.5
     unit[0, 0] = np.nan
     assert reason_of(encoded(Image.fromarray(unit), "TIFF")) == "undecodable"
@@ -245,7 +288,9 @@ def test_cmyk_with_and_without_adobes_inversion() -> None:
     length = struct.unpack(">H", data[start + 2 : start + 4])[0]
     plain = data[:start] + data[start + 2 + length :]
     assert b"Adobe" not in plain
-    inverted = np.asarray(images.decode(plain)).astype(int)[8, 8]  # the same numbers, read without inversion
+    inverted = np.asarray(images.decode(plain)).astype(int)[
+        8, 8
+    ]  # the same numbers, read without inversion
     assert np.abs(inverted - [0, 0, 0]).max() <= 6
 
 
@@ -265,17 +310,24 @@ def test_other_modes_become_rgb() -> None:
             from PIL import ImageCms
 
             image = ImageCms.profileToProfile(
-                image, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
+                image,
+                ImageCms.createProfile("sRGB"),
+                ImageCms.createProfile("LAB"),
+                outputMode="LAB",
             )
         seen = images.decode(encoded(image, kind))
         assert (seen.mode, seen.size) == ("RGB", (40, 30)), mode
         if mode in ("LAB", "YCbCr"):
-            assert np.abs(np.asarray(seen).astype(int) - np.asarray(base).astype(int)).mean() < 6, mode
+            assert np.abs(np.asarray(seen).astype(int) - np.asarray(base).astype(int)).mean() < 6, (
+                mode
+            )
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
 def test_the_first_frame_of_an_animation(kind: str) -> None:
-    frames = [Image.new("RGB", (16, 16), colour) for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
+    frames = [
+        Image.new("RGB", (16, 16), colour) for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255))
+    ]
     options: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {}
     data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
     assert np.asarray(images.decode(data))[8, 8].tolist() == [255, 0, 0]
@@ -283,7 +335,10 @@ def test_the_first_frame_of_an_animation(kind: str) -> None:
 
 def test_the_first_picture_of_a_stereo_pair() -> None:
     data = encoded(
-        Image.new("RGB", (16, 16), (255, 0, 0)), "MPO", save_all=True, append_images=[Image.new("RGB", (16, 16))]
+        Image.new("RGB", (16, 16), (255, 0, 0)),
+        "MPO",
+        save_all=True,
+        append_images=[Image.new("RGB", (16, 16))],
     )
     assert np.abs(np.asarray(images.decode(data)).astype(int)[8, 8] - [255, 0, 0]).max() <= 3
 

@@ -81,7 +81,9 @@ def test_the_reference_names_every_key_once_per_section() -> None:
     rows = [line for line in text.splitlines() if line.startswith("| `")]
     assert len(rows) == expected
     assert all(line.count(" | ") == 3 and not line.endswith("|  |") for line in rows)
-    anchors = {line[3:].replace(".", "").lower() for line in text.splitlines() if line.startswith("## ")}
+    anchors = {
+        line[3:].replace(".", "").lower() for line in text.splitlines() if line.startswith("## ")
+    }
     linked = {part.partition(")")[0] for part in text.split("](#")[1:]}
     assert linked
     assert linked <= anchors
@@ -90,6 +92,8 @@ def test_the_reference_names_every_key_once_per_section() -> None:
 def test_the_reference_shows_values_and_defaults() -> None:
     text = reference_markdown()
     assert "| `val_fraction` | a number ≥ 0 and ≤ 1 | `0.02` |" in text
-    assert "| `decoder` | section [VitSize](#vitsize) | `{dim: 1024, layers: 24, heads: 16}` |" in text
+    assert (
+        "| `decoder` | section [VitSize](#vitsize) | `{dim: 1024, layers: 24, heads: 16}` |" in text
+    )
     assert "| `from_step` | an integer ≥ 0 | must be set |" in text
     assert "The keys of `encoder.train.train`, `tokenizer.semantic.train`" in text

@@ -65,9 +65,16 @@ def test_corpus_rows_come_back_as_they_were(place: str) -> None:
 
 def test_other_readers_of_parquet_can_read_a_shard(tmp_path: Any) -> None:
     shards.write_shard(str(tmp_path), "train/00000", corpus_table())
-    shards.write_shard(str(tmp_path), "val/00000", token_table(np.arange(12, dtype=np.int32).reshape(3, 4)))
+    shards.write_shard(
+        str(tmp_path), "val/00000", token_table(np.arange(12, dtype=np.int32).reshape(3, 4))
+    )
     assert pq.read_table(tmp_path / "train" / "00000.parquet").equals(corpus_table())
-    assert pq.read_table(tmp_path / "val" / "00000.parquet").column("codes").to_pylist()[2] == [8, 9, 10, 11]
+    assert pq.read_table(tmp_path / "val" / "00000.parquet").column("codes").to_pylist()[2] == [
+        8,
+        9,
+        10,
+        11,
+    ]
 
 
 @given(hnp.arrays(np.float16, st.tuples(st.integers(0, 20), st.integers(1, 9))))
@@ -101,7 +108,9 @@ def test_slices_and_chunks_of_vectors() -> None:
     )
     assert shards.vectors(table.slice(0, 0)).shape == (0, 6)
     shards.write_shard("memory://smalti-slices", "train/00000", table.slice(3, 4))
-    assert np.array_equal(shards.vectors(shards.read_shard("memory://smalti-slices", "train/00000")), vectors[3:7])
+    assert np.array_equal(
+        shards.vectors(shards.read_shard("memory://smalti-slices", "train/00000")), vectors[3:7]
+    )
     storage.remove("memory://smalti-slices")
 
 

@@ -82,11 +82,16 @@ def test_missing_files_say_so(place: str) -> None:
     for read in (storage.read_bytes, storage.open_read, storage.size_bytes):
         with pytest.raises(DataError, match=r"none\.bin.*nothing exists at that path"):
             read(path)
-    with pytest.raises(DataError, match="nothing exists at that path"), storage.local_copy(str(path)) as _:
+    with (
+        pytest.raises(DataError, match="nothing exists at that path"),
+        storage.local_copy(str(path)) as _,
+    ):
         pass
 
 
-def test_a_write_that_fails_leaves_what_stood_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_fails_leaves_what_stood_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = str(tmp_path / "x.bin")
     storage.write_atomic(path, b"before")
 
@@ -106,7 +111,11 @@ def test_a_full_disk_is_told(tmp_path: Path) -> None:
         pytest.skip("this system has no /dev/full")
     link = tmp_path / "full"
     link.symlink_to("/dev/full")
-    with pytest.raises(DataError, match="disk is full"), explained("write", str(link)), open(link, "wb", 0) as file:
+    with (
+        pytest.raises(DataError, match="disk is full"),
+        explained("write", str(link)),
+        open(link, "wb", 0) as file,
+    ):
         file.write(b"x")
 
 
@@ -209,7 +218,9 @@ def test_objects_that_stand_for_folders_are_no_files(memory_url: str) -> None:
     fs.store.update(marks)
     storage.write_atomic(storage.join(memory_url, "sub", "a"), b"1")
     assert storage.sizes_bytes(memory_url) == {"sub/a": 1}
-    assert storage.list_names(memory_url) == ["sub"] and storage.list_names(f"{memory_url}/sub") == ["a"]
+    assert storage.list_names(memory_url) == ["sub"] and storage.list_names(
+        f"{memory_url}/sub"
+    ) == ["a"]
     with storage.local_copy(memory_url) as folder:
         assert Path(folder, "sub", "a").read_bytes() == b"1"
     for mark in marks:  # this store cannot remove them

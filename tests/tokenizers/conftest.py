@@ -31,7 +31,9 @@ def one_thread() -> Iterator[None]:
 def siglip_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A random SigLIP saved as an ordinary directory: 32 px, patch 8, width 24, two blocks."""
     torch.manual_seed(7)
-    config = EncoderTrain(patch_size=8, hidden_size=24, layers=2, heads=2, text_layers=1, text_length=6)
+    config = EncoderTrain(
+        patch_size=8, hidden_size=24, layers=2, heads=2, text_layers=1, text_length=6
+    )
     path = tmp_path_factory.mktemp("siglip")
     build_siglip(config, 32, vocab_size=40, pad_token_id=0, eos_token_id=1).save_pretrained(path)
     return str(path)
@@ -47,7 +49,9 @@ def encoder(siglip_dir: str) -> VisionEncoder:
 def pixels() -> Tensor:
     """Three smooth random images (3, 3, 32, 32) in [-1, 1]."""
     coarse = torch.rand(3, 3, 6, 6, generator=torch.Generator().manual_seed(3)) * 2 - 1
-    return torch.nn.functional.interpolate(coarse, size=(32, 32), mode="bilinear", align_corners=True)
+    return torch.nn.functional.interpolate(
+        coarse, size=(32, 32), mode="bilinear", align_corners=True
+    )
 
 
 def tiny_section(guidance: bool = True, **pixel: object) -> TokenizerSection:
@@ -64,7 +68,9 @@ def make_tokenizer(encoder: VisionEncoder) -> Callable[..., SemHiTok]:
     def make(guidance: bool = True, **pixel: object) -> SemHiTok:
         section = tiny_section(guidance, **pixel)
         if not guidance:
-            return SemHiTok(section, PixelTokenizer(section.pixel, None, 32, encoder.grid, num_codes=30))
+            return SemHiTok(
+                section, PixelTokenizer(section.pixel, None, 32, encoder.grid, num_codes=30)
+            )
         semantic = SemanticTokenizer(encoder.dim, section.semantic, 10, encoder.grid)
         with torch.no_grad():
             features = encoder(torch.rand(8, 3, 32, 32) * 2 - 1).flatten(0, 1)

@@ -94,7 +94,11 @@ def test_many_codes_leave_room_for_many_vectors_in_a_block(monkeypatch: pytest.M
 def test_recall_is_that_of_the_search_grows_with_the_cells_and_ends_at_one() -> None:
     index, x = tree_index(), drawn(300, 8)
     recalls, wanted = index.recalls(x), index.exact(x)[0]
-    assert len(recalls) == len(index.cells) and bool((recalls.diff() >= 0).all()) and float(recalls[-1]) == 1
+    assert (
+        len(recalls) == len(index.cells)
+        and bool((recalls.diff() >= 0).all())
+        and float(recalls[-1]) == 1
+    )
     for num in (1, 2, 5):
         assert float(recalls[num - 1]) == float((index.tree(x, num)[0] == wanted).double().mean())
 
@@ -119,7 +123,10 @@ def test_the_recall_asked_for_holds_on_other_vectors_too(num: int, asked: float)
     """Of reaches drawn from [0, 1] a search of reach r finds the share r: that is the recall on all other vectors."""
     draw = torch.Generator().manual_seed(0)
     ones = torch.ones(num, dtype=torch.int64)
-    held = [Probes.reaching(ones, torch.rand(num, generator=draw), asked).reach >= asked for _ in range(200)]
+    held = [
+        Probes.reaching(ones, torch.rand(num, generator=draw), asked).reach >= asked
+        for _ in range(200)
+    ]
     assert 0.9 < sum(held) / len(held) < 1, "95 % of the draws, no more margin than that takes"
 
 
@@ -136,7 +143,9 @@ def test_cells_behind_a_far_plane_are_not_scored(monkeypatch: pytest.MonkeyPatch
     assert pairs[0] == 300 and pairs[1] < 300 * (len(index.cells) - 1)
 
 
-def test_distances_between_many_cells_are_not_kept_and_the_search_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_distances_between_many_cells_are_not_kept_and_the_search_is_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     x, kept = drawn(300, 8), tree_index(cells=60)
     monkeypatch.setattr(code_index, "APART", 100)
     index = tree_index(cells=60)
@@ -151,13 +160,20 @@ def test_bfloat16_scores_with_rescoring_equal_float32() -> None:
     wanted, wanted_distance = index.exact(x)
     assert torch.equal(ids, wanted)
     torch.testing.assert_close(distance, wanted_distance)
-    rough = (index.codes.bfloat16().float().square().sum(-1) / 2 - x.bfloat16() @ index.codes.bfloat16().T).argmin(-1)
+    rough = (
+        index.codes.bfloat16().float().square().sum(-1) / 2
+        - x.bfloat16() @ index.codes.bfloat16().T
+    ).argmin(-1)
     assert not torch.equal(rough, wanted)  # without rescoring it would not be
 
 
 def test_no_vectors_give_no_codes_and_what_does_not_fit_is_refused() -> None:
     index = tree_index()
-    assert index.tree(drawn(0, 8), 2)[0].shape == index.exact(drawn(0, 8), torch.bfloat16)[0].shape == (0,)
+    assert (
+        index.tree(drawn(0, 8), 2)[0].shape
+        == index.exact(drawn(0, 8), torch.bfloat16)[0].shape
+        == (0,)
+    )
     with pytest.raises(ValueError, match="do not fit codes"):
         CodeIndex(drawn(4, 8), drawn(2, 7), torch.zeros(4, dtype=torch.int64))
     with pytest.raises(ValueError, match="names cell 5 of 2"):
@@ -201,5 +217,7 @@ def test_the_kernel_finds_the_same_under_tritons_interpreter(root: Path) -> None
     """On the CPU, in a process of its own: tiles that are full, cut and nearly empty, widths that steps divide and not.
     In float16, as the interpreter has no product of bfloat16."""
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", KERNEL], cwd=root, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", KERNEL], cwd=root, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]

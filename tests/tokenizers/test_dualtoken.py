@@ -31,8 +31,15 @@ LAYERS = 4
 def towers() -> tuple[VisionEncoder, DualModel]:
     """A frozen tower of four blocks (32 px, 4 x 4 patches), and a model that began with it; codebooks from its vectors."""
     torch.manual_seed(0)
-    size = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": 2}
-    frozen = VisionEncoder(SiglipVisionModel(SiglipVisionConfig(**size, image_size=32, patch_size=8)), -2)
+    size = {
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 2,
+    }
+    frozen = VisionEncoder(
+        SiglipVisionModel(SiglipVisionConfig(**size, image_size=32, patch_size=8)), -2
+    )
     model = DualModel(STAGE, copy.deepcopy(frozen))
     with torch.no_grad():
         z_pixel, z_semantic = model.vectors(torch.rand(4, 3, 32, 32) * 2 - 1)
@@ -50,9 +57,15 @@ def moved(model: DualModel, loss: Tensor) -> set[str]:
     """Parts of the model that a loss has gradients for: numbers for blocks, names for the rest."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     found = torch.autograd.grad(loss, [p for _, p in named], retain_graph=True, allow_unused=True)
-    parts = {name for (name, _), gradient in zip(named, found, strict=True) if gradient is not None and gradient.any()}
+    parts = {
+        name
+        for (name, _), gradient in zip(named, found, strict=True)
+        if gradient is not None and gradient.any()
+    }
     return {
-        n.split("layers.")[1].split(".")[0] if "encoder.tower" in n and "layers." in n else n.split(".")[0]
+        n.split("layers.")[1].split(".")[0]
+        if "encoder.tower" in n and "layers." in n
+        else n.split(".")[0]
         for n in parts
     }
 
@@ -63,20 +76,32 @@ def test_each_loss_reaches_what_it_should(
     """Reconstruction: the blocks up to the last pixel layer. Semantics: those up to the layer before the last. The layers
     behind it and the pooling head stay as they were."""
     out = model.train()(pixels, towers[0](pixels) + 0.1)
-    assert moved(model, out.pixels.square().mean()) == {"encoder", "0", "1", "pixel_down", "decoder"}
+    assert moved(model, out.pixels.square().mean()) == {
+        "encoder",
+        "0",
+        "1",
+        "pixel_down",
+        "decoder",
+    }
     assert moved(model, out.semantic) == {"encoder", "0", "1", "2", "semantic_down", "semantic_up"}
     assert moved(model, out.commitment) == {"encoder", "0", "1", "2", "pixel_down", "semantic_down"}
     alone = DualModel(STAGE.model_copy(update={"semantic_weight": 0.0}), model.encoder).train()(
         pixels, towers[0](pixels)
     )
-    assert not float(alone.semantic.detach()) and "2" not in moved(model, alone.commitment), "reconstruction alone"
+    assert not float(alone.semantic.detach()) and "2" not in moved(model, alone.commitment), (
+        "reconstruction alone"
+    )
     stays = {name for name, p in model.encoder.tower.named_parameters() if not p.requires_grad}
     assert stays == {
-        n for n, _ in model.encoder.tower.named_parameters() if n.startswith(("encoder.layers.3", "post", "head"))
+        n
+        for n, _ in model.encoder.tower.named_parameters()
+        if n.startswith(("encoder.layers.3", "post", "head"))
     }
 
 
-def test_losses_by_hand(towers: tuple[VisionEncoder, DualModel], model: DualModel, pixels: Tensor) -> None:
+def test_losses_by_hand(
+    towers: tuple[VisionEncoder, DualModel], model: DualModel, pixels: Tensor
+) -> None:
     """Against transformers' own hidden states: z_pix = W (h2 + 0.6 h1) + b, and both distances to F0."""
     frozen, model = towers[0], model.train()
     states = model.encoder.tower(pixels, output_hidden_states=True).hidden_states
@@ -89,7 +114,9 @@ def test_losses_by_hand(towers: tuple[VisionEncoder, DualModel], model: DualMode
     rebuilt = model.semantic_up(model.semantic.embed(out.codes[..., 1, :]))
     torch.testing.assert_close(out.distance, F.mse_loss(rebuilt, target + 1))
     torch.testing.assert_close(out.semantic, F.mse_loss(rebuilt, target + 1) + 1)
-    torch.testing.assert_close(out.commitment, model.pixel(z_pixel).loss + model.semantic(z_semantic).loss)
+    torch.testing.assert_close(
+        out.commitment, model.pixel(z_pixel).loss + model.semantic(z_semantic).loss
+    )
     assert out.stats[0].counts.sum() == out.stats[1].counts.sum() == 3 * 16 * 3
     whole = model(pixels, target, quantize=False)
     assert whole.codes is None and float(whole.commitment) == 0
@@ -130,7 +157,9 @@ def backward(model: DualModel, pixels: Tensor, target: Tensor) -> list[Tensor]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def test_pooled_is_the_tower_where_codes_rebuild_its_state(model: DualModel, pixels: Tensor) -> None:
+def test_pooled_is_the_tower_where_codes_rebuild_its_state(
+    model: DualModel, pixels: Tensor
+) -> None:
     """With codes and projections that lose nothing, the embedding through codes is transformers' pooled output."""
     state = model.encoder(pixels).detach()
     wide = DualModel(STAGE.model_copy(update={"codes": 48 * 3, "dim": 24}), model.encoder)
@@ -147,12 +176,15 @@ def test_codes_come_back_and_are_checked(model: DualModel, pixels: Tensor) -> No
     tokenizer = DualToken(model)
     codes = tokenizer.encode(pixels)
     assert (
-        codes.shape == (3, 16, 2, 3) == (3, tokenizer.num_tokens, *tokenizer.code_shape) and codes.dtype == torch.int64
+        codes.shape == (3, 16, 2, 3) == (3, tokenizer.num_tokens, *tokenizer.code_shape)
+        and codes.dtype == torch.int64
     )
     other = codes.clone()
     other[:, :, 1] = (other[:, :, 1] + 1) % 12
     assert tokenizer.decode(codes).shape == pixels.shape
-    assert torch.equal(tokenizer.decode(other), tokenizer.decode(codes)), "pixel codes alone are decoded"
+    assert torch.equal(tokenizer.decode(other), tokenizer.decode(codes)), (
+        "pixel codes alone are decoded"
+    )
     vectors = tokenizer.embed(codes)
     pixel, semantic = tokenizer.code_vectors()
     expected = torch.cat([pixel[codes[:, :, 0]].sum(2), semantic[codes[:, :, 1]].sum(2)], -1)
@@ -166,10 +198,14 @@ def test_codes_come_back_and_are_checked(model: DualModel, pixels: Tensor) -> No
         tokenizer.embed(codes[..., :2])
     with pytest.raises(DataError):
         tokenizer.encode(pixels[..., :16])
-    assert tokenizer.encode(pixels[:0]).shape == (0, 16, 2, 3) and tokenizer.decode(codes[:0]).shape == (0, 3, 32, 32)
+    assert tokenizer.encode(pixels[:0]).shape == (0, 16, 2, 3) and tokenizer.decode(
+        codes[:0]
+    ).shape == (0, 3, 32, 32)
 
 
-def test_saved_and_loaded_is_bit_identical_and_stands_alone(model: DualModel, pixels: Tensor, tmp_path: Path) -> None:
+def test_saved_and_loaded_is_bit_identical_and_stands_alone(
+    model: DualModel, pixels: Tensor, tmp_path: Path
+) -> None:
     with torch.no_grad():
         for p in model.encoder.tower.parameters():
             p.add_(0.01)

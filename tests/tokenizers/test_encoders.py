@@ -24,27 +24,40 @@ def full_dir(siglip_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     words = {"<pad>": 0, "</s>": 1, "a": 2, "red": 3, "blue": 4, "circle": 5, "<unk>": 6}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
     fast.save_pretrained(path)
     return str(path)
 
 
-def test_features_equal_those_of_transformers_at_every_layer(siglip_dir: str, pixels: Tensor) -> None:
+def test_features_equal_those_of_transformers_at_every_layer(
+    siglip_dir: str, pixels: Tensor
+) -> None:
     model = SiglipVisionModel.from_pretrained(siglip_dir).eval()
     with torch.no_grad():
         out = model(pixel_values=pixels, output_hidden_states=True)
         hidden = out.hidden_states
         assert len(hidden) == 3
         for layer in (0, 1, 2, -2, -3):
-            torch.testing.assert_close(VisionEncoder.from_pretrained(siglip_dir, layer)(pixels), hidden[layer])
+            torch.testing.assert_close(
+                VisionEncoder.from_pretrained(siglip_dir, layer)(pixels), hidden[layer]
+            )
         encoder = VisionEncoder.from_pretrained(siglip_dir)
         torch.testing.assert_close(encoder(pixels), out.last_hidden_state)
         torch.testing.assert_close(encoder.pooled(pixels), out.pooler_output)
         assert not torch.allclose(encoder(pixels), hidden[2]), "-1 is after the final norm"
-    assert (encoder.image_size, encoder.patch_size, encoder.grid, encoder.dim) == (32, 8, (4, 4), 24)
+    assert (encoder.image_size, encoder.patch_size, encoder.grid, encoder.dim) == (
+        32,
+        8,
+        (4, 4),
+        24,
+    )
 
 
-def test_bf16_features_are_close_and_float32_ones_to_the_bit_what_they_were(siglip_dir: str, pixels: Tensor) -> None:
+def test_bf16_features_are_close_and_float32_ones_to_the_bit_what_they_were(
+    siglip_dir: str, pixels: Tensor
+) -> None:
     encoder = VisionEncoder.from_pretrained(siglip_dir)
     plain = encoder(pixels)
     encoder.bf16 = True
@@ -56,8 +69,12 @@ def test_bf16_features_are_close_and_float32_ones_to_the_bit_what_they_were(sigl
     assert torch.equal(encoder(pixels), plain)
 
 
-@pytest.mark.parametrize(("size", "patch", "side"), [(224, 16, 14), (256, 16, 16), (384, 14, 27), (224, 14, 16)])
-def test_published_sizes_from_a_vision_only_directory(size: int, patch: int, side: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("size", "patch", "side"), [(224, 16, 14), (256, 16, 16), (384, 14, 27), (224, 14, 16)]
+)
+def test_published_sizes_from_a_vision_only_directory(
+    size: int, patch: int, side: int, tmp_path: Path
+) -> None:
     config = SiglipVisionConfig(
         hidden_size=8,
         intermediate_size=8,
@@ -72,7 +89,9 @@ def test_published_sizes_from_a_vision_only_directory(size: int, patch: int, sid
     assert encoder(torch.zeros(1, 3, size, size)).shape == (1, side * side, 8)
 
 
-def test_half_precision_checkpoints_load_as_float32(siglip_dir: str, tmp_path: Path, pixels: Tensor) -> None:
+def test_half_precision_checkpoints_load_as_float32(
+    siglip_dir: str, tmp_path: Path, pixels: Tensor
+) -> None:
     SiglipModel.from_pretrained(siglip_dir).to(torch.bfloat16).save_pretrained(tmp_path)
     encoder = VisionEncoder.from_pretrained(str(tmp_path))
     assert {p.dtype for p in encoder.parameters()} == {torch.float32}
@@ -102,7 +121,9 @@ def test_prompts_and_logits_equal_those_of_transformers(full_dir: str, pixels: T
     )
 
 
-def test_prompts_need_the_text_side(siglip_dir: str, encoder: VisionEncoder, tmp_path: Path) -> None:
+def test_prompts_need_the_text_side(
+    siglip_dir: str, encoder: VisionEncoder, tmp_path: Path
+) -> None:
     encoder.save_tower(tmp_path)
     with pytest.raises(ArtifactError, match="only a vision tower"):
         VisionEncoder.from_pretrained(str(tmp_path)).prompt_embeddings(["a"])
@@ -110,7 +131,9 @@ def test_prompts_need_the_text_side(siglip_dir: str, encoder: VisionEncoder, tmp
         VisionEncoder.from_pretrained(siglip_dir).prompt_embeddings(["a"])
 
 
-def test_a_saved_tower_is_the_same_encoder(encoder: VisionEncoder, tmp_path: Path, pixels: Tensor) -> None:
+def test_a_saved_tower_is_the_same_encoder(
+    encoder: VisionEncoder, tmp_path: Path, pixels: Tensor
+) -> None:
     encoder.save_tower(tmp_path)
     assert torch.equal(VisionEncoder.from_pretrained(str(tmp_path))(pixels), encoder(pixels))
 

@@ -40,7 +40,9 @@ def test_planted_clusters_are_found() -> None:
     assert float(distance.max()) < 0.05
 
 
-def test_random_seeding_with_reseeded_empties_also_covers_planted_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_seeding_with_reseeded_empties_also_covers_planted_clusters(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(module, "PLUSPLUS_MAX", 0)
     x, _ = planted()
     _, distance = assign(x, kmeans(x, 12, 15, seeded(0)))
@@ -59,7 +61,10 @@ def test_lloyd_never_raises_the_distortion() -> None:
 
 def test_statistics_of_parts_add_up_to_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SUM_NUMBERS", 7 * 3)
-    x, ids = torch.randn(101, 3, generator=seeded(0)), torch.randint(0, 8, (101,), generator=seeded(1))
+    x, ids = (
+        torch.randn(101, 3, generator=seeded(0)),
+        torch.randint(0, 8, (101,), generator=seeded(1)),
+    )
     sums, counts = lloyd_stats(x, ids, 8)
     assert sums.dtype == torch.float64
     assert counts.dtype == torch.int64
@@ -133,7 +138,9 @@ def test_allocation_is_exact_and_fair(sizes: list[int], total: int) -> None:
     if sum(sizes) >= total:
         assert all(n <= s for n, s in zip(share, sizes, strict=True))
     order = sorted(zip(sizes, share, strict=True))
-    assert all(a[1] <= b[1] or a[0] == b[0] for a, b in itertools.pairwise(order)), "larger cells get no less"
+    assert all(a[1] <= b[1] or a[0] == b[0] for a, b in itertools.pairwise(order)), (
+        "larger cells get no less"
+    )
 
 
 def test_allocation_takes_the_largest_remainders() -> None:
@@ -154,7 +161,9 @@ def test_distance_to_one_vector_in_blocks_is_the_plain_one_bit_for_bit() -> None
 def test_equal_shares_are_equal_up_to_what_small_cells_hold() -> None:
     assert module.share_equally(12, [100, 100, 0, 100]) == [4, 4, 0, 4]
     assert module.share_equally(11, [100, 100, 100]) == [4, 4, 3]
-    assert module.share_equally(12, [100, 2, 100]) == [5, 2, 5], "what a small cell cannot use goes to the others"
+    assert module.share_equally(12, [100, 2, 100]) == [5, 2, 5], (
+        "what a small cell cannot use goes to the others"
+    )
     assert module.share_equally(6, [1, 2, 3]) == [1, 2, 3]
     assert module.share_equally(8, [1, 2, 3]) == [3, 3, 2], "more codes than vectors: equal again"
     with pytest.raises(ValueError, match="2 centroids for 3 cells"):
@@ -169,17 +178,21 @@ def test_no_cell_gets_more_than_its_most_and_the_others_take_what_it_leaves() ->
 
 def test_vectors_without_a_direction_have_no_part_in_spherical_kmeans() -> None:
     x = torch.cat([torch.zeros(50, 3), torch.randn(40, 3, generator=seeded(0))])
-    torch.testing.assert_close(kmeans(x, 20, 3, seeded(1), spherical=True).norm(dim=-1), torch.ones(20))
+    torch.testing.assert_close(
+        kmeans(x, 20, 3, seeded(1), spherical=True).norm(dim=-1), torch.ones(20)
+    )
     assert float(x[:50].abs().max()) == 0, "the argument is not written to"
     with pytest.raises(ValueError, match="no direction"):
         kmeans(torch.zeros(4, 3), 2, 1, spherical=True)
     c = torch.tensor([[1.0, 0.0]])
-    assert torch.equal(move(c, torch.zeros(1, 2, dtype=torch.float64), torch.tensor([2]), spherical=True), c), (
-        "cancelled"
-    )
+    assert torch.equal(
+        move(c, torch.zeros(1, 2, dtype=torch.float64), torch.tensor([2]), spherical=True), c
+    ), "cancelled"
 
 
-def test_one_double_among_the_seeds_is_mended_without_a_look_at_all_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_double_among_the_seeds_is_mended_without_a_look_at_all_vectors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     x, looked = torch.arange(20_000).float()[:, None], []
     order = torch.randperm(len(x), generator=seeded(4))
     x[order[1]] = x[order[0]]

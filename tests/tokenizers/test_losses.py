@@ -67,7 +67,9 @@ def test_adaptive_weight_through_a_function_runs_no_hook_of_the_images(pixels: T
     loss.backward()
     assert ran == [1]
     bounded = Loss(gan=Gan(weight=0.5, start_step=0, adaptive=True, adaptive_range=[1e-9, 1e-6]))
-    _, found = PixelLoss(bounded)(layer(pixels), pixels, discriminator=discriminator, last_layer=layer.weight)
+    _, found = PixelLoss(bounded)(
+        layer(pixels), pixels, discriminator=discriminator, last_layer=layer.weight
+    )
     assert float(found["gan_weight"]) == pytest.approx(0.5e-6) and float(plain["gan_weight"]) > 1e-4
 
 
@@ -83,12 +85,16 @@ def test_generator_sees_the_discriminator_and_leaves_it_alone(pixels: Tensor) ->
     config = Loss(gan=Gan(weight=0.5, start_step=3, adaptive=True))
     discriminator, layer = PatchGAN(8), nn.Conv2d(3, 3, 1)
     loss_of = PixelLoss(config)
-    early, metrics = loss_of(layer(pixels), pixels, discriminator=discriminator, last_layer=layer.weight, step=2)
+    early, metrics = loss_of(
+        layer(pixels), pixels, discriminator=discriminator, last_layer=layer.weight, step=2
+    )
     assert "gan" not in metrics
     assert not gan_active(config.gan, 2)
     assert gan_active(config.gan, 3)
     rebuilt = layer(pixels)
-    loss, metrics = loss_of(rebuilt, pixels, discriminator=discriminator, last_layer=layer.weight, step=3)
+    loss, metrics = loss_of(
+        rebuilt, pixels, discriminator=discriminator, last_layer=layer.weight, step=3
+    )
     expected = early + metrics["gan_weight"] * hinge_generator(discriminator(rebuilt))
     torch.testing.assert_close(loss, expected)
     loss.backward()
@@ -138,7 +144,9 @@ def test_patchgan_has_the_published_size() -> None:
     assert counted == first + inner + last == 2_765_633
 
 
-def test_encoder_perceptual_moves_pixels_and_not_the_encoder(encoder: VisionEncoder, pixels: Tensor) -> None:
+def test_encoder_perceptual_moves_pixels_and_not_the_encoder(
+    encoder: VisionEncoder, pixels: Tensor
+) -> None:
     config = Loss(l2=0.0, perceptual=Perceptual(kind="encoder", weight=2.0))
     loss_of = PixelLoss(config, build_perceptual(config, encoder))
     rebuilt = (pixels * 0.5).requires_grad_(True)

@@ -13,7 +13,14 @@ import pytest
 import torch
 
 from smalti.errors import ArtifactError
-from smalti.tokenizers.lpips import CHECKPOINT_MEMBER, LPIPS, STAGES, convert, read_arrays, to_state_dict
+from smalti.tokenizers.lpips import (
+    CHECKPOINT_MEMBER,
+    LPIPS,
+    STAGES,
+    convert,
+    read_arrays,
+    to_state_dict,
+)
 
 
 def fake_checkpoint(seed: int = 0) -> dict[str, Any]:
@@ -21,8 +28,14 @@ def fake_checkpoint(seed: int = 0) -> dict[str, Any]:
     rng, arrays, width, number = np.random.default_rng(seed), {"VGG16_0": {}}, 3, 0
     for index, widths in enumerate(STAGES):
         for out in widths:
-            kernel = rng.standard_normal((3, 3, width, out)).astype(np.float32) * (2 / (9 * width)) ** 0.5
-            arrays["VGG16_0"][f"Conv_{number}"] = {"kernel": kernel, "bias": rng.random(out).astype(np.float32) * 0.1}
+            kernel = (
+                rng.standard_normal((3, 3, width, out)).astype(np.float32)
+                * (2 / (9 * width)) ** 0.5
+            )
+            arrays["VGG16_0"][f"Conv_{number}"] = {
+                "kernel": kernel,
+                "bias": rng.random(out).astype(np.float32) * 0.1,
+            }
             width, number = out, number + 1
         head = rng.random((1, 1, widths[-1], 1)).astype(np.float32)
         arrays[f"NetLinLayer_{index}"] = {"Conv_0": {"kernel": head}}
@@ -45,7 +58,9 @@ def reference(arrays: dict[str, Any], a: np.ndarray, b: np.ndarray) -> float:
                 y = np.zeros((*x.shape[:2], conv["kernel"].shape[-1]))
                 for dy in range(3):
                     for dx in range(3):
-                        y += padded[dy : dy + x.shape[0], dx : dx + x.shape[1]] @ conv["kernel"][dy, dx].astype(float)
+                        y += padded[dy : dy + x.shape[0], dx : dx + x.shape[1]] @ conv["kernel"][
+                            dy, dx
+                        ].astype(float)
                 x, number = np.maximum(y + conv["bias"], 0), number + 1
             out.append(x / (np.sqrt((x**2).sum(-1, keepdims=True)) + 1e-10))
         return out
@@ -74,17 +89,25 @@ def test_distance_equals_plain_numpy_with_random_weights(tmp_path: Path) -> None
     convert(source, tmp_path / "lpips.safetensors")
     model = LPIPS.from_file(str(tmp_path / "lpips.safetensors"))
     a, b = images(19)
-    assert float(model(as_batch(a), as_batch(b))) == pytest.approx(reference(arrays, a, b), rel=1e-4)
+    assert float(model(as_batch(a), as_batch(b))) == pytest.approx(
+        reference(arrays, a, b), rel=1e-4
+    )
     assert float(model(as_batch(a), as_batch(a))) == 0
 
 
 def test_published_weights_order_distortions(lpips_weights: Path) -> None:
     model = LPIPS.from_file(str(lpips_weights))
-    assert all(float(head.min()) >= 0 for head in model.heads), "the published heads are not negative"
+    assert all(float(head.min()) >= 0 for head in model.heads), (
+        "the published heads are not negative"
+    )
     rows = torch.linspace(-1, 1, 64)
-    image = torch.stack([rows[:, None].expand(64, 64), rows.expand(64, 64), (rows[:, None] * rows)])[None]
+    image = torch.stack(
+        [rows[:, None].expand(64, 64), rows.expand(64, 64), (rows[:, None] * rows)]
+    )[None]
     noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
-    distances = [float(model(image, (image + s * noise).clamp(-1, 1))) for s in (0.0, 0.05, 0.2, 0.6)]
+    distances = [
+        float(model(image, (image + s * noise).clamp(-1, 1))) for s in (0.0, 0.05, 0.2, 0.6)
+    ]
     assert distances[0] == 0
     assert distances == sorted(distances)
     shifted = float(model(image, image + 0.1))
@@ -123,7 +146,9 @@ class Evil:
         return (print, ("ran",))
 
 
-def test_a_pickle_that_is_not_arrays_is_refused_and_runs_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pickle_that_is_not_arrays_is_refused_and_runs_nothing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     for payload in (Evil(), {"VGG16_0": Evil()}, np.random.default_rng(0)):
         with pytest.raises(ArtifactError, match="only numpy arrays"):
             read_arrays(pickle.dumps(payload))

@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from smalti.tokenizers.metrics import code_counts, dct, entropy, imbalance, perplexity, psnr, ssim, usage, vrr
+from smalti.tokenizers.metrics import (
+    code_counts,
+    dct,
+    entropy,
+    imbalance,
+    perplexity,
+    psnr,
+    ssim,
+    usage,
+    vrr,
+)
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -27,12 +37,23 @@ def test_psnr_and_ssim_equal_scikit_image() -> None:
     a = torch.rand(3, 3, 24, 31, generator=seeded(0)) * 2 - 1
     b = (a + torch.randn(3, 3, 24, 31, generator=seeded(1)) * 0.3).clamp(-1, 1)
     for index in range(3):
-        x, y = a[index].permute(1, 2, 0).double().numpy(), b[index].permute(1, 2, 0).double().numpy()
+        x, y = (
+            a[index].permute(1, 2, 0).double().numpy(),
+            b[index].permute(1, 2, 0).double().numpy(),
+        )
         similarity = skimage.structural_similarity(
-            x, y, data_range=2, channel_axis=-1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+            x,
+            y,
+            data_range=2,
+            channel_axis=-1,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
         )
         assert float(ssim(a, b)[index]) == pytest.approx(similarity, abs=1e-9)
-        assert float(psnr(a, b)[index]) == pytest.approx(skimage.peak_signal_noise_ratio(x, y, data_range=2), abs=1e-9)
+        assert float(psnr(a, b)[index]) == pytest.approx(
+            skimage.peak_signal_noise_ratio(x, y, data_range=2), abs=1e-9
+        )
 
 
 def test_ssim_of_equal_images_is_one_and_small_images_are_refused() -> None:
@@ -59,19 +80,28 @@ def test_counts_usage_entropy_perplexity() -> None:
 def test_dct_equals_scipy_and_keeps_the_energy() -> None:
     fft = pytest.importorskip("scipy.fft")
     x = torch.randn(4, 3, 8, 6, generator=seeded(0))
-    np.testing.assert_allclose(dct(x).numpy(), fft.dctn(x.double().numpy(), axes=(-2, -1), norm="ortho"), atol=1e-12)
+    np.testing.assert_allclose(
+        dct(x).numpy(), fft.dctn(x.double().numpy(), axes=(-2, -1), norm="ortho"), atol=1e-12
+    )
     torch.testing.assert_close(dct(x).square().sum(), x.double().square().sum())
 
 
 def reference_vrr(patches: torch.Tensor, ids: torch.Tensor) -> float:
     fft = pytest.importorskip("scipy.fft")
     x = fft.dctn(patches.double().numpy(), axes=(-2, -1), norm="ortho").reshape(len(patches), -1)
-    inside = [x[ids.numpy() == k].var(0, ddof=1).sum() for k in ids.unique().tolist() if int((ids == k).sum()) >= 2]
+    inside = [
+        x[ids.numpy() == k].var(0, ddof=1).sum()
+        for k in ids.unique().tolist()
+        if int((ids == k).sum()) >= 2
+    ]
     return 1 - float(np.mean(inside)) / x.var(0, ddof=1).sum()
 
 
 def test_vrr_equals_its_definition_and_skips_lonely_codes() -> None:
-    patches, ids = torch.randn(60, 3, 4, 4, generator=seeded(0)), torch.randint(0, 12, (60,), generator=seeded(1))
+    patches, ids = (
+        torch.randn(60, 3, 4, 4, generator=seeded(0)),
+        torch.randint(0, 12, (60,), generator=seeded(1)),
+    )
     ids[0] = 99
     patches += ids[:, None, None, None] * 0.2
     assert vrr(patches, ids, seeded(0))[0] == pytest.approx(reference_vrr(patches, ids), abs=1e-10)

@@ -40,13 +40,20 @@ def test_nearest_finds_the_planted_code() -> None:
 
 
 def test_search_equals_a_plain_loop_over_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    z_MD, codes_KD = torch.randn(50, 5, generator=seeded(1)), torch.randn(37, 5, generator=seeded(2))
-    expected = torch.tensor([min(range(37), key=lambda k: float((z - codes_KD[k]).square().sum())) for z in z_MD])
+    z_MD, codes_KD = (
+        torch.randn(50, 5, generator=seeded(1)),
+        torch.randn(37, 5, generator=seeded(2)),
+    )
+    expected = torch.tensor(
+        [min(range(37), key=lambda k: float((z - codes_KD[k]).square().sum())) for z in z_MD]
+    )
     monkeypatch.setattr(quantizers, "CODE_BLOCK", 8)
     monkeypatch.setattr(quantizers, "SCRATCH_SCORES", 64)
     ids_M, distance_M = search(z_MD, codes_KD)
     assert torch.equal(ids_M, expected)
-    torch.testing.assert_close(distance_M, (z_MD - codes_KD[expected]).square().sum(-1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        distance_M, (z_MD - codes_KD[expected]).square().sum(-1), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_ties_take_the_lowest_index_also_across_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,10 +88,16 @@ def reference_ema(
             mine = [h.tolist() for h, i in zip(h_MD, ids_M, strict=True) if int(i) == k]
             counts[k] = config.decay * counts[k] + (1 - config.decay) * len(mine)
             for d in range(config.dim):
-                sums[k][d] = config.decay * sums[k][d] + (1 - config.decay) * sum(h[d] for h in mine)
+                sums[k][d] = config.decay * sums[k][d] + (1 - config.decay) * sum(
+                    h[d] for h in mine
+                )
     total = sum(counts)
     smooth = [total * (n + config.eps) / (total + config.num_codes * config.eps) for n in counts]
-    return torch.tensor([[s / n for s in row] for row, n in zip(sums, smooth, strict=True)]), counts, sums
+    return (
+        torch.tensor([[s / n for s in row] for row, n in zip(sums, smooth, strict=True)]),
+        counts,
+        sums,
+    )
 
 
 def test_ema_update_equals_a_plain_loop() -> None:
@@ -109,7 +122,8 @@ def test_restart_takes_a_vector_of_the_batch_and_resets_the_state() -> None:
     quantizer = EMAQuantizer(config)
     quantizer.set_codes(torch.tensor([[0.0, 0.0], [5.0, 5.0], [90.0, 90.0]]))
     h_BND = (
-        torch.cat([torch.zeros(1, 8, 2), torch.full((1, 8, 2), 5.0)]) + torch.randn(2, 8, 2, generator=seeded(1)) * 0.1
+        torch.cat([torch.zeros(1, 8, 2), torch.full((1, 8, 2), 5.0)])
+        + torch.randn(2, 8, 2, generator=seeded(1)) * 0.1
     )
     restarted, last_sum = [], torch.empty(0)
     for _ in range(5):
@@ -119,8 +133,12 @@ def test_restart_takes_a_vector_of_the_batch_and_resets_the_state() -> None:
             last_sum = quantizer.sums[2].clone()
             assert quantizer.counts[2] == 1.0
             break
-    assert restarted[-1] == 1, "the code that nothing is near to must restart once its count falls below 1"
-    assert any(torch.equal(last_sum, h) for h in h_BND.view(-1, 2)), "M is a vector of the batch, not a mean"
+    assert restarted[-1] == 1, (
+        "the code that nothing is near to must restart once its count falls below 1"
+    )
+    assert any(torch.equal(last_sum, h) for h in h_BND.view(-1, 2)), (
+        "M is a vector of the batch, not a mean"
+    )
     torch.testing.assert_close(quantizer.codes[2], last_sum, rtol=1e-4, atol=1e-4)
     quantizer.update(quantizer(h_BND).stats)
     assert quantizer.codes[2].norm() < 10, "a revived code is not dragged back to where it died"
@@ -202,16 +220,24 @@ def test_ranks_that_share_a_number_are_told() -> None:
 
 
 def test_merged_micro_batches_equal_one_batch() -> None:
-    h_MD, ids_M = torch.randn(30, 4, generator=seeded(0)), torch.randint(0, 5, (30,), generator=seeded(1))
+    h_MD, ids_M = (
+        torch.randn(30, 4, generator=seeded(0)),
+        torch.randint(0, 5, (30,), generator=seeded(1)),
+    )
     whole = EMAStats.of(h_MD, ids_M, 5)
-    merged = EMAStats.merge([EMAStats.of(h_MD[:11], ids_M[:11], 5), EMAStats.of(h_MD[11:], ids_M[11:], 5)])
+    merged = EMAStats.merge(
+        [EMAStats.of(h_MD[:11], ids_M[:11], 5), EMAStats.of(h_MD[11:], ids_M[11:], 5)]
+    )
     assert torch.equal(whole.counts, merged.counts)
     assert torch.equal(whole.candidates, merged.candidates)
     torch.testing.assert_close(whole.sums, merged.sums)
 
 
 def test_ema_statistics_equal_the_one_hot_product() -> None:
-    h_MD, ids_M = torch.randn(200, 4, generator=seeded(0)), torch.randint(0, 9, (200,), generator=seeded(1))
+    h_MD, ids_M = (
+        torch.randn(200, 4, generator=seeded(0)),
+        torch.randint(0, 9, (200,), generator=seeded(1)),
+    )
     one_hot = torch.nn.functional.one_hot(ids_M, 9).float()
     stats = EMAStats.of(h_MD, ids_M, 9)
     torch.testing.assert_close(stats.sums, one_hot.T @ h_MD)
@@ -239,7 +265,9 @@ def test_ema_refuses_vectors_that_diverged() -> None:
     quantizer = EMAQuantizer(VQ(4, 2))
     before = quantizer.codes.clone()
     with pytest.raises(FloatingPointError, match="NaN"):
-        quantizer.update(EMAStats.of(torch.full((3, 2), float("nan")), torch.zeros(3, dtype=torch.int64), 4))
+        quantizer.update(
+            EMAStats.of(torch.full((3, 2), float("nan")), torch.zeros(3, dtype=torch.int64), 4)
+        )
     assert torch.equal(before, quantizer.codes)
 
 
@@ -278,7 +306,9 @@ def test_norm_looks_up_by_cosine_and_gives_unit_vectors() -> None:
     quantizer = NormQuantizer(VQ(9, 4))
     h_BND = torch.randn(2, 5, 4) * 7
     out = quantizer(h_BND)
-    cosine = torch.nn.functional.cosine_similarity(h_BND.unsqueeze(2), quantizer.codes.detach(), dim=-1)
+    cosine = torch.nn.functional.cosine_similarity(
+        h_BND.unsqueeze(2), quantizer.codes.detach(), dim=-1
+    )
     assert torch.equal(out.ids, cosine.argmax(-1))
     torch.testing.assert_close(out.q.norm(dim=-1), torch.ones(2, 5))
     assert torch.equal(quantizer.assign(h_BND), quantizer.assign(h_BND * 3))
@@ -295,7 +325,9 @@ def check_contract(make: Callable[[VQ], Quantizer]) -> None:
     assert effective_KD.shape == (12, 5)
     assert effective_KD.dtype == torch.float32
     assert torch.equal(quantizer.assign(effective_KD), torch.arange(12))
-    assert torch.equal(quantizer.assign(codes_KD), torch.arange(12)), "a centroid keeps its own code"
+    assert torch.equal(quantizer.assign(codes_KD), torch.arange(12)), (
+        "a centroid keeps its own code"
+    )
 
     h_BND = torch.randn(2, 7, 5, generator=seeded(4))
     out = quantizer(h_BND)
@@ -359,7 +391,9 @@ def test_recipes_can_name_every_quantizer_and_no_other() -> None:
 @pytest.mark.parametrize("kind", sorted(QUANTIZERS))
 def test_a_semantic_codebook_of_every_kind_starts_from_its_centroids(kind: str) -> None:
     centroids_KC = torch.randn(20, 16, generator=seeded(5))
-    tokenizer = SemanticTokenizer(16, SemanticStage(vq=kind, dim=8, decoder_dim=16, decoder_heads=2), 20, (2, 2))
+    tokenizer = SemanticTokenizer(
+        16, SemanticStage(vq=kind, dim=8, decoder_dim=16, decoder_heads=2), 20, (2, 2)
+    )
     tokenizer.init_from(centroids_KC)
     assert torch.equal(tokenizer.encode(centroids_KC), torch.arange(20))
 
@@ -376,8 +410,13 @@ def test_set_codes_checks(kind: str) -> None:
 @given(st.integers(1, 40), st.integers(1, 20), st.integers(1, 6), st.integers(0, 2**31))
 @settings(max_examples=40, deadline=None)
 def test_search_distance_is_the_least_of_all(num: int, codes: int, dim: int, seed: int) -> None:
-    z_MD, codes_KD = torch.randn(num, dim, generator=seeded(seed)), torch.randn(codes, dim, generator=seeded(seed + 1))
+    z_MD, codes_KD = (
+        torch.randn(num, dim, generator=seeded(seed)),
+        torch.randn(codes, dim, generator=seeded(seed + 1)),
+    )
     every_MK = (z_MD[:, None] - codes_KD).square().sum(-1)
     ids_M, distance_M = search(z_MD, codes_KD, chunk=3)
     torch.testing.assert_close(distance_M, every_MK.min(-1).values, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(every_MK.gather(1, ids_M[:, None])[:, 0], every_MK.min(-1).values, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        every_MK.gather(1, ids_M[:, None])[:, 0], every_MK.min(-1).values, rtol=1e-4, atol=1e-5
+    )

@@ -45,7 +45,8 @@ def test_codes_sums_loss_gradient_and_statistics_are_the_reference() -> None:
     assert torch.equal(through, torch.ones_like(z)), "straight through"
     (committing,) = torch.autograd.grad(found.loss, z)
     torch.testing.assert_close(
-        committing[0, 0], sum(z[0, 0] - rq.codes[ids[0][: d + 1]].sum(0) for d in range(DEPTH)) / (14 * D * DEPTH)
+        committing[0, 0],
+        sum(z[0, 0] - rq.codes[ids[0][: d + 1]].sum(0) for d in range(DEPTH)) / (14 * D * DEPTH),
     )
     flat = torch.tensor(ids).flatten()
     assert torch.equal(found.stats.counts, torch.bincount(flat, minlength=K).float())
@@ -74,7 +75,11 @@ def test_a_dead_code_restarts_as_a_residual_of_the_batch() -> None:
 
 def test_a_codebook_that_starts_from_vectors_is_used_and_every_depth_comes_closer() -> None:
     generator = torch.Generator().manual_seed(0)
-    z = torch.randn(600, D, generator=generator) @ torch.diag(torch.tensor([4.0, 2.0, 1.0, 0.5, 0.2])) + 3
+    z = (
+        torch.randn(600, D, generator=generator)
+        @ torch.diag(torch.tensor([4.0, 2.0, 1.0, 0.5, 0.2]))
+        + 3
+    )
     rq = ResidualQuantizer(VQ(48, D), DEPTH)
     rq.init_from(z, generator)
     ids = rq.assign(z)

@@ -37,10 +37,16 @@ def semantic_ids(tokenizer: SemHiTok, pixels: Tensor) -> Tensor:
     return tokenizer.semantic.encode(tokenizer.encoder(pixels))
 
 
-def start_codebook(tokenizer: PixelTokenizer, vectors_BND: Tensor, ids_BN: Tensor | None, seed: int = 0) -> None:
+def start_codebook(
+    tokenizer: PixelTokenizer, vectors_BND: Tensor, ids_BN: Tensor | None, seed: int = 0
+) -> None:
     """Start the pixel codebooks from vectors (B, N, D), through the `init_from` that the pixel phase calls."""
     book, generator = tokenizer.codebook, torch.Generator().manual_seed(seed)
-    ids_T = torch.zeros(vectors_BND.shape[:2].numel(), dtype=torch.int64) if ids_BN is None else ids_BN.flatten()
+    ids_T = (
+        torch.zeros(vectors_BND.shape[:2].numel(), dtype=torch.int64)
+        if ids_BN is None
+        else ids_BN.flatten()
+    )
     book.init_from(vectors_BND.flatten(0, 1), ids_T, generator)
 
 
@@ -49,7 +55,9 @@ def start_codebook(tokenizer: PixelTokenizer, vectors_BND: Tensor, ids_BN: Tenso
 
 @pytest.mark.parametrize("vq", ["ema", "vanilla", "norm"])
 @pytest.mark.parametrize("distill", ["cosine", "l2"])
-def test_the_semantic_stage_learns(vq: str, distill: str, encoder: VisionEncoder, pixels: Tensor) -> None:
+def test_the_semantic_stage_learns(
+    vq: str, distill: str, encoder: VisionEncoder, pixels: Tensor
+) -> None:
     tokenizer = semantic_of(vq)
     tokenizer.stage = tokenizer.stage.model_copy(update={"distill": distill})
     features = encoder(torch.cat([pixels, pixels.flip(-1), -pixels]))
@@ -67,7 +75,9 @@ def test_the_semantic_stage_learns(vq: str, distill: str, encoder: VisionEncoder
     assert (stats is None) == (vq != "ema")
 
 
-def test_semantic_gradients_reach_all_that_trains_and_no_ema_buffer(encoder: VisionEncoder, pixels: Tensor) -> None:
+def test_semantic_gradients_reach_all_that_trains_and_no_ema_buffer(
+    encoder: VisionEncoder, pixels: Tensor
+) -> None:
     tokenizer = semantic_of()
     before = tokenizer.codes.clone()
     loss, _, stats = tokenizer(encoder(pixels))
@@ -136,7 +146,9 @@ def train_pixel(tokenizer: SemHiTok, pixels: Tensor, steps: int = 5) -> float:
     part = tokenizer.pixel.requires_grad_(True).train()
     optimizer = torch.optim.AdamW(part.parameters(), 3e-3)
     loss_of = PixelLoss(part.stage.loss)
-    ids = None if tokenizer.semantic is None else tokenizer.semantic.encode(tokenizer.encoder(pixels))
+    ids = (
+        None if tokenizer.semantic is None else tokenizer.semantic.encode(tokenizer.encoder(pixels))
+    )
     for _ in range(steps):
         out = part(pixels, ids)
         loss = loss_of(out.pixels, pixels)[0] + part.stage.vq_weight * out.vq_loss
@@ -154,7 +166,11 @@ def test_pixel_training_leaves_the_semantic_codebook_and_encoder_bit_identical(
     concat: str, make_tokenizer: Make, pixels: Tensor
 ) -> None:
     tokenizer = make_tokenizer(concat=concat, semantic_only_decoder=True)
-    frozen = {n: t.clone() for n, t in tokenizer.state_dict().items() if n.startswith(("semantic.", "encoder."))}
+    frozen = {
+        n: t.clone()
+        for n, t in tokenizer.state_dict().items()
+        if n.startswith(("semantic.", "encoder."))
+    }
     codes_seen = tokenizer.pixel.semantic_codes.clone()
     ids = semantic_ids(tokenizer, pixels)
     first, last = train_pixel(tokenizer, pixels, 1), train_pixel(tokenizer, pixels, 30)
@@ -173,7 +189,11 @@ def test_gradients_of_each_loss_go_where_they_should(make_tokenizer: Make, pixel
     def reached(loss: Tensor) -> set[str]:
         part.zero_grad()
         loss.backward(retain_graph=True)
-        return {n.split(".")[0] for n, p in part.named_parameters() if p.grad is not None and bool(p.grad.any())}
+        return {
+            n.split(".")[0]
+            for n, p in part.named_parameters()
+            if p.grad is not None and bool(p.grad.any())
+        }
 
     out = part(pixels, ids)
     assert reached(out.pixels.square().mean()) == {"encoder", "decoder"}
@@ -185,7 +205,9 @@ def test_gradients_of_each_loss_go_where_they_should(make_tokenizer: Make, pixel
     assert dead == [], "every parameter of the pixel stage trains"
 
 
-def test_before_quantisation_the_vectors_themselves_are_decoded(make_tokenizer: Make, pixels: Tensor) -> None:
+def test_before_quantisation_the_vectors_themselves_are_decoded(
+    make_tokenizer: Make, pixels: Tensor
+) -> None:
     part, ids = make_tokenizer().pixel, semantic_ids(make_tokenizer(), pixels)
     out = part(pixels, ids, quantize=False)
     assert out.codes is None
@@ -196,7 +218,9 @@ def test_before_quantisation_the_vectors_themselves_are_decoded(make_tokenizer: 
     assert float((after.pixels - out.pixels).abs().mean()) < float(out.pixels.abs().mean())
 
 
-def test_started_codebooks_lower_the_quantisation_error(make_tokenizer: Make, pixels: Tensor) -> None:
+def test_started_codebooks_lower_the_quantisation_error(
+    make_tokenizer: Make, pixels: Tensor
+) -> None:
     for guidance in (True, False):
         tokenizer = make_tokenizer(guidance)
         ids = semantic_ids(tokenizer, pixels) if guidance else None
@@ -205,7 +229,9 @@ def test_started_codebooks_lower_the_quantisation_error(make_tokenizer: Make, pi
         assert tokenizer.pixel(pixels, ids).vq_loss < 0.5 * before.vq_loss
 
 
-def test_a_replaced_decoder_is_all_that_trains(make_tokenizer: Make, pixels: Tensor, tmp_path: Path) -> None:
+def test_a_replaced_decoder_is_all_that_trains(
+    make_tokenizer: Make, pixels: Tensor, tmp_path: Path
+) -> None:
     tokenizer = make_tokenizer()
     part, codes = tokenizer.pixel.requires_grad_(True), tokenizer.encode(pixels)
     rest = {n: t.clone() for n, t in part.state_dict().items() if not n.startswith("decoder.")}
@@ -223,7 +249,9 @@ def test_a_replaced_decoder_is_all_that_trains(make_tokenizer: Make, pixels: Ten
     assert torch.equal(load_tokenizer(tmp_path).decode(codes), tokenizer.decode(codes))
 
 
-def test_guidance_and_its_options_are_checked(section: Callable[..., object], encoder: VisionEncoder) -> None:
+def test_guidance_and_its_options_are_checked(
+    section: Callable[..., object], encoder: VisionEncoder
+) -> None:
     settings = section(guidance=False, semantic_only_decoder=True)
     with pytest.raises(ConfigError, match="semantic_only_decoder"):
         PixelTokenizer(settings.pixel, None, 32, (4, 4), num_codes=4)
@@ -235,7 +263,12 @@ def test_guidance_and_its_options_are_checked(section: Callable[..., object], en
     with pytest.raises(ConfigError, match="neither"):
         SemHiTok(section(), part, None, encoder)
     with pytest.raises(ConfigError, match="64 px"):
-        SemHiTok(section(), PixelTokenizer(section().pixel, torch.randn(10, 6), 64, (4, 4)), semantic_of(), encoder)
+        SemHiTok(
+            section(),
+            PixelTokenizer(section().pixel, torch.randn(10, 6), 64, (4, 4)),
+            semantic_of(),
+            encoder,
+        )
 
 
 def test_bf16_training_keeps_codes_exact(make_tokenizer: Make, pixels: Tensor) -> None:
@@ -249,7 +282,11 @@ def test_bf16_training_keeps_codes_exact(make_tokenizer: Make, pixels: Tensor) -
     assert torch.equal(codes, part.semantic_codes)
     assert out.pixels.dtype == torch.bfloat16
     assert out.vq_loss.dtype == torch.float32
-    loss, _, _stats = tokenizer.semantic.to(torch.bfloat16).requires_grad_(True).train()(tokenizer.encoder(pixels))
+    loss, _, _stats = (
+        tokenizer.semantic.to(torch.bfloat16)
+        .requires_grad_(True)
+        .train()(tokenizer.encoder(pixels))
+    )
     loss.backward()
     assert loss.dtype == torch.float32
 
@@ -258,7 +295,9 @@ def test_bf16_training_keeps_codes_exact(make_tokenizer: Make, pixels: Tensor) -
 
 
 @pytest.mark.parametrize("guidance", [True, False])
-def test_codes_shapes_ranges_and_determinism(guidance: bool, make_tokenizer: Make, pixels: Tensor) -> None:
+def test_codes_shapes_ranges_and_determinism(
+    guidance: bool, make_tokenizer: Make, pixels: Tensor
+) -> None:
     tokenizer = make_tokenizer(guidance)
     codes = tokenizer.encode(pixels)
     assert codes.dtype == torch.int64
@@ -277,7 +316,9 @@ def test_codes_shapes_ranges_and_determinism(guidance: bool, make_tokenizer: Mak
     assert not tokenizer.train().training
 
 
-def test_flat_codes_hold_the_semantic_code_and_embed_is_both_vectors(make_tokenizer: Make, pixels: Tensor) -> None:
+def test_flat_codes_hold_the_semantic_code_and_embed_is_both_vectors(
+    make_tokenizer: Make, pixels: Tensor
+) -> None:
     tokenizer = make_tokenizer()
     codes, i = tokenizer.encode(pixels), semantic_ids(tokenizer, pixels)
     assert torch.equal(codes // 3, i)
@@ -285,7 +326,9 @@ def test_flat_codes_hold_the_semantic_code_and_embed_is_both_vectors(make_tokeni
     assert tokenizer.embed_splits == (6, 4)
     assert vectors.shape == (3, 16, 10)
     assert torch.equal(vectors[..., :6], tokenizer.semantic.codes[i])
-    assert torch.equal(vectors[..., 6:], tokenizer.pixel.codebook.codes.view(10, 3, 4)[i, codes % 3])
+    assert torch.equal(
+        vectors[..., 6:], tokenizer.pixel.codebook.codes.view(10, 3, 4)[i, codes % 3]
+    )
     assert torch.equal(tokenizer.code_vectors()[codes], vectors)
 
 
@@ -307,7 +350,9 @@ def test_decode_looks_at_both_halves(make_tokenizer: Make, pixels: Tensor) -> No
     codes = tokenizer.encode(pixels)
     other_sub = codes // 3 * 3 + (codes + 1) % 3
     assert not torch.equal(tokenizer.decode(codes), tokenizer.decode(other_sub))
-    assert torch.equal(tokenizer.decode_semantic_only(codes), tokenizer.decode_semantic_only(other_sub))
+    assert torch.equal(
+        tokenizer.decode_semantic_only(codes), tokenizer.decode_semantic_only(other_sub)
+    )
     assert not torch.equal(tokenizer.decode(codes), tokenizer.decode((codes + 3) % 30))
     with pytest.raises(ConfigError, match="semantic_only_decoder"):
         make_tokenizer().decode_semantic_only(codes)
@@ -348,7 +393,9 @@ def test_saved_and_loaded_is_bit_identical_and_stands_alone(
 def test_saved_to_a_url(make_tokenizer: Make, pixels: Tensor) -> None:
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained("memory://store/run/tokenizer")
-    assert torch.equal(load_tokenizer("memory://store/run/tokenizer").encode(pixels), tokenizer.encode(pixels))
+    assert torch.equal(
+        load_tokenizer("memory://store/run/tokenizer").encode(pixels), tokenizer.encode(pixels)
+    )
 
 
 @pytest.mark.parametrize(
@@ -393,7 +440,11 @@ def test_what_is_no_tokenizer_is_told(make_tokenizer: Make, tmp_path: Path) -> N
     with pytest.raises(ArtifactError, match="is missing"):
         load_tokenizer(tmp_path)
     config = tmp_path / "config.json"
-    for text, said in (('{"model_type": "qwen2"}', "None"), ('{"system": "other"}', "'other'"), ("[1]", "list")):
+    for text, said in (
+        ('{"model_type": "qwen2"}', "None"),
+        ('{"system": "other"}', "'other'"),
+        ("[1]", "list"),
+    ):
         config.write_text(text)
         with pytest.raises(ArtifactError, match=said):
             load_tokenizer(tmp_path)

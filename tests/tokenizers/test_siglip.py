@@ -37,10 +37,17 @@ def test_starts_with_the_papers_scale_and_bias_and_the_sizes_asked_for() -> None
     assert float(model.logit_bias.detach()) == -10
     positions = model.vision_model.embeddings.position_embedding.weight.detach().view(4, 4, 24)
     assert torch.equal(positions[:, 0, :12], positions[:, 3, :12]), "the first half codes the row"
-    assert torch.equal(positions[1, :, 12:], positions[2, :, 12:]), "the second half codes the column"
+    assert torch.equal(positions[1, :, 12:], positions[2, :, 12:]), (
+        "the second half codes the column"
+    )
     assert len(positions.view(16, 24).unique(dim=0)) == 16
     vision, text = model.config.vision_config, model.config.text_config
-    assert (vision.image_size, vision.patch_size, vision.hidden_size, vision.num_hidden_layers) == (32, 8, 24, 1)
+    assert (vision.image_size, vision.patch_size, vision.hidden_size, vision.num_hidden_layers) == (
+        32,
+        8,
+        24,
+        1,
+    )
     assert (text.vocab_size, text.max_position_embeddings, text.pad_token_id) == (11, 4, 0)
 
 
@@ -65,8 +72,12 @@ def test_gradients_averaged_over_two_ranks_equal_those_of_the_whole_batch() -> N
     loss, _ = whole(pixels, ids)
     loss.backward()
     expected = {name: p.grad.clone() for name, p in whole.named_parameters()}
-    image = torch.nn.functional.normalize(whole.model.vision_model(pixel_values=pixels).pooler_output, dim=-1).detach()
-    text = torch.nn.functional.normalize(whole.model.text_model(input_ids=ids).pooler_output, dim=-1).detach()
+    image = torch.nn.functional.normalize(
+        whole.model.vision_model(pixel_values=pixels).pooler_output, dim=-1
+    ).detach()
+    text = torch.nn.functional.normalize(
+        whole.model.text_model(input_ids=ids).pooler_output, dim=-1
+    ).detach()
 
     def gatherer() -> Callable[[Tensor], Tensor]:
         calls = iter([ids, text, image])

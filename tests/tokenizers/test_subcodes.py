@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from smalti.tokenizers.subcodes import FlatCodebook, SubCodebooks, flatten_codes, grouped_kmeans, split_codes, vq_loss
+from smalti.tokenizers.subcodes import (
+    FlatCodebook,
+    SubCodebooks,
+    flatten_codes,
+    grouped_kmeans,
+    split_codes,
+    vq_loss,
+)
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -24,7 +31,9 @@ def masked_flat_search(p: Tensor, i: Tensor, codes: Tensor, num_sub: int) -> Ten
 
 @given(st.integers(1, 12), st.integers(1, 9), st.integers(1, 6), st.integers(0, 2**31))
 @settings(max_examples=40, deadline=None)
-def test_gathered_lookup_equals_the_masked_flat_search(num_semantic: int, num_sub: int, dim: int, seed: int) -> None:
+def test_gathered_lookup_equals_the_masked_flat_search(
+    num_semantic: int, num_sub: int, dim: int, seed: int
+) -> None:
     torch.manual_seed(seed)
     book = SubCodebooks(num_semantic, num_sub, dim)
     p, i = torch.randn(50, dim), torch.randint(0, num_semantic, (50,))
@@ -39,15 +48,23 @@ def test_ties_take_the_lowest_sub_code() -> None:
 
 
 @given(st.integers(1, 200_000), st.integers(1, 64), st.data())
-def test_flat_ids_and_pairs_are_one_to_one(num_semantic: int, num_sub: int, data: st.DataObject) -> None:
-    t = torch.tensor(data.draw(st.lists(st.integers(0, num_semantic * num_sub - 1), min_size=1, max_size=20)))
+def test_flat_ids_and_pairs_are_one_to_one(
+    num_semantic: int, num_sub: int, data: st.DataObject
+) -> None:
+    t = torch.tensor(
+        data.draw(st.lists(st.integers(0, num_semantic * num_sub - 1), min_size=1, max_size=20))
+    )
     i, j = split_codes(t, num_sub)
-    assert bool((i >= 0).all() and (i < num_semantic).all() and (j >= 0).all() and (j < num_sub).all())
+    assert bool(
+        (i >= 0).all() and (i < num_semantic).all() and (j >= 0).all() and (j < num_sub).all()
+    )
     assert torch.equal(flatten_codes(i, j, num_sub), t)
 
 
 @given(st.integers(1, 1000), st.integers(1, 64), st.data())
-def test_pairs_and_flat_ids_are_one_to_one(num_semantic: int, num_sub: int, data: st.DataObject) -> None:
+def test_pairs_and_flat_ids_are_one_to_one(
+    num_semantic: int, num_sub: int, data: st.DataObject
+) -> None:
     i = torch.tensor([data.draw(st.integers(0, num_semantic - 1))])
     j = torch.tensor([data.draw(st.integers(0, num_sub - 1))])
     back = split_codes(flatten_codes(i, j, num_sub), num_sub)
@@ -101,12 +118,17 @@ def test_start_of_codes_seen_seldom_or_never_is_near_and_distinct() -> None:
     assert bool(torch.isfinite(rows).all())
     for code in range(3):
         assert len(rows[code].unique(dim=0)) == 4
-    assert float((rows[1].mean(0) - p[:2].mean(0)).norm()) < 3, "a rare code starts at its own vectors"
+    assert float((rows[1].mean(0) - p[:2].mean(0)).norm()) < 3, (
+        "a rare code starts at its own vectors"
+    )
     assert float(rows[2].norm(dim=-1).max()) < 10, "a code never seen starts at the mean of all"
 
 
 def test_start_is_deterministic_and_checks_its_input() -> None:
-    p, i = torch.randn(100, 3, generator=seeded(0)), torch.randint(0, 6, (100,), generator=seeded(1))
+    p, i = (
+        torch.randn(100, 3, generator=seeded(0)),
+        torch.randint(0, 6, (100,), generator=seeded(1)),
+    )
     left, right = SubCodebooks(6, 2, 3), SubCodebooks(6, 2, 3)
     left.init_from(p, i, seeded(4))
     right.init_from(p, i, seeded(4))
@@ -137,7 +159,9 @@ def test_flat_codebook_searches_every_row_and_starts_from_data() -> None:
     book = FlatCodebook(20, 3)
     p = torch.randn(2, 30, 3)
     out = book(p)
-    assert torch.equal(out.ids.flatten(), torch.cdist(p.view(-1, 3).double(), book.codes.double()).argmin(-1))
+    assert torch.equal(
+        out.ids.flatten(), torch.cdist(p.view(-1, 3).double(), book.codes.double()).argmin(-1)
+    )
     before = vq_loss(p, out.q, 0.25)
     book.init_from(p.view(-1, 3), None, seeded(0))
     after = book(p)

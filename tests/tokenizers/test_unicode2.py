@@ -27,23 +27,31 @@ def make(encoder: VisionEncoder, pixels: Tensor) -> Make:
 
     def made(probes: Probes | None = None, **options: bool) -> Unicode2:
         features_NC = encoder(pixels).flatten(0, 1)[:40]
-        codes_KC = features_NC + 0.01 * torch.randn(40, encoder.dim, generator=torch.Generator().manual_seed(1))
+        codes_KC = features_NC + 0.01 * torch.randn(
+            40, encoder.dim, generator=torch.Generator().manual_seed(1)
+        )
         if options.get("spherical"):
             codes_KC = torch.nn.functional.normalize(codes_KC, dim=-1)
         cells_PC = codes_KC.unflatten(0, (5, 8)).mean(1)
-        return Unicode2(encoder, CodeIndex(codes_KC, cells_PC, torch.arange(40) // 8, probes), **options)
+        return Unicode2(
+            encoder, CodeIndex(codes_KC, cells_PC, torch.arange(40) // 8, probes), **options
+        )
 
     return made
 
 
-def test_a_code_is_the_nearest_to_its_patch(make: Make, encoder: VisionEncoder, pixels: Tensor) -> None:
+def test_a_code_is_the_nearest_to_its_patch(
+    make: Make, encoder: VisionEncoder, pixels: Tensor
+) -> None:
     tokenizer = make()
     codes_BT = tokenizer.encode(pixels)
     features_NC = encoder(pixels).flatten(0, 1)
     expected_N = torch.cdist(features_NC.double(), tokenizer.code_vectors().double()).argmin(-1)
     assert codes_BT.shape == (3, tokenizer.num_tokens) and codes_BT.dtype == torch.int64
     assert torch.equal(codes_BT.flatten(), expected_N)
-    assert torch.equal(codes_BT.flatten()[:40], torch.arange(40)), "each of 40 planted patches has its own code"
+    assert torch.equal(codes_BT.flatten()[:40], torch.arange(40)), (
+        "each of 40 planted patches has its own code"
+    )
     assert torch.equal(tokenizer.embed(codes_BT), tokenizer.code_vectors()[codes_BT])
     assert tokenizer.embed_splits == (encoder.dim,) and tokenizer.num_codes == 40
     assert tokenizer.encode(pixels[:0]).shape == (0, 16)
@@ -83,7 +91,9 @@ def test_saved_and_loaded_it_gives_the_same_codes(make: Make, pixels: Tensor, pl
     loaded = load_tokenizer(place)
     assert isinstance(loaded, Unicode2) and loaded.probes == tokenizer.probes and loaded.spherical
     assert torch.equal(loaded.encode(pixels), tokenizer.encode(pixels))
-    assert torch.equal(loaded.to(torch.float64).to(torch.float32).encode(pixels), tokenizer.encode(pixels))
+    assert torch.equal(
+        loaded.to(torch.float64).to(torch.float32).encode(pixels), tokenizer.encode(pixels)
+    )
     config = storage.read_json(storage.join(place, "config.json"))
     assert config["num_codes"] == 40 and config["grid"] == [4, 4] and config["system"] == "unicode2"
 

@@ -57,10 +57,15 @@ def test_attention_mixes_all_tokens_of_an_image_and_no_other_image() -> None:
     assert not x.grad[1].any()
 
 
-@pytest.mark.parametrize(("image_size", "side", "patch"), [(224, 16, 14), (256, 16, 16), (384, 27, 14), (64, 8, 8)])
+@pytest.mark.parametrize(
+    ("image_size", "side", "patch"), [(224, 16, 14), (256, 16, 16), (384, 27, 14), (64, 8, 8)]
+)
 def test_published_sizes(image_size: int, side: int, patch: int) -> None:
     assert working_patch(image_size, (side, side)) == patch
-    encoder, decoder = VitEncoder(image_size, (side, side), TINY, 4), PixelDecoder(image_size, (side, side), TINY, (4,))
+    encoder, decoder = (
+        VitEncoder(image_size, (side, side), TINY, 4),
+        PixelDecoder(image_size, (side, side), TINY, (4,)),
+    )
     p = encoder(torch.zeros(1, 3, image_size, image_size))
     assert p.shape == (1, side * side, 4)
     assert decoder(p).shape == (1, 3, image_size, image_size)
@@ -75,7 +80,9 @@ def test_a_decoder_of_two_parts_reads_the_second() -> None:
     decoder = PixelDecoder(16, (2, 2), TINY, (3, 5))
     first, second = torch.randn(1, 4, 3), torch.randn(1, 4, 5)
     assert decoder(first, second).shape == (1, 3, 16, 16)
-    assert not torch.allclose(decoder(first, second), decoder(first + 1, second)), "the first part is attended to"
+    assert not torch.allclose(decoder(first, second), decoder(first + 1, second)), (
+        "the first part is attended to"
+    )
     with pytest.raises(ValueError, match="1 parts"):
         decoder(first)
 

@@ -43,7 +43,9 @@ def serve(tmp_path: Path) -> Iterator[Callable[[type[http.server.SimpleHTTPReque
 def inline(monkeypatch: pytest.MonkeyPatch) -> None:
     """The corpus stage's workers in this process, one after the other: for what does not depend on Ray."""
 
-    def here(items: Any, worker: Any, args: Any, resources: Any, *, model: bool, tally: Any) -> Iterator[Any]:
+    def here(
+        items: Any, worker: Any, args: Any, resources: Any, *, model: bool, tally: Any
+    ) -> Iterator[Any]:
         made = worker(*args)
         for item in items:
             result = made.work(made.read(item))
@@ -54,7 +56,9 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus, "ensure_ray", lambda recipe: nullcontext())
 
 
-def _rank(work: Callable[..., Any], arguments: tuple[Any, ...], store: str, rank: int, world_size: int) -> Any:
+def _rank(
+    work: Callable[..., Any], arguments: tuple[Any, ...], store: str, rank: int, world_size: int
+) -> Any:
     import torch.distributed as dist
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
@@ -66,7 +70,9 @@ def _rank(work: Callable[..., Any], arguments: tuple[Any, ...], store: str, rank
         dist.destroy_process_group()
 
 
-def _fork(work: Callable[..., Any], arguments: tuple[Any, ...], store: str, world_size: int) -> list[Any]:
+def _fork(
+    work: Callable[..., Any], arguments: tuple[Any, ...], store: str, world_size: int
+) -> list[Any]:
     """In the process that is kept for it: DeepSpeed is imported once, not in each of its children."""
     from smalti.workflows.train import engines
 

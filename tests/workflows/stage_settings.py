@@ -35,7 +35,10 @@ CASES = {
     ],
     "semhitok-256": [[], ["mllm.lora.rank=8", "corpus.source=/data/x", "encoder.train=null"]],
     "dualtoken-384": [[], ["tokenizer.encoder_precision=fp32"]],
-    "unicode2-500k": [[], ["features.source=/data/y", "bridge.decoder=/x/sd", "codebook.spherical=true"]],
+    "unicode2-500k": [
+        [],
+        ["features.source=/data/y", "bridge.decoder=/x/sd", "codebook.spherical=true"],
+    ],
 }
 
 
@@ -45,16 +48,22 @@ class CapturedError(Exception):
 
 def artifact(recipe: Recipe, name: str) -> Any:
     """A parent that nothing looks into."""
-    return SimpleNamespace(path=f"/x/{name}", config={"pretrained": "/x/siglip"}, counts={"codes": 10})
+    return SimpleNamespace(
+        path=f"/x/{name}", config={"pretrained": "/x/siglip"}, counts={"codes": 10}
+    )
 
 
 def settings(recipe: Recipe) -> dict[str, str]:
     """Digest of kind, config and names of the parents, by stage."""
     found: dict[str, str] = {}
 
-    def capture(recipe: Recipe, name: str, kind: str, config: Any, parents: Any, body: Any, **more: Any) -> Any:
+    def capture(
+        recipe: Recipe, name: str, kind: str, config: Any, parents: Any, body: Any, **more: Any
+    ) -> Any:
         text = json.dumps({"config": config, "parents": sorted(parents)}, sort_keys=True)
-        found[name if name.startswith("tokenizer/") else stage] = hashlib.sha256(text.encode()).hexdigest()[:16]
+        found[name if name.startswith("tokenizer/") else stage] = hashlib.sha256(
+            text.encode()
+        ).hexdigest()[:16]
         if name.startswith("tokenizer/"):
             return artifact(recipe, name)
         raise CapturedError
@@ -82,7 +91,13 @@ def _phases(recipe: Recipe) -> None:
     made: Any = kind.__new__(kind)  # without the encoder and the corpus that __init__ opens
     made.run, made.recipe, made.section = SimpleNamespace(tracker=None), recipe, recipe.tokenizer
     made.parents = {name: artifact(recipe, name) for name in ("corpus", "encoder", "codebook")}
-    made.encoder, made.grid, made.dim, made.keys, made.sizes = "/x/siglip", (4, 4), 16, ["train/0"], [5]
+    made.encoder, made.grid, made.dim, made.keys, made.sizes = (
+        "/x/siglip",
+        (4, 4),
+        16,
+        ["train/0"],
+        [5],
+    )
     made.semantic_codes = made.num_codes = recipe.codebook.size
     if recipe.system == "dualtoken":
         dualtoken.train(made)
@@ -94,5 +109,13 @@ def _phases(recipe: Recipe) -> None:
 
 
 if __name__ == "__main__":
-    cases = {" ".join([name, *more]): load_recipe(name, more) for name, lists in CASES.items() for more in lists}
-    print(json.dumps({name: settings(recipe) for name, recipe in cases.items()}, indent=1, sort_keys=True))
+    cases = {
+        " ".join([name, *more]): load_recipe(name, more)
+        for name, lists in CASES.items()
+        for more in lists
+    }
+    print(
+        json.dumps(
+            {name: settings(recipe) for name, recipe in cases.items()}, indent=1, sort_keys=True
+        )
+    )

@@ -54,7 +54,9 @@ def tokens(tmp_path: Path) -> str:
     columns = {"image_id": list("abcd"), "caption": CAPTIONS, "label": [None] * 4, "qa": [[]] * 4}
     arrays = {name: pa.array(column, schema.field(name).type) for name, column in columns.items()}
     arrays["codes"] = shards.list_column(codes_BT)
-    shards.write_shard(str(tmp_path / "tokens"), "train/00000", pa.table([arrays[n] for n in schema.names], schema))
+    shards.write_shard(
+        str(tmp_path / "tokens"), "train/00000", pa.table([arrays[n] for n in schema.names], schema)
+    )
     return str(tmp_path / "tokens")
 
 
@@ -62,7 +64,10 @@ def tokens(tmp_path: Path) -> str:
 def task(tokens: str, decoder: str, tmp_path: Path) -> BridgeTask:
     """Set up on this process, with random code vectors."""
     (tmp_path / "bridge").mkdir()
-    save_file({"codes": torch.randn(K, C, generator=torch.Generator().manual_seed(0))}, tmp_path / "bridge" / CODES)
+    save_file(
+        {"codes": torch.randn(K, C, generator=torch.Generator().manual_seed(0))},
+        tmp_path / "bridge" / CODES,
+    )
     section = BridgeSection(decoder=decoder, width=16, layers=1, heads=2, steps=2, train=TRAIN)
     keys, sizes = bridge.captioned(tokens)
     assert sizes == [3]
@@ -120,17 +125,25 @@ class Codes:
 
 
 def language_model(visual: object = None):
-    size = LanguageModel(hidden_size=32, layers=1, heads=2, kv_heads=1, intermediate_size=32, text_vocab_size=290)
+    size = LanguageModel(
+        hidden_size=32, layers=1, heads=2, kv_heads=1, intermediate_size=32, text_vocab_size=290
+    )
     hf_tokenizer = train_bpe(["a red circle"] * 3, 290)
-    return build_unified(MllmSection(config=size, adapter="cascade"), hf_tokenizer, visual or Codes()), hf_tokenizer
+    return build_unified(
+        MllmSection(config=size, adapter="cascade"), hf_tokenizer, visual or Codes()
+    ), hf_tokenizer
 
 
 @pytest.fixture
 def exported(task: BridgeTask, tmp_path: Path) -> str:
     """An export of a UniCode² whose bridge leads to the tiny decoder."""
-    size = EncoderTrain(patch_size=8, hidden_size=C * 4, layers=1, heads=2, text_layers=1, text_length=6)
+    size = EncoderTrain(
+        patch_size=8, hidden_size=C * 4, layers=1, heads=2, text_layers=1, text_length=6
+    )
     build_siglip(size, 32, 40, 0, 1).save_pretrained(tmp_path / "siglip")
-    visual = Unicode2(VisionEncoder.from_pretrained(str(tmp_path / "siglip")), CodeIndex(torch.randn(K, C * 4)))
+    visual = Unicode2(
+        VisionEncoder.from_pretrained(str(tmp_path / "siglip")), CodeIndex(torch.randn(K, C * 4))
+    )
     visual.save_pretrained(tmp_path / "visual")
     model, hf_tokenizer = language_model(visual)
     export(model, hf_tokenizer, str(tmp_path / "visual"), str(tmp_path / "export"))
@@ -152,7 +165,9 @@ def test_an_export_with_a_bridge_draws_where_diffusers_is_installed(exported: st
     assert drawn[0].tobytes() != model.generate(["a red circle"], seed=4)[0].tobytes()
 
 
-def test_tokens_without_captions_are_told(tokens: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_without_captions_are_told(
+    tokens: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("smalti.workflows.train.tasks.mllm.caption_of", lambda row: "")
     with pytest.raises(DataError, match="has a caption"):
         bridge.captioned(tokens)
@@ -162,9 +177,17 @@ def test_tokens_without_captions_are_told(tokens: str, tmp_path: Path, monkeypat
     ("overrides", "told"),
     [
         (["bridge.decoder=x"], "system=semhitok with mllm.adapter=dual"),
-        (["system=unicode2", "bridge.decoder=x", "mllm.adapter=single"], "system=unicode2, mllm.adapter=cascade"),
         (
-            ["system=unicode2", "bridge.decoder=x", "bridge.train.batch_size=5", "resources.workers=2"],
+            ["system=unicode2", "bridge.decoder=x", "mllm.adapter=single"],
+            "system=unicode2, mllm.adapter=cascade",
+        ),
+        (
+            [
+                "system=unicode2",
+                "bridge.decoder=x",
+                "bridge.train.batch_size=5",
+                "resources.workers=2",
+            ],
             "bridge: train.batch_size=5",
         ),
     ],
@@ -178,9 +201,17 @@ def test_bridges_that_cannot_be_built_are_refused_before_the_first_stage(
     assert not (tmp_path / "out").exists()
 
 
-def test_it_is_a_stage_of_recipes_that_have_it_and_is_planned(decoder: str, task: BridgeTask) -> None:
-    own = ["system=unicode2", "encoder.train={patch_size: 8, hidden_size: 24}", "corpus.image_size=32"]
-    recipe = load_recipe(None, [*own, f"bridge={{decoder: {decoder}, width: 16, layers: 1, heads: 2}}"])
+def test_it_is_a_stage_of_recipes_that_have_it_and_is_planned(
+    decoder: str, task: BridgeTask
+) -> None:
+    own = [
+        "system=unicode2",
+        "encoder.train={patch_size: 8, hidden_size: 24}",
+        "corpus.image_size=32",
+    ]
+    recipe = load_recipe(
+        None, [*own, f"bridge={{decoder: {decoder}, width: 16, layers: 1, heads: 2}}"]
+    )
     assert stages_of(recipe)[-3:] == ["bridge", "export", "evaluate"]
     assert "bridge" not in stages_of(load_recipe(None, own))
     planned = {model.name: model for model in system_of(recipe).planned_models(recipe)}["bridge"]

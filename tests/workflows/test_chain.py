@@ -39,20 +39,35 @@ def command(recipe: str, out: Path, *overrides: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    return {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "RAY_AUTH_MODE")}
+    return {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("RAY_ADDRESS", "RAY_AUTH_MODE")
+    }
 
 
 def run(recipe: str, out: Path, *overrides: str) -> Path:
     """The finished output folder of a smoke run."""
-    done = subprocess.run(command(recipe, out, *overrides), cwd=ROOT, env=environment(), capture_output=True, text=True)
+    done = subprocess.run(
+        command(recipe, out, *overrides),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     return out.with_name(out.name + "-smoke")
 
 
 def contents(artifact: Path) -> dict[str, str]:
     """Hash of every file of an artifact, but for records of times and figures made from them."""
-    files = (path for path in sorted(artifact.rglob("*")) if path.is_file() and path.name not in RECORDS)
-    return {str(path.relative_to(artifact)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    files = (
+        path for path in sorted(artifact.rglob("*")) if path.is_file() and path.name not in RECORDS
+    )
+    return {
+        str(path.relative_to(artifact)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
 
 
 def _fork(arguments: list[str], told: str) -> int:
@@ -118,7 +133,9 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("recipe", [name for name in RECIPES if "-quickstart" not in name and name != "semhitok-256"])
+@pytest.mark.parametrize(
+    "recipe", [name for name in RECIPES if "-quickstart" not in name and name != "semhitok-256"]
+)
 def test_smoke_of_a_recipe(start: Any, recipe: str, tmp_path: Path) -> None:
     """semhitok-256: as a job, in test_jobs.py. Quickstarts: below, and in test_chain_checks.py."""
     running = start(command(recipe, tmp_path / "out"), tmp_path / "told")
@@ -133,7 +150,16 @@ def test_a_whole_run_leaves_every_artifact_and_the_report(unbroken: Path) -> Non
         record = json.loads((unbroken / stage / "artifact.json").read_text())
         assert record["fingerprint"]
     report = json.loads((unbroken / "report.json").read_text())
-    assert {"name", "version", "recipe", "machine", "started", "seconds", "stages", "scores"} <= set(report)
+    assert {
+        "name",
+        "version",
+        "recipe",
+        "machine",
+        "started",
+        "seconds",
+        "stages",
+        "scores",
+    } <= set(report)
     assert all(entry["n"] > 0 for entry in report["scores"].values())
     assert "pixel_codes" in report["scores"]["qa/accuracy"]["baseline"]
     assert (unbroken / "mlflow.db").is_file()
@@ -158,7 +184,9 @@ def kill_in(stage: str, running: Running) -> None:
     """SIGKILL the chain some moments after `stage` began (or went on, where a kill came late before)."""
     begun = re.compile(rf"^{stage}: (starting|resuming) ", re.MULTILINE)
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not begun.search(running.text()) and running.ended() is None:
+    while (
+        time.monotonic() < deadline and not begun.search(running.text()) and running.ended() is None
+    ):
         time.sleep(0.1)
     assert begun.search(running.text()), f"{stage} did not start: {running.text()[-3000:]}"
     time.sleep(0.7)
@@ -167,7 +195,9 @@ def kill_in(stage: str, running: Running) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_a_run_killed_in_every_stage_ends_with_the_same_artifacts(unbroken: Path, start: Any, tmp_path: Path) -> None:
+def test_a_run_killed_in_every_stage_ends_with_the_same_artifacts(
+    unbroken: Path, start: Any, tmp_path: Path
+) -> None:
     recipe = load_recipe(find_recipe("semhitok-quickstart"))
     out, broken = tmp_path / "out", tmp_path / "out-smoke"
     whole_command = command("semhitok-quickstart", out, "baselines={}")
@@ -178,7 +208,10 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_artifacts(unbroken: Path
     for stage in stages_of(recipe)[:-1]:
         assert contents(broken / stage) == contents(unbroken / stage), stage
     values = [
-        {name: score["value"] for name, score in json.loads((folder / "report.json").read_text())["scores"].items()}
+        {
+            name: score["value"]
+            for name, score in json.loads((folder / "report.json").read_text())["scores"].items()
+        }
         for folder in (broken, unbroken)
     ]
     assert values[0] == values[1]
@@ -189,4 +222,6 @@ def test_a_baseline_shares_what_is_the_same() -> None:
     baseline = baseline_recipe(recipe, "pixel_codes")
     assert baseline.share == ["here"] and baseline.out == "here/baselines/pixel_codes"
     assert not baseline.tokenizer.guidance and baseline.mllm.train == recipe.mllm.train
-    assert stages_of(baseline) == [name for name in stages_of(recipe) if name not in ("features", "codebook")]
+    assert stages_of(baseline) == [
+        name for name in stages_of(recipe) if name not in ("features", "codebook")
+    ]

@@ -44,11 +44,16 @@ def test_a_stage_alone_needs_its_own_keys_only(tmp_path: Path) -> None:
 
 def test_a_stage_that_the_system_has_not_is_told_with_its_chain() -> None:
     recipe = load_recipe("dualtoken-384")
-    with pytest.raises(ConfigError, match="has no stage codebook: its chain is corpus → encoder → tokenizer → tokens"):
+    with pytest.raises(
+        ConfigError,
+        match="has no stage codebook: its chain is corpus → encoder → tokenizer → tokens",
+    ):
         run_recipe(recipe, only="codebook")
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in recipes_folder().glob("*-quickstart.yaml")))
+@pytest.mark.parametrize(
+    "name", sorted(path.stem for path in recipes_folder().glob("*-quickstart.yaml"))
+)
 def test_a_quickstart_passes_its_checks_and_shrinks(name: str, tmp_path: Path) -> None:
     """Its stages run in the smoke of the larger recipe of its system, which has the same phases."""
     recipe = load_recipe(name, [f"out={tmp_path}/out"])
@@ -58,9 +63,13 @@ def test_a_quickstart_passes_its_checks_and_shrinks(name: str, tmp_path: Path) -
     assert chain.stages_of(small) == chain.stages_of(recipe)
 
 
-def test_a_bridge_without_its_section_is_refused_before_ray_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bridge_without_its_section_is_refused_before_ray_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(chain, "ensure_ray", lambda recipe: pytest.fail("Ray was started"))
-    with pytest.raises(ConfigError, match=r"bridge\.decoder is not set: name a text-to-image pipeline"):
+    with pytest.raises(
+        ConfigError, match=r"bridge\.decoder is not set: name a text-to-image pipeline"
+    ):
         run_recipe(load_recipe("unicode2-500k"), only="bridge")
 
 
@@ -70,9 +79,16 @@ def test_a_corpus_that_holds_nothing_out_ends_the_chain_before_the_training(
     monkeypatch.setattr(chain, "ensure_ray", lambda recipe: nullcontext())
     monkeypatch.setattr(corpus, "ensure_ray", lambda recipe: nullcontext())
     monkeypatch.setattr(
-        scan, "run_shards", lambda items, worker, args, resources, **more: map(worker(*args).work, items)
+        scan,
+        "run_shards",
+        lambda items, worker, args, resources, **more: map(worker(*args).work, items),
     )
-    own = ["corpus.source=generated:4", "corpus.format=auto", "corpus.val_source=null", "corpus.val_fraction=0"]
+    own = [
+        "corpus.source=generated:4",
+        "corpus.format=auto",
+        "corpus.val_source=null",
+        "corpus.val_fraction=0",
+    ]
     recipe = load_recipe("semhitok-quickstart", [f"out={tmp_path}/out", "tracking.uri=off", *own])
     with pytest.raises(DataError, match=rf"holds out no image.*remove {tmp_path}/out/corpus"):
         run_recipe(recipe)

@@ -47,12 +47,20 @@ def pictures(folder: Path, num: int) -> str:
 OFF = "tracking.uri=off"
 
 
-def test_sizes_fit_the_folder_and_what_was_asked_for_stays(chain: list[Recipe], tmp_path: Path) -> None:
+def test_sizes_fit_the_folder_and_what_was_asked_for_stays(
+    chain: list[Recipe], tmp_path: Path
+) -> None:
     images = pictures(tmp_path / "my pictures", 40)
-    quickstart.run(str(tmp_path / "out"), images, [OFF, "corpus.val_fraction=0.3", "mllm.train.batch_size=4"])
+    quickstart.run(
+        str(tmp_path / "out"), images, [OFF, "corpus.val_fraction=0.3", "mllm.train.batch_size=4"]
+    )
     (recipe,) = chain
     num_train = Artifact.load(str(tmp_path / "out" / "corpus")).counts["train"]
-    assert (recipe.corpus.source, recipe.corpus.val_source, recipe.corpus.val_fraction) == (images, None, 0.3)
+    assert (recipe.corpus.source, recipe.corpus.val_source, recipe.corpus.val_fraction) == (
+        images,
+        None,
+        0.3,
+    )
     assert recipe.mllm.train.batch_size == 4
     assert recipe.tokenizer.semantic.train.batch_size == num_train // 2 * 2
     assert recipe.codebook.size * quickstart.VECTORS_A_CODE <= num_train * 16
@@ -68,7 +76,9 @@ def test_what_cannot_be_is_told_and_can_be_mended(chain: list[Recipe], tmp_path:
     (tmp_path / "words.md").write_text("no image")
     with pytest.raises(DataError, match="neither a folder nor"):
         quickstart.run(out, str(tmp_path / "words.md"), [OFF])
-    with pytest.raises(DataError, match=rf"gave \d+ training .* needs at least 16 .* remove {out}/corpus"):
+    with pytest.raises(
+        DataError, match=rf"gave \d+ training .* needs at least 16 .* remove {out}/corpus"
+    ):
         quickstart.run(out, pictures(tmp_path / "few", 12), [OFF, "corpus.val_fraction=0.3"])
     assert not chain
 
@@ -78,7 +88,11 @@ def test_any_number_of_images_gives_batches_that_the_workers_can_share(workers: 
     recipe = load_recipe(find_recipe(quickstart.RECIPE), [f"resources.workers={workers}"])
     if workers == 3:  # whatever the recipe's own sizes are
         sections = ("encoder.train", "tokenizer.semantic", "tokenizer.pixel", "mllm")
-        recipe = load_recipe(None, [f"{section}.train.batch_size=48" for section in sections], base=recipe.model_dump())
+        recipe = load_recipe(
+            None,
+            [f"{section}.train.batch_size=48" for section in sections],
+            base=recipe.model_dump(),
+        )
     for num_images in (quickstart.MIN_IMAGES, 17, 25, 31, 33, 63, 65, 1000):
         fits = quickstart.fitted(recipe, num_images)
         tokenizer.check(fits)

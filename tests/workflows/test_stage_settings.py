@@ -22,7 +22,9 @@ BEFORE = json.loads(Path(__file__).with_name("stage_settings.json").read_text())
 
 def settings(tree: Path) -> dict[str, dict[str, str]]:
     environment = os.environ | {"PYTHONPATH": str(tree)}
-    done = subprocess.run([sys.executable, str(SCRIPT)], cwd=tree, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT)], cwd=tree, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
@@ -33,7 +35,12 @@ def test_stages_are_fingerprinted_by_what_they_were_before() -> None:
 
 def test_a_run_only_key_changes_no_fingerprint(tmp_path: Path) -> None:
     """A key for all trainings is added to a copy of the schema; a retention key once refused all finished artifacts."""
-    shutil.copytree(ROOT / "smalti", tmp_path / "smalti", symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "smalti",
+        tmp_path / "smalti",
+        symlinks=True,
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
     for room in ("tokenizers", "mllm", "workflows", "tune", "recipes"):
         (tmp_path / room).symlink_to(ROOT / room, target_is_directory=True)
     base = tmp_path / "smalti/schema/base.py"
@@ -61,8 +68,16 @@ class Outer(Section):
 
 
 def test_marks_are_read_at_any_depth() -> None:
-    assert result_settings(Outer(several=[Inner(kept=5, often=9)])) == {"inner": {"kept": 1}, "several": [{"kept": 5}]}
-    assert result_settings(Outer(newer=3, late=4)) == {"inner": {"kept": 1}, "several": [], "newer": 3, "late": 4}
+    assert result_settings(Outer(several=[Inner(kept=5, often=9)])) == {
+        "inner": {"kept": 1},
+        "several": [{"kept": 5}],
+    }
+    assert result_settings(Outer(newer=3, late=4)) == {
+        "inner": {"kept": 1},
+        "several": [],
+        "newer": 3,
+        "late": 4,
+    }
     assert result_settings(Outer(), ("inner",)) == {"several": []}
     assert "newer" in Outer().model_dump()
     assert "late" not in Outer().model_dump()

@@ -27,7 +27,10 @@ def recipe(*overrides: str) -> Recipe:
 
 DUAL = ["system=dualtoken", "encoder.layer=-2", "tokenizer.dual.pixel_layers=[2, 1]"]
 WRONG = {
-    "no weights": (["tokenizer.pixel.loss.perceptual.kind=lpips"], "tokenizer.pixel.loss.perceptual.weights"),
+    "no weights": (
+        ["tokenizer.pixel.loss.perceptual.kind=lpips"],
+        "tokenizer.pixel.loss.perceptual.weights",
+    ),
     "small for the GAN": (
         ["corpus.image_size=16", "tokenizer.pixel.loss.gan.weight=0.5"],
         "tokenizer.pixel.loss.gan.layers=3 needs images of at least 24 px",
@@ -36,8 +39,14 @@ WRONG = {
         ["tokenizer.decoder={train: {zero_stage: 3}, loss: {gan: {weight: 0.5, adaptive: true}}}"],
         "tokenizer.decoder.loss.gan.adaptive",
     ),
-    "batch of a phase": (["tokenizer.semantic.train.batch_size=5", "resources.workers=2"], "tokenizer.semantic: "),
-    "batch of the model": (["mllm.train.batch_size=5", "resources.workers=2"], "mllm: train.batch_size=5"),
+    "batch of a phase": (
+        ["tokenizer.semantic.train.batch_size=5", "resources.workers=2"],
+        "tokenizer.semantic: ",
+    ),
+    "batch of the model": (
+        ["mllm.train.batch_size=5", "resources.workers=2"],
+        "mllm: train.batch_size=5",
+    ),
     "a contrastive loss of another batch on other workers": (
         ["encoder.train={train: {batch_size: 8, micro_batch_size: 2}}", "resources.workers=[1, 2]"],
         "2 with 1 workers, 4 with 2 workers, so the curve would jump. Take train.micro_batch_size out",
@@ -49,7 +58,10 @@ WRONG = {
         ],
         "tokenizer.pixel: the adaptive weight of loss.gan sees",
     ),
-    "keys of another system": (["tokenizer.dual.depth=4"], "sets tokenizer.dual, which system: semhitok does not read"),
+    "keys of another system": (
+        ["tokenizer.dual.depth=4"],
+        "sets tokenizer.dual, which system: semhitok does not read",
+    ),
     "heads of another system": (["mllm.depth_heads.layers=2"], "mllm.depth_heads"),
     "clustering where there is none": (
         [*DUAL, "codebook.size=512"],
@@ -78,7 +90,9 @@ WRONG = {
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_a_recipe_that_would_fail_after_hours_fails_before_the_first_stage(tmp_path: Path, kind: str) -> None:
+def test_a_recipe_that_would_fail_after_hours_fails_before_the_first_stage(
+    tmp_path: Path, kind: str
+) -> None:
     overrides, named = WRONG[kind]
     with pytest.raises(ConfigError, match=named.replace(".", r"\.")):
         run_recipe(recipe(*overrides, f"out={tmp_path / 'out'}"))
@@ -96,16 +110,29 @@ def test_losses_that_sum_over_micro_batches_go_with_any_number_of_workers() -> N
 def test_weights_that_are_not_there_are_told_with_their_key(tmp_path: Path) -> None:
     weights = tmp_path / "lpips.safetensors"
     given = recipe(f"tokenizer.pixel.loss.perceptual={{kind: lpips, weights: {weights}}}")
-    with pytest.raises(ArtifactError, match=r"tokenizer\.pixel\.loss\.perceptual\.weights=.* does not exist"):
+    with pytest.raises(
+        ArtifactError, match=r"tokenizer\.pixel\.loss\.perceptual\.weights=.* does not exist"
+    ):
         check(given)
     weights.touch()
     check(given)
     with pytest.raises(ConfigError, match=r"at least 16 px, but corpus\.image_size=8"):
-        check(recipe(f"tokenizer.pixel.loss.perceptual={{kind: lpips, weights: {weights}}}", "corpus.image_size=8"))
+        check(
+            recipe(
+                f"tokenizer.pixel.loss.perceptual={{kind: lpips, weights: {weights}}}",
+                "corpus.image_size=8",
+            )
+        )
 
 
 def test_what_is_not_used_is_not_asked_for() -> None:
-    check(recipe("tokenizer.guidance=false", "tokenizer.semantic.train.batch_size=5", "resources.workers=2"))
+    check(
+        recipe(
+            "tokenizer.guidance=false",
+            "tokenizer.semantic.train.batch_size=5",
+            "resources.workers=2",
+        )
+    )
     check(recipe("tokenizer.pixel.loss.perceptual={kind: lpips, weight: 0.0}"))
 
 
@@ -121,4 +148,7 @@ def test_local_files_of_a_recipe_are_found_by_workers_that_stand_in_another_fold
     assert loss.perceptual.weights and Path(loss.perceptual.weights).is_file()
     assert model.pretrained and Path(model.pretrained).is_dir()
     assert placed(Loss(perceptual=Perceptual(weights="s3://b/l"))).perceptual.weights == "s3://b/l"
-    assert mllm.placed(MllmSection(pretrained="Qwen/Qwen2.5-7B-Instruct")).pretrained == "Qwen/Qwen2.5-7B-Instruct"
+    assert (
+        mllm.placed(MllmSection(pretrained="Qwen/Qwen2.5-7B-Instruct")).pretrained
+        == "Qwen/Qwen2.5-7B-Instruct"
+    )

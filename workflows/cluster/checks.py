@@ -59,7 +59,11 @@ def look(node: str, gpus_ray: float, marks: str, folders: Sequence[str]) -> Node
     except (SmaltiError, OSError) as error:
         wrote = str(error).splitlines()[0]
     gpus_torch, nccl = _cuda() if gpus_ray or os.path.exists(DRIVER) else (0, "")
-    local = [*(folder for folder in folders if storage.is_local(folder)), tempfile.gettempdir(), spill_folder()]
+    local = [
+        *(folder for folder in folders if storage.is_local(folder)),
+        tempfile.gettempdir(),
+        spill_folder(),
+    ]
     return NodeFacts(
         node=node,
         host=socket.gethostname(),
@@ -82,7 +86,10 @@ def spill_folder() -> str:
         words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
     except OSError:
         words = []
-    return next((word.partition("=")[2] for word in words if word.startswith("--fallback_directory=")), "/tmp/ray")
+    return next(
+        (word.partition("=")[2] for word in words if word.startswith("--fallback_directory=")),
+        "/tmp/ray",
+    )
 
 
 def _cuda() -> tuple[int, str]:
@@ -113,7 +120,9 @@ def _free(folder: str) -> int:
     return shutil.disk_usage(path).free
 
 
-def survey(out: str, folders: Sequence[str] = ()) -> tuple[list[NodeFacts], dict[str, list[str]], list[str]]:
+def survey(
+    out: str, folders: Sequence[str] = ()
+) -> tuple[list[NodeFacts], dict[str, list[str]], list[str]]:
     """Check every node of the connected cluster; the marks are removed afterwards.
 
     Args:
@@ -138,7 +147,11 @@ def survey(out: str, folders: Sequence[str] = ()) -> tuple[list[NodeFacts], dict
         unseen = {node: sorted(wrote - set(names)) for node, names in seen.items()}
     finally:
         _on_each(answered, _forget, lambda node: (marks,))
-    return list(facts.values()), {node: lost for node, lost in unseen.items() if lost}, sorted(set(gpus) - answered)
+    return (
+        list(facts.values()),
+        {node: lost for node, lost in unseen.items() if lost},
+        sorted(set(gpus) - answered),
+    )
 
 
 def wait_for_room(recipe: Recipe, most_s: float) -> tuple[float, bool]:
@@ -235,7 +248,9 @@ class Ring:
         import torch.distributed as dist
 
         limit = datetime.timedelta(seconds=TIMEOUT_S)
-        dist.init_process_group(backend, init_method=address, rank=rank, world_size=world, timeout=limit)
+        dist.init_process_group(
+            backend, init_method=address, rank=rank, world_size=world, timeout=limit
+        )
         device = torch.device("cuda" if backend == "nccl" else "cpu")
         total = torch.full((1024,), float(rank), device=device)
         dist.all_reduce(total)
@@ -259,7 +274,9 @@ def all_reduce(world: int, gpus: float) -> str:
     actors = [kind.remote() for _ in range(world)]
     try:
         address = ray.get(actors[0].address.remote(), timeout=TIMEOUT_S)
-        sums = [actor.reduce.remote(address, rank, world, backend) for rank, actor in enumerate(actors)]
+        sums = [
+            actor.reduce.remote(address, rank, world, backend) for rank, actor in enumerate(actors)
+        ]
         found = set(ray.get(sums, timeout=TIMEOUT_S))
     except Exception as error:  # of torch, of Ray, or a time-out: each is an answer
         return (str(error).strip().splitlines() or [type(error).__name__])[-1]
@@ -267,4 +284,8 @@ def all_reduce(world: int, gpus: float) -> str:
         for actor in actors:
             ray.kill(actor)
     wanted = world * (world - 1) / 2
-    return "" if found == {wanted} else f"{world} processes added up to {sorted(found)}, expected {wanted:g}"
+    return (
+        ""
+        if found == {wanted}
+        else f"{world} processes added up to {sorted(found)}, expected {wanted:g}"
+    )

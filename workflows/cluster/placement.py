@@ -59,7 +59,9 @@ class Nodes(NamedTuple):
     def room(self, bundle: Bundle) -> int:
         """How many such bundles fit, adding the largest nodes first."""
         room, left = sum(room_for(bundle, node) * node.count for node in self.up), self.most
-        for each, count in sorted(((room_for(bundle, node), node.count) for node in self.to_come), reverse=True):
+        for each, count in sorted(
+            ((room_for(bundle, node), node.count) for node in self.to_come), reverse=True
+        ):
             came = min(count, left)
             room, left = room + each * int(came), left - came
         return room
@@ -68,9 +70,13 @@ class Nodes(NamedTuple):
         """`4 x 96 CPU and 8 GPU, 1 x 0 CPU`: the nodes by what they offer."""
         counts: dict[str, int] = {}
         for node in [*self.up, *self.to_come]:
-            text = bundle_text({name: amount for name, amount in node.resources.items() if amount or name == "CPU"})
+            text = bundle_text(
+                {name: amount for name, amount in node.resources.items() if amount or name == "CPU"}
+            )
             counts[text] = counts.get(text, 0) + node.count
-        return ", ".join(f"{count} x {text}" for text, count in counts.items()) or "there are no nodes"
+        return (
+            ", ".join(f"{count} x {text}" for text, count in counts.items()) or "there are no nodes"
+        )
 
 
 def needs_of(recipe: Recipe) -> list[Need]:
@@ -82,7 +88,9 @@ def needs_of(recipe: Recipe) -> list[Need]:
     model = _bundle(resources.cpus_per_worker, resources.gpus_per_worker)
     measure = _bundle(resources.cpus_per_worker, min(1, resources.gpus_per_worker))
     data = "features, tokens" if recipe.clusters else "tokens"
-    codebook = Need("codebook", "actors", resources.actors, _bundle(1, resources.gpus_per_worker), gang=False)
+    codebook = Need(
+        "codebook", "actors", resources.actors, _bundle(1, resources.gpus_per_worker), gang=False
+    )
     return [
         Need(f"corpus, {data}", "readers", resources.readers, _bundle(1, 0), gang=False),
         Need(data, "actors", resources.actors, model, gang=False),
@@ -119,7 +127,9 @@ def with_those_to_come(alive: Sequence[Mapping[str, Any]]) -> Nodes:
         for name in [named] if named in left else [] if named else same[:1]:
             left[name] -= 1
             most -= 1
-    coming = [Node(kind.name, kind.resources, left[kind.name]) for kind in kinds if left[kind.name] > 0]
+    coming = [
+        Node(kind.name, kind.resources, left[kind.name]) for kind in kinds if left[kind.name] > 0
+    ]
     return Nodes(up, coming, max(0, most))
 
 
@@ -135,11 +145,15 @@ def _kinds() -> tuple[list[Node], float]:
     elif path.is_file():
         config = yaml.safe_load(path.read_text())
         types, head = config["available_node_types"], config["head_node_type"]
-        kinds, most = {name: kind for name, kind in types.items() if name != head}, config.get("max_workers", 2)
+        kinds, most = (
+            {name: kind for name, kind in types.items() if name != head},
+            config.get("max_workers", 2),
+        )
     else:
         return [], math.inf
     return [
-        Node(name, _offer(kind.get("resources", {})), kind.get("max_workers", most)) for name, kind in kinds.items()
+        Node(name, _offer(kind.get("resources", {})), kind.get("max_workers", most))
+        for name, kind in kinds.items()
     ], most
 
 
@@ -157,7 +171,9 @@ def _offer(resources: Bundle) -> Bundle:
 
 def room_for(bundle: Bundle, node: Node) -> int:
     """How many such bundles a node of this kind holds."""
-    return min(math.floor(node.resources.get(name, 0.0) / amount + 1e-9) for name, amount in bundle.items())
+    return min(
+        math.floor(node.resources.get(name, 0.0) / amount + 1e-9) for name, amount in bundle.items()
+    )
 
 
 def unplaceable(recipe: Recipe, nodes: Nodes) -> list[str]:
@@ -185,7 +201,9 @@ def shortages(recipe: Recipe, nodes: Nodes) -> list[str]:
     for need in needs_of(recipe):
         room = nodes.room(need.bundle)
         if not need.gang and 0 < room < need.count:
-            found.append(f"{need.stages}: room for {room} of resources.{need.key}={need.count} at once")
+            found.append(
+                f"{need.stages}: room for {room} of resources.{need.key}={need.count} at once"
+            )
     resources = recipe.resources
     group = next(need for need in needs_of(recipe) if need.gang)
     room = nodes.room(group.bundle)
@@ -210,13 +228,20 @@ def check(recipe: Recipe) -> None:
     """
     found = unplaceable(recipe, cluster_nodes())
     if found and grows_unseen():
-        log("the nodes that are up have no room yet; waiting for KubeRay's autoscaler:\n  " + "\n  ".join(found))
+        log(
+            "the nodes that are up have no room yet; waiting for KubeRay's autoscaler:\n  "
+            + "\n  ".join(found)
+        )
     elif found:
         raise ConfigError("This cluster would wait forever:\n  " + "\n  ".join(found))
 
 
 def _keys(bundle: Bundle) -> str:
-    return "resources.cpus_per_worker or resources.gpus_per_worker" if "GPU" in bundle else "resources.cpus_per_worker"
+    return (
+        "resources.cpus_per_worker or resources.gpus_per_worker"
+        if "GPU" in bundle
+        else "resources.cpus_per_worker"
+    )
 
 
 def bundle_text(bundle: Bundle) -> str:

@@ -45,7 +45,9 @@ def ensure_ray(recipe: Recipe, *, placed: bool = True) -> Iterator[None]:
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
     if not recipe.resources.gpus_per_worker:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers loads DeepSpeed, which warns if it has to guess
+        os.environ.setdefault(
+            "DS_ACCELERATOR", "cpu"
+        )  # transformers loads DeepSpeed, which warns if it has to guess
     import ray
 
     if ray.is_initialized():
@@ -102,7 +104,9 @@ def want_gpus(gpus_a_worker: float) -> None:
 def checkout_root() -> str | None:
     """Root of the checkout, for the workers' path; None for an installed wheel."""
     root = Path(smalti.__file__).resolve().parent.parent
-    return str(root) if (root / "pyproject.toml").exists() and (root / "workflows").is_dir() else None
+    return (
+        str(root) if (root / "pyproject.toml").exists() and (root / "workflows").is_dir() else None
+    )
 
 
 def remote_env() -> dict[str, Any] | None:
@@ -123,9 +127,13 @@ def _start_local(recipe: Recipe) -> None:
     """
     import ray
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    )
     resources = recipe.resources
-    wanted = max(resources.max_workers * resources.cpus_per_worker, resources.actors, resources.readers)
+    wanted = max(
+        resources.max_workers * resources.cpus_per_worker, resources.actors, resources.readers
+    )
     if wanted > cores:
         log(f"ray: the recipe requests {wanted} CPUs, this machine has {cores}; workers share them")
     gpus = resources.gpus_per_worker * max(resources.actors, resources.max_workers)
@@ -146,7 +154,9 @@ def _start_local(recipe: Recipe) -> None:
         )
     finally:
         if root is not None:
-            os.environ.pop("PYTHONPATH", None) if before is None else os.environ.update(PYTHONPATH=before)
+            os.environ.pop("PYTHONPATH", None) if before is None else os.environ.update(
+                PYTHONPATH=before
+            )
     log(
         f"ray: started on this machine with {max(cores, wanted)} CPUs; dashboard {context.dashboard_url or 'not available'}"
     )
@@ -164,5 +174,7 @@ def _store_bytes() -> int:
             total = min(total, int(limit)) if limit.isdigit() else total
     size = min(max(int(total * STORE_FRACTION), STORE_MIN_BYTES), STORE_MAX_BYTES)
     if os.path.isdir("/dev/shm"):
-        size = max(min(size, int(shutil.disk_usage("/dev/shm").free * 0.8)), 80 * 2**20)  # 75 MiB is Ray's minimum
+        size = max(
+            min(size, int(shutil.disk_usage("/dev/shm").free * 0.8)), 80 * 2**20
+        )  # 75 MiB is Ray's minimum
     return size

@@ -69,7 +69,9 @@ def write_cells(parts: Sequence[Chunk], cells_PC: Tensor, folder: str, workers: 
     missing = [chunk for chunk in parts if f"{cell_file('', chunk)}.npy" not in standing]
     if missing:
         shared = ray.put(cells_PC)
-        for _ in in_order(_chunk_cells, [(chunk, shared, folder) for chunk in missing], workers, parts[0].gpus):
+        for _ in in_order(
+            _chunk_cells, [(chunk, shared, folder) for chunk in missing], workers, parts[0].gpus
+        ):
             pass
     names = [f"{cell_file(folder, chunk)}.npy" for chunk in parts]
     with ThreadPoolExecutor(passes.READ_THREADS) as threads:
@@ -80,14 +82,19 @@ def _chunk_cells(chunk: Chunk, cells_PC: Tensor, folder: str) -> None:
     """Task of `write_cells`."""
     name = cell_file(folder, chunk)
     cells_PC = cells_PC.to(chunk.device)
-    rows_NC, ids_N = np.empty((chunk.rows, chunk.width), np.float16), torch.empty(chunk.rows, dtype=torch.int64)
+    rows_NC, ids_N = (
+        np.empty((chunk.rows, chunk.width), np.float16),
+        torch.empty(chunk.rows, dtype=torch.int64),
+    )
     held = 0
     for x_NC in replace(chunk, spherical=False).vectors():
         if chunk.spherical:
             x_NC = x_NC[(x_NC != 0).any(-1)]
         block = slice(held, held + len(x_NC))
         rows_NC[block] = x_NC.half().cpu().numpy()  # exact: they are stored as float16
-        ids_N[block] = kmeans.assign(kmeans.on_sphere(x_NC) if chunk.spherical else x_NC, cells_PC)[0].cpu()
+        ids_N[block] = kmeans.assign(kmeans.on_sphere(x_NC) if chunk.spherical else x_NC, cells_PC)[
+            0
+        ].cpu()
         held += len(x_NC)
     order = torch.argsort(ids_N[:held], stable=True).numpy()
     counts_P = torch.bincount(ids_N[:held], minlength=len(cells_PC))
@@ -109,14 +116,18 @@ def read_cells(names: Sequence[str], first: int, last: int, settings: CellSettin
         for cell, size in enumerate(sizes)
         if size > settings.bound
     }
-    vectors = [np.empty((min(size, settings.bound), settings.width), np.float32) for size in sizes.tolist()]
+    vectors = [
+        np.empty((min(size, settings.bound), settings.width), np.float32) for size in sizes.tolist()
+    ]
     before, held = np.zeros(len(sizes), np.int64), [0] * len(sizes)
     for name, own in zip(names, starts, strict=True):
         rows = read_rows(name, int(own[0]), int(own[-1]), settings.width)
         for cell, (low, high) in enumerate(zip(own[:-1] - own[0], own[1:] - own[0], strict=True)):
             piece, at = rows[low:high], before[cell]
             if cell in drawn:
-                inside = drawn[cell][np.searchsorted(drawn[cell], at) : np.searchsorted(drawn[cell], at + high - low)]
+                inside = drawn[cell][
+                    np.searchsorted(drawn[cell], at) : np.searchsorted(drawn[cell], at + high - low)
+                ]
                 piece = piece[inside - at]
             vectors[cell][held[cell] : held[cell] + len(piece)] = piece
             before[cell] += high - low
@@ -130,18 +141,28 @@ def read_rows(name: str, low: int, high: int, width: int) -> np.ndarray:
     Raises:
         DataError: if the file is truncated.
     """
-    rows = np.frombuffer(storage.read_range(f"{name}.bin", low * width * 2, (high - low) * width * 2), np.float16)
+    rows = np.frombuffer(
+        storage.read_range(f"{name}.bin", low * width * 2, (high - low) * width * 2), np.float16
+    )
     if len(rows) != (high - low) * width:
-        raise DataError(f"{name}.bin is shorter than its index says. Remove its folder and run the stage again.")
+        raise DataError(
+            f"{name}.bin is shorter than its index says. Remove its folder and run the stage again."
+        )
     return rows.reshape(-1, width)
 
 
-def fine(names: Sequence[str], folder: str, first: int, shares: Sequence[int], settings: CellSettings) -> int:
+def fine(
+    names: Sequence[str], folder: str, first: int, shares: Sequence[int], settings: CellSettings
+) -> int:
     """Task: compute the codes of some cells, one file per cell in `folder`.
 
     Cell first + i gets `shares[i]` codes. Existing files are kept. Returns the number of codes.
     """
-    missing = [i for i, num in enumerate(shares) if num and not storage.exists(codes_file(folder, first + i))]
+    missing = [
+        i
+        for i, num in enumerate(shares)
+        if num and not storage.exists(codes_file(folder, first + i))
+    ]
     if missing:
         low, high = first + missing[0], first + missing[-1] + 1
         vectors = read_cells(names, low, high, settings)
@@ -174,7 +195,9 @@ def cell_codes(x_NC: Tensor, num: int, cell: int, settings: CellSettings) -> Ten
         spherical=settings.spherical,
         min_points_per_centroid=1,
         max_points_per_centroid=len(x_NC),
-        init_method=getattr(faiss, f"ClusteringInitMethod_{'KMEANS_PLUS_PLUS' if plusplus else 'RANDOM'}"),
+        init_method=getattr(
+            faiss, f"ClusteringInitMethod_{'KMEANS_PLUS_PLUS' if plusplus else 'RANDOM'}"
+        ),
     )
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)

@@ -39,10 +39,16 @@ class Piece:
         Raises:
             DataError: if a file is truncated.
         """
-        with ThreadPoolExecutor(passes.READ_THREADS) as threads:  # many small reads: object stores have high latency
+        with ThreadPoolExecutor(
+            passes.READ_THREADS
+        ) as threads:  # many small reads: object stores have high latency
             arrays = threads.map(self._read, self.spans)
             for x_NC in passes.in_blocks(arrays, self.rows, self.width):
-                yield kmeans.on_sphere(x_NC.to(self.device)) if self.spherical else x_NC.to(self.device)
+                yield (
+                    kmeans.on_sphere(x_NC.to(self.device))
+                    if self.spherical
+                    else x_NC.to(self.device)
+                )
 
     def _read(self, span: tuple[str, int, int]) -> np.ndarray:
         name, first, end = span
@@ -54,10 +60,16 @@ def pieces(parts: Sequence[Chunk], starts_FP: np.ndarray, folder: str) -> list[P
 
     A larger cell is cut into several pieces, of some files each. See `cell_files.write_cells`.
     """
-    kind, most, names = parts[0], passes.CHUNK_VECTORS, [cell_files.cell_file(folder, chunk) for chunk in parts]
+    kind, most, names = (
+        parts[0],
+        passes.CHUNK_VECTORS,
+        [cell_files.cell_file(folder, chunk) for chunk in parts],
+    )
     found: list[Piece] = []
     for first, last in runs(np.diff(starts_FP.sum(0, dtype=np.int64)).tolist(), most):
-        spans = list(zip(names, starts_FP[:, first].tolist(), starts_FP[:, last].tolist(), strict=True))
+        spans = list(
+            zip(names, starts_FP[:, first].tolist(), starts_FP[:, last].tolist(), strict=True)
+        )
         for low, high in runs([end - start for _, start, end in spans], most):
             kept = tuple(span for span in spans[low:high] if span[2] > span[1])
             if kept:

@@ -48,10 +48,14 @@ def replaced(parts: Sequence[Chunk], tree: Tree, bad_K: Tensor, workers: int) ->
         DataError: if there are fewer distinct vectors than codes.
     """
     bad, good = bad_K.nonzero().flatten(), (~bad_K).nonzero().flatten()
-    for start in range(0, len(bad), ROWS):  # meanwhile they repeat a good one: the search never returns them
+    for start in range(
+        0, len(bad), ROWS
+    ):  # meanwhile they repeat a good one: the search never returns them
         tree.codes[bad[start : start + ROWS]] = tree.codes[good[0]].clone() if len(good) else 0.0
     far = _Far(len(bad))
-    for number, found in enumerate(in_order(_chunk_far, _items(parts, tree, len(bad)), workers, parts[0].gpus)):
+    for number, found in enumerate(
+        in_order(_chunk_far, _items(parts, tree, len(bad)), workers, parts[0].gpus)
+    ):
         far.add(number, *found)
     if len(far.rows) < len(bad):
         num = len(good) + len(far.rows)
@@ -76,7 +80,10 @@ class _Far:
 
     def add(self, number: int, distances: np.ndarray, names: np.ndarray, rows: np.ndarray) -> None:
         """Add the vectors of a chunk; at equal distance the earlier ones come first."""
-        distances, names = np.concatenate([self.distances, distances]), np.concatenate([self.names, names])
+        distances, names = (
+            np.concatenate([self.distances, distances]),
+            np.concatenate([self.names, names]),
+        )
         known, kept = set[bytes](), list[int]()
         for place in np.argsort(-distances, kind="stable").tolist():
             name = names[place].tobytes()
@@ -84,7 +91,11 @@ class _Far:
                 known.add(name)
                 kept.append(place)
         self.chunks = np.concatenate([self.chunks, np.full(len(rows), number)])[kept]
-        self.rows, self.distances, self.names = np.concatenate([self.rows, rows])[kept], distances[kept], names[kept]
+        self.rows, self.distances, self.names = (
+            np.concatenate([self.rows, rows])[kept],
+            distances[kept],
+            names[kept],
+        )
 
 
 def _items(parts: Sequence[Chunk], tree: Tree, num: int) -> list[tuple[object, ...]]:

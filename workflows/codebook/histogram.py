@@ -45,7 +45,11 @@ def sizes_picture(counts_K: Tensor, title: str) -> bytes:
     even = y(float(sizes.mean()))
     draw.line([(LEFT, even), (LEFT + wide, even)], fill=EVEN)
     draw.text((LEFT, 6), title, fill=INK)
-    draw.text((LEFT, HEIGHT - 20), f"{len(sizes):,} codes, the largest first; the line: the mean", fill=INK)
+    draw.text(
+        (LEFT, HEIGHT - 20),
+        f"{len(sizes):,} codes, the largest first; the line: the mean",
+        fill=INK,
+    )
     stream = io.BytesIO()
     image.save(stream, "PNG")
     return stream.getvalue()

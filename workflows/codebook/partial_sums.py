@@ -121,7 +121,9 @@ class RangeSums:
             del sums_KC
 
 
-def _add_up(total: np.ndarray | None, rows: int, width: int, *parts: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+def _add_up(
+    total: np.ndarray | None, rows: int, width: int, *parts: tuple[np.ndarray, np.ndarray]
+) -> np.ndarray:
     """Task of `RangeSums`."""
     sums_KC = np.zeros((rows, width)) if total is None else total.copy()
     for used, sums in parts:

@@ -82,9 +82,15 @@ class Chunk:
         Raises:
             DataError: if a vector holds NaN or Inf.
         """
-        for x_NC in in_blocks((self._shard(key, rows) for key, rows in self.parts), self.rows, self.width):
-            if not bool(torch.isfinite(x_NC.sum())):  # one sum is enough: float16 values cannot overflow it
-                raise DataError(f"{self._not_finite()} holds NaN or Inf. Remove the features and compute them again.")
+        for x_NC in in_blocks(
+            (self._shard(key, rows) for key, rows in self.parts), self.rows, self.width
+        ):
+            if not bool(
+                torch.isfinite(x_NC.sum())
+            ):  # one sum is enough: float16 values cannot overflow it
+                raise DataError(
+                    f"{self._not_finite()} holds NaN or Inf. Remove the features and compute them again."
+                )
             yield kmeans.on_sphere(x_NC.to(self.device)) if self.spherical else x_NC.to(self.device)
 
     def _shard(self, key: str, rows: int) -> np.ndarray:
@@ -200,7 +206,11 @@ def chunks(path: str, split: str, target: int | None = None) -> list[Chunk]:
     keys = shards.list_shards(path, split)
     with ThreadPoolExecutor(READ_THREADS) as threads:
         shapes = list(threads.map(lambda key: shards.vector_shape(path, key), keys))
-    width = Counter(own for rows, own in shapes if rows).most_common(1)[0][0] if any(r for r, _ in shapes) else 0
+    width = (
+        Counter(own for rows, own in shapes if rows).most_common(1)[0][0]
+        if any(r for r, _ in shapes)
+        else 0
+    )
     found: list[list[tuple[str, int]]] = [[]]
     for key, (rows, own) in zip(keys, shapes, strict=True):
         if not rows:
@@ -217,7 +227,11 @@ def chunks(path: str, split: str, target: int | None = None) -> list[Chunk]:
 
 
 def in_order(
-    task: Callable[..., Any], items: Sequence[tuple[Any, ...]], workers: int, gpus: float = 0, left: int = 0
+    task: Callable[..., Any],
+    items: Sequence[tuple[Any, ...]],
+    workers: int,
+    gpus: float = 0,
+    left: int = 0,
 ) -> Iterator[Any]:
     """Run `task(*item)` as Ray tasks; yield the results in the order of the items.
 
@@ -245,7 +259,12 @@ def in_order(
 
 
 def full_pass(
-    parts: Sequence[Vectors], tree: Tree, workers: int, *, sums: RangeSums | None = None, probes: Probes = POLISH
+    parts: Sequence[Vectors],
+    tree: Tree,
+    workers: int,
+    *,
+    sums: RangeSums | None = None,
+    probes: Probes = POLISH,
 ) -> PassStats:
     """Assign every vector by a search of the tree. One pass.
 
@@ -259,7 +278,9 @@ def full_pass(
     total = PassStats(torch.zeros(len(tree.codes), dtype=torch.int64))
     gpus = parts[0].gpus if parts else 0
     if sums is None:
-        for found in in_order(_chunk_pass, [(chunk, shared, probes) for chunk in parts], workers, gpus):
+        for found in in_order(
+            _chunk_pass, [(chunk, shared, probes) for chunk in parts], workers, gpus
+        ):
             total.add(*found)
         return total
     items = [(chunk, shared, probes, sums.bounds) for chunk in parts]
@@ -277,7 +298,10 @@ def _chunk_pass(chunk: Vectors, shared: tuple[np.ndarray, ...], probes: Probes) 
 
 
 def _chunk_sums(
-    chunk: Vectors, shared: tuple[np.ndarray, ...], probes: Probes, bounds: Sequence[tuple[int, int]]
+    chunk: Vectors,
+    shared: tuple[np.ndarray, ...],
+    probes: Probes,
+    bounds: Sequence[tuple[int, int]],
 ) -> Iterator[Any]:
     """Task of `full_pass`: the result of `_chunk_pass` and the codes per range.
 
@@ -292,7 +316,9 @@ def _chunk_sums(
         yield sums.part(low, high)
 
 
-def _chunk_stats(chunk: Vectors, tree: Tree, probes: Probes, sums: UsedSums | None) -> tuple[Any, ...]:
+def _chunk_stats(
+    chunk: Vectors, tree: Tree, probes: Probes, sums: UsedSums | None
+) -> tuple[Any, ...]:
     num, width = tree.codes.shape
     index = CodeIndex(tree.codes, tree.cells, tree.cell_of)
     counts_K = torch.zeros(num, dtype=torch.int64)

@@ -39,7 +39,11 @@ def draw(
         return [], []
     section, seed, folder = run.recipe.codebook, run.recipe.seed, storage.join(work(run), "recall")
     wanted = num_vectors(section.recall)
-    first = sample(held_out, wanted, seed, workers, storage.join(folder, "held_out")) if held_out else []
+    first = (
+        sample(held_out, wanted, seed, workers, storage.join(folder, "held_out"))
+        if held_out
+        else []
+    )
     missing = wanted - sum(chunk.rows for chunk in first)
     if missing <= 0 or section.coarse == 1:
         return first, []
@@ -47,7 +51,9 @@ def draw(
     return first, sample(some, missing, seed, workers, storage.join(folder, "train"))
 
 
-def probes(run: StageRun, drawn: tuple[list[Chunk], list[Chunk]], tree: Tree, workers: int) -> Probes:
+def probes(
+    run: StageRun, drawn: tuple[list[Chunk], list[Chunk]], tree: Tree, workers: int
+) -> Probes:
     """The search that reaches `codebook.recall` on the sampled vectors.
 
     It is logged, added to the scores and saved.
@@ -58,13 +64,20 @@ def probes(run: StageRun, drawn: tuple[list[Chunk], list[Chunk]], tree: Tree, wo
     if not storage.exists(_noted(run)):
         found = probes_for([chunk for chunks in drawn for chunk in chunks], tree, wanted, workers)
         held_out, training = (sum(chunk.rows for chunk in chunks) for chunks in drawn)
-        storage.write_json(_noted(run), {"probes": found, "held-out": held_out, "training": training})
+        storage.write_json(
+            _noted(run), {"probes": found, "held-out": held_out, "training": training}
+        )
         storage.remove(storage.join(work(run), "recall"))
     noted = storage.read_json(_noted(run))
-    seen, counts = Probes(*noted["probes"]), {name: noted[name] for name in ("held-out", "training")}
+    seen, counts = (
+        Probes(*noted["probes"]),
+        {name: noted[name] for name in ("held-out", "training")},
+    )
     whose = " and ".join(f"{count:,} {name}" for name, count in counts.items() if count)
     message = f"{seen.recall:.2%} of {whose} vectors find their nearest code in at most {seen.cells} of {num} cells"
-    run.log(message if seen.cells < num else f"{message}: codebook.recall={wanted} needs all of them")
+    run.log(
+        message if seen.cells < num else f"{message}: codebook.recall={wanted} needs all of them"
+    )
     run.scores |= {"recall": seen.recall, "vectors/recall": sum(counts.values())}
     return seen
 
@@ -76,7 +89,9 @@ def _noted(run: StageRun) -> str:
 def probes_for(drawn: Sequence[Chunk], tree: Tree, recall: float, workers: int) -> Probes:
     """The smallest search that reaches a recall@1 on these vectors."""
     shared, step = tree.shared(), -(-sum(chunk.rows for chunk in drawn) // TASK_VECTORS)
-    items = [(chunk, shared, first, step) for chunk in drawn for first in range(min(step, chunk.rows))]
+    items = [
+        (chunk, shared, first, step) for chunk in drawn for first in range(min(step, chunk.rows))
+    ]
     cells, reaches = zip(*in_order(_needs, items, workers, drawn[0].gpus), strict=True)
     return Probes.reaching(torch.cat(cells), torch.cat(reaches), recall)
 
@@ -86,7 +101,9 @@ def num_vectors(recall: float) -> int:
     return round(min(MOST_VECTORS, max(VECTORS, MISSED / max(1 - recall, 1e-9))))
 
 
-def _needs(chunk: Chunk, shared: tuple[np.ndarray, ...], first: int, step: int) -> tuple[Tensor, Tensor]:
+def _needs(
+    chunk: Chunk, shared: tuple[np.ndarray, ...], first: int, step: int
+) -> tuple[Tensor, Tensor]:
     """Task of `probes_for` on every `step`-th vector of a chunk."""
     tree = Tree.of_shared(shared, chunk.device)
     x_NC = torch.cat(list(chunk.vectors()))[first::step]

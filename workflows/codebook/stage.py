@@ -61,7 +61,9 @@ def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
     """
     parents = {"features": find_artifact(recipe, "features")}
     config = result_settings(recipe.codebook) | {"seed": recipe.seed}
-    return run_stage(recipe, "codebook", "codebook", config, parents, _body(parents["features"]), tracker=tracker)
+    return run_stage(
+        recipe, "codebook", "codebook", config, parents, _body(parents["features"]), tracker=tracker
+    )
 
 
 def check(recipe: Recipe) -> None:
@@ -98,7 +100,9 @@ def _body(features: Artifact) -> Any:
             )
         workers = max(run.recipe.resources.readers, run.recipe.resources.actors)
         with ensure_ray(run.recipe):
-            drawn = recall.draw(run, parts, held_out, workers)  # reads all held-out vectors: reports bad ones early
+            drawn = recall.draw(
+                run, parts, held_out, workers
+            )  # reads all held-out vectors: reports bad ones early
             tree, counts = _Build(run, parts, workers).tree()
             probes = recall.probes(run, drawn, tree, workers)
             _score(run, {"train": parts, "val": held_out}, tree, workers, probes)
@@ -128,7 +132,10 @@ def _chunks(recipe: Recipe, path: str) -> tuple[list[Chunk], list[Chunk]]:
     gpus, spherical = recipe.resources.gpus_per_worker, recipe.codebook.spherical
     device = "cuda" if gpus and recipe.resources.device == "auto" else "cpu"
     parts, held_out = (
-        [replace(chunk, spherical=spherical, gpus=gpus, device=device) for chunk in passes.chunks(path, split)]
+        [
+            replace(chunk, spherical=spherical, gpus=gpus, device=device)
+            for chunk in passes.chunks(path, split)
+        ]
         for split in ("train", "val")
     )
     if parts and held_out and parts[0].width != held_out[0].width:
@@ -177,9 +184,13 @@ class _Build:
             try:
                 tree = distinct.replaced(self.parts, tree, bad_K, self.workers)
             except DataError:
-                storage.remove(self.work)  # every run with these settings fails: free the folder for others
+                storage.remove(
+                    self.work
+                )  # every run with these settings fails: free the folder for others
                 raise
-        self.run.log(f"{num} codes repeated another one or were not finite and {what}: there are {len(tree.codes)}")
+        self.run.log(
+            f"{num} codes repeated another one or were not finite and {what}: there are {len(tree.codes)}"
+        )
         storage.write_json(storage.join(self.work, DISTINCT), counts)
         self.keep("distinct", tree)
         return tree, counts
@@ -190,7 +201,9 @@ class _Build:
         return self.seeds_of(self.sampled(wanted), self.section.size)
 
     def sampled(self, wanted: int) -> list[Chunk]:
-        return passes.sample(self.parts, wanted, self.seed, self.workers, storage.join(self.work, "sample"))
+        return passes.sample(
+            self.parts, wanted, self.seed, self.workers, storage.join(self.work, "sample")
+        )
 
     def seeds_of(self, sample: Sequence[Chunk], num: int) -> Tree:
         """`num` codes seeded from a sample, in one cell; saves them."""
@@ -205,22 +218,36 @@ class _Build:
         x_NC = x_NC[:held]
         if not held:
             storage.remove(self.work)
-            raise DataError("All sampled vectors are 0, and codebook.spherical=true needs directions. Set it to false.")
-        codes_KC = kmeans.seed(x_NC, num, torch.Generator().manual_seed(self.seed), self.section.seeding).float()
+            raise DataError(
+                "All sampled vectors are 0, and codebook.spherical=true needs directions. Set it to false."
+            )
+        codes_KC = kmeans.seed(
+            x_NC, num, torch.Generator().manual_seed(self.seed), self.section.seeding
+        ).float()
         seeds = Tree(x_NC.mean(0, keepdim=True), codes_KC, torch.zeros(num, dtype=torch.int64))
         self.keep("seeds", seeds)
         return seeds
 
-    def iterate(self, name: str, parts: Callable[[], Sequence[Vectors]], first: Callable[[], Tree], steps: int) -> Tree:
+    def iterate(
+        self,
+        name: str,
+        parts: Callable[[], Sequence[Vectors]],
+        first: Callable[[], Tree],
+        steps: int,
+    ) -> Tree:
         """Lloyd passes over the parts, from `first()` or from the last saved pass."""
-        last = max((n for n in range(steps) if storage.exists(self.file(f"{name}-{n:03d}"))), default=-1)
+        last = max(
+            (n for n in range(steps) if storage.exists(self.file(f"{name}-{n:03d}"))), default=-1
+        )
         tree = first() if last < 0 else self.kept(f"{name}-{last:03d}")
         assert tree is not None
         data = parts() if last + 1 < steps else ()
         for number in range(last + 1, steps):
             tree, stats, reseeded = passes.lloyd(data, tree, self.workers)
             step = f"{name}-{number:03d}"
-            self.run.log(f"{step}: distortion {stats.distortion:.5g} before it, {reseeded} codes re-seeded")
+            self.run.log(
+                f"{step}: distortion {stats.distortion:.5g} before it, {reseeded} codes re-seeded"
+            )
             metric = "distortion_of_cells" if name == "coarse" else "distortion"
             self.run.tracker.metrics({metric: stats.distortion}, step=number)
             self.keep(step, tree)
@@ -260,9 +287,13 @@ class _Build:
             try:
                 _check_reach(self.section, sum(most))
             except ConfigError:
-                storage.remove(self.work)  # every run with these settings fails: free the folder for others
+                storage.remove(
+                    self.work
+                )  # every run with these settings fails: free the folder for others
                 raise
-        divide = {"proportional": kmeans.allocate, "equal": kmeans.share_equally}[self.section.split]
+        divide = {"proportional": kmeans.allocate, "equal": kmeans.share_equally}[
+            self.section.split
+        ]
         return divide(self.section.size, sizes, most)
 
     def pieces(self) -> list[cell_ranges.Piece]:
@@ -285,7 +316,10 @@ class _Build:
         cells_PC = self.iterate(
             "coarse", lambda: sample, lambda: self.seeds_of(sample, num), self.section.iterations
         ).codes
-        self.keep("cells", Tree(cells_PC, torch.empty(0, cells_PC.shape[1]), torch.empty(0, dtype=torch.int64)))
+        self.keep(
+            "cells",
+            Tree(cells_PC, torch.empty(0, cells_PC.shape[1]), torch.empty(0, dtype=torch.int64)),
+        )
         storage.remove(storage.join(self.work, "sample"))
         return cells_PC
 
@@ -294,7 +328,9 @@ class _Build:
         names = [cell_files.cell_file(self.cell_files, chunk) for chunk in self.parts]
         section, chunk = self.section, self.parts[0]
         how = (section.seeding, section.spherical, chunk.device)
-        settings = cell_files.CellSettings(chunk.width, section.iterations, self.seed, section.cell_vectors, *how)
+        settings = cell_files.CellSettings(
+            chunk.width, section.iterations, self.seed, section.cell_vectors, *how
+        )
         runs = cell_ranges.runs(sizes, FINE_VECTORS)
         items = [(names, codes, first, shares[first:last], settings) for first, last in runs]
         with self.run.progress(sum(shares), "codes") as bar:
@@ -311,10 +347,14 @@ class _Build:
         return Tree(loaded["cells"], loaded["codes"], loaded["cell_of"])
 
     def keep(self, name: str, tree: Tree) -> None:
-        tensor_files.write(self.file(name), {"cells": tree.cells, "codes": tree.codes, "cell_of": tree.cell_of})
+        tensor_files.write(
+            self.file(name), {"cells": tree.cells, "codes": tree.codes, "cell_of": tree.cell_of}
+        )
 
 
-def _score(run: StageRun, splits: dict[str, list[Chunk]], tree: Tree, workers: int, probes: Probes) -> None:
+def _score(
+    run: StageRun, splits: dict[str, list[Chunk]], tree: Tree, workers: int, probes: Probes
+) -> None:
     """Fill the stage's scores and write the counts: one pass over each split."""
     counted: dict[str, Tensor] = {}
     for split, members in splits.items():
@@ -334,7 +374,11 @@ def _score(run: StageRun, splits: dict[str, list[Chunk]], tree: Tree, workers: i
     tensor_files.write(storage.join(run.path, COUNTS), counted)
     picture = sizes_picture(counted["train"], "training vectors per code")
     storage.write_atomic(storage.join(run.path, PICTURE), picture)
-    shown = {key: f"{value:.4g}" for key, value in run.scores.items() if not key.startswith(("vectors", "entropy"))}
+    shown = {
+        key: f"{value:.4g}"
+        for key, value in run.scores.items()
+        if not key.startswith(("vectors", "entropy"))
+    }
     run.log(", ".join(f"{key} {value}" for key, value in shown.items()))
 
 
@@ -344,5 +388,7 @@ def _save(path: str, tree: Tree, probes: Probes) -> None:
         "reach": torch.tensor(probes.reach, dtype=torch.float64),
         "recall": torch.tensor(probes.recall, dtype=torch.float64),
     }
-    tensor_files.write(storage.join(path, TREE), {"cells": tree.cells, "cell_of": tree.cell_of, **search})
+    tensor_files.write(
+        storage.join(path, TREE), {"cells": tree.cells, "cell_of": tree.cell_of, **search}
+    )
     tensor_files.write(storage.join(path, CENTROIDS), {"centroids": tree.codes})

@@ -35,7 +35,9 @@ COPIES = pa.schema(
         ("merged", pa.bool_()),
     ]
 )
-GIFTS = pa.schema([("group", pa.int32()), ("row", pa.int64()), ("qa", QA)])  # pairs added to a first row
+GIFTS = pa.schema(
+    [("group", pa.int32()), ("row", pa.int64()), ("qa", QA)]
+)  # pairs added to a first row
 MARKS = pa.schema([("mark", pa.int8()), ("first", pa.string()), ("qa", QA)])
 
 
@@ -95,12 +97,19 @@ class FindDuplicates:
         same[1:] = (high[1:] == high[:-1]) & (low[1:] == low[:-1])
         copies, gifts = self.copies(table, group, row, order, same)
         for name, schema, rows in (("copies", COPIES, copies), ("gifts", GIFTS, gifts)):
-            found = pa.Table.from_pylist(rows, schema).sort_by([("group", "ascending"), ("row", "ascending")])
+            found = pa.Table.from_pylist(rows, schema).sort_by(
+                [("group", "ascending"), ("row", "ascending")]
+            )
             shards.write_shard(self.path, shards.shard_key(name, item[0]), found)
         return len(copies)
 
     def copies(
-        self, table: pa.Table, group: np.ndarray, row: np.ndarray, order: np.ndarray, same: np.ndarray
+        self,
+        table: pa.Table,
+        group: np.ndarray,
+        row: np.ndarray,
+        order: np.ndarray,
+        same: np.ndarray,
     ) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
         """Rows of COPIES and of GIFTS.
 
@@ -109,19 +118,34 @@ class FindDuplicates:
         found: list[dict[str, object]] = []
         gifts: list[dict[str, object]] = []
         edges = np.diff(np.append(same, False).astype(np.int8))
-        for start, end in zip(np.flatnonzero(edges == 1), np.flatnonzero(edges == -1) + 1, strict=True):
+        for start, end in zip(
+            np.flatnonzero(edges == 1), np.flatnonzero(edges == -1) + 1, strict=True
+        ):
             first = order[start]
             place = self.places[group[first]]
             name = f"{place.source}::{table['key'][int(first)].as_py()}"
             pairs = table["qa"][int(first)].as_py() or []
             more: list[dict[str, str]] = []
             for one in order[start + 1 : end]:
-                new = [pair for pair in table["qa"][int(one)].as_py() or [] if pair not in pairs and pair not in more]
+                new = [
+                    pair
+                    for pair in table["qa"][int(one)].as_py() or []
+                    if pair not in pairs and pair not in more
+                ]
                 merged = bool(new) and self.places[group[one]].split == place.split
                 more += new if merged else []
-                found.append({"group": int(group[one]), "row": int(row[one]), "first": name, "merged": merged})
+                found.append(
+                    {
+                        "group": int(group[one]),
+                        "row": int(row[one]),
+                        "first": name,
+                        "merged": merged,
+                    }
+                )
             if more:
-                gifts.append({"group": int(group[first]), "row": int(row[first]), "qa": pairs + more})
+                gifts.append(
+                    {"group": int(group[first]), "row": int(row[first]), "qa": pairs + more}
+                )
         return found, gifts
 
 
@@ -131,7 +155,9 @@ class MarkGroups:
     `fraction`: share of each source that the hash holds out; None if the recipe names a held-out source.
     """
 
-    def __init__(self, path: str, places: list[Place], ranges: list[tuple[int, int]], fraction: float | None) -> None:
+    def __init__(
+        self, path: str, places: list[Place], ranges: list[tuple[int, int]], fraction: float | None
+    ) -> None:
         self.path, self.places, self.ranges, self.fraction = path, places, ranges, fraction
 
     def read(self, item: tuple[int, int]) -> tuple[int, int]:
@@ -140,7 +166,10 @@ class MarkGroups:
     def work(self, item: tuple[int, int]) -> list[tuple[int, GroupCounts]]:
         with HERE.part("match"):
             copies, gifts = (self.gather(name, *item) for name in ("copies", "gifts"))
-            return [(number, self.mark(number, _of(copies, number), _of(gifts, number))) for number in range(*item)]
+            return [
+                (number, self.mark(number, _of(copies, number), _of(gifts, number)))
+                for number in range(*item)
+            ]
 
     def gather(self, name: str, first: int, last: int) -> pa.Table:
         """Rows of all buckets on the groups `first` to `last` - 1."""
@@ -153,10 +182,14 @@ class MarkGroups:
 
     def mark(self, number: int, copies: pa.Table, gifts: pa.Table) -> GroupCounts:
         place = self.places[number]
-        index = shards.read_shard(self.path, index_key(place.split, place.number), ["image_id", "reason"])
+        index = shards.read_shard(
+            self.path, index_key(place.split, place.number), ["image_id", "reason"]
+        )
         usable = index.column("reason").is_null().to_numpy()
         marks = np.full(len(index), LOST, np.int8)
-        marks[usable] = self.splits(place, index.column("image_id").filter(pa.array(usable)).to_pylist())
+        marks[usable] = self.splits(
+            place, index.column("image_id").filter(pa.array(usable)).to_pylist()
+        )
         rows, merged = copies.column("row").to_numpy(), copies.column("merged").to_numpy()
         marks[rows] = np.where(merged, MERGED, DUPLICATE)
         first = _scatter(len(index), rows, copies.column("first"))
@@ -169,7 +202,9 @@ class MarkGroups:
         """TRAIN or VAL for each id: int8."""
         if self.fraction is None or not identities:
             return np.full(len(identities), VAL if place.split == "val" else TRAIN, np.int8)
-        return np.where(held_out(halves(identities)[:, 0], self.fraction), VAL, TRAIN).astype(np.int8)
+        return np.where(held_out(halves(identities)[:, 0], self.fraction), VAL, TRAIN).astype(
+            np.int8
+        )
 
 
 def held_out(high: np.ndarray, fraction: float) -> np.ndarray:

@@ -49,7 +49,15 @@ INDEX = pa.schema(
         ("detail", pa.string()),
     ]
 )
-IDS = pa.schema([("high", pa.uint64()), ("low", pa.uint64()), ("row", pa.int64()), ("key", pa.string()), ("qa", QA)])
+IDS = pa.schema(
+    [
+        ("high", pa.uint64()),
+        ("low", pa.uint64()),
+        ("row", pa.int64()),
+        ("key", pa.string()),
+        ("qa", QA),
+    ]
+)
 
 
 def image_id(data: bytes) -> str:
@@ -72,7 +80,9 @@ def ids_path(path: str, split: str, number: int) -> str:
     return storage.join(path, "ids", f"{shards.shard_key(split, number)}.arrow")
 
 
-def read_rows(path: str, split: str, number: int, rows: np.ndarray, columns: list[str] | None = None) -> pa.Table:
+def read_rows(
+    path: str, split: str, number: int, rows: np.ndarray, columns: list[str] | None = None
+) -> pa.Table:
     """Rows (int64, ascending) of a group's index; only the row groups that hold them are read."""
     blocks = np.unique(rows // INDEX_ROWS)
     with (
@@ -96,9 +106,15 @@ def look(found: Sample, section: CorpusSection) -> tuple[int, int]:
         ImageError: with the reason why it cannot be used.
     """
     check_file(found, section)
-    width, height = images.probe(found.data, max_pixels=section.max_pixels, min_size=section.min_size)
-    if section.max_aspect is not None and max(width, height) > section.max_aspect * min(width, height):
-        raise ImageError(f"{width} x {height} pixels, and corpus.max_aspect is {section.max_aspect:g}", "aspect")
+    width, height = images.probe(
+        found.data, max_pixels=section.max_pixels, min_size=section.min_size
+    )
+    if section.max_aspect is not None and max(width, height) > section.max_aspect * min(
+        width, height
+    ):
+        raise ImageError(
+            f"{width} x {height} pixels, and corpus.max_aspect is {section.max_aspect:g}", "aspect"
+        )
     return width, height
 
 
@@ -109,7 +125,9 @@ def check_file(found: Sample, section: CorpusSection) -> None:
         ImageError: with the reason why the image cannot be used.
     """
     if len(found.data) > section.max_bytes:
-        raise ImageError(f"{len(found.data):,} bytes, and corpus.max_bytes is {section.max_bytes:,}", "too_large")
+        raise ImageError(
+            f"{len(found.data):,} bytes, and corpus.max_bytes is {section.max_bytes:,}", "too_large"
+        )
     if section.require_caption and not found.caption:
         raise ImageError("it has no caption, and corpus.require_caption is set", "no_caption")
 
@@ -156,7 +174,9 @@ class IndexGroup:
         sink = pa.BufferOutputStream()
         ids: list[pa.Table] = []
         count = 0
-        with pq.ParquetWriter(sink, INDEX, compression="zstd", use_compliant_nested_type=False) as writer:
+        with pq.ParquetWriter(
+            sink, INDEX, compression="zstd", use_compliant_nested_type=False
+        ) as writer:
             for rows in _chunks(self.rows(group), INDEX_ROWS):
                 with HERE.part("write"):
                     table = pa.Table.from_pylist(rows, INDEX)
@@ -208,7 +228,13 @@ def ids_of(table: pa.Table, first: int) -> pa.Table:
     rows = np.flatnonzero(table.column("reason").is_null().to_numpy())
     used = table.select(["image_id", "key", "qa"]).take(pa.array(rows))
     numbers = halves(used.column("image_id").to_pylist())
-    arrays = [pa.array(numbers[:, 0]), pa.array(numbers[:, 1]), pa.array(rows + first), used["key"], used["qa"]]
+    arrays = [
+        pa.array(numbers[:, 0]),
+        pa.array(numbers[:, 1]),
+        pa.array(rows + first),
+        used["key"],
+        used["qa"],
+    ]
     return pa.table(arrays, IDS)
 
 
@@ -218,7 +244,9 @@ def write_ids(path: str, parts: list[pa.Table]) -> None:
     Each of the 1 to `PREFIXES` batches holds an equal range of prefixes.
     """
     table = pa.concat_tables(parts) if parts else IDS.empty_table()
-    table = table.sort_by([("high", "ascending"), ("low", "ascending"), ("row", "ascending")]).combine_chunks()
+    table = table.sort_by(
+        [("high", "ascending"), ("low", "ascending"), ("row", "ascending")]
+    ).combine_chunks()
     count = min(PREFIXES, 1 << (len(table) // IDS_A_BATCH).bit_length())
     ends = np.searchsorted(_prefixes(table), np.arange(count + 1) * (PREFIXES // count))
     sink = pa.BufferOutputStream()

@@ -13,7 +13,16 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from smalti import shards
-from smalti.workflows.corpus.dedup import DUPLICATE, LOST, TRAIN, VAL, GroupCounts, Place, count_marks, marks_key
+from smalti.workflows.corpus.dedup import (
+    DUPLICATE,
+    LOST,
+    TRAIN,
+    VAL,
+    GroupCounts,
+    Place,
+    count_marks,
+    marks_key,
+)
 from smalti.workflows.corpus.index import index_key
 
 MARK_OF = {"train": (TRAIN,), "val": (VAL,), "quarantine": (LOST, DUPLICATE)}
@@ -41,11 +50,20 @@ class Plan:
 
     def counts(self) -> dict[str, int]:
         train, val = self.total("train"), self.total("val")
-        counts = {"images": train + val, "train": train, "val": val, "quarantined": self.total("quarantine")}
+        counts = {
+            "images": train + val,
+            "train": train,
+            "val": val,
+            "quarantined": self.total("quarantine"),
+        }
         counts |= {"over_limit": self.over_limit, "found": self.found}
         if self.merged:
             counts["merged"] = self.merged
-        return counts | {f"quarantined/{reason}": count for reason, count in sorted(self.reasons.items()) if count}
+        return counts | {
+            f"quarantined/{reason}": count
+            for reason, count in sorted(self.reasons.items())
+            if count
+        }
 
     def pieces(self, name: str, size: int) -> Iterator[tuple[str, list[Part]]]:
         """(key, parts) of each shard of a split or of `quarantine`, of `size` rows."""
@@ -64,7 +82,11 @@ class Plan:
 
 
 def lay_out(
-    path: str, places: Sequence[Place], marked: Sequence[GroupCounts], limit: int | None, by_hash: bool
+    path: str,
+    places: Sequence[Place],
+    marked: Sequence[GroupCounts],
+    limit: int | None,
+    by_hash: bool,
 ) -> Plan:
     """The plan for the counts of the groups.
 
@@ -85,7 +107,11 @@ def lay_out(
             if all(counts.kept[split] >= room for split, room in left.items()):
                 counts = _until_full(path, place, left)
         for split in fed:
-            here = counts.kept[split] if limit is None else min(counts.kept[split], max(0, limit - full[split]))
+            here = (
+                counts.kept[split]
+                if limit is None
+                else min(counts.kept[split], max(0, limit - full[split]))
+            )
             plan.parts[split].append((number, 0, here))
             plan.over_limit += counts.kept[split] - here
             full[split] += here
@@ -98,8 +124,16 @@ def lay_out(
 
 def _until_full(path: str, place: Place, left: dict[str, int]) -> GroupCounts:
     """Counts of a group's rows up to the one that fills the last split."""
-    marks = shards.read_shard(path, marks_key(place.split, place.number), ["mark"]).column("mark").to_numpy()
-    last = [int(np.flatnonzero(marks == MARK_OF[split][0])[room - 1]) for split, room in left.items() if room > 0]
+    marks = (
+        shards.read_shard(path, marks_key(place.split, place.number), ["mark"])
+        .column("mark")
+        .to_numpy()
+    )
+    last = [
+        int(np.flatnonzero(marks == MARK_OF[split][0])[room - 1])
+        for split, room in left.items()
+        if room > 0
+    ]
     end = max(last) + 1
     index = shards.read_shard(path, index_key(place.split, place.number), ["reason"])
     return count_marks(marks[:end], index.column("reason").slice(0, end))
@@ -110,5 +144,9 @@ def rows_of(path: str, place: Place, name: str, start: int, end: int) -> np.ndar
 
     They are its rows `start` to `end` - 1 there.
     """
-    marks = shards.read_shard(path, marks_key(place.split, place.number), ["mark"]).column("mark").to_numpy()
+    marks = (
+        shards.read_shard(path, marks_key(place.split, place.number), ["mark"])
+        .column("mark")
+        .to_numpy()
+    )
     return np.flatnonzero(np.isin(marks, MARK_OF[name]))[start:end]

@@ -21,7 +21,12 @@ INLINE_ROWS = 100_000  # up to so many are handled in this process: an actor tak
 
 
 def each(
-    run: StageRun, tally: Tally, items: Sequence[Any], worker: type, args: tuple[Any, ...], inline: bool = False
+    run: StageRun,
+    tally: Tally,
+    items: Sequence[Any],
+    worker: type,
+    args: tuple[Any, ...],
+    inline: bool = False,
 ) -> Generator[Any, None, None]:
     """Yield the result of each item, on Ray or (`inline`) in this process.
 
@@ -37,7 +42,9 @@ def each(
         yield result
 
 
-def look_and_plan(run: StageRun, tally: Tally, groups: Mapping[str, Sequence[Group]]) -> tuple[list[Place], Plan]:
+def look_and_plan(
+    run: StageRun, tally: Tally, groups: Mapping[str, Sequence[Group]]
+) -> tuple[list[Place], Plan]:
     """Check the images and plan the shards.
 
     Returns:
@@ -51,8 +58,14 @@ def look_and_plan(run: StageRun, tally: Tally, groups: Mapping[str, Sequence[Gro
         looking = _Looking(run, tally, update)
         while True:
             first = {split: looking.at(split, members, need) for split, members in groups.items()}
-            places = [Place(split, n, groups[split][n].source) for split, count in first.items() for n in range(count)]
-            plan = _plan(run, tally, places, sum(looking.done[one.split, one.number].found for one in places))
+            places = [
+                Place(split, n, groups[split][n].source)
+                for split, count in first.items()
+                for n in range(count)
+            ]
+            plan = _plan(
+                run, tally, places, sum(looking.done[one.split, one.number].found for one in places)
+            )
             if need is None or _enough(plan, groups, first, section):
                 return places, plan
             need *= 2
@@ -88,7 +101,11 @@ class _Looking:
         Returns:
             How many of the first groups are needed.
         """
-        items = [(split, number, group) for number, group in enumerate(members) if (split, number) not in self.done]
+        items = [
+            (split, number, group)
+            for number, group in enumerate(members)
+            if (split, number) not in self.done
+        ]
         if need is None or self.first_with(split, need) is None:
             args = (self.run.path, self.run.recipe.corpus)
             with closing(each(self.run, self.tally, items, IndexGroup, args)) as looked:
@@ -111,7 +128,10 @@ class _Looking:
 
 
 def _enough(
-    plan: Plan, groups: Mapping[str, Sequence[Group]], first: Mapping[str, int], section: CorpusSection
+    plan: Plan,
+    groups: Mapping[str, Sequence[Group]],
+    first: Mapping[str, int],
+    section: CorpusSection,
 ) -> bool:
     """Whether every split has `limit` images, or no further group can feed it."""
     limit = section.limit or 0
@@ -136,4 +156,6 @@ def _plan(run: StageRun, tally: Tally, places: list[Place], rows: int) -> Plan:
     for found in each(run, tally, list(dedup.spans(len(places))), MarkGroups, args, inline=small):
         marked.update(found)
     counts = [marked[number] for number in range(len(places))]
-    return lay_out(run.path, places, counts, section.limit, by_hash=by_hash and section.val_fraction > 0)
+    return lay_out(
+        run.path, places, counts, section.limit, by_hash=by_hash and section.val_fraction > 0
+    )

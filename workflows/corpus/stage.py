@@ -27,7 +27,14 @@ from smalti.workflows.pipeline.stage import StageRun, run_stage, stage_path
 from smalti.workflows.pipeline.timings import HERE, tallied
 from smalti.workflows.sources import Group, find_groups, listed
 
-WORK = ("index", "ids", "copies", "gifts", "marks", GONE)  # folders that are removed from the finished artifact
+WORK = (
+    "index",
+    "ids",
+    "copies",
+    "gifts",
+    "marks",
+    GONE,
+)  # folders that are removed from the finished artifact
 LISTED_AGAIN = 1_000_000
 LISTED = "listed"  # another: the listing of a folder, one file per group; written by each run
 
@@ -59,7 +66,9 @@ def stage_config(recipe: Recipe) -> dict[str, Any]:
     """
     section = recipe.corpus
     config = result_settings(section, ("image_size",))
-    if section.format == "generated" or any(one.partition(":")[0] == "generated" for one in sources_of(recipe)):
+    if section.format == "generated" or any(
+        one.partition(":")[0] == "generated" for one in sources_of(recipe)
+    ):
         config |= {"image_size": recipe.corpus.image_size, "seed": recipe.seed}
     return config
 
@@ -85,7 +94,9 @@ def _body(run: StageRun) -> dict[str, int]:
     return counts
 
 
-def _groups(recipe: Recipe, folder: str | None = None) -> tuple[dict[str, list[Group]], dict[str, str]]:
+def _groups(
+    recipe: Recipe, folder: str | None = None
+) -> tuple[dict[str, list[Group]], dict[str, str]]:
     """The groups of each source, the held-out one first, and a digest of the listing.
 
     The digest covers file names and metadata, not the files' bytes. Long records are written to `folder`; without one only
@@ -100,7 +111,11 @@ def _groups(recipe: Recipe, folder: str | None = None) -> tuple[dict[str, list[G
         for group in find_groups(source, section, recipe.seed):
             digest.update(repr(group).encode())
             if folder is not None:
-                members.append(listed(group, storage.join(folder, f"{shards.shard_key(split, len(members))}.json")))
+                members.append(
+                    listed(
+                        group, storage.join(folder, f"{shards.shard_key(split, len(members))}.json")
+                    )
+                )
     return groups, {"listing": digest.hexdigest()}
 
 
@@ -111,7 +126,9 @@ def _tell_of_change(recipe: Recipe, made: Artifact) -> None:
     source is not a change.
     """
     path = storage.join(made.path, LISTING)
-    cheap = made.counts["found"] <= LISTED_AGAIN and all(storage.is_local(name) for name in sources_of(recipe))
+    cheap = made.counts["found"] <= LISTED_AGAIN and all(
+        storage.is_local(name) for name in sources_of(recipe)
+    )
     if not cheap or not storage.exists(path):
         return
     try:
@@ -154,12 +171,16 @@ def _check(run: StageRun, counts: dict[str, int], written: Mapping[str, int]) ->
     assert kept == counts["images"], f"{kept} rows in shards, {counts['images']} planned"
     gone = counts["quarantined"] + counts["over_limit"] + counts.get("merged", 0)
     assert kept + gone == counts["found"], counts
-    reasons = [f"{count:,} {name.partition('/')[2]}" for name, count in counts.items() if "/" in name]
+    reasons = [
+        f"{count:,} {name.partition('/')[2]}" for name, count in counts.items() if "/" in name
+    ]
     unusable = ", ".join(reasons) or "none"
     section = run.recipe.corpus
     if not counts["images"]:
         lost = shards.list_shards(run.path, "quarantine")[:1]
-        rows = [row for key in lost for row in shards.read_shard(run.path, key).slice(0, 3).to_pylist()]
+        rows = [
+            row for key in lost for row in shards.read_shard(run.path, key).slice(0, 3).to_pylist()
+        ]
         examples = "; ".join(f"{row['key']}: {row['detail']}" for row in rows)
         raise DataError(
             f"The corpus has 0 usable images of {counts['found']:,} found in {section.source} (unusable: {unusable})."
@@ -167,7 +188,9 @@ def _check(run: StageRun, counts: dict[str, int], written: Mapping[str, int]) ->
         )
     if not counts["train"]:
         _clear(run.path)
-        fix = "Name another corpus.val_source" if section.val_source else "Lower corpus.val_fraction"
+        fix = (
+            "Name another corpus.val_source" if section.val_source else "Lower corpus.val_fraction"
+        )
         raise DataError(f"No image is left to train on: all {counts['val']:,} are held out. {fix}.")
     if not counts["val"] and (section.val_source or section.val_fraction):
         run.log("no image is held out: raise corpus.val_fraction, or set corpus.val_source")

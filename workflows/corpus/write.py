@@ -42,11 +42,17 @@ DAMAGE = (
 )
 QUARANTINE_ROWS = 10_000
 INLINE_PIECES = 4  # up to so many quarantine shards are written in this process
-ShardItem = tuple[str, list[tuple[Place, Group, list[int]]]]  # key; and of each part its group and range of rows
+ShardItem = tuple[
+    str, list[tuple[Place, Group, list[int]]]
+]  # key; and of each part its group and range of rows
 
 
 def write_shards(
-    run: StageRun, tally: Tally, groups: Mapping[str, Sequence[Group]], places: list[Place], plan: Plan
+    run: StageRun,
+    tally: Tally,
+    groups: Mapping[str, Sequence[Group]],
+    places: list[Place],
+    plan: Plan,
 ) -> tuple[dict[str, int], int]:
     """Write the missing shards of the plan, and the quarantine.
 
@@ -57,10 +63,14 @@ def write_shards(
         DataError: if the folder holds shards that are not in the plan.
     """
     lost = list(plan.pieces("quarantine", QUARANTINE_ROWS))
-    for _ in each(run, tally, lost, WriteQuarantine, (run.path, places), inline=len(lost) <= INLINE_PIECES):
+    for _ in each(
+        run, tally, lost, WriteQuarantine, (run.path, places), inline=len(lost) <= INLINE_PIECES
+    ):
         pass
     items = list(shard_items(groups, places, plan, run.recipe.corpus.shard_images))
-    refuse_foreign(run.path, [key for item in items for key, _ in item], "are not of the corpus's source")
+    refuse_foreign(
+        run.path, [key for item in items for key, _ in item], "are not of the corpus's source"
+    )
     rows: dict[str, int] = {}
     bare = 0
     with shown(run, tally, plan.counts()["images"]) as update:
@@ -103,7 +113,10 @@ def shard_items(
         item: list[ShardItem] = []
         for key, parts in plan.pieces(split, size):
             where = [places[place] for place, _, _ in parts]
-            named = [(one, groups[one.split][one.number], rows) for one, (_, *rows) in zip(where, parts, strict=True)]
+            named = [
+                (one, groups[one.split][one.number], rows)
+                for one, (_, *rows) in zip(where, parts, strict=True)
+            ]
             if item and not (item[-1][1][0][0] == where[0] and named[0][1].in_order):
                 yield item
                 item = []
@@ -124,13 +137,17 @@ class WriteQuarantine:
     def work(self, item: tuple[str, list[Part]]) -> Receipt:
         key, parts = item
         with HERE.part("write"):
-            return shards.write_shard(self.path, key, pa.concat_tables([self.table(*part) for part in parts]))
+            return shards.write_shard(
+                self.path, key, pa.concat_tables([self.table(*part) for part in parts])
+            )
 
     def table(self, number: int, start: int, end: int) -> pa.Table:
         place = self.places[number]
         rows = rows_of(self.path, place, "quarantine", start, end)
         index = read_rows(self.path, place.split, place.number, rows, ["key", "reason", "detail"])
-        marks = shards.read_shard(self.path, marks_key(place.split, place.number), ["first"]).take(pa.array(rows))
+        marks = shards.read_shard(self.path, marks_key(place.split, place.number), ["first"]).take(
+            pa.array(rows)
+        )
         first = pc.binary_join_element_wise("the same bytes as ", marks["first"], "")
         arrays = {
             "source": pa.array([place.source] * len(rows), pa.string()),
@@ -156,7 +173,9 @@ class WriteShards:
         with ExitStack() as stack:
             return [self.shard(key, parts, stack) for key, parts in item]
 
-    def shard(self, key: str, parts: list[tuple[Place, Group, list[int]]], stack: ExitStack) -> tuple[Receipt, int]:
+    def shard(
+        self, key: str, parts: list[tuple[Place, Group, list[int]]], stack: ExitStack
+    ) -> tuple[Receipt, int]:
         """Write one shard; returns its receipt and the images without a caption.
 
         Readers are opened on `stack`; the last stays open for the next shard.
@@ -174,14 +193,21 @@ class WriteShards:
             ]
         with HERE.part("write"):
             if gone:  # before the shard: if the shard exists, so does this
-                shards.write_shard(self.path, f"{GONE}/{key}", pa.Table.from_pylist(gone, QUARANTINE))
+                shards.write_shard(
+                    self.path, f"{GONE}/{key}", pa.Table.from_pylist(gone, QUARANTINE)
+                )
             elif any(isinstance(group, JsonLinesGroup) for _, group, _ in parts):
                 storage.remove(shards.shard_path(self.path, f"{GONE}/{key}"))
             whole = pa.concat_tables(tables)
             return shards.write_shard(self.path, key, whole), whole["caption"].null_count
 
     def table(
-        self, place: Place, group: Group, rows: np.ndarray, stack: ExitStack, gone: list[dict[str, str]]
+        self,
+        place: Place,
+        group: Group,
+        rows: np.ndarray,
+        stack: ExitStack,
+        gone: list[dict[str, str]],
     ) -> pa.Table:
         """Corpus rows of one group.
 
@@ -192,7 +218,9 @@ class WriteShards:
             DataError: if the source returns other bytes than in the first pass, or none.
         """
         index = read_rows(self.path, place.split, place.number, rows)
-        marks = shards.read_shard(self.path, marks_key(place.split, place.number), ["qa"]).take(pa.array(rows))
+        marks = shards.read_shard(self.path, marks_key(place.split, place.number), ["qa"]).take(
+            pa.array(rows)
+        )
         with reading(group.source):
             try:
                 found = list(self.fetch(group, self.reader(place, group, stack), index))
@@ -202,16 +230,27 @@ class WriteShards:
                 if isinstance(error, DAMAGE) or is_arrows(error):
                     raise self.other_bytes(group.source) from error
                 raise
-        there = pa.array([row for row, one in enumerate(found) if not isinstance(one, Lost)], pa.int64())
+        there = pa.array(
+            [row for row, one in enumerate(found) if not isinstance(one, Lost)], pa.int64()
+        )
         for one in found:
             if isinstance(one, Lost):
-                gone.append({"source": group.source, "key": one.key, "reason": one.reason, "detail": one.detail})
+                gone.append(
+                    {
+                        "source": group.source,
+                        "key": one.key,
+                        "reason": one.reason,
+                        "detail": one.detail,
+                    }
+                )
         index, marks = index.take(there), marks.take(there)
         named = [f"{group.source}::{key}" for key in index.column("key").to_pylist()]
         data = [one for one in found if not isinstance(one, Lost)]
         arrays = {"image": shards.bytes_column(data), "source": pa.array(named, pa.string())}
         arrays["qa"] = pc.coalesce(marks["qa"], index["qa"])
-        return pa.table([arrays[name] if name in arrays else index[name] for name in CORPUS.names], CORPUS)
+        return pa.table(
+            [arrays[name] if name in arrays else index[name] for name in CORPUS.names], CORPUS
+        )
 
     def fetch(self, group: Group, read: ReadBytes, index: pa.Table) -> Iterator[bytes | Lost]:
         """Yield the bytes of each row.
@@ -219,7 +258,9 @@ class WriteShards:
         If each image is a file of its own, a changed one is dropped alone.
         """
         apart, reach = isinstance(group, JsonLinesGroup), Reach(group.source)
-        columns = [index.column(name).to_pylist() for name in ("key", "start", "extent", "image_id")]
+        columns = [
+            index.column(name).to_pylist() for name in ("key", "start", "extent", "image_id")
+        ]
         for key, start, extent, identity in zip(*columns, strict=True):
             try:
                 data = read((start, extent))

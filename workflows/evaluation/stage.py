@@ -89,7 +89,13 @@ def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
     """
     parents = {name: find_artifact(recipe, name) for name in PARENTS}
     artifact = run_stage(
-        recipe, STAGE, STAGE, stage_config(recipe), parents, lambda stage: _body(stage, parents), tracker=tracker
+        recipe,
+        STAGE,
+        STAGE,
+        stage_config(recipe),
+        parents,
+        lambda stage: _body(stage, parents),
+        tracker=tracker,
     )
     if missing_measures(artifact):
         with holding(artifact.path):
@@ -190,7 +196,9 @@ def job_of(recipe: Recipe, parents: dict[str, Artifact], path: str) -> Evaluatio
 
 def cores() -> int:
     """Cores that this process may use. Not OMP_NUM_THREADS: Ray sets that to 1 for the driver of a job."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    )
 
 
 class Evaluator:
@@ -248,12 +256,17 @@ def _body(run: StageRun, parents: dict[str, Artifact]) -> dict[str, int]:
     results = _take_missing(run, job_of(run.recipe, parents, run.path))
     scores = {key: score for result in results.values() for key, score in result["scores"].items()}
     tables = {key: table for result in results.values() for key, table in result["tables"].items()}
-    tables["skipped"] = {name: result["skipped"] for name, result in results.items() if result["skipped"]}
+    tables["skipped"] = {
+        name: result["skipped"] for name, result in results.items() if result["skipped"]
+    }
     storage.write_json(storage.join(run.path, "scores.json"), scores)
     storage.write_json(storage.join(run.path, "tables.json"), tables)
     run.scores |= scores
     _track(run, tables)
-    return {"scores": len(scores), "pictures": sum(len(result["pictures"]) for result in results.values())}
+    return {
+        "scores": len(scores),
+        "pictures": sum(len(result["pictures"]) for result in results.values()),
+    }
 
 
 def _take_missing(run: StageRun, job: EvaluationJob) -> dict[str, ResultRecord]:
@@ -279,24 +292,36 @@ def _summary(result: ResultRecord) -> str:
     """One line for the terminal."""
     if result["skipped"]:
         return f"not measured: {result['skipped']}"
-    return ", ".join(f"{key} {score['value']:.4g}" for key, score in result["scores"].items()) or "pictures only"
+    return (
+        ", ".join(f"{key} {score['value']:.4g}" for key, score in result["scores"].items())
+        or "pictures only"
+    )
 
 
 def _track(run: StageRun, tables: dict[str, Any]) -> None:
     """Scores with their baselines as metrics, and three sheets of pictures, in the stage's MLflow run."""
     scores = merge_baselines(run.scores, baseline_scores(run.recipe))
     metrics = {key: score["value"] for key, score in scores.items()}
-    metrics |= {f"{key}/baseline/{name}": v for key, score in scores.items() for name, v in score["baseline"].items()}
+    metrics |= {
+        f"{key}/baseline/{name}": v
+        for key, score in scores.items()
+        for name, v in score["baseline"].items()
+    }
     run.tracker.metrics(metrics)
     grid = tables.get("grid", [])
     rows = {
-        "reconstructions": [[line[kind] for kind in ("input", "semantic", "decoded") if kind in line] for line in grid],
+        "reconstructions": [
+            [line[kind] for kind in ("input", "semantic", "decoded") if kind in line]
+            for line in grid
+        ],
         "drawings": _in_rows([line["picture"] for line in tables.get("drawings", [])], 8),
         "gallery": [line["pictures"] for line in tables.get("gallery", [])],
     }
     for key, names in rows.items():
         if names:
-            run.tracker.image(key, contact_sheet([[_picture(run.path, name) for name in row] for row in names]))
+            run.tracker.image(
+                key, contact_sheet([[_picture(run.path, name) for name in row] for row in names])
+            )
 
 
 def _in_rows(names: list[str], width: int) -> list[list[str]]:

@@ -33,7 +33,9 @@ def choose_patches(identity: str, seed: int, num: int, total: int) -> np.ndarray
 class FeatureShard:
     """Actor: writes the feature shard of a corpus shard; returns (receipt, images)."""
 
-    def __init__(self, out: str, corpus: str, encoder: str, recipe: Recipe, image_size: int) -> None:
+    def __init__(
+        self, out: str, corpus: str, encoder: str, recipe: Recipe, image_size: int
+    ) -> None:
         self.out, self.corpus, self.encoder_dir, self.recipe = out, corpus, encoder, recipe
         self.image_size = image_size
         self.featurizer: Featurizer | None = None
@@ -43,9 +45,15 @@ class FeatureShard:
         if done is not None:
             return key, done, None, None
         section = self.recipe.corpus
-        return key, None, *load_pixels(self.corpus, key, self.image_size, section.max_pixels, ["image_id"])
+        return (
+            key,
+            None,
+            *load_pixels(self.corpus, key, self.image_size, section.max_pixels, ["image_id"]),
+        )
 
-    def work(self, loaded: tuple[str, shards.Receipt | None, Any, Any]) -> tuple[shards.Receipt, int]:
+    def work(
+        self, loaded: tuple[str, shards.Receipt | None, Any, Any]
+    ) -> tuple[shards.Receipt, int]:
         key, done, table, pixels = loaded
         if done is not None:
             return done, shards.shard_rows(self.corpus, key)
@@ -68,7 +76,9 @@ class Featurizer:
         with HERE.part("start"):
             encoder = open_encoder(encoder_dir, recipe.encoder.layer).to(self.device)
         self.dim: int = encoder.dim
-        self.encode = as_set(encoder, self.device, recipe.features.precision, recipe.features.compile)
+        self.encode = as_set(
+            encoder, self.device, recipe.features.precision, recipe.features.compile
+        )
 
     def rows(self, pixels: np.ndarray, ids: list[str], where: str) -> pa.Table:
         """Feature rows of images, of all patches or the sampled ones.
@@ -88,7 +98,9 @@ class Featurizer:
 
         size, parts, chosen = self.recipe.features.batch_size, [], []
         with HERE.part("model"), torch.inference_mode():
-            results = on_host(self.encode(part).half() for part in batches(pixels, size, self.device))
+            results = on_host(
+                self.encode(part).half() for part in batches(pixels, size, self.device)
+            )
             for start, result in zip(range(0, len(ids), size), results, strict=True):
                 names, vectors_BNC = ids[start : start + size], result.numpy()
                 self.check(vectors_BNC, names, where)
@@ -96,7 +108,11 @@ class Featurizer:
                 parts.append(np.take_along_axis(vectors_BNC, chosen_BM[:, :, None], axis=1))
                 chosen.append(chosen_BM)
         patches_BM = np.concatenate(chosen) if chosen else np.empty((0, 0), np.int32)
-        vectors = np.concatenate(parts).reshape(-1, self.dim) if parts else np.empty((0, self.dim), np.float16)
+        vectors = (
+            np.concatenate(parts).reshape(-1, self.dim)
+            if parts
+            else np.empty((0, self.dim), np.float16)
+        )
         arrays = [
             pa.array(np.repeat(np.array(ids, object), patches_BM.shape[1]), pa.string()),
             pa.array(patches_BM.reshape(-1), pa.int32()),

@@ -58,7 +58,9 @@ def make(run: StageRun, encoder: Artifact) -> dict[str, int]:
     path, model = open_parent(recipe, encoder)
     groups = [
         listed(group, storage.join(run.path, LISTED, f"{number:05d}.json"))
-        for number, group in enumerate(find_groups(recipe.features.source, recipe.corpus, recipe.seed))
+        for number, group in enumerate(
+            find_groups(recipe.features.source, recipe.corpus, recipe.seed)
+        )
     ]
     standing = _standing(run.path, len(groups))
     counts = Counter({"images": 0, "vectors": 0, "train": 0, "val": 0, "quarantined": 0})
@@ -70,7 +72,9 @@ def make(run: StageRun, encoder: Artifact) -> dict[str, int]:
             counts.update({"images": note["images"], "quarantined": sum(note["lost"].values())})
             for key, rows in note["shards"].items():
                 counts.update({"vectors": rows, key.split("/")[0]: rows})
-            counts.update({f"quarantined/{reason}": number for reason, number in note["lost"].items()})
+            counts.update(
+                {f"quarantined/{reason}": number for reason, number in note["lost"].items()}
+            )
             update(1, images=counts["images"], quarantined=counts["quarantined"])
     if not counts["train"]:
         raise DataError(
@@ -114,7 +118,9 @@ class FeatureGroup:
                 note["shards"] |= self.write(f"{number:05d}-{piece:03d}", block, group.source)
         if lost:
             shards.write_shard(
-                self.out, shards.shard_key("quarantine", number), pa.Table.from_pylist(lost, shards.QUARANTINE)
+                self.out,
+                shards.shard_key("quarantine", number),
+                pa.Table.from_pylist(lost, shards.QUARANTINE),
             )
         note["lost"] = dict(Counter(row["reason"] for row in lost))
         storage.write_json(path, note)
@@ -127,7 +133,9 @@ class FeatureGroup:
         storage.remove(shards.shard_path(self.out, shards.shard_key("quarantine", number)))
         storage.remove(path)
 
-    def blocks(self, group: Group, lost: list[dict[str, str]]) -> Iterator[list[tuple[str, np.ndarray]]]:
+    def blocks(
+        self, group: Group, lost: list[dict[str, str]]
+    ) -> Iterator[list[tuple[str, np.ndarray]]]:
         """Yield (image_id, pixels uint8 (S, S, 3)) of usable images, in blocks of a shard.
 
         The others are added to `lost`.
@@ -154,7 +162,10 @@ class FeatureGroup:
         try:
             check_file(found, section) if section.max_aspect is None else look(found, section)
             pixels = images.to_pixels(
-                found.data, self.image_size, max_pixels=section.max_pixels, min_size=section.min_size
+                found.data,
+                self.image_size,
+                max_pixels=section.max_pixels,
+                min_size=section.min_size,
             )
         except ImageError as error:
             return Lost(found.key, error.reason, str(error))
@@ -166,13 +177,19 @@ class FeatureGroup:
             self.featurizer = Featurizer(self.encoder_dir, self.recipe)
         written = {}
         for split in shards.SPLITS:
-            part = [one for one in block if is_held_out(one[0], self.recipe.corpus.val_fraction) == (split == "val")]
+            part = [
+                one
+                for one in block
+                if is_held_out(one[0], self.recipe.corpus.val_fraction) == (split == "val")
+            ]
             if not part:
                 continue
             pixels = np.stack([pixels for _, pixels in part])
             rows = self.featurizer.rows(pixels, [identity for identity, _ in part], where)
             with HERE.part("write"):
-                written[f"{split}/{name}"] = shards.write_shard(self.out, f"{split}/{name}", rows).rows
+                written[f"{split}/{name}"] = shards.write_shard(
+                    self.out, f"{split}/{name}", rows
+                ).rows
         return written
 
 

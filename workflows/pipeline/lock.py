@@ -65,11 +65,15 @@ def _take(name: str, path: str) -> int:
                 f"Another run is writing {path} (its process: {holder}). Wait for it, stop it, or set another `out`."
             ) from error
         except OSError as error:
-            log(f"{path} cannot be locked on this file system ({error.strerror}): do not start a second run there")
+            log(
+                f"{path} cannot be locked on this file system ({error.strerror}): do not start a second run there"
+            )
             return file
         with suppress(FileNotFoundError):
             if os.fstat(file).st_ino == os.stat(name).st_ino:
                 os.truncate(file, 0)
-                os.write(file, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+                os.write(
+                    file, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()
+                )
                 return file
         os.close(file)

@@ -11,7 +11,9 @@ from smalti.schema import Recipe
 from smalti.workflows.pipeline.timings import HERE
 
 
-def load_pixels(corpus: str, key: str, size: int, max_pixels: int, columns: list[str]) -> tuple[pa.Table, np.ndarray]:
+def load_pixels(
+    corpus: str, key: str, size: int, max_pixels: int, columns: list[str]
+) -> tuple[pa.Table, np.ndarray]:
     """Some columns of a corpus shard, and its decoded images.
 
     Returns:

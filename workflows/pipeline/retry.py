@@ -22,7 +22,13 @@ PERMANENT = frozenset(
 )  # fmt: skip
 """Errors of a file system that a later try meets too."""
 
-ANSWERS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+ANSWERS = (
+    FileNotFoundError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    FileExistsError,
+)
 """The same of clients of object stores, which set no errno."""
 
 LATER = frozenset([408, 425, 429])
@@ -59,7 +65,9 @@ def retry(
         except Exception as error:
             if not transient(error):
                 raise
-            say(f"{what} failed (try {number} of {len(pauses_s) + 1}), retrying in {pause_s:g} s: {brief(error)}")
+            say(
+                f"{what} failed (try {number} of {len(pauses_s) + 1}), retrying in {pause_s:g} s: {brief(error)}"
+            )
         time.sleep(pause_s)
     return call(*args, **more)
 
@@ -86,7 +94,9 @@ def is_transient(error: Exception) -> bool:
 
 def _is_permanent(cause: BaseException) -> bool:
     """Whether a later try meets the same error."""
-    if isinstance(cause, (*ANSWERS, ValueError, TypeError, KeyError, AttributeError)) or refused(cause):
+    if isinstance(cause, (*ANSWERS, ValueError, TypeError, KeyError, AttributeError)) or refused(
+        cause
+    ):
         return True
     if not isinstance(cause, OSError):
         return False

@@ -30,7 +30,9 @@ from smalti.workflows.pipeline.timings import HERE, Tally
 
 Item = TypeVar("Item")
 SHARDS_IN_FLIGHT = 2  # an actor finds its next shard waiting
-BLOCK_BYTES = 600_000_000  # 1,000 images of 384 px are 442 MB; three of each actor lie in the object store
+BLOCK_BYTES = (
+    600_000_000  # 1,000 images of 384 px are 442 MB; three of each actor lie in the object store
+)
 
 
 class ShardWorker(Protocol):
@@ -78,14 +80,21 @@ def run_shards(
         return
     DataContext.get_current().target_max_block_size = None  # a block is a shard: never split
     run = f"smalti/{uuid.uuid4().hex}"
-    tickets = [Ticket(f"{run}/{number}", repr(item)[:NAME_LENGTH], DEATHS) for number, item in enumerate(items)]
+    tickets = [
+        Ticket(f"{run}/{number}", repr(item)[:NAME_LENGTH], DEATHS)
+        for number, item in enumerate(items)
+    ]
     rows = [
         {"head": pickle.dumps((ITEM, (ticket, item), {})), "array": b""}
         for ticket, item in zip(tickets, items, strict=True)
     ]
     data: Any = ray.data.from_items(rows, override_num_blocks=len(rows))
     gpus = resources.gpus_per_worker if model else 0
-    given: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "fn_constructor_args": (worker, args)}
+    given: dict[str, Any] = {
+        "batch_size": 1,
+        "batch_format": "pyarrow",
+        "fn_constructor_args": (worker, args),
+    }
     want_gpus(gpus)
     apart = gpus > 0 and block_bytes <= BLOCK_BYTES
     if gpus and not apart:
@@ -94,7 +103,9 @@ def run_shards(
             "themselves. Lower corpus.shard_images to let separate readers decode ahead of them"
         )
     if apart:
-        readers = ActorPoolStrategy(min_size=1, max_size=resources.readers, initial_size=resources.readers)
+        readers = ActorPoolStrategy(
+            min_size=1, max_size=resources.readers, initial_size=resources.readers
+        )
         data = data.map_batches(_Read, compute=readers, num_cpus=1, **given)
     size = resources.actors if model else resources.readers
     size = min(size, len(items))
@@ -288,7 +299,9 @@ def standing_for(artifact_path: str, corpus_path: str, key: str) -> Receipt | No
     return None
 
 
-def refuse_foreign(artifact_path: str, keys: Sequence[str], whose: str = "are not in the corpus") -> None:
+def refuse_foreign(
+    artifact_path: str, keys: Sequence[str], whose: str = "are not in the corpus"
+) -> None:
     """Refuse an artifact that holds shards other than `keys`.
 
     Raises:

@@ -27,7 +27,18 @@ if TYPE_CHECKING:
     from smalti.schema import Recipe
 
 
-STAGES = ("corpus", "encoder", "features", "codebook", "tokenizer", "tokens", "mllm", "bridge", "export", "evaluate")
+STAGES = (
+    "corpus",
+    "encoder",
+    "features",
+    "codebook",
+    "tokenizer",
+    "tokens",
+    "mllm",
+    "bridge",
+    "export",
+    "evaluate",
+)
 """Stages in the order of the chain; UniCode² may have a bridge, DualToken has no features and no codebook."""
 BEAT_S = 30.0
 SHARED_FILE = "shared.json"
@@ -93,7 +104,9 @@ def find_artifact(recipe: Recipe, name: str) -> Artifact:
 P = ParamSpec("P")
 
 
-def _alone(stage: Callable[Concatenate[Recipe, str, P], Artifact]) -> Callable[Concatenate[Recipe, str, P], Artifact]:
+def _alone(
+    stage: Callable[Concatenate[Recipe, str, P], Artifact],
+) -> Callable[Concatenate[Recipe, str, P], Artifact]:
     """Lock the stage's folder while it runs; a finished artifact is only read."""
 
     @functools.wraps(stage)
@@ -191,7 +204,10 @@ def _make(
 ) -> Artifact:
     """Run the body inside its child run and finish the artifact."""
     run = StageRun(name, place.path, recipe, tracker, place.resumed, place.fingerprint)
-    sources = ", ".join(f"{key} {parent.path}" for key, parent in parents.items()) or "the recipe's source"
+    sources = (
+        ", ".join(f"{key} {parent.path}" for key, parent in parents.items())
+        or "the recipe's source"
+    )
     run.log(f"{'resuming' if place.resumed else 'starting'} on {sources}; output in {place.path}")
     started = time.monotonic()
     try:
@@ -201,7 +217,9 @@ def _make(
             counts = dict(body(run))
         result = place.finish(counts=counts, seconds=time.monotonic() - started, scores=run.scores)
         numbers: dict[str, float] = {f"count/{key}": float(value) for key, value in counts.items()}
-        numbers |= {key: float(value) for key, value in run.scores.items() if isinstance(value, int | float)}
+        numbers |= {
+            key: float(value) for key, value in run.scores.items() if isinstance(value, int | float)
+        }
         tracker.metrics(numbers | {"duration_s": result.seconds})
         tracker.finish()
     except BaseException:
@@ -236,7 +254,11 @@ def _beating(place: Workspace, started: float) -> Iterator[None]:
 
 
 def _tags(run: StageRun, parents: Mapping[str, Artifact]) -> dict[str, str]:
-    tags = {"smalti.stage": run.name, "smalti.path": run.path, "smalti.fingerprint": run.fingerprint}
+    tags = {
+        "smalti.stage": run.name,
+        "smalti.path": run.path,
+        "smalti.fingerprint": run.fingerprint,
+    }
     return tags | {f"smalti.parent.{key}": parent.fingerprint for key, parent in parents.items()}
 
 

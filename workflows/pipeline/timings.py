@@ -83,15 +83,21 @@ class Tally:
         """
         parts = {f"seconds/{name}": self.noted.get(f"seconds/{name}") for name in PARTS}
         counts = {f"retried/{name}": int(self.noted.get(f"retried/{name}", 0)) for name in COUNTS}
-        counts |= {name: int(number) for name, number in self.noted.items() if name.startswith("left_out/")}
-        return {name: round(value, 3) for name, value in parts.items() if value is not None} | counts
+        counts |= {
+            name: int(number) for name, number in self.noted.items() if name.startswith("left_out/")
+        }
+        return {
+            name: round(value, 3) for name, value in parts.items() if value is not None
+        } | counts
 
     def told(self) -> list[str]:
         """Log lines: the share of each part, the slowest part, and the counts."""
         parts = {name: self.noted.get(f"seconds/{name}", 0.0) for name in PARTS}
         total, lines = sum(parts.values()), []
         if total > 0:
-            order = sorted((name for name in PARTS if parts[name] > 0), key=lambda name: -parts[name])
+            order = sorted(
+                (name for name in PARTS if parts[name] > 0), key=lambda name: -parts[name]
+            )
             shares = ", ".join(f"{name} {100 * parts[name] / total:.0f} %" for name in order)
             lines.append(f"{shares} of {total:.1f} worker seconds: {order[0]} is the slowest part")
         again = [f"{number:,} {COUNTS[name]}" for name, number in self.counted().items()]
@@ -120,7 +126,9 @@ def tallied(run: StageRun) -> Iterator[Tally]:
 
 
 @contextmanager
-def shown(run: StageRun, tally: Tally, total: int, unit: str = "images") -> Iterator[Callable[..., None]]:
+def shown(
+    run: StageRun, tally: Tally, total: int, unit: str = "images"
+) -> Iterator[Callable[..., None]]:
     """A progress bar, and the function that updates it.
 
     The function takes the units of a receipt and further numbers to show. The bar also shows the retries; where the units
@@ -146,7 +154,9 @@ def shown(run: StageRun, tally: Tally, total: int, unit: str = "images") -> Iter
 
 
 @contextmanager
-def shard_progress(run: StageRun, total: int, unit: str = "images") -> Iterator[tuple[Tally, Callable[..., None]]]:
+def shard_progress(
+    run: StageRun, total: int, unit: str = "images"
+) -> Iterator[tuple[Tally, Callable[..., None]]]:
     """Tally and progress bar of a stage with one pipeline.
 
     Yields the tally for `run_shards`, and the function that updates the bar.

@@ -103,18 +103,31 @@ class Plan:
     def lines(self) -> list[str]:
         """The plan as text, a line each."""
         found = [self.title, ""]
-        found.append(f"  {'phase':<14}{'read':>10}{'written':>10}{'sums':>10}{'FLOPs':>10}{'hours':>9}  bound by")
+        found.append(
+            f"  {'phase':<14}{'read':>10}{'written':>10}{'sums':>10}{'FLOPs':>10}{'hours':>9}  bound by"
+        )
         for phase in self.phases:
             seconds, bound = phase.seconds(self.rates, self.num)
-            sizes = "".join(f"{size_text(size):>10}" for size in (phase.read, phase.written, phase.moved))
+            sizes = "".join(
+                f"{size_text(size):>10}" for size in (phase.read, phase.written, phase.moved)
+            )
             found.append(
                 f"  {phase.name:<14}{sizes}{phase.flops:>10.2g}{seconds / 3600:>9.3g}  {bound}; {phase.formula}"
             )
-        sums = [sum(getattr(phase, name) for phase in self.phases) for name in ("read", "written", "moved")]
+        sums = [
+            sum(getattr(phase, name) for phase in self.phases)
+            for name in ("read", "written", "moved")
+        ]
         flops = sum(phase.flops for phase in self.phases)
-        total = "".join(f"{size_text(size):>10}" for size in sums) + f"{flops:>10.2g}{self.seconds / 3600:>9.3g}"
+        total = (
+            "".join(f"{size_text(size):>10}" for size in sums)
+            + f"{flops:>10.2g}{self.seconds / 3600:>9.3g}"
+        )
         found += [f"  {'total':<14}{total}", ""]
-        found += [f"  memory of {who}: {size_text(size)} ({formula})" for who, size, formula, _ in self.memory]
+        found += [
+            f"  memory of {who}: {size_text(size)} ({formula})"
+            for who, size, formula, _ in self.memory
+        ]
         found.append(
             f"  {self.num} x {self.rates.device}, each {self.rates.flops:.3g} FLOP/s and {size_text(self.rates.read)}/s: "
             f"{self.rates.origin}"
@@ -134,7 +147,11 @@ def time_text(hours: float) -> str:
     """`3.5 hours`, `12 minutes`, `0.8 seconds`."""
     for unit, name in ((1, "hours"), (60, "minutes")):
         if hours * unit >= 1:
-            return f"{hours * unit:,.3g} {name}" if hours * unit < 1000 else f"{hours * unit:,.0f} {name}"
+            return (
+                f"{hours * unit:,.3g} {name}"
+                if hours * unit < 1000
+                else f"{hours * unit:,.0f} {name}"
+            )
     return f"{hours * 3600:.2g} seconds"
 
 
@@ -142,7 +159,9 @@ def gpu_rates(name: str) -> Rates:
     """Assumed rates of a GPU. ConfigError: one that is not in the list."""
     name = name.lower()
     if name not in GPUS:
-        raise ConfigError(f"--gpu {name} is not known; there are {', '.join(GPUS)} and cpu (measured on this machine)")
+        raise ConfigError(
+            f"--gpu {name} is not known; there are {', '.join(GPUS)} and cpu (measured on this machine)"
+        )
     gpu = GPUS[name]
     origin = (
         f"ASSUMED, {ASSUMED_FRACTION:.0%} of the float32 peak {gpu.fp32 / 1e12:g} TFLOP/s for k-means and "
@@ -166,12 +185,17 @@ def cpu_rates(width: int) -> Rates:
     finally:
         torch.set_num_threads(threads)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (os.cpu_count() or 1)
-    return Rates("core of this machine", flops, read, memory, "measured now, one thread; shards read warm")
+    return Rates(
+        "core of this machine", flops, read, memory, "measured now, one thread; shards read warm"
+    )
 
 
 def _search_rate(width: int, rows: int = 4096, codes: int = 1024) -> float:
     generator = torch.Generator().manual_seed(0)
-    x_NC, c_KC = torch.randn(rows, width, generator=generator), torch.randn(codes, width, generator=generator)
+    x_NC, c_KC = (
+        torch.randn(rows, width, generator=generator),
+        torch.randn(codes, width, generator=generator),
+    )
     kmeans.assign(x_NC[:256], c_KC)
     started, calls = time.process_time(), 0
     while time.process_time() - started < MEASURE_S:
@@ -181,8 +205,14 @@ def _search_rate(width: int, rows: int = 4096, codes: int = 1024) -> float:
 
 
 def _read_rate(width: int, rows: int = 16_384) -> float:
-    x_NC = np.random.default_rng(0).standard_normal((rows, width), dtype=np.float32).astype(np.float16)
-    columns = [pa.array(["x"] * rows), pa.array(np.arange(rows, dtype=np.int32)), shards.list_column(x_NC)]
+    x_NC = (
+        np.random.default_rng(0).standard_normal((rows, width), dtype=np.float32).astype(np.float16)
+    )
+    columns = [
+        pa.array(["x"] * rows),
+        pa.array(np.arange(rows, dtype=np.int32)),
+        shards.list_column(x_NC),
+    ]
     with tempfile.TemporaryDirectory() as folder:
         shards.write_shard(folder, "train/00000", pa.table(columns, shards.feature_schema(width)))
         chunk = Chunk(folder, (("train/00000", rows),), width)

@@ -15,7 +15,9 @@ BESIDE = 0.1e9  # bytes of the blocks in which the driver moves codes
 NAMES = 160  # bytes of a code's name while codes that repeat are looked for
 
 
-def plan_codebook(section: CodebookSection, vectors: int, width: int, rates: Rates, num: int) -> Plan:
+def plan_codebook(
+    section: CodebookSection, vectors: int, width: int, rates: Rates, num: int
+) -> Plan:
     """Phases and memory of k-means of `vectors` × `width` float16 features by `section`, on `num` devices.
 
     Cells are taken to be of one size; with shares in proportion to sizes the second level costs P·Σ(n_p/N)² times as
@@ -29,13 +31,21 @@ def plan_codebook(section: CodebookSection, vectors: int, width: int, rates: Rat
     formula = f"2·N·(P + {probes}·K/P)·C" if two_level else "2·N·K·C"
     data = float(HALF * vectors * width)
     sums = _sums(section, vectors, width)
-    phases += [Phase(f"polish {step + 1}", formula, flops, data, moved=sums) for step in range(section.polish)]
+    phases += [
+        Phase(f"polish {step + 1}", formula, flops, data, moved=sums)
+        for step in range(section.polish)
+    ]
     if two_level:
         drawn = recall.num_vectors(section.recall)
         tasks = -(-drawn // recall.TASK_VECTORS)
-        phases.append(Phase("recall", f"2·{drawn:,}·K·C", 2.0 * drawn * section.size * width, devices=tasks))
+        phases.append(
+            Phase("recall", f"2·{drawn:,}·K·C", 2.0 * drawn * section.size * width, devices=tasks)
+        )
         seen = cells_seen(section)
-        formula, flops = f"2·N·(P + {seen:.1f}·K/P)·C", 2.0 * vectors * (cells + seen * section.size / cells) * width
+        formula, flops = (
+            f"2·N·(P + {seen:.1f}·K/P)·C",
+            2.0 * vectors * (cells + seen * section.size / cells) * width,
+        )
     phases.append(Phase("scores", formula, flops, data))
     title = f"codebook: N = {vectors:,} vectors x C = {width:,} -> K = {section.size:,} codes in P = {cells:,} cells"
     return Plan(title, phases, _memory(section, vectors, width), rates, num)
@@ -51,14 +61,25 @@ def cells_seen(section: CodebookSection) -> float:
 def _two_level(section: CodebookSection, vectors: int, width: int) -> list[Phase]:
     cells, turns, data = section.coarse, section.iterations, float(HALF * vectors * width)
     sample = _sample(section, vectors)
-    tasks, seen = -(-sample // passes.SAMPLE_CHUNK_VECTORS), min(vectors, cells * section.cell_vectors)
+    tasks, seen = (
+        -(-sample // passes.SAMPLE_CHUNK_VECTORS),
+        min(vectors, cells * section.cell_vectors),
+    )
     of_cells = "N" if seen == vectors else f"{seen:,}"
     return [
         Phase("sample", "every shard is read once", read=data),
-        Phase("cells", "2·S·P·C a Lloyd iteration", 2.0 * sample * cells * width * turns, devices=tasks),
+        Phase(
+            "cells",
+            "2·S·P·C a Lloyd iteration",
+            2.0 * sample * cells * width * turns,
+            devices=tasks,
+        ),
         Phase("sorting", "2·N·P·C", 2.0 * vectors * cells * width, data, data),
         Phase(
-            "codes", f"2·{of_cells}·(K/P)·C a Lloyd iteration", 2.0 * seen * section.size / cells * width * turns, data
+            "codes",
+            f"2·{of_cells}·(K/P)·C a Lloyd iteration",
+            2.0 * seen * section.size / cells * width * turns,
+            data,
         ),
     ]
 
@@ -79,28 +100,42 @@ def _sums(section: CodebookSection, vectors: int, width: int) -> float:
 def _flat(section: CodebookSection, vectors: int, width: int) -> list[Phase]:
     data, flops = float(HALF * vectors * width), 2.0 * vectors * section.size * width
     turns, sums = section.iterations, _sums(section, vectors, width)
-    lloyd = Phase("codes", "2·N·K·C a Lloyd iteration", flops * turns, data * turns, moved=sums * turns)
+    lloyd = Phase(
+        "codes", "2·N·K·C a Lloyd iteration", flops * turns, data * turns, moved=sums * turns
+    )
     return [Phase("sample", "every shard is read once", read=data), lloyd]
 
 
 def _sample(section: CodebookSection, vectors: int) -> int:
     if section.coarse > 1:
-        wanted = max(section.sample or max(SAMPLE_MIN, SAMPLE_A_CELL * section.coarse), section.coarse)
+        wanted = max(
+            section.sample or max(SAMPLE_MIN, SAMPLE_A_CELL * section.coarse), section.coarse
+        )
     else:
         wanted = max(section.sample or SAMPLE_MIN, SEEDS_A_CODE * section.size)
     return min(wanted, vectors)
 
 
-def _memory(section: CodebookSection, vectors: int, width: int) -> list[tuple[str, float, str, str]]:
+def _memory(
+    section: CodebookSection, vectors: int, width: int
+) -> list[tuple[str, float, str, str]]:
     """(who, bytes, formula, fix) of the largest needs of the driver and of a task, beside what Python and torch take."""
     chunk, block = min(vectors, passes.CHUNK_VECTORS), min(vectors, passes.BLOCK_VECTORS)
     codes, far = float(SINGLE * section.size * width), float(3 * SINGLE * passes.FAR_KEPT * width)
     rows = (
-        min(section.size, max(1, partial_sums.RANGE_NUMBERS // width)) if section.polish or section.coarse == 1 else 0
+        min(section.size, max(1, partial_sums.RANGE_NUMBERS // width))
+        if section.polish or section.coarse == 1
+        else 0
     )
     met = min(section.size, chunk) if rows else 0
-    sample, seeds = _sample(section, vectors), section.coarse if section.coarse > 1 else section.size
-    shard, smaller = "Use smaller shards.", "Set a smaller codebook.size, or features of fewer numbers."
+    sample, seeds = (
+        _sample(section, vectors),
+        section.coarse if section.coarse > 1 else section.size,
+    )
+    shard, smaller = (
+        "Use smaller shards.",
+        "Set a smaller codebook.size, or features of fewer numbers.",
+    )
     read = float(
         (HALF * chunk + 2 * SINGLE * block) * width
     )  # shards, no larger than a chunk; a block of them, and the next
@@ -108,7 +143,9 @@ def _memory(section: CodebookSection, vectors: int, width: int) -> list[tuple[st
         (
             "the driver in a pass",
             codes + max(float(DOUBLE * rows * width) + far, float(NAMES * section.size)) + BESIDE,
-            "4·K·C" + " and a range of sums" * bool(rows) + f" and 12·{passes.FAR_KEPT:,}·C of far vectors and 0.1 GB",
+            "4·K·C"
+            + " and a range of sums" * bool(rows)
+            + f" and 12·{passes.FAR_KEPT:,}·C of far vectors and 0.1 GB",
             smaller,
         ),
         (
@@ -131,7 +168,12 @@ def _memory(section: CodebookSection, vectors: int, width: int) -> list[tuple[st
         size = SINGLE * together * width + DOUBLE * section.size / section.coarse * width
         fix = "Set codebook.coarse higher, or codebook.cell_vectors lower."
         needs += [
-            ("a task in the sorting", read + HALF * chunk * width, f"(2 + 2)·{chunk:,}·C + 8·{block:,}·C", shard),
+            (
+                "a task in the sorting",
+                read + HALF * chunk * width,
+                f"(2 + 2)·{chunk:,}·C + 8·{block:,}·C",
+                shard,
+            ),
             ("a task in a cell", size, "4·n·C + 8·(K/P)·C, n vectors of cells read together", fix),
         ]
     return needs

@@ -39,7 +39,9 @@ TABLE = "sizes from smalti's table of public models"
 
 def vision_config(name: str) -> tuple[Any, str]:
     """(config of the vision tower, where it comes from) of a SigLIP. ConfigError: neither found nor known."""
-    match = re.fullmatch(r"google/siglip2?-(base|large|so400m|giant-opt)-patch(\d+)-(\d+)(-i18n)?", name)
+    match = re.fullmatch(
+        r"google/siglip2?-(base|large|so400m|giant-opt)-patch(\d+)-(\d+)(-i18n)?", name
+    )
     found, why = _own_config(name, ask_hub=match is None)
     if found is not None:
         return getattr(found, "vision_config", found), why
@@ -82,9 +84,13 @@ def _own_config(name: str, ask_hub: bool) -> tuple[Any, str]:
             read = storage.read_json(storage.join(name, "config.json"))
             return AutoConfig.for_model(**read), f"{name}: its own config"
         with quiet():
-            config = AutoConfig.from_pretrained(storage.local_path(name), local_files_only=not ask_hub)
+            config = AutoConfig.from_pretrained(
+                storage.local_path(name), local_files_only=not ask_hub
+            )
             return config, f"{name}: its own config"
-    except Exception as error:  # transformers, fsspec and the hub's client each have errors of their own
+    except (
+        Exception
+    ) as error:  # transformers, fsspec and the hub's client each have errors of their own
         return None, (str(error).splitlines() or [repr(error)])[0].rstrip(".")
 
 

@@ -26,7 +26,10 @@ def shared_among(models: Sequence[Model], resources: Resources, given: int | Non
         told = ", ".join(f"{m.section}.batch_size={m.train.batch_size}{_micro(m)}" for m in stuck)
         most = max(model.train.batch_size for model in models)
         fitting = [n for n in range(1, most + 1) if not cannot_share(models, n)]
-        near = [str(n) for n in (*[n for n in fitting if n < num][-1:], *[n for n in fitting if n > num][:1])]
+        near = [
+            str(n)
+            for n in (*[n for n in fitting if n < num][-1:], *[n for n in fitting if n > num][:1])
+        ]
         raise ConfigError(
             f"{key}={num}: {told} cannot be shared evenly by {num} devices. Set {key} to {' or '.join(near)}, or "
             f"{'each of these batch sizes' if len(stuck) > 1 else stuck[0].section + '.batch_size'} to a multiple of {num}."

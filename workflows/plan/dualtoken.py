@@ -19,7 +19,14 @@ from smalti.tokenizers.dualtoken import BOOKS, DualModel
 from smalti.tokenizers.encoders import VisionEncoder
 from smalti.tokenizers.losses import PixelLoss, discriminator_loss
 from smalti.tokenizers.patchgan import PatchGAN
-from smalti.workflows.plan.models import Autocast, Head, Model, encoder_of, language_of, perceptual_of
+from smalti.workflows.plan.models import (
+    Autocast,
+    Head,
+    Model,
+    encoder_of,
+    language_of,
+    perceptual_of,
+)
 from smalti.workflows.plan.trace import Backward, fake
 from smalti.workflows.train.tasks.semantic import encodes_in_bf16
 
@@ -49,7 +56,11 @@ def dual_model(recipe: Recipe, encoder: VisionEncoder, origin: str, gpu: bool) -
         with autocast():
             out = model(pixels_BCHW, target_BNC)
         total, _ = criterion(
-            out.pixels, pixels_BCHW, discriminator=critic, last_layer=model.last_layer, step=loss.gan.start_step
+            out.pixels,
+            pixels_BCHW,
+            discriminator=critic,
+            last_layer=model.last_layer,
+            step=loss.gan.start_step,
         )
         backward(total + out.semantic + out.commitment)
         if critic is not None:
@@ -69,9 +80,13 @@ def places_model(recipe: Recipe) -> Model:
     lm, vocabulary, origin = language_of(section, 1)
     with torch.device("meta"):
         width = lm.get_input_embeddings().embedding_dim
-        adapter = ADAPTERS[section.adapter]((dual.dim,) * len(BOOKS), section.adapter_hidden or width, width)
+        adapter = ADAPTERS[section.adapter](
+            (dual.dim,) * len(BOOKS), section.adapter_hidden or width, width
+        )
         codes_PKW = torch.empty(len(BOOKS), dual.codes, dual.dim)
-        model = DepthModel(lm, adapter, codes_PKW, vocabulary, size=section.depth_heads, depth=dual.depth)
+        model = DepthModel(
+            lm, adapter, codes_PKW, vocabulary, size=section.depth_heads, depth=dual.depth
+        )
         if section.lora:
             add_lora(model, section.lora)
     model.freeze(section.freeze)
@@ -85,7 +100,9 @@ def places_model(recipe: Recipe) -> Model:
             sums_NPRW = model.sums(codes_NPR)
             embeds_BLH = lm.get_input_embeddings()(ids_BL)
             vectors_BLH = adapter(sums_NPRW[:, :, -1].reshape(num, length, -1)).to(embeds_BLH.dtype)
-            embeds_BLH = torch.where(fake(num, length, 1, dtype=torch.bool), vectors_BLH, embeds_BLH)
+            embeds_BLH = torch.where(
+                fake(num, length, 1, dtype=torch.bool), vectors_BLH, embeds_BLH
+            )
             mask = visible_mask(ids_BL, ids_BL, embeds_BLH.dtype)
             hidden_BLH = model.backbone(
                 inputs_embeds=embeds_BLH, attention_mask=mask, position_ids=ids_BL, use_cache=False

@@ -44,8 +44,16 @@ class InferenceCost(NamedTuple):
             return run
 
         one, two = (trace(modules, step(num), bf16=section.precision == "bf16") for num in (1, 2))
-        numbers = {id(t): t.numel() for module in kept for t in (*module.parameters(), *module.buffers())}
-        return cls(one.flops, section.batch_size, 4.0 * sum(numbers.values()), one.peak, two.peak - one.peak)
+        numbers = {
+            id(t): t.numel() for module in kept for t in (*module.parameters(), *module.buffers())
+        }
+        return cls(
+            one.flops,
+            section.batch_size,
+            4.0 * sum(numbers.values()),
+            one.peak,
+            two.peak - one.peak,
+        )
 
     @property
     def memory(self) -> float:

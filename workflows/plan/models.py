@@ -118,7 +118,10 @@ class Model:
     @property
     def largest(self) -> int:
         """Parameters of the largest single module, which ZeRO-3 gathers whole."""
-        own = (sum(p.numel() for p in m.parameters(recurse=False)) for m in self.modules["model"].modules())
+        own = (
+            sum(p.numel() for p in m.parameters(recurse=False))
+            for m in self.modules["model"].modules()
+        )
         return max(own)
 
 
@@ -147,13 +150,20 @@ def encoder_model(recipe: Recipe) -> Model:
         model = ContrastiveModel(build_siglip(section, size, section.text_vocab_size, 0, 1))
 
     def step(num: int, backward: Backward, autocast: Autocast) -> None:
-        ids_BL = fake(num, section.text_length, dtype=torch.int64)  # all texts differ: the most that can be
+        ids_BL = fake(
+            num, section.text_length, dtype=torch.int64
+        )  # all texts differ: the most that can be
         with autocast():
             images = model.model.vision_model(pixel_values=_pixels_of(num, size)).pooler_output
             texts = model.model.text_model(input_ids=ids_BL).pooler_output
-            images_BE, texts_BE = F.normalize(images.float(), dim=-1), F.normalize(texts.float(), dim=-1)
+            images_BE, texts_BE = (
+                F.normalize(images.float(), dim=-1),
+                F.normalize(texts.float(), dim=-1),
+            )
             same = fake(num, num, dtype=torch.bool)
-            loss = siglip_loss(images_BE, texts_BE, model.model.logit_scale, model.model.logit_bias, same)
+            loss = siglip_loss(
+                images_BE, texts_BE, model.model.logit_scale, model.model.logit_bias, same
+            )
         backward(loss)
 
     return Model(
@@ -175,7 +185,10 @@ def semantic_model(recipe: Recipe, encoder: VisionEncoder, origin: str, gpu: boo
             features_BNC = encoder(_pixels_of(num, encoder.image_size))
         with autocast():
             quantized = model.quantizer(model.project(features_BNC))
-            loss = distill_loss(model.reconstruct(quantized.q), features_BNC, stage.distill) + quantized.loss
+            loss = (
+                distill_loss(model.reconstruct(quantized.q), features_BNC, stage.distill)
+                + quantized.loss
+            )
         backward(loss)
 
     modules = nn.ModuleDict({"model": model, "encoder": encoder})
@@ -185,7 +198,9 @@ def semantic_model(recipe: Recipe, encoder: VisionEncoder, origin: str, gpu: boo
     )  # fmt: skip
 
 
-def pixel_model(recipe: Recipe, encoder: VisionEncoder, origin: str, gpu: bool, *, decoder: bool) -> Model:
+def pixel_model(
+    recipe: Recipe, encoder: VisionEncoder, origin: str, gpu: bool, *, decoder: bool
+) -> Model:
     """Stage P, or stage D with `decoder`."""
     section, size = recipe.tokenizer, encoder.image_size
     stage = section.decoder if decoder else section.pixel
@@ -206,7 +221,9 @@ def pixel_model(recipe: Recipe, encoder: VisionEncoder, origin: str, gpu: bool, 
     uses_encoder = guided or loss.perceptual.kind == "encoder"
     if guided:
         with torch.device("meta"):
-            modules["semantic"] = SemanticTokenizer(encoder.dim, section.semantic, recipe.codebook.size, encoder.grid)
+            modules["semantic"] = SemanticTokenizer(
+                encoder.dim, section.semantic, recipe.codebook.size, encoder.grid
+            )
         modules["semantic"].eval().requires_grad_(False)
     if uses_encoder:
         modules["encoder"] = encoder
@@ -223,7 +240,11 @@ def pixel_model(recipe: Recipe, encoder: VisionEncoder, origin: str, gpu: bool, 
         with autocast():
             out = model(pixels_BCHW, ids_BN)
         total, _ = criterion(
-            out.pixels, pixels_BCHW, discriminator=critic, last_layer=model.last_layer, step=loss.gan.start_step
+            out.pixels,
+            pixels_BCHW,
+            discriminator=critic,
+            last_layer=model.last_layer,
+            step=loss.gan.start_step,
         )
         if not decoder:
             total = total + section.pixel.vq_weight * out.vq_loss
@@ -235,7 +256,11 @@ def pixel_model(recipe: Recipe, encoder: VisionEncoder, origin: str, gpu: bool, 
                 critic_loss, _ = discriminator_loss(critic, out.pixels.detach(), pixels_BCHW)
             backward(critic_loss)
 
-    what = "larger pixel decoder, all else frozen" if decoder else "pixel encoder, sub-codebooks and decoder"
+    what = (
+        "larger pixel decoder, all else frozen"
+        if decoder
+        else "pixel encoder, sub-codebooks and decoder"
+    )
     name = "decoder" if decoder else "pixel"
     return Model(
         name, f"tokenizer.{name}.train", what, stage.train, modules, engines, step,
@@ -268,7 +293,9 @@ def language_of(section: MllmSection, num_codes: int) -> tuple[Any, VisualVocabu
     else:
         config, tokens, origin = language_config(section.pretrained or "")
     first = tokens + len(DELIMITERS)
-    vocabulary = VisualVocabulary(tokens, first, num_codes, tokens, tokens + 1, tokens + 2, tokens + 3, 0, 0, None)
+    vocabulary = VisualVocabulary(
+        tokens, first, num_codes, tokens, tokens + 1, tokens + 2, tokens + 3, 0, 0, None
+    )
     with torch.device("meta"):
         lm: Any = AutoModelForCausalLM.from_config(config)
         fit_shapes(lm, vocabulary)
@@ -294,7 +321,9 @@ def language_model(section: MllmSection, num_codes: int, splits: tuple[int, ...]
         with autocast():
             embeds_BLH = lm.get_input_embeddings()(ids_BL)
             vectors_BLH = model.visual_inputs(ids_BL).to(embeds_BLH.dtype)
-            embeds_BLH = torch.where(fake(num, length, 1, dtype=torch.bool), vectors_BLH, embeds_BLH)
+            embeds_BLH = torch.where(
+                fake(num, length, 1, dtype=torch.bool), vectors_BLH, embeds_BLH
+            )
             mask = visible_mask(ids_BL, ids_BL, embeds_BLH.dtype)
             hidden = model.backbone(
                 inputs_embeds=embeds_BLH, attention_mask=mask, position_ids=ids_BL, use_cache=False
@@ -320,10 +349,14 @@ def bridge_model(recipe: Recipe, encoder: VisionEncoder) -> Model:
         model = BridgeLoss(Bridge(section, text(ids).shape(tokens, encoder.dim)))
 
     def step(num: int, backward: Backward, autocast: Autocast) -> None:
-        prompts = {name: fake(num, ids_BL.shape[1], dtype=torch.int64) for name, ids_BL in ids.items()}
+        prompts = {
+            name: fake(num, ids_BL.shape[1], dtype=torch.int64) for name, ids_BL in ids.items()
+        }
         wanted = text(prompts)
         with autocast():
-            loss, _ = model(fake(num, tokens, encoder.dim), wanted, torch.cat([*prompts.values()], -1))
+            loss, _ = model(
+                fake(num, tokens, encoder.dim), wanted, torch.cat([*prompts.values()], -1)
+            )
         backward(loss)
 
     return Model(

@@ -19,7 +19,9 @@ def lines(plan: TrainPlan, measured: Sequence[str] = ()) -> list[str]:
     head, total = model.head, sum(plan.memory.values())
     each = " · ".join(f"{stage}: {size_text(plan.states(stage))}" for stage in STATES)
     bound = plan.step_seconds[1]
-    shares = " + ".join(f"{plan.row_flops[name]:.3g} {name}" for name in PRECISIONS if plan.row_flops[name])
+    shares = " + ".join(
+        f"{plan.row_flops[name]:.3g} {name}" for name in PRECISIONS if plan.row_flops[name]
+    )
     rows = [
         ("parameters", f"{_count(model.parameters())}, trained {_count(sum(trained.values()))}", "F + P"),
         ("states a GPU", f"ZeRO {each}", "0: 16·P; 1: 8·P + 12·P/N; 2: 4·P + 16·P/N; 3: 20·P/N"),
@@ -71,7 +73,9 @@ def _of_host(plan: TrainPlan) -> str:
 
 
 def _left_out(plan: TrainPlan) -> str:
-    return "; the way to main memory and the optimizer there left out" if plan.setting.offload else ""
+    return (
+        "; the way to main memory and the optimizer there left out" if plan.setting.offload else ""
+    )
 
 
 def _buffer_formula(plan: TrainPlan) -> str:
@@ -79,7 +83,9 @@ def _buffer_formula(plan: TrainPlan) -> str:
     if stage == 0:
         return "none without ZeRO"
     bucket = f"({' + '.join(map(str, plan.trial.buckets(stage)))})·min(P, {REDUCE_BUCKET:,}) (reduce_bucket_size)"
-    return bucket + (f" + 4·min(P + F, {STAGE_3['stage3_max_live_parameters']:,}) gathered" if stage == 3 else "")
+    return bucket + (
+        f" + 4·min(P + F, {STAGE_3['stage3_max_live_parameters']:,}) gathered" if stage == 3 else ""
+    )
 
 
 def _traffic_formula(plan: TrainPlan) -> str:

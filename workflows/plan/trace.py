@@ -52,11 +52,16 @@ def trace(modules: nn.Module, step: Step, *, bf16: bool) -> Traced:
         with _Watch(held) as watch:
 
             def backward(loss: Tensor) -> None:
-                watch.saved, watch.bare_saved = max(watch.saved, watch.live), max(watch.bare_saved, watch.bare)
+                watch.saved, watch.bare_saved = (
+                    max(watch.saved, watch.live),
+                    max(watch.bare_saved, watch.bare),
+                )
                 loss.backward()
 
             step(backward, lambda: torch.autocast("cpu", torch.bfloat16, enabled=bf16))
-    return Traced(watch.flops, watch.saved, watch.peak, watch.bare_saved, watch.bare_peak, watch.calls)
+    return Traced(
+        watch.flops, watch.saved, watch.peak, watch.bare_saved, watch.bare_peak, watch.calls
+    )
 
 
 @contextmanager
@@ -119,7 +124,9 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        self.calls += func.namespace == "aten" and not func.is_view  # fake tensors ask for their device by `prim`
+        self.calls += (
+            func.namespace == "aten" and not func.is_view
+        )  # fake tensors ask for their device by `prim`
         count = _FLOPS.get(func._overloadpacket)
         if count is not None:
             self.flops[_precision(func, out)] += count(*args, **kwargs, out_val=out)
@@ -157,12 +164,20 @@ def _precision(func: Any, out: Any) -> str:
     return "tf32" if "convolution" in str(func) else "fp32"
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, *args: Any, out_val: Any = None, **kwargs: Any
+) -> int:
     return sdpa_flop_count(query.shape, key.shape, value.shape)
 
 
 def _attention_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any, out_val: Any = None, **kwargs: Any
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *args: Any,
+    out_val: Any = None,
+    **kwargs: Any,
 ) -> int:
     return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
 

@@ -83,16 +83,23 @@ class Trial:
 
     def of(self, name: str, rows: int, checkpointing: bool) -> float:
         """A figure of `Traced` for a micro batch of so many rows: linear in them."""
-        one, two = (getattr(traced, name) for traced in (self.checkpointed if checkpointing else self.traces))
+        one, two = (
+            getattr(traced, name)
+            for traced in (self.checkpointed if checkpointing else self.traces)
+        )
         return one + (two - one) * (rows - 1)
 
     def flops(self, checkpointing: bool = False) -> dict[str, float]:
         """FLOPs of a row by precision, the head's among them."""
-        one, two = (traced.flops for traced in (self.checkpointed if checkpointing else self.traces))
+        one, two = (
+            traced.flops for traced in (self.checkpointed if checkpointing else self.traces)
+        )
         found = {name: max(two[name] - one[name], 0.0) for name in PRECISIONS}
         head = self.model.head
         if head is not None:
-            found["bf16" if self.bf16 else "fp32"] += (4.0 + 2 * head.trained) * head.length * head.passed * head.width
+            found["bf16" if self.bf16 else "fp32"] += (
+                (4.0 + 2 * head.trained) * head.length * head.passed * head.width
+            )
         return found
 
     def calls(self, checkpointing: bool = False) -> int:
@@ -128,8 +135,12 @@ class Trial:
         if setting.zero == 0:
             return 0.0
         trained = int(self.model.parameters("model"))
-        here = train.model_copy(update={"offload": "none"})  # changes no bucket, and nvme wants a GPU in sight
-        zero = deepspeed_config(here, 1, zero_stage=setting.zero, trained=trained)["zero_optimization"]
+        here = train.model_copy(
+            update={"offload": "none"}
+        )  # changes no bucket, and nvme wants a GPU in sight
+        zero = deepspeed_config(here, 1, zero_stage=setting.zero, trained=trained)[
+            "zero_optimization"
+        ]
         size = float(sum(self.buckets(setting.zero)) * zero["reduce_bucket_size"])
         if setting.zero == 3:
             held = self.model.parameters("model") + self.model.resting("model")
@@ -146,7 +157,9 @@ class Trial:
         """Activations and logits at their worst moment: in the head's loss, or in the backward pass behind it. Under
         ZeRO-3 linear layers keep no bf16 copy of their weights (DeepSpeed's own `linear`)."""
         rows, bare = self.rows(setting.micro), "bare_" if setting.zero == 3 else ""
-        saved, peak = (self.of(f"{bare}{name}", rows, setting.checkpointing) for name in ("saved", "peak"))
+        saved, peak = (
+            self.of(f"{bare}{name}", rows, setting.checkpointing) for name in ("saved", "peak")
+        )
         logits = self.logits(rows)
         return {"activations": max(saved, peak - logits), "logits": logits}
 
@@ -193,7 +206,8 @@ class TrainPlan:
         """Bytes of all engines' states on a GPU, with the main one at this ZeRO stage."""
         engines = self.model.engines.items()
         return sum(
-            self.trial.states(e, stage if e == "model" else own, self.num, self.setting.offload) for e, own in engines
+            self.trial.states(e, stage if e == "model" else own, self.num, self.setting.offload)
+            for e, own in engines
         )
 
     @cached_property
@@ -206,11 +220,15 @@ class TrainPlan:
         return self.rates.memory * (1 - HELD_BACK)
 
     def fits(self, setting: Setting) -> bool:
-        return sum(self.trial.memory(setting).values()) <= self.room and self.has_room_beside(setting)
+        return sum(self.trial.memory(setting).values()) <= self.room and self.has_room_beside(
+            setting
+        )
 
     def has_room_beside(self, setting: Setting) -> bool:
         """Whether main memory holds what a worker puts there, where it is known; a disk's room is not."""
-        return not self.rates.host or sum(self.host(setting).values()) <= self.rates.host * HOST_SHARE
+        return (
+            not self.rates.host or sum(self.host(setting).values()) <= self.rates.host * HOST_SHARE
+        )
 
     def host(self, setting: Setting) -> dict[str, float]:
         """Bytes of main memory a worker by what holds them, at most: shards (of texts as many again), batches that are made
@@ -219,8 +237,12 @@ class TrainPlan:
         share = model.train.batch_size / setting.num
         return {
             "shards": model.train.data_gb * 1e9 * (2 if model.head else 1),
-            "batches": BATCHES * share * (3 * model.pixels**2 + (TOKEN * model.head.length if model.head else 0)),
-            "offload": self.away(setting) if setting.offload and model.train.offload != "nvme" else 0.0,
+            "batches": BATCHES
+            * share
+            * (3 * model.pixels**2 + (TOKEN * model.head.length if model.head else 0)),
+            "offload": self.away(setting)
+            if setting.offload and model.train.offload != "nvme"
+            else 0.0,
         }
 
     @property
@@ -238,9 +260,14 @@ class TrainPlan:
         """Bytes that a GPU sends in a step, and receives."""
         if self.num == 1:
             return 0.0
-        stages = {engine: self.setting.zero if engine == "model" else own for engine, own in self.model.engines.items()}
+        stages = {
+            engine: self.setting.zero if engine == "model" else own
+            for engine, own in self.model.engines.items()
+        }
         return (
-            sum(self._sent(engine, stage, self.micros) for engine, stage in stages.items()) * (self.num - 1) / self.num
+            sum(self._sent(engine, stage, self.micros) for engine, stage in stages.items())
+            * (self.num - 1)
+            / self.num
         )
 
     def _sent(self, engine: str, stage: int, micros: int) -> float:
@@ -261,7 +288,9 @@ class TrainPlan:
     def step_seconds(self) -> tuple[float, str]:
         """Seconds of a step, and what bounds them: traffic goes on beside the arithmetic, and calls ahead of it."""
         share = self.model.train.batch_size / self.num * self.trial.fill
-        compute = sum(share * count / self.rates.training(name) for name, count in self.row_flops.items())
+        compute = sum(
+            share * count / self.rates.training(name) for name, count in self.row_flops.items()
+        )
         calls = self.trial.calls(self.setting.checkpointing) * self.micros * self.rates.call_s
         bounds = {
             "arithmetic": compute,
@@ -285,7 +314,9 @@ class TrainPlan:
         """Bytes of a checkpoint: parameters, and their copy and moments under ZeRO (without: the moments); of those that
         are not trained themselves alone."""
         model, each = self.model, 16 if self.model.train.zero_stage else 12
-        return float(sum(model.parameters(e) * each + SINGLE * model.resting(e) for e in model.engines))
+        return float(
+            sum(model.parameters(e) * each + SINGLE * model.resting(e) for e in model.engines)
+        )
 
     def refusal(self) -> str | None:
         """Why it cannot fit, and what would make it fit; None when it fits."""
@@ -327,11 +358,19 @@ class TrainPlan:
             if batch % (self.num * times) == 0 and not cannot_share(self.others, self.num * times)
             for one in (both[0], replace(both[0], checkpointing=True))
         ]
-        found = next((one for one in [*smaller, *shared, *both, *checkpointed, *away, *more] if self.fits(one)), None)
+        found = next(
+            (
+                one
+                for one in [*smaller, *shared, *both, *checkpointed, *away, *more]
+                if self.fits(one)
+            ),
+            None,
+        )
         if found is None:
             return f"Nothing that is tried here makes it fit: not ZeRO-3 with {key}.micro_batch_size=1 either."
         changes = {
-            f"{key}.optimizer=adamw": found.zero != now.zero and self.model.train.optimizer == "muon",
+            f"{key}.optimizer=adamw": found.zero != now.zero
+            and self.model.train.optimizer == "muon",
             f"{key}.zero_stage={found.zero}": found.zero != now.zero,
             f"{key}.micro_batch_size={found.micro}": found.micro != now.micro,
             f"{key}.activation_checkpointing=true": found.checkpointing and not now.checkpointing,
@@ -339,14 +378,16 @@ class TrainPlan:
             f"--gpus {found.num}": found.num != now.num,
         }
         size = size_text(sum(self.trial.memory(found).values()))
-        there = f" (and {size_text(self.away(found))} of main memory for each)" if found.offload else ""
-        return (
-            f"With {' and '.join(text for text, changed in changes.items() if changed)} it is {size}{there}, and fits."
+        there = (
+            f" (and {size_text(self.away(found))} of main memory for each)" if found.offload else ""
         )
+        return f"With {' and '.join(text for text, changed in changes.items() if changed)} it is {size}{there}, and fits."
 
     def away(self, setting: Setting) -> float:
         """Bytes a worker that `train.offload` puts into main memory, or on NVMe."""
-        here, rest = (self.trial.memory(replace(setting, offload=offload)) for offload in (False, True))
+        here, rest = (
+            self.trial.memory(replace(setting, offload=offload)) for offload in (False, True)
+        )
         return sum(here[name] - rest[name] for name in ("states", "frozen"))
 
 

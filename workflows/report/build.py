@@ -12,7 +12,9 @@ from smalti.workflows.report.facts import gather
 from smalti.workflows.report.page import page
 
 
-def build(recipe: Recipe, artifacts: Sequence[Artifact], out: str, *, started: float | None = None) -> tuple[str, str]:
+def build(
+    recipe: Recipe, artifacts: Sequence[Artifact], out: str, *, started: float | None = None
+) -> tuple[str, str]:
     """Write both reports into the folder or URL `out`; returns the paths (html, json).
 
     `artifacts`: the stages that ran or stood, the evaluation with its completed scores (`evaluate.run` returns it so).

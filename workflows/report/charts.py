@@ -53,14 +53,20 @@ def y_range(values: Sequence[float]) -> YRange:
     later = values[first:]
     if len(later) < 2 or max(later) == min(later) or _share(later, low, high) >= LEAST_SHARE:
         return YRange(low, high)
-    if low > 0 and _share([math.log(value) for value in later], math.log(low), math.log(high)) >= LEAST_SHARE:
+    if (
+        low > 0
+        and _share([math.log(value) for value in later], math.log(low), math.log(high))
+        >= LEAST_SHARE
+    ):
         return YRange(low, high, log=True, note="log scale")
     margin = 0.05 * (max(later) - min(later))
     shown = YRange(min(later) - margin, max(later) + margin)
     outside = [value for value in values if not shown.low <= value <= shown.high]
     points = "point" if len(outside) == 1 else "points"
     farthest = max(outside, key=lambda value: abs(value - shown.low))
-    return dataclasses.replace(shown, note=f"{len(outside)} {points} outside, to {tick_text(farthest)}")
+    return dataclasses.replace(
+        shown, note=f"{len(outside)} {points} outside, to {tick_text(farthest)}"
+    )
 
 
 def _share(values: Sequence[float], low: float, high: float) -> float:
@@ -109,7 +115,9 @@ def rank_chart(points: Sequence[tuple[int, int]], title: str) -> str:
 class _Frame:
     """From data to pixels, and the axes around it."""
 
-    def __init__(self, xs: Point, ys: Point, *, log_x: bool = False, log_y: bool = False, width: int = WIDTH) -> None:
+    def __init__(
+        self, xs: Point, ys: Point, *, log_x: bool = False, log_y: bool = False, width: int = WIDTH
+    ) -> None:
         self.xs = xs
         self.ys = ys
         self.log_x = log_x
@@ -127,14 +135,22 @@ class _Frame:
         parts = []
         for tick, text in zip(y_ticks, tick_texts(y_ticks), strict=True):
             y = self.y(tick)
-            parts.append(f'<line class="rule" x1="{LEFT}" x2="{self.width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-            parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{text}</text>')
+            parts.append(
+                f'<line class="rule" x1="{LEFT}" x2="{self.width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            )
+            parts.append(
+                f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{text}</text>'
+            )
         for tick, text in zip(x_ticks, tick_texts(x_ticks), strict=True):
             x = min(self.x(tick), self.width - RIGHT - 6)
-            parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 7}" text-anchor="middle">{text}</text>')
+            parts.append(
+                f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 7}" text-anchor="middle">{text}</text>'
+            )
         if note:
             x = self.width - RIGHT
-            parts.append(f'<text class="tick" x="{x}" y="{TOP + 6}" text-anchor="end">{escape(note)}</text>')
+            parts.append(
+                f'<text class="tick" x="{x}" y="{TOP + 6}" text-anchor="end">{escape(note)}</text>'
+            )
         return "".join(parts)
 
 

@@ -58,11 +58,16 @@ class Facts:
             "started": self.started,
             "seconds": round(self.seconds, 3),
             "stages": [
-                {"name": stage.name, "seconds": stage.artifact.seconds, "artifact": stage.artifact.path}
+                {
+                    "name": stage.name,
+                    "seconds": stage.artifact.seconds,
+                    "artifact": stage.artifact.path,
+                }
                 for stage in [*self.stages, *self.baselines]
             ],
             "scores": {
-                key: {name: score[name] for name in SCORE_KEYS if name in score} for key, score in self.scores.items()
+                key: {name: score[name] for name in SCORE_KEYS if name in score}
+                for key, score in self.scores.items()
             },
         }
 
@@ -73,8 +78,15 @@ def gather(recipe: Recipe, artifacts: Sequence[Artifact], started: float | None 
     `started` (seconds since the epoch) is when the command began. `seconds` is the work of every stage, or the wall time
     of the command where that is longer (start-up counts); a run that was broken off and gone on with counts its stages.
     """
-    stages = [Stage(_last(artifact.path), artifact, history(artifact.path)) for artifact in artifacts]
-    phases = [phase for stage in stages if stage.name == "tokenizer" for phase in _phases(stage.artifact.path)]
+    stages = [
+        Stage(_last(artifact.path), artifact, history(artifact.path)) for artifact in artifacts
+    ]
+    phases = [
+        phase
+        for stage in stages
+        if stage.name == "tokenizer"
+        for phase in _phases(stage.artifact.path)
+    ]
     baselines = _baseline_stages(recipe)
     work = sum(stage.artifact.seconds for stage in [*stages, *baselines])
     evaluation = next((stage.artifact for stage in stages if stage.name in EVALUATION), None)
@@ -99,7 +111,11 @@ def history(path: str) -> list[dict[str, Any]]:
     place = storage.join(path, HISTORY)
     if not storage.exists(place):
         return []
-    lines = [line for line in storage.read_bytes(place).decode("utf-8", "replace").splitlines() if line.strip()]
+    lines = [
+        line
+        for line in storage.read_bytes(place).decode("utf-8", "replace").splitlines()
+        if line.strip()
+    ]
     rows = []
     for number, line in enumerate(lines):
         try:
@@ -125,7 +141,9 @@ def _baseline_stages(recipe: Recipe) -> list[Stage]:
     found = []
     for name in recipe.baselines:
         for stage in (*STAGES[:-1], *EVALUATION):
-            artifact = Artifact.find(storage.join(storage.absolute(recipe.out), "baselines", name, stage))
+            artifact = Artifact.find(
+                storage.join(storage.absolute(recipe.out), "baselines", name, stage)
+            )
             if artifact is not None:
                 found.append(Stage(f"baselines/{name}/{stage}", artifact, history(artifact.path)))
     return found
@@ -144,8 +162,13 @@ def _started(stages: Sequence[Stage], started: float | None) -> str:
     for stage in stages:
         if stage.artifact.created:
             made = datetime.fromisoformat(stage.artifact.created)
-            times.append((made if made.tzinfo else made.replace(tzinfo=UTC)).timestamp() - stage.artifact.seconds)
-    return datetime.fromtimestamp(min(times) if times else time.time(), UTC).isoformat(timespec="seconds")
+            times.append(
+                (made if made.tzinfo else made.replace(tzinfo=UTC)).timestamp()
+                - stage.artifact.seconds
+            )
+    return datetime.fromtimestamp(min(times) if times else time.time(), UTC).isoformat(
+        timespec="seconds"
+    )
 
 
 def _mlflow_uri(recipe: Recipe) -> str | None:

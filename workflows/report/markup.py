@@ -43,16 +43,19 @@ def figure(inner: str, caption: str, css: str = "") -> str:
     return f'<figure class="{css}">{inner}<figcaption>{caption}</figcaption></figure>'
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], numeric: Sequence[int] = (), css: str = "") -> str:
+def table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], numeric: Sequence[int] = (), css: str = ""
+) -> str:
     """A table of HTML cells in a box that scrolls by itself on a narrow screen; `numeric` columns stand right."""
 
     def cell(tag: str, column: int, text: str) -> str:
         return f"<{tag}{' class=num' if column in numeric else ''}>{text}</{tag}>"
 
-    lines = ["<tr>" + "".join(cell("td", i, text) for i, text in enumerate(row)) + "</tr>" for row in rows]
+    lines = [
+        "<tr>" + "".join(cell("td", i, text) for i, text in enumerate(row)) + "</tr>"
+        for row in rows
+    ]
     if not lines:
         return ""
     header = "<tr>" + "".join(cell("th", i, text) for i, text in enumerate(head)) + "</tr>"
-    return (
-        f'<div class="scroll"><table class="{css}"><thead>{header}</thead><tbody>{"".join(lines)}</tbody></table></div>'
-    )
+    return f'<div class="scroll"><table class="{css}"><thead>{header}</thead><tbody>{"".join(lines)}</tbody></table></div>'

@@ -18,12 +18,16 @@ class Name:
 
 
 NAMES: dict[str, Name] = {
-    "qa/accuracy": Name("Question answering", "Held-out questions about held-out images answered exactly right."),
+    "qa/accuracy": Name(
+        "Question answering", "Held-out questions about held-out images answered exactly right."
+    ),
     "drawing/accuracy": Name(
-        "Drawing", "Drawn images in which the judge, a classifier trained on real images alone, sees the whole label."
+        "Drawing",
+        "Drawn images in which the judge, a classifier trained on real images alone, sees the whole label.",
     ),
     "drawing/zero_shot_accuracy": Name(
-        "Drawing, by the encoder", "Drawn images in which the encoder's zero-shot classes see the whole label."
+        "Drawing, by the encoder",
+        "Drawn images in which the encoder's zero-shot classes see the whole label.",
     ),
     "drawing/judge_accuracy": Name(
         "The judge itself", "The judge on real held-out images: what its verdicts are worth."
@@ -32,7 +36,8 @@ NAMES: dict[str, Name] = {
         "Encoder, zero-shot", "Held-out images whose label's sentence is nearest in the encoder."
     ),
     "zero_shot/through_codes": Name(
-        "Zero-shot through codes", "The same through the tokenizer's semantic codes, by the trained tower."
+        "Zero-shot through codes",
+        "The same through the tokenizer's semantic codes, by the trained tower.",
     ),
     "reconstruction/psnr": Name(
         "Reconstruction PSNR", "Held-out images decoded from their codes; mean over images.", "dB"
@@ -41,31 +46,57 @@ NAMES: dict[str, Name] = {
         "PSNR, semantic codes only", "The same decoder trained on the semantic codes alone.", "dB"
     ),
     "reconstruction/psnr_over_semantic_only": Name(
-        "Gain by the pixel codes", "PSNR of the full codes minus that of the semantic codes alone.", "dB"
+        "Gain by the pixel codes",
+        "PSNR of the full codes minus that of the semantic codes alone.",
+        "dB",
     ),
     "reconstruction/ssim": Name(
-        "Reconstruction SSIM", "Structural similarity, Gaussian window 11, mean over images.", "plain"
+        "Reconstruction SSIM",
+        "Structural similarity, Gaussian window 11, mean over images.",
+        "plain",
     ),
     "reconstruction/ssim_semantic_only": Name(
         "SSIM, semantic codes only", "The same for semantic codes alone.", "plain"
     ),
-    "codes/usage": Name("Code usage", "Codes that occur at least once; n is the number of tokens counted."),
-    "codes/perplexity": Name("Code perplexity", "As many evenly used codes would be as diverse.", "plain"),
+    "codes/usage": Name(
+        "Code usage", "Codes that occur at least once; n is the number of tokens counted."
+    ),
+    "codes/perplexity": Name(
+        "Code perplexity", "As many evenly used codes would be as diverse.", "plain"
+    ),
     "codes/entropy": Name("Code entropy", "Entropy of the codes over held-out tokens.", "nats"),
     "codes/vrr": Name(
-        "Patch likeness (VRR)", "Variance that a code explains of its patches; unbiased, beside a shuffle."
+        "Patch likeness (VRR)",
+        "Variance that a code explains of its patches; unbiased, beside a shuffle.",
     ),
     "codes/semantic_usage": Name("Semantic code usage", "Semantic codes that occur at least once."),
-    "codes/semantic_perplexity": Name("Semantic perplexity", "As many evenly used semantic codes.", "plain"),
+    "codes/semantic_perplexity": Name(
+        "Semantic perplexity", "As many evenly used semantic codes.", "plain"
+    ),
     "codes/semantic_entropy": Name("Semantic entropy", "Entropy of the semantic codes.", "nats"),
-    "codes/semantic_vrr": Name("Patch likeness, semantic", "The same for patches that share a semantic code."),
-    "retrieval/t2i_r1": Name("Caption → image", "Captions whose nearest image is their own (recall at 1)."),
-    "retrieval/i2t_r1": Name("Image → caption", "Images whose nearest caption is their own (recall at 1)."),
-    "retrieval/t2i_r1_through_codes": Name("Caption → codes", "The same through the tokenizer's semantic codes."),
-    "retrieval/i2t_r1_through_codes": Name("Codes → caption", "The same through the tokenizer's semantic codes."),
+    "codes/semantic_vrr": Name(
+        "Patch likeness, semantic", "The same for patches that share a semantic code."
+    ),
+    "retrieval/t2i_r1": Name(
+        "Caption → image", "Captions whose nearest image is their own (recall at 1)."
+    ),
+    "retrieval/i2t_r1": Name(
+        "Image → caption", "Images whose nearest caption is their own (recall at 1)."
+    ),
+    "retrieval/t2i_r1_through_codes": Name(
+        "Caption → codes", "The same through the tokenizer's semantic codes."
+    ),
+    "retrieval/i2t_r1_through_codes": Name(
+        "Codes → caption", "The same through the tokenizer's semantic codes."
+    ),
 }
 ORDER = list(NAMES)
-HEADLINES = ("qa/accuracy", "drawing/accuracy", "reconstruction/psnr", "reconstruction/psnr_over_semantic_only")
+HEADLINES = (
+    "qa/accuracy",
+    "drawing/accuracy",
+    "reconstruction/psnr",
+    "reconstruction/psnr_over_semantic_only",
+)
 BASELINES = {
     "question_only": "question only",
     "pixel_codes": "pixel codes",
@@ -93,7 +124,13 @@ def written(value: float, kind: Kind) -> str:
         return f"{100 * value:.1f} %"
     if kind in ("dB", "nats"):
         return f"{value:.2f} {kind}"
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}" if abs(value) >= 10 else f"{value:.3f}"
+    return (
+        f"{value:,.0f}"
+        if abs(value) >= 100
+        else f"{value:.3g}"
+        if abs(value) >= 10
+        else f"{value:.3f}"
+    )
 
 
 def baseline_name(key: str) -> str:
@@ -114,4 +151,8 @@ def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes = round(seconds) // 60
-    return f"{minutes} min {round(seconds) % 60:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    return (
+        f"{minutes} min {round(seconds) % 60:02d} s"
+        if minutes < 60
+        else f"{minutes // 60} h {minutes % 60:02d} min"
+    )

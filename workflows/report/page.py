@@ -49,7 +49,11 @@ def page(facts: Facts) -> str:
         mlflow(facts),
     ]
     body = "".join(parts)
-    links = "".join(f'<a href="#{key}">{title}</a>' for key, title in TITLES.items() if f'<section id="{key}">' in body)
+    links = "".join(
+        f'<a href="#{key}">{title}</a>'
+        for key, title in TITLES.items()
+        if f'<section id="{key}">' in body
+    )
     css = Path(__file__).with_name("style.css").read_text()
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'

@@ -24,7 +24,9 @@ def reconstructions(facts: Facts, pictures: Pictures) -> str:
         if "psnr_semantic_only" in line:
             told += f", semantic only {written(line['psnr_semantic_only'], 'dB')}"
         title = f"<b>{escape(clip(line['caption'], 80))}</b> · " if line.get("caption") else ""
-        figures.append(figure(f'<div class="triple n{len(kinds)}">{images}</div>', title + told, "card"))
+        figures.append(
+            figure(f'<div class="triple n{len(kinds)}">{images}</div>', title + told, "card")
+        )
     spread = facts.tables.get("psnr")
     lead = "Held-out images, turned into codes and back."
     if spread:
@@ -45,9 +47,12 @@ def gallery(facts: Facts, pictures: Pictures) -> str:
     rows = []
     for line in facts.tables.get("gallery", []):
         images = "".join(
-            pictures.img(name, f"a patch of code {line['code']}", "pixels patch") for name in line["pictures"]
+            pictures.img(name, f"a patch of code {line['code']}", "pixels patch")
+            for name in line["pictures"]
         )
-        told = f"<b>code {line['code']}</b> · {line['patches']:,} patches in {line['images']:,} images"
+        told = (
+            f"<b>code {line['code']}</b> · {line['patches']:,} patches in {line['images']:,} images"
+        )
         rows.append(figure(f'<div class="strip">{images}</div>', told, "row"))
     what = "semantic code" if facts.tables.get("gallery_of") == "semantic" else "code"
     lead = (
@@ -56,7 +61,10 @@ def gallery(facts: Facts, pictures: Pictures) -> str:
         "most used to the least used."
     )
     return section(
-        "gallery", "Patches that share a code", lead, f'<div class="grid rows">{"".join(rows)}</div>' if rows else ""
+        "gallery",
+        "Patches that share a code",
+        lead,
+        f'<div class="grid rows">{"".join(rows)}</div>' if rows else "",
     )
 
 
@@ -67,7 +75,9 @@ def codes(facts: Facts) -> str:
         found = facts.tables.get(key)
         if not found:
             continue
-        chart = rank_chart([(int(rank), int(count)) for rank, count in found["points"]], f"{title}: uses by rank")
+        chart = rank_chart(
+            [(int(rank), int(count)) for rank, count in found["points"]], f"{title}: uses by rank"
+        )
         told = (
             f"<b>{title}</b> · {found['used']:,} of {found['codes']:,} used at least once in {found['tokens']:,} held-out "
             "tokens; across: rank, up: uses (both logarithmic)"
@@ -76,7 +86,12 @@ def codes(facts: Facts) -> str:
             told += ". There are fewer tokens than codes, so not all of them could occur"
         figures.append(figure(chart, told, "card chart"))
     lead = "Codes sorted by how often they occur. A line that falls off early means that many codes lie idle."
-    return section("codes", "Code usage", lead, f'<div class="grid half">{"".join(figures)}</div>' if figures else "")
+    return section(
+        "codes",
+        "Code usage",
+        lead,
+        f'<div class="grid half">{"".join(figures)}</div>' if figures else "",
+    )
 
 
 def drawings(facts: Facts, pictures: Pictures) -> str:
@@ -90,14 +105,21 @@ def drawings(facts: Facts, pictures: Pictures) -> str:
             right = seen == line["label"]
             told = JUDGES.get(judge, judge)
             mark = "✓" if right else f"✗ {escape(clip(seen, 40))}"
-            verdicts += f'<span class="verdict {"right" if right else "wrong"}">{told} {mark}</span>'
+            verdicts += (
+                f'<span class="verdict {"right" if right else "wrong"}">{told} {mark}</span>'
+            )
         image = pictures.img(line["picture"], f"drawn from: {line['prompt']}", "pixels")
-        figures.append(figure(image, f"<b>“{escape(clip(line['prompt'], 90))}”</b>{verdicts}", "card small"))
+        figures.append(
+            figure(image, f"<b>“{escape(clip(line['prompt'], 90))}”</b>{verdicts}", "card small")
+        )
     lead = (
         "Drawn by the exported language model from the prompt under each image, with nothing picked out. ✓: the judge "
         "sees the label that the prompt names; ✗: what it sees instead. <i>judge</i> is a classifier trained on real "
         "images alone, <i>encoder</i> the frozen encoder's zero-shot classes."
     )
     return section(
-        "drawings", "Drawn images", lead, f'<div class="grid tight">{"".join(figures)}</div>' if figures else ""
+        "drawings",
+        "Drawn images",
+        lead,
+        f'<div class="grid tight">{"".join(figures)}</div>' if figures else "",
     )

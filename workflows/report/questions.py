@@ -8,7 +8,11 @@ from smalti.workflows.report.facts import Facts
 from smalti.workflows.report.markup import Pictures, clip, escape, figure, section, table
 from smalti.workflows.report.names import written
 
-HEADS = {"by_kind": "kind of answer", "by_opening": "question begins with", "by_answer": "right answer"}
+HEADS = {
+    "by_kind": "kind of answer",
+    "by_opening": "question begins with",
+    "by_answer": "right answer",
+}
 
 
 def questions(facts: Facts, pictures: Pictures) -> str:
@@ -39,11 +43,19 @@ def questions(facts: Facts, pictures: Pictures) -> str:
 
 
 def _breakdown(rows: list[dict[str, Any]], head: str) -> str:
-    columns = [head, "n", "accuracy"] + (["question only"] if rows and "question_only" in rows[0] else [])
+    columns = [head, "n", "accuracy"] + (
+        ["question only"] if rows and "question_only" in rows[0] else []
+    )
     lines = []
     for row in rows:
-        line = [escape(clip(str(row["key"]), 40)), f"{row['n']:,}", written(row["accuracy"], "share")]
-        lines.append(line + ([written(row["question_only"], "share")] if "question_only" in row else []))
+        line = [
+            escape(clip(str(row["key"]), 40)),
+            f"{row['n']:,}",
+            written(row["accuracy"], "share"),
+        ]
+        lines.append(
+            line + ([written(row["question_only"], "share")] if "question_only" in row else [])
+        )
     return table(columns, lines, range(1, len(columns)), "plain")
 
 
@@ -62,7 +74,10 @@ def zero_shot(facts: Facts) -> str:
     drawn = facts.tables.get("drawing_by_label", [])
     body = ""
     for rows, head in ((encoder, "encoder, held-out images"), (drawn, "drawings, by the judge")):
-        lines = [[escape(clip(row["key"], 40)), f"{row['n']:,}", written(row["accuracy"], "share")] for row in rows]
+        lines = [
+            [escape(clip(row["key"], 40)), f"{row['n']:,}", written(row["accuracy"], "share")]
+            for row in rows
+        ]
         body += table([head, "n", "accuracy"], lines, (1, 2), "plain")
     sentences = facts.tables.get("zero_shot", {}).get("sentences", {})
     lead = "Accuracy of each label, the worst first."
@@ -71,4 +86,6 @@ def zero_shot(facts: Facts) -> str:
         lead += f" The encoder compares an image with a sentence for each label, such as “{escape(sentence)}” for {escape(label)}."
     if not body:
         return ""
-    return section("zero-shot", "Class by class", lead, f'<div class="grid third tables">{body}</div>')
+    return section(
+        "zero-shot", "Class by class", lead, f'<div class="grid third tables">{body}</div>'
+    )

@@ -11,7 +11,18 @@ from smalti.workflows.report.facts import Facts, Stage
 from smalti.workflows.report.markup import clip, escape, figure, section, table
 from smalti.workflows.report.names import duration
 
-NO_CURVE = {"step", "epoch", "time", "seconds", "samples", "tokens", "elapsed_s", "step_s", "samples_per_s", "wall_s"}
+NO_CURVE = {
+    "step",
+    "epoch",
+    "time",
+    "seconds",
+    "samples",
+    "tokens",
+    "elapsed_s",
+    "step_s",
+    "samples_per_s",
+    "wall_s",
+}
 NO_CURVE |= {"skipped_steps"}
 MOST_CURVES = 6
 TOLD_COUNTS = 4
@@ -19,7 +30,10 @@ TOLD_COUNTS = 4
 
 def stages(facts: Facts) -> str:
     """The stages with bars as long as their time; the tokenizer's phases are part of its time."""
-    longest = max([stage.artifact.seconds for stage in [*facts.stages, *facts.baselines]], default=0.0) or 1.0
+    longest = (
+        max([stage.artifact.seconds for stage in [*facts.stages, *facts.baselines]], default=0.0)
+        or 1.0
+    )
     rows = []
     for stage in facts.stages:
         rows.append(_stage_row(stage, longest))
@@ -31,11 +45,20 @@ def stages(facts: Facts) -> str:
     if facts.seconds - work > 0.5:
         lead += f", {duration(work)} of it in the stages and the rest in starting up and reporting"
     lead += ". Indented: phases (part of the tokenizer's time) and the stages of the baselines."
-    return section("run", "What ran, and how long", lead, table(["stage", "time", "", "made"], rows, (1,), "stages"))
+    return section(
+        "run",
+        "What ran, and how long",
+        lead,
+        table(["stage", "time", "", "made"], rows, (1,), "stages"),
+    )
 
 
 def _stage_row(stage: Stage, longest: float, inner: bool = False) -> list[str]:
-    counts = [f"{value:,} {name.replace('_', ' ')}" for name, value in stage.artifact.counts.items() if "/" not in name]
+    counts = [
+        f"{value:,} {name.replace('_', ' ')}"
+        for name, value in stage.artifact.counts.items()
+        if "/" not in name
+    ]
     made = escape(", ".join(counts[:TOLD_COUNTS]))
     width = max(0.4, 100 * stage.artifact.seconds / longest)
     css = ' class="inner"' if inner else ""
@@ -54,12 +77,18 @@ def curves(facts: Facts) -> str:
     for stage in [*facts.stages, *facts.phases, *facts.baselines]:
         charts = []
         for metric in _metrics(stage.history):
-            points = [(float(row["step"]), float(row[metric])) for row in stage.history if _is_number(row.get(metric))]
+            points = [
+                (float(row["step"]), float(row[metric]))
+                for row in stage.history
+                if _is_number(row.get(metric))
+            ]
             chart = line_chart(points, metric)
             if chart:
                 charts.append(figure(chart, f"<b>{escape(metric)}</b>", "card chart"))
         if charts:
-            blocks.append(f'<h3>{escape(stage.name)}</h3><div class="grid third">{"".join(charts)}</div>')
+            blocks.append(
+                f'<h3>{escape(stage.name)}</h3><div class="grid third">{"".join(charts)}</div>'
+            )
     lead = "What each training logged, over its optimizer steps. The dot is the last value."
     return section("curves", "Training curves", lead, "".join(blocks))
 
@@ -71,7 +100,11 @@ def _metrics(history: list[dict[str, Any]]) -> list[str]:
         if "step" in row:
             for name, value in row.items():
                 seen[name] = seen.get(name, 0) + _is_number(value)
-    names = [name for name, count in seen.items() if count > 1 and name not in NO_CURVE and not name.endswith("_s")]
+    names = [
+        name
+        for name, count in seen.items()
+        if count > 1 and name not in NO_CURVE and not name.endswith("_s")
+    ]
     telling = ("loss", "psnr", "accuracy", "perplexity")
 
     def rank(name: str) -> tuple[bool, bool, bool, str]:
@@ -90,11 +123,22 @@ def corpus(facts: Facts) -> str:
     if stage is None:
         return ""
     counts = stage.artifact.counts
-    plain = [[escape(name.replace("_", " ")), f"{value:,}"] for name, value in counts.items() if "/" not in name]
-    reasons = {name.partition("/")[2]: value for name, value in counts.items() if name.startswith("quarantined/")}
+    plain = [
+        [escape(name.replace("_", " ")), f"{value:,}"]
+        for name, value in counts.items()
+        if "/" not in name
+    ]
+    reasons = {
+        name.partition("/")[2]: value
+        for name, value in counts.items()
+        if name.startswith("quarantined/")
+    }
     body = table(["count", "images"], plain, (1,), "plain")
     if reasons:
-        lines = [[escape(name), f"{value:,}"] for name, value in sorted(reasons.items(), key=lambda item: -item[1])]
+        lines = [
+            [escape(name), f"{value:,}"]
+            for name, value in sorted(reasons.items(), key=lambda item: -item[1])
+        ]
         body += table(["left out because", "images"], lines, (1,), "plain")
     source = stage.artifact.config.get("source")
     lead = f"Read from <code>{escape(clip(str(source), 200))}</code>. What could not be used lies in <code>quarantine/</code>, with its reason."
@@ -105,7 +149,9 @@ def recipe(facts: Facts) -> str:
     """The recipe in full, with every default."""
     text = yaml.safe_dump(facts.recipe, sort_keys=False, allow_unicode=True, width=100)
     body = f"<details><summary>Every key of the recipe</summary><pre>{escape(text)}</pre></details>"
-    return section("recipe", "Recipe", "With these settings the same command makes the same artifacts.", body)
+    return section(
+        "recipe", "Recipe", "With these settings the same command makes the same artifacts.", body
+    )
 
 
 def fingerprints(facts: Facts) -> str:
@@ -124,7 +170,9 @@ def fingerprints(facts: Facts) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in facts.machine["versions"].items())
     body = table(["artifact", "fingerprint", "code", "place"], rows, css="plain prints")
     body += f'<p class="aside">{escape(versions)}</p>' if rows else ""
-    lead = "A fingerprint covers an artifact's settings and those of everything that it was made from."
+    lead = (
+        "A fingerprint covers an artifact's settings and those of everything that it was made from."
+    )
     return section("artifacts", "Artifacts", lead, body)
 
 

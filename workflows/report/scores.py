@@ -6,7 +6,14 @@ from typing import Any
 
 from smalti.workflows.report.facts import Facts
 from smalti.workflows.report.markup import escape, section, table
-from smalti.workflows.report.names import HEADLINES, baseline_name, goal_met, name_of, ordered, written
+from smalti.workflows.report.names import (
+    HEADLINES,
+    baseline_name,
+    goal_met,
+    name_of,
+    ordered,
+    written,
+)
 
 
 def headlines(facts: Facts) -> str:
@@ -15,7 +22,8 @@ def headlines(facts: Facts) -> str:
     for key in [key for key in HEADLINES if key in facts.scores][:4]:
         score, name = facts.scores[key], name_of(key)
         beside = "".join(
-            f"<li>{escape(baseline_name(k))} <b>{written(v, name.kind)}</b></li>" for k, v in score["baseline"].items()
+            f"<li>{escape(baseline_name(k))} <b>{written(v, name.kind)}</b></li>"
+            for k, v in score["baseline"].items()
         )
         tiles.append(
             f'<div class="tile"><h3>{escape(name.title)}</h3><p class="big">{written(score["value"], name.kind)}</p>'
@@ -40,11 +48,16 @@ def scores(facts: Facts) -> str:
     head = ["measure", "value", "beside it", "n", "goal"]
     used = [column for column in range(len(head)) if column < 2 or any(row[column] for row in rows)]
     body = table(
-        [head[i] for i in used], [[row[i] for i in used] for row in rows], [used.index(3)] if rows else [], "scores"
+        [head[i] for i in used],
+        [[row[i] for i in used] for row in rows],
+        [used.index(3)] if rows else [],
+        "scores",
     )
     skipped = facts.tables.get("skipped", {})
     if skipped:
-        reasons = "; ".join(f"{name.replace('_', ' ')} ({reason})" for name, reason in skipped.items())
+        reasons = "; ".join(
+            f"{name.replace('_', ' ')} ({reason})" for name, reason in skipped.items()
+        )
         body += f'<p class="aside">Not measured: {escape(reasons)}.</p>'
     lead = (
         "Measured on held-out data only, <i>n</i> being what was counted. A tick on a bar is a figure beside it: what "
@@ -61,7 +74,9 @@ def _bar(score: dict[str, Any], kind: str) -> str:
     def percent(value: float) -> str:
         return f"{100 * min(max(value, 0.0), 1.0):.2f}%"
 
-    ticks = "".join(f'<i style="left:{percent(value)}"></i>' for value in score["baseline"].values())
+    ticks = "".join(
+        f'<i style="left:{percent(value)}"></i>' for value in score["baseline"].values()
+    )
     return f'<span class="bar"><span style="width:{percent(score["value"])}"></span>{ticks}</span>'
 
 

@@ -20,13 +20,22 @@ def table(scores: Mapping[str, Any], goals: Mapping[str, float] | None = None) -
     for key in ordered(dict(scores)):
         score = dict(scores[key]) | ({"goal": goals[key]} if key in goals else {})
         kind = name_of(key).kind
-        beside = ", ".join(f"{baseline_name(k)} {written(v, kind)}" for k, v in score.get("baseline", {}).items())
+        beside = ", ".join(
+            f"{baseline_name(k)} {written(v, kind)}" for k, v in score.get("baseline", {}).items()
+        )
         met = goal_met(score)
-        goal = "" if met is None else f"{written(score['goal'], kind)} {'reached' if met else 'NOT reached'}"
+        goal = (
+            ""
+            if met is None
+            else f"{written(score['goal'], kind)} {'reached' if met else 'NOT reached'}"
+        )
         rows.append((key, written(score["value"], kind), f"{score['n']:,}", beside, goal))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     used = [column for column, name in enumerate(rows[0]) if any(row[column] for row in rows[1:])]
-    lines = ["  ".join(_cell(row[column], widths[column], column) for column in used).rstrip() for row in rows]
+    lines = [
+        "  ".join(_cell(row[column], widths[column], column) for column in used).rstrip()
+        for row in rows
+    ]
     rule = "  ".join("─" * widths[column] for column in used)
     return "\n".join([lines[0], rule, *lines[1:]])
 

@@ -28,7 +28,17 @@ from smalti.workflows.sources.network import reading
 from smalti.workflows.sources.parquet import is_parquet, parquet_groups
 from smalti.workflows.sources.webdataset import is_tar, tar_groups
 
-__all__ = ["SOURCES", "Group", "Locator", "Lost", "Pairs", "Sample", "detect", "find_groups", "listed"]
+__all__ = [
+    "SOURCES",
+    "Group",
+    "Locator",
+    "Lost",
+    "Pairs",
+    "Sample",
+    "detect",
+    "find_groups",
+    "listed",
+]
 
 SOURCES: dict[str, Callable[[str, CorpusSection, int], Iterable[Group]]] = {
     "folder": folder_groups,
@@ -42,7 +52,9 @@ SOURCES: dict[str, Callable[[str, CorpusSection, int], Iterable[Group]]] = {
 FILES = ("folder", "webdataset", "parquet", "arrow", "jsonl")
 
 
-def find_groups(source: str | list[str] | None, section: CorpusSection, seed: int) -> Iterator[Group]:
+def find_groups(
+    source: str | list[str] | None, section: CorpusSection, seed: int
+) -> Iterator[Group]:
     """Yield the groups of one or several sources, in order.
 
     Raises:
@@ -55,7 +67,9 @@ def find_groups(source: str | list[str] | None, section: CorpusSection, seed: in
     for one in [source] if isinstance(source, str) else source:
         with reading(one):
             kind = detect(one) if section.format == "auto" else section.format
-            place = storage.absolute(one) if kind in FILES else one  # actors may have another working directory
+            place = (
+                storage.absolute(one) if kind in FILES else one
+            )  # actors may have another working directory
             yield from SOURCES[kind](place, section, seed)
 
 
@@ -94,7 +108,10 @@ def _detect_folder(source: str) -> str:
 
     The tables that img2dataset writes beside its tars or folders are not counted as data.
     """
-    tables, kinds = SideTables(source), {"folder": False, "parquet": False, "webdataset": False, "arrow": False}
+    tables, kinds = (
+        SideTables(source),
+        {"folder": False, "parquet": False, "webdataset": False, "arrow": False},
+    )
     for name in each_file(source, []):
         tables.meet(name)
         kinds["folder"] |= suffix(name) in IMAGE_SUFFIXES
@@ -104,5 +121,7 @@ def _detect_folder(source: str) -> str:
     kinds["parquet"] |= len(tables.found()) < len(tables.tables)
     found = [kind for kind, there in kinds.items() if there]
     if len(found) > 1:
-        raise DataError(f"corpus.source: {source} holds several kinds of data ({', '.join(found)}). Set corpus.format.")
+        raise DataError(
+            f"corpus.source: {source} holds several kinds of data ({', '.join(found)}). Set corpus.format."
+        )
     return found[0] if found else "folder"

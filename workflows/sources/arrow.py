@@ -52,7 +52,9 @@ class ArrowGroup(ParquetGroup):
         if self.torn is not None:
             yield Lost("", "torn_file", self.torn)
             return
-        columns = [name for name in (self.image, self.caption, self.label, *self.pairs) if name is not None]
+        columns = [
+            name for name in (self.image, self.caption, self.label, *self.pairs) if name is not None
+        ]
         row = 0
         try:
             with _batches(self.path) as batches:
@@ -121,13 +123,21 @@ def _files(source: str) -> list[str]:
     fs, inside = filesystem(source)
     if fs.isdir(inside) and fs.exists(posixpath.join(inside, SPLITS)):
         try:
-            splits = [str(name) for name in load_json(fs.cat_file(posixpath.join(inside, SPLITS)))["splits"]]
+            splits = [
+                str(name)
+                for name in load_json(fs.cat_file(posixpath.join(inside, SPLITS)))["splits"]
+            ]
             names, one = ", ".join(splits), splits[0]
         except (ValueError, KeyError, TypeError, IndexError):
             names, one = f"that {SPLITS} should name but does not", "train"
-        raise DataError(f"corpus.source: {source} holds the splits {names}. Name one: {source}/{one}.")
+        raise DataError(
+            f"corpus.source: {source} holds the splits {names}. Name one: {source}/{one}."
+        )
     if fs.isdir(inside) and fs.exists(posixpath.join(inside, STATE)):
-        return [storage.join(source, name) for name in _listed(source, fs.cat_file(posixpath.join(inside, STATE)))]
+        return [
+            storage.join(source, name)
+            for name in _listed(source, fs.cat_file(posixpath.join(inside, STATE)))
+        ]
     return find_files(source, is_arrow, "Arrow file")
 
 
@@ -148,10 +158,14 @@ def _group(path: str, section: CorpusSection) -> ArrowGroup:
     except (pa.ArrowException, OSError) as error:
         if not is_arrows(error):
             raise
-        return ArrowGroup(path, (), section.image_column, None, None, torn=f"no Arrow file: {error}")
+        return ArrowGroup(
+            path, (), section.image_column, None, None, torn=f"no Arrow file: {error}"
+        )
     image = image_column(schema, section.image_column)
     check_image(path, schema, image)
-    caption = pick_column(path, schema, section.caption_column, "caption_column", DEFAULT_CAPTION, CAPTION_NAMES)
+    caption = pick_column(
+        path, schema, section.caption_column, "caption_column", DEFAULT_CAPTION, CAPTION_NAMES
+    )
     label = pick_column(path, schema, section.label_column, "label_column", DEFAULT_LABEL, ())
     pairs = tuple(name for name in ("qa", "question", "answer") if name in schema.names)
     return ArrowGroup(path, (), image, caption, label, pairs, class_names(path, schema, label))

@@ -29,7 +29,12 @@ from smalti import storage
 from smalti.errors import DataError
 from smalti.schema import CorpusSection
 from smalti.workflows.pipeline.timings import HERE
-from smalti.workflows.sources.network import BUFFER_BYTES, RetryingFiles, RetryingStream, retry_network
+from smalti.workflows.sources.network import (
+    BUFFER_BYTES,
+    RetryingFiles,
+    RetryingStream,
+    retry_network,
+)
 
 IMAGE_SUFFIXES = frozenset(
     [
@@ -53,7 +58,9 @@ IMAGE_SUFFIXES = frozenset(
     ]
 )
 CAPTION_NAMES = ("text", "TEXT")  # used if the caption column is missing
-DEFAULT_CAPTION, DEFAULT_LABEL = (CorpusSection.model_fields[f"{name}_column"].default for name in ("caption", "label"))
+DEFAULT_CAPTION, DEFAULT_LABEL = (
+    CorpusSection.model_fields[f"{name}_column"].default for name in ("caption", "label")
+)
 IMG2DATASET = frozenset(["key", "status"])  # columns of each of its tables
 OPEN_AT_ONCE = 16
 T = TypeVar("T")
@@ -294,7 +301,11 @@ def _has_ranges(stream: Any) -> bool:
         stream.seek(max(0, stream.size - 1))
         stream.read(1)
         stream.seek(0)
-    except (ValueError, TypeError, AttributeError):  # of fsspec, if the server has no ranges or sends no length
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+    ):  # of fsspec, if the server has no ranges or sends no length
         return False
     return True
 

@@ -93,7 +93,9 @@ def easy_vqa_groups(source: str, section: CorpusSection, seed: int) -> list[Easy
     """
     _, _, split = source.partition(":")
     if split not in ("train", "test"):
-        raise DataError(f"corpus.source: {source!r} names no split; write easy-vqa:train or easy-vqa:test.")
+        raise DataError(
+            f"corpus.source: {source!r} names no split; write easy-vqa:train or easy-vqa:test."
+        )
     try:
         import easy_vqa
     except ImportError as error:

@@ -89,7 +89,9 @@ class FolderGroup:
                     raise
                 yield Lost(entry.path, "unreadable", f"{type(error).__name__}: {error}")
                 continue
-            yield Sample(entry.path, (index, 0), data, caption or entry.label, entry.label, entry.qa)
+            yield Sample(
+                entry.path, (index, 0), data, caption or entry.label, entry.label, entry.qa
+            )
 
     def _text(self, fs: Any, path: str) -> str | None:
         """The text of a file; None if a local file is over `max_bytes`."""
@@ -121,7 +123,9 @@ def folder_groups(source: str, section: CorpusSection, seed: int) -> Iterator[Fo
     root = source.rstrip("/") or "/"
     fs, inside = filesystem(root)
     if not fs.isdir(inside):
-        raise DataError(f"corpus.source: {source} is not a folder. Name a folder of images, or set corpus.format.")
+        raise DataError(
+            f"corpus.source: {source} is not a folder. Name a folder of images, or set corpus.format."
+        )
     listing = _Listing(section, root)
     listing.list_files()
     for name in sorted(listing.metadata):
@@ -189,7 +193,9 @@ class _Listing:
                 self.lost.add([BAD_ROW, self.rows, row.key, row.reason, row.detail])
             else:
                 stem = row.path[: -len(suffix(row.path))] if suffix(row.path) else row.path
-                self.by_stem.add([stem, ROW, self.rows, row.path, row.where, row.caption, row.label, row.qa])
+                self.by_stem.add(
+                    [stem, ROW, self.rows, row.path, row.where, row.caption, row.label, row.qa]
+                )
 
     def entries(self) -> Iterator[Entry]:
         """Yield the images with their texts, in order.
@@ -207,7 +213,9 @@ class _Listing:
     def _of_stem(self, records: Iterator[list[Any]]) -> Iterator[Entry]:
         """Entries of a stem; further rows on an image add questions and fill empty texts."""
         text: str | None = None
-        said: dict[str, tuple[Entry, int, str]] = {}  # path as composed → texts, number and position of the first row
+        said: dict[
+            str, tuple[Entry, int, str]
+        ] = {}  # path as composed → texts, number and position of the first row
         there = set()
         for _, kind, *record in records:
             if kind == TEXT:
@@ -215,7 +223,9 @@ class _Listing:
             elif kind == ROW:
                 number, path, where, caption, label, qa = record
                 old, *first = said.get(path, (Entry(path), number, where))
-                entry = Entry(path, None, old.caption or caption, old.label or label, (*old.qa, *qa))
+                entry = Entry(
+                    path, None, old.caption or caption, old.label or label, (*old.qa, *qa)
+                )
                 said[path] = entry, *first
             else:
                 path = composed(record[0])
@@ -225,7 +235,9 @@ class _Listing:
                 yield replace(entry, path=record[0], text=text, label=label)
         for path, (_, number, where) in said.items():
             if path not in there:
-                self.lost.add([MISSING, number, path, "missing", f"{where} names it, but it does not exist"])
+                self.lost.add(
+                    [MISSING, number, path, "missing", f"{where} names it, but it does not exist"]
+                )
 
     def _label(self, name: str) -> str | None:
         """The class of an image, if folders are classes; img2dataset's are not."""
@@ -278,5 +290,7 @@ def listed(group: Group, path: str) -> Group:
     entries = [[one.path, one.text, one.caption, one.label, one.qa] for one in group.entries]
     lost = [[one.key, one.reason, one.detail] for one in group.lost]
     record = {"root": group.root, "entries": entries, "lost": lost, "max_bytes": group.max_bytes}
-    storage.write_atomic(path, json.dumps(record).encode())  # ASCII: also holds names that are not UTF-8
+    storage.write_atomic(
+        path, json.dumps(record).encode()
+    )  # ASCII: also holds names that are not UTF-8
     return ListedGroup(group.root, path)

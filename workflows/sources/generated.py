@@ -98,7 +98,9 @@ def generated_groups(source: str, section: CorpusSection, seed: int) -> list[Gen
     _, _, rest = source.partition(":")
     digits, _, name = rest.partition(":")
     if rest and not digits.isdigit():
-        raise DataError(f"corpus.source: {source!r} is not generated, generated:COUNT or generated:COUNT:NAME.")
+        raise DataError(
+            f"corpus.source: {source!r} is not generated, generated:COUNT or generated:COUNT:NAME."
+        )
     count = int(digits) if digits else DEFAULT_COUNT
     size = section.shard_images
     return [

@@ -84,7 +84,9 @@ class JsonLinesGroup:
 
             def read(locator: Locator) -> bytes:
                 stream.seek(locator[0])
-                fs, inside = filesystem(self._where(load_json(_text(stream.read(locator[1])))), PAUSES_S)
+                fs, inside = filesystem(
+                    self._where(load_json(_text(stream.read(locator[1])))), PAUSES_S
+                )
                 return fs.cat_file(inside)
 
             yield read
@@ -92,8 +94,14 @@ class JsonLinesGroup:
     def _where(self, record: dict[str, Any]) -> str:
         name = next((record[key] for key in (self.image, *IMAGE_NAMES) if record.get(key)), None)
         if not isinstance(name, str):
-            raise ValueError(f"no path of an image under {self.image}; the keys are {', '.join(record)}")
-        return name if "://" in name or name.startswith("/") else storage.join(storage.parent(bare(self.path)), name)
+            raise ValueError(
+                f"no path of an image under {self.image}; the keys are {', '.join(record)}"
+            )
+        return (
+            name
+            if "://" in name or name.startswith("/")
+            else storage.join(storage.parent(bare(self.path)), name)
+        )
 
     def _sample(self, key: str, locator: Locator, line: bytes, reach: Reach) -> Sample | Lost:
         try:

@@ -12,7 +12,15 @@ import pyarrow.parquet as pq
 
 from smalti import storage
 from smalti.errors import DataError
-from smalti.workflows.sources.base import IMG2DATASET, Lost, filesystem, is_arrows, is_web, of_each, open_seekable
+from smalti.workflows.sources.base import (
+    IMG2DATASET,
+    Lost,
+    filesystem,
+    is_arrows,
+    is_web,
+    of_each,
+    open_seekable,
+)
 
 STATISTICS = "_stats.json"
 
@@ -23,7 +31,9 @@ def is_hidden(path: str) -> bool:
     `.` and `..` are not hidden: an archive's member under `../` is read like any other.
     """
     parts = [part for part in path.split("/") if part not in (".", "..")] or [path]
-    return any(part.startswith((".", "__MACOSX")) or part == "lost+found" for part in parts) or parts[-1].lower() in (
+    return any(
+        part.startswith((".", "__MACOSX")) or part == "lost+found" for part in parts
+    ) or parts[-1].lower() in (
         "thumbs.db",
         "desktop.ini",
     )
@@ -63,7 +73,10 @@ class SideTables:
     def _has_columns(self, name: str) -> bool:
         """Whether a table has img2dataset's columns, or cannot be read at all."""
         try:
-            with open_seekable(storage.join(self.root, name)) as stream, pq.ParquetFile(stream) as file:
+            with (
+                open_seekable(storage.join(self.root, name)) as stream,
+                pq.ParquetFile(stream) as file,
+            ):
                 return IMG2DATASET.issubset(file.schema_arrow.names)
         except (pa.ArrowException, OSError) as error:
             if not is_arrows(error):
@@ -150,13 +163,17 @@ def find_files(source: str, accepts: Callable[[str], bool], kind: str) -> list[s
     if not fs.isdir(inside):
         return expand(source)
     lost: list[Lost] = []
-    paths = [storage.join(source, name) for name in sorted(filter(accepts, each_file(source, lost)))]
+    paths = [
+        storage.join(source, name) for name in sorted(filter(accepts, each_file(source, lost)))
+    ]
     if lost:
         raise DataError(
             f"corpus.source: {source} cannot be read completely ({lost[0].detail}). Check its permissions, or name files."
         )
     if not paths:
-        raise DataError(f"corpus.source: there is no {kind} in {source}. Name files, or set corpus.format.")
+        raise DataError(
+            f"corpus.source: there is no {kind} in {source}. Name files, or set corpus.format."
+        )
     return paths
 
 
@@ -174,7 +191,9 @@ def expand(pattern: str) -> list[str]:
     for path, names in zip(paths := _braces(pattern), of_each(_names, paths), strict=True):
         if not names:
             where = "" if path == pattern else f" (of {pattern})"
-            raise DataError(f"corpus.source: nothing found at {path}{where}. Check the path, and quote patterns.")
+            raise DataError(
+                f"corpus.source: nothing found at {path}{where}. Check the path, and quote patterns."
+            )
         found += names
     return found
 

@@ -77,7 +77,9 @@ class Metadata:
         """
         folder = name.rsplit("/", 1)[0] + "/" if "/" in name else ""
         with _lines_of(stream) as text:
-            for number, row in self._table(name, text) if suffix(name) == ".csv" else _json_lines(text):
+            for number, row in (
+                self._table(name, text) if suffix(name) == ".csv" else _json_lines(text)
+            ):
                 where = f"{name}:{number}"
                 try:
                     if isinstance(row, csv.Error):
@@ -117,8 +119,16 @@ class Metadata:
         if not record["file_name"]:
             raise ValueError("file_name is empty")
         path = composed(posixpath.normpath(folder + str(record["file_name"]).replace("\\", "/")))
-        caption = clean_text([record.get(name) for name in caption_names(self.section.caption_column)])
-        return Said(path, where, caption, clean_text(record.get(self.section.label_column)), read_pairs(record))
+        caption = clean_text(
+            [record.get(name) for name in caption_names(self.section.caption_column)]
+        )
+        return Said(
+            path,
+            where,
+            caption,
+            clean_text(record.get(self.section.label_column)),
+            read_pairs(record),
+        )
 
 
 @contextmanager
@@ -137,4 +147,6 @@ def _json_lines(text: TextIO) -> Iterator[tuple[int, str]]:
 
     Only `\\n` ends a line: JSON may contain U+2028 and similar.
     """
-    return ((number, line.removesuffix("\n")) for number, line in enumerate(text, 1) if line.strip())
+    return (
+        (number, line.removesuffix("\n")) for number, line in enumerate(text, 1) if line.strip()
+    )

@@ -17,7 +17,12 @@ from smalti.workflows.pipeline.retry import ANSWERS, brief, refused, retry
 
 PAUSES_S = (1.0, 4.0, 10.0)  # before each further try
 BUFFER_BYTES = 1 << 16
-MISUSE = (ValueError, TypeError, AttributeError, NotImplementedError)  # of a client: a retry would fail too
+MISUSE = (
+    ValueError,
+    TypeError,
+    AttributeError,
+    NotImplementedError,
+)  # of a client: a retry would fail too
 T = TypeVar("T")
 
 
@@ -27,7 +32,9 @@ class UnreachedError(DataError):
 
 def unreadable(source: str, error: Exception) -> DataError:
     """The error of a source that the operating system does not read."""
-    return DataError(f"corpus.source: {source} cannot be read ({brief(error)}). Check its permissions and the device.")
+    return DataError(
+        f"corpus.source: {source} cannot be read ({brief(error)}). Check its permissions and the device."
+    )
 
 
 @contextmanager
@@ -40,7 +47,11 @@ def reading(source: str) -> Iterator[None]:
 
 
 def retry_network(
-    place: str, call: Callable[..., T], *args: Any, pauses: Sequence[float] | None = None, **more: Any
+    place: str,
+    call: Callable[..., T],
+    *args: Any,
+    pauses: Sequence[float] | None = None,
+    **more: Any,
 ) -> T:
     """What `call(*args, **more)` returns, retried while `place` does not answer.
 
@@ -88,7 +99,11 @@ def _is_answer(error: Exception) -> bool:
         permanent = refused(one)
         if permanent is not None:
             return permanent
-    if cause is not None and not isinstance(cause, MISUSE) and type(cause).__module__.startswith("aiohttp"):
+    if (
+        cause is not None
+        and not isinstance(cause, MISUSE)
+        and type(cause).__module__.startswith("aiohttp")
+    ):
         return False
     return isinstance(error, ANSWERS) and not isinstance(cause, TimeoutError | ConnectionError)
 
@@ -101,7 +116,11 @@ class RetryingFiles:
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._fs, name)
-        return functools.partial(retry_network, self._place, found, pauses=self._pauses) if callable(found) else found
+        return (
+            functools.partial(retry_network, self._place, found, pauses=self._pauses)
+            if callable(found)
+            else found
+        )
 
     def exists(self, path: str) -> bool:
         """Whether something is there; fsspec's own `exists` and `isdir` are False for whatever happens."""

@@ -37,8 +37,17 @@ from smalti.workflows.sources.listing import find_files
 
 ROWS_A_BATCH = 128
 BUFFER_BYTES = 1 << 20  # read in parts: a row group may be larger than memory
-IMG2DATASET_IMAGES = ("jpg", "png", "webp")  # its Parquet output names the image column by the format
-BYTES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
+IMG2DATASET_IMAGES = (
+    "jpg",
+    "png",
+    "webp",
+)  # its Parquet output names the image column by the format
+BYTES = (
+    pa.types.is_binary,
+    pa.types.is_large_binary,
+    pa.types.is_binary_view,
+    pa.types.is_fixed_size_binary,
+)
 
 
 @dataclass(frozen=True)
@@ -69,12 +78,16 @@ class ParquetGroup:
         if self.torn is not None:
             yield Lost("", "torn_file", self.torn)
             return
-        columns = [name for name in (self.image, self.caption, self.label, *self.pairs) if name is not None]
+        columns = [
+            name for name in (self.image, self.caption, self.label, *self.pairs) if name is not None
+        ]
         with _open(self.path) as file:
             for number in self.row_groups:
                 row = 0
                 try:
-                    for batch in file.iter_batches(ROWS_A_BATCH, row_groups=[number], columns=columns):
+                    for batch in file.iter_batches(
+                        ROWS_A_BATCH, row_groups=[number], columns=columns
+                    ):
                         for record in records(batch):
                             yield self._sample(f"{number}:{row}", (number, row), record)
                             row += 1
@@ -82,31 +95,49 @@ class ParquetGroup:
                     if not is_arrows(error):
                         raise
                     for left in range(row, file.metadata.row_group(number).num_rows):
-                        yield Lost(f"{number}:{left}", "torn_file", f"row group {number} cannot be read: {error}")
+                        yield Lost(
+                            f"{number}:{left}",
+                            "torn_file",
+                            f"row group {number} cannot be read: {error}",
+                        )
 
     @contextmanager
     def reader(self) -> Iterator[ReadBytes]:
         with _open(self.path) as file:
             yield Batches(
-                lambda number: file.iter_batches(ROWS_A_BATCH, row_groups=[number], columns=[self.image])
+                lambda number: file.iter_batches(
+                    ROWS_A_BATCH, row_groups=[number], columns=[self.image]
+                )
             ).value
 
-    def _sample(self, key: str, locator: Locator, record: dict[str, Any] | Exception) -> Sample | Lost:
+    def _sample(
+        self, key: str, locator: Locator, record: dict[str, Any] | Exception
+    ) -> Sample | Lost:
         if isinstance(record, Exception):
-            what = "a text is not UTF-8" if isinstance(record, UnicodeDecodeError) else "a value cannot be read"
+            what = (
+                "a text is not UTF-8"
+                if isinstance(record, UnicodeDecodeError)
+                else "a value cannot be read"
+            )
             return Lost(key, "bad_metadata", f"{what}: {record}")
         image = record[self.image]
         data = image.get("bytes") if isinstance(image, dict) else image
         if data is None:
             path = image.get("path") if isinstance(image, dict) else None
-            return Lost(key, "no_image", f"the row holds no bytes{f', only the path {path}' if path else ''}")
+            return Lost(
+                key,
+                "no_image",
+                f"the row holds no bytes{f', only the path {path}' if path else ''}",
+            )
         try:
             qa = read_pairs({name: record[name] for name in self.pairs})
         except (ValueError, TypeError) as error:
             return Lost(key, "bad_metadata", str(error))
         label = record[self.label] if self.label else None
         if self.names and isinstance(label, int):
-            label = self.names[label] if 0 <= label < len(self.names) else None  # -1: Hugging Face's "no label"
+            label = (
+                self.names[label] if 0 <= label < len(self.names) else None
+            )  # -1: Hugging Face's "no label"
         caption = clean_text(record[self.caption]) if self.caption else None
         return Sample(key, locator, bytes(data), caption, clean_text(label), qa)
 
@@ -166,7 +197,11 @@ def parquet_groups(source: str, section: CorpusSection, seed: int) -> list[Parqu
         DataError: if a column is missing, or the image column cannot hold images.
     """
     paths = find_files(source, is_parquet, "Parquet file")
-    return [group for groups in of_each(partial(_file_groups, section=section), paths) for group in groups]
+    return [
+        group
+        for groups in of_each(partial(_file_groups, section=section), paths)
+        for group in groups
+    ]
 
 
 def is_parquet(path: str) -> bool:
@@ -177,14 +212,23 @@ def is_parquet(path: str) -> bool:
 def _file_groups(path: str, section: CorpusSection) -> list[ParquetGroup]:
     try:
         with _open(path) as file:
-            schema, sizes = file.schema_arrow, [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+            schema, sizes = (
+                file.schema_arrow,
+                [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)],
+            )
     except (pa.ArrowException, OSError) as error:
         if not is_arrows(error):
             raise
-        return [ParquetGroup(path, (), section.image_column, None, None, torn=f"no Parquet footer: {error}")]
+        return [
+            ParquetGroup(
+                path, (), section.image_column, None, None, torn=f"no Parquet footer: {error}"
+            )
+        ]
     image = image_column(schema, section.image_column)
     check_image(path, schema, image)
-    caption = pick_column(path, schema, section.caption_column, "caption_column", DEFAULT_CAPTION, CAPTION_NAMES)
+    caption = pick_column(
+        path, schema, section.caption_column, "caption_column", DEFAULT_CAPTION, CAPTION_NAMES
+    )
     label = pick_column(path, schema, section.label_column, "label_column", DEFAULT_LABEL, ())
     pairs = tuple(name for name in ("qa", "question", "answer") if name in schema.names)
     groups: list[ParquetGroup] = []
@@ -216,7 +260,11 @@ def check_image(path: str, schema: pa.Schema, name: str) -> None:
         )
     _check_single(path, schema, name)
     kind = schema.field(name).type
-    inner = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
+    inner = (
+        kind.field("bytes").type
+        if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+        else kind
+    )
     if not any(test(inner) for test in BYTES):
         raise DataError(
             f"{path}: column {name!r} is {kind}; expected encoded image bytes (binary) or a struct {{bytes, path}}. "
@@ -226,16 +274,22 @@ def check_image(path: str, schema: pa.Schema, name: str) -> None:
 
 def _check_single(path: str, schema: pa.Schema, name: str) -> None:
     if (number := schema.names.count(name)) > 1:
-        raise DataError(f"{path} has {number} columns {name!r}. Write the file again with one, or name another column.")
+        raise DataError(
+            f"{path} has {number} columns {name!r}. Write the file again with one, or name another column."
+        )
 
 
-def pick_column(path: str, schema: pa.Schema, name: str, key: str, default: str, others: Sequence[str]) -> str | None:
+def pick_column(
+    path: str, schema: pa.Schema, name: str, key: str, default: str, others: Sequence[str]
+) -> str | None:
     """The column `name`; if it is the missing default, the first of `others` or None."""
     if name in schema.names:
         _check_single(path, schema, name)
         return name
     if name != default:
-        raise DataError(f"{path} has no column {name!r} (corpus.{key}); its columns are {', '.join(schema.names)}.")
+        raise DataError(
+            f"{path} has no column {name!r} (corpus.{key}); its columns are {', '.join(schema.names)}."
+        )
     return next((other for other in others if other in schema.names), None)
 
 

@@ -132,7 +132,9 @@ class TarWalk:
                     yield Member(info.name, info.offset_data, info.size, data)
                     name = None
                 end = self.stream.block(tar.offset)
-                while rest := self.stream.read(tarfile.RECORDSIZE):  # a compressed stream checks itself at its end
+                while rest := self.stream.read(
+                    tarfile.RECORDSIZE
+                ):  # a compressed stream checks itself at its end
                     if rest.strip(b"\0"):
                         self.torn = "more follows after the archive's end marker, and is not read"
                         break
@@ -140,4 +142,6 @@ class TarWalk:
             self.torn, self.torn_member = f"the archive breaks off: {error}", name
             return
         if len(end) < BLOCK or any(end):
-            self.torn = "the archive has no end marker: it is truncated or damaged; samples may be missing"
+            self.torn = (
+                "the archive has no end marker: it is truncated or damaged; samples may be missing"
+            )

@@ -61,7 +61,12 @@ class _Members:
         """Add a member; of two texts with one extension the first is kept."""
         if is_image(extension) and member.data is not None:
             if self.image is None or self.would_take(extension):
-                self.image = (member.name, extension, (member.offset, len(member.data)), member.data)
+                self.image = (
+                    member.name,
+                    extension,
+                    (member.offset, len(member.data)),
+                    member.data,
+                )
                 self.more = []
             elif extension.count(".") == self.image[1].count("."):
                 self.more.append(member.name)
@@ -72,7 +77,9 @@ class _Members:
 
     def would_take(self, extension: str) -> bool:
         """Whether an image of this extension would replace the current one."""
-        return self.image is None or (is_image(extension) and extension.count(".") < self.image[1].count("."))
+        return self.image is None or (
+            is_image(extension) and extension.count(".") < self.image[1].count(".")
+        )
 
     @property
     def num_bytes(self) -> int:
@@ -152,12 +159,20 @@ class TarGroup:
             if members.large or (members.texts and far.has_image(key)):
                 return  # counted already, or with its image
             there = sorted(members.others.union(members.texts))
-            yield Lost(key, "no_image", f"members: {', '.join(name or 'one without extension' for name in there)}")
+            yield Lost(
+                key,
+                "no_image",
+                f"members: {', '.join(name or 'one without extension' for name in there)}",
+            )
             return
         name, _, locator, data = members.image
         yield self._sample(key, locator, data, members)
         for other in members.more:
-            yield Lost(other, "second_image", f"it has the key of {name}: a key ends at the first dot of the name")
+            yield Lost(
+                other,
+                "second_image",
+                f"it has the key of {name}: a key ends at the first dot of the name",
+            )
 
     def _sample(self, key: str, locator: Locator, data: bytes, members: _Members) -> Sample | Lost:
         record: dict[str, Any] = {}
@@ -170,7 +185,9 @@ class TarGroup:
             return Lost(key, "bad_metadata", f"{key}.json: {error}")
         texts = [members.texts.get(name) for name in ("txt", "caption", "text")]
         said = [record.get(name) for name in caption_names(self.caption_column)]
-        caption = clean_text([*texts, *said] if self.caption_column == DEFAULT_CAPTION else [*said, *texts])
+        caption = clean_text(
+            [*texts, *said] if self.caption_column == DEFAULT_CAPTION else [*said, *texts]
+        )
         label = clean_text(record.get(self.label_column)) or clean_text(members.texts.get("cls"))
         return Sample(key, locator, data, caption, label, qa)
 
@@ -193,7 +210,11 @@ class _Far:
 
     def complete(self, key: str, members: _Members) -> None:
         """Add the texts of a key from outside the window."""
-        if self.passed and self.texts is None and (members.image is not None) != bool(members.texts):
+        if (
+            self.passed
+            and self.texts is None
+            and (members.image is not None) != bool(members.texts)
+        ):
             self.given_before = self.given
             self._scan()
         self.given = members.image[2][0] if members.image else self.given
@@ -224,7 +245,9 @@ class _Far:
                 if is_image(extension) and not one.what:
                     self.images.setdefault(key, one.offset)
                 elif extension in TEXTS and one.size <= self.group.max_bytes and not one.what:
-                    self.texts.setdefault(key, []).append((extension, (one.offset, one.size), one.data))
+                    self.texts.setdefault(key, []).append(
+                        (extension, (one.offset, one.size), one.data)
+                    )
 
 
 def is_image(extension: str) -> bool:
@@ -248,7 +271,10 @@ def tar_groups(source: str, section: CorpusSection, seed: int) -> list[TarGroup]
     paths = find_files(source, is_tar, "tar")
     for path in paths:
         compression_of(path)
-    return [TarGroup(path, section.caption_column, section.label_column, section.max_bytes) for path in paths]
+    return [
+        TarGroup(path, section.caption_column, section.label_column, section.max_bytes)
+        for path in paths
+    ]
 
 
 def compression_of(path: str) -> str | None:
@@ -259,7 +285,9 @@ def compression_of(path: str) -> str | None:
     """
     name = named(path)
     if name.endswith((".zst", ".tzst")) and "zstd" not in available_compressions():
-        raise DataError(f"corpus.source: reading {path} needs the package zstandard. Run `pip install zstandard`.")
+        raise DataError(
+            f"corpus.source: reading {path} needs the package zstandard. Run `pip install zstandard`."
+        )
     return SHORT.get(name[name.rfind(".") :]) or infer_compression(name)
 
 

@@ -13,7 +13,13 @@ from smalti.schema import DepthHeads, Recipe, TokenizerSection
 from smalti.tokenizers.encoders import VisionEncoder
 from smalti.workflows.pipeline.stage import StageRun
 from smalti.workflows.plan.inference_cost import InferenceCost
-from smalti.workflows.plan.models import Model, bridge_model, encoder_model, encoder_of, language_model
+from smalti.workflows.plan.models import (
+    Model,
+    bridge_model,
+    encoder_model,
+    encoder_of,
+    language_model,
+)
 
 
 class System(ABC):
@@ -54,7 +60,9 @@ class System(ABC):
         """Codes of the vocabulary, and the widths of the parts of a code's vector."""
 
     @abstractmethod
-    def tokenizer_models(self, recipe: Recipe, encoder: VisionEncoder, origin: str, gpu: bool) -> Iterator[Model]:
+    def tokenizer_models(
+        self, recipe: Recipe, encoder: VisionEncoder, origin: str, gpu: bool
+    ) -> Iterator[Model]:
         """The models that the stage `tokenizer` trains, in order, on the meta device."""
 
     @abstractmethod
@@ -110,7 +118,9 @@ class System(ABC):
             ConfigError: naming the key.
         """
         plain = Recipe()
-        unread = [f"tokenizer.{name}" for name in TokenizerSection.model_fields if name not in self.reads]
+        unread = [
+            f"tokenizer.{name}" for name in TokenizerSection.model_fields if name not in self.reads
+        ]
         for key in [*unread, *self.ignores]:
             if attrgetter(key)(recipe) != attrgetter(key)(plain):
                 read = ", ".join(f"tokenizer.{name}" for name in self.reads) or "nothing"

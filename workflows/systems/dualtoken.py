@@ -97,7 +97,9 @@ class DualTokenSystem(System):
         """The planned language model, with its depth heads."""
         return places_model(recipe)
 
-    def tokenizer_models(self, recipe: Recipe, encoder: VisionEncoder, origin: str, gpu: bool) -> Iterator[Model]:
+    def tokenizer_models(
+        self, recipe: Recipe, encoder: VisionEncoder, origin: str, gpu: bool
+    ) -> Iterator[Model]:
         """The phase `dual`."""
         yield dual_model(recipe, encoder, origin, gpu)
 
@@ -106,7 +108,11 @@ class DualTokenSystem(System):
     ) -> dict[str, InferenceCost]:
         """Tokens by the trained tower."""
         dual: Any = trained["dual"].modules["model"]
-        return {"tokens": InferenceCost.of(recipe.tokens, dual, [dual.vectors], [dual], encoder.image_size)}
+        return {
+            "tokens": InferenceCost.of(
+                recipe.tokens, dual, [dual.vectors], [dual], encoder.image_size
+            )
+        }
 
 
 def check_layers(recipe: Recipe) -> None:
@@ -130,7 +136,9 @@ def train(phases: Phases) -> Artifact:
 
 def assemble(phases: Phases, dual: Artifact) -> dict[str, int]:
     """Write the DualToken at the root of the artifact."""
-    model = DualModel(phases.section.dual, open_encoder(phases.encoder, phases.recipe.encoder.layer))
+    model = DualModel(
+        phases.section.dual, open_encoder(phases.encoder, phases.recipe.encoder.layer)
+    )
     model.load_state_dict(read_tensors(storage.join(dual.path, WEIGHTS)))
     whole = DualToken(model)
     whole.save_pretrained(phases.run.path)

@@ -27,7 +27,9 @@ def check_loss(key: str, phase: PixelStage | DecoderStage | DualStage, image_siz
     if perceptual.kind == "lpips" and perceptual.weight:
         where = f"{key}.loss.perceptual.weights"
         if not perceptual.weights:
-            raise ConfigError(f"{key}.loss.perceptual.kind=lpips needs {where}, a file made by lpips.convert.")
+            raise ConfigError(
+                f"{key}.loss.perceptual.kind=lpips needs {where}, a file made by lpips.convert."
+            )
         if not storage.exists(perceptual.weights):
             raise ArtifactError(
                 f"{where}={perceptual.weights} does not exist. `make setup` fetches LPIPS-VGG16 weights into .data/, which "
@@ -48,7 +50,9 @@ def check_loss(key: str, phase: PixelStage | DecoderStage | DualStage, image_siz
         )
 
 
-def check_pixel_phase(key: str, phase: PixelStage | DecoderStage | DualStage, recipe: Recipe) -> None:
+def check_pixel_phase(
+    key: str, phase: PixelStage | DecoderStage | DualStage, recipe: Recipe
+) -> None:
     """Check batch and losses of a phase that reconstructs pixels; `key` is its section in errors."""
     gan = phase.loss.gan
     together = "the adaptive weight of loss.gan" if gan.adaptive and gan.weight else ""
@@ -121,4 +125,6 @@ class Phases:
         config |= {"image_size": self.recipe.corpus.image_size, **more}
         if self.section.encoder_precision != "auto":
             config["encoder_precision"] = self.section.encoder_precision
-        return run_stage(self.recipe, f"{PHASES}/{name}", name, config, parents, body, tracker=self.run.tracker)
+        return run_stage(
+            self.recipe, f"{PHASES}/{name}", name, config, parents, body, tracker=self.run.tracker
+        )

@@ -11,7 +11,9 @@ from smalti.workflows.systems.dualtoken import DualTokenSystem
 from smalti.workflows.systems.semhitok import SemHiTokSystem
 from smalti.workflows.systems.unicode2 import Unicode2System
 
-SYSTEMS: dict[str, System] = {system.name: system for system in (SemHiTokSystem(), DualTokenSystem(), Unicode2System())}
+SYSTEMS: dict[str, System] = {
+    system.name: system for system in (SemHiTokSystem(), DualTokenSystem(), Unicode2System())
+}
 
 
 def system_of(recipe: Recipe) -> System:

@@ -34,7 +34,11 @@ class SemHiTokSystem(System):
 
     def parents(self, recipe: Recipe) -> tuple[str, ...]:
         """The corpus and the encoder, whose grid it uses; with guidance the codebook too."""
-        return ("corpus", "encoder", "codebook") if recipe.tokenizer.guidance else ("corpus", "encoder")
+        return (
+            ("corpus", "encoder", "codebook")
+            if recipe.tokenizer.guidance
+            else ("corpus", "encoder")
+        )
 
     def check(self, recipe: Recipe) -> None:
         """Also: batches that workers can share, losses that can be computed."""
@@ -50,8 +54,14 @@ class SemHiTokSystem(System):
 
     def settings(self, recipe: Recipe) -> dict[str, Any]:
         """The section `tokenizer`, seed, codebook size, layer and image size."""
-        section = result_settings(recipe.tokenizer, () if recipe.tokenizer.guidance else ("semantic",))
-        size = {"size": recipe.codebook.size, "layer": recipe.encoder.layer, "image_size": recipe.corpus.image_size}
+        section = result_settings(
+            recipe.tokenizer, () if recipe.tokenizer.guidance else ("semantic",)
+        )
+        size = {
+            "size": recipe.codebook.size,
+            "layer": recipe.encoder.layer,
+            "image_size": recipe.corpus.image_size,
+        }
         return {"tokenizer": section, "system": recipe.system, "seed": recipe.seed} | size
 
     def build(self, run: StageRun, parents: Mapping[str, Artifact]) -> Mapping[str, int]:
@@ -60,7 +70,11 @@ class SemHiTokSystem(System):
         with ensure_ray(run.recipe):
             semantic = phases.semantic() if run.recipe.tokenizer.guidance else None
             pixel = phases.pixel(semantic)
-            decoder = phases.decoder(semantic, pixel) if run.recipe.tokenizer.decoder is not None else None
+            decoder = (
+                phases.decoder(semantic, pixel)
+                if run.recipe.tokenizer.decoder is not None
+                else None
+            )
         return phases.assemble(semantic, pixel, decoder)
 
     def smoke(self, recipe: Recipe) -> dict[str, Any]:
@@ -91,7 +105,9 @@ class SemHiTokSystem(System):
         semantic = (tokenizer.semantic.dim,) if tokenizer.guidance else ()
         return recipe.codebook.size * tokenizer.pixel.codes, (*semantic, tokenizer.pixel.dim)
 
-    def tokenizer_models(self, recipe: Recipe, encoder: VisionEncoder, origin: str, gpu: bool) -> Iterator[Model]:
+    def tokenizer_models(
+        self, recipe: Recipe, encoder: VisionEncoder, origin: str, gpu: bool
+    ) -> Iterator[Model]:
         """The phases `semantic` (with guidance), `pixel` and `decoder` (if set)."""
         if recipe.tokenizer.guidance:
             yield semantic_model(recipe, encoder, origin, gpu)
@@ -106,13 +122,19 @@ class SemHiTokSystem(System):
         pixel: Any = trained["pixel"].modules["model"]
         guided: list[VisionEncoder] = [encoder] if recipe.tokenizer.guidance else []
         modules = nn.ModuleDict({"encoder": encoder, "pixel": pixel})
-        kept = [trained[name].modules["model"] for name in ("semantic", "pixel", "decoder") if name in trained]
+        kept = [
+            trained[name].modules["model"]
+            for name in ("semantic", "pixel", "decoder")
+            if name in trained
+        ]
         size = encoder.image_size
         found = {}
         if guided:
             found["features"] = InferenceCost.of(recipe.features, modules, guided, guided, size)
         parts = [*guided, pixel.encode_vectors]
-        return found | {"tokens": InferenceCost.of(recipe.tokens, modules, parts, [*guided, *kept], size)}
+        return found | {
+            "tokens": InferenceCost.of(recipe.tokens, modules, parts, [*guided, *kept], size)
+        }
 
 
 class SemHiTokPhases(Phases):
@@ -122,7 +144,9 @@ class SemHiTokPhases(Phases):
         super().__init__(run, parents)
         # with codebook.duplicates=drop it may hold fewer codes than the recipe asks for
         guided = parents.get("codebook")
-        self.semantic_codes = self.recipe.codebook.size if guided is None else guided.counts["codes"]
+        self.semantic_codes = (
+            self.recipe.codebook.size if guided is None else guided.counts["codes"]
+        )
         self.num_codes = self.semantic_codes * self.section.pixel.codes
 
     def semantic(self) -> Artifact:
@@ -150,8 +174,15 @@ class SemHiTokPhases(Phases):
         stage = self.section.decoder
         assert stage is not None
         settings = self._pixel_settings(semantic, stage.loss)
-        settings |= {"decoder": stage.decoder, "start": storage.join(pixel.path, "pixel.safetensors")}
-        parents = {"corpus": self.parents["corpus"], "encoder": self.parents["encoder"], "pixel": pixel}
+        settings |= {
+            "decoder": stage.decoder,
+            "start": storage.join(pixel.path, "pixel.safetensors"),
+        }
+        parents = {
+            "corpus": self.parents["corpus"],
+            "encoder": self.parents["encoder"],
+            "pixel": pixel,
+        }
         return self._sized("decoder", PixelTask, settings, stage, parents)
 
     def _pixel_settings(self, semantic: Artifact | None, loss: Any) -> dict[str, Any]:
@@ -170,25 +201,41 @@ class SemHiTokPhases(Phases):
         return own | self.images(needs_encoder)
 
     def _sized(
-        self, name: str, task: type[Task], settings: dict[str, Any], stage: Any, parents: Mapping[str, Artifact]
+        self,
+        name: str,
+        task: type[Task],
+        settings: dict[str, Any],
+        stage: Any,
+        parents: Mapping[str, Artifact],
     ) -> Artifact:
         more: dict[str, Any] = {"size": self.recipe.codebook.size}
         if name == "decoder":
             more["pixel"] = result_settings(self.section.pixel, ("train", "loss"))
         return self.phase(name, task, settings, stage, parents, more)
 
-    def assemble(self, semantic: Artifact | None, pixel: Artifact, decoder: Artifact | None) -> dict[str, int]:
+    def assemble(
+        self, semantic: Artifact | None, pixel: Artifact, decoder: Artifact | None
+    ) -> dict[str, int]:
         """Put the phases together as one SemHiTok and write it at the root of the artifact."""
 
-        encoder = None if semantic is None else open_encoder(self.encoder, self.recipe.encoder.layer)
+        encoder = (
+            None if semantic is None else open_encoder(self.encoder, self.recipe.encoder.layer)
+        )
         codes = model = None
         if semantic is not None:
-            model = SemanticTokenizer(self.dim, self.section.semantic, self.semantic_codes, self.grid)
+            model = SemanticTokenizer(
+                self.dim, self.section.semantic, self.semantic_codes, self.grid
+            )
             model.load_state_dict(read_tensors(storage.join(semantic.path, "semantic.safetensors")))
             codes = model.codes
         size = None if self.section.decoder is None else self.section.decoder.decoder
         pixels = PixelTokenizer(
-            self.section.pixel, codes, self.recipe.corpus.image_size, self.grid, self.num_codes, decoder_size=size
+            self.section.pixel,
+            codes,
+            self.recipe.corpus.image_size,
+            self.grid,
+            self.num_codes,
+            decoder_size=size,
         )
         last = pixel if decoder is None else decoder
         pixels.load_state_dict(read_tensors(storage.join(last.path, "pixel.safetensors")))

@@ -32,7 +32,9 @@ def loss(section: str, wanted: Loss) -> dict[str, Any]:
     values: dict[str, Any] = {f"{section}.gan.channels": 8, f"{section}.gan.layers": 1}
     if wanted.gan.weight:
         values[f"{section}.gan.start_step"] = 1
-    if wanted.perceptual.kind == "lpips" and not (wanted.perceptual.weights and exists(wanted.perceptual.weights)):
+    if wanted.perceptual.kind == "lpips" and not (
+        wanted.perceptual.weights and exists(wanted.perceptual.weights)
+    ):
         values[f"{section}.perceptual.kind"] = "encoder"
     return values
 

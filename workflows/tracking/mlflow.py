@@ -38,7 +38,10 @@ TAG_LENGTH = 8000
 FLUSH_AFTER_S = 5.0
 SYSTEM_EVERY_S = 10.0
 PARENT_TAG = "mlflow.parentRunId"
-PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}  # the outbox tries again
+PATIENCE = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+}  # the outbox tries again
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -84,7 +87,9 @@ def open_tracker(recipe: Recipe) -> Tracker:
         run_id = _reopen(client, record.get("run_id")) if record.get("uri") == uri else None
         if run_id is None:
             experiment = _experiment(client, uri, recipe.tracking.experiment)
-            run_id = client.create_run(experiment, run_name=recipe.name, tags={"smalti.out": out}).info.run_id
+            run_id = client.create_run(
+                experiment, run_name=recipe.name, tags={"smalti.out": out}
+            ).info.run_id
             storage.write_json(record_path, {"uri": uri, "run_id": run_id})
     except ConfigError:
         raise
@@ -106,7 +111,9 @@ class MLflowTracker:
 
     run_id: str | None
 
-    def __init__(self, uri: str, run_id: str, *, client: MlflowClient | None = None, owner: bool = True) -> None:
+    def __init__(
+        self, uri: str, run_id: str, *, client: MlflowClient | None = None, owner: bool = True
+    ) -> None:
         self.uri, self.run_id, self._run_id, self.owner = uri, run_id, run_id, owner
         self._client = client or _client(uri)
         self._outbox = Outbox(uri, self._send_numbers, METRICS_A_BATCH)
@@ -138,7 +145,13 @@ class MLflowTracker:
         new = [Param(key, value) for key, value in wanted.items() if key not in known]
         for start in range(0, len(new), PARAMS_A_BATCH):
             self._client.log_batch(self._run_id, params=new[start : start + PARAMS_A_BATCH])
-        self._tags({f"changed.{key}": value for key, value in wanted.items() if known.get(key, value) != value})
+        self._tags(
+            {
+                f"changed.{key}": value
+                for key, value in wanted.items()
+                if known.get(key, value) != value
+            }
+        )
 
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
         """Buffer numbers; sent in batches, at the latest by the first call after 5 seconds."""
@@ -155,7 +168,9 @@ class MLflowTracker:
     def image(self, key: str, pixels: np.ndarray, step: int | None = None) -> None:
         """Log a picture, uint8 (H, W, 3), as a point of the series `key`."""
         log_image = self._client.log_image
-        self._outbox.call(partial(log_image, self._run_id, pixels, key=key, step=step or 0, synchronous=True))
+        self._outbox.call(
+            partial(log_image, self._run_id, pixels, key=key, step=step or 0, synchronous=True)
+        )
 
     @contextmanager
     def system_metrics(self) -> Iterator[None]:
@@ -170,7 +185,9 @@ class MLflowTracker:
                     inner.collect_metrics()
                     if inner._shutdown_event.wait(inner.sampling_interval):
                         return
-                    numbers = {f"system/{name}": value for name, value in inner.aggregate_metrics().items()}
+                    numbers = {
+                        f"system/{name}": value for name, value in inner.aggregate_metrics().items()
+                    }
                     self.metrics(numbers, step=inner._logging_step)
                     inner._logging_step += 1
                     for part in inner.monitors:
@@ -201,7 +218,9 @@ class MLflowTracker:
         try:
             return self._child(name)
         except Exception as error:  # mlflow lets SQLAlchemy's, requests' and its own errors through
-            log(f"{name}: not tracked, as MLflow at {self.uri} does not answer: {str(error).strip().splitlines()[0]}")
+            log(
+                f"{name}: not tracked, as MLflow at {self.uri} does not answer: {str(error).strip().splitlines()[0]}"
+            )
             return NullTracker()
 
     def _child(self, name: str) -> MLflowTracker:
@@ -211,7 +230,9 @@ class MLflowTracker:
             if run.info.status != "FINISHED":
                 self._client.update_run(run.info.run_id, status="RUNNING")
                 return MLflowTracker(self.uri, run.info.run_id, client=self._client)
-        run = self._client.create_run(info.experiment_id, run_name=name, tags={PARENT_TAG: self._run_id})
+        run = self._client.create_run(
+            info.experiment_id, run_name=name, tags={PARENT_TAG: self._run_id}
+        )
         return MLflowTracker(self.uri, run.info.run_id, client=self._client)
 
     def finish(self, status: Status = "FINISHED") -> None:
@@ -265,7 +286,9 @@ def _experiment(client: MlflowClient, uri: str, name: str) -> str:
     if known is None:
         location = None
         if uri.startswith("sqlite:///"):
-            location = (Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlflow_artifacts").as_uri()
+            location = (
+                Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlflow_artifacts"
+            ).as_uri()
         try:
             return client.create_experiment(name, artifact_location=location)
         except MlflowException:  # another process was faster

@@ -13,7 +13,13 @@ from smalti.progress import log
 
 AGAIN_AFTER_S = 30.0
 KEPT_CALLS, KEPT_NUMBERS = 500, 500_000
-PASSING = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED", "CANCELLED"}
+PASSING = {
+    "INTERNAL_ERROR",
+    "TEMPORARILY_UNAVAILABLE",
+    "REQUEST_LIMIT_EXCEEDED",
+    "DEADLINE_EXCEEDED",
+    "CANCELLED",
+}
 
 
 class Outbox:
@@ -53,12 +59,16 @@ class Outbox:
         A store that does not answer is retried every 30 seconds, or at once with `now`.
         """
         with self._lock:
-            waiting = self._away_since is not None and time.monotonic() - self._tried < AGAIN_AFTER_S
+            waiting = (
+                self._away_since is not None and time.monotonic() - self._tried < AGAIN_AFTER_S
+            )
             if waiting and not now:
                 return False
             try:
                 while self._numbers:
-                    part = [self._numbers[place] for place in range(min(self.batch, len(self._numbers)))]
+                    part = [
+                        self._numbers[place] for place in range(min(self.batch, len(self._numbers)))
+                    ]
                     self._attempt(partial(self.send_numbers, part))
                     for _ in part:
                         self._numbers.popleft()
@@ -66,7 +76,9 @@ class Outbox:
                     self._attempt(self._calls[0])
                     self._calls.popleft()
             except Exception as error:
-                self._calls.rotate(-1)  # one that fails for reasons of its own is not for ever in front of the others
+                self._calls.rotate(
+                    -1
+                )  # one that fails for reasons of its own is not for ever in front of the others
                 self._away(error)
                 return False
             finally:
@@ -98,13 +110,17 @@ class Outbox:
     def _away(self, error: Exception) -> None:
         if self._away_since is None:
             self._away_since = time.monotonic()
-            log(f"MLflow at {self.where} does not answer; entries are kept until it does: {_first_line(error)}")
+            log(
+                f"MLflow at {self.where} does not answer; entries are kept until it does: {_first_line(error)}"
+            )
 
     def _back(self) -> None:
         if self._away_since is not None:
             away_s, self._away_since = time.monotonic() - self._away_since, None
             lost = f"; {self.dropped:,} entries did not fit and are lost" if self.dropped else ""
-            log(f"MLflow at {self.where} answers again after {away_s:.0f} s; the kept entries are sent{lost}")
+            log(
+                f"MLflow at {self.where} answers again after {away_s:.0f} s; the kept entries are sent{lost}"
+            )
 
 
 def _first_line(error: Exception) -> str:

@@ -57,7 +57,9 @@ def check_best(best: str | None, logged: Collection[str]) -> None:
     """ConfigError when `train.best` names none of the metrics that are logged."""
     if best is not None and metric_of(best) not in logged:
         names = ", ".join(sorted(logged))
-        raise ConfigError(f"train.best={best} names no metric that this training logs from the start; it logs {names}.")
+        raise ConfigError(
+            f"train.best={best} names no metric that this training logs from the start; it logs {names}."
+        )
 
 
 def step_folder(step: int) -> str:
@@ -96,7 +98,9 @@ def look(path: str) -> Whole | str:
     found = STEP.search(path)
     assert found is not None
     files = tuple(tuple(manifest["files"]) for manifest in manifests)
-    sums = {name: total for manifest in manifests for name, total in manifest.get("crc32", {}).items()}
+    sums = {
+        name: total for manifest in manifests for name, total in manifest.get("crc32", {}).items()
+    }
     return Whole(int(found[1]), path, files, manifests[0]["score"], sums)
 
 
@@ -107,7 +111,9 @@ def read_manifest(path: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     kinds = {"world_size": int, "score": float | int | None, "files": dict}
-    whole = isinstance(found, dict) and all(name in found and isinstance(found[name], kinds[name]) for name in kinds)
+    whole = isinstance(found, dict) and all(
+        name in found and isinstance(found[name], kinds[name]) for name in kinds
+    )
     return found if whole and found["world_size"] > 0 else None
 
 
@@ -153,7 +159,13 @@ class Checkpoints:
         best: str | None = None,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self.folder, self.collectives, self.keep, self.best, self.say = folder, collectives, keep, best, say
+        self.folder, self.collectives, self.keep, self.best, self.say = (
+            folder,
+            collectives,
+            keep,
+            best,
+            say,
+        )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._sending: Future[None] | None = None
 
@@ -172,10 +184,17 @@ class Checkpoints:
                 engine.save_checkpoint(os.path.join(local, name), tag=TAG)
             if rank == 0:
                 torch.save(task.state_dict(), os.path.join(local, TASK_FILE))
-                stages = {name: int(engine.zero_optimization_stage()) for name, engine in engines.items()}
+                stages = {
+                    name: int(engine.zero_optimization_stage()) for name, engine in engines.items()
+                }
                 with open(os.path.join(local, STATE_FILE), "w") as out:
-                    json.dump({**state, "world_size": self.collectives.world_size, "zero_stages": stages}, out)
-                retry_storage(storage.remove, target, say=self.say)  # an incomplete checkpoint of an earlier try
+                    json.dump(
+                        {**state, "world_size": self.collectives.world_size, "zero_stages": stages},
+                        out,
+                    )
+                retry_storage(
+                    storage.remove, target, say=self.say
+                )  # an incomplete checkpoint of an earlier try
             self.collectives.storage_barrier()
         self._sending = self._thread.submit(self._send, scratch, target, score)
 
@@ -204,7 +223,9 @@ class Checkpoints:
             damaged.append(chosen.path)
         return None
 
-    def _take(self, chosen: Whole, folder: str, engines: Mapping[str, Any], task: Task) -> dict[str, Any]:
+    def _take(
+        self, chosen: Whole, folder: str, engines: Mapping[str, Any], task: Task
+    ) -> dict[str, Any]:
         """Load what lies in the local `folder`; the state."""
         path = chosen.path
         state: dict[str, Any] = storage.read_json(os.path.join(folder, STATE_FILE))
@@ -217,7 +238,9 @@ class Checkpoints:
             else:
                 reshard.load_engine(engine, source, TAG, told=f"{path}/{name}")
         device = next(iter(engines.values())).device
-        task.load_state_dict(torch.load(os.path.join(folder, TASK_FILE), map_location=device, weights_only=True))
+        task.load_state_dict(
+            torch.load(os.path.join(folder, TASK_FILE), map_location=device, weights_only=True)
+        )
         self.collectives.storage_barrier()
         return state
 
@@ -226,7 +249,9 @@ class Checkpoints:
         ranks = range(self.collectives.rank, len(chosen.files), self.collectives.world_size)
         own = [name for rank in ranks for name in chosen.files[rank] if name in chosen.sums]
         wrong = [name for name in own if checksum(os.path.join(folder, name)) != chosen.sums[name]]
-        told = torch.tensor(list("".join(f"{name}\n" for name in ["", *wrong]).encode()), dtype=torch.uint8)
+        told = torch.tensor(
+            list("".join(f"{name}\n" for name in ["", *wrong]).encode()), dtype=torch.uint8
+        )
         self.collectives.storage_barrier()
         all_told = bytes(self.collectives.all_gather(told.to(device)).tolist()).decode()
         return next((name for name in all_told.split("\n") if name), "")
@@ -247,7 +272,11 @@ class Checkpoints:
     def _score(self, state: Mapping[str, Any]) -> float | None:
         """The last logged value of the metric that names the best checkpoint."""
         rows = state.get("history", [])
-        values = [row[metric_of(self.best)] for row in rows if metric_of(self.best) in row] if self.best else []
+        values = (
+            [row[metric_of(self.best)] for row in rows if metric_of(self.best) in row]
+            if self.best
+            else []
+        )
         return float(values[-1]) if values else None
 
     def _send(self, scratch: Scratch, target: str, score: float | None) -> None:
@@ -261,12 +290,24 @@ class Checkpoints:
             sizes = {name: os.path.getsize(os.path.join(local, name)) for name in names}
             sums = {name: checksum(os.path.join(local, name)) for name in names}
             for name in names:
-                retry_storage(storage.put_file, os.path.join(local, name), storage.join(target, name), say=self.say)
-            manifest = {"world_size": self.collectives.world_size, "score": score, "files": sizes, "crc32": sums}
+                retry_storage(
+                    storage.put_file,
+                    os.path.join(local, name),
+                    storage.join(target, name),
+                    say=self.say,
+                )
+            manifest = {
+                "world_size": self.collectives.world_size,
+                "score": score,
+                "files": sizes,
+                "crc32": sums,
+            }
             path = storage.join(target, manifest_name(self.collectives.rank))
             retry_storage(storage.write_json, path, manifest, say=self.say)
         except BaseException:
-            with contextlib.suppress(DataError):  # the first error counts; what is half there takes room
+            with contextlib.suppress(
+                DataError
+            ):  # the first error counts; what is half there takes room
                 storage.remove(target)
             raise
         finally:
@@ -276,7 +317,11 @@ class Checkpoints:
 
     def _drop(self) -> None:
         """Remove what is not to be kept; of those older than the newest whole one also what is not whole."""
-        folders = [storage.join(self.folder, name) for name in storage.list_names(self.folder) if STEP.search(name)]
+        folders = [
+            storage.join(self.folder, name)
+            for name in storage.list_names(self.folder)
+            if STEP.search(name)
+        ]
         looked = {path: look(path) for path in folders}
         whole = [found for found in looked.values() if isinstance(found, Whole)]
         dropped = {found.path for found in to_drop(whole, self.keep, self.best)}
@@ -325,13 +370,17 @@ def fetched(chosen: Whole, collectives: Collectives, say: Callable[[str], None])
     elif len(chosen.files) == collectives.world_size:
         scratch = Scratch("resume")
         try:
-            fetch(chosen.path, {*chosen.files[0], *chosen.files[collectives.rank]}, scratch.path, say)
+            fetch(
+                chosen.path, {*chosen.files[0], *chosen.files[collectives.rank]}, scratch.path, say
+            )
             yield scratch.path
         finally:
             scratch.remove()
     else:
         every = {name for files in chosen.files for name in files}
-        with filled("resume", lambda folder: fetch(chosen.path, every, folder, say), collectives) as folder:
+        with filled(
+            "resume", lambda folder: fetch(chosen.path, every, folder, say), collectives
+        ) as folder:
             yield folder
 
 
@@ -339,4 +388,6 @@ def fetch(path: str, names: Iterable[str], folder: str, say: Callable[[str], Non
     """Bring files of the folder `path` to the local `folder`."""
     for name in sorted(names):
         os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
-        retry_storage(storage.get_file, storage.join(path, name), os.path.join(folder, name), say=say)
+        retry_storage(
+            storage.get_file, storage.join(path, name), os.path.join(folder, name), say=say
+        )

@@ -85,7 +85,10 @@ class Collectives:
             try:
                 found = (work(), None)
             except Exception as error:  # raised below, by all
-                found = (None, error if isinstance(error, SmaltiError) else RuntimeError(f"{error!r}"))
+                found = (
+                    None,
+                    error if isinstance(error, SmaltiError) else RuntimeError(f"{error!r}"),
+                )
         told: list[Any] = [None] * self.world_size
         dist.all_gather_object(told, found, group=self._patient)
         for _, wrong in told:

@@ -125,7 +125,11 @@ class ShardRows:
     def _read_table(self, shard: int) -> tuple[pa.Table, Any]:
         read = shards.read_shard if self.disk is None else self.disk.read
         place = (self.path, self.keys[shard], self.columns)
-        table = read(*place) if storage.is_local(self.path) else retry_storage(read, *place, say=self.say)
+        table = (
+            read(*place)
+            if storage.is_local(self.path)
+            else retry_storage(read, *place, say=self.say)
+        )
         prepared = self.prepare(table)
         found = self.rows_in(table, prepared)
         if found != self.sizes[shard]:
@@ -176,7 +180,9 @@ class ShardRows:
     def read(self, shard: int, row: int) -> tuple[str, Mapping[str, Any]]:
         """The row as Python values."""
         table, _ = self.table(shard)
-        return self.keys[shard], {name: table.column(name)[row].as_py() for name in table.column_names}
+        return self.keys[shard], {
+            name: table.column(name)[row].as_py() for name in table.column_names
+        }
 
 
 class ImageRows(ShardRows):
@@ -212,7 +218,9 @@ class ImageRows(ShardRows):
         key, values = super().read(shard, row)
         values = dict(values)
         try:
-            values["pixels"] = images.to_pixels(values.pop("image"), self.image_size, max_pixels=self.max_pixels)
+            values["pixels"] = images.to_pixels(
+                values.pop("image"), self.image_size, max_pixels=self.max_pixels
+            )
         except ImageError as error:
             raise DataError(
                 f"image {values['image_id']} in shard {key} of {self.path} does not decode ({error}), though the "
@@ -231,7 +239,9 @@ class TokenRows(ShardRows):
 
     def read(self, shard: int, row: int) -> tuple[str, Mapping[str, Any]]:
         table, codes = self.table(shard)
-        values = {name: table.column(name)[row].as_py() for name in table.column_names if name != "codes"}
+        values = {
+            name: table.column(name)[row].as_py() for name in table.column_names if name != "codes"
+        }
         return self.keys[shard], values | {"codes": codes[row]}
 
 
@@ -279,7 +289,12 @@ class BatchLoader:
         ahead: int = 2,
     ) -> None:
         self.source, self.order, self.make_batch = source, order, make_batch
-        self.batch_size, self.micro, self.rank, self.world_size = batch_size, micro, rank, world_size
+        self.batch_size, self.micro, self.rank, self.world_size = (
+            batch_size,
+            micro,
+            rank,
+            world_size,
+        )
         self.ahead = ahead
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read") if threads > 1 else None
         self._lock = threading.Lock()
@@ -300,7 +315,9 @@ class BatchLoader:
             for step in range(first, last):
                 try:
                     if isinstance(self.source, ShardRows | Joined):
-                        self.source.prefetch(self.order.near(step, self.batch_size, self.rank, self.world_size))
+                        self.source.prefetch(
+                            self.order.near(step, self.batch_size, self.rank, self.world_size)
+                        )
                     made: list[Batch] | BaseException = self.at(step)
                 except BaseException as error:  # handed to the loop, which raises it
                     made = error
@@ -327,7 +344,10 @@ class BatchLoader:
 
     def _read(self, samples: Samples) -> list[Row]:
         places = list(
-            zip(*(a.tolist() for a in (samples.index, samples.epoch, samples.shard, samples.row)), strict=True)
+            zip(
+                *(a.tolist() for a in (samples.index, samples.epoch, samples.shard, samples.row)),
+                strict=True,
+            )
         )
 
         def read(place: tuple[int, int, int, int]) -> Row:

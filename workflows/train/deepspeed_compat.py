@@ -83,7 +83,9 @@ def _stepping(optimizer: DeepSpeedOptimizer, stage: int, norm: float) -> Iterato
         patches["scaled_global_norm"] = lambda norm_type=2: torch.tensor(norm)
         if not math.isfinite(norm):
             patches["check_grad_overflow"] = True
-            patches["check_overflow"] = lambda partition_gradients=True: setattr(optimizer, "overflow", True)
+            patches["check_overflow"] = lambda partition_gradients=True: setattr(
+                optimizer, "overflow", True
+            )
     else:
         patches["_get_norm_groups"] = lambda: [torch.tensor(norm)]
     before = {name: vars(optimizer)[name] for name in patches if name in vars(optimizer)}

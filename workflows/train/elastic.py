@@ -29,7 +29,9 @@ def fitting_workers(train: Train, resources: Resources) -> list[int]:
             fitting.append(workers)
     if fitting:
         return fitting
-    micro = "" if train.micro_batch_size is None else f" in micro batches of {train.micro_batch_size}"
+    micro = (
+        "" if train.micro_batch_size is None else f" in micro batches of {train.micro_batch_size}"
+    )
     raise ConfigError(
         f"train.batch_size={train.batch_size} does not divide{micro} among any number of workers that "
         f"resources.workers=[{resources.min_workers}, {resources.max_workers}] allows. Set train.batch_size to a multiple "
@@ -40,7 +42,9 @@ def fitting_workers(train: Train, resources: Resources) -> list[int]:
 def check_together(what: str, train: Train, resources: Resources) -> None:
     """ConfigError where `what` of a loss, which sees a micro batch of all workers at once, would see another number of
     samples at another of the numbers of workers allowed."""
-    seen = {n: train.batch_size // accumulation(train, n)[1] for n in fitting_workers(train, resources)}
+    seen = {
+        n: train.batch_size // accumulation(train, n)[1] for n in fitting_workers(train, resources)
+    }
     if len(set(seen.values())) > 1:
         told = ", ".join(f"{samples} with {n} workers" for n, samples in seen.items())
         raise ConfigError(
@@ -65,7 +69,9 @@ def check_batch(section: str, train: Train, resources: Resources, *, together: s
 def left_out(train: Train, resources: Resources) -> str:
     """A line about the numbers of workers in the allowed range that will not be used; "" when there are none."""
     fitting = fitting_workers(train, resources)
-    others = [n for n in range(resources.min_workers, resources.max_workers + 1) if n not in fitting]
+    others = [
+        n for n in range(resources.min_workers, resources.max_workers + 1) if n not in fitting
+    ]
     if not others:
         return ""
     told = ", ".join(map(str, others[:8])) + (", …" if len(others) > 8 else "")
@@ -91,20 +97,33 @@ def elastic_trainer(fitting: list[int], channel: Any, **settings: Any) -> Any:
     policy with one count rounded down and one decision put off."""
     import ray
     from ray.train.torch import TorchTrainer
-    from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ResizeDecision
+    from ray.train.v2._internal.execution.scaling_policy import (
+        ElasticScalingPolicy,
+        NoopDecision,
+        ResizeDecision,
+    )
 
     class Fitting(ElasticScalingPolicy):
         put_off = 0
 
         def _count_possible_workers(self, reserved_resources: Any) -> int:
             staying = staying_nodes()
-            here = {node: resources for node, resources in reserved_resources.items() if node in staying}
+            here = {
+                node: resources for node, resources in reserved_resources.items() if node in staying
+            }
             room = super()._count_possible_workers(here)
             return max((n for n in fitting if n <= room), default=0)
 
-        def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
-            decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
-            if not isinstance(decision, ResizeDecision) or decision.num_workers < worker_group_state.num_workers:
+        def make_decision_for_running_worker_group(
+            self, worker_group_state: Any, worker_group_status: Any
+        ) -> Any:
+            decision = super().make_decision_for_running_worker_group(
+                worker_group_state, worker_group_status
+            )
+            if (
+                not isinstance(decision, ResizeDecision)
+                or decision.num_workers < worker_group_state.num_workers
+            ):
                 return decision
             self.put_off += 1
             if self.put_off <= PATIENCE and not ray.get(channel.may_restart.remote()):

@@ -53,7 +53,9 @@ def _without(package: str) -> Iterator[None]:
 def prepare_process(use_gpu: bool, num_threads: int) -> None:
     """Settings of a worker process; call before DeepSpeed is imported for the first time."""
     if use_gpu:
-        os.environ.pop("DS_ACCELERATOR", None)  # set by a run without GPUs in the process that started Ray
+        os.environ.pop(
+            "DS_ACCELERATOR", None
+        )  # set by a run without GPUs in the process that started Ray
     else:
         os.environ["DS_ACCELERATOR"] = "cpu"
         torch.set_num_threads(num_threads)
@@ -98,7 +100,9 @@ def learning_rate(train: Train, step: int, peak: float | None = None) -> float:
     if train.schedule == "constant":
         return peak
     done = (step - warmup) / max(1.0, train.steps - warmup)
-    return peak * (train.min_lr + (1 - train.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+    return peak * (
+        train.min_lr + (1 - train.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    )
 
 
 def deepspeed_config(
@@ -123,17 +127,33 @@ def deepspeed_config(
     if stage and trained is not None:
         config["zero_optimization"]["reduce_bucket_size"] = max(1, min(trained, REDUCE_BUCKET))
     if stage == 3:
-        config["zero_optimization"] |= STAGE_3 | {"stage3_gather_16bit_weights_on_model_save": False}
+        config["zero_optimization"] |= STAGE_3 | {
+            "stage3_gather_16bit_weights_on_model_save": False
+        }
     config["zero_optimization"] |= offload(train, stage)
     if stage and train.offload == "cpu":
-        config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW updates what lies in main memory
+        config["zero_force_ds_cpu_optimizer"] = (
+            False  # torch's AdamW updates what lies in main memory
+        )
     if train.precision == "bf16":
         names = [f"{layer.__module__}.{layer.__qualname__}" for layer in SENT_LOW]
-        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": names}
+        config["torch_autocast"] = {
+            "enabled": True,
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": names,
+        }
     return config
 
 
-def build_engine(module: nn.Module, train: Train, *, lr: float, zero_stage: int, world_size: int, device: torch.device):
+def build_engine(
+    module: nn.Module,
+    train: Train,
+    *,
+    lr: float,
+    zero_stage: int,
+    world_size: int,
+    device: torch.device,
+):
     """A DeepSpeed engine around `module`; weights are those of rank 0 on every rank."""
     import deepspeed
 
@@ -141,7 +161,9 @@ def build_engine(module: nn.Module, train: Train, *, lr: float, zero_stage: int,
     optimizer = build_optimizer(module.to(device), train, lr, device)
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters() if p.requires_grad)
     config = deepspeed_config(train, world_size, zero_stage=zero_stage, trained=trained)
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=optimizer, config=config, dist_init_required=False
+    )
     return engine
 
 
@@ -183,7 +205,10 @@ def _held(engine: Any) -> list[tuple[dict[str, Any], Any]]:
     groups = _inner(engine).param_groups
     if engine.zero_optimization_stage() == 3:  # whose groups are filled during a step only
         pieces = enumerate(engine.optimizer.fp32_partitioned_groups_flat)
-        return [(groups[engine.optimizer.sub_group_to_group_id[number]], piece) for number, piece in pieces]
+        return [
+            (groups[engine.optimizer.sub_group_to_group_id[number]], piece)
+            for number, piece in pieces
+        ]
     return [(group, parameter) for group in groups for parameter in group["params"]]
 
 
@@ -194,7 +219,11 @@ def full_weights(engine: Any, *, on_this_rank: bool) -> dict[str, torch.Tensor] 
 
     module = engine.module
     if engine.zero_optimization_stage() < 3:
-        return {name: t.detach().cpu().clone() for name, t in module.state_dict().items()} if on_this_rank else None
+        return (
+            {name: t.detach().cpu().clone() for name, t in module.state_dict().items()}
+            if on_this_rank
+            else None
+        )
     weights: dict[str, torch.Tensor] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         with deepspeed.zero.GatheredParameters([parameter]):
@@ -203,7 +232,10 @@ def full_weights(engine: Any, *, on_this_rank: bool) -> dict[str, torch.Tensor] 
     if not on_this_rank:
         return None
     state = module.state_dict()
-    return {name: weights[name] if name in weights else t.detach().cpu().clone() for name, t in state.items()}
+    return {
+        name: weights[name] if name in weights else t.detach().cpu().clone()
+        for name, t in state.items()
+    }
 
 
 @torch.no_grad()
@@ -222,7 +254,9 @@ def set_parameter(engine: Any, parameter: nn.Parameter, value: torch.Tensor) -> 
     value = value.to(parameter.device, torch.float32)
     safe_set_full_fp32_param(parameter, value)
     if engine.global_steps:  # before the first step there are no moments yet
-        if stage < 3:  # those of a loaded checkpoint are else linked to their parameters in the next step only
+        if (
+            stage < 3
+        ):  # those of a loaded checkpoint are else linked to their parameters in the next step only
             engine.optimizer._lazy_init_hp_params_optimizer_state()
         for name in ("exp_avg", "exp_avg_sq"):
             safe_set_full_optimizer_state(parameter, torch.zeros_like(value), name)

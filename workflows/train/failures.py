@@ -7,7 +7,12 @@ from collections.abc import Mapping
 from smalti.errors import SmaltiError
 
 LINE = 200  # characters; Ray's advice about a dead worker is a page
-INNER = ("_base_exc", "health_check_failure", "cause", "__cause__")  # where Ray's errors keep what they stand for
+INNER = (
+    "_base_exc",
+    "health_check_failure",
+    "cause",
+    "__cause__",
+)  # where Ray's errors keep what they stand for
 
 
 def failed_workers(failures: Mapping[int, BaseException]) -> str:
@@ -18,7 +23,11 @@ def failed_workers(failures: Mapping[int, BaseException]) -> str:
     causes = {rank: cause_of(failure) for rank, failure in sorted(failures.items())}
     if any(isinstance(cause, SmaltiError) for cause in causes.values()):
         return ""
-    died = {rank: cause for rank, cause in causes.items() if isinstance(cause, ActorDiedError | ActorUnavailableError)}
+    died = {
+        rank: cause
+        for rank, cause in causes.items()
+        if isinstance(cause, ActorDiedError | ActorUnavailableError)
+    }
     named = died or causes
     ranks = ", ".join(map(str, named))
     return f"worker(s) {ranks} {'died' if died else 'failed'}: {brief(next(iter(named.values())))}"
@@ -34,7 +43,9 @@ def brief(error: BaseException) -> str:
 def cause_of(failure: BaseException) -> BaseException:
     """The error under Ray's wrappers."""
     for _ in range(8):
-        inner = next((getattr(failure, name) for name in INNER if getattr(failure, name, None)), None)
+        inner = next(
+            (getattr(failure, name) for name in INNER if getattr(failure, name, None)), None
+        )
         if not isinstance(inner, BaseException):
             return failure
         failure = inner

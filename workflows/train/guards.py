@@ -91,9 +91,15 @@ def held_whole(engines: Mapping[str, Any]) -> dict[str, Tensor]:
     no weight is cut; under it buffers (EMA codebooks) and the weights that are too small to be."""
     found: dict[str, Tensor] = {}
     for name, engine in engines.items():
-        tensors: dict[str, Any] = dict(engine.module.named_parameters()) | dict(engine.module.named_buffers())
-        whole = {key: t for key, t in tensors.items() if t.numel() == getattr(t, "ds_numel", t.numel())}
-        found |= {f"{name}'s {key}": t for key, t in whole.items() if getattr(t, "ds_persist", True)}
+        tensors: dict[str, Any] = dict(engine.module.named_parameters()) | dict(
+            engine.module.named_buffers()
+        )
+        whole = {
+            key: t for key, t in tensors.items() if t.numel() == getattr(t, "ds_numel", t.numel())
+        }
+        found |= {
+            f"{name}'s {key}": t for key, t in whole.items() if getattr(t, "ds_persist", True)
+        }
     return found
 
 

@@ -30,11 +30,17 @@ QUIET = {  # read by Ray Train in the driver and its workers
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
 }
 WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
-ALONE = {WATCHER: "0"}  # an actor that waits for a node's notice: of no use when it is the driver's own node
-ELASTIC = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60"}  # then look anew at how many there is room for
+ALONE = {
+    WATCHER: "0"
+}  # an actor that waits for a node's notice: of no use when it is the driver's own node
+ELASTIC = {
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60"
+}  # then look anew at how many there is room for
 
 
-def fit(task: type[Task], settings: Mapping[str, Any], train: Train, run: StageRun, *, seed: int) -> dict[str, float]:
+def fit(
+    task: type[Task], settings: Mapping[str, Any], train: Train, run: StageRun, *, seed: int
+) -> dict[str, float]:
     """Train a task, made with `settings` in each worker, and write its final model into `run.path`.
 
     Returns the task's final numbers. A run that was broken off goes on from its newest checkpoint in
@@ -51,14 +57,22 @@ def fit(task: type[Task], settings: Mapping[str, Any], train: Train, run: StageR
     return {key: float(value) for key, value in storage.read_json(done_file)["metrics"].items()}
 
 
-def _run(task: type[Task], settings: Mapping[str, Any], train: Train, run: StageRun, seed: int) -> None:
+def _run(
+    task: type[Task], settings: Mapping[str, Any], train: Train, run: StageRun, seed: int
+) -> None:
     import ray
     from ray.train import TrainingFailedError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     resources = run.recipe.resources
-    alone = len(ray.nodes()) == 1 and isinstance(resources.workers, int) and not os.environ.get("RAY_ADDRESS")
-    environment = QUIET | ({} if isinstance(resources.workers, int) else ELASTIC) | (ALONE if alone else {})
+    alone = (
+        len(ray.nodes()) == 1
+        and isinstance(resources.workers, int)
+        and not os.environ.get("RAY_ADDRESS")
+    )
+    environment = (
+        QUIET | ({} if isinstance(resources.workers, int) else ELASTIC) | (ALONE if alone else {})
+    )
     if told := left_out(train, resources):
         run.log(told)
     here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -98,13 +112,22 @@ def _trainer(job: Job, resources: Resources) -> Any:
     class Tell(UserCallback):
         """Says why workers start again."""
 
-        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        def after_exception(
+            self, run_context: Any, worker_exceptions: dict[int, Exception]
+        ) -> None:
             job.channel.failed.remote(failed_workers(worker_exceptions))
 
     use_gpu = job.gpus > 0
     wanted: dict[str, float] = {"CPU": job.cpus} | ({"GPU": job.gpus} if use_gpu else {})
-    scaling: dict[str, Any] = {"num_workers": resources.workers, "use_gpu": use_gpu, "resources_per_worker": wanted}
-    failures = {"max_failures": job.train.max_failures, "max_preemption_failures": job.train.max_preemptions}
+    scaling: dict[str, Any] = {
+        "num_workers": resources.workers,
+        "use_gpu": use_gpu,
+        "resources_per_worker": wanted,
+    }
+    failures = {
+        "max_failures": job.train.max_failures,
+        "max_preemption_failures": job.train.max_preemptions,
+    }
     failure: Any = FailureConfig
     told: Any = [Tell()]
     settings: dict[str, Any] = {
@@ -113,7 +136,10 @@ def _trainer(job: Job, resources: Resources) -> Any:
         "torch_config": TorchConfig(backend="nccl" if use_gpu else "gloo"),
         "scaling_config": ScalingConfig(**scaling),
         "run_config": RunConfig(
-            name=CHECKPOINTS, storage_path=job.path, failure_config=failure(**failures), callbacks=told
+            name=CHECKPOINTS,
+            storage_path=job.path,
+            failure_config=failure(**failures),
+            callbacks=told,
         ),
     }
     if isinstance(resources.workers, int):

@@ -128,7 +128,9 @@ class Loop:
         self.task = self.job.make_task()
         self.task.setup(Context(self.device, self.collectives, self.job.seed, self.train))
         self.collectives.storage_barrier()  # weights were read
-        self.engines = {name: self._engine(name, module) for name, module in self.task.modules().items()}
+        self.engines = {
+            name: self._engine(name, module) for name, module in self.task.modules().items()
+        }
         source = self.task.source()
         if isinstance(source, ShardRows | Joined):
             source.choose_window(self.train, self._say)
@@ -148,7 +150,9 @@ class Loop:
         self.throughput = Throughput(self.device, self.train.batch_size, self.task.flops_per_unit())
         ready = time.monotonic()
         for step, batches in self.loader.steps(start, self.train.steps):
-            self.throughput.step(time.monotonic() - ready, [self.task.amount(batch) for batch in batches])
+            self.throughput.step(
+                time.monotonic() - ready, [self.task.amount(batch) for batch in batches]
+            )
             self._step(step, batches)
             self._after(step)
             ready = time.monotonic()
@@ -178,7 +182,9 @@ class Loop:
         self.task.begin_step(step, self.engines, self._read)
         for name, engine in self.engines.items():
             engine.train()
-            ds.set_learning_rate(engine, ds.learning_rate(self.train, step, self.task.peak_lr(name)))
+            ds.set_learning_rate(
+                engine, ds.learning_rate(self.train, step, self.task.peak_lr(name))
+            )
         moved = [self._to_device(batch) for batch in batches]
         share = self._share(moved)
         found: list[Metrics] = []
@@ -211,7 +217,10 @@ class Loop:
         for metrics in found:
             self.means.add(metrics, self.world_size * self.accumulation)
         first = next(iter(self.engines))
-        named = {"grad_norm" if name == first else f"grad_norm_{name}": norm for name, norm in norms.items()}
+        named = {
+            "grad_norm" if name == first else f"grad_norm_{name}": norm
+            for name, norm in norms.items()
+        }
         self.means.add({**named, **self.task.after_step(step, self.engines)}, self.world_size)
 
     def _share(self, batches: list[Batch]) -> Tensor | None:
@@ -230,7 +239,10 @@ class Loop:
         if self.device.type == "cpu":
             return batch
         pinned = {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in batch.items()}
-        return {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in pinned.items()}
+        return {
+            k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v
+            for k, v in pinned.items()
+        }
 
     # After a step: log, pictures, checkpoint
 
@@ -260,7 +272,9 @@ class Loop:
         self.notices = notice.preempted_node_ids
         self._save_now(done)
         ranks = ", ".join(map(str, notice.preempted_ranks))
-        self._say(f"the machine of worker(s) {ranks} is about to be taken away: saved at step {done:,}")
+        self._say(
+            f"the machine of worker(s) {ranks} is about to be taken away: saved at step {done:,}"
+        )
 
     def _save_if_requested(self, done: int) -> None:
         """Save when there is room for more workers, which then start from here."""
@@ -282,11 +296,16 @@ class Loop:
     def _log(self, done: int) -> None:
         added = set(self.means.sums)
         metrics = self.means.take(self.collectives)
-        metrics |= {"lr": ds.learning_rate(self.train, done - 1), "skipped_steps": float(self.skips.total)}
+        metrics |= {
+            "lr": ds.learning_rate(self.train, done - 1),
+            "skipped_steps": float(self.skips.total),
+        }
         if added and not self.best_checked:  # nothing is added while steps are passed over
             check_best(self.train.best, added | metrics.keys())
             self.best_checked = True
-        self.history.append({"step": done, **{k: v for k, v in metrics.items() if math.isfinite(v)}})
+        self.history.append(
+            {"step": done, **{k: v for k, v in metrics.items() if math.isfinite(v)}}
+        )
         rates = self.throughput.take(self.collectives)
         if self.rank == 0:
             self.job.channel.metrics.remote(done, metrics | rates)
@@ -313,7 +332,11 @@ class Loop:
             self._write_history()
         if self.job.resumable and done != self.saved:
             self.saved = done
-            state: dict[str, Any] = {"step": done, "history": self.history, "skips": self.skips.state_dict()}
+            state: dict[str, Any] = {
+                "step": done,
+                "history": self.history,
+                "skips": self.skips.state_dict(),
+            }
             state["meter"] = self.means.totals(self.collectives)
             state["at_once"] = self.train.batch_size // self.accumulation
             self.checkpoints.save(self.engines, self.task, state)
@@ -357,8 +380,14 @@ class Loop:
         if self.rank == 0:
             numbers = self.task.save(self.job.path, weights)
             self._write_history()
-            final = {"steps": self.train.steps, "metrics": dict(numbers), "history": self.history[-1:]}
+            final = {
+                "steps": self.train.steps,
+                "metrics": dict(numbers),
+                "history": self.history[-1:],
+            }
             storage.write_json(storage.join(self.job.path, DONE_FILE), final)
-            ray.get(self.job.channel.fatal.remote())  # calls arrive in order: after this one all that was told is there
+            ray.get(
+                self.job.channel.fatal.remote()
+            )  # calls arrive in order: after this one all that was told is there
         self.collectives.storage_barrier()
         return dict(numbers)

@@ -31,7 +31,9 @@ def offload(train: Train, stage: int) -> dict[str, Any]:
             )
         place["nvme_path"] = train.offload_path
     places = {"offload_optimizer": place | {"pin_memory": torch.cuda.is_available()}}
-    return places | ({"offload_param": place | {"pin_memory": torch.cuda.is_available()}} if stage == 3 else {})
+    return places | (
+        {"offload_param": place | {"pin_memory": torch.cuda.is_available()}} if stage == 3 else {}
+    )
 
 
 def spare_memory(module: nn.Module, train: Train) -> None:
@@ -61,4 +63,6 @@ def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
 
     from smalti.tokenizers.vit import Block
 
-    return (part for part in module.modules() if isinstance(part, Block | GradientCheckpointingLayer))
+    return (
+        part for part in module.modules() if isinstance(part, Block | GradientCheckpointingLayer)
+    )

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from smalti.schema import Train
 
 
-def build_optimizer(module: nn.Module, train: Train, lr: float, device: torch.device) -> torch.optim.Optimizer:
+def build_optimizer(
+    module: nn.Module, train: Train, lr: float, device: torch.device
+) -> torch.optim.Optimizer:
     """`train.optimizer` over the trainable parameters; weight decay on matrices only (no biases, norms or scales).
 
     A module with `rate_parts` that names any gets groups of its own for each (`group["part"]`)."""
@@ -59,7 +61,9 @@ def by_part(group: dict[str, Any], part_of: Mapping[int, str]) -> list[dict[str,
 
 def hidden_matrices(module: nn.Module) -> list[torch.Tensor]:
     """Trainable weights of linear layers, but for a vocabulary's head, whose rows are looked up one by one."""
-    layers = [m for m in module.modules() if isinstance(m, nn.Linear) and not isinstance(m, LossHead)]
+    layers = [
+        m for m in module.modules() if isinstance(m, nn.Linear) and not isinstance(m, LossHead)
+    ]
     return [layer.weight for layer in layers if layer.weight.requires_grad]
 
 
@@ -73,7 +77,9 @@ class MuonAdamW(torch.optim.AdamW):
     def _link(self) -> None:
         """Muon over this optimizer's own groups and state."""
         groups = [group for group in self.param_groups if group["muon"]]
-        self.muon = torch.optim.Muon([{"params": group["params"]} for group in groups], adjust_lr_fn="match_rms_adamw")
+        self.muon = torch.optim.Muon(
+            [{"params": group["params"]} for group in groups], adjust_lr_fn="match_rms_adamw"
+        )
         for group in groups:
             for name, value in self.muon.defaults.items():
                 group.setdefault(name, value)

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-KEPT_WINDOWS = 3  # a batch lies in one window or two neighbours; one more spares work at the border of epochs
+KEPT_WINDOWS = (
+    3  # a batch lies in one window or two neighbours; one more spares work at the border of epochs
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class PrefetchWindow:
     def shifted(self, part: range) -> PrefetchWindow:
         """Those within `part`, counted from its start."""
         around, own, following = (
-            [shard - part.start for shard in shards if shard in part] for shards in (self.around, self.own, self.next)
+            [shard - part.start for shard in shards if shard in part]
+            for shards in (self.around, self.own, self.next)
         )
         return PrefetchWindow(frozenset(around), tuple(own), tuple(following))
 
@@ -70,7 +73,9 @@ class Order:
     def __init__(self, sizes: Sequence[int], seed: int, window: int = 16) -> None:
         self.sizes_S = np.asarray(sizes, dtype=np.int64)
         if self.sizes_S.ndim != 1 or (self.sizes_S < 0).any() or self.sizes_S.sum() == 0:
-            raise ValueError(f"shard sizes must be counts with at least one row in all, found {list(sizes)[:8]}")
+            raise ValueError(
+                f"shard sizes must be counts with at least one row in all, found {list(sizes)[:8]}"
+            )
         if window < 1:
             raise ValueError(f"window must be at least 1 shard, found {window}")
         self.seed = seed
@@ -91,7 +96,11 @@ class Order:
         """Samples `first` to `first + count` (exclusive) of the run, sorted as in `batch`."""
         index_B = np.arange(first, first + count, dtype=np.int64)
         epoch_B, place_B = index_B // self.num_rows, index_B % self.num_rows
-        shard_B, row_B, rank_B = np.empty_like(index_B), np.empty_like(index_B), np.empty_like(index_B)
+        shard_B, row_B, rank_B = (
+            np.empty_like(index_B),
+            np.empty_like(index_B),
+            np.empty_like(index_B),
+        )
         begin = 0
         while begin < count:
             epoch, place = int(epoch_B[begin]), int(place_B[begin])
@@ -126,10 +135,18 @@ class Order:
         end = divmod(first + max(1, count) - 1, self.num_rows)
         last = (end[0], self._window_at(*end))
         while (epoch, window) <= last:
-            around += self._epoch(epoch).shards[window * self.window : (window + 1) * self.window].tolist()
+            around += (
+                self._epoch(epoch)
+                .shards[window * self.window : (window + 1) * self.window]
+                .tolist()
+            )
             own += self._share(epoch, window, rank, world_size)
-            epoch, window = (epoch, window + 1) if window + 1 < self._num_windows else (epoch + 1, 0)
-        return PrefetchWindow(frozenset(around), tuple(own), tuple(self._share(epoch, window, rank, world_size)))
+            epoch, window = (
+                (epoch, window + 1) if window + 1 < self._num_windows else (epoch + 1, 0)
+            )
+        return PrefetchWindow(
+            frozenset(around), tuple(own), tuple(self._share(epoch, window, rank, world_size))
+        )
 
     @property
     def _num_windows(self) -> int:
@@ -161,7 +178,9 @@ class Order:
         if key not in self._windows:
             shards = self._epoch(epoch).shards[window * self.window : (window + 1) * self.window]
             bounds = np.concatenate([[0], np.cumsum(self.sizes_S[shards])])
-            order = np.random.default_rng((self.seed, 2, epoch, window)).permutation(int(bounds[-1]))
+            order = np.random.default_rng((self.seed, 2, epoch, window)).permutation(
+                int(bounds[-1])
+            )
             self._windows[key] = (order, bounds[:-1])
             while len(self._windows) > KEPT_WINDOWS:
                 self._windows.popitem(last=False)
@@ -175,7 +194,9 @@ class Mixed(Order):
     starts, shares: from sample `starts[k]` of the run on (rising from 0), `shares[k]` (below 1) of the samples are texts.
     """
 
-    def __init__(self, rows: Order, texts: Order, starts: Sequence[int], shares: Sequence[float]) -> None:
+    def __init__(
+        self, rows: Order, texts: Order, starts: Sequence[int], shares: Sequence[float]
+    ) -> None:
         self.rows, self.texts = rows, texts
         self.starts_K, self.shares_K = np.asarray(starts, np.int64), np.asarray(shares, np.float64)
         lengths = np.diff(self.starts_K)
@@ -184,7 +205,9 @@ class Mixed(Order):
     def texts_before(self, index_N: np.ndarray) -> np.ndarray:
         """How many of the samples before each of these are texts: int64 (N,)."""
         k = np.searchsorted(self.starts_K, index_N, side="right") - 1
-        return np.floor(self.before_K[k] + self.shares_K[k] * (index_N - self.starts_K[k])).astype(np.int64)
+        return np.floor(self.before_K[k] + self.shares_K[k] * (index_N - self.starts_K[k])).astype(
+            np.int64
+        )
 
     def batch(self, step: int, batch_size: int) -> Samples:
         """The global batch of a step: rows sorted as in `Order.batch`, with the texts spread evenly among them."""
@@ -195,9 +218,14 @@ class Mixed(Order):
         texts = self.texts.span(int(before[0]), num)
         is_text_B = np.diff(before) > 0
         even = np.arange(batch_size + 1) * num // batch_size
-        order = np.argsort(np.argsort(np.diff(even) == 0, kind="stable"), kind="stable")  # a text's places come first
+        order = np.argsort(
+            np.argsort(np.diff(even) == 0, kind="stable"), kind="stable"
+        )  # a text's places come first
         index_B = np.arange(first, first + batch_size)
-        index = [index_B[is_text_B][texts.index - before[0]], index_B[~is_text_B][rows.index - (first - before[0])]]
+        index = [
+            index_B[is_text_B][texts.index - before[0]],
+            index_B[~is_text_B][rows.index - (first - before[0])],
+        ]
         pairs = (
             index,
             (texts.epoch, rows.epoch),

@@ -72,11 +72,15 @@ class ProgressMonitor:
             where = f", going on after step {step:,}" if step else ""
             self.run.log(f"{workers} worker(s) ready after {ready_s:.0f} s{where}")
             if self.progress is None:
-                self.progress = stack.enter_context(Progress(self.train.steps, "steps", self.run.name, done=step))
+                self.progress = stack.enter_context(
+                    Progress(self.train.steps, "steps", self.run.name, done=step)
+                )
         for step, numbers in metrics:
             self.run.tracker.metrics(numbers, step=step)
             told = {"loss": f"{numbers['loss']:.4g}"} if "loss" in numbers else {}
-            if self.progress is not None:  # a restarted group repeats steps; the bar never runs backwards
+            if (
+                self.progress is not None
+            ):  # a restarted group repeats steps; the bar never runs backwards
                 self.progress.update(max(0, step - self.progress.count), **told, **rates(numbers))
         for step, name, picture in pictures:
             self.run.tracker.image(name, picture, step=step)
@@ -121,4 +125,7 @@ def rates(numbers: Mapping[str, float]) -> dict[str, str]:
     }
     if "mfu" in numbers:
         told["MFU"] = f"{numbers['mfu']:.1%}"
-    return told | {"waiting": f"{numbers['data_wait']:.0%}", "memory": f"{numbers['memory_gb']:.1f} GB"}
+    return told | {
+        "waiting": f"{numbers['data_wait']:.0%}",
+        "memory": f"{numbers['memory_gb']:.1f} GB",
+    }

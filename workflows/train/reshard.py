@@ -21,7 +21,14 @@ from smalti.workflows.train.collectives import Collectives
 from smalti.workflows.train.scratch import filled, takes_no_more
 
 CONVERTED = "universal"
-NO_FIT = (AssertionError, LookupError, ValueError, FileNotFoundError, EOFError, pickle.UnpicklingError)
+NO_FIT = (
+    AssertionError,
+    LookupError,
+    ValueError,
+    FileNotFoundError,
+    EOFError,
+    pickle.UnpicklingError,
+)
 """What DeepSpeed raises for files that are not what it expects."""
 
 
@@ -31,7 +38,10 @@ def load(engine: Any, folder: str, tag: str, collectives: Collectives, *, told: 
     convert = lambda made: _convert(os.path.join(folder, tag), os.path.join(made, CONVERTED), told)  # noqa: E731
     with filled("universal", convert, collectives) as made:
         optimizer = engine.optimizer.optimizer
-        groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        groups = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in optimizer.param_groups
+        ]
         engine._config.load_universal_checkpoint = True
         try:
             load_engine(engine, made, CONVERTED, told=told)
@@ -40,7 +50,9 @@ def load(engine: Any, folder: str, tag: str, collectives: Collectives, *, told: 
         for group, own in zip(optimizer.param_groups, groups, strict=True):
             group.update(own)  # DeepSpeed gives all groups the decay of the first
         for state in optimizer.state.values():
-            state["step"] = state["step"].clone()  # one tensor for all of them would count several times a step
+            state["step"] = state[
+                "step"
+            ].clone()  # one tensor for all of them would count several times a step
         _load_rest(engine, os.path.join(folder, tag))
 
 

@@ -44,7 +44,10 @@ class ShardCache:
             try:
                 os.utime(local)
                 return shards.read_shard(self.folder, stamp, columns)
-            except (DataError, FileNotFoundError):  # another process made room, or the file was damaged
+            except (
+                DataError,
+                FileNotFoundError,
+            ):  # another process made room, or the file was damaged
                 storage.remove(local)
         return shards.read_shard(artifact_path, key, columns)
 
@@ -62,7 +65,9 @@ class ShardCache:
                     continue
                 total += found.st_size
                 if name.endswith(".parquet"):
-                    used.append((found.st_mtime if path != fetched else now + 1e9, found.st_size, path))
+                    used.append(
+                        (found.st_mtime if path != fetched else now + 1e9, found.st_size, path)
+                    )
         for _, size, path in sorted(used)[:-1]:
             if total <= self.limit_bytes:
                 return

@@ -23,7 +23,12 @@ Metrics = Mapping[str, Tensor | float | tuple[Tensor, Tensor]]
 
 def seed_of(*parts: int) -> int:
     """A 63-bit seed from several numbers, the same on every machine."""
-    return int(np.random.SeedSequence([part & (2**64 - 1) for part in parts]).generate_state(1, np.uint64)[0] >> 1)
+    return int(
+        np.random.SeedSequence([part & (2**64 - 1) for part in parts]).generate_state(1, np.uint64)[
+            0
+        ]
+        >> 1
+    )
 
 
 @dataclass(frozen=True)

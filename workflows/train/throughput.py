@@ -20,7 +20,9 @@ def peak_flops(device: torch.device) -> float | None:
     return bf16_peak(torch.cuda.get_device_name(device))
 
 
-def flops_a_token(module: nn.Module, *, without: nn.Module | None = None, backward: bool = True) -> float:
+def flops_a_token(
+    module: nn.Module, *, without: nn.Module | None = None, backward: bool = True
+) -> float:
     """Model FLOPs of a token through the matrices of `module` (but for those of `without`): 2 a weight forward, with
     `backward` 2 more, and 2 more where it is trained. Attention's products of tokens with tokens are left out."""
     skipped = set() if without is None else {id(p) for p in without.parameters()}
@@ -45,7 +47,11 @@ class Throughput:
     data, and peak memory. Counts are summed over the workers, the wait is their mean, the memory their largest."""
 
     def __init__(
-        self, device: torch.device, batch_size: int, flops_per_unit: float | None, peak: float | None = None
+        self,
+        device: torch.device,
+        batch_size: int,
+        flops_per_unit: float | None,
+        peak: float | None = None,
     ) -> None:
         self.device, self.batch_size = device, batch_size
         self.flops, self.peak = flops_per_unit, peak or peak_flops(device)
@@ -67,7 +73,11 @@ class Throughput:
         """The numbers since the last call; every worker calls it at the same step."""
         elapsed_s = max(time.monotonic() - self.began, 1e-9)
         names = sorted(self.amounts)
-        own = [self.wait_s / elapsed_s, peak_memory_gb(self.device), *(self.amounts[name] for name in names)]
+        own = [
+            self.wait_s / elapsed_s,
+            peak_memory_gb(self.device),
+            *(self.amounts[name] for name in names),
+        ]
         row: Tensor = torch.tensor([own], dtype=torch.float64, device=self.device)
         all_WN = collectives.all_gather(row)
         samples_per_s = self.steps * self.batch_size / elapsed_s
@@ -77,7 +87,9 @@ class Throughput:
             "memory_gb": float(all_WN[:, 1].max()),
         }
         totals = all_WN.sum(0)[2:].tolist()
-        numbers |= {f"{name}_per_s": total / elapsed_s for name, total in zip(names, totals, strict=True)}
+        numbers |= {
+            f"{name}_per_s": total / elapsed_s for name, total in zip(names, totals, strict=True)
+        }
         if self.flops and self.peak:
             units_per_s = totals[0] / elapsed_s if totals else samples_per_s
             numbers["mfu"] = units_per_s * self.flops / (self.peak * collectives.world_size)

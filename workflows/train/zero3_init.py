@@ -32,10 +32,14 @@ def partitioned_loading(config: dict[str, Any], collectives: Collectives) -> Ite
     import deepspeed
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-    deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), dist_init_required=False)
+    deepspeed.init_distributed(
+        dist_backend=torch.distributed.get_backend(), dist_init_required=False
+    )
     kept = HfDeepSpeedConfig(config)  # transformers looks at it as long as it is held
     try:
-        yield Partitioned(deepspeed.zero.Init(config_dict_or_path=config, enabled=False), collectives)
+        yield Partitioned(
+            deepspeed.zero.Init(config_dict_or_path=config, enabled=False), collectives
+        )
     finally:
         del kept
         unset_hf_deepspeed_config()
@@ -56,7 +60,9 @@ class PartRows:
         """Of rows start to stop, what this rank holds: places in its part, and in the range's numbers."""
         low = max(start * self.width, self.first)
         high = max(low, min(stop * self.width, self.first + self.part_P.ds_numel))
-        return slice(low - self.first, high - self.first), slice(low - start * self.width, high - start * self.width)
+        return slice(low - self.first, high - self.first), slice(
+            low - start * self.width, high - start * self.width
+        )
 
     @torch.no_grad()
     def read(self, start: int, stop: int) -> Tensor:
@@ -88,15 +94,26 @@ class Partitioned:
 
     def empty(self, like: nn.Parameter, total: int) -> nn.Parameter:
         """This rank's part of a new matrix (zeros), as `zero.Init` would leave it, but the whole is never laid out."""
-        from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus
+        from deepspeed.runtime.zero.partition_parameters import (
+            PartitionedParamStatus,
+            ZeroParamStatus,
+        )
 
         nothing = torch.zeros(1, dtype=like.dtype, device=self.init.local_device)
-        new: Any = nn.Parameter(nothing.expand(total, self.shape(like)[1]))  # a shape without storage
+        new: Any = nn.Parameter(
+            nothing.expand(total, self.shape(like)[1])
+        )  # a shape without storage
         self.init._convert_to_deepspeed_param(new)
         size, device = self.init._aligned_size(new), self.init.local_device
         held = "cpu" if self.init.remote_device == "cpu" else device
-        part_P: Any = torch.zeros(size // self.collectives.world_size, dtype=like.dtype, device=held)
-        part_P.ds_numel, part_P.final_location, part_P.status = len(part_P), None, PartitionedParamStatus.AVAILABLE
+        part_P: Any = torch.zeros(
+            size // self.collectives.world_size, dtype=like.dtype, device=held
+        )
+        part_P.ds_numel, part_P.final_location, part_P.status = (
+            len(part_P),
+            None,
+            PartitionedParamStatus.AVAILABLE,
+        )
         new.ds_tensor, new.ds_numel_aligned = part_P, size
         new.data = torch.empty(0, dtype=like.dtype, device=device)
         new.ds_status = ZeroParamStatus.NOT_AVAILABLE

@@ -38,24 +38,47 @@ def head() -> Iterator[dict[str, str]]:
     token = folder / "token"
     token.write_text(secrets.token_hex(32))
     env = {key: value for key, value in os.environ.items() if key not in BARE}
-    env["PATH"] = f"{Path(RAY).parent}{os.pathsep}{env['PATH']}"  # as in an activated environment: jobs call `python`
-    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
+    env["PATH"] = (
+        f"{Path(RAY).parent}{os.pathsep}{env['PATH']}"  # as in an activated environment: jobs call `python`
+    )
+    env |= {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
     gcs, dashboard, agent, client_server = (_free_port() for _ in range(4))
-    command = [RAY, "start", "--head", "--block", f"--port={gcs}", "--dashboard-host=127.0.0.1", "--num-cpus=2"]
-    command += [f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}", f"--temp-dir={folder}"]
+    command = [
+        RAY,
+        "start",
+        "--head",
+        "--block",
+        f"--port={gcs}",
+        "--dashboard-host=127.0.0.1",
+        "--num-cpus=2",
+    ]
+    command += [
+        f"--dashboard-port={dashboard}",
+        f"--dashboard-agent-listen-port={agent}",
+        f"--temp-dir={folder}",
+    ]
     command += [
         "--object-store-memory=150000000",
         "--node-ip-address=127.0.0.1",
         f"--ray-client-server-port={client_server}",
     ]
     with (folder / "head.log").open("w") as log:
-        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True, cwd=folder)
+        process = subprocess.Popen(
+            command, env=env, stdout=log, stderr=log, start_new_session=True, cwd=folder
+        )
     client = env | {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
     try:
         _wait_for_jobs_api(client, process, folder / "head.log")
         yield client
     finally:
-        for ending in (signal.SIGTERM, signal.SIGKILL):  # the head and all that it started are one group of their own
+        for ending in (
+            signal.SIGTERM,
+            signal.SIGKILL,
+        ):  # the head and all that it started are one group of their own
             with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(process.pid, ending)
                 process.wait(5)
@@ -75,13 +98,17 @@ def test_a_job_without_the_token_is_refused(head: dict[str, str], tmp_path: Path
     wrong = tmp_path / "token"
     wrong.write_text(secrets.token_hex(32))
     command = [RAY, "job", "submit", "--no-wait", "--", "true"]
-    done = subprocess.run(command, env=head | {"RAY_AUTH_TOKEN_PATH": str(wrong)}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env=head | {"RAY_AUTH_TOKEN_PATH": str(wrong)}, capture_output=True, text=True
+    )
     assert done.returncode != 0
     assert "authentication" in (done.stdout + done.stderr).lower()
 
 
 @pytest.mark.timeout(400)
-def test_the_documented_command_runs_the_paper_recipe_small(head: dict[str, str], tmp_path: Path) -> None:
+def test_the_documented_command_runs_the_paper_recipe_small(
+    head: dict[str, str], tmp_path: Path
+) -> None:
     out = tmp_path / "semhitok"
     command = [RAY, "job", "submit", "--working-dir", ".", "--", "python", "-m", "smalti"]
     command += ["run", "recipes/semhitok-256.yaml", "--smoke", f"out={out}"]

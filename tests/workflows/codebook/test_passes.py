@@ -60,7 +60,9 @@ def test_the_sums_of_a_chunk_are_those_of_a_loop_in_a_row_a_code_that_occurs() -
     assert len(sums.sums) == 50, "rows follow the vectors, not the codes"
 
 
-def test_codes_put_in_the_order_of_their_cells_keep_their_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_codes_put_in_the_order_of_their_cells_keep_their_cells(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(passes, "COLUMNS", 3)
     monkeypatch.setattr(passes, "MOVED_NUMBERS", 0)
     codes_KC, cell_of_K = torch.randn(20, DIM), torch.randint(4, (20,))
@@ -76,14 +78,23 @@ def test_a_cell_larger_than_a_chunk_is_cut_between_files(monkeypatch: pytest.Mon
     starts_FP = np.array([[0, 50, 600, 600], [0, 0, 550, 600], [0, 100, 600, 600]], np.int32)
     spans = [piece.spans for piece in cell_ranges.pieces(parts, starts_FP, "f")]
     a, b, c = (f"f/train-{number:05d}" for number in range(3))
-    assert spans == [((a, 0, 50), (c, 0, 100)), ((a, 50, 600),), ((b, 0, 550),), ((c, 100, 600),), ((b, 550, 600),)]
+    assert spans == [
+        ((a, 0, 50), (c, 0, 100)),
+        ((a, 50, 600),),
+        ((b, 0, 550),),
+        ((c, 100, 600),),
+        ((b, 550, 600),),
+    ]
 
 
 def test_no_second_matrix_of_codes_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Peak memory of what the driver does with its codes, in multiples of these."""
     monkeypatch.setattr(passes, "MOVED_NUMBERS", 1 << 18)
     codes_KC = torch.randn(100_000, 160)  # 64 MB
-    tree, path = Tree(codes_KC[:8].clone(), codes_KC, torch.zeros(100_000, dtype=torch.int64)), str(tmp_path / "a")
+    tree, path = (
+        Tree(codes_KC[:8].clone(), codes_KC, torch.zeros(100_000, dtype=torch.int64)),
+        str(tmp_path / "a"),
+    )
     bad_K = torch.arange(100_000) % 1000 == 3
 
     def peak(work: Callable[[], object]) -> float:
@@ -104,7 +115,10 @@ def test_the_vectors_of_a_cell_are_read_into_their_place(tmp_path: Path) -> None
         storage.write_atomic(f"{name}.bin", rows_NC.data)
         np.save(f"{name}.npy", np.array([0, len(rows_NC)]))
     settings = cell_files.CellSettings(128, iterations=1, seed=0, bound=999_999)
-    assert peak_bytes(lambda: cell_files.read_cells(names, 0, 1, settings)) < 1.4 * 4 * rows_NC.size * 4
+    assert (
+        peak_bytes(lambda: cell_files.read_cells(names, 0, 1, settings))
+        < 1.4 * 4 * rows_NC.size * 4
+    )
 
 
 def test_one_iteration_is_one_with_faiss_too() -> None:
@@ -116,7 +130,9 @@ def test_one_iteration_is_one_with_faiss_too() -> None:
 
 
 @pytest.mark.parametrize("place", ["here", "memory://parts"])
-def test_tensors_are_kept_as_safetensors_keeps_them_and_a_torn_file_is_told(place: str, tmp_path: Path) -> None:
+def test_tensors_are_kept_as_safetensors_keeps_them_and_a_torn_file_is_told(
+    place: str, tmp_path: Path
+) -> None:
     path = f"{place if '://' in place else tmp_path}/a.safetensors"
     tensors = {
         "codes": torch.randn(3, 4),
@@ -128,7 +144,9 @@ def test_tensors_are_kept_as_safetensors_keeps_them_and_a_torn_file_is_told(plac
     data = storage.read_bytes(path)
     assert data == save(tensors)
     found = tensor_files.read(path)
-    assert {key: value.tolist() for key, value in found.items()} == {key: t.tolist() for key, t in tensors.items()}
+    assert {key: value.tolist() for key, value in found.items()} == {
+        key: t.tolist() for key, t in tensors.items()
+    }
     storage.write_atomic(path, data[:-3])
     with pytest.raises(DataError, match="it ends within"):
         tensor_files.read(path)
@@ -139,7 +157,9 @@ def test_shards_without_a_vector_are_left_out(tmp_path: Path) -> None:
     write(tmp_path, "train/00000", np.ones((3, DIM), np.float16))
     write(tmp_path, "train/00001", np.ones((0, DIM + 1), np.float16))
     write(tmp_path, "val/00000", np.ones((0, DIM), np.float16))
-    assert [chunk.parts for chunk in passes.chunks(str(tmp_path), "train")] == [(("train/00000", 3),)]
+    assert [chunk.parts for chunk in passes.chunks(str(tmp_path), "train")] == [
+        (("train/00000", 3),)
+    ]
     assert passes.chunks(str(tmp_path), "val") == []
 
 

@@ -38,7 +38,13 @@ from smalti.workflows.pipeline.stage import StageRun, run_stage
 pytestmark = pytest.mark.ray
 
 SHARDS, ROWS, DIM = 10, 500, 8
-MOMENTS = ("sample/train/*.parquet", "coarse-001.safetensors", "cells/*.npy", "codes/*.npy", "polish-000.safetensors")
+MOMENTS = (
+    "sample/train/*.parquet",
+    "coarse-001.safetensors",
+    "cells/*.npy",
+    "codes/*.npy",
+    "polish-000.safetensors",
+)
 CHILD = """
 import sys
 from smalti.schema import Recipe
@@ -50,12 +56,21 @@ stage.run(Recipe.model_validate_json(sys.argv[1]))
 
 def recipe(out: Path, workers: int = 1, **section: Any) -> Recipe:
     section = {"size": 60, "coarse": 5, "iterations": 3, "polish": 2} | section
-    given = {"out": str(out), "tracking": {"uri": "off"}, "codebook": section, "resources": {"actors": workers}}
+    given = {
+        "out": str(out),
+        "tracking": {"uri": "off"},
+        "codebook": section,
+        "resources": {"actors": workers},
+    }
     return Recipe.model_validate(given)
 
 
 def write(folder: str, key: str, x_NC: np.ndarray) -> None:
-    columns = [["x"] * len(x_NC), list(range(len(x_NC))), shards.list_column(x_NC.astype(np.float16))]
+    columns = [
+        ["x"] * len(x_NC),
+        list(range(len(x_NC))),
+        shards.list_column(x_NC.astype(np.float16)),
+    ]
     shards.write_shard(folder, key, pa.table(columns, shards.feature_schema(x_NC.shape[1])))
 
 
@@ -65,7 +80,11 @@ def plant(run: StageRun) -> dict[str, int]:
     centres = rng.normal(size=(40, DIM)) * 3
     for number in range(SHARDS):
         x_NC = centres[rng.integers(40, size=ROWS)] + 0.3 * rng.normal(size=(ROWS, DIM))
-        write(run.path, shards.shard_key("train", number) if number < SHARDS - 1 else "val/00000", x_NC)
+        write(
+            run.path,
+            shards.shard_key("train", number) if number < SHARDS - 1 else "val/00000",
+            x_NC,
+        )
     return {"vectors": SHARDS * ROWS}
 
 
@@ -88,7 +107,9 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def files(folder: str | Path) -> dict[str, bytes]:
-    found = (path for path in sorted(Path(folder).rglob("*")) if path.is_file() and path.name != RECORD)
+    found = (
+        path for path in sorted(Path(folder).rglob("*")) if path.is_file() and path.name != RECORD
+    )
     return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
@@ -98,7 +119,9 @@ def kill_when(wanted: Recipe, pattern: str) -> dict[Path, int]:
 
     work = Path(wanted.out) / "codebook" / "work"
     environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    process = subprocess.Popen([sys.executable, "-c", CHILD, wanted.model_dump_json()], env=environment)
+    process = subprocess.Popen(
+        [sys.executable, "-c", CHILD, wanted.model_dump_json()], env=environment
+    )
     try:
         deadline = time.monotonic() + 200
         while not list(work.glob(pattern)):
@@ -123,7 +146,9 @@ def test_a_kill_in_every_phase_ends_with_the_same_bytes_and_nothing_is_made_twic
     stood: dict[Path, int] = {}
     for pattern in MOMENTS:
         stands = kill_when(torn, pattern)
-        assert all(stands[path] == since for path, since in stood.items() if path in stands), pattern
+        assert all(stands[path] == since for path, since in stood.items() if path in stands), (
+            pattern
+        )
         stood = stands
     assert not (Path(torn.out) / "codebook" / RECORD).exists()
     made = codebook.run(torn)
@@ -132,7 +157,9 @@ def test_a_kill_in_every_phase_ends_with_the_same_bytes_and_nothing_is_made_twic
     assert made.scores["distortion/val"] < 2 * 0.09 * DIM, "the planted noise"
 
 
-def test_ranges_added_in_tasks_are_the_sums_of_a_loop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_ranges_added_in_tasks_are_the_sums_of_a_loop(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(partial_sums, "RANGE_NUMBERS", 7 * DIM)
     monkeypatch.setattr(partial_sums, "FOLD", 2)
     monkeypatch.setattr(partial_sums, "MOVED_NUMBERS", 3 * DIM)
@@ -141,9 +168,13 @@ def test_ranges_added_in_tasks_are_the_sums_of_a_loop(monkeypatch: pytest.Monkey
     x_NC = torch.cat([x_NC for chunk in parts for x_NC in chunk.vectors()])
     codes_KC = x_NC[:20].clone()
     sums = partial_sums.RangeSums(20, DIM)
-    passes.full_pass(parts, Tree(x_NC[:1], codes_KC, torch.zeros(20, dtype=torch.int64)), 2, sums=sums)
+    passes.full_pass(
+        parts, Tree(x_NC[:1], codes_KC, torch.zeros(20, dtype=torch.int64)), 2, sums=sums
+    )
     given = list(sums.ranges())
-    assert [codes.stop - codes.start for codes, _ in given] == [3, 3, 1, 3, 3, 1, 3, 3], "some codes at a time"
+    assert [codes.stop - codes.start for codes, _ in given] == [3, 3, 1, 3, 3, 1, 3, 3], (
+        "some codes at a time"
+    )
     found = torch.cat([rows for _, rows in given])
     ids_N = torch.cdist(x_NC.double(), codes_KC.double()).argmin(1)
     expected = torch.stack([x_NC[ids_N == code].double().sum(0) for code in range(20)])
@@ -151,7 +182,9 @@ def test_ranges_added_in_tasks_are_the_sums_of_a_loop(monkeypatch: pytest.Monkey
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_pieces_of_the_cell_files_hold_every_vector_once_and_meet_fewer_codes(tmp_path: Path) -> None:
+def test_pieces_of_the_cell_files_hold_every_vector_once_and_meet_fewer_codes(
+    tmp_path: Path,
+) -> None:
     parts = passes.chunks(str(Path(planted(tmp_path).out) / "features"), "train")
     x_NC = torch.cat([x_NC for chunk in parts for x_NC in chunk.vectors()])
     cells_PC, codes_KC = x_NC[:40], x_NC[1000:1200]
@@ -168,14 +201,19 @@ def test_pieces_of_the_cell_files_hold_every_vector_once_and_meet_fewer_codes(tm
     ]
     assert met[0] < 0.5 * met[1], "rows of sums that go to the tasks that add them"
     by_pieces, by_chunks = (
-        passes.lloyd(side, tree.with_codes(tree.codes.clone()), 2)[0].codes for side in (pieces, parts)
+        passes.lloyd(side, tree.with_codes(tree.codes.clone()), 2)[0].codes
+        for side in (pieces, parts)
     )
     torch.testing.assert_close(by_pieces, by_chunks)
 
 
 @pytest.mark.parametrize(("coarse", "asked"), [(5, 0.9), (2, 1.0)])
 def test_the_cells_searched_reach_the_recall_asked_for(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, coarse: int, asked: float
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    coarse: int,
+    asked: float,
 ) -> None:
     monkeypatch.setattr(recall, "VECTORS", ROWS)
     monkeypatch.setattr(recall, "MOST_VECTORS", ROWS)
@@ -191,11 +229,17 @@ def test_the_cells_searched_reach_the_recall_asked_for(
     index = smalti.load_codebook(made.path)
     assert index.probes == probes
     distance_N = index.nearest(x_NC)[1]
-    assert made.scores["distortion/val"] == pytest.approx(float(distance_N.double().mean()), rel=1e-6)
-    assert ("codebook.recall=1.0 needs all of them" in capfd.readouterr().err) == (probes.cells == coarse)
+    assert made.scores["distortion/val"] == pytest.approx(
+        float(distance_N.double().mean()), rel=1e-6
+    )
+    assert ("codebook.recall=1.0 needs all of them" in capfd.readouterr().err) == (
+        probes.cells == coarse
+    )
 
 
-def test_large_cells_are_sampled_and_it_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_large_cells_are_sampled_and_it_is_said(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     made = codebook.run(planted(tmp_path, cell_vectors=300, polish=0))
     assert made.counts["sampled_cells"] == 5
     assert made.counts["replaced"] == 0
@@ -210,20 +254,28 @@ def test_a_sample_of_a_cell_is_among_its_vectors_and_the_same_for_any_files(tmp_
         cell_files._chunk_cells(chunk, centres_PC, str(tmp_path / "cells"))
     names = [cell_files.cell_file(str(tmp_path / "cells"), chunk) for chunk in parts]
     every, some = (
-        cell_files.read_cells(names, 0, 3, cell_files.CellSettings(DIM, iterations=1, seed=3, bound=bound))
+        cell_files.read_cells(
+            names, 0, 3, cell_files.CellSettings(DIM, iterations=1, seed=3, bound=bound)
+        )
         for bound in (9999, 40)
     )
     assert sum(len(x_NC) for x_NC in every) == 4500
     for whole_NC, drawn_NC in zip(every, some, strict=True):
         assert len(drawn_NC) == 40
-        assert {tuple(row) for row in drawn_NC.tolist()} <= {tuple(row) for row in whole_NC.tolist()}
-    alone = cell_files.read_cells(names, 1, 2, cell_files.CellSettings(DIM, iterations=1, seed=3, bound=40))
+        assert {tuple(row) for row in drawn_NC.tolist()} <= {
+            tuple(row) for row in whole_NC.tolist()
+        }
+    alone = cell_files.read_cells(
+        names, 1, 2, cell_files.CellSettings(DIM, iterations=1, seed=3, bound=40)
+    )
     assert torch.equal(alone[0], some[1]), "read alone or with its neighbours"
 
 
 @pytest.mark.parametrize("coarse", [1, 5])
 def test_spherical_codes_are_unit_vectors_and_random_seeds_do(tmp_path: Path, coarse: int) -> None:
-    made = codebook.run(planted(tmp_path, coarse=coarse, spherical=True, seeding="random", polish=1))
+    made = codebook.run(
+        planted(tmp_path, coarse=coarse, spherical=True, seeding="random", polish=1)
+    )
     codes_KC = load_centroids(made.path)
     torch.testing.assert_close(codes_KC.norm(dim=-1), torch.ones(60))
     assert made.scores["distortion/val"] < 0.1, "2 − 2·cosine"
@@ -240,7 +292,9 @@ def test_codes_that_repeat_or_are_not_finite_are_dropped_and_k_says_so(tmp_path:
     made = codebook.run(wanted)
     assert (made.counts["codes"], made.counts["dropped"], made.counts["replaced"]) == (8, 4, 0)
     assert load_centroids(made.path).shape == (8, 6)
-    codes_KC = torch.tensor([[1.0, 0.0], [1.0, -0.0], [float("nan"), 0], [2.0, 0.0], [float("inf"), 0]])
+    codes_KC = torch.tensor(
+        [[1.0, 0.0], [1.0, -0.0], [float("nan"), 0], [2.0, 0.0], [float("inf"), 0]]
+    )
     assert distinct.unusable(codes_KC).tolist() == [False, True, True, False, True]
 
 
@@ -258,14 +312,22 @@ def test_codes_that_must_move_go_to_the_farthest_distinct_vectors_and_this_is_do
     assert torch.equal(distinct.unusable(codes_KC), torch.arange(50) >= 30)
     made = distinct.replaced(parts, tree, bad_K, 2)
     assert made.codes.data_ptr() == codes_KC.data_ptr(), "in place"
-    torch.testing.assert_close(torch.cdist(made.codes[20:], made.codes[:20]).amin(-1), nearest_N.topk(30).values)
+    torch.testing.assert_close(
+        torch.cdist(made.codes[20:], made.codes[:20]).amin(-1), nearest_N.topk(30).values
+    )
     assert not distinct.unusable(made.codes).any()
     with ensure_ray(wanted):
         build = codebook._Build(
-            StageRun("codebook", str(tmp_path / "codebook"), wanted, NullTracker(), False, ""), parts, 2
+            StageRun("codebook", str(tmp_path / "codebook"), wanted, NullTracker(), False, ""),
+            parts,
+            2,
         )
-        first = build.usable(Tree(x_NC[:1], x_NC[:1].repeat(9, 1), torch.zeros(9, dtype=torch.int64)))
-        again = build.usable(Tree(x_NC[:1], x_NC[:1].repeat(9, 1), torch.zeros(9, dtype=torch.int64)))
+        first = build.usable(
+            Tree(x_NC[:1], x_NC[:1].repeat(9, 1), torch.zeros(9, dtype=torch.int64))
+        )
+        again = build.usable(
+            Tree(x_NC[:1], x_NC[:1].repeat(9, 1), torch.zeros(9, dtype=torch.int64))
+        )
     assert torch.equal(first[0].codes, again[0].codes) and first[1] == again[1] == {"replaced": 8}
 
 
@@ -292,13 +354,13 @@ def test_a_cell_without_codes_is_not_among_all_that_are_needed(
     cells_PC = torch.cat([x_NC[:2], torch.full((1, DIM), 99.0)])
     tree = passes.placed(Tree(cells_PC, x_NC[100:120].clone(), torch.zeros(20, dtype=torch.int64)))
     assert recall.probes(run, recall.draw(run, parts, [], 2), tree, 2).cells == 2
-    told = (
-        "of 500 training vectors find their nearest code in at most 2 of 2 cells: codebook.recall=1.0 needs all of them"
-    )
+    told = "of 500 training vectors find their nearest code in at most 2 of 2 cells: codebook.recall=1.0 needs all of them"
     assert told in capfd.readouterr().err
 
 
-def test_zero_vectors_have_no_part_in_spherical_codes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_zero_vectors_have_no_part_in_spherical_codes(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     wanted = planted(tmp_path, spherical=True, polish=1, size=200)
     for key in ("train/00004", "train/00005"):  # a whole chunk
         write(str(tmp_path / "features"), key, np.zeros((ROWS, DIM)))
@@ -309,12 +371,18 @@ def test_zero_vectors_have_no_part_in_spherical_codes(tmp_path: Path, capfd: pyt
 
 
 def test_codes_that_sampled_cells_cannot_give_are_told(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"codebook.size=2,000.*cell_vectors=500.* see 1,000 vectors at most"):
+    with pytest.raises(
+        ConfigError, match=r"codebook.size=2,000.*cell_vectors=500.* see 1,000 vectors at most"
+    ):
         codebook.run(planted(tmp_path / "a", size=2000, coarse=2, cell_vectors=500))
     wanted = planted(tmp_path / "b", size=2000, coarse=2, cell_vectors=1000)
     few = np.random.default_rng(0).normal(size=(ROWS, DIM)) + 100
     for number in range(SHARDS - 1):
-        write(str(tmp_path / "b" / "features"), shards.shard_key("train", number), few if number < 1 else few - 200)
+        write(
+            str(tmp_path / "b" / "features"),
+            shards.shard_key("train", number),
+            few if number < 1 else few - 200,
+        )
     with pytest.raises(ConfigError, match=r"cell_vectors=1,000 .* see 1,500 vectors at most"):
         codebook.run(wanted)
 

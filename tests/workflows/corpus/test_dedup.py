@@ -15,8 +15,23 @@ import pytest
 from smalti import shards
 from smalti.workflows.corpus import dedup
 from smalti.workflows.corpus import index as corpus_index
-from smalti.workflows.corpus.dedup import DUPLICATE, MERGED, FindDuplicates, MarkGroups, Place, marks_key
-from smalti.workflows.corpus.index import INDEX, halves, ids_of, ids_path, read_ids, read_rows, write_ids
+from smalti.workflows.corpus.dedup import (
+    DUPLICATE,
+    MERGED,
+    FindDuplicates,
+    MarkGroups,
+    Place,
+    marks_key,
+)
+from smalti.workflows.corpus.index import (
+    INDEX,
+    halves,
+    ids_of,
+    ids_path,
+    read_ids,
+    read_rows,
+    write_ids,
+)
 from smalti.workflows.corpus.layout import is_held_out
 
 
@@ -24,12 +39,21 @@ def identity(number: int) -> str:
     return hashlib.sha256(str(number).encode()).hexdigest()[:32]
 
 
-def write_group(path: str, place: Place, numbers: list[int], questions: list[str] | None = None) -> None:
+def write_group(
+    path: str, place: Place, numbers: list[int], questions: list[str] | None = None
+) -> None:
     """An index and ids whose rows are `numbers`; negative ones are lost."""
     rows = [
-        {"key": f"k{row}", "image_id": identity(number), "qa": [{"question": questions[row], "answer": "a"}]}
+        {
+            "key": f"k{row}",
+            "image_id": identity(number),
+            "qa": [{"question": questions[row], "answer": "a"}],
+        }
         if questions
-        else {"key": f"k{row}", **({"image_id": identity(number)} if number >= 0 else {"reason": "empty"})}
+        else {
+            "key": f"k{row}",
+            **({"image_id": identity(number)} if number >= 0 else {"reason": "empty"}),
+        }
         for row, number in enumerate(numbers)
     ]
     table = pa.Table.from_pylist(rows, INDEX)
@@ -37,7 +61,9 @@ def write_group(path: str, place: Place, numbers: list[int], questions: list[str
     shards.write_shard(path, f"index/{place.split}/{place.number:05d}", table)
 
 
-def marks_of(path: str, places: list[Place], fraction: float | None = None) -> dict[Place, list[dict[str, object]]]:
+def marks_of(
+    path: str, places: list[Place], fraction: float | None = None
+) -> dict[Place, list[dict[str, object]]]:
     ranges = dedup.buckets(sum(1000 for _ in places))
     finder = FindDuplicates(path, places)
     for item in reversed(ranges):
@@ -45,11 +71,15 @@ def marks_of(path: str, places: list[Place], fraction: float | None = None) -> d
     marker = MarkGroups(path, places, ranges, fraction)
     for item in dedup.spans(len(places)):
         marker.work(item)
-    return {one: shards.read_shard(path, marks_key(one.split, one.number)).to_pylist() for one in places}
+    return {
+        one: shards.read_shard(path, marks_key(one.split, one.number)).to_pylist() for one in places
+    }
 
 
 @pytest.mark.parametrize("ids_a_bucket", [10, 400, 10**6])
-def test_the_first_of_equal_images_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ids_a_bucket: int) -> None:
+def test_the_first_of_equal_images_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ids_a_bucket: int
+) -> None:
     monkeypatch.setattr(dedup, "IDS_A_BUCKET", ids_a_bucket)
     monkeypatch.setattr(dedup, "GROUPS_A_SPAN", 2)
     rng = np.random.default_rng(0)
@@ -105,4 +135,8 @@ def test_ids_are_read_by_prefix_and_rows_by_number(
     assert len(half) + len(read_ids(path, 64, 128)) == 300
     assert sum(len(read_ids(path, number, number + 1)) for number in range(128)) == 300
     rows = np.array([3, 4, 250])
-    assert read_rows(str(tmp_path), "train", 0, rows, ["key"])["key"].to_pylist() == ["k3", "k4", "k250"]
+    assert read_rows(str(tmp_path), "train", 0, rows, ["key"])["key"].to_pylist() == [
+        "k3",
+        "k4",
+        "k250",
+    ]

@@ -26,7 +26,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MB, where this machine lets one be mounted."""
     place = tmp_path / "disk"
     place.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True)
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True
+    )
     if made.returncode:
         pytest.skip(f"no tmpfs can be mounted here: {made.stderr.decode().strip()}")
     yield place
@@ -56,7 +58,9 @@ def test_a_full_disk_is_one_clear_error_and_the_run_goes_on_when_there_is_room(
         corpus.run(wanted)
     place = small_disk / "out" / "corpus"
     assert Artifact.find(str(place)) is None
-    assert not [path for path in place.rglob("*") if path.name.endswith("smalti-tmp")], "no half of a file is left"
+    assert not [path for path in place.rglob("*") if path.name.endswith("smalti-tmp")], (
+        "no half of a file is left"
+    )
     written = shards.list_shards(str(place))
     assert 0 < len(written) < 12
     assert all(len(shards.read_shard(str(place), key)) == 10 for key in written)

@@ -38,14 +38,17 @@ def palette_png(transparencies: int) -> bytes:
     ]
     parts += [(b"IDAT", zlib.compress(bytes(24 * 25))), (b"IEND", b"")]
     chunks = [
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in parts
     ]
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 def run(out: Path, source: str | list[str], **section: Any) -> Artifact:
     given = {"source": source, "val_fraction": 0.0, **section}
-    return corpus.run(Recipe.model_validate({"out": str(out), "tracking": {"uri": "off"}, "corpus": given}))
+    return corpus.run(
+        Recipe.model_validate({"out": str(out), "tracking": {"uri": "off"}, "corpus": given})
+    )
 
 
 def check_sum(made: Artifact, found: int) -> dict[str, str]:
@@ -102,7 +105,14 @@ def test_a_folder_of_damaged_files(inline: None, tmp_path: Path) -> None:
         (source / name).write_bytes(data)
     (source / "png-as.txt").write_bytes(b"caf\xe9 \xff\xfe")
     (source / ".x.png.smalti-tmp").write_bytes(b"half")
-    made = run(tmp_path / "out", str(source), format="folder", max_bytes=100_000, max_aspect=10, max_pixels=10**6)
+    made = run(
+        tmp_path / "out",
+        str(source),
+        format="folder",
+        max_bytes=100_000,
+        max_aspect=10,
+        max_pixels=10**6,
+    )
     reasons = check_sum(made, len(FILES))
     for name, (_, reason) in FILES.items():
         assert (name in reasons) == (reason is not None), name

@@ -74,11 +74,16 @@ def huge_png() -> bytes:
     """A PNG of a few hundred bytes that claims 50,000 x 50,000 pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
     return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 99))
+        + chunk(b"IEND", b"")
     )
 
 
@@ -104,7 +109,9 @@ def broken(folder: Path) -> dict[str, str]:
     return {name: reason or "undecodable|truncated" for name, (_, reason) in kinds.items()}
 
 
-def test_ten_kinds_of_broken_image_end_in_quarantine_and_the_sum_holds(inline: None, tmp_path: Path) -> None:
+def test_ten_kinds_of_broken_image_end_in_quarantine_and_the_sum_holds(
+    inline: None, tmp_path: Path
+) -> None:
     source = tmp_path / "in"
     source.mkdir()
     wanted = broken(source)
@@ -129,11 +136,15 @@ def test_ten_kinds_of_broken_image_end_in_quarantine_and_the_sum_holds(inline: N
     assert (counts["images"], counts["quarantined"], counts["found"]) == (12, 11, 23)
     assert sum(count for name, count in counts.items() if name.startswith("quarantined/")) == 11
     kept = rows(made, "train")
-    assert [len(shards.read_shard(made.path, key)) for key in shards.list_shards(made.path, "train")] == [5, 5, 2]
+    assert [
+        len(shards.read_shard(made.path, key)) for key in shards.list_shards(made.path, "train")
+    ] == [5, 5, 2]
     for row in kept:
         assert (row["width"], row["height"]) == (24, 24)
         assert row["image_id"] == corpus_index.image_id(row["image"])
-        assert row["image"] == Path(row["source"].replace("::", "/")).read_bytes(), "encoded bytes are unchanged"
+        assert row["image"] == Path(row["source"].replace("::", "/")).read_bytes(), (
+            "encoded bytes are unchanged"
+        )
 
 
 def test_nothing_usable_is_an_error_that_lists_the_reasons(inline: None, tmp_path: Path) -> None:
@@ -157,27 +168,45 @@ def test_the_split_is_a_function_of_the_image(inline: None, tmp_path: Path) -> N
     assert len(everything) == 50
 
 
-def test_an_image_of_the_published_test_split_is_never_trained_on(inline: None, tmp_path: Path) -> None:
+def test_an_image_of_the_published_test_split_is_never_trained_on(
+    inline: None, tmp_path: Path
+) -> None:
     for name, numbers in (("train", range(8)), ("test", range(6, 10))):
         (tmp_path / name).mkdir()
         for number in numbers:
             (tmp_path / name / f"{number}.png").write_bytes(picture(number))
-    made = corpus.run(recipe(tmp_path / "out", str(tmp_path / "train"), val_source=str(tmp_path / "test")))
-    assert (made.counts["train"], made.counts["val"], made.counts["quarantined/duplicate"]) == (6, 4, 2)
-    assert not {row["image_id"] for row in rows(made, "train")} & {row["image_id"] for row in rows(made, "val")}
+    made = corpus.run(
+        recipe(tmp_path / "out", str(tmp_path / "train"), val_source=str(tmp_path / "test"))
+    )
+    assert (made.counts["train"], made.counts["val"], made.counts["quarantined/duplicate"]) == (
+        6,
+        4,
+        2,
+    )
+    assert not {row["image_id"] for row in rows(made, "train")} & {
+        row["image_id"] for row in rows(made, "val")
+    }
 
 
-def test_limit_counts_what_is_left_out(inline: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limit_counts_what_is_left_out(
+    inline: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings: dict[str, Any] = {"image_size": 16, "shard_images": 5, "limit": 12}
-    made = corpus.run(recipe(tmp_path / "a", "generated:100", val_source="generated:40:val", **settings))
+    made = corpus.run(
+        recipe(tmp_path / "a", "generated:100", val_source="generated:40:val", **settings)
+    )
     assert (made.counts["train"], made.counts["val"], made.counts["found"]) == (12, 12, 24)
     split = corpus.run(recipe(tmp_path / "b", "generated:100", val_fraction=0.5, **settings))
     assert (split.counts["train"], split.counts["val"]) == (12, 12)
     assert split.counts["over_limit"] == split.counts["found"] - 24
     reversed_run = scan.run_shards
-    monkeypatch.setattr(scan, "run_shards", lambda items, *rest, **more: reversed_run(items[::-1], *rest, **more))
+    monkeypatch.setattr(
+        scan, "run_shards", lambda items, *rest, **more: reversed_run(items[::-1], *rest, **more)
+    )
     again = corpus.run(recipe(tmp_path / "c", "generated:100", val_fraction=0.5, **settings))
-    assert files(again.path) == files(split.path), "the order in which groups are looked at does not show"
+    assert files(again.path) == files(split.path), (
+        "the order in which groups are looked at does not show"
+    )
 
 
 @pytest.mark.parametrize("kind", ["parquet", "tar.gz"])
@@ -208,11 +237,16 @@ def test_a_file_that_is_read_in_order_is_opened_once_a_split(
     assert opened == {str(path): 2}
     kept = {split: [row["image"] for row in rows(made, split)] for split in shards.SPLITS}
     assert sorted(kept["train"] + kept["val"]) == sorted(data)
-    assert all(found == [one for one in data if one in found] for found in kept.values()), "in the order of the file"
+    assert all(found == [one for one in data if one in found] for found in kept.values()), (
+        "in the order of the file"
+    )
 
 
 def test_the_slowest_part_is_named_and_what_was_kept_is_counted(
-    inline: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    inline: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     wanted = recipe(tmp_path, "generated:20", image_size=16, val_fraction=0.0, shard_images=5)
     write, written = shards.write_shard, []
@@ -241,7 +275,9 @@ def test_a_shard_that_is_not_of_the_corpus_is_refused(
     inline: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Left by hand: the next stage would read it."""
-    wanted = recipe(tmp_path, "generated:8", image_size=16, val_fraction=0.0, shard_images=4, limit=6)
+    wanted = recipe(
+        tmp_path, "generated:8", image_size=16, val_fraction=0.0, shard_images=4, limit=6
+    )
     real = corpus.look_and_plan
 
     def plants(run: Any, *rest: Any) -> Any:
@@ -253,10 +289,14 @@ def test_a_shard_that_is_not_of_the_corpus_is_refused(
         with pytest.raises(DataError, match=r"1 shards that .*train/00007\.parquet"):
             corpus.run(wanted)
     folder = tmp_path / "corpus" / "train"
-    assert [one.name for one in folder.iterdir()] == ["00007.parquet"], "told before the shards are written"
+    assert [one.name for one in folder.iterdir()] == ["00007.parquet"], (
+        "told before the shards are written"
+    )
     (folder / "00007.parquet").rename(folder / "00000.parquet")
     made = corpus.run(wanted)
-    assert shards.read_shard(made.path, "train/00000").schema.equals(shards.CORPUS), "one of no images is made again"
+    assert shards.read_shard(made.path, "train/00000").schema.equals(shards.CORPUS), (
+        "one of no images is made again"
+    )
 
 
 def test_images_without_a_caption_are_counted(inline: None, tmp_path: Path) -> None:
@@ -289,7 +329,9 @@ def test_a_source_that_changes_between_two_tries_starts_over(inline: None, tmp_p
     assert (made.counts["train"], made.counts["quarantined"]) == (1, 1)
 
 
-def test_names_and_texts_that_are_no_unicode_do_not_stop_the_run(inline: None, tmp_path: Path) -> None:
+def test_names_and_texts_that_are_no_unicode_do_not_stop_the_run(
+    inline: None, tmp_path: Path
+) -> None:
     """File names of another encoding on disk, and halves of surrogate pairs in JSON."""
     source = tmp_path / "in"
     source.mkdir()
@@ -315,7 +357,10 @@ def test_an_image_that_changes_between_the_passes_is_told_and_the_next_try_mends
 
     def shard(self: corpus_write.WriteShards, key: str, *parts: Any) -> Any:
         if key == "train/00001":
-            path = Path(source, shards.read_shard(self.path, "index/train/00001", ["key"]).column("key")[0].as_py())
+            path = Path(
+                source,
+                shards.read_shard(self.path, "index/train/00001", ["key"]).column("key")[0].as_py(),
+            )
             path.unlink() if gone else path.write_bytes(picture(99))
         return written(self, key, *parts)
 
@@ -325,7 +370,10 @@ def test_an_image_that_changes_between_the_passes_is_told_and_the_next_try_mends
             corpus.run(wanted)
     made = corpus.run(wanted)
     assert made.counts["found"] == (5 if gone else 6)
-    assert all(Path(row["source"].replace("::", "/")).read_bytes() == row["image"] for row in rows(made, "train"))
+    assert all(
+        Path(row["source"].replace("::", "/")).read_bytes() == row["image"]
+        for row in rows(made, "train")
+    )
 
 
 @pytest.mark.parametrize("kind", ["tar", "tar.gz", "tar.bz2", "parquet", "arrow"])
@@ -381,12 +429,20 @@ def test_only_generated_pictures_depend_on_seed_and_size(tmp_path: Path) -> None
     def depends(source: Any, **section: Any) -> bool:
         return "seed" in corpus.stage_config(recipe(tmp_path, source, **section))
 
-    assert depends("generated") and depends(["/a", "generated:5"]) and depends("/a", val_source="generated:5:val")
-    assert not depends("/data/ai-generated/x") and not depends(["/generated/a.tar"], val_source="generated.tar")
+    assert (
+        depends("generated")
+        and depends(["/a", "generated:5"])
+        and depends("/a", val_source="generated:5:val")
+    )
+    assert not depends("/data/ai-generated/x") and not depends(
+        ["/generated/a.tar"], val_source="generated.tar"
+    )
 
 
 @pytest.mark.parametrize("name", ["x.tar", "x.parquet"])
-def test_what_the_system_does_not_let_be_read_is_one_clear_error(inline: None, tmp_path: Path, name: str) -> None:
+def test_what_the_system_does_not_let_be_read_is_one_clear_error(
+    inline: None, tmp_path: Path, name: str
+) -> None:
     """A pattern that names a folder; the same error stands for permissions and devices."""
     (tmp_path / name).mkdir()
     with pytest.raises(DataError, match=rf"cannot be read .*{name}.* Check its permissions"):
@@ -414,7 +470,9 @@ def test_a_kill_during_the_cleaning_up_costs_nothing(
     assert not {*corpus.WORK, corpus.LISTED} & {one.name for one in Path(made.path).iterdir()}
 
 
-def test_images_under_one_key_are_told_of(inline: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_under_one_key_are_told_of(
+    inline: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for number in range(3):
             info = tarfile.TarInfo(f"IMG.{number:04d}.png")
@@ -429,7 +487,10 @@ def test_images_under_one_key_are_told_of(inline: None, tmp_path: Path, capsys: 
 
 
 def test_a_finished_corpus_whose_source_changed_is_told_of(
-    inline: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    inline: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     source = tmp_path / "in"
     source.mkdir()
@@ -443,6 +504,8 @@ def test_a_finished_corpus_whose_source_changed_is_told_of(
     assert f"{told} than when the corpus was created; remove {made.path}" in capsys.readouterr().err
     with monkeypatch.context() as patch:
         patch.setattr(corpus, "LISTED_AGAIN", 0)
-        assert corpus.run(wanted) == made and told not in capsys.readouterr().err, "a listing that would be dear"
+        assert corpus.run(wanted) == made and told not in capsys.readouterr().err, (
+            "a listing that would be dear"
+        )
     source.rename(tmp_path / "gone")
     assert corpus.run(wanted) == made and told not in capsys.readouterr().err

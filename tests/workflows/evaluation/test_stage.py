@@ -100,14 +100,23 @@ def write_split(
             "qa": [item.qa for item in some],
         }
         size: list[int] = [SIZE] * len(some)
-        rows = text | {"image": [item.png for item in some], "width": size, "height": size, "source": ["x"] * len(some)}
-        shards.write_shard(corpus, key, pa.table({n: rows[n] for n in shards.CORPUS.names}, schema=shards.CORPUS))
+        rows = text | {
+            "image": [item.png for item in some],
+            "width": size,
+            "height": size,
+            "source": ["x"] * len(some),
+        }
+        shards.write_shard(
+            corpus, key, pa.table({n: rows[n] for n in shards.CORPUS.names}, schema=shards.CORPUS)
+        )
         schema = shards.token_schema((TOKENS,))
         arrays = {
             "codes": shards.list_column(codes[start : start + per_shard].astype(np.int32)),
             **{name: pa.array(text[name], schema.field(name).type) for name in text},
         }
-        shards.write_shard(tokens, key, pa.table([arrays[name] for name in schema.names], schema=schema))
+        shards.write_shard(
+            tokens, key, pa.table([arrays[name] for name in schema.names], schema=schema)
+        )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -127,7 +136,14 @@ TRAIN, VAL = items(90, 0, "train"), items(45, 1, "val")
 class PaletteTokenizer:
     """One code a colour; decodes exactly, and with a known error from the semantic codes alone."""
 
-    grid, num_codes, num_sub, num_semantic, image_size, has_semantic_only = GRID, 4, 1, 4, SIZE, True
+    grid, num_codes, num_sub, num_semantic, image_size, has_semantic_only = (
+        GRID,
+        4,
+        1,
+        4,
+        SIZE,
+        True,
+    )
     code_shape = ()  # one code per token
 
     def decode(self, codes_BT: Tensor) -> Tensor:
@@ -161,7 +177,13 @@ class Oracle:
         drawn = []
         for prompt in prompts:
             color = next(color for color in COLORS if color in prompt)
-            drawn.append(next(item.codes for item in TRAIN if item.label == ("blue" if color == "green" else color)))
+            drawn.append(
+                next(
+                    item.codes
+                    for item in TRAIN
+                    if item.label == ("blue" if color == "green" else color)
+                )
+            )
         return torch.from_numpy(np.stack(drawn)).long()
 
 
@@ -175,7 +197,10 @@ class ColorEncoder:
 
     def prompt_embeddings(self, texts: list[str]) -> Tensor:
         found = [
-            next((np.array(rgb, float) for color, rgb in COLORS.items() if color in text), np.ones(3)) for text in texts
+            next(
+                (np.array(rgb, float) for color, rgb in COLORS.items() if color in text), np.ones(3)
+            )
+            for text in texts
         ]
         centred = torch.tensor(np.stack([rgb - rgb.mean() for rgb in found]))
         return torch.nn.functional.normalize(centred.float(), dim=-1)
@@ -207,7 +232,9 @@ def test_psnr_of_a_planted_error(planted: tuple[HeldOut, Models]) -> None:
     assert scores["reconstruction/ssim"].value == pytest.approx(1.0)
     expected = 20 * math.log10(2 / OFFSET)
     assert scores["reconstruction/psnr_semantic_only"].value == pytest.approx(expected, abs=1e-3)
-    assert scores["reconstruction/psnr_over_semantic_only"].value == pytest.approx(100 - expected, abs=1e-3)
+    assert scores["reconstruction/psnr_over_semantic_only"].value == pytest.approx(
+        100 - expected, abs=1e-3
+    )
     assert {score.n for score in scores.values()} == {45}
 
 
@@ -236,25 +263,34 @@ def test_codes_are_counted_over_all_held_out_tokens(planted: tuple[HeldOut, Mode
     assert sorted(line["code"] for line in result.tables["gallery"]) == [0, 1, 2, 3]
 
 
-def test_questions_are_scored_beside_the_question_only_answer(planted: tuple[HeldOut, Models]) -> None:
+def test_questions_are_scored_beside_the_question_only_answer(
+    planted: tuple[HeldOut, Models],
+) -> None:
     result = take("questions", planted)
     score = result.scores["qa/accuracy"]
     assert score.n == 90
     assert score.value == pytest.approx((45 + 15) / 90)  # every colour, and `yes` where it is red
-    assert score.baseline["question_only"] == pytest.approx((15 + 30) / 90)  # blue (ties: alphabet), no
+    assert score.baseline["question_only"] == pytest.approx(
+        (15 + 30) / 90
+    )  # blue (ties: alphabet), no
     kinds = {row["key"]: row for row in result.tables["questions"]["by_kind"]}
     assert kinds["other"]["accuracy"] == 1.0
     assert kinds["yes / no"]["accuracy"] == pytest.approx(1 / 3)
     examples = result.tables["examples"]
     assert sum(not line["right"] for line in examples) == 12
-    assert all(line["given"] == "yes" and line["answer"] == "no" for line in examples if not line["right"])
+    assert all(
+        line["given"] == "yes" and line["answer"] == "no" for line in examples if not line["right"]
+    )
 
 
 def test_drawings_are_judged_by_both_judges(planted: tuple[HeldOut, Models]) -> None:
     result = take("drawing", planted)
     assert result.scores["drawing/accuracy"].value == pytest.approx(2 / 3)  # green comes out blue
     assert result.scores["drawing/accuracy"].n == 6
-    assert result.scores["drawing/accuracy"].baseline == {"chance": pytest.approx(1 / 3), "reconstructed": 1.0}
+    assert result.scores["drawing/accuracy"].baseline == {
+        "chance": pytest.approx(1 / 3),
+        "reconstructed": 1.0,
+    }
     assert result.scores["drawing/judge_accuracy"].value == 1.0
     assert result.scores["drawing/zero_shot_accuracy"].value == pytest.approx(2 / 3)
     wrong = [line for line in result.tables["drawings"] if line["seen"]["judge"] != line["label"]]
@@ -262,7 +298,9 @@ def test_drawings_are_judged_by_both_judges(planted: tuple[HeldOut, Models]) -> 
     assert {line["seen"]["judge"] for line in wrong} == {"blue"}
 
 
-def test_without_a_decoder_what_needs_pixels_is_skipped_with_the_reason(planted: tuple[HeldOut, Models]) -> None:
+def test_without_a_decoder_what_needs_pixels_is_skipped_with_the_reason(
+    planted: tuple[HeldOut, Models],
+) -> None:
     class Undecodable(PaletteTokenizer):
         has_decoder, no_decoder = False, "no decoder here"
 
@@ -273,7 +311,10 @@ def test_without_a_decoder_what_needs_pixels_is_skipped_with_the_reason(planted:
         cannot_draw: str | None = "no decoder here"
 
         def decode(self, codes_BT: Tensor) -> list[Image.Image]:
-            return [Image.fromarray(PALETTE[row.numpy().reshape(GRID)].repeat(8, 0).repeat(8, 1)) for row in codes_BT]
+            return [
+                Image.fromarray(PALETTE[row.numpy().reshape(GRID)].repeat(8, 0).repeat(8, 1))
+                for row in codes_BT
+            ]
 
     models, drawer = Models(planted[0]), Drawer()
     vars(models).update(vars(planted[1]) | {"tokenizer": Undecodable(), "language": drawer})
@@ -282,7 +323,9 @@ def test_without_a_decoder_what_needs_pixels_is_skipped_with_the_reason(planted:
         assert result.skipped == "no decoder here" and not result.scores and not result.pictures
     for name in ("codes", "questions", "zero_shot"):
         assert evaluate.MEASURES[name].compute(planted[0], models).scores
-    drawer.cannot_draw = None  # a diffusion decoder stands by: what is drawn is judged, reconstructions are not made
+    drawer.cannot_draw = (
+        None  # a diffusion decoder stands by: what is drawn is judged, reconstructions are not made
+    )
     drawn = evaluate.MEASURES["drawing"].compute(planted[0], models).scores["drawing/accuracy"]
     assert (
         drawn.value == take("drawing", planted).scores["drawing/accuracy"].value
@@ -297,17 +340,25 @@ def test_zero_shot_names_every_colour(planted: tuple[HeldOut, Models]) -> None:
     assert ZeroShot(planted[1]).labels == ["blue", "green", "red"]
 
 
-def test_a_tokenizer_that_keeps_embeddings_is_measured_through_its_codes(planted: tuple[HeldOut, Models]) -> None:
+def test_a_tokenizer_that_keeps_embeddings_is_measured_through_its_codes(
+    planted: tuple[HeldOut, Models],
+) -> None:
     """One of three colours is lost: a third of the images, and of the captions."""
     data, models = HeldOut(planted[0].job), Models(planted[0])
     vars(models).update(tokenizer=EmbeddingTokenizer(), encoder=ColorEncoder())
     scores = evaluate.MEASURES["zero_shot"].compute(data, models).scores
     assert scores["zero_shot/through_codes"].value == pytest.approx(2 / 3)
     assert scores["zero_shot/through_codes"].baseline == {"encoder": 1.0}
-    vars(data)["images"] = [next(row for row in planted[0].rows if row.label == color) for color in COLORS]
+    vars(data)["images"] = [
+        next(row for row in planted[0].rows if row.label == color) for color in COLORS
+    ]
     scores = evaluate.MEASURES["retrieval"].compute(data, models).scores
     assert scores["retrieval/i2t_r1_through_codes"].value == pytest.approx(2 / 3)
-    assert scores["retrieval/i2t_r1_through_codes"].baseline["encoder"] == scores["retrieval/i2t_r1"].value == 1.0
+    assert (
+        scores["retrieval/i2t_r1_through_codes"].baseline["encoder"]
+        == scores["retrieval/i2t_r1"].value
+        == 1.0
+    )
 
 
 def test_retrieval_is_not_taken_where_captions_repeat(planted: tuple[HeldOut, Models]) -> None:
@@ -367,9 +418,17 @@ def test_nothing_held_out_is_an_error(tmp_path: Path) -> None:
         _ = HeldOut(job).images
 
 
-def test_tokens_of_another_corpus_are_refused(planted: tuple[HeldOut, Models], tmp_path: Path) -> None:
+def test_tokens_of_another_corpus_are_refused(
+    planted: tuple[HeldOut, Models], tmp_path: Path
+) -> None:
     others = [dataclasses.replace(item, image_id=f"other-{item.image_id}") for item in VAL]
-    write_split(str(tmp_path / "corpus"), str(tmp_path / "tokens"), "val", others, np.stack([i.codes for i in others]))
+    write_split(
+        str(tmp_path / "corpus"),
+        str(tmp_path / "tokens"),
+        "val",
+        others,
+        np.stack([i.codes for i in others]),
+    )
     job = dataclasses.replace(planted[0].job, tokens=str(tmp_path / "tokens"))
     data = HeldOut(job)
     with pytest.raises(DataError, match="another corpus"):
@@ -400,31 +459,44 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     vit = VitSize(dim=16, layers=1, heads=2, mlp_ratio=2)
     pixel = PixelStage(codes=3, dim=4, encoder=vit, decoder=vit, semantic_only_decoder=True)
     section = TokenizerSection(
-        semantic=SemanticStage(dim=6, decoder_dim=16, decoder_heads=2, decoder_layers=1), pixel=pixel
+        semantic=SemanticStage(dim=6, decoder_dim=16, decoder_heads=2, decoder_layers=1),
+        pixel=pixel,
     )
-    size = EncoderTrain(patch_size=8, hidden_size=24, layers=1, heads=2, text_layers=1, text_length=6)
+    size = EncoderTrain(
+        patch_size=8, hidden_size=24, layers=1, heads=2, text_layers=1, text_length=6
+    )
     words = [f"a {color} block" for color in COLORS] * 4
     with torch.random.fork_rng():
         torch.manual_seed(0)
         text = train_bpe(words, 290)
-        build_siglip(size, SIZE, len(text), text.pad_token_id, text.eos_token_id).save_pretrained(siglip)
+        build_siglip(size, SIZE, len(text), text.pad_token_id, text.eos_token_id).save_pretrained(
+            siglip
+        )
         text.save_pretrained(siglip)
         encoder = VisionEncoder.from_pretrained(str(siglip))
         semantic = SemanticTokenizer(24, section.semantic, 8, GRID)
         semantic.init_from(torch.randn(8, 24))
-        tokenizer = SemHiTok(section, PixelTokenizer(pixel, semantic.codes, SIZE, GRID), semantic, encoder)
+        tokenizer = SemHiTok(
+            section, PixelTokenizer(pixel, semantic.codes, SIZE, GRID), semantic, encoder
+        )
     made = make(out, "tokenizer")
     tokenizer.save_pretrained(made.path)
     made.finish({"codes": 24}, 1.0)
     make(out, "encoder", {"pretrained": str(siglip)}).finish({"dim": 24}, 1.0)
     corpus, tokens = make(out, "corpus"), make(out, "tokens")
     for split, found in (("train", TRAIN), ("val", VAL)):
-        pixels = torch.from_numpy(np.stack([item.pixels for item in found])).permute(0, 3, 1, 2).float() / 127.5 - 1
+        pixels = (
+            torch.from_numpy(np.stack([item.pixels for item in found])).permute(0, 3, 1, 2).float()
+            / 127.5
+            - 1
+        )
         write_split(corpus.path, tokens.path, split, found, tokenizer.encode(pixels).numpy())
     corpus.finish({"train": 90, "val": 45}, 1.0)
     tokens.finish({"images": 135}, 1.0)
     settings = MllmSection(
-        config=LanguageModel(hidden_size=32, layers=1, heads=2, kv_heads=1, intermediate_size=64, text_vocab_size=290),
+        config=LanguageModel(
+            hidden_size=32, layers=1, heads=2, kv_heads=1, intermediate_size=64, text_vocab_size=290
+        ),
         max_length=64,
     )
     hf_tokenizer = train_bpe(words, 290)
@@ -433,8 +505,15 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     export(model, hf_tokenizer, str(out / "tokenizer"), exported.path)
     exported.finish({"codes": 24}, 1.0)
     recipe = Recipe(name="tiny", out=str(out))
-    changes = {"tracking.uri": "off", "evaluate.questions": 20, "corpus.image_size": SIZE, "evaluate.batch_size": 16}
-    return with_overrides(recipe, {**changes, "evaluate.goals": {"qa/accuracy": 0.9, "never/measured": 1.0}})
+    changes = {
+        "tracking.uri": "off",
+        "evaluate.questions": 20,
+        "corpus.image_size": SIZE,
+        "evaluate.batch_size": 16,
+    }
+    return with_overrides(
+        recipe, {**changes, "evaluate.goals": {"qa/accuracy": 0.9, "never/measured": 1.0}}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -472,23 +551,37 @@ def test_the_same_command_skips_and_goals_change_no_fingerprint(
     chain: Recipe, evaluated: Artifact, monkeypatch
 ) -> None:
     monkeypatch.setattr(evaluate, "MEASURES", {})  # would give an empty evaluation if it ran
-    again = evaluate.run(with_overrides(chain, {"evaluate.goals": {"qa/accuracy": 0.1}, "evaluate.batch_size": 3}))
+    again = evaluate.run(
+        with_overrides(chain, {"evaluate.goals": {"qa/accuracy": 0.1}, "evaluate.batch_size": 3})
+    )
     assert again.fingerprint == evaluated.fingerprint
     assert again.scores["qa/accuracy"]["goal"] == 0.1
 
 
-def test_a_broken_off_evaluation_goes_on_with_what_is_missing(chain: Recipe, evaluated: Artifact, monkeypatch) -> None:
+def test_a_broken_off_evaluation_goes_on_with_what_is_missing(
+    chain: Recipe, evaluated: Artifact, monkeypatch
+) -> None:
     path = Path(evaluated.path)
     before = (path / "scores.json").read_bytes()
     record = json.loads((path / "artifact.json").read_text())
-    partial = {key: record[key] for key in ("kind", "fingerprint", "config", "parents")} | {"seconds": 5.0}
+    partial = {key: record[key] for key in ("kind", "fingerprint", "config", "parents")} | {
+        "seconds": 5.0
+    }
     (path / "artifact.partial.json").write_text(json.dumps(partial))
-    for name in ("artifact.json", "scores.json", "tables.json", "measures/drawing.json", "measures/codes.json"):
+    for name in (
+        "artifact.json",
+        "scores.json",
+        "tables.json",
+        "measures/drawing.json",
+        "measures/codes.json",
+    ):
         (path / name).unlink()
     taken = []
     original = evaluate.Evaluator.measure
     monkeypatch.setattr(
-        evaluate.Evaluator, "measure", lambda self, name, one: (taken.append(name), original(self, name, one))[1]
+        evaluate.Evaluator,
+        "measure",
+        lambda self, name, one: (taken.append(name), original(self, name, one))[1],
     )
     resumed = evaluate.run(chain)
     assert taken == ["codes", "drawing"]
@@ -496,12 +589,18 @@ def test_a_broken_off_evaluation_goes_on_with_what_is_missing(chain: Recipe, eva
     assert resumed.fingerprint == evaluated.fingerprint
 
 
-@pytest.mark.parametrize("folder", ["evaluation", "evaluate"])  # of an earlier version, and of this one
+@pytest.mark.parametrize(
+    "folder", ["evaluation", "evaluate"]
+)  # of an earlier version, and of this one
 def test_scores_of_baseline_runs_are_added(chain: Recipe, evaluated: Artifact, folder: str) -> None:
-    recipe = with_overrides(chain, {"baselines": {"pixel_codes": {"tokenizer.guidance": False}, "absent": {}}})
+    recipe = with_overrides(
+        chain, {"baselines": {"pixel_codes": {"tokenizer.guidance": False}, "absent": {}}}
+    )
     beside = make(Path(chain.out), f"baselines/pixel_codes/{folder}")
     beside.finish(
-        {"scores": 1}, 1.0, scores={"qa/accuracy": {"value": 0.5, "n": 20}, "codes/usage": {"value": 0.25, "n": 9}}
+        {"scores": 1},
+        1.0,
+        scores={"qa/accuracy": {"value": 0.5, "n": 20}, "codes/usage": {"value": 0.25, "n": 9}},
     )
     scores = evaluate.run(recipe).scores
     assert scores["qa/accuracy"]["baseline"]["pixel_codes"] == 0.5
@@ -510,7 +609,10 @@ def test_scores_of_baseline_runs_are_added(chain: Recipe, evaluated: Artifact, f
 
 
 def test_a_finished_evaluation_takes_only_a_measure_that_was_added(
-    chain: Recipe, evaluated: Artifact, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    chain: Recipe,
+    evaluated: Artifact,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = Path(evaluated.path)
     files = {file: file.stat().st_mtime_ns for file in path.rglob("measures/*.json")}
@@ -526,8 +628,13 @@ def test_a_finished_evaluation_takes_only_a_measure_that_was_added(
     assert first.scores.keys() == evaluated.scores.keys() | {"own/rows"}
     assert first.fingerprint == evaluated.fingerprint
     assert first.counts["scores"] == evaluated.counts["scores"] + 1
-    assert {file: file.stat().st_mtime_ns for file in files} == files, "a finished measure was taken again"
-    assert "reusing finished measures: reconstruction, codes, zero_shot, retrieval, questions, drawing" in output
+    assert {file: file.stat().st_mtime_ns for file in files} == files, (
+        "a finished measure was taken again"
+    )
+    assert (
+        "reusing finished measures: reconstruction, codes, zero_shot, retrieval, questions, drawing"
+        in output
+    )
     assert "own (" in output and "own/rows 45" in output
     assert "own/rows" in json.loads((path / "scores.json").read_text())
     assert Artifact.load(evaluated.path).scores["own/rows"]["value"] == 45
@@ -538,7 +645,9 @@ def test_a_finished_evaluation_takes_only_a_measure_that_was_added(
     assert "own (" in "".join(capsys.readouterr())
 
 
-def test_a_record_that_lacks_scores_of_finished_measures_is_completed(chain: Recipe, evaluated: Artifact) -> None:
+def test_a_record_that_lacks_scores_of_finished_measures_is_completed(
+    chain: Recipe, evaluated: Artifact
+) -> None:
     """An addition was interrupted after its result was written, before the record was."""
     wanted = Artifact.load(evaluated.path).scores
     without = {key: score for key, score in wanted.items() if not key.startswith("codes/")}

@@ -66,7 +66,9 @@ def source(tmp_path: Path) -> Path:
 @pytest.fixture
 def siglip(tmp_path: Path) -> str:
     torch.manual_seed(0)
-    size = EncoderTrain(patch_size=8, hidden_size=16, layers=1, heads=2, text_layers=1, text_length=6)
+    size = EncoderTrain(
+        patch_size=8, hidden_size=16, layers=1, heads=2, text_layers=1, text_length=6
+    )
     build_siglip(size, 16, 40, 0, 1).save_pretrained(tmp_path / "siglip")
     return str(tmp_path / "siglip")
 
@@ -88,12 +90,19 @@ def recipe(out: Path, source: Path, siglip: str) -> Recipe:
 def files(artifact: Artifact) -> dict[str, bytes]:
     root = Path(artifact.path)
     return {
-        str(one.relative_to(root)): one.read_bytes() for one in root.rglob("*") if one.is_file() and one.name != RECORD
+        str(one.relative_to(root)): one.read_bytes()
+        for one in root.rglob("*")
+        if one.is_file() and one.name != RECORD
     }
 
 
-def test_features_of_a_source_are_the_encoders_and_nothing_vanishes(source: Path, siglip: str, tmp_path: Path) -> None:
-    made, vision = features.run(recipe(tmp_path / "out", source, siglip)), VisionEncoder.from_pretrained(siglip)
+def test_features_of_a_source_are_the_encoders_and_nothing_vanishes(
+    source: Path, siglip: str, tmp_path: Path
+) -> None:
+    made, vision = (
+        features.run(recipe(tmp_path / "out", source, siglip)),
+        VisionEncoder.from_pretrained(siglip),
+    )
     counts, found = made.counts, {}
     for split in shards.SPLITS:
         for key in shards.list_shards(made.path, split):
@@ -112,7 +121,9 @@ def test_features_of_a_source_are_the_encoders_and_nothing_vanishes(source: Path
     for index in range(GOOD):
         data = draw(0, "x", index, 16)[0]
         name = image_id(data)
-        pixels = torch.from_numpy(images.to_pixels(data, 16)).permute(2, 0, 1)[None].float() / 127.5 - 1
+        pixels = (
+            torch.from_numpy(images.to_pixels(data, 16)).permute(2, 0, 1)[None].float() / 127.5 - 1
+        )
         expected = vision(pixels)[0].detach().numpy()
         for patch in choose_patches(name, 0, PATCHES, 4):
             split, vector = found[name, int(patch)]
@@ -120,7 +131,10 @@ def test_features_of_a_source_are_the_encoders_and_nothing_vanishes(source: Path
             np.testing.assert_allclose(vector, expected[patch], atol=2e-3)
     keys = shards.list_shards(made.path, "quarantine")
     lost = [row for key in keys for row in shards.read_shard(made.path, key).to_pylist()]
-    assert [(row["key"], row["reason"]) for row in lost] == [("05a.png", "empty"), ("05b.png", "truncated")]
+    assert [(row["key"], row["reason"]) for row in lost] == [
+        ("05a.png", "empty"),
+        ("05b.png", "truncated"),
+    ]
 
 
 def broken_off(wanted: Recipe, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +183,10 @@ def test_pieces_of_a_group_that_was_killed_do_not_stay_beside_those_of_another(
     write_tar(source, range(4))
     made = features.run(wanted)
     assert {key.partition("/")[2] for key in shards.list_shards(made.path)} == {"00000-000"}
-    assert sum(shards.shard_rows(made.path, key) for key in shards.list_shards(made.path)) == made.counts["vectors"]
+    assert (
+        sum(shards.shard_rows(made.path, key) for key in shards.list_shards(made.path))
+        == made.counts["vectors"]
+    )
 
 
 def test_a_group_is_forgotten_by_its_whole_number(tmp_path: Path) -> None:
@@ -181,7 +198,9 @@ def test_a_group_is_forgotten_by_its_whole_number(tmp_path: Path) -> None:
     assert shards.list_shards(str(tmp_path), "quarantine") == ["quarantine/00000"]
 
 
-def test_shards_of_no_group_and_sources_without_images_are_refused(source: Path, siglip: str, tmp_path: Path) -> None:
+def test_shards_of_no_group_and_sources_without_images_are_refused(
+    source: Path, siglip: str, tmp_path: Path
+) -> None:
     wanted = recipe(tmp_path / "out", source, siglip)
     made = features.run(wanted)
     (Path(made.path) / RECORD).rename(Path(made.path) / "artifact.partial.json")
@@ -201,9 +220,15 @@ def test_shards_of_no_group_and_sources_without_images_are_refused(source: Path,
 
 @pytest.mark.parametrize(
     ("section", "reason"),
-    [({"max_aspect": 2.0}, "aspect"), ({"max_bytes": 20}, "too_large"), ({"require_caption": True}, "no_caption")],
+    [
+        ({"max_aspect": 2.0}, "aspect"),
+        ({"max_bytes": 20}, "too_large"),
+        ({"require_caption": True}, "no_caption"),
+    ],
 )
-def test_the_filters_of_the_corpus_hold_for_a_source_too(section: dict[str, object], reason: str) -> None:
+def test_the_filters_of_the_corpus_hold_for_a_source_too(
+    section: dict[str, object], reason: str
+) -> None:
     stream = io.BytesIO()
     Image.new("RGB", (48, 16), "red").save(stream, "PNG")
     found = Sample("wide", (0, 0), stream.getvalue(), None, None, ())

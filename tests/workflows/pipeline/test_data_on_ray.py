@@ -45,7 +45,12 @@ def recipe(out: Path, siglip: str = "", **sections: Any) -> Recipe:
     given: dict[str, Any] = {
         "out": str(out),
         "tracking": {"uri": "off"},
-        "corpus": {"source": f"generated:{IMAGES}", "image_size": 32, "shard_images": SHARD, "val_fraction": 0.2},
+        "corpus": {
+            "source": f"generated:{IMAGES}",
+            "image_size": 32,
+            "shard_images": SHARD,
+            "val_fraction": 0.2,
+        },
         "encoder": {"pretrained": siglip or None},
         "codebook": {"size": 20, "coarse": 4, "iterations": 4, "polish": 1},
     }
@@ -68,7 +73,9 @@ def siglip(tmp_path_factory: pytest.TempPathFactory) -> str:
     from smalti.tokenizers.siglip import build_siglip
 
     torch.manual_seed(7)
-    settings = EncoderTrain(patch_size=8, hidden_size=DIM, layers=2, heads=2, text_layers=1, text_length=6)
+    settings = EncoderTrain(
+        patch_size=8, hidden_size=DIM, layers=2, heads=2, text_layers=1, text_length=6
+    )
     path = tmp_path_factory.mktemp("siglip")
     build_siglip(settings, 32, vocab_size=40, pad_token_id=0, eos_token_id=1).save_pretrained(path)
     return str(path)
@@ -94,7 +101,9 @@ def save_tokenizer(run: StageRun) -> dict[str, int]:
     torch.manual_seed(3)
     tiny = VitSize(dim=16, layers=1, heads=2, mlp_ratio=2)
     semantic = SemanticStage(dim=6, decoder_dim=16, decoder_heads=2, decoder_layers=1)
-    section = TokenizerSection(semantic=semantic, pixel=PixelStage(codes=3, dim=4, encoder=tiny, decoder=tiny))
+    section = TokenizerSection(
+        semantic=semantic, pixel=PixelStage(codes=3, dim=4, encoder=tiny, decoder=tiny)
+    )
     vision = VisionEncoder.from_pretrained(str(run.recipe.encoder.pretrained))
     meaning = SemanticTokenizer(vision.dim, section.semantic, 10, vision.grid)
     pixel = PixelTokenizer(section.pixel, meaning.codes, 32, vision.grid)
@@ -153,7 +162,9 @@ def test_duplicates_sorted_out_on_ray_come_to_the_same(
     assert files(tmp_path / "corpus") == files(base / "corpus")
 
 
-def test_corpus_killed_and_started_again_with_more_readers_is_byte_equal(base: Path, tmp_path: Path) -> None:
+def test_corpus_killed_and_started_again_with_more_readers_is_byte_equal(
+    base: Path, tmp_path: Path
+) -> None:
     wanted = recipe(tmp_path, resources={"readers": 2})
     kill_in_the_middle("corpus", wanted, tmp_path / "corpus" / "train")
     made, whole = corpus.run(wanted), Artifact.load(str(base / "corpus"))
@@ -174,9 +185,17 @@ def test_a_shard_stage_killed_and_started_again_is_byte_equal(
     assert (made.counts, made.fingerprint) == (whole.counts, whole.fingerprint)
 
 
-@pytest.mark.parametrize(("stage", "module", "large"), [("features", features, False), ("tokens", tokens, True)])
+@pytest.mark.parametrize(
+    ("stage", "module", "large"), [("features", features, False), ("tokens", tokens, True)]
+)
 def test_the_layout_for_gpus_gives_the_same_bytes(
-    base: Path, siglip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, module: Any, large: bool
+    base: Path,
+    siglip: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
+    module: Any,
+    large: bool,
 ) -> None:
     """Readers ahead of the actors that hold the (logical) GPUs; and, where a shard is too large for that, without them."""
     if large:
@@ -193,7 +212,9 @@ def test_the_layout_for_gpus_gives_the_same_bytes(
 # ---- features ------------------------------------------------------------------------------------------------------
 
 
-def test_features_are_the_encoders_and_samples_are_among_them(base: Path, siglip: str, tmp_path: Path) -> None:
+def test_features_are_the_encoders_and_samples_are_among_them(
+    base: Path, siglip: str, tmp_path: Path
+) -> None:
     from smalti import images
     from smalti.tokenizers.encoders import VisionEncoder
 
@@ -205,7 +226,10 @@ def test_features_are_the_encoders_and_samples_are_among_them(base: Path, siglip
     found = shards.vectors(table).reshape(SHARD, GRID * GRID, DIM)
     np.testing.assert_allclose(found, expected.numpy(), atol=2e-3)
     assert table.column("patch").to_pylist() == list(range(GRID * GRID)) * SHARD
-    assert table.column("image_id").to_pylist()[:: GRID * GRID] == source.column("image_id").to_pylist()
+    assert (
+        table.column("image_id").to_pylist()[:: GRID * GRID]
+        == source.column("image_id").to_pylist()
+    )
     counts = Artifact.load(str(base / "features")).counts
     assert counts["vectors"] == IMAGES * GRID * GRID == counts["train"] + counts["val"]
 
@@ -218,7 +242,9 @@ def test_features_are_the_encoders_and_samples_are_among_them(base: Path, siglip
     assert len({tuple(row) for row in chosen.tolist()}) > 1, "each image has its own patches"
     for row, one in enumerate(source.column("image_id").to_pylist()):
         assert (chosen[row] == choose_patches(one, 0, 5, GRID * GRID)).all()
-        np.testing.assert_array_equal(shards.vectors(sampled).reshape(SHARD, 5, DIM)[row], found[row, chosen[row]])
+        np.testing.assert_array_equal(
+            shards.vectors(sampled).reshape(SHARD, 5, DIM)[row], found[row, chosen[row]]
+        )
 
 
 def test_features_refuse_what_cannot_be(base: Path, siglip: str, tmp_path: Path) -> None:
@@ -228,7 +254,9 @@ def test_features_refuse_what_cannot_be(base: Path, siglip: str, tmp_path: Path)
     with pytest.raises(ConfigError, match=r"features\.patches=17, but .* gives 16 patches"):
         features.run(wanted)
     worker = Featurizer(siglip, wanted)
-    with pytest.raises(DataError, match=r"some/file: image second has features that are NaN.* 1 of the 2 images"):
+    with pytest.raises(
+        DataError, match=r"some/file: image second has features that are NaN.* 1 of the 2 images"
+    ):
         worker.check(np.array([[[1.0]], [[np.inf]]], np.float16), ["first", "second"], "some/file")
 
 
@@ -240,7 +268,10 @@ def test_tokens_are_the_tokenizers_and_the_text_rides_along(base: Path) -> None:
     from smalti.tokenizers.loading import load_tokenizer
 
     tokenizer, key = load_tokenizer(str(base / "tokenizer")), "val/00001"
-    source, made = shards.read_shard(str(base / "corpus"), key), shards.read_shard(str(base / "tokens"), key)
+    source, made = (
+        shards.read_shard(str(base / "corpus"), key),
+        shards.read_shard(str(base / "tokens"), key),
+    )
     pixels = np.stack([images.to_pixels(data.as_py(), 32) for data in source.column("image")])
     expected = tokenizer.encode(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1)
     np.testing.assert_array_equal(shards.codes(made), expected.numpy())
@@ -254,7 +285,9 @@ def test_tokens_in_bf16(base: Path, tmp_path: Path) -> None:
     places, key = [str(tmp_path), str(base / "corpus"), str(base / "tokenizer")], "val/00001"
     worker = tokens.EncodeShard(*places, recipe(tmp_path, tokens={"precision": "bf16"}), 32)
     worker.work(worker.read(key))
-    found, wanted = (shards.codes(shards.read_shard(str(place), key)) for place in (tmp_path, base / "tokens"))
+    found, wanted = (
+        shards.codes(shards.read_shard(str(place), key)) for place in (tmp_path, base / "tokens")
+    )
     assert (found == wanted).mean() > 0.9
 
 
@@ -262,7 +295,9 @@ def test_tokens_in_bf16(base: Path, tmp_path: Path) -> None:
 
 
 def train_vectors(path: str, split: str = "train") -> torch.Tensor:
-    parts = [shards.vectors(shards.read_shard(path, key)) for key in shards.list_shards(path, split)]
+    parts = [
+        shards.vectors(shards.read_shard(path, key)) for key in shards.list_shards(path, split)
+    ]
     return torch.from_numpy(np.concatenate(parts).astype(np.float32))
 
 
@@ -295,8 +330,12 @@ def test_codebook_is_the_same_for_any_number_of_workers(
     assert not (Path(made[0].path) / "work").exists()
 
 
-def test_flat_codebook_scores_are_those_of_a_plain_search(base: Path, siglip: str, tmp_path: Path) -> None:
-    wanted = shared(base, tmp_path, siglip, codebook={"size": 12, "coarse": 1, "iterations": 6, "polish": 0})
+def test_flat_codebook_scores_are_those_of_a_plain_search(
+    base: Path, siglip: str, tmp_path: Path
+) -> None:
+    wanted = shared(
+        base, tmp_path, siglip, codebook={"size": 12, "coarse": 1, "iterations": 6, "polish": 0}
+    )
     made = codebook.run(wanted)
     codes, path = load_centroids(made.path), find_artifact(wanted, "features").path
     for split in ("train", "val"):
@@ -305,11 +344,17 @@ def test_flat_codebook_scores_are_those_of_a_plain_search(base: Path, siglip: st
         best = distances.min(1)
         counts = torch.bincount(best.indices, minlength=12)
         share = counts[counts > 0].double() / len(vectors)
-        assert made.scores[f"distortion/{split}"] == pytest.approx(float(best.values.mean()), rel=1e-4)
-        assert made.scores[f"entropy/{split}"] == pytest.approx(float(-(share * share.log()).sum()), rel=1e-6)
+        assert made.scores[f"distortion/{split}"] == pytest.approx(
+            float(best.values.mean()), rel=1e-4
+        )
+        assert made.scores[f"entropy/{split}"] == pytest.approx(
+            float(-(share * share.log()).sum()), rel=1e-6
+        )
         assert made.scores[f"usage/{split}"] == pytest.approx(float((counts > 0).double().mean()))
         assert made.scores[f"vectors/{split}"] == len(vectors)
-        assert made.scores[f"imbalance/{split}"] == pytest.approx(float(12 * (counts / len(vectors)).square().sum()))
+        assert made.scores[f"imbalance/{split}"] == pytest.approx(
+            float(12 * (counts / len(vectors)).square().sum())
+        )
         assert load_file(Path(made.path) / "counts.safetensors")[split].tolist() == counts.tolist()
     assert Image.open(Path(made.path) / "sizes.png").size == (640, 320)
     spread = float((vectors - vectors.mean(0)).square().sum(-1).mean())
@@ -327,7 +372,11 @@ def test_planted_clusters_are_found_and_too_few_distinct_vectors_are_told(tmp_pa
             arrays = [["x"] * 200, list(range(200)), shards.list_column(points[which])]
             import pyarrow as pa
 
-            shards.write_shard(run.path, shards.shard_key(split, number), pa.table(arrays, shards.feature_schema(6)))
+            shards.write_shard(
+                run.path,
+                shards.shard_key(split, number),
+                pa.table(arrays, shards.feature_schema(6)),
+            )
         return {"vectors": 600}
 
     for coarse in (1, 3):
@@ -336,15 +385,23 @@ def test_planted_clusters_are_found_and_too_few_distinct_vectors_are_told(tmp_pa
         run_stage(wanted, "features", "features", {}, {}, plant)
         made = codebook.run(wanted)
         codes = load_centroids(made.path).numpy()
-        assert {tuple(row) for row in codes.tolist()} == {tuple(row) for row in points.astype(np.float32).tolist()}
+        assert {tuple(row) for row in codes.tolist()} == {
+            tuple(row) for row in points.astype(np.float32).tolist()
+        }
         assert made.scores["distortion/val"] == pytest.approx(0, abs=1e-4)
         assert made.scores["usage/val"] == 1
-        wanted = recipe(tmp_path / f"few{coarse}", codebook={"size": 9, "coarse": coarse, "iterations": 2})
+        wanted = recipe(
+            tmp_path / f"few{coarse}", codebook={"size": 9, "coarse": coarse, "iterations": 2}
+        )
         run_stage(wanted, "features", "features", {}, {}, plant)
-        with pytest.raises(DataError, match=r"codebook.size=9, but the features hold only 8 distinct vectors"):
+        with pytest.raises(
+            DataError, match=r"codebook.size=9, but the features hold only 8 distinct vectors"
+        ):
             codebook.run(wanted)
         mended = with_overrides(wanted, {"codebook.size": 8})
-        assert codebook.run(mended).counts["codes"] == 8, "the size that the error names works in the same place"
+        assert codebook.run(mended).counts["codes"] == 8, (
+            "the size that the error names works in the same place"
+        )
 
 
 def test_a_tokenizer_has_as_many_codes_as_the_codebook_that_lost_some(
@@ -358,7 +415,10 @@ def test_a_tokenizer_has_as_many_codes_as_the_codebook_that_lost_some(
     from smalti.workflows.train.task import Context
     from smalti.workflows.train.tasks.semantic import SemanticTask
 
-    sections: dict[str, Any] = {"codebook": {"size": 20}, "tokenizer": {"semantic": {"decoder_heads": 2, "dim": 8}}}
+    sections: dict[str, Any] = {
+        "codebook": {"size": 20},
+        "tokenizer": {"semantic": {"decoder_heads": 2, "dim": 8}},
+    }
     wanted = shared(base, tmp_path, siglip, **sections)
 
     def seventeen(run: StageRun) -> dict[str, int]:
@@ -376,10 +436,19 @@ def test_a_tokenizer_has_as_many_codes_as_the_codebook_that_lost_some(
     assert phases.num_codes == 17 * wanted.tokenizer.pixel.codes
 
 
-def test_an_equal_split_gives_every_cell_as_many_codes(base: Path, siglip: str, tmp_path: Path) -> None:
-    made = codebook.run(shared(base, tmp_path, siglip, codebook={"split": "equal", "iterations": 2, "polish": 0}))
+def test_an_equal_split_gives_every_cell_as_many_codes(
+    base: Path, siglip: str, tmp_path: Path
+) -> None:
+    made = codebook.run(
+        shared(base, tmp_path, siglip, codebook={"split": "equal", "iterations": 2, "polish": 0})
+    )
     assert made.counts["replaced"] == 0
-    assert torch.bincount(load_file(Path(made.path) / "tree.safetensors")["cell_of"]).tolist() == [5, 5, 5, 5]
+    assert torch.bincount(load_file(Path(made.path) / "tree.safetensors")["cell_of"]).tolist() == [
+        5,
+        5,
+        5,
+        5,
+    ]
 
 
 def test_codebook_sizes_that_cannot_be(base: Path, siglip: str, tmp_path: Path) -> None:

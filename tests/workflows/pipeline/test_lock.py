@@ -18,11 +18,15 @@ HOLD = "import sys, time\nfrom smalti.workflows.pipeline.lock import holding\nwi
 
 def test_a_second_run_is_told_and_a_killed_one_holds_nothing(tmp_path: Path) -> None:
     place = str(tmp_path / "out" / "corpus")
-    with subprocess.Popen([sys.executable, "-c", HOLD, place], stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, place], stdout=subprocess.PIPE, text=True
+    ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
         with (
-            pytest.raises(ArtifactError, match=rf'Another run is writing {place} .*"pid": {other.pid}'),
+            pytest.raises(
+                ArtifactError, match=rf'Another run is writing {place} .*"pid": {other.pid}'
+            ),
             holding(place),
         ):
             pass
@@ -30,7 +34,11 @@ def test_a_second_run_is_told_and_a_killed_one_holds_nothing(tmp_path: Path) -> 
             pass
         other.send_signal(signal.SIGKILL)
         other.wait()
-    with holding(place), pytest.raises(ArtifactError, match=f'"pid": {os.getpid()}'), holding(place):
+    with (
+        holding(place),
+        pytest.raises(ArtifactError, match=f'"pid": {os.getpid()}'),
+        holding(place),
+    ):
         pass
     assert not Path(lock_path(place)).exists()
     with holding("memory://smalti-test/out"):

@@ -21,8 +21,17 @@ def second_node() -> Iterator[Any]:
     import ray
     from ray.cluster_utils import Cluster
 
-    health = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
-    head = {"num_cpus": 1, "object_store_memory": 2**27, "include_dashboard": False, "_system_config": health}
+    health = {
+        "health_check_initial_delay_ms": 0,
+        "health_check_period_ms": 500,
+        "health_check_failure_threshold": 3,
+    }
+    head = {
+        "num_cpus": 1,
+        "object_store_memory": 2**27,
+        "include_dashboard": False,
+        "_system_config": health,
+    }
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         node = cluster.add_node(num_cpus=1, object_store_memory=2**27)
@@ -54,7 +63,9 @@ def worker_class() -> Any:
 
 def test_the_raylet_of_a_second_node_dies_and_the_run_goes_on(second_node: Any) -> None:
     found, nodes, killed, tally = [], [], False, Tally()
-    for square, node in run_shards(list(range(40)), worker_class(), (), Resources(actors=2), tally=tally):
+    for square, node in run_shards(
+        list(range(40)), worker_class(), (), Resources(actors=2), tally=tally
+    ):
         found.append(square)
         nodes.append(node)
         if not killed and node == second_node.node_id:

@@ -42,7 +42,14 @@ class Failing:
 def test_an_error_that_passes_is_retried_and_each_try_is_logged() -> None:
     lines: list[str] = []
     call = Failing(TimeoutError("slow"), 2)
-    found = retry(call, 7, what="reading x", transient=lambda e: True, pauses_s=(0.0, 0.0, 0.0), say=lines.append)
+    found = retry(
+        call,
+        7,
+        what="reading x",
+        transient=lambda e: True,
+        pauses_s=(0.0, 0.0, 0.0),
+        say=lines.append,
+    )
     assert (found, call.calls) == (7, 3)
     assert lines == [f"reading x failed (try {n} of 4), retrying in 0 s: slow" for n in (1, 2)]
 
@@ -51,7 +58,14 @@ def test_the_last_error_is_raised_after_the_last_try() -> None:
     lines: list[str] = []
     call = Failing(TimeoutError("slow"), 9)
     with pytest.raises(TimeoutError, match="slow"):
-        retry(call, 7, what="reading x", transient=lambda e: True, pauses_s=(0.0, 0.0), say=lines.append)
+        retry(
+            call,
+            7,
+            what="reading x",
+            transient=lambda e: True,
+            pauses_s=(0.0, 0.0),
+            say=lines.append,
+        )
     assert (call.calls, len(lines)) == (3, 2)
 
 
@@ -89,8 +103,12 @@ def test_what_may_pass(error: Exception, expected: bool) -> None:
     assert is_transient(error) is expected
 
 
-def test_a_missing_file_of_real_storage_is_not_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retries.time, "sleep", lambda s: pytest.fail("waited for a file that does not exist"))
+def test_a_missing_file_of_real_storage_is_not_retried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        retries.time, "sleep", lambda s: pytest.fail("waited for a file that does not exist")
+    )
     with pytest.raises(DataError, match="nothing exists"):
         retry_storage(storage.read_bytes, str(tmp_path / "absent"))
 
@@ -105,4 +123,6 @@ def test_storage_is_named_in_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
         return path
 
     assert retry_storage(read_json, "s3://bucket/x", say=lines.append) == "s3://bucket/x"
-    assert lines == ["read_json s3://bucket/x failed (try 1 of 2), retrying in 0 s: cannot read s3://bucket/x"]
+    assert lines == [
+        "read_json s3://bucket/x failed (try 1 of 2), retrying in 0 s: cannot read s3://bucket/x"
+    ]

@@ -15,7 +15,14 @@ from smalti.errors import ConfigError, DataError, ImageError
 from smalti.schema import Resources
 from smalti.workflows.cluster.session import quiet_ray_data
 from smalti.workflows.pipeline import shards as shard_pipeline
-from smalti.workflows.pipeline.shards import _pack, _unpack, refuse_foreign, run_shards, standing, standing_for
+from smalti.workflows.pipeline.shards import (
+    _pack,
+    _unpack,
+    refuse_foreign,
+    run_shards,
+    standing,
+    standing_for,
+)
 from smalti.workflows.pipeline.timings import Tally
 
 pytestmark = pytest.mark.ray
@@ -64,7 +71,9 @@ def worker_class(folder: str = "") -> Any:
     return Square
 
 
-def results(items: list[int], gpus: float, folder: str = "", tally: Tally | None = None) -> list[int]:
+def results(
+    items: list[int], gpus: float, folder: str = "", tally: Tally | None = None
+) -> list[int]:
     resources = Resources(actors=2, gpus_per_worker=gpus, readers=1)
     return sorted(run_shards(items, worker_class(folder), (7,), resources, tally=tally))
 
@@ -87,7 +96,9 @@ def test_a_bug_is_not_swallowed(ray_here: None) -> None:
 
 
 def test_gpus_that_this_machine_has_not_are_not_waited_for(ray_here: None) -> None:
-    with pytest.raises(ConfigError, match="gpus_per_worker=2, and Ray knows of 1 GPUs on this machine"):
+    with pytest.raises(
+        ConfigError, match="gpus_per_worker=2, and Ray knows of 1 GPUs on this machine"
+    ):
         results([1], 2)
 
 
@@ -141,7 +152,12 @@ def test_a_shard_of_other_images_is_made_again(tmp_path: Path) -> None:
     shards.write_shard(corpus, key, pa.table({"image_id": ["a", "b"]}))
     receipt = shards.write_shard(out, key, pa.table({"image_id": ["a", "a", "b", "b"]}))
     assert standing_for(out, corpus, key) == receipt
-    for other in ({"image_id": ["b", "a"]}, {"image_id": ["a"]}, {"image_id": ["a", "b", "c"]}, {"what": [1, 2]}):
+    for other in (
+        {"image_id": ["b", "a"]},
+        {"image_id": ["a"]},
+        {"image_id": ["a", "b", "c"]},
+        {"what": [1, 2]},
+    ):
         shards.write_shard(out, key, pa.table(other))
         assert standing_for(out, corpus, key) is None
         assert not (tmp_path / "out" / "train" / "00000.parquet").exists()
@@ -153,5 +169,7 @@ def test_shards_that_the_corpus_has_not_are_refused(tmp_path: Path) -> None:
     shards.write_shard(str(tmp_path), "train/00000", pa.table({"a": [1]}))
     (tmp_path / "train" / "00001.parquet.tmp").write_bytes(b"half")
     refuse_foreign(str(tmp_path), ["train/00000", "train/00001"])
-    with pytest.raises(DataError, match=r"1 shards that are not in the corpus.*train/00000\.parquet"):
+    with pytest.raises(
+        DataError, match=r"1 shards that are not in the corpus.*train/00000\.parquet"
+    ):
         refuse_foreign(str(tmp_path), ["train/00001"])

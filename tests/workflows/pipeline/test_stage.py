@@ -73,7 +73,9 @@ def test_a_stage_is_made_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         run_stage(recipe(tmp_path), "thing", "thing", {"a": 2}, {}, body, tracker=tracker)
 
 
-def test_a_failure_propagates_and_the_next_try_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failure_propagates_and_the_next_try_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tracker, resumed = Recorder(), []
 
     def fails(run: StageRun) -> dict[str, int]:
@@ -94,7 +96,9 @@ def test_a_failure_propagates_and_the_next_try_goes_on(tmp_path: Path, capsys: p
     assert "thing: resuming on" in capsys.readouterr().err
 
 
-def test_a_failure_before_anything_was_made_leaves_the_place_to_other_settings(tmp_path: Path) -> None:
+def test_a_failure_before_anything_was_made_leaves_the_place_to_other_settings(
+    tmp_path: Path,
+) -> None:
     def refuses(run: StageRun) -> dict[str, int]:
         raise DataError("set a to 2")
 
@@ -118,7 +122,14 @@ def test_shared_outputs_are_used_where_the_fingerprint_is_the_same(tmp_path: Pat
     found = run_stage(variant, "thing", "thing", {"a": 1}, {}, body)
     assert found.path == made.path
     assert find_artifact(variant, "thing").path == made.path
-    own = run_stage(recipe(tmp_path / "third", share=[str(tmp_path / "main")]), "thing", "thing", {"a": 2}, {}, body)
+    own = run_stage(
+        recipe(tmp_path / "third", share=[str(tmp_path / "main")]),
+        "thing",
+        "thing",
+        {"a": 2},
+        {},
+        body,
+    )
     assert own.path == str(tmp_path / "third" / "thing")
     storage.remove(made.path)
     with pytest.raises(ArtifactError, match="which is missing"):
@@ -130,7 +141,9 @@ def test_a_missing_parent_is_told(tmp_path: Path) -> None:
         find_artifact(recipe(tmp_path), "corpus")
 
 
-def test_relative_out_is_absolute_in_the_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_out_is_absolute_in_the_artifact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     made = run_stage(recipe(Path("rel")), "thing", "thing", {}, {}, body)
     assert made.path == str(tmp_path / "rel" / "thing")

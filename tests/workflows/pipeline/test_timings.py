@@ -16,7 +16,13 @@ from smalti.workflows.pipeline.timings import Tally, shard_progress
 def test_parts_are_timed_and_the_slowest_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     tally, now = Tally(), [10.0]
     monkeypatch.setattr(shard_tally.time, "monotonic", lambda: now[0])
-    for name, seconds in (("read", 0.6), ("decode", 2.0), ("model", 7.0), ("write", 0.3), ("model", 0.1)):
+    for name, seconds in (
+        ("read", 0.6),
+        ("decode", 2.0),
+        ("model", 7.0),
+        ("write", 0.3),
+        ("model", 0.1),
+    ):
         with tally.part(name):
             now[0] += seconds
     assert tally.told() == [
@@ -29,7 +35,9 @@ def test_parts_are_timed_and_the_slowest_is_named(monkeypatch: pytest.MonkeyPatc
     assert tally.told() == []
 
 
-def test_what_was_done_again_stands_in_the_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_was_done_again_stands_in_the_record(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def body(run: StageRun) -> dict[str, int]:
         with shard_progress(run, 30) as (tally, update):
             tally.add({"retried/kept": 1})
@@ -40,7 +48,12 @@ def test_what_was_done_again_stands_in_the_record(tmp_path: Path, capsys: pytest
 
     wanted = Recipe.model_validate({"out": str(tmp_path), "tracking": {"uri": "off"}})
     scores: dict[str, Any] = run_stage(wanted, "things", "things", {}, {}, body).scores
-    assert scores == {"seconds/model": 1.0, "retried/kept": 1, "retried/remade": 0, "retried/restarts": 2}
+    assert scores == {
+        "seconds/model": 1.0,
+        "retried/kept": 1,
+        "retried/remade": 0,
+        "retried/restarts": 2,
+    }
     said = capsys.readouterr().err
     assert "30/30 (100 %) images" in said
     assert "kept 1, restarts 2" in said

@@ -38,7 +38,9 @@ def test_two_level_counts_passes_flops_and_bytes() -> None:
     (polish,) = (phase for phase in plan.phases if phase.name == "polish 1")
     assert polish.moved == 8 * 1152 * 5 * 500 * 1_000, "a piece a cell, the codes of five"
     drawn = plan_codebook(section.model_copy(update={"cell_vectors": 50_000}), N, C, RATES, 8)
-    assert {phase.name: phase.flops for phase in drawn.phases}["codes"] == work["codes"] / 3, "of 150,000 a cell"
+    assert {phase.name: phase.flops for phase in drawn.phases}["codes"] == work["codes"] / 3, (
+        "of 150,000 a cell"
+    )
     exact = plan_codebook(section.model_copy(update={"recall": 0.999}), N, C, RATES, 8)
     work = {phase.name: phase.flops for phase in exact.phases}
     assert work["recall"] == 2 * 16_000 * 500_000 * 1152
@@ -59,17 +61,25 @@ def test_hours_fall_with_devices_where_work_is_shared() -> None:
 
 def test_what_cannot_fit_is_refused_with_the_mend() -> None:
     small = Rates("box", 1e12, 1e9, 2e9, "stated")
-    found = plan_codebook(CodebookSection(size=500_000, coarse=1_000, polish=1), N, C, small, 8).refusal()
-    assert re.search(r"the driver in a pass needs 2\.9 GB .* box has 2\.0 GB.*codebook\.size", found or "")
+    found = plan_codebook(
+        CodebookSection(size=500_000, coarse=1_000, polish=1), N, C, small, 8
+    ).refusal()
+    assert re.search(
+        r"the driver in a pass needs 2\.9 GB .* box has 2\.0 GB.*codebook\.size", found or ""
+    )
     found = plan_codebook(CodebookSection(size=4_000, coarse=4), N, C, small, 8).refusal()
     assert re.search(r"a task in a cell needs .*codebook\.coarse higher", found or "")
-    assert plan_codebook(CodebookSection(size=4_000, coarse=1_000), N, C, small, 8).refusal() is None
+    assert (
+        plan_codebook(CodebookSection(size=4_000, coarse=1_000), N, C, small, 8).refusal() is None
+    )
 
 
 def test_rates_say_where_they_come_from() -> None:
     assert "ASSUMED" in gpu_rates("h100").origin
     assert gpu_rates("h100").flops == pytest.approx(0.45 * 67e12), "float32"
-    with pytest.raises(ConfigError, match="--gpu h1000 is not known; there are a100, h100, h200, v100 and cpu"):
+    with pytest.raises(
+        ConfigError, match="--gpu h1000 is not known; there are a100, h100, h200, v100 and cpu"
+    ):
         gpu_rates("h1000")
     measured = cpu_rates(64)
     assert measured.origin.startswith("measured")

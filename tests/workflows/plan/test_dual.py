@@ -47,11 +47,13 @@ def measured(recipe: Recipe) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["dual", "mllm"])
-def test_memory_is_what_real_tensors_take(name: str, recipe: Recipe, measured: dict[str, Any]) -> None:
+def test_memory_is_what_real_tensors_take(
+    name: str, recipe: Recipe, measured: dict[str, Any]
+) -> None:
     stays, passing, _ = measured[name]
-    planned = Trial(next(model for model in system_of(recipe).planned_models(recipe) if model.name == name)).memory(
-        Setting(1, BATCH, 0)
-    )
+    planned = Trial(
+        next(model for model in system_of(recipe).planned_models(recipe) if model.name == name)
+    ).memory(Setting(1, BATCH, 0))
     assert planned["states"] + planned["frozen"] == pytest.approx(stays, rel=0.02)
     assert planned["activations"] + planned["logits"] == pytest.approx(passing, rel=0.15)
 
@@ -72,13 +74,17 @@ def test_parameters_are_those_of_the_real_models(recipe: Recipe) -> None:
 
 def test_a_plan_has_no_clustering_and_every_code_of_a_token(recipe: Recipe) -> None:
     plan = RecipePlan(recipe, gpu_rates("h100"), 4, images=1000)
-    assert plan.codebook is None and plan.codes_a_token == 2 * 2 and list(plan.inference) == ["tokens"]
+    assert (
+        plan.codebook is None and plan.codes_a_token == 2 * 2 and list(plan.inference) == ["tokens"]
+    )
     assert [model.name for model in plan.models] == ["encoder", "dual", "mllm"]
 
 
 def test_parameters_at_the_papers_size() -> None:
     """So400m up to block 26 and a decoder of 12 blocks; Qwen2.5-3B untied, 16 classifiers, two transformers of 3 blocks."""
-    dual, mllm = system_of(load_recipe("dualtoken-384")).planned_models(load_recipe("dualtoken-384"))
+    dual, mllm = system_of(load_recipe("dualtoken-384")).planned_models(
+        load_recipe("dualtoken-384")
+    )
     heads = 2 * 8 * 16_384 * 2048 + 2 * 3 * 12 * 2048**2
     assert mllm.parameters("model") == pytest.approx(3.09e9 + 151_936 * 2048 + heads, rel=0.02)
     assert dual.parameters("model") == pytest.approx(26 * 15.2e6 + 12 * 12 * 1024**2, rel=0.05)

@@ -24,7 +24,15 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 from smalti.cli import main
 from smalti.config import load_recipe
 from smalti.errors import ConfigError
-from smalti.schema import FeaturesSection, LanguageModel, Lora, MllmSection, Recipe, Resources, Train
+from smalti.schema import (
+    FeaturesSection,
+    LanguageModel,
+    Lora,
+    MllmSection,
+    Recipe,
+    Resources,
+    Train,
+)
 from smalti.tokenizers.encoders import VisionEncoder
 from smalti.workflows.cluster.gpu_specs import bf16_peak
 from smalti.workflows.plan import models
@@ -69,18 +77,24 @@ def measured(recipe: Recipe) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["encoder", "semantic", "pixel", "mllm"])
-def test_memory_is_what_real_tensors_take(name: str, trials: dict[str, Trial], measured: dict[str, Any]) -> None:
+def test_memory_is_what_real_tensors_take(
+    name: str, trials: dict[str, Trial], measured: dict[str, Any]
+) -> None:
     stays, passing, _ = measured[name]
     planned = trials[name].memory(Setting(1, BATCH, 0))
     assert planned["states"] + planned["frozen"] == pytest.approx(stays, rel=0.02)
     assert planned["activations"] + planned["logits"] == pytest.approx(passing, rel=0.15)
 
 
-def test_activations_computed_again_are_traced_too(trials: dict[str, Trial], recipe: Recipe, measured: Any) -> None:
+def test_activations_computed_again_are_traced_too(
+    trials: dict[str, Trial], recipe: Recipe, measured: Any
+) -> None:
     """The semantic stage, in float32, with each block of its decoder run again on the way back."""
     from bench.real_steps import peak_of, real_step
 
-    model = next(model for model in system_of(recipe).planned_models(recipe) if model.name == "semantic")
+    model = next(
+        model for model in system_of(recipe).planned_models(recipe) if model.name == "semantic"
+    )
     modules = model.modules.to_empty(device="cpu")
     with torch.no_grad():
         for tensor in [*modules.parameters(), *modules.buffers()]:
@@ -89,7 +103,9 @@ def test_activations_computed_again_are_traced_too(trials: dict[str, Trial], rec
         recompute(block)
     step = real_step(model, BATCH)
     step()
-    whole, again = (trials["semantic"].memory(Setting(1, BATCH, 0, on))["activations"] for on in (False, True))
+    whole, again = (
+        trials["semantic"].memory(Setting(1, BATCH, 0, on))["activations"] for on in (False, True)
+    )
     assert again == pytest.approx(peak_of(step), rel=0.15)
     assert again < whole
     assert trials["semantic"].flops(True)["fp32"] > 1.02 * trials["semantic"].flops()["fp32"]
@@ -101,7 +117,13 @@ def engine_bytes(folder: str) -> dict[int, int]:
 
     engines.prepare_process(False, 1)
     engines.REDUCE_BUCKET = 1000  # buckets are buffers, not states
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    os.environ |= {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
     found = {}
     for stage in range(4):
@@ -134,7 +156,9 @@ def estimates(parameters: int, largest: int) -> dict[tuple[int, int, int], tuple
 
     found = {}
     for gpus, nodes in ((8, 1), (8, 4), (8, 16)):
-        _, size, gathered = zero3(parameters, largest, gpus, nodes, cpu_offload=False, cpu_offload_params=False)
+        _, size, gathered = zero3(
+            parameters, largest, gpus, nodes, cpu_offload=False, cpu_offload_params=False
+        )
         found[3, gpus, nodes] = size, gathered
         found[2, gpus, nodes] = zero2(parameters, gpus, nodes, cpu_offload=False)[1], 0
     return found
@@ -169,12 +193,21 @@ def test_states_against_deepspeeds_estimators(deepspeeds: tuple[Any, Any]) -> No
 
 def language_model(freeze: Any = (), lora: Lora | None = None, **train: Any) -> Model:
     """The language model alone, on meta: width 64, 2 layers."""
-    size = LanguageModel(hidden_size=64, layers=2, heads=2, kv_heads=2, intermediate_size=128, text_vocab_size=300)
+    size = LanguageModel(
+        hidden_size=64, layers=2, heads=2, kv_heads=2, intermediate_size=128, text_vocab_size=300
+    )
     section = MllmSection(
-        config=size, max_length=32, loss_chunk=8, train=Train(**train), freeze=list(freeze), lora=lora
+        config=size,
+        max_length=32,
+        loss_chunk=8,
+        train=Train(**train),
+        freeze=list(freeze),
+        lora=lora,
     )
     recipe = load_recipe("semhitok-quickstart")
-    return models.language_model(section, recipe.codebook.size * recipe.tokenizer.pixel.codes, (8, 8))
+    return models.language_model(
+        section, recipe.codebook.size * recipe.tokenizer.pixel.codes, (8, 8)
+    )
 
 
 def counted_traffic(sizes: dict[str, int]) -> dict[str, float]:
@@ -196,7 +229,9 @@ def traffic_recipes() -> dict[str, Recipe]:
         "ZeRO-3": {"zero_stage": 3, "precision": "bf16"},
         "again": {"zero_stage": 3, "activation_checkpointing": True},
     }
-    return {name: recipe_of(train.model_copy(update=change), 64, 4) for name, change in changes.items()}
+    return {
+        name: recipe_of(train.model_copy(update=change), 64, 4) for name, change in changes.items()
+    }
 
 
 def test_traffic_is_what_two_workers_send(ranks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +245,9 @@ def test_traffic_is_what_two_workers_send(ranks: Any, monkeypatch: pytest.Monkey
     for name, made in traffic_recipes().items():
         expected = planned(made)
         for worker in sent:
-            assert worker[name] == pytest.approx(expected, rel=0.03 if name != "ZeRO-2" else 1e-4), name
+            assert worker[name] == pytest.approx(
+                expected, rel=0.03 if name != "ZeRO-2" else 1e-4
+            ), name
 
 
 def test_traffic_steps_and_hours_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +259,9 @@ def test_traffic_steps_and_hours_by_hand(monkeypatch: pytest.MonkeyPatch) -> Non
     plan = TrainPlan(Trial(model), rates, 8)
     parameters = model.parameters("model")
     assert plan.setting == Setting(8, 2, 3)
-    assert plan.traffic == pytest.approx(2 * 4 * parameters * 2 * 7 / 8), "two micro batches of float32"
+    assert plan.traffic == pytest.approx(2 * 4 * parameters * 2 * 7 / 8), (
+        "two micro batches of float32"
+    )
     compute = sum(plan.row_flops.values()) * 32 / 8 / 1e12
     assert plan.step_seconds == (pytest.approx(max(compute, plan.traffic / 1e9)), "traffic")
     assert plan.hours == pytest.approx(100 * plan.traffic / 1e9 / 3600)
@@ -234,7 +273,9 @@ def test_traffic_steps_and_hours_by_hand(monkeypatch: pytest.MonkeyPatch) -> Non
     assert two_nodes.step_seconds[0] == pytest.approx(2 * 4 * parameters * 15 / 16 / 0.5e9)
     monkeypatch.setitem(engines.STAGE_3, "stage3_max_live_parameters", parameters // 2)
     assert plan.traffic == pytest.approx(2.5 * 4 * parameters * 2 * 7 / 8)
-    again = language_model(steps=100, batch_size=32, micro_batch_size=2, zero_stage=3, activation_checkpointing=True)
+    again = language_model(
+        steps=100, batch_size=32, micro_batch_size=2, zero_stage=3, activation_checkpointing=True
+    )
     assert TrainPlan(Trial(again), rates, 8).traffic == plan.traffic
     monkeypatch.setitem(engines.STAGE_3, "stage3_param_persistence_threshold", 64 * 64)
     small = sum(p.numel() for p in model.modules["model"].parameters() if p.numel() <= 64 * 64)
@@ -251,7 +292,9 @@ def test_traffic_steps_and_hours_by_hand(monkeypatch: pytest.MonkeyPatch) -> Non
     )  # type: ignore[union-attr]
 
 
-def test_parts_that_are_not_trained_have_no_states_and_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_that_are_not_trained_have_no_states_and_no_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """By hand: 4 bytes a frozen weight, shared out by ZeRO-3; the head's loss without its weight's gradient; a checkpoint
     of 4 bytes; ZeRO-3 gathers all, and sums the gradients of the trained ones."""
     rates = Rates("box", 1e12, 1e9, 16e9, "stated")
@@ -261,7 +304,9 @@ def test_parts_that_are_not_trained_have_no_states_and_no_gradients(monkeypatch:
     trained, resting = model.parameters("model"), model.resting("model")
     assert model.head is not None and whole.head is not None and not model.head.trained
     assert trained + resting == whole.parameters("model")
-    assert trained == sum(p.numel() for p in model.modules["model"].adapter.parameters() if p.requires_grad)  # type: ignore[union-attr]
+    assert trained == sum(
+        p.numel() for p in model.modules["model"].adapter.parameters() if p.requires_grad
+    )  # type: ignore[union-attr]
     trial = Trial(model)
     found = trial.memory(Setting(4, 2, 0))
     assert found["states"] == 16 * trained
@@ -275,18 +320,26 @@ def test_parts_that_are_not_trained_have_no_states_and_no_gradients(monkeypatch:
     assert plain.traffic == pytest.approx(2 * 4 * trained * 3 / 4)
     assert plain.checkpoint == 12 * trained + 4 * resting
     monkeypatch.setitem(engines.STAGE_3, "stage3_param_persistence_threshold", 0)
-    shared = TrainPlan(Trial(language_model(freeze=["new_rows", "backbone"], zero_stage=3, **train)), rates, 4)
-    assert shared.traffic == pytest.approx((2 * trained + resting) * 4 * 4 * 3 / 4), "four micro batches"
+    shared = TrainPlan(
+        Trial(language_model(freeze=["new_rows", "backbone"], zero_stage=3, **train)), rates, 4
+    )
+    assert shared.traffic == pytest.approx((2 * trained + resting) * 4 * 4 * 3 / 4), (
+        "four micro batches"
+    )
     assert shared.states(3) == 20 * trained / 4
 
 
 def test_low_rank_updates_are_what_is_trained_of_a_backbone() -> None:
-    model = language_model(lora=Lora(rank=4, targets=["q_proj"]), freeze=["new_rows", "adapter"], steps=9, batch_size=8)
+    model = language_model(
+        lora=Lora(rank=4, targets=["q_proj"]), freeze=["new_rows", "adapter"], steps=9, batch_size=8
+    )
     assert model.parameters("model") == 2 * (64 * 4 + 4 * 64), "two layers of width 64"
     assert Trial(model).memory(Setting(1, 1, 0))["states"] == 16 * 1024
 
 
-def test_a_number_of_devices_that_a_batch_does_not_divide_among_names_the_option(trials: dict[str, Trial]) -> None:
+def test_a_number_of_devices_that_a_batch_does_not_divide_among_names_the_option(
+    trials: dict[str, Trial],
+) -> None:
     """Batches of 32, 64, 32 and 16."""
     models = [trial.model for trial in trials.values()]
     told = (
@@ -295,11 +348,17 @@ def test_a_number_of_devices_that_a_batch_does_not_divide_among_names_the_option
     )
     with pytest.raises(ConfigError, match=told):
         shared_among(models, Resources(), 3)
-    with pytest.raises(ConfigError, match=r"--gpus=32: mllm\.train\.batch_size=16 .*Set --gpus to 16, or mllm"):
+    with pytest.raises(
+        ConfigError, match=r"--gpus=32: mllm\.train\.batch_size=16 .*Set --gpus to 16, or mllm"
+    ):
         shared_among(models, Resources(), 32)
-    with pytest.raises(ConfigError, match=r"resources\.workers=3: .* Set resources\.workers to 2 or 4"):
+    with pytest.raises(
+        ConfigError, match=r"resources\.workers=3: .* Set resources\.workers to 2 or 4"
+    ):
         shared_among(models, Resources(workers=3), None)
-    assert shared_among(models, Resources(workers=(1, 3)), None) == 2, "as many as can share a batch"
+    assert shared_among(models, Resources(workers=(1, 3)), None) == 2, (
+        "as many as can share a batch"
+    )
     assert shared_among(models, Resources(workers=(1, 3)), 8) == 8
 
 
@@ -311,12 +370,17 @@ def test_what_cannot_fit_names_the_smallest_change_that_does() -> None:
     plan = TrainPlan(trial, replace(box, memory=needed / 0.92 + 1), 4)
     refusal = plan.refusal() or ""
     assert re.search(
-        r"mllm needs .* on each box, of .*activations .*With mllm\.train\.micro_batch_size=2 it is", refusal
+        r"mllm needs .* on each box, of .*activations .*With mllm\.train\.micro_batch_size=2 it is",
+        refusal,
     )
     assert plan.fits(Setting(4, 2, 0)) and not plan.fits(plan.setting)
     assert TrainPlan(trial, box, 4).refusal() is None
-    zero = TrainPlan(Trial(language_model(steps=9, batch_size=32, zero_stage=2, offload="cpu")), box, 4)
-    assert zero.memory["states"] == 4 * model.parameters("model"), "gradients and moments lie in main memory"
+    zero = TrainPlan(
+        Trial(language_model(steps=9, batch_size=32, zero_stage=2, offload="cpu")), box, 4
+    )
+    assert zero.memory["states"] == 4 * model.parameters("model"), (
+        "gradients and moments lie in main memory"
+    )
     hopeless = TrainPlan(trial, replace(box, memory=1e5), 4).refusal() or ""
     assert "Nothing that is tried here makes it fit" in hopeless
 
@@ -326,22 +390,39 @@ def test_muon_keeps_one_moment_without_zero_alone() -> None:
     model = language_model(steps=9, batch_size=32, optimizer="muon")
     trial, parameters = Trial(model), model.parameters("model")
     assert trial.states("model", 0, 64) == 16 * parameters - 4 * model.muon("model")
-    assert [trial.states("model", stage, 64) for stage in (1, 2, 3)] == [states(parameters, s, 64) for s in (1, 2, 3)]
+    assert [trial.states("model", stage, 64) for stage in (1, 2, 3)] == [
+        states(parameters, s, 64) for s in (1, 2, 3)
+    ]
 
 
 def test_the_mend_tries_every_divisor_of_a_micro_batch() -> None:
     trial = Trial(language_model(steps=9, batch_size=48, micro_batch_size=12))
     needed = sum(trial.memory(Setting(4, 4, 0)).values())
-    refusal = TrainPlan(trial, Rates("box", 1e12, 1e9, needed / 0.92 + 1, "stated"), 4).refusal() or ""
+    refusal = (
+        TrainPlan(trial, Rates("box", 1e12, 1e9, needed / 0.92 + 1, "stated"), 4).refusal() or ""
+    )
     assert "With mllm.train.micro_batch_size=4 it is" in refusal
 
 
 def test_more_gpus_are_proposed_where_every_stage_can_share_its_batch_among_them() -> None:
     """A box without main memory to speak of, so that offload is no way out; the other stage's batch is 12."""
-    train = {"micro_batch_size": 1, "zero_stage": 3, "activation_checkpointing": True, "data_gb": 1e-9}
+    train = {
+        "micro_batch_size": 1,
+        "zero_stage": 3,
+        "activation_checkpointing": True,
+        "data_gb": 1e-9,
+    }
     trial = Trial(language_model(steps=9, batch_size=32, **train))
     needed = sum(trial.memory(Setting(8, 1, 3, True)).values())
-    host = sum(TrainPlan(trial, Rates("box", 1e12, 1e9, needed, "stated"), 4).host(Setting(4, 1, 3)).values()) / 0.6 + 1
+    host = (
+        sum(
+            TrainPlan(trial, Rates("box", 1e12, 1e9, needed, "stated"), 4)
+            .host(Setting(4, 1, 3))
+            .values()
+        )
+        / 0.6
+        + 1
+    )
     box = Rates("box", 1e12, 1e9, needed / 0.92 + 1, "stated", host=host)
     assert "With --gpus 8 it is" in (TrainPlan(trial, box, 4).refusal() or "")
     other = language_model(steps=9, batch_size=12)
@@ -354,27 +435,39 @@ def test_what_is_offloaded_must_fit_into_main_memory() -> None:
     plan = TrainPlan(trial, box, 4)
     assert plan.away(plan.setting) == pytest.approx(20 * trial.model.parameters("model") / 4)
     needed = sum(plan.host(plan.setting).values())
-    assert needed == plan.away(plan.setting) + 2 + 5 * 8 * 32 * 64, "two windows, and five batches of eight samples"
+    assert needed == plan.away(plan.setting) + 2 + 5 * 8 * 32 * 64, (
+        "two windows, and five batches of eight samples"
+    )
     assert TrainPlan(trial, replace(box, host=needed / 0.6 + 1), 4).refusal() is None
     refusal = TrainPlan(trial, replace(box, host=needed / 1.1), 4).refusal() or ""
     assert re.search(
-        r"mllm puts .* into main memory for each box .* With mllm\.train\.micro_batch_size=1 and --gpus 8", refusal
+        r"mllm puts .* into main memory for each box .* With mllm\.train\.micro_batch_size=1 and --gpus 8",
+        refusal,
     )
-    nvme = language_model(steps=9, batch_size=32, zero_stage=3, offload="nvme", offload_path="/nvme", data_gb=1e-9)
-    assert TrainPlan(Trial(nvme), replace(box, host=3e5), 4).refusal() is None, "a disk's room is not known"
+    nvme = language_model(
+        steps=9, batch_size=32, zero_stage=3, offload="nvme", offload_path="/nvme", data_gb=1e-9
+    )
+    assert TrainPlan(Trial(nvme), replace(box, host=3e5), 4).refusal() is None, (
+        "a disk's room is not known"
+    )
 
 
 def test_windows_and_batches_must_fit_into_main_memory(trials: dict[str, Trial]) -> None:
     """4 GB of shards for images, for the language model as much again for texts; batches of uint8 pixels."""
     pixel = TrainPlan(trials["pixel"], Rates("box", 1e12, 1e9, 16e9, "stated", host=16e9), 2)
     size, share = pixel.model.pixels, pixel.model.train.batch_size / 2
-    assert pixel.host(pixel.setting) == {"shards": 4e9, "batches": 5 * share * 3 * size**2, "offload": 0}
+    assert pixel.host(pixel.setting) == {
+        "shards": 4e9,
+        "batches": 5 * share * 3 * size**2,
+        "offload": 0,
+    }
     assert pixel.refusal() is None
     text = TrainPlan(trials["mllm"], replace(pixel.rates, host=10e9), 2)
     assert text.host(text.setting)["shards"] == 8e9
     refusal = text.refusal() or ""
     assert re.search(
-        r"mllm puts 8 GB into main memory .*shards 8 GB.* of 10 GB .* With mllm\.train\.data_gb=2\.9 it", refusal
+        r"mllm puts 8 GB into main memory .*shards 8 GB.* of 10 GB .* With mllm\.train\.data_gb=2\.9 it",
+        refusal,
     )
     small = text.model.train.model_copy(update={"data_gb": 2.9})
     trial = Trial.__new__(Trial)
@@ -385,8 +478,15 @@ def test_windows_and_batches_must_fit_into_main_memory(trials: dict[str, Trial])
 def test_memory_of_stages_that_train_nothing() -> None:
     """Five images by the figures of one and two, against a pass of five; what does not fit names the largest batch."""
     section = FeaturesSection(batch_size=5)
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    encoder = VisionEncoder(SiglipVisionModel(SiglipVisionConfig(**size, image_size=32, patch_size=8)))
+    size = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    encoder = VisionEncoder(
+        SiglipVisionModel(SiglipVisionConfig(**size, image_size=32, patch_size=8))
+    )
     weights = 4 * sum(t.numel() for t in (*encoder.parameters(), *encoder.buffers()))
     modules = nn.ModuleDict({"encoder": encoder})
     look = InferenceCost.of(section, modules, [encoder], [encoder], 32)
@@ -396,12 +496,21 @@ def test_memory_of_stages_that_train_nothing() -> None:
             encoder(fake(5, 3, 32, 32))
 
     assert look.memory == pytest.approx(weights + trace(modules, step, bf16=False).peak)
-    box = Rates("box", 1e12, 1e9, (weights + look.first + 2.5 * look.further) / 0.92, "stated", {"fp32": 1e12})
+    box = Rates(
+        "box",
+        1e12,
+        1e9,
+        (weights + look.first + 2.5 * look.further) / 0.92,
+        "stated",
+        {"fp32": 1e12},
+    )
     assert (look.refusal("features", box) or "").endswith("Set features.batch_size=3.")
     assert look.refusal("features", gpu_rates("a100")) is None
 
 
-@pytest.mark.parametrize(("name", "billions"), [("Qwen/Qwen2.5-0.5B", 0.494), ("Qwen/Qwen2.5-7B-Instruct", 7.616)])
+@pytest.mark.parametrize(
+    ("name", "billions"), [("Qwen/Qwen2.5-0.5B", 0.494), ("Qwen/Qwen2.5-7B-Instruct", 7.616)]
+)
 def test_sizes_of_public_language_models(name: str, billions: float) -> None:
     """Their model cards say 0.49B and 7.61B; the tests run without the hub, so the table speaks."""
     from transformers import AutoModelForCausalLM
@@ -416,9 +525,15 @@ def test_sizes_of_public_language_models(name: str, billions: float) -> None:
 
 def test_sizes_of_public_encoders() -> None:
     config, origin = vision_config("google/siglip-so400m-patch14-384")
-    assert (config.hidden_size, config.image_size // config.patch_size, config.num_hidden_layers) == (1152, 27, 27)
+    assert (
+        config.hidden_size,
+        config.image_size // config.patch_size,
+        config.num_hidden_layers,
+    ) == (1152, 27, 27)
     assert "table of public models" in origin
-    with pytest.raises(Exception, match=r"encoder\.pretrained=acme/none: its config cannot be read from the hub"):
+    with pytest.raises(
+        Exception, match=r"encoder\.pretrained=acme/none: its config cannot be read from the hub"
+    ):
         vision_config("acme/none")
 
 
@@ -430,7 +545,13 @@ def test_a_gpu_without_bf16_is_planned_at_its_float32_rate() -> None:
 
 def test_cards_of_one_name_have_peaks_of_their_own() -> None:
     """Names as torch gives them."""
-    names = ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA H200", "NVIDIA A100 80GB PCIe")
+    names = (
+        "NVIDIA H100 80GB HBM3",
+        "NVIDIA H100 PCIe",
+        "NVIDIA H100 NVL",
+        "NVIDIA H200",
+        "NVIDIA A100 80GB PCIe",
+    )
     assert [bf16_peak(name) for name in names] == [989e12, 756e12, 835e12, 989e12, 312e12]
     assert bf16_peak("NVIDIA GeForce RTX 4090") is None
 
@@ -438,7 +559,16 @@ def test_cards_of_one_name_have_peaks_of_their_own() -> None:
 def test_the_command_prints_every_stage_and_refuses_what_cannot_fit(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    asked = ["plan", "semhitok-quickstart", f"out={tmp_path}", *SMALL, "--gpu", "a100", "--gpus", "2"]
+    asked = [
+        "plan",
+        "semhitok-quickstart",
+        f"out={tmp_path}",
+        *SMALL,
+        "--gpu",
+        "a100",
+        "--gpus",
+        "2",
+    ]
     asked += [
         "codebook.size=500000",
         "codebook.coarse=1000",
@@ -453,9 +583,21 @@ def test_the_command_prints_every_stage_and_refuses_what_cannot_fit(
     assert main([*asked, "mllm.train.batch_size=65536", "mllm.train.micro_batch_size=32768"]) == 1
     seen = capsys.readouterr()
     assert re.search(r"features +.* GPU-hours; .* a GPU for \d+ images", seen.out)
-    for part in ("encoder:", "semantic:", "pixel:", "mllm:", "storage:", "states a GPU", "GPU-hours", "ASSUMED"):
+    for part in (
+        "encoder:",
+        "semantic:",
+        "pixel:",
+        "mllm:",
+        "storage:",
+        "states a GPU",
+        "GPU-hours",
+        "ASSUMED",
+    ):
         assert part in seen.out
     assert "N = 150,000,000 vectors x C = 1,152 -> K = 500,000 codes in P = 1,000 cells" in seen.out
-    assert re.search(r"cannot fit:\n  mllm needs .*With mllm\.train\.optimizer=adamw and .*, and fits\.", seen.err)
+    assert re.search(
+        r"cannot fit:\n  mllm needs .*With mllm\.train\.optimizer=adamw and .*, and fits\.",
+        seen.err,
+    )
     assert main([*asked, "--gpus", "0"]) == 2
     assert "--gpus: expected a number of at least 1" in capsys.readouterr().err

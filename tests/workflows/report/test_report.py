@@ -67,7 +67,11 @@ class Page(HTMLParser):
 
 
 def finish(
-    out: Path, name: str, counts: dict[str, int], seconds: float = 1.0, scores: dict[str, Any] | None = None
+    out: Path,
+    name: str,
+    counts: dict[str, int],
+    seconds: float = 1.0,
+    scores: dict[str, Any] | None = None,
 ) -> Artifact:
     place = artifact.begin(str(out / name), name.rsplit("/", 1)[-1], {"source": NASTY}, {})
     assert isinstance(place, artifact.Workspace)
@@ -117,11 +121,27 @@ def evaluation(out: Path, folder: str = "evaluate") -> Artifact:
         "gallery_of": "semantic",
         "histogram": {"points": [[1, 50], [2, 3], [3, 0]], "codes": 3000, "used": 2, "tokens": 53},
         "drawings": [
-            {"picture": "drawing-00", "prompt": NASTY, "label": "red", "seen": {"judge": NASTY, "zero_shot": "red"}}
+            {
+                "picture": "drawing-00",
+                "prompt": NASTY,
+                "label": "red",
+                "seen": {"judge": NASTY, "zero_shot": "red"},
+            }
         ],
         "questions": {"by_kind": breakdown([NASTY, "b", "b"], hits, hits)},
-        "examples": [{"picture": "question-00", "question": NASTY, "answer": NASTY, "given": NASTY, "right": False}],
-        "zero_shot": {"classes": [{"key": NASTY, "n": 3, "accuracy": 0.5}], "sentences": {NASTY: NASTY}},
+        "examples": [
+            {
+                "picture": "question-00",
+                "question": NASTY,
+                "answer": NASTY,
+                "given": NASTY,
+                "right": False,
+            }
+        ],
+        "zero_shot": {
+            "classes": [{"key": NASTY, "n": 3, "accuracy": 0.5}],
+            "sentences": {NASTY: NASTY},
+        },
         "skipped": {"retrieval": NASTY},
     }
     (out / folder / "tables.json").write_text(json.dumps(tables))
@@ -140,8 +160,15 @@ def recipe(tmp_path: Path) -> Recipe:
 @pytest.fixture
 def artifacts(recipe: Recipe, tmp_path: Path) -> list[Artifact]:
     """A whole run with phases, histories and a baseline."""
-    write_rows = [{"step": step, "loss": 5.0 / step, "lr": 1e-3, "samples_per_s": 9} for step in range(1, 40)]
-    corpus = finish(tmp_path, "corpus", {"train": 90, "val": 10, "quarantined": 3, "quarantined/truncated": 3}, 2.0)
+    write_rows = [
+        {"step": step, "loss": 5.0 / step, "lr": 1e-3, "samples_per_s": 9} for step in range(1, 40)
+    ]
+    corpus = finish(
+        tmp_path,
+        "corpus",
+        {"train": 90, "val": 10, "quarantined": 3, "quarantined/truncated": 3},
+        2.0,
+    )
     phase = tmp_path / "tokenizer" / "phases" / "pixel"
     finish(tmp_path, "tokenizer/phases/pixel", {"steps": 40}, 30.0)
     write_history(phase, write_rows)
@@ -153,16 +180,29 @@ def artifacts(recipe: Recipe, tmp_path: Path) -> list[Artifact]:
     return [corpus, tokenizer, mllm, evaluation(tmp_path)]
 
 
-def test_json_has_the_promised_shape(recipe: Recipe, artifacts: list[Artifact], tmp_path: Path) -> None:
+def test_json_has_the_promised_shape(
+    recipe: Recipe, artifacts: list[Artifact], tmp_path: Path
+) -> None:
     _, json_path = report.build(recipe, artifacts, recipe.out, started=time.time() - 5)
     found = json.loads(Path(json_path).read_text())
-    assert list(found) == ["name", "version", "recipe", "machine", "started", "seconds", "stages", "scores"]
+    assert list(found) == [
+        "name",
+        "version",
+        "recipe",
+        "machine",
+        "started",
+        "seconds",
+        "stages",
+        "scores",
+    ]
     assert found["name"] == NASTY
     assert found["recipe"]["out"] == str(tmp_path)
     assert found["machine"]["cores"] >= 1
     assert "torch" in found["machine"]["versions"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", found["started"])
-    assert found["seconds"] == pytest.approx(2 + 40 + 100 + 9 + 90, abs=1)  # the work, which is longer than the command
+    assert found["seconds"] == pytest.approx(
+        2 + 40 + 100 + 9 + 90, abs=1
+    )  # the work, which is longer than the command
     assert [stage["name"] for stage in found["stages"]] == [
         "corpus", "tokenizer", "mllm", "evaluate", "baselines/pixel_codes/mllm",
     ]  # fmt: skip
@@ -185,8 +225,13 @@ def test_page_loads_nothing_from_elsewhere(recipe: Recipe, artifacts: list[Artif
     assert page.stack == []
     images = page.of("img")
     assert len(images) == 6
-    assert all((image["src"] or "").startswith("data:image/png;base64,") and image["alt"] for image in images)
-    assert {tag for tag, _ in page.elements}.isdisjoint({"script", "link", "iframe", "object", "embed", "base"})
+    assert all(
+        (image["src"] or "").startswith("data:image/png;base64,") and image["alt"]
+        for image in images
+    )
+    assert {tag for tag, _ in page.elements}.isdisjoint(
+        {"script", "link", "iframe", "object", "embed", "base"}
+    )
     for _, attributes in page.elements:
         for name in ("src", "href", "srcset", "action", "xlink:href", "style"):
             value = attributes.get(name) or ""
@@ -222,7 +267,9 @@ def test_every_section_of_a_whole_run_is_there(recipe: Recipe, artifacts: list[A
     assert not any("samples_per_s" in label for label in charts)
 
 
-def test_an_evaluation_in_the_folder_of_earlier_versions_is_reported(recipe: Recipe, tmp_path: Path) -> None:
+def test_an_evaluation_in_the_folder_of_earlier_versions_is_reported(
+    recipe: Recipe, tmp_path: Path
+) -> None:
     html_path, json_path = report.build(recipe, [evaluation(tmp_path, "evaluation")], recipe.out)
     assert len(Page(Path(html_path).read_text()).of("img")) == 6
     assert json.loads(Path(json_path).read_text())["scores"]["qa/accuracy"]["value"] == 0.92
@@ -241,7 +288,9 @@ def test_parts_may_be_missing(recipe: Recipe, artifacts: list[Artifact], kept: i
     assert len(found["stages"]) == kept
 
 
-def test_an_evaluation_without_questions_or_pictures(recipe: Recipe, artifacts: list[Artifact], tmp_path: Path) -> None:
+def test_an_evaluation_without_questions_or_pictures(
+    recipe: Recipe, artifacts: list[Artifact], tmp_path: Path
+) -> None:
     (tmp_path / "evaluate" / "tables.json").write_text(json.dumps({"skipped": {}}))
     html_path, _ = report.build(recipe, artifacts, recipe.out)
     page = Page(Path(html_path).read_text())
@@ -249,7 +298,9 @@ def test_an_evaluation_without_questions_or_pictures(recipe: Recipe, artifacts: 
     assert "questions" not in {attributes["id"] for attributes in page.of("section")}
 
 
-def test_report_goes_to_an_object_store(recipe: Recipe, artifacts: list[Artifact], memory_url: str) -> None:
+def test_report_goes_to_an_object_store(
+    recipe: Recipe, artifacts: list[Artifact], memory_url: str
+) -> None:
     import fsspec
 
     html_path, json_path = report.build(recipe, artifacts, f"{memory_url}/run")
@@ -263,17 +314,26 @@ def test_table_is_aligned_and_tells_of_goals() -> None:
     scores = {
         "zzz/own": Score(1234.5, 3).as_json(),
         "reconstruction/psnr": Score(23.456, 1000).as_json(),
-        "qa/accuracy": Score(0.9134, 2000, baseline={"question_only": 0.67, "pixel_codes": 0.7}).as_json()
+        "qa/accuracy": Score(
+            0.9134, 2000, baseline={"question_only": 0.67, "pixel_codes": 0.7}
+        ).as_json()
         | {"goal": 0.9},
     }
     lines = report.table(scores, {"reconstruction/psnr": 24.0}).splitlines()
-    assert [line.split()[0] for line in lines[2:]] == ["qa/accuracy", "reconstruction/psnr", "zzz/own"]
+    assert [line.split()[0] for line in lines[2:]] == [
+        "qa/accuracy",
+        "reconstruction/psnr",
+        "zzz/own",
+    ]
     assert "91.3 %" in lines[2]
     assert "question only 67.0 %, pixel codes 70.0 %" in lines[2]
     assert lines[2].endswith("90.0 % reached")
     assert lines[3].endswith("24.00 dB NOT reached")
     assert "1,234" in lines[4]
-    ends = {line.index(mark) + len(mark) for line, mark in zip(lines[2:], ("2,000", "1,000", "    3"), strict=True)}
+    ends = {
+        line.index(mark) + len(mark)
+        for line, mark in zip(lines[2:], ("2,000", "1,000", "    3"), strict=True)
+    }
     assert len(ends) == 1
     assert report.table({}) == "no scores: nothing was measured"
 
@@ -291,17 +351,34 @@ def test_goals_follow_the_direction_of_a_score() -> None:
 
 
 def test_numbers_are_written_for_people() -> None:
-    assert [written(0.91349, "share"), written(24.4, "dB"), written(2.0, "nats")] == ["91.3 %", "24.40 dB", "2.00 nats"]
+    assert [written(0.91349, "share"), written(24.4, "dB"), written(2.0, "nats")] == [
+        "91.3 %",
+        "24.40 dB",
+        "2.00 nats",
+    ]
     assert [written(x, "plain") for x in (0.87, 13.14, 196608.0)] == ["0.870", "13.1", "196,608"]
     assert [duration(x) for x in (8.26, 59.99, 60, 245, 3599.7, 11520)] == [
         "8.3 s", "60.0 s", "1 min 00 s", "4 min 05 s", "1 h 00 min", "3 h 12 min",
     ]  # fmt: skip
-    assert ordered({"b": 1, "a": 1, "codes/vrr": 1, "qa/accuracy": 1}) == ["qa/accuracy", "codes/vrr", "a", "b"]
+    assert ordered({"b": 1, "a": 1, "codes/vrr": 1, "qa/accuracy": 1}) == [
+        "qa/accuracy",
+        "codes/vrr",
+        "a",
+        "b",
+    ]
 
 
 def test_ticks_are_round_and_inside() -> None:
     assert nice_ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
-    for low, high in ((0, 1), (-3.2, 8.9), (1e-6, 2e-6), (5, 5e6), (0, 2.04), (2.3, 2.9), (0.999, 1.001)):
+    for low, high in (
+        (0, 1),
+        (-3.2, 8.9),
+        (1e-6, 2e-6),
+        (5, 5e6),
+        (0, 2.04),
+        (2.3, 2.9),
+        (0.999, 1.001),
+    ):
         ticks = nice_ticks(low, high)
         assert 4 <= len(ticks) <= 6
         assert all(low - 1e-9 * abs(high) <= tick <= high * (1 + 1e-9) for tick in ticks)
@@ -333,7 +410,9 @@ def test_a_first_point_far_from_the_others_does_not_flatten_the_curve() -> None:
     assert decades.log and decades.note == "log scale" and decades.high == 1000
     cut = y_range([1000.0, *falling])
     assert not cut.log and cut.high < 6 and cut.note == "1 point outside, to 1k"
-    assert "1 point outside, to 1k" in line_chart([(float(x), y) for x, y in enumerate([1000.0, *falling])], "loss")
+    assert "1 point outside, to 1k" in line_chart(
+        [(float(x), y) for x, y in enumerate([1000.0, *falling])], "loss"
+    )
     assert y_range([-900.0, *falling]).low > 4
     assert y_range([0.0, 5.0, 5.0]) == YRange(0.0, 5.0)
 

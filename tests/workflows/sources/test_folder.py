@@ -27,8 +27,14 @@ def picture(number: int) -> bytes:
 
 
 def collect(source: Path, **section: str) -> tuple[list[Sample], list[Lost]]:
-    found = [one for group in find_groups(str(source), CorpusSection(**section), 0) for one in group.samples()]
-    return [one for one in found if isinstance(one, Sample)], [one for one in found if isinstance(one, Lost)]
+    found = [
+        one
+        for group in find_groups(str(source), CorpusSection(**section), 0)
+        for one in group.samples()
+    ]
+    return [one for one in found if isinstance(one, Sample)], [
+        one for one in found if isinstance(one, Lost)
+    ]
 
 
 def test_folder_takes_text_as_people_write_it(tmp_path: Path) -> None:
@@ -49,9 +55,15 @@ def test_a_caption_file_beside_an_image_is_its_text(tmp_path: Path) -> None:
         (tmp_path / f"{number}.caption").write_text(f"caption {number}")
     (tmp_path / "1.txt").write_text("text 1")
     samples, lost = collect(tmp_path)
-    assert ({one.key: one.caption for one in samples}, lost) == ({"0.png": "caption 0", "1.png": "text 1"}, [])
+    assert ({one.key: one.caption for one in samples}, lost) == (
+        {"0.png": "caption 0", "1.png": "text 1"},
+        [],
+    )
     os.truncate(tmp_path / "1.txt", CorpusSection().max_bytes + 1)
-    assert {one.key: one.caption for one in collect(tmp_path)[0]} == {"0.png": "caption 0", "1.png": None}
+    assert {one.key: one.caption for one in collect(tmp_path)[0]} == {
+        "0.png": "caption 0",
+        "1.png": None,
+    }
 
 
 def test_folder_follows_links_once_and_counts_broken_ones(tmp_path: Path) -> None:
@@ -66,7 +78,10 @@ def test_folder_follows_links_once_and_counts_broken_ones(tmp_path: Path) -> Non
     (folder / "cat" / "gone.png").symlink_to(tmp_path / "nowhere")
     (folder / "cat" / "2.txt").symlink_to(tmp_path / "nowhere")
     samples, lost = collect(folder)
-    assert sorted((one.key, one.label) for one in samples) == [("cat/3.png", "cat"), ("dog/1.png", "dog")]
+    assert sorted((one.key, one.label) for one in samples) == [
+        ("cat/3.png", "cat"),
+        ("dog/1.png", "dog"),
+    ]
     assert sorted((one.key, one.reason) for one in lost) == [
         ("cat/2.png", "unreadable"),
         ("cat/gone.png", "unreadable"),
@@ -86,7 +101,10 @@ def test_what_is_no_file_is_counted_and_not_waited_for(tmp_path: Path) -> None:
     lines = tmp_path / "x.jsonl"
     lines.write_text("\n".join(json.dumps({"image": name}) for name in names))
     samples, lost = collect(lines)
-    assert ([one.key for one in samples], [one.reason for one in lost]) == (["1"], ["unreadable"] * 3)
+    assert ([one.key for one in samples], [one.reason for one in lost]) == (
+        ["1"],
+        ["unreadable"] * 3,
+    )
     os.mkfifo(tmp_path / "metadata.csv")
     with pytest.raises(DataError, match=r"cannot be read .*metadata\.csv is a pipe"):
         collect(tmp_path)
@@ -103,7 +121,9 @@ def test_folder_counts_a_folder_that_may_not_be_read(tmp_path: Path) -> None:
     )
 
 
-def test_a_long_listing_is_sorted_on_disk_to_the_same_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_listing_is_sorted_on_disk_to_the_same_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """However few names are held: images by the hash of their paths, what is lost by folder, name, and row."""
     names = [f"{folder}/{number}.png" for folder in ("cat_1", "dog") for number in range(9)]
     (tmp_path / "cat_1").mkdir()
@@ -112,7 +132,8 @@ def test_a_long_listing_is_sorted_on_disk_to_the_same_groups(tmp_path: Path, mon
         (tmp_path / name).write_bytes(b"")
         (tmp_path / name).with_suffix(".txt").write_text("beside")
     rows = [
-        {"file_name": name, "question": f"{name}?", "answer": "a"} for name in [*names[:4], "z", *names[:2], "b", "z"]
+        {"file_name": name, "question": f"{name}?", "answer": "a"}
+        for name in [*names[:4], "z", *names[:2], "b", "z"]
     ]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n{")
     for name in (b"z.doc", b"a.doc", b"\xff.doc"):
@@ -122,7 +143,9 @@ def test_a_long_listing_is_sorted_on_disk_to_the_same_groups(tmp_path: Path, mon
     monkeypatch.setattr(sorted_records, "BLOCK_BYTES", 50)
     assert list(find_groups(str(tmp_path), CorpusSection(shard_images=5), 0)) == whole
     entries = [entry for group in whole for entry in group.entries]  # type: ignore[attr-defined]
-    assert [one.path for one in entries] == sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+    assert [one.path for one in entries] == sorted(
+        names, key=lambda name: hashlib.sha256(name.encode()).digest()
+    )
     assert {one.label for one in entries} == {"cat 1", "dog"}
     pairs = {name: [(f"{name}?", "a")] * (2 - number // 2) for number, name in enumerate(names[:4])}
     assert {one.path: list(one.qa) for one in entries if one.qa} == pairs
@@ -209,7 +232,9 @@ def test_names_are_joined_however_their_accents_are_written(tmp_path: Path) -> N
     for folder in ("listed", "beside"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / apart).write_bytes(picture(len(folder)))
-    (tmp_path / "listed" / "metadata.csv").write_text(f"file_name,text,label\n{whole},from metadata,x\n")
+    (tmp_path / "listed" / "metadata.csv").write_text(
+        f"file_name,text,label\n{whole},from metadata,x\n"
+    )
     (tmp_path / "beside" / whole.replace("png", "txt")).write_text("from beside")
     samples, lost = collect(tmp_path)
     assert sorted((one.key, one.caption) for one in samples) == [
@@ -221,10 +246,13 @@ def test_names_are_joined_however_their_accents_are_written(tmp_path: Path) -> N
 
 def test_a_column_that_no_metadata_file_has_is_told(tmp_path: Path) -> None:
     (tmp_path / "0.png").write_bytes(picture(0))
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png", "alt": "a cat", "kind": "cat"}')
+    (tmp_path / "metadata.jsonl").write_text(
+        '{"file_name": "0.png", "alt": "a cat", "kind": "cat"}'
+    )
     samples, _ = collect(tmp_path, caption_column="alt", label_column="kind")
     assert [(one.caption, one.label) for one in samples] == [("a cat", "cat")]
     with pytest.raises(
-        DataError, match=r"no column 'capton' \(corpus\.caption_column\); they have alt, file_name, kind"
+        DataError,
+        match=r"no column 'capton' \(corpus\.caption_column\); they have alt, file_name, kind",
     ):
         collect(tmp_path, caption_column="capton")

@@ -41,10 +41,14 @@ def png(width: int, height: int, pixels: bytes) -> bytes:
     """A PNG that claims a size and holds these (raw) pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
+    )
 
 
 def tar(members: Members, mode: str = "w", kind: int = tarfile.PAX_FORMAT) -> bytes:
@@ -90,7 +94,11 @@ def large_member() -> bytes:
     """A tar whose second header tells of more bytes than any disk has."""
     info = tarfile.TarInfo("b.png")
     info.size = 10**18
-    return tar([("a.png", picture(74))]).rstrip(b"\0").ljust(2560, b"\0") + info.tobuf(tarfile.GNU_FORMAT) + bytes(1024)
+    return (
+        tar([("a.png", picture(74))]).rstrip(b"\0").ljust(2560, b"\0")
+        + info.tobuf(tarfile.GNU_FORMAT)
+        + bytes(1024)
+    )
 
 
 def arrow(numbers: list[int]) -> bytes:
@@ -156,40 +164,78 @@ ARCHIVES: dict[str, tuple[Make, list[str]]] = {
         lambda: damaged(tar([("e.png", picture(6)), ("f.png", picture(7))]), 2600),
         [KEPT, "truncated_tar"],
     ),
-    "dots.tar": (lambda: tar([("../../evil.png", picture(30)), ("/etc/evil.png", picture(31))]), [KEPT, KEPT]),
-    "same-key.tar": (lambda: tar([("a.png", picture(32)), ("a.jpg", picture(33, "JPEG"))]), [KEPT, "second_image"]),
-    "same-name.tar": (lambda: tar([("a.png", picture(34)), ("a.png", picture(35))]), [KEPT, "second_image"]),
-    "text-only.tar": (lambda: tar([("a.txt", b"alone"), ("b.json", b"{}")]), ["no_image", "no_image"]),
+    "dots.tar": (
+        lambda: tar([("../../evil.png", picture(30)), ("/etc/evil.png", picture(31))]),
+        [KEPT, KEPT],
+    ),
+    "same-key.tar": (
+        lambda: tar([("a.png", picture(32)), ("a.jpg", picture(33, "JPEG"))]),
+        [KEPT, "second_image"],
+    ),
+    "same-name.tar": (
+        lambda: tar([("a.png", picture(34)), ("a.png", picture(35))]),
+        [KEPT, "second_image"],
+    ),
+    "text-only.tar": (
+        lambda: tar([("a.txt", b"alone"), ("b.json", b"{}")]),
+        ["no_image", "no_image"],
+    ),
     "bad-json.tar": (lambda: tar([("a.png", picture(36)), ("a.json", b"{no")]), ["bad_metadata"]),
-    "deep-json.tar": (lambda: tar([("a.png", picture(59)), ("a.json", b"[" * 100_000)]), ["bad_metadata"]),
+    "deep-json.tar": (
+        lambda: tar([("a.png", picture(59)), ("a.json", b"[" * 100_000)]),
+        ["bad_metadata"],
+    ),
     "list-json.tar": (lambda: tar([("a.png", picture(37)), ("a.json", b"[1]")]), [KEPT]),
     "bad-text.tar": (lambda: tar([("a.png", picture(38)), ("a.txt", b"\xff\xfe\xfa")]), [KEPT]),
-    "bad-name.tar": (lambda: tar([("caf\udce9.png", picture(39))], kind=tarfile.GNU_FORMAT), [KEPT]),
-    "nested.tar": (lambda: tar([("x/y.z/a.b.png", picture(40)), ("in.tar", tar(TWO))]), [KEPT, "no_image"]),
+    "bad-name.tar": (
+        lambda: tar([("caf\udce9.png", picture(39))], kind=tarfile.GNU_FORMAT),
+        [KEPT],
+    ),
+    "nested.tar": (
+        lambda: tar([("x/y.z/a.b.png", picture(40)), ("in.tar", tar(TWO))]),
+        [KEPT, "no_image"],
+    ),
     "link.tar": (lambda: special_tar(tarfile.SYMTYPE), [KEPT, "no_image"]),
     "device.tar": (lambda: special_tar(tarfile.CHRTYPE), [KEPT, "no_image"]),
     "large-member.tar": (large_member, [KEPT, "too_large", "truncated_tar"]),
     "half.tar.gz": (lambda: tar([("g.png", picture(41))], "w:gz")[:-9], [KEPT, "truncated_tar"]),
     "plain.tar.gz": (lambda: tar([("h.png", picture(42))]), ["truncated_tar"]),
-    "crc.tar.gz": (lambda: damaged(gzip.compress(tar([("i.png", picture(43))])), -8), [KEPT, "truncated_tar"]),
+    "crc.tar.gz": (
+        lambda: damaged(gzip.compress(tar([("i.png", picture(43))])), -8),
+        [KEPT, "truncated_tar"],
+    ),
     "half.parquet": (lambda: parquet({"image": [picture(44)]})[:-40], ["torn_file"]),
     "no-bytes.parquet": (lambda: b"", ["torn_file"]),
     "text.parquet": (lambda: b"PAR1" + b"x" * 99 + b"PAR1", ["torn_file"]),
     "no-rows.parquet": (lambda: parquet({"image": pa.array([], pa.binary())}), []),
-    "nulls.parquet": (lambda: parquet({"image": pa.array([picture(45), None])}), [KEPT, "no_image"]),
+    "nulls.parquet": (
+        lambda: parquet({"image": pa.array([picture(45), None])}),
+        [KEPT, "no_image"],
+    ),
     "empty-image.parquet": (lambda: parquet({"image": [b"", picture(46)]}), ["empty", KEPT]),
     "not-utf8.parquet": (not_utf8, [KEPT, "bad_metadata"]),
     "year-33658.parquet": (
-        lambda: parquet({"image": [picture(75), picture(76)], "caption": pa.array([10**12, 1], pa.timestamp("s"))}),
+        lambda: parquet(
+            {
+                "image": [picture(75), picture(76)],
+                "caption": pa.array([10**12, 1], pa.timestamp("s")),
+            }
+        ),
         ["bad_metadata", KEPT],
     ),
-    "bad-qa.parquet": (lambda: parquet({"image": [picture(47)], "qa": ["[1, 2]"]}), ["bad_metadata"]),
+    "bad-qa.parquet": (
+        lambda: parquet({"image": [picture(47)], "qa": ["[1, 2]"]}),
+        ["bad_metadata"],
+    ),
     "half.arrow": (lambda: arrow([48, 49])[:-1200], [KEPT, "torn_file"]),
     "no-bytes.arrow": (lambda: b"", ["torn_file"]),
     "text.arrow": (lambda: b"ARROW1" + b"x" * 99, ["torn_file"]),
     "lists.jsonl": (lambda: b"[1]\nnull\n7\n", ["bad_metadata"] * 3),
     "binary.jsonl": (lambda: b"\xff\xfe\n\x00\n", ["bad_metadata"] * 2),
-    "out.jsonl": (lambda: b'{"image": "../../../nowhere/x.png"}\n{"image": "a\\u0000b"}\n', ["missing", "unreadable"]),
+    "out.jsonl": (
+        lambda: b'{"image": "../../../nowhere/x.png"}\n{"image": "a\\u0000b"}\n',
+        ["missing", "unreadable"],
+    ),
     "self.jsonl": (lambda: b'{"image": "."}\n{"url": "nope://x"}\n', ["unreadable", "unreadable"]),
     "deep.jsonl": (lambda: b"[" * 100_000 + b"\n", ["bad_metadata"]),
 }
@@ -198,9 +244,15 @@ CLEAR_ERRORS: dict[str, tuple[Make, str]] = {
         lambda: parquet(pa.Table.from_arrays([pa.array([picture(77)])] * 2, ["image", "image"])),
         r"has 2 columns 'image'",
     ),
-    "no-column.parquet": (lambda: parquet({"url": ["http://x"]}), r"has no column 'image'.*columns are url"),
+    "no-column.parquet": (
+        lambda: parquet({"url": ["http://x"]}),
+        r"has no column 'image'.*columns are url",
+    ),
     "numbers.parquet": (lambda: parquet({"image": [1, 2]}), r"expected encoded image bytes"),
-    "metadata.parquet": (lambda: parquet(hugging("{half")), r"metadata `huggingface` .* cannot be read"),
+    "metadata.parquet": (
+        lambda: parquet(hugging("{half")),
+        r"metadata `huggingface` .* cannot be read",
+    ),
     "notes.docx": (lambda: b"PK", r"neither a folder nor"),
 }
 
@@ -225,13 +277,17 @@ def test_each_file_of_a_folder_is_kept_or_counted_with_its_reason(tmp_path: Path
     for name, (data, _) in FILES.items():
         (tmp_path / "in" / name).write_bytes(data)
     found = outcomes(str(tmp_path / "in"), tmp_path)
-    expected = {name: fate for name, (_, fate) in FILES.items() if fate is not None} | {"twice.png": KEPT}
+    expected = {name: fate for name, (_, fate) in FILES.items() if fate is not None} | {
+        "twice.png": KEPT
+    }
     assert sorted(key for key, _ in found) == sorted(expected)
     assert {key: fate for key, fate in found if fate not in expected[key].split("|")} == {}
 
 
 @pytest.mark.parametrize("name", ARCHIVES)
-def test_each_sample_of_a_broken_file_is_kept_or_counted_with_its_reason(name: str, tmp_path: Path) -> None:
+def test_each_sample_of_a_broken_file_is_kept_or_counted_with_its_reason(
+    name: str, tmp_path: Path
+) -> None:
     make, expected = ARCHIVES[name]
     folder = tmp_path / "in"
     folder.mkdir()
@@ -261,7 +317,12 @@ def test_a_corpus_of_all_of_them_keeps_or_counts_everything(tmp_path: Path) -> N
     source = [str(tmp_path / "in"), *(str(tmp_path / "archives" / name) for name in ARCHIVES)]
     given = {"source": source, "val_fraction": 0.2, "shard_images": 7}
     recipe = Recipe.model_validate(
-        {"out": str(tmp_path / "out"), "tracking": {"uri": "off"}, "resources": {"readers": 1}, "corpus": given}
+        {
+            "out": str(tmp_path / "out"),
+            "tracking": {"uri": "off"},
+            "resources": {"readers": 1},
+            "corpus": given,
+        }
     )
     (tmp_path / "out" / "corpus").mkdir(parents=True)
     (tmp_path / "out" / "corpus" / "half.parquet").write_bytes(b"PAR1")
@@ -271,13 +332,20 @@ def test_a_corpus_of_all_of_them_keeps_or_counts_everything(tmp_path: Path) -> N
     counts = corpus.run(recipe).counts
     fates = Counter(fate for _, expected in ARCHIVES.values() for fate in expected)
     fates.update(fate for _, fate in FILES.values() if fate is not None and "|" not in fate)
-    total = sum(fate is not None for _, fate in FILES.values()) + sum(len(fates) for _, fates in ARCHIVES.values())
+    total = sum(fate is not None for _, fate in FILES.values()) + sum(
+        len(fates) for _, fates in ARCHIVES.values()
+    )
     assert counts["images"] + counts["quarantined"] == counts["found"] == total
     assert counts["images"] == fates.pop(KEPT)
     assert all(counts[f"quarantined/{reason}"] >= number for reason, number in fates.items())
     path = str(tmp_path / "out" / "corpus")
     rows = {
-        split: sum(len(shards.read_shard(path, key)) for key in shards.list_shards(path, split)) for split in SPLITS
+        split: sum(len(shards.read_shard(path, key)) for key in shards.list_shards(path, split))
+        for split in SPLITS
     }
-    assert rows == {"train": counts["train"], "val": counts["val"], "quarantine": counts["quarantined"]}
+    assert rows == {
+        "train": counts["train"],
+        "val": counts["val"],
+        "quarantine": counts["quarantined"],
+    }
     assert len(FILES) + len(ARCHIVES) + len(CLEAR_ERRORS) >= 50

@@ -43,7 +43,12 @@ def write_tar(path: Path, numbers: list[int]) -> None:
     """A tar as img2dataset writes it: jpg, json and txt of each image."""
     with tarfile.open(path, "w") as tar:
         for number in numbers:
-            said = {"caption": f"c{number}", "url": "http://x", "key": f"{number:09d}", "status": "success"}
+            said = {
+                "caption": f"c{number}",
+                "url": "http://x",
+                "key": f"{number:09d}",
+                "status": "success",
+            }
             texts = {"txt": f"c{number}".encode(), "json": json.dumps(said).encode()}
             for name, data in {"jpg": picture(number), **texts}.items():
                 info = tarfile.TarInfo(f"{number:09d}.{name}")
@@ -84,7 +89,9 @@ def test_img2dataset_files_in_folders(tmp_path: Path) -> None:
 def test_a_table_of_images_beside_a_folder_of_its_name_is_data(tmp_path: Path) -> None:
     """Only img2dataset's own tables are none: told by its statistics, or by its columns where those are gone."""
     (tmp_path / "more").mkdir()
-    pq.write_table(pa.table({"image": [picture(0)], "caption": ["data"]}), tmp_path / "more.parquet")
+    pq.write_table(
+        pa.table({"image": [picture(0)], "caption": ["data"]}), tmp_path / "more.parquet"
+    )
     (tmp_path / "more" / "readme.txt").write_text("no image")
     assert [one.caption for one in collect(str(tmp_path))[0]] == ["data"]
     write_tables(tmp_path, "00000")
@@ -101,7 +108,8 @@ def test_img2dataset_parquet(tmp_path: Path) -> None:
     jpg = pa.array([picture(1), None], pa.binary())
     status = ["success", "failed_to_download"]
     pq.write_table(
-        pa.table({"jpg": jpg, "caption": ["a", "b"], "key": ["0", "1"], "status": status}), tmp_path / "00000.parquet"
+        pa.table({"jpg": jpg, "caption": ["a", "b"], "key": ["0", "1"], "status": status}),
+        tmp_path / "00000.parquet",
     )
     (tmp_path / "00000_stats.json").write_text("{}")
     samples, lost = collect(str(tmp_path))
@@ -112,7 +120,9 @@ def test_img2dataset_parquet(tmp_path: Path) -> None:
 def write_arrow(path: Path, numbers: list[int], kind: str) -> None:
     image = pa.array([{"bytes": picture(number), "path": None} for number in numbers])
     info = {"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}
-    table = pa.table({"image": image, "text": [f"t{n}" for n in numbers], "label": [n % 2 for n in numbers]})
+    table = pa.table(
+        {"image": image, "text": [f"t{n}" for n in numbers], "label": [n % 2 for n in numbers]}
+    )
     table = table.replace_schema_metadata({"huggingface": json.dumps(info)})
     make = pa.ipc.new_stream if kind == "stream" else pa.ipc.new_file
     with make(str(path), table.schema) as writer:
@@ -183,7 +193,9 @@ def test_json_lines_name_images(tmp_path: Path, memory_url: str) -> None:
     ]
     assert detect("x/y.jsonl") == "jsonl"
     named = collect(str(tmp_path / "x.jsonl"), caption_column="caption_en")[0]
-    assert [one.caption for one in named] == [None] * 3, "a column that is named is not passed over for another"
+    assert [one.caption for one in named] == [None] * 3, (
+        "a column that is named is not passed over for another"
+    )
 
 
 class Ranged(http.server.SimpleHTTPRequestHandler):
@@ -241,7 +253,9 @@ def test_sources_on_a_server(server: str, tmp_path: Path) -> None:
         collect(server + "/nowhere.tar")
 
 
-@pytest.mark.parametrize("source", ["nothing://bucket/a.tar", "nothing://bucket/pictures", "nothing://bucket/a.jsonl"])
+@pytest.mark.parametrize(
+    "source", ["nothing://bucket/a.tar", "nothing://bucket/pictures", "nothing://bucket/a.jsonl"]
+)
 def test_a_scheme_that_nothing_reads_is_one_clear_error(source: str) -> None:
     with pytest.raises(DataError, match="nothing://bucket"):
         list(find_groups(source, CorpusSection(), 0))

@@ -70,7 +70,11 @@ class Shaky(MemoryFileSystem):
             raise TimeoutError
 
     def _open(self, path: str, mode: str = "rb", **more: Any) -> Any:
-        return ShakyFile(self.store[path].getvalue()) if mode == "rb" else super()._open(path, mode, **more)
+        return (
+            ShakyFile(self.store[path].getvalue())
+            if mode == "rb"
+            else super()._open(path, mode, **more)
+        )
 
     def info(self, path: str, **more: Any) -> Any:
         self.answer()
@@ -124,7 +128,9 @@ def test_what_is_not_answered_is_asked_again(store: str, layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_store_that_answers_no_more_is_one_clear_error_and_no_loss(store: str, layout: str) -> None:
+def test_a_store_that_answers_no_more_is_one_clear_error_and_no_loss(
+    store: str, layout: str
+) -> None:
     """At the listing, and when the samples are read: no row of a good file comes as torn or missing."""
     groups = list(find_groups(f"{store}/{layout}", CorpusSection(), 0))
     Shaky.every = 1
@@ -144,11 +150,17 @@ def test_a_file_that_is_not_there_is_not_asked_for_twice(store: str) -> None:
     assert (len(samples), [(one.key, one.reason) for one in lost]) == (1, [("2", "missing")])
 
 
-def test_a_list_of_images_that_nobody_answers_for_is_an_error_and_some_are_lost(store: str, tmp_path: Path) -> None:
+def test_a_list_of_images_that_nobody_answers_for_is_an_error_and_some_are_lost(
+    store: str, tmp_path: Path
+) -> None:
     lines = tmp_path / "x.jsonl"
-    lines.write_text("\n".join(json.dumps({"image": f"{store}/f/{number}.png"}) for number in range(25)))
+    lines.write_text(
+        "\n".join(json.dumps({"image": f"{store}/f/{number}.png"}) for number in range(25))
+    )
     Shaky.every = 1
-    with pytest.raises(DataError, match=rf"x\.jsonl names 20 unreachable images in a row; .* {store}/f/19\.png"):
+    with pytest.raises(
+        DataError, match=rf"x\.jsonl names 20 unreachable images in a row; .* {store}/f/19\.png"
+    ):
         collect(str(lines))
     lines.write_text("\n".join(lines.read_text().splitlines()[:19]))
     samples, lost = collect(str(lines))
@@ -201,7 +213,11 @@ def test_one_image_of_a_list_that_vanishes_between_the_passes_is_lost_alone(
     made = corpus.run(recipe(tmp_path / "out", str(lines)))
     expected = {"images": 24, "train": 24, "quarantined": 1, "found": 25, "quarantined/vanished": 1}
     assert expected.items() <= made.counts.items()
-    assert [shards.shard_rows(made.path, key) for key in shards.list_shards(made.path)] == [10, 9, 5]
+    assert [shards.shard_rows(made.path, key) for key in shards.list_shards(made.path)] == [
+        10,
+        9,
+        5,
+    ]
     (lost,) = shards.read_shard(made.path, "quarantine/00000").to_pylist()
     assert (lost["source"], lost["key"], lost["reason"]) == (str(lines), "14", "vanished")
 
@@ -248,11 +264,16 @@ def test_a_server_in_a_mood_and_a_signed_address(server: str, tmp_path: Path) ->
     (tmp_path / "0.png").write_bytes(picture(0))
     samples, lost = collect(f"{server}/x.tar?token=a/b*c")
     assert (len(samples), lost) == (5, [])
-    (tmp_path / "x.jsonl").write_text("\n".join(f'{{"image": "{name}.png"}}' for name in ("0", "down", "gone")))
+    (tmp_path / "x.jsonl").write_text(
+        "\n".join(f'{{"image": "{name}.png"}}' for name in ("0", "down", "gone"))
+    )
     samples, lost = collect(f"{server}/x.jsonl")
     assert (len(samples), [one.reason for one in lost]) == (1, ["unreachable", "missing"])
 
 
 def test_the_query_of_an_address_is_no_part_of_the_name() -> None:
-    assert detect("https://h/a.tar?token=1") == "webdataset" and detect("https://h/a.jsonl?x=.tar") == "jsonl"
+    assert (
+        detect("https://h/a.tar?token=1") == "webdataset"
+        and detect("https://h/a.jsonl?x=.tar") == "jsonl"
+    )
     assert compression_of("https://h/a.tar.gz?token=1") == "gzip" == compression_of("a.tgz")

@@ -41,7 +41,9 @@ def picture(number: int, kind: str = "PNG") -> bytes:
     return stream.getvalue()
 
 
-def collect(source: str | list[str], section: CorpusSection = SECTION) -> tuple[list[Sample], list[Lost]]:
+def collect(
+    source: str | list[str], section: CorpusSection = SECTION
+) -> tuple[list[Sample], list[Lost]]:
     """Everything a source gives; each sample's bytes are read again by its locator and must be the same."""
     samples, lost = [], []
     for group in find_groups(source, section, 0):
@@ -80,7 +82,10 @@ def test_folder_reads_captions_beside_images_and_ignores_litter(tmp_path: Path) 
     (tmp_path / "__MACOSX" / "._two.webp").write_bytes(b"x")
     (tmp_path / "film.mp4").write_bytes(b"x")
     samples, lost = collect(str(tmp_path))
-    assert {one.key: one.caption for one in samples} == {"a/b/one.JPG": "a red ball", "two.webp": None}
+    assert {one.key: one.caption for one in samples} == {
+        "a/b/one.JPG": "a red ball",
+        "two.webp": None,
+    }
     assert [(one.key, one.reason) for one in lost] == [("film.mp4", "not_an_image")]
     assert all(one.label is None for one in samples), "one image lies outside a class folder"
 
@@ -101,7 +106,14 @@ def test_folder_reads_metadata(tmp_path: Path) -> None:
     for number in range(3):
         (tmp_path / f"{number}.png").write_bytes(picture(number))
     rows = [
-        json.dumps({"file_name": "0.png", "text": "zero", "label": "x", "qa": [{"question": "q?", "answer": "a"}]}),
+        json.dumps(
+            {
+                "file_name": "0.png",
+                "text": "zero",
+                "label": "x",
+                "qa": [{"question": "q?", "answer": "a"}],
+            }
+        ),
         json.dumps({"file_name": "0.png", "question": "more?", "answer": 5}),
         "{not json",
         json.dumps({"file_name": "gone.png", "text": "nothing"}),
@@ -146,7 +158,10 @@ def test_folder_order_mixes_classes(tmp_path: Path) -> None:
 
 def test_tar_groups_members_by_key_in_any_order(tmp_path: Path) -> None:
     members = [
-        ("./00/a.json", json.dumps({"caption": "from json", "label": 3, "qa": [["is it?", "yes"]]}).encode()),
+        (
+            "./00/a.json",
+            json.dumps({"caption": "from json", "label": 3, "qa": [["is it?", "yes"]]}).encode(),
+        ),
         ("00/b.txt", b"second"),
         ("00/b.JPEG", picture(2, "JPEG")),
         ("00/a.jpg", picture(1, "JPEG")),
@@ -184,13 +199,17 @@ def test_tar_takes_members_in_any_order(tmp_path: Path, order: str, packed: bool
     samples, lost = collect(str(write_tar(tmp_path / name, members, "w:gz" if packed else "w")))
     assert [one.key for one in samples] == [f"{number:05d}" for number in range(WINDOW + 10)]
     texted = 1 if order == "one too late" else len(samples)
-    assert [one.caption for one in samples[:texted]] == [f"text {number}" for number in range(texted)]
+    assert [one.caption for one in samples[:texted]] == [
+        f"text {number}" for number in range(texted)
+    ]
     assert [(one.key, one.reason) for one in lost] == [("alone", "no_image")]
 
 
 @pytest.mark.parametrize("cut", ["member", "header", "marker"])
 def test_truncated_tar_keeps_the_good_samples_and_tells_the_loss(tmp_path: Path, cut: str) -> None:
-    path = write_tar(tmp_path / "x.tar", [(f"{number}.png", picture(number)) for number in range(20)])
+    path = write_tar(
+        tmp_path / "x.tar", [(f"{number}.png", picture(number)) for number in range(20)]
+    )
     sample = 512 + -(-len(picture(0)) // 512) * 512
     data = path.read_bytes()
     keep = {"member": 12 * sample + 512 + 40, "header": 12 * sample, "marker": 20 * sample}[cut]
@@ -201,33 +220,46 @@ def test_truncated_tar_keeps_the_good_samples_and_tells_the_loss(tmp_path: Path,
 
 
 @pytest.mark.parametrize(
-    "members", [["a.png", "a.txt"], ["a.txt", "a.png"], ["a.mask.png", "a.png"], ["a.1.png", "a.2.png"]]
+    "members",
+    [["a.png", "a.txt"], ["a.txt", "a.png"], ["a.mask.png", "a.png"], ["a.1.png", "a.2.png"]],
 )
-def test_tar_cut_inside_a_sample_is_one_loss_and_keeps_a_whole_image(tmp_path: Path, members: list[str]) -> None:
+def test_tar_cut_inside_a_sample_is_one_loss_and_keeps_a_whole_image(
+    tmp_path: Path, members: list[str]
+) -> None:
     """A cut caption costs no image; of a cut image nothing else is taken for it."""
     path = write_tar(tmp_path / "x.tar", [(members[0], picture(1)), (members[1], b"y" * 2000)])
     size = 512 + -(-len(picture(1)) // 512) * 512 + 512 + 100
     path.write_bytes(path.read_bytes()[:size])
     samples, lost = collect(str(path))
-    assert [one.data for one in samples] == ([picture(1)] if members[0] in ("a.png", "a.1.png") else [])
+    assert [one.data for one in samples] == (
+        [picture(1)] if members[0] in ("a.png", "a.1.png") else []
+    )
     assert [(one.key, one.reason) for one in lost] == [(members[1], "truncated_tar")]
 
 
 def test_tar_whose_names_hold_dots_holds_one_image_of_a_key(tmp_path: Path) -> None:
-    members = [(f"www.site.com_{number}.jpg", bytes([number % 256]) * 100_000) for number in range(300)]
+    members = [
+        (f"www.site.com_{number}.jpg", bytes([number % 256]) * 100_000) for number in range(300)
+    ]
     path = write_tar(tmp_path / "x.tar", members)
     tracemalloc.start()
     samples, lost = collect(str(path))
     assert tracemalloc.get_traced_memory()[1] < 5_000_000
     tracemalloc.stop()
     assert [one.data for one in samples] == [members[0][1]]
-    assert [(one.key, one.reason) for one in lost] == [(name, "second_image") for name, _ in members[1:]]
+    assert [(one.key, one.reason) for one in lost] == [
+        (name, "second_image") for name, _ in members[1:]
+    ]
 
 
 def test_tar_texts_too_far_behind_an_image_with_others_are_counted(tmp_path: Path) -> None:
     """Captions beside the images, labels far behind: the tar is not gone through twice for each image."""
     number = WINDOW + 10
-    near = [(f"{n}.{kind}", data) for n in range(number) for kind, data in (("png", picture(n)), ("txt", b"near"))]
+    near = [
+        (f"{n}.{kind}", data)
+        for n in range(number)
+        for kind, data in (("png", picture(n)), ("txt", b"near"))
+    ]
     labels = [(f"{n}.cls", b"7") for n in range(number)]
     HERE.drain()
     samples, lost = collect(str(write_tar(tmp_path / "x.tar", near + labels)))
@@ -236,20 +268,29 @@ def test_tar_texts_too_far_behind_an_image_with_others_are_counted(tmp_path: Pat
     assert HERE.drain()["left_out/late_texts"] == late
 
 
-def test_tar_members_that_wait_are_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tar_members_that_wait_are_bounded_in_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Texts far behind their images are found all the same."""
     monkeypatch.setattr(webdataset, "WINDOW_BYTES", 5 * len(picture(0)))
     members = [(f"{number}.png", picture(number)) for number in range(20)]
     members += [(f"{number}.txt", str(number).encode()) for number in range(20)]
     passed = []
-    monkeypatch.setattr(webdataset._Far, "_scan", lambda self, scan=webdataset._Far._scan: passed.append(scan(self)))
+    monkeypatch.setattr(
+        webdataset._Far, "_scan", lambda self, scan=webdataset._Far._scan: passed.append(scan(self))
+    )
     samples, lost = collect(str(write_tar(tmp_path / "x.tar", members)))
     assert [one.caption for one in samples] == [str(number) for number in range(20)] and not lost
     assert len(passed) == 1
 
 
 def test_tar_gives_an_image_the_first_text_of_its_key(tmp_path: Path) -> None:
-    members = [("a.png", picture(1)), ("a.txt", b"first"), ("a.png", picture(2)), ("a.txt", b"last")]
+    members = [
+        ("a.png", picture(1)),
+        ("a.txt", b"first"),
+        ("a.png", picture(2)),
+        ("a.txt", b"last"),
+    ]
     samples, lost = collect(str(write_tar(tmp_path / "x.tar", members)))
     assert [(one.data, one.caption) for one in samples] == [(picture(1), "first")]
     assert [(one.key, one.reason) for one in lost] == [("a.png", "second_image")]
@@ -262,14 +303,20 @@ def test_tar_with_sparse_members_counts_them(tmp_path: Path) -> None:
     subprocess.run(["tar", "-cSf", "x.tar", "a.png", "b.png"], cwd=tmp_path, check=True)
     samples, lost = collect(str(tmp_path / "x.tar"))
     assert [one.key for one in samples] == ["b"]
-    assert [(one.key, one.reason, one.detail) for one in lost] == [("a", "no_image", "members: png (a sparse file)")]
+    assert [(one.key, one.reason, one.detail) for one in lost] == [
+        ("a", "no_image", "members: png (a sparse file)")
+    ]
 
 
 def test_tar_whose_header_holds_no_number_is_torn(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "x.tar", [("a.png", picture(1))])
     with tarfile.open(path, "a", format=tarfile.PAX_FORMAT) as tar:
         info = tarfile.TarInfo("b.png")
-        info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "9"}
+        info.pax_headers = {
+            "GNU.sparse.major": "1",
+            "GNU.sparse.minor": "0",
+            "GNU.sparse.realsize": "9",
+        }
         info.size = 512
         tar.addfile(info, io.BytesIO(b"none\n" + bytes(507)))
     samples, lost = collect(str(path))
@@ -282,7 +329,9 @@ def test_tar_takes_a_named_caption_column_before_the_text(tmp_path: Path) -> Non
     members = [("a.png", picture(1)), ("a.txt", b"from txt"), ("a.json", json.dumps(said).encode())]
     path = str(write_tar(tmp_path / "x.tar", members))
     assert [one.caption for one in collect(path)[0]] == ["from txt"]
-    assert [one.caption for one in collect(path, CorpusSection(caption_column="alt"))[0]] == ["from alt"]
+    assert [one.caption for one in collect(path, CorpusSection(caption_column="alt"))[0]] == [
+        "from alt"
+    ]
 
 
 @pytest.mark.parametrize("data", [b"", b"no tar at all" * 100])
@@ -312,7 +361,9 @@ def test_brace_patterns_and_globs(tmp_path: Path) -> None:
     assert len(collect(str(tmp_path / "part-{00000..00002}.tar"))[0]) == 3
     assert len(collect(str(tmp_path / "part-*.tar"))[0]) == 3
     assert len(collect(str(tmp_path))[0]) == 3, "a folder of tars"
-    assert expand(str(tmp_path / "part-0000{2,0}.tar")) == [str(tmp_path / f"part-0000{n}.tar") for n in (2, 0)]
+    assert expand(str(tmp_path / "part-0000{2,0}.tar")) == [
+        str(tmp_path / f"part-0000{n}.tar") for n in (2, 0)
+    ]
     assert len(expand(str(tmp_path / "part-0000{{0,2},{1..1}}.tar"))) == 3
     with pytest.raises(DataError, match="part-00003"):
         collect(str(tmp_path / "part-{00000..00003}.tar"))
@@ -334,7 +385,10 @@ def test_tar_counts_what_is_no_sample(tmp_path: Path) -> None:
         link.type, link.linkname = tarfile.LNKTYPE, "twice.png"
         tar.addfile(link)
     samples, lost = collect(str(path))
-    assert [(one.key, one.data) for one in samples] == [("Shot at 10", picture(1)), ("twice", picture(3))]
+    assert [(one.key, one.data) for one in samples] == [
+        ("Shot at 10", picture(1)),
+        ("twice", picture(3)),
+    ]
     assert [(one.key, one.reason) for one in lost] == [
         ("Shot at 10.45.01.png", "second_image"),
         ("twice.png", "second_image"),
@@ -352,7 +406,9 @@ def test_tar_damage_behind_the_last_member_is_told(tmp_path: Path) -> None:
     packed = bytearray(gzip.compress(plain))
     packed[-8] ^= 1
     (tmp_path / "sum.tar.gz").write_bytes(packed)
-    (tmp_path / "two.tar").write_bytes(plain + write_tar(tmp_path / "y.tar", [("b.png", picture(2))]).read_bytes())
+    (tmp_path / "two.tar").write_bytes(
+        plain + write_tar(tmp_path / "y.tar", [("b.png", picture(2))]).read_bytes()
+    )
     for name in ("sum.tar.gz", "two.tar"):
         samples, lost = collect(str(tmp_path / name))
         assert [one.key for one in samples] == ["a"]
@@ -376,7 +432,9 @@ def test_paths_that_look_like_patterns(tmp_path: Path) -> None:
         assert ([one.key for one in samples], lost) == (["a"], [])
 
 
-def test_relative_sources_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_sources_are_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An actor of a cluster stands in another folder than the command."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "0.png").write_bytes(picture(0))
@@ -397,7 +455,11 @@ def test_split_name() -> None:
 
 def test_parquet_with_hugging_face_structs_class_names_and_questions(tmp_path: Path) -> None:
     image = pa.array(
-        [{"bytes": picture(1), "path": "1.png"}, {"bytes": None, "path": "2.png"}, {"bytes": picture(3), "path": None}]
+        [
+            {"bytes": picture(1), "path": "1.png"},
+            {"bytes": None, "path": "2.png"},
+            {"bytes": picture(3), "path": None},
+        ]
     )
     qa = pa.array(
         [[{"question": "q", "answer": "a"}], None, []],
@@ -406,7 +468,9 @@ def test_parquet_with_hugging_face_structs_class_names_and_questions(tmp_path: P
     features = {"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}
     table = pa.table({"image": image, "text": ["one", "two", None], "label": [1, 0, -1], "qa": qa})
     pq.write_table(
-        table.replace_schema_metadata({"huggingface": json.dumps(features)}), tmp_path / "x.parquet", row_group_size=2
+        table.replace_schema_metadata({"huggingface": json.dumps(features)}),
+        tmp_path / "x.parquet",
+        row_group_size=2,
     )
     samples, lost = collect(str(tmp_path / "x.parquet"), CorpusSection(shard_images=1))
     assert [(one.key, one.caption, one.label, one.qa) for one in samples] == [
@@ -464,7 +528,10 @@ def test_torn_parquet_is_lost(tmp_path: Path) -> None:
         ([("what color is the shape?", "blue")], ("blue", None)),
         ([("what is the blue shape?", "rectangle")], ("blue", "rectangle")),
         ([("what color is the circle?", "red")], ("red", "circle")),
-        ([("is there a teal shape?", "yes"), ("does the image contain a circle?", "yes")], ("teal", "circle")),
+        (
+            [("is there a teal shape?", "yes"), ("does the image contain a circle?", "yes")],
+            ("teal", "circle"),
+        ),
         ([("is there not a circle?", "no")], (None, "circle")),
         ([("is no gray shape present?", "yes")], (None, None)),
         ([("is there a circle?", "no"), ("is there not a triangle?", "yes")], (None, "rectangle")),
@@ -488,7 +555,10 @@ def test_easy_vqa_contradiction_and_description() -> None:
 def test_easy_vqa_as_published() -> None:
     """5,000 pictures, 48,248 questions; 3,578 and 888 get both words (counted by a separate script)."""
     pytest.importorskip("easy_vqa")
-    for split, images, questions, both in (("train", 4000, 38_575, 3578), ("test", 1000, 9673, 888)):
+    for split, images, questions, both in (
+        ("train", 4000, 38_575, 3578),
+        ("test", 1000, 9673, 888),
+    ):
         samples, lost = collect(f"easy-vqa:{split}")
         assert (len(samples), len(lost)) == (images, 0)
         assert sum(len(one.qa) for one in samples) == questions
@@ -530,7 +600,9 @@ def test_texts_and_pairs() -> None:
     assert clean_text({"lang": "en", "text": " a  b"}) == "a b" and clean_text({"raw": 1}) is None
     assert read_pairs({"question": "a", "answers": ["b"]}) == (), "a table of another kind"
     HERE.drain()
-    assert read_pairs({"question": ["a", "b"], "answer": [None, "c"], "qa": [["d", ""]]}) == (("b", "c"),)
+    assert read_pairs({"question": ["a", "b"], "answer": [None, "c"], "qa": [["d", ""]]}) == (
+        ("b", "c"),
+    )
     assert HERE.drain() == {"left_out/half_pairs": 2}
     with pytest.raises(ValueError, match="qa holds"):
         read_pairs({"qa": ["wrong"]})
@@ -544,7 +616,10 @@ def test_sources_on_an_object_store() -> None:
         fs.pipe_file("/smalti-sources/in/a/0.png", picture(0))
         fs.pipe_file("/smalti-sources/in/b/1.png", picture(1))
         samples, _ = collect("memory://smalti-sources/in")
-        assert sorted((one.key, one.label) for one in samples) == [("a/0.png", "a"), ("b/1.png", "b")]
+        assert sorted((one.key, one.label) for one in samples) == [
+            ("a/0.png", "a"),
+            ("b/1.png", "b"),
+        ]
         stream = io.BytesIO()
         pq.write_table(pa.table({"image": [picture(2)]}), stream)
         fs.pipe_file("/smalti-sources/p/x.parquet", stream.getvalue())

@@ -44,7 +44,9 @@ def tree(tmp_path: Path) -> Path:
     """A copy of the source with the fourth system in it."""
     root = tmp_path / "tree"
     for name in PACKAGES:
-        shutil.copytree(ROOT / name, root / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / name, root / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
+        )
     shutil.copy(ADDED / "tokenizer.py", root / "tokenizers/patchvq.py")
     shutil.copy(ADDED / "system.py", root / "workflows/systems/patchvq.py")
     for name, additions in EDITS.items():
@@ -58,10 +60,18 @@ def tree(tmp_path: Path) -> Path:
 
 def smalti(tree: Path, *arguments: str) -> str:
     """Output of the command in that copy."""
-    kept = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "RAY_AUTH_MODE")}
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("RAY_ADDRESS", "RAY_AUTH_MODE")
+    }
     environment = kept | {"PYTHONPATH": str(tree)}
     done = subprocess.run(
-        [sys.executable, "-m", "smalti", *arguments], cwd=tree, env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "smalti", *arguments],
+        cwd=tree,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     return done.stdout

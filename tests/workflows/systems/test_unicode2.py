@@ -26,14 +26,22 @@ from smalti.workflows import tokenizer
 from smalti.workflows.chain import run_recipe, stages_of
 from smalti.workflows.pipeline.stage import run_stage
 
-CHAIN = ["system=unicode2", "mllm.config={}", "encoder.train={}", "corpus.source=generated:4", "tracking.uri=off"]
+CHAIN = [
+    "system=unicode2",
+    "mllm.config={}",
+    "encoder.train={}",
+    "corpus.source=generated:4",
+    "tracking.uri=off",
+]
 WIDTH = 16
 
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
     """A tiny SigLIP and the recipe that names it."""
-    size = EncoderTrain(patch_size=8, hidden_size=WIDTH, layers=1, heads=2, text_layers=1, text_length=6)
+    size = EncoderTrain(
+        patch_size=8, hidden_size=WIDTH, layers=1, heads=2, text_layers=1, text_length=6
+    )
     build_siglip(size, 32, 40, 0, 1).save_pretrained(tmp_path / "siglip")
     own = ["encoder.train=null", f"encoder.pretrained={tmp_path}/siglip", "corpus.image_size=32"]
     return load_recipe(None, [*CHAIN, *own, f"out={tmp_path}/out"])
@@ -50,7 +58,9 @@ def parents(recipe: Recipe, codes_KC: torch.Tensor) -> None:
         cells = torch.stack([codes_KC[cell_of == cell].nanmean(0) for cell in range(2)])
         search = {"searched_cells": torch.tensor(2), "reach": torch.tensor(1.0).double()}
         search |= {"recall": torch.tensor(1.0).double()}
-        tensor_files.write(storage.join(run.path, TREE), {"cells": cells, "cell_of": cell_of, **search})
+        tensor_files.write(
+            storage.join(run.path, TREE), {"cells": cells, "cell_of": cell_of, **search}
+        )
         tensor_files.write(storage.join(run.path, CENTROIDS), {"centroids": codes_KC})
         return {"codes": len(codes_KC)}
 
@@ -75,8 +85,16 @@ def test_reconstruct_says_that_there_is_no_decoder(
     parents(recipe, torch.randn(12, WIDTH))
     made = tokenizer.run(recipe)
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
-    assert main(["reconstruct", made.path, str(tmp_path / "a.png"), "--out", str(tmp_path / "pictures")]) == 2
-    assert "UniCode² has no pixel decoder" in capsys.readouterr().err and not (tmp_path / "pictures").exists()
+    assert (
+        main(
+            ["reconstruct", made.path, str(tmp_path / "a.png"), "--out", str(tmp_path / "pictures")]
+        )
+        == 2
+    )
+    assert (
+        "UniCode² has no pixel decoder" in capsys.readouterr().err
+        and not (tmp_path / "pictures").exists()
+    )
 
 
 def test_codes_that_are_not_finite_are_refused(recipe: Recipe) -> None:

@@ -58,7 +58,9 @@ def test_params_metrics_images_and_limits(tmp_path: Path, store: str) -> None:
     tracker = opened(tmp_path, store)
     client, run_id = tracker._client, tracker.run_id
     assert client.get_run(run_id).data.params["corpus.image_size"] == "256"
-    tracker.params({"many": {str(i): i for i in range(PARAMS_A_BATCH * 2 + 5)}, "long": "x" * 10_000})
+    tracker.params(
+        {"many": {str(i): i for i in range(PARAMS_A_BATCH * 2 + 5)}, "long": "x" * 10_000}
+    )
     params = client.get_run(run_id).data.params
     assert sum(key.startswith("many.") for key in params) == PARAMS_A_BATCH * 2 + 5
     assert len(params["long"]) == 6000
@@ -75,7 +77,10 @@ def test_params_metrics_images_and_limits(tmp_path: Path, store: str) -> None:
 
 def test_a_worker_attaches_and_does_not_end_the_run(tmp_path: Path, store: str) -> None:
     tracker = opened(tmp_path, store)
-    for copy in (MLflowTracker.attach(store, str(tracker.run_id)), pickle.loads(pickle.dumps(tracker))):
+    for copy in (
+        MLflowTracker.attach(store, str(tracker.run_id)),
+        pickle.loads(pickle.dumps(tracker)),
+    ):
         copy.metrics({"a": 1.0})
         copy.finish()
         assert tracker._client.get_run(tracker.run_id).info.status == "RUNNING"
@@ -121,7 +126,10 @@ def test_a_store_that_goes_away_stops_nothing_and_gets_all_when_it_is_back(
         sql("ALTER TABLE away RENAME TO runs")
     tracker.finish()
     run = tracker._client.get_run(tracker.run_id)
-    assert [m.value for m in tracker._client.get_metric_history(tracker.run_id, "loss")] == [3.0, 2.0]
+    assert [m.value for m in tracker._client.get_metric_history(tracker.run_id, "loss")] == [
+        3.0,
+        2.0,
+    ]
     assert run.data.tags["note"] == "kept" and run.info.status == "FINISHED"
     told = capsys.readouterr().err
     assert told.count("does not answer; entries are kept") == 2 and "tokens: not tracked" in told
@@ -129,16 +137,25 @@ def test_a_store_that_goes_away_stops_nothing_and_gets_all_when_it_is_back(
 
 
 def test_flatten() -> None:
-    assert flatten({"a": {"b": 1, "c": {}}, "d": [1, 2], "e": None}) == {"a.b": 1, "d": "[1, 2]", "e": None}
+    assert flatten({"a": {"b": 1, "c": {}}, "d": [1, 2], "e": None}) == {
+        "a.b": 1,
+        "d": "[1, 2]",
+        "e": None,
+    }
 
 
-def test_system_metrics_go_into_the_run(tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_system_metrics_go_into_the_run(
+    tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
     monkeypatch.setattr("smalti.workflows.tracking.mlflow.FLUSH_AFTER_S", 0.0)
     tracker = opened(tmp_path, store)
     until = time.monotonic() + 60
     with tracker.system_metrics():
-        while "system/cpu_utilization_percentage" not in tracker._client.get_run(tracker.run_id).data.metrics:
+        while (
+            "system/cpu_utilization_percentage"
+            not in tracker._client.get_run(tracker.run_id).data.metrics
+        ):
             assert time.monotonic() < until
             time.sleep(0.05)
     assert not [thread for thread in threading.enumerate() if thread.name == "SystemMetricsMonitor"]

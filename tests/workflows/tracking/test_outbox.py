@@ -47,7 +47,9 @@ def make(store: Store) -> Outbox:
     return Outbox("http://there", store.take, 3)
 
 
-def test_what_is_told_while_the_store_is_away_arrives_later(told: list[str], monkeypatch: Any) -> None:
+def test_what_is_told_while_the_store_is_away_arrives_later(
+    told: list[str], monkeypatch: Any
+) -> None:
     store = Store()
     box = make(store)
     box.add([1, 2], 60.0)

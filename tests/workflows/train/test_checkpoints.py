@@ -15,7 +15,15 @@ from smalti import storage
 from smalti.errors import ConfigError, DataError, TrainingError
 from smalti.workflows.pipeline import retry as retries
 from smalti.workflows.train import checkpoints, reshard
-from smalti.workflows.train.checkpoints import Checkpoints, Whole, fetched, look, newest, step_folder, to_drop
+from smalti.workflows.train.checkpoints import (
+    Checkpoints,
+    Whole,
+    fetched,
+    look,
+    newest,
+    step_folder,
+    to_drop,
+)
 from smalti.workflows.train.collectives import Collectives
 from smalti.workflows.train.scratch import Scratch, sweep
 
@@ -44,7 +52,8 @@ def test_the_newest_whole_checkpoint_is_chosen(place) -> None:
 
 
 @pytest.mark.parametrize(
-    "harm", ["missing", "truncated", "manifest", "torn manifest", "other manifest", "no manifest at all"]
+    "harm",
+    ["missing", "truncated", "manifest", "torn manifest", "other manifest", "no manifest at all"],
 )
 def test_a_torn_checkpoint_is_passed_over_with_a_line(place, harm: str) -> None:
     plant(place, 5)
@@ -57,7 +66,11 @@ def test_a_torn_checkpoint_is_passed_over_with_a_line(place, harm: str) -> None:
         storage.write_atomic(file, b"mod")
         told = "model/engine/rank1.pt holds 3 bytes of 27"
     elif harm in ("torn manifest", "other manifest"):
-        left = b'{"world_si' if harm == "torn manifest" else b'{"world_sizd": 2, "score": null, "files": {}}'
+        left = (
+            b'{"world_si'
+            if harm == "torn manifest"
+            else b'{"world_sizd": 2, "score": null, "files": {}}'
+        )
         storage.write_atomic(storage.join(path, "manifest-00001.json"), left)
         told = "its manifest-00001.json is torn"
     else:
@@ -136,7 +149,9 @@ def test_storage_that_does_not_answer_makes_no_checkpoint_torn(place, monkeypatc
     assert storage.list_names(place) == [step_folder(5), step_folder(10)] and not away
 
 
-def test_a_manifest_that_disappears_after_the_listing_is_reported_as_missing(place, monkeypatch) -> None:
+def test_a_manifest_that_disappears_after_the_listing_is_reported_as_missing(
+    place, monkeypatch
+) -> None:
     path = plant(place, 5)
     sizes = storage.sizes_bytes(path)
     storage.remove(storage.join(path, "manifest-00000.json"))
@@ -150,26 +165,45 @@ def test_a_worker_fetches_its_own_files_and_those_for_all(memory_url) -> None:
     third = Collectives()
     third.rank, third.world_size = 2, 3
     with fetched(found, third, print) as folder:
-        assert sorted(storage.sizes_bytes(folder)) == ["model/engine/rank0.pt", "model/engine/rank2.pt", "task.pt"]
+        assert sorted(storage.sizes_bytes(folder)) == [
+            "model/engine/rank0.pt",
+            "model/engine/rank2.pt",
+            "task.pt",
+        ]
     with fetched(found, Collectives(), print) as folder:
         assert len(storage.sizes_bytes(folder)) == 4
     assert not storage.exists(folder)
 
 
-def test_an_engine_that_does_not_load_is_one_error_and_a_lost_connection_stays_what_it_is(monkeypatch) -> None:
+def test_an_engine_that_does_not_load_is_one_error_and_a_lost_connection_stays_what_it_is(
+    monkeypatch,
+) -> None:
     def engine(error: Exception) -> SimpleNamespace:
         return SimpleNamespace(load_checkpoint=lambda folder, tag: (_ for _ in ()).throw(error))
 
-    with pytest.raises(TrainingError, match=r"the checkpoint s3://x/step-5/model \(AssertionError: no files\)"):
-        reshard.load_engine(engine(AssertionError("no files")), "here", "tag", told="s3://x/step-5/model")
+    with pytest.raises(
+        TrainingError, match=r"the checkpoint s3://x/step-5/model \(AssertionError: no files\)"
+    ):
+        reshard.load_engine(
+            engine(AssertionError("no files")), "here", "tag", told="s3://x/step-5/model"
+        )
     with pytest.raises(TrainingError, match="it is not there"):
-        reshard.load_engine(SimpleNamespace(load_checkpoint=lambda *a, **k: (None, {})), "here", "tag", told="x")
+        reshard.load_engine(
+            SimpleNamespace(load_checkpoint=lambda *a, **k: (None, {})), "here", "tag", told="x"
+        )
     with pytest.raises(RuntimeError, match="Connection closed"):
-        reshard.load_engine(engine(RuntimeError("Connection closed by peer")), "here", "tag", told="x")
+        reshard.load_engine(
+            engine(RuntimeError("Connection closed by peer")), "here", "tag", told="x"
+        )
 
-    for error in (OSError(28, "No space left on device"), RuntimeError("[enforce fail at inline_container.cc:5] x")):
+    for error in (
+        OSError(28, "No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc:5] x"),
+    ):
         full = SimpleNamespace(main=lambda asked, error=error: (_ for _ in ()).throw(error))
-        monkeypatch.setitem(sys.modules, "deepspeed.checkpoint", SimpleNamespace(ds_to_universal=full))
+        monkeypatch.setitem(
+            sys.modules, "deepspeed.checkpoint", SimpleNamespace(ds_to_universal=full)
+        )
         with pytest.raises(TrainingError, match=r"room there for all weights .* set TMPDIR"):
             reshard._convert("here", "there", "x")
 
@@ -177,7 +211,12 @@ def test_an_engine_that_does_not_load_is_one_error_and_a_lost_connection_stays_w
 def test_what_a_killed_process_left_is_swept_and_nothing_else(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     held = Scratch("checkpoint")
-    for name in ("smalti-scratch-resume-left", "smalti-scratch-universal-left/zero", "smalti-other", "not-ours"):
+    for name in (
+        "smalti-scratch-resume-left",
+        "smalti-scratch-universal-left/zero",
+        "smalti-other",
+        "not-ours",
+    ):
         (tmp_path / name).mkdir(parents=True)
     sweep()
     left = sorted(path.name for path in tmp_path.iterdir())
@@ -207,8 +246,14 @@ def test_storage_that_fails_for_a_moment_is_tried_again(monkeypatch) -> None:
 
 def test_no_room_on_a_workers_own_disk_is_an_error_with_its_mend(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    for error in (OSError(28, "No space left on device"), RuntimeError("[enforce fail at inline_container.cc:5] x")):
-        with pytest.raises(DataError, match=rf"checkpoint to {tmp_path}: .* set TMPDIR"), checkpoints._made_here():
+    for error in (
+        OSError(28, "No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc:5] x"),
+    ):
+        with (
+            pytest.raises(DataError, match=rf"checkpoint to {tmp_path}: .* set TMPDIR"),
+            checkpoints._made_here(),
+        ):
             raise error
     with pytest.raises(RuntimeError, match="Connection closed by peer"), checkpoints._made_here():
         raise RuntimeError("Connection closed by peer")

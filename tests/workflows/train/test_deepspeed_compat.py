@@ -17,7 +17,9 @@ def test_the_installed_version_is_known() -> None:
 
 @pytest.mark.parametrize("version", ["0.18.9", "0.20.0", "1.19.1", "main"])
 def test_another_version_is_refused_with_what_to_install(version: str) -> None:
-    with pytest.raises(ConfigError, match=rf"DeepSpeed {version} is installed.*0\.19\.x.*pip install"):
+    with pytest.raises(
+        ConfigError, match=rf"DeepSpeed {version} is installed.*0\.19\.x.*pip install"
+    ):
         check_version(version)
 
 
@@ -33,5 +35,7 @@ def test_the_optimizers_have_what_is_patched() -> None:
     # The source of the class: `step` of stage 3 is decorated, and getsource of it shows the wrapper.
     for name in ("self.check_grad_overflow", "self.check_overflow(", "self.scaled_global_norm()"):
         assert name in inspect.getsource(DeepSpeedZeroOptimizer.step), name
-    assert "norm_groups = self._get_norm_groups()" in inspect.getsource(DeepSpeedZeroOptimizer_Stage3)
+    assert "norm_groups = self._get_norm_groups()" in inspect.getsource(
+        DeepSpeedZeroOptimizer_Stage3
+    )
     assert callable(combine_grad_norm_groups)

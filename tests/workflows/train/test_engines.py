@@ -22,7 +22,9 @@ def set_and_step(folder: Path) -> dict[str, dict[int, torch.Tensor]]:
         torch.manual_seed(1)
         train = Train(steps=9, batch_size=4, lr=0.1, zero_stage=stage)
         module = torch.nn.Linear(3, 2)
-        return engines.build_engine(module, train, lr=0.1, zero_stage=stage, world_size=1, device=torch.device("cpu"))
+        return engines.build_engine(
+            module, train, lr=0.1, zero_stage=stage, world_size=1, device=torch.device("cpu")
+        )
 
     def step(one, count: int = 1):
         for _ in range(count):
@@ -68,7 +70,9 @@ def rest_and_wake() -> dict[int, list[dict[str, set[str]]]]:
     from smalti.schema import LanguageModel, MllmSection, MllmStage, PartRates, Train
     from smalti.workflows.train import engines
 
-    size = LanguageModel(hidden_size=16, layers=1, heads=2, kv_heads=2, intermediate_size=32, text_vocab_size=270)
+    size = LanguageModel(
+        hidden_size=16, layers=1, heads=2, kv_heads=2, intermediate_size=32, text_vocab_size=270
+    )
     first = MllmStage(from_step=0, freeze=["backbone", "new_rows"])
     section = MllmSection(
         config=size,
@@ -87,7 +91,9 @@ def rest_and_wake() -> dict[int, list[dict[str, set[str]]]]:
         engines.set_learning_rate(engine, 0.01)
         v = model.vocabulary
         ids = torch.tensor([[v.boi, v.first_visual, v.first_visual + 3, v.eoi, 40, 41]] * 2)
-        engine.backward(engine({"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)})[0])
+        engine.backward(
+            engine({"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)})[0]
+        )
         engine.step()
         after, part_of = engines.full_weights(engine, on_this_rank=True), model.parts()
         found: dict[str, set[str]] = {}
@@ -130,13 +136,21 @@ def rates_of_waking() -> dict[int, list[float]]:
             return self.second(self.first(x))
 
         def rate_parts(self):
-            return {id(p): name for name in ("first", "second") for p in getattr(self, name).parameters()}
+            return {
+                id(p): name
+                for name in ("first", "second")
+                for p in getattr(self, name).parameters()
+            }
 
     found: dict[int, list[float]] = {}
     for stage in range(4):
         torch.manual_seed(0)
-        train = Train(steps=9, batch_size=4, lr=0.01, zero_stage=stage, weight_decay=0, betas=(0.9, 0.999))
-        engine = engines.build_engine(Net(), train, lr=0.01, zero_stage=stage, world_size=1, device=torch.device("cpu"))
+        train = Train(
+            steps=9, batch_size=4, lr=0.01, zero_stage=stage, weight_decay=0, betas=(0.9, 0.999)
+        )
+        engine = engines.build_engine(
+            Net(), train, lr=0.01, zero_stage=stage, world_size=1, device=torch.device("cpu")
+        )
         found[stage] = []
         for step in range(34):
             rests = step < 30
@@ -144,7 +158,9 @@ def rates_of_waking() -> dict[int, list[float]]:
             engines.set_learning_rate(engine, 0.01)
             if step == 30:
                 engines.forget_moments(engine, ["first"])
-            before = None if rests else engines.full_weights(engine, on_this_rank=True)["first.weight"]
+            before = (
+                None if rests else engines.full_weights(engine, on_this_rank=True)["first.weight"]
+            )
             inputs = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
             loss = engine(0 * inputs if rests else inputs).square().mean()
             engine.backward(loss)
@@ -163,17 +179,28 @@ def slow_rows() -> dict[int, list[float]]:
     from smalti.schema import LanguageModel, MllmSection, Train
     from smalti.workflows.train import engines
 
-    size = LanguageModel(hidden_size=16, layers=1, heads=2, kv_heads=2, intermediate_size=32, text_vocab_size=270)
+    size = LanguageModel(
+        hidden_size=16, layers=1, heads=2, kv_heads=2, intermediate_size=32, text_vocab_size=270
+    )
     found = {}
     for stage in range(4):
         train = Train(steps=9, batch_size=1, lr=0.01, zero_stage=stage)
         model = build_unified(
-            MllmSection(config=size, adapter="single", old_rows=0.125, train=train), train_bpe(["a b"], 270), Codes()
+            MllmSection(config=size, adapter="single", old_rows=0.125, train=train),
+            train_bpe(["a b"], 270),
+            Codes(),
         )
-        engine = engines.build_engine(model, train, lr=0.01, zero_stage=stage, world_size=1, device=torch.device("cpu"))
-        before, v = plain_rows(model, engines.full_weights(engine, on_this_rank=True)), model.vocabulary
+        engine = engines.build_engine(
+            model, train, lr=0.01, zero_stage=stage, world_size=1, device=torch.device("cpu")
+        )
+        before, v = (
+            plain_rows(model, engines.full_weights(engine, on_this_rank=True)),
+            model.vocabulary,
+        )
         ids = torch.tensor([[v.boi, v.first_visual, v.first_visual + 3, v.eoi, 40, 41]])
-        engine.backward(engine({"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)})[0])
+        engine.backward(
+            engine({"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)})[0]
+        )
         engine.step()
         after = plain_rows(model, engines.full_weights(engine, on_this_rank=True))
         moved = (after["lm.lm_head.weight"] - before["lm.lm_head.weight"]).abs()
@@ -188,7 +215,9 @@ def found(ranks, tmp_path_factory) -> dict[str, dict[int, torch.Tensor]]:
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("place", PLACES)
-def test_a_set_parameter_goes_on_alike_under_every_zero_stage(found, place: str, stage: int) -> None:
+def test_a_set_parameter_goes_on_alike_under_every_zero_stage(
+    found, place: str, stage: int
+) -> None:
     torch.testing.assert_close(found[place][stage], found[place][0], rtol=1e-5, atol=1e-6)
 
 
@@ -205,7 +234,10 @@ def test_parts_rest_and_wake_by_the_schedule_under_every_zero_stage(ranks) -> No
     for stage, steps in ranks(rest_and_wake, 1)[0].items():
         for number, parts in enumerate(steps):
             expected = moved if number >= 2 else still
-            assert parts == {"adapter": moved, "backbone": expected, "new_rows": expected}, (stage, number)
+            assert parts == {"adapter": moved, "backbone": expected, "new_rows": expected}, (
+                stage,
+                number,
+            )
 
 
 def test_a_part_that_wakes_begins_with_steps_of_the_rate_under_every_zero_stage(ranks) -> None:

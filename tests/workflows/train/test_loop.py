@@ -76,11 +76,17 @@ def test_a_run_learns_and_leaves_history_and_no_checkpoints(reference) -> None:
 
 
 def test_a_finished_run_is_not_run_again(reference, toy, monkeypatch) -> None:
-    monkeypatch.setattr("smalti.workflows.train.launch._run", lambda *a: pytest.fail("trained again"))
+    monkeypatch.setattr(
+        "smalti.workflows.train.launch._run", lambda *a: pytest.fail("trained again")
+    )
     assert toy.train(str(reference)) == {"calls": 48.0}
 
 
-WAYS = {"zero0": {}, "zero3": {"zero_stage": 3}, "accumulation": {"micro_batch_size": 2, "zero_stage": 2}}
+WAYS = {
+    "zero0": {},
+    "zero3": {"zero_stage": 3},
+    "accumulation": {"micro_batch_size": 2, "zero_stage": 2},
+}
 
 
 @pytest.fixture(scope="module")
@@ -105,29 +111,42 @@ def test_a_killed_worker_is_restarted_from_the_checkpoint(reference, toy, tmp_pa
     flag = tmp_path / "flag"
     flag.touch()
     saved = tmp_path / "run" / "checkpoints" / "step-000000008"
-    settings = {"die_at": 13, "flag": str(flag), "record": str(tmp_path / "record"), "saved": str(saved)}
+    settings = {
+        "die_at": 13,
+        "flag": str(flag),
+        "record": str(tmp_path / "record"),
+        "saved": str(saved),
+    }
     toy.train(str(tmp_path / "run"), workers=2 if zero else 1, zero_stage=zero, settings=settings)
     assert not flag.exists()
     again = toy.check_record(settings["record"], 24, 8)
-    assert again in ((5, 6) if zero else (5,)), "8 to 12 are taken again, and 13 when the other worker had begun it"
+    assert again in ((5, 6) if zero else (5,)), (
+        "8 to 12 are taken again, and 13 when the other worker had begun it"
+    )
     assert distance(tmp_path / "run", reference) <= (1e-5 if zero else 0)
     for ours, theirs in zip(history(tmp_path / "run"), history(reference), strict=True):
         assert ours == pytest.approx(theirs, abs=1e-4 if zero else 0)
 
 
-def test_a_broken_shard_is_one_clear_error_and_not_tried_over_and_over(session, toy, tmp_path) -> None:
+def test_a_broken_shard_is_one_clear_error_and_not_tried_over_and_over(
+    session, toy, tmp_path
+) -> None:
     with pytest.raises(DataError, match="train/00001 is torn"):
         toy.train(str(tmp_path), workers=2, settings={"broken": True}, max_failures=0)
 
 
-def test_steps_without_a_finite_loss_are_passed_over_and_too_many_end_the_run(session, toy, tmp_path) -> None:
+def test_steps_without_a_finite_loss_are_passed_over_and_too_many_end_the_run(
+    session, toy, tmp_path
+) -> None:
     """From step 8 on one of two workers meets NaN: two steps are passed over by both, the third ends the run."""
     told = r"loss or the gradient of steps 8 to 10 of 24 is not a finite number .* train.max_skipped=2 "
     with pytest.raises(TrainingError, match=told):
         toy.train(str(tmp_path), workers=2, settings={"nan_from": 7}, max_skipped=2)
     first, second = history(tmp_path)
     assert (first["skipped_steps"], second["skipped_steps"]) == (0, 1)
-    assert first["grad_norm"] > 0 and second["loss"] < first["loss"], "what was passed over is in no mean"
+    assert first["grad_norm"] > 0 and second["loss"] < first["loss"], (
+        "what was passed over is in no mean"
+    )
     assert [f.name for f in (tmp_path / "checkpoints").glob("step-*")] == ["step-000000008"]
 
 
@@ -143,7 +162,9 @@ def test_a_killed_driver_goes_on_and_ends_with_the_same_model(session, toy, tmp_
 
     def command(slow_s: float) -> subprocess.Popen:
         arguments = [sys.executable, str(TOY), str(broken), str(slow_s)]
-        return subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, start_new_session=True, text=True)
+        return subprocess.Popen(
+            arguments, env=environment, stderr=subprocess.PIPE, start_new_session=True, text=True
+        )
 
     killed = command(0.4)
     until = time.monotonic() + 120

@@ -15,7 +15,10 @@ import torch
 from smalti.tracking import NullTracker
 
 TOY = Path(__file__).with_name("toy_training.py")
-LONG = {"steps": 96, "checkpoint_every": 999}  # Ray may hand a notice on late: 48 s while steps are slow
+LONG = {
+    "steps": 96,
+    "checkpoint_every": 999,
+}  # Ray may hand a notice on late: 48 s while steps are slow
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 
 
@@ -36,7 +39,11 @@ def other():
     import ray
     from ray.cluster_utils import Cluster
 
-    health = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 6}
+    health = {
+        "health_check_initial_delay_ms": 0,
+        "health_check_period_ms": 500,
+        "health_check_failure_threshold": 6,
+    }
     head = {"num_cpus": 1, "include_dashboard": False, "_system_config": health}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
@@ -66,7 +73,10 @@ def assert_same(path: Path, whole: Path) -> None:
     ours, theirs = (torch.load(place / "final.pt", weights_only=True) for place in (path, whole))
     for engine, state in theirs.items():
         torch.testing.assert_close(ours[engine], state, rtol=0, atol=1e-5)
-    curves = [[json.loads(line) for line in (p / "history.jsonl").read_text().splitlines()] for p in (path, whole)]
+    curves = [
+        [json.loads(line) for line in (p / "history.jsonl").read_text().splitlines()]
+        for p in (path, whole)
+    ]
     for mine, other_row in zip(*curves, strict=True):
         assert mine == pytest.approx(other_row, abs=1e-4)
 
@@ -124,7 +134,9 @@ def test_a_node_that_goes_with_notice_costs_no_step(other, whole, toy, tmp_path)
         other.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
 
     thread, failed = meanwhile(take_away)
-    toy.train(run.path, run=run, zero_stage=3, **LONG, settings={"slow_s": 0.5, "flag": str(slowly)})
+    toy.train(
+        run.path, run=run, zero_stage=3, **LONG, settings={"slow_s": 0.5, "flag": str(slowly)}
+    )
     thread.join(5)
     assert not failed and not thread.is_alive()
     ready = [line for line in run.lines if "worker(s) ready after" in line]

@@ -55,7 +55,9 @@ def test_muon_takes_linear_layers_and_neither_embeddings_nor_the_head() -> None:
 def test_two_optimizers_in_one_step_as_torchs_two_do_alone() -> None:
     model, other = small(), small()
     both = build_optimizer(model, MUON, 0.01, torch.device("cpu"))
-    muon = torch.optim.Muon([other.hidden.weight], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon(
+        [other.hidden.weight], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+    )
     matrices = [other.embed.weight, other.head.weight]
     vectors = [p for p in other.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
@@ -98,28 +100,39 @@ def test_the_rate_of_every_group_follows_the_schedule() -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for group in optimizer.param_groups:
         group["lr"] = 0.0
-    assert all(torch.equal(found, before[name]) for name, found in grown(model, optimizer, range(2)).items())
+    assert all(
+        torch.equal(found, before[name])
+        for name, found in grown(model, optimizer, range(2)).items()
+    )
 
 
 def test_muon_with_cut_up_matrices_is_refused_with_the_recipe() -> None:
     with pytest.raises(ConfigError, match="zero_stage=2"):
-        load_recipe("recipes/semhitok-quickstart.yaml", ["mllm.train.optimizer=muon", "mllm.train.zero_stage=2"])
+        load_recipe(
+            "recipes/semhitok-quickstart.yaml",
+            ["mllm.train.optimizer=muon", "mllm.train.zero_stage=2"],
+        )
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_parts_have_groups_and_rates_of_their_own(optimizer: str) -> None:
     model = small()
     model.rate_parts = lambda: {
-        id(p): "new_rows" if name.startswith(("embed", "head")) else "backbone" for name, p in model.named_parameters()
+        id(p): "new_rows" if name.startswith(("embed", "head")) else "backbone"
+        for name, p in model.named_parameters()
     }
-    made = build_optimizer(model, MUON.model_copy(update={"optimizer": optimizer}), 0.01, torch.device("cpu"))
+    made = build_optimizer(
+        model, MUON.model_copy(update={"optimizer": optimizer}), 0.01, torch.device("cpu")
+    )
     parts = [group["part"] for group in made.param_groups]
     assert set(parts) == {"new_rows", "backbone"}
     assert sum(len(group["params"]) for group in made.param_groups) == len(list(model.parameters()))
     engine = SimpleNamespace(optimizer=made)
     set_factors(engine, {"new_rows": 0.0, "backbone": 0.5})
     set_learning_rate(engine, 0.1)
-    assert [group["lr"] for group in made.param_groups] == [0.05 if part == "backbone" else 0.0 for part in parts]
+    assert [group["lr"] for group in made.param_groups] == [
+        0.05 if part == "backbone" else 0.0 for part in parts
+    ]
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     after = grown(model, made, range(2))
     for name, old in before.items():

@@ -23,7 +23,17 @@ from PIL import Image
 
 from smalti import shards
 from smalti.errors import ConfigError, DataError
-from smalti.schema import LanguageModel, Lora, Mixture, MllmSection, MllmStage, PartRates, Recipe, Resources, Train
+from smalti.schema import (
+    LanguageModel,
+    Lora,
+    Mixture,
+    MllmSection,
+    MllmStage,
+    PartRates,
+    Recipe,
+    Resources,
+    Train,
+)
 from smalti.workflows.encoder import prompts_of
 from smalti.workflows.mllm import check, check_parts, prepare_texts, read_texts, result_config
 from smalti.workflows.train.collectives import Collectives
@@ -56,7 +66,8 @@ def test_learning_rate_warms_up_and_follows_the_cosine() -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch", "micro", "world", "expected"), [(8, None, 1, (8, 1)), (8, 2, 2, (2, 2)), (8, 99, 2, (4, 1))]
+    ("batch", "micro", "world", "expected"),
+    [(8, None, 1, (8, 1)), (8, 2, 2, (2, 2)), (8, 99, 2, (4, 1))],
 )
 def test_batches_are_cut_for_workers_and_accumulation(batch, micro, world, expected) -> None:
     train = Train(batch_size=batch, micro_batch_size=micro)
@@ -75,7 +86,9 @@ def test_zeros_bucket_is_no_larger_than_what_is_trained() -> None:
     assert bucket(1, 9_000_000_000) == 500_000_000 and bucket(1, None) is None
 
 
-@pytest.mark.parametrize(("micro", "world", "told"), [(None, 3, "resources.workers=3"), (3, 2, "micro_batch_size=3")])
+@pytest.mark.parametrize(
+    ("micro", "world", "told"), [(None, 3, "resources.workers=3"), (3, 2, "micro_batch_size=3")]
+)
 def test_batches_that_do_not_divide_name_the_keys(micro, world, told) -> None:
     with pytest.raises(ConfigError, match=told):
         accumulation(Train(batch_size=8, micro_batch_size=micro), world)
@@ -106,7 +119,9 @@ def test_a_range_of_workers_that_divides_no_batch_is_refused() -> None:
 
 def test_the_frozen_encoder_computes_in_bf16_where_training_does_on_a_gpu() -> None:
     low, full = Train(precision="bf16"), Train()
-    assert [encodes_in_bf16("auto", train, gpu) for train in (low, full) for gpu in (True, False)] == [
+    assert [
+        encodes_in_bf16("auto", train, gpu) for train in (low, full) for gpu in (True, False)
+    ] == [
         True,
         False,
         False,
@@ -118,8 +133,20 @@ def test_the_frozen_encoder_computes_in_bf16_where_training_does_on_a_gpu() -> N
 
 def test_meter_weighs_by_counts_and_leaves_out_what_counted_nothing() -> None:
     meter = MetricMeans(torch.device("cpu"))
-    meter.add({"a": 1.0, "b": (torch.tensor(2.0), torch.tensor(3.0)), "c": (torch.tensor(9.0), torch.tensor(0.0))})
-    meter.add({"a": 3.0, "b": (torch.tensor(6.0), torch.tensor(1.0)), "c": (torch.tensor(9.0), torch.tensor(0.0))})
+    meter.add(
+        {
+            "a": 1.0,
+            "b": (torch.tensor(2.0), torch.tensor(3.0)),
+            "c": (torch.tensor(9.0), torch.tensor(0.0)),
+        }
+    )
+    meter.add(
+        {
+            "a": 3.0,
+            "b": (torch.tensor(6.0), torch.tensor(1.0)),
+            "c": (torch.tensor(9.0), torch.tensor(0.0)),
+        }
+    )
     assert meter.take(Collectives()) == {"a": 2.0, "b": 3.0}
     assert meter.take(Collectives()) == {}
 
@@ -155,27 +182,46 @@ def test_a_metric_that_is_not_logged_ends_the_run_at_the_first_log() -> None:
     """One that is not finite, or counted nothing yet, is logged all the same; where every step was passed over, it is too
     early to tell."""
     loop = Loop.__new__(Loop)  # as far as a log goes
-    loop.collectives, loop.means, loop.skips = Collectives(), MetricMeans(torch.device("cpu")), SkipCount(1)
+    loop.collectives, loop.means, loop.skips = (
+        Collectives(),
+        MetricMeans(torch.device("cpu")),
+        SkipCount(1),
+    )
     loop.rank, loop.history, loop.throughput = 1, [], Throughput(torch.device("cpu"), 1, None)
     for best in ("loss", "max:psnr", "max:accuracy"):
         loop.train, loop.history, loop.best_checked = Train(best=best), [], False
-        loop.means.add({"loss": 2.0, "psnr": float("nan"), "accuracy": (torch.tensor(0.0), torch.tensor(0.0))})
+        loop.means.add(
+            {"loss": 2.0, "psnr": float("nan"), "accuracy": (torch.tensor(0.0), torch.tensor(0.0))}
+        )
         loop._log(4)
         assert loop.history[0]["loss"] == 2.0
     loop.train, loop.history, loop.best_checked = Train(best="los"), [], False
     loop._log(4)
     loop.means.add({"loss": 2.0})
-    with pytest.raises(ConfigError, match=r"train.best=los names no metric .* it logs loss, lr, skipped_steps"):
+    with pytest.raises(
+        ConfigError, match=r"train.best=los names no metric .* it logs loss, lr, skipped_steps"
+    ):
         loop._log(4)
 
 
 def test_a_loss_that_will_see_other_samples_at_once_is_told_when_the_run_goes_on() -> None:
-    state = {"history": [], "skips": SkipCount(1).state_dict(), "meter": {}, "step": 4, "at_once": 4}
+    state = {
+        "history": [],
+        "skips": SkipCount(1).state_dict(),
+        "meter": {},
+        "step": 4,
+        "at_once": 4,
+    }
     told: list[str] = []
     loop = Loop.__new__(Loop)  # as far as going on goes
     loop.job, loop.engines, loop.rank = SimpleNamespace(resumable=True), {}, 0
     loop.checkpoints = SimpleNamespace(load=lambda engines, task: state)
-    loop.means, loop.skips, loop.train, loop._say = MetricMeans(torch.device("cpu")), SkipCount(1), Train(), told.append
+    loop.means, loop.skips, loop.train, loop._say = (
+        MetricMeans(torch.device("cpu")),
+        SkipCount(1),
+        Train(),
+        told.append,
+    )
     for task, loop.accumulation in ((Task(), 1), (EncoderTask, 8), (EncoderTask, 4)):
         loop.task, loop.train = task, Train(batch_size=32)
         assert loop._resume() == 4
@@ -195,14 +241,24 @@ def test_throughput_by_hand(monkeypatch) -> None:
     meter.step(1.5, [("tokens", 50.0)])
     found = meter.take(Collectives())
     assert 0 < found.pop("memory_gb") < 100
-    assert found == pytest.approx({"samples_per_s": 1.6, "data_wait": 0.25, "tokens_per_s": 15.0, "mfu": 0.375})
+    assert found == pytest.approx(
+        {"samples_per_s": 1.6, "data_wait": 0.25, "tokens_per_s": 15.0, "mfu": 0.375}
+    )
     shown = rates(found | {"memory_gb": 1.25})
-    assert shown == {"samples/s": "2", "tokens/s": "15", "MFU": "37.5%", "waiting": "25%", "memory": "1.2 GB"}
+    assert shown == {
+        "samples/s": "2",
+        "tokens/s": "15",
+        "MFU": "37.5%",
+        "waiting": "25%",
+        "memory": "1.2 GB",
+    }
 
 
 def write(place: Path, sizes: list[int]) -> tuple[list[str], list[int]]:
     for index, size in enumerate(sizes):
-        table = pa.table({"n": [100 * index + row for row in range(size)], "pad": [bytes(1000)] * size})
+        table = pa.table(
+            {"n": [100 * index + row for row in range(size)], "pad": [bytes(1000)] * size}
+        )
         shards.write_shard(str(place), shards.shard_key("train", index), table)
     return shard_index(str(place), "train")
 
@@ -213,7 +269,9 @@ def test_rows_are_read_with_bounded_memory(tmp_path) -> None:
     rows = ShardRows(str(tmp_path), keys, sizes, cache_bytes=9_000)
     for shard, row in [(0, 4), (1, 3), (2, 5), (0, 0)]:
         assert rows.read(shard, row)[1]["n"] == 100 * shard + row
-        assert rows._bytes <= 9_000 and rows._bytes == sum(size for _, size, _ in rows._tables.values())
+        assert rows._bytes <= 9_000 and rows._bytes == sum(
+            size for _, size, _ in rows._tables.values()
+        )
 
 
 class Counted(ShardRows):
@@ -244,16 +302,25 @@ def an_epoch(
     return rows, taken, told
 
 
-def test_each_shard_is_read_once_an_epoch_and_the_next_window_before_its_first_step(tmp_path) -> None:
+def test_each_shard_is_read_once_an_epoch_and_the_next_window_before_its_first_step(
+    tmp_path,
+) -> None:
     write(tmp_path, [20] * 12)
     rows, taken, told = an_epoch(tmp_path, 0, 1)
-    following = Order([20] * 12, 0, 4).near(12, 20, 0, 1).own  # of the next epoch, which is looked ahead to
+    following = (
+        Order([20] * 12, 0, 4).near(12, 20, 0, 1).own
+    )  # of the next epoch, which is looked ahead to
     assert Counter(range(12)) <= rows.count <= Counter([*range(12), *following])
     assert set(following) <= set(rows._tables) and len(following) == 4
-    assert sorted(taken) == [100 * shard + row for shard in range(12) for row in range(20)] and not told
+    assert (
+        sorted(taken) == [100 * shard + row for shard in range(12) for row in range(20)]
+        and not told
+    )
     for rank in range(2):
         half, _, _ = an_epoch(tmp_path, rank, 2)
-        assert half.count.total() <= 12, "about half of the shards, and those at the border, and two ahead"
+        assert half.count.total() <= 12, (
+            "about half of the shards, and those at the border, and two ahead"
+        )
         assert max(half.count.values()) <= 2
 
 
@@ -286,7 +353,9 @@ def png(colour: tuple[int, int, int]) -> bytes:
 
 
 def test_image_rows_decode_once_and_name_what_is_damaged(tmp_path, monkeypatch) -> None:
-    table = pa.table({"image_id": ["good", "bad"], "image": [png((255, 0, 10)), png((1, 2, 3))[:40]]})
+    table = pa.table(
+        {"image_id": ["good", "bad"], "image": [png((255, 0, 10)), png((1, 2, 3))[:40]]}
+    )
     shards.write_shard(str(tmp_path), "train/00000", table)
     rows = ImageRows(str(tmp_path), ["train/00000"], [2], 4, max_pixels=100, text=())
     _, values = rows.read(0, 0)
@@ -305,7 +374,9 @@ def test_token_rows_give_codes(tmp_path, shape) -> None:
     columns = [["a", "b"], shards.list_column(codes), [None, "c"], [None, None], [[], []]]
     schema = shards.token_schema(shape)
     by_name = dict(zip(["image_id", "codes", "caption", "label", "qa"], columns, strict=True))
-    shards.write_shard(str(tmp_path), "train/00000", pa.table([by_name[n] for n in schema.names], schema))
+    shards.write_shard(
+        str(tmp_path), "train/00000", pa.table([by_name[n] for n in schema.names], schema)
+    )
     _, values = TokenRows(str(tmp_path), ["train/00000"], [2]).read(0, 1)
     assert values["codes"].tolist() == codes[1].tolist() and values["caption"] == "c"
 
@@ -321,7 +392,9 @@ class Numbers:
 
 def feed(source, **changes) -> BatchLoader:
     settings = {"batch_size": 4, "micro": 2, "rank": 0, "world_size": 1, "threads": 2} | changes
-    return BatchLoader(source, Order([6, 6], 0), lambda rows: {"n": [row.values["n"] for row in rows]}, **settings)
+    return BatchLoader(
+        source, Order([6, 6], 0), lambda rows: {"n": [row.values["n"] for row in rows]}, **settings
+    )
 
 
 def test_the_feed_gives_every_step_in_order_cut_into_micro_batches() -> None:
@@ -333,10 +406,15 @@ def test_the_feed_gives_every_step_in_order_cut_into_micro_batches() -> None:
     steps = list(ours.steps(0, 3))
     assert [step for step, _ in steps] == [0, 1, 2]
     assert all([len(b["n"]) for b in batches] == [2, 2] for _, batches in steps)
-    assert sorted(n for _, batches in steps for b in batches for n in b["n"]) == [*range(6), *range(10, 16)]
+    assert sorted(n for _, batches in steps for b in batches for n in b["n"]) == [
+        *range(6),
+        *range(10, 16),
+    ]
     assert ours.at(1) == steps[1][1]
     halves = [feed(Whole(), rank=rank, world_size=2, threads=1).at(2) for rank in range(2)]
-    assert [n for half in halves for b in half for n in b["n"]] == [n for b in steps[2][1] for n in b["n"]]
+    assert [n for half in halves for b in half for n in b["n"]] == [
+        n for b in steps[2][1] for n in b["n"]
+    ]
 
 
 def test_an_error_while_reading_reaches_the_loop() -> None:
@@ -374,11 +452,17 @@ def test_pixels_pass_both_ways_and_grids_stand_side_by_side() -> None:
     pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
     assert np.array_equal(to_bytes(to_unit(pixels)), pixels.permute(0, 2, 3, 1).numpy())
     grid = picture_grid([to_unit(pixels), to_unit(pixels)])
-    assert grid.shape == (34, 34, 3) and (grid[16:18] == 255).all() and np.array_equal(grid[:16, :16], grid[18:, 18:])
+    assert (
+        grid.shape == (34, 34, 3)
+        and (grid[16:18] == 255).all()
+        and np.array_equal(grid[:16, :16], grid[18:, 18:])
+    )
 
 
 def test_prompts_are_the_commonest_text_of_each_label() -> None:
-    texts = Counter({("a red ball", "ball"): 2, ("a ball", "ball"): 3, ("a cat", "cat"): 1, ("nothing", ""): 9})
+    texts = Counter(
+        {("a red ball", "ball"): 2, ("a ball", "ball"): 3, ("a cat", "cat"): 1, ("nothing", ""): 9}
+    )
     assert prompts_of(texts) == {"ball": "a ball", "cat": "a cat"}
 
 
@@ -415,9 +499,13 @@ def test_a_run_that_goes_on_keeps_the_texts_that_it_began_with(tmp_path) -> None
     source.write_text("one line\nanother")
     write(Path(tokens), [1])
     columns = {"caption": ["a red ball"], "label": [None], "qa": [[]]}
-    table = pa.table({"image_id": ["a"], "codes": shards.list_column(np.zeros((1, 4), np.int32)), **columns})
+    table = pa.table(
+        {"image_id": ["a"], "codes": shards.list_column(np.zeros((1, 4), np.int32)), **columns}
+    )
     shards.write_shard(tokens, "train/00000", table.cast(shards.token_schema((4,))))
-    section = MllmSection(config=LanguageModel(text_vocab_size=280), mixture=Mixture(text=1), text_source=str(source))
+    section = MllmSection(
+        config=LanguageModel(text_vocab_size=280), mixture=Mixture(text=1), text_source=str(source)
+    )
     run = SimpleNamespace(path=str(here), recipe=Recipe(mllm=section))
     assert prepare_texts(run, tokens) == (["train/00000"], [2])
     before = {file: file.read_bytes() for file in here.rglob("*") if file.is_file()}
@@ -442,10 +530,15 @@ def test_stages_of_the_language_model_name_their_steps() -> None:
     section = MllmSection(
         answer_loss_weight=5,
         train=train,
-        stages=[MllmStage(from_step=2, answer_loss_weight=0), MllmStage(from_step=6, mixture=mixture)],
+        stages=[
+            MllmStage(from_step=2, answer_loss_weight=0),
+            MllmStage(from_step=6, mixture=mixture),
+        ],
     )
     found = [section.stage_at(step) for step in (0, 1, 2, 5, 6, 9)]
-    assert [stage.answer_loss_weight for stage in found] == [5, 5, 0, 0, 5, 5], "what is not named is the section's"
+    assert [stage.answer_loss_weight for stage in found] == [5, 5, 0, 0, 5, 5], (
+        "what is not named is the section's"
+    )
     assert [stage.mixture for stage in found] == [Mixture()] * 4 + [mixture] * 2
     assert section.whole_mixture == mixture
     for steps in ([6, 2], [2, 2], [10]):
@@ -484,13 +577,17 @@ def test_parts_that_leave_nothing_to_train_are_refused() -> None:
     asleep = MllmStage(from_step=4, freeze=["new_rows", "adapter"])
     with pytest.raises(ConfigError, match="From step 4 on"):
         check_parts(MllmSection(freeze=["backbone"], stages=[asleep], train=train))
-    check_parts(MllmSection(lora=Lora(), freeze=["new_rows"], stages=[MllmStage(from_step=1)], train=train))
+    check_parts(
+        MllmSection(lora=Lora(), freeze=["new_rows"], stages=[MllmStage(from_step=1)], train=train)
+    )
 
 
 def test_settings_that_change_no_result_are_not_in_the_fingerprint() -> None:
     plain = MllmSection()
     assert result_config(plain) == result_config(plain.model_copy(update={"packing": True}))
-    spared = Train(zero_stage=3, offload="cpu", activation_checkpointing=True, compile=True, micro_batch_size=4)
+    spared = Train(
+        zero_stage=3, offload="cpu", activation_checkpointing=True, compile=True, micro_batch_size=4
+    )
     assert result_config(plain) == result_config(plain.model_copy(update={"train": spared}))
     assert {"lr", "freeze", "lora", "packing"}.isdisjoint(result_config(plain))
     assert result_config(MllmSection(freeze=["adapter"]))["freeze"] == ["adapter"]
@@ -507,7 +604,10 @@ def test_memory_settings_that_cannot_be_are_refused() -> None:
             deepspeed_config(train, 1)
     found = deepspeed_config(Train(offload="cpu", zero_stage=3), 1)["zero_optimization"]
     assert found["offload_optimizer"]["device"] == found["offload_param"]["device"] == "cpu"
-    assert "offload_param" not in deepspeed_config(Train(offload="cpu", zero_stage=2), 1)["zero_optimization"]
+    assert (
+        "offload_param"
+        not in deepspeed_config(Train(offload="cpu", zero_stage=2), 1)["zero_optimization"]
+    )
 
 
 def test_a_mixture_that_cannot_be_trained_is_refused_at_once() -> None:
@@ -521,12 +621,19 @@ def test_a_mixture_that_cannot_be_trained_is_refused_at_once() -> None:
     with pytest.raises(ConfigError, match=r"mllm.text_source is not set"):
         check(recipe(config=LanguageModel(), mixture=Mixture(text=1.0)))
     with pytest.raises(ConfigError, match="no kind with images"):
-        check(recipe(config=LanguageModel(), mixture=Mixture(caption_to_image=0, image_to_caption=0, qa=0, text=1)))
+        check(
+            recipe(
+                config=LanguageModel(),
+                mixture=Mixture(caption_to_image=0, image_to_caption=0, qa=0, text=1),
+            )
+        )
     check(recipe(config=LanguageModel()))
 
 
 def test_flops_of_a_token_are_those_of_the_matrices_it_passes() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Embedding(5, 8), torch.nn.Linear(16, 4, bias=False))
+    model = torch.nn.Sequential(
+        torch.nn.Linear(8, 16), torch.nn.Embedding(5, 8), torch.nn.Linear(16, 4, bias=False)
+    )
     model[2].requires_grad_(False)
     assert flops_a_token(model, without=model[1]) == 6 * 8 * 16 + 4 * 16 * 4
     assert flops_a_token(model, without=model[1], backward=False) == 2 * (8 * 16 + 16 * 4)

@@ -20,7 +20,9 @@ ROWS = 50
 def write(place: str, index: int, fill: int = 0) -> str:
     key = shards.shard_key("train", index)
     pad = [os.urandom(200) for _ in range(ROWS)]
-    shards.write_shard(place, key, pa.table({"n": [1000 * index + row + fill for row in range(ROWS)], "pad": pad}))
+    shards.write_shard(
+        place, key, pa.table({"n": [1000 * index + row + fill for row in range(ROWS)], "pad": pad})
+    )
     return key
 
 
@@ -33,11 +35,15 @@ def fetched(monkeypatch) -> list[str]:
     """Paths that were fetched."""
     paths: list[str] = []
     get = storage.get_file
-    monkeypatch.setattr(storage, "get_file", lambda path, local: (paths.append(path), get(path, local)))
+    monkeypatch.setattr(
+        storage, "get_file", lambda path, local: (paths.append(path), get(path, local))
+    )
     return paths
 
 
-def test_a_shard_is_fetched_once_and_again_when_it_was_made_again(memory_url, tmp_path, fetched) -> None:
+def test_a_shard_is_fetched_once_and_again_when_it_was_made_again(
+    memory_url, tmp_path, fetched
+) -> None:
     key = write(memory_url, 0)
     cache = ShardCache(str(tmp_path / "cache"), 1e9)
     for _ in range(2):
@@ -51,7 +57,9 @@ def test_the_least_recently_used_leave_first(memory_url, tmp_path, fetched) -> N
     keys = [write(memory_url, index) for index in range(4)]
     size = storage.size_bytes(shards.shard_path(memory_url, keys[0]))
     cache = ShardCache(str(tmp_path / "cache"), 2.5 * size)
-    for step, index in enumerate([0, 1, 0, 2, 0, 3, 1]):  # 1 leaves for 2, 2 for 3, and then 0, not just used, for 1
+    for step, index in enumerate(
+        [0, 1, 0, 2, 0, 3, 1]
+    ):  # 1 leaves for 2, 2 for 3, and then 0, not just used, for 1
         cache.read(memory_url, keys[index])
         for file in (tmp_path / "cache").glob("*.parquet"):  # clocks of file systems are coarse
             os.utime(file, ns=(0, file.stat().st_mtime_ns - 10**9 * (10 - step)))
@@ -62,10 +70,14 @@ def test_the_least_recently_used_leave_first(memory_url, tmp_path, fetched) -> N
     assert len(kept(tmp_path / "small")) == 1
 
 
-def test_what_a_kill_left_of_a_fetch_goes_and_what_is_being_fetched_counts(memory_url, tmp_path) -> None:
+def test_what_a_kill_left_of_a_fetch_goes_and_what_is_being_fetched_counts(
+    memory_url, tmp_path
+) -> None:
     keys = [write(memory_url, index) for index in range(3)]
     size = storage.size_bytes(shards.shard_path(memory_url, keys[0]))
-    left, coming = (tmp_path / f".{name}.parquet.0123456789ab.smalti-tmp" for name in ("left", "coming"))
+    left, coming = (
+        tmp_path / f".{name}.parquet.0123456789ab.smalti-tmp" for name in ("left", "coming")
+    )
     for file in (left, coming):
         file.write_bytes(bytes(size))
     os.utime(left, (0, 0))
@@ -113,7 +125,9 @@ def test_readers_that_share_a_folder_do_not_trouble_each_other(memory_url, tmp_p
     assert not [name for name in os.listdir(tmp_path) if not name.endswith(".parquet")]
 
 
-def test_rows_of_a_distant_artifact_go_through_the_cache_and_local_ones_do_not(memory_url, tmp_path, fetched) -> None:
+def test_rows_of_a_distant_artifact_go_through_the_cache_and_local_ones_do_not(
+    memory_url, tmp_path, fetched
+) -> None:
     for place in (memory_url, str(tmp_path / "here")):
         key = write(place, 0)
         rows = ShardRows(place, [key], [ROWS], ["n"])

@@ -51,26 +51,40 @@ class Pair:
         for name, zero in (("model", stage), ("critic", 0)):
             torch.manual_seed(len(name))
             self.engines[name] = ds.build_engine(
-                Net(), train, lr=train.lr, zero_stage=zero, world_size=self.ranks.world_size, device=torch.device("cpu")
+                Net(),
+                train,
+                lr=train.lr,
+                zero_stage=zero,
+                world_size=self.ranks.world_size,
+                device=torch.device("cpu"),
             )
 
     def step(self, number: int, bad: str = "") -> dict[str, float]:
         """One accumulated step on this rank's part of batch `number`; the norms. `bad`: what is wrong with it."""
-        x, y = (torch.randn(BATCH, n, generator=torch.Generator().manual_seed(number)) for n in (5, 3))
+        x, y = (
+            torch.randn(BATCH, n, generator=torch.Generator().manual_seed(number)) for n in (5, 3)
+        )
         share = BATCH // self.ranks.world_size
         mine = slice(self.ranks.rank * share, (self.ranks.rank + 1) * share)
         parts = list(zip(x[mine].split(MICRO), y[mine].split(MICRO), strict=True))
         for at, (x_part, y_part) in enumerate(parts):
             for name, engine in self.engines.items():
                 loss = (engine(x_part) - y_part).square().mean()
-                if bad == "loss" and name == "model" and self.ranks.rank == self.ranks.world_size - 1 and at == 0:
+                if (
+                    bad == "loss"
+                    and name == "model"
+                    and self.ranks.rank == self.ranks.world_size - 1
+                    and at == 0
+                ):
                     loss = loss.detach() * 0 + float("inf") + 0 * loss
                 if bad == "gradient" and name == "critic" and at == 1:
                     loss = loss + (0 * loss).sqrt()  # its value is 0, its slope infinite
                 engine.backward(guards.poisoned(loss))
                 if at < len(parts) - 1:
                     engine.step()
-        norms = {name: deepspeed_compat.gradient_norm(engine) for name, engine in self.engines.items()}
+        norms = {
+            name: deepspeed_compat.gradient_norm(engine) for name, engine in self.engines.items()
+        }
         skip = float("inf") if float("inf") in norms.values() else 0.0
         for name, engine in self.engines.items():
             deepspeed_compat.apply(engine, norms[name] + skip)
@@ -79,8 +93,15 @@ class Pair:
         return norms
 
     def weights(self) -> torch.Tensor | None:
-        whole = [ds.full_weights(engine, on_this_rank=self.ranks.rank == 0) for engine in self.engines.values()]
-        return torch.cat([t.flatten() for state in whole if state for t in state.values()]) if whole[0] else None
+        whole = [
+            ds.full_weights(engine, on_this_rank=self.ranks.rank == 0)
+            for engine in self.engines.values()
+        ]
+        return (
+            torch.cat([t.flatten() for state in whole if state for t in state.values()])
+            if whole[0]
+            else None
+        )
 
 
 class Kept(Task):
@@ -113,8 +134,12 @@ class Store(LocalFileSystem):
 fsspec.register_implementation("store", Store)
 
 
-def checkpoints(folder: Path | str, stage: int, ranks: Collectives, told: list[str] | None = None) -> Checkpoints:
-    return Checkpoints(f"{folder}/zero{stage}", ranks, say=[].append if told is None else told.append)
+def checkpoints(
+    folder: Path | str, stage: int, ranks: Collectives, told: list[str] | None = None
+) -> Checkpoints:
+    return Checkpoints(
+        f"{folder}/zero{stage}", ranks, say=[].append if told is None else told.append
+    )
 
 
 def damage(folder: Path, part: str) -> None:
@@ -127,7 +152,14 @@ def damage(folder: Path, part: str) -> None:
 
 
 def two_ranks(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {"norms": {}, "skipped": {}, "low": {}, "drift": {}, "saved": {}, "resumed": {}}
+    found: dict[str, Any] = {
+        "norms": {},
+        "skipped": {},
+        "low": {},
+        "drift": {},
+        "saved": {},
+        "resumed": {},
+    }
     found["compared"] = {}
     for stage in STAGES:
         pair = Pair(stage)
@@ -279,7 +311,9 @@ def test_a_step_in_bf16_that_is_not_finite_moves_nothing(two, stage: int) -> Non
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_what_every_worker_holds_whole_is_compared_and_named_where_it_differs(two, stage: int) -> None:
+def test_what_every_worker_holds_whole_is_compared_and_named_where_it_differs(
+    two, stage: int
+) -> None:
     """Every weight and buffer of both engines; under ZeRO-3 all but the matrix of 35 numbers, of which 30 may stay whole."""
     names = dict(Net().named_parameters()) | dict(Net().named_buffers())
     expected = {f"{engine}'s {name}" for engine in ("model", "critic") for name in names}
@@ -310,9 +344,13 @@ def test_more_workers_go_on_alike_and_what_is_damaged_is_passed_over(ranks, one,
     """Two workers of a machine take the four-step checkpoint of one out of a store, and each file once; then theirs is
     damaged, and the one before is taken."""
     written = sorted(
-        str(path) for path in folder.glob("*/*000004/**/*") if path.is_file() and "manifest" not in path.name
+        str(path)
+        for path in folder.glob("*/*000004/**/*")
+        if path.is_file() and "manifest" not in path.name
     )
-    for stage, (step, value, weights) in ranks(go_on, 2, f"store://{folder}", str(folder / "fetched"))[0].items():
+    for stage, (step, value, weights) in ranks(
+        go_on, 2, f"store://{folder}", str(folder / "fetched")
+    )[0].items():
         assert (step, value) == (4, 7)
         torch.testing.assert_close(weights[0], one[stage][2][1], rtol=1e-5, atol=1e-6)
     assert sorted((folder / "fetched").read_text().split()) == written
@@ -321,7 +359,11 @@ def test_more_workers_go_on_alike_and_what_is_damaged_is_passed_over(ranks, one,
     (step, told), other = ranks(pass_over, 2, folder)
     assert step == other[0] == 4
     assert told == other[1] and len(told) == 1
-    assert "step-000000006 is passed over: " in told[0] and "rank_1" in told[0] and "is damaged" in told[0]
+    assert (
+        "step-000000006 is passed over: " in told[0]
+        and "rank_1" in told[0]
+        and "is damaged" in told[0]
+    )
 
 
 def test_workers_wait_longer_for_storage_than_for_other_collectives(ranks) -> None:

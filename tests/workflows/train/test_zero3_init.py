@@ -32,7 +32,9 @@ def section(folder: Path):
     from smalti.schema import MllmSection, Train
 
     return MllmSection(
-        pretrained=str(folder / "lm"), adapter="cascade", train=Train(batch_size=2, zero_stage=3, lr=0.01)
+        pretrained=str(folder / "lm"),
+        adapter="cascade",
+        train=Train(batch_size=2, zero_stage=3, lr=0.01),
     )
 
 
@@ -74,8 +76,12 @@ def build(folder: Path) -> None:
     with partitioned_loading(config, Collectives()) as matrices, Largest() as largest:
         model = build_unified(made, tokenizer, Codes(), seed=3, matrices=matrices)
     head = model.lm.get_output_embeddings().weight
-    held = {name: p.ds_tensor.numel() for name, p in model.named_parameters() if hasattr(p, "ds_tensor")}
-    engine = engines.build_engine(model, made.train, lr=0.01, zero_stage=3, world_size=2, device=torch.device("cpu"))
+    held = {
+        name: p.ds_tensor.numel() for name, p in model.named_parameters() if hasattr(p, "ds_tensor")
+    }
+    engine = engines.build_engine(
+        model, made.train, lr=0.01, zero_stage=3, world_size=2, device=torch.device("cpu")
+    )
     start = engines.full_weights(engine, on_this_rank=rank == 0)
     engine.backward(engine(batch(model, 1))[0])
     engine.step()
@@ -123,7 +129,9 @@ def test_rows_made_in_parts_and_their_first_step_are_those_of_a_whole_model(fold
         # Adam's first step is of full size even where the gradient is rounding noise: those places are left out
         clear = parameter.grad.abs() > 1e-3 * parameter.grad.abs().max()
         if not name.endswith("k_proj.bias"):  # all noise: softmax cancels it
-            torch.testing.assert_close(after[name][clear], parameter[clear], rtol=1e-5, atol=2e-5, msg=name)
+            torch.testing.assert_close(
+                after[name][clear], parameter[clear], rtol=1e-5, atol=2e-5, msg=name
+            )
     for name in ("lm.lm_head.weight", "adapter.codes.weight"):
         assert not torch.equal(after[name], found[name])
 

@@ -23,7 +23,16 @@ from smalti.tracking import NullTracker
 from smalti.workflows.train.task import Task
 
 SIZES = [7, 5, 9, 20]
-TRAIN = Train(steps=24, batch_size=8, lr=1e-2, warmup=3, checkpoint_every=8, log_every=4, check_every=4, max_failures=2)
+TRAIN = Train(
+    steps=24,
+    batch_size=8,
+    lr=1e-2,
+    warmup=3,
+    checkpoint_every=8,
+    log_every=4,
+    check_every=4,
+    max_failures=2,
+)
 
 
 class Rows:
@@ -53,7 +62,17 @@ class Net(nn.Module):
 
 
 class Toy(Task):
-    def __init__(self, slow_s=0.0, broken=False, nan_from=99, die_at=-1, dropout=0.0, flag="", record="", saved=""):
+    def __init__(
+        self,
+        slow_s=0.0,
+        broken=False,
+        nan_from=99,
+        die_at=-1,
+        dropout=0.0,
+        flag="",
+        record="",
+        saved="",
+    ):
         self.slow_s, self.broken, self.nan_from, self.die_at = slow_s, broken, nan_from, die_at
         self.dropout, self.flag, self.record, self.saved = dropout, flag, record, saved
 
@@ -62,7 +81,10 @@ class Toy(Task):
 
     def setup(self, context):
         super().setup(context)
-        self.net, self.critic = Net(self.dropout), nn.Sequential(nn.Linear(1, 8), nn.GELU(), nn.Linear(8, 1))
+        self.net, self.critic = (
+            Net(self.dropout),
+            nn.Sequential(nn.Linear(1, 8), nn.GELU(), nn.Linear(8, 1)),
+        )
         self.moved: list[torch.Tensor] = []
         self.calls = 0
 
@@ -76,7 +98,11 @@ class Toy(Task):
         x = np.stack([row.random(self.context.seed).standard_normal(8) for row in rows])
         y = [[row.values["x"] / 300.0] for row in rows]
         places = [[row.index, row.epoch, int(row.values["x"])] for row in rows]
-        return {"x": torch.tensor(x, dtype=torch.float32), "y": torch.tensor(y, dtype=torch.float32), "places": places}
+        return {
+            "x": torch.tensor(x, dtype=torch.float32),
+            "y": torch.tensor(y, dtype=torch.float32),
+            "places": places,
+        }
 
     def begin_step(self, step, engines, read):
         flag = Path(self.flag or "/nonexistent")
@@ -84,7 +110,11 @@ class Toy(Task):
             time.sleep(self.slow_s)
         if step == self.die_at and self.context.collectives.rank == 0 and flag.exists():
             flag.unlink()
-            while self.saved and len(list(Path(self.saved).glob("manifest-*"))) < self.context.collectives.world_size:
+            while (
+                self.saved
+                and len(list(Path(self.saved).glob("manifest-*")))
+                < self.context.collectives.world_size
+            ):
                 time.sleep(0.05)  # a checkpoint is sent by a thread
             os.kill(os.getpid(), 9)
 
@@ -143,7 +173,9 @@ def check_record(path: str, steps: int, batch_size: int) -> int:
     assert sorted(taken) == list(range(steps))
     by_index: dict[int, tuple[int, int]] = {}
     for step, places in taken.items():
-        assert {index for index, *_ in places} == set(range(step * batch_size, (step + 1) * batch_size)), step
+        assert {index for index, *_ in places} == set(
+            range(step * batch_size, (step + 1) * batch_size)
+        ), step
         for index, epoch, row in places:
             assert by_index.setdefault(index, (epoch, row)) == (epoch, row), index
     every = {shard * 100 + row for shard, size in enumerate(SIZES) for row in range(size)}
@@ -166,13 +198,21 @@ class FakeRun:
         print(message, file=sys.stderr)
 
 
-def train(path: str, *, workers: int | tuple[int, int] = 1, settings=None, run=None, **changes) -> dict[str, float]:
+def train(
+    path: str, *, workers: int | tuple[int, int] = 1, settings=None, run=None, **changes
+) -> dict[str, float]:
     """Train the toy into `path`; Ray must run."""
     from smalti.workflows.train.launch import fit
 
     by_value()
     run = run or FakeRun(path, workers)
-    return fit(sys.modules[Toy.__module__].Toy, settings or {}, TRAIN.model_copy(update=changes), run, seed=3)
+    return fit(
+        sys.modules[Toy.__module__].Toy,
+        settings or {},
+        TRAIN.model_copy(update=changes),
+        run,
+        seed=3,
+    )
 
 
 def _in_turn(jobs: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -184,7 +224,9 @@ def _in_turn(jobs: dict[str, Any]) -> dict[str, dict[str, float]]:
     return {name: Loop(job).run() for name, job in jobs.items()}
 
 
-def train_in_turn(path: str, workers: int, variants: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+def train_in_turn(
+    path: str, workers: int, variants: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, float]]:
     """Train the toy once for each variant, into `<path>/<name>`, all in one group of workers: starting one takes longer
     than the training. The final numbers by name."""
     import ray

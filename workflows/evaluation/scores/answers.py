@@ -72,16 +72,24 @@ def breakdown(
 
     Keys beyond the `most` frequent ones are summed up in a last row `all others`.
     """
-    frequent = [key for key, _ in sorted(Counter(keys).items(), key=lambda item: (-item[1], item[0]))]
+    frequent = [
+        key for key, _ in sorted(Counter(keys).items(), key=lambda item: (-item[1], item[0]))
+    ]
     named = set(frequent[:most]) if len(frequent) > most + 1 else set(frequent)
     rows: dict[str, list[int]] = defaultdict(list)
     for index, key in enumerate(keys):
         rows[key if key in named else "all others"].append(index)
-    order = [key for key in frequent if key in named] + (["all others"] if len(named) < len(frequent) else [])
+    order = [key for key in frequent if key in named] + (
+        ["all others"] if len(named) < len(frequent) else []
+    )
     table = []
     for key in order:
         chosen = rows[key]
-        row: dict[str, object] = {"key": key, "n": len(chosen), "accuracy": sum(hits[i] for i in chosen) / len(chosen)}
+        row: dict[str, object] = {
+            "key": key,
+            "n": len(chosen),
+            "accuracy": sum(hits[i] for i in chosen) / len(chosen),
+        }
         if guesses is not None:
             row["question_only"] = sum(guesses[i] for i in chosen) / len(chosen)
         table.append(row)

@@ -40,7 +40,9 @@ def measure_codes(data: HeldOut, models: Models) -> MeasureResult:
         if score is not None:
             result.scores[f"codes/{prefix}vrr"] = score
     ids_NT = levels["semantic_" if guided else ""][0]
-    result.tables["gallery"], pictures = gallery(pixels, ids_NT[chosen], tokenizer.grid, data.job.seed)
+    result.tables["gallery"], pictures = gallery(
+        pixels, ids_NT[chosen], tokenizer.grid, data.job.seed
+    )
     result.tables["gallery_of"] = "semantic" if guided else "flat"
     result.pictures |= pictures
     return result
@@ -48,10 +50,13 @@ def measure_codes(data: HeldOut, models: Models) -> MeasureResult:
 
 def levels_of(tokenizer: Any, codes: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
     """By the prefix of their scores: the code of each token (N, T), all codes that are counted, and how many there are."""
-    if tokenizer.code_shape:  # several codes per token: pixel before semantic, each of several depths
+    if (
+        tokenizer.code_shape
+    ):  # several codes per token: pixel before semantic, each of several depths
         halves = {"": codes[:, :, 0], "semantic_": codes[:, :, 1]}
         return {
-            prefix: (half[..., 0], np.ascontiguousarray(half), tokenizer.num_codes) for prefix, half in halves.items()
+            prefix: (half[..., 0], np.ascontiguousarray(half), tokenizer.num_codes)
+            for prefix, half in halves.items()
         }
     levels = {"": (codes, codes, tokenizer.num_codes)}
     if tokenizer.num_semantic:
@@ -74,7 +79,9 @@ def histogram(counts: np.ndarray) -> dict[str, Any]:
     """Counts sorted downwards, thinned to at most `HISTOGRAM_POINTS` (rank, count) pairs, evenly in the logarithm of
     the rank; with how many codes were used at all."""
     ordered = np.sort(counts)[::-1]
-    ranks = np.unique(np.geomspace(1, len(ordered), min(HISTOGRAM_POINTS, len(ordered))).round().astype(int))
+    ranks = np.unique(
+        np.geomspace(1, len(ordered), min(HISTOGRAM_POINTS, len(ordered))).round().astype(int)
+    )
     return {
         "points": [[int(rank), int(ordered[rank - 1])] for rank in ranks],
         "codes": len(ordered),
@@ -87,7 +94,9 @@ def _vrr_score(patches_NHWC: np.ndarray, ids_N: np.ndarray, seed: int) -> Score 
     """VRR beside that of shuffled ids; None where it is undefined: no code has two patches, or all patches are alike."""
     if np.bincount(ids_N).max() < 2 or not (patches_NHWC != patches_NHWC[0]).any():
         return None
-    patches_NCHW = torch.from_numpy(np.ascontiguousarray(patches_NHWC.transpose(0, 3, 1, 2))).float() / 255
+    patches_NCHW = (
+        torch.from_numpy(np.ascontiguousarray(patches_NHWC.transpose(0, 3, 1, 2))).float() / 255
+    )
     generator = torch.Generator().manual_seed(seed)
     value, shuffled = vrr(patches_NCHW, torch.from_numpy(ids_N.astype(np.int64)), generator)
     return Score(value, len(ids_N), baseline={"shuffled": shuffled})

@@ -15,7 +15,9 @@ def contact_sheet(rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
         raise ValueError("a contact sheet needs at least one picture")
     tall = max(hwc.shape[0] for row in rows for hwc in row) + GAP
     wide = max(hwc.shape[1] for row in rows for hwc in row) + GAP
-    sheet = np.full((tall * len(rows) + GAP, wide * max(map(len, rows)) + GAP, 3), PAPER, dtype=np.uint8)
+    sheet = np.full(
+        (tall * len(rows) + GAP, wide * max(map(len, rows)) + GAP, 3), PAPER, dtype=np.uint8
+    )
     for y, row in enumerate(rows):
         for x, hwc in enumerate(row):
             top, left = GAP + y * tall, GAP + x * wide

@@ -74,7 +74,10 @@ def prompts_of(data: HeldOut) -> list[Prompt]:
         chosen = choose(len(sentences), MOST_PROMPTS, data.job.seed + 4)
         return [Prompt(sentences[index][1], sentences[index][0]) for index in chosen]
     captions = sorted({row.caption for row in data.images if row.caption})
-    return [Prompt(captions[index], None) for index in choose(len(captions), PROMPTS_WITHOUT_LABELS, data.job.seed + 4)]
+    return [
+        Prompt(captions[index], None)
+        for index in choose(len(captions), PROMPTS_WITHOUT_LABELS, data.job.seed + 4)
+    ]
 
 
 def named_label(text: str, labels: list[str]) -> str | None:
@@ -92,7 +95,9 @@ def draw(prompts: list[Prompt], data: HeldOut, models: Models) -> Tensor:
         for start in range(0, len(prompts), DRAWN_AT_ONCE):
             texts = [prompt.text for prompt in prompts[start : start + DRAWN_AT_ONCE]]
             seed = data.job.seed + start
-            codes_BT = models.language.draw_codes(texts, **sampling, seed=seed, batch_size=settings.batch_size)
+            codes_BT = models.language.draw_codes(
+                texts, **sampling, seed=seed, batch_size=settings.batch_size
+            )
             for first in range(0, len(texts), settings.batch_size):
                 drawn.append(models.decode(codes_BT[first : first + settings.batch_size]).cpu())
             progress.update(len(texts))
@@ -140,7 +145,17 @@ def _judge_on_held_out(data: HeldOut, models: Models) -> tuple[float | None, flo
         right = [row.label for row in batch]
         seen = [(real, to_model(bhwc))]
         if models.no_decoder is None:  # a diffusion decoder takes seconds a picture
-            seen.append((rebuilt, models.tokenizer.decode(models.to_codes(np.stack([row.codes for row in batch])))))
+            seen.append(
+                (
+                    rebuilt,
+                    models.tokenizer.decode(
+                        models.to_codes(np.stack([row.codes for row in batch]))
+                    ),
+                )
+            )
         for hits, pixels in seen:
-            hits += [one == other for one, other in zip(models.judge.classify(pixels), right, strict=True)]
+            hits += [
+                one == other
+                for one, other in zip(models.judge.classify(pixels), right, strict=True)
+            ]
     return share(real), share(rebuilt) if rebuilt else None, len(rows)

@@ -112,7 +112,15 @@ class HeldOut:
         table = shards.read_shard(self.job.tokens, key)
         codes = shards.codes(table)
         return [
-            HeldOutRow(text["image_id"], key, index, codes[index], text["caption"], text["label"], text["qa"])
+            HeldOutRow(
+                text["image_id"],
+                key,
+                index,
+                codes[index],
+                text["caption"],
+                text["label"],
+                text["qa"],
+            )
             for index, text in enumerate(texts_of(table))
         ]
 
@@ -125,7 +133,9 @@ class HeldOut:
     @cached_property
     def questions(self) -> list[Question]:
         """The sample of held-out questions, at most `evaluate.questions`."""
-        everything = [Question(row, pair["question"], pair["answer"]) for row in self.rows for pair in row.qa]
+        everything = [
+            Question(row, pair["question"], pair["answer"]) for row in self.rows for pair in row.qa
+        ]
         chosen = choose(len(everything), self.job.evaluate.questions, self.job.seed + 1)
         return [everything[index] for index in chosen]
 
@@ -136,7 +146,9 @@ class HeldOut:
         for key in sorted({row.key for row in rows}):
             places = [place for place, row in enumerate(rows) if row.key == key]
             table = shards.read_shard(self.job.corpus, key, columns=["image_id", "image"])
-            by_id = {image_id: index for index, image_id in enumerate(table["image_id"].to_pylist())}
+            by_id = {
+                image_id: index for index, image_id in enumerate(table["image_id"].to_pylist())
+            }
             for place in places:
                 index = by_id.get(rows[place].image_id)
                 if index is None:
@@ -144,10 +156,14 @@ class HeldOut:
                         f"{self.job.tokens} has image {rows[place].image_id} in shard {key}, {self.job.corpus} has not. "
                         "The tokens were made from another corpus: make them again."
                     )
-                out[place] = to_pixels(table["image"][index].as_py(), size, max_pixels=self.job.max_pixels)
+                out[place] = to_pixels(
+                    table["image"][index].as_py(), size, max_pixels=self.job.max_pixels
+                )
         return out
 
-    def batches(self, rows: Sequence[HeldOutRow], what: str) -> Iterator[tuple[list[HeldOutRow], np.ndarray]]:
+    def batches(
+        self, rows: Sequence[HeldOutRow], what: str
+    ) -> Iterator[tuple[list[HeldOutRow], np.ndarray]]:
         """The rows in batches of `evaluate.batch_size`, each with its pixels; progress is shown as `what`.
 
         Rows lie in the order of shards, so a shard's bytes are read once for all of its batches.
@@ -169,7 +185,9 @@ class HeldOut:
         return [
             {"key": key, "index": index, **text}
             for key in keys
-            for index, text in enumerate(texts_of(shards.read_shard(self.job.tokens, key, columns=TEXT_COLUMNS)))
+            for index, text in enumerate(
+                texts_of(shards.read_shard(self.job.tokens, key, columns=TEXT_COLUMNS))
+            )
         ]
 
     @cached_property
@@ -187,14 +205,20 @@ class HeldOut:
         for text in self.training_texts:
             if text["label"] in counts and text["caption"]:
                 counts[text["label"]][text["caption"]] += 1
-        return {label: _sentence(label, counter) if counter else clean(label) for label, counter in counts.items()}
+        return {
+            label: _sentence(label, counter) if counter else clean(label)
+            for label, counter in counts.items()
+        }
 
     @cached_property
     def zero_shot_sentences(self) -> dict[str, str]:
         """The same for the encoder; one from elsewhere gets `a photo of a <label>` for a label without captions."""
         if self.job.own_encoder:
             return self.captions_of_labels
-        return {k: _photo(k) if text == clean(k) else text for k, text in self.captions_of_labels.items()}
+        return {
+            k: _photo(k) if text == clean(k) else text
+            for k, text in self.captions_of_labels.items()
+        }
 
     def labelled_training_pixels(self, most: int, size: int) -> tuple[np.ndarray, list[str]]:
         """uint8 (n, size, size, 3) and labels of a seeded sample of the labelled training images."""
@@ -203,7 +227,9 @@ class HeldOut:
         pixels, labels = [], []
         for key in dict.fromkeys(text["key"] for text in chosen):
             table = shards.read_shard(self.job.corpus, key, columns=["image_id", "image"])
-            by_id = {image_id: index for index, image_id in enumerate(table["image_id"].to_pylist())}
+            by_id = {
+                image_id: index for index, image_id in enumerate(table["image_id"].to_pylist())
+            }
             for text in (text for text in chosen if text["key"] == key):
                 data = table["image"][by_id[text["image_id"]]].as_py()
                 pixels.append(to_pixels(data, size, max_pixels=self.job.max_pixels))

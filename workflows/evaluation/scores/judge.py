@@ -29,7 +29,9 @@ class Judge(nn.Module):
     def __init__(self, labels: Sequence[str], size: int, width: int = 32) -> None:
         super().__init__()
         self.labels, self.size = list(labels), size
-        words = [[(place, word) for place, word in enumerate(label.split())] for label in self.labels]
+        words = [
+            [(place, word) for place, word in enumerate(label.split())] for label in self.labels
+        ]
         names = sorted({word for label in words for word in label})
         members_LW = torch.tensor([[float(name in label) for name in names] for label in words])
         self.register_buffer("members_LW", members_LW)
@@ -37,11 +39,17 @@ class Judge(nn.Module):
         channels = 3
         for step in range(max(2, min(4, size.bit_length() - 3))):
             out = width * 2 ** min(step, 2)
-            layers += [nn.Conv2d(channels, out, 3, stride=2, padding=1), nn.BatchNorm2d(out), nn.ReLU()]
+            layers += [
+                nn.Conv2d(channels, out, 3, stride=2, padding=1),
+                nn.BatchNorm2d(out),
+                nn.ReLU(),
+            ]
             channels = out
         layers += [nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU()]
         self.body = nn.Sequential(*layers)
-        self.head = nn.Sequential(nn.Linear(2 * channels, 128), nn.ReLU(), nn.Linear(128, len(names)))
+        self.head = nn.Sequential(
+            nn.Linear(2 * channels, 128), nn.ReLU(), nn.Linear(128, len(names))
+        )
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         if pixels_BCHW.shape[-1] != self.size:
@@ -61,7 +69,9 @@ class Judge(nn.Module):
         return [self.labels[index] for index in ids]
 
 
-def train_judge(bhwc: np.ndarray, labels: Sequence[str], *, seed: int, device: str = "cpu") -> Judge:
+def train_judge(
+    bhwc: np.ndarray, labels: Sequence[str], *, seed: int, device: str = "cpu"
+) -> Judge:
     """Train on uint8 (n, S, S, 3) with a label each: AdamW, one cosine; `training_steps(n)` steps of `BATCH` images.
 
     Shift and noise keep it from leaning on details that no drawing has. The result depends on the images and the seed;
@@ -96,13 +106,17 @@ def train_judge(bhwc: np.ndarray, labels: Sequence[str], *, seed: int, device: s
 def training_steps(num_images: int) -> int:
     """Five epochs; for small sets up to forty, but no more than 300 steps of them (a few hundred images: seconds)."""
     batches = num_images / BATCH
-    return math.ceil(max(EPOCHS * batches, min(STEPS_OF_SMALL_SETS, EPOCHS_OF_SMALL_SETS * batches), 1))
+    return math.ceil(
+        max(EPOCHS * batches, min(STEPS_OF_SMALL_SETS, EPOCHS_OF_SMALL_SETS * batches), 1)
+    )
 
 
 def _augment(pixels_BCHW: Tensor, generator: torch.Generator) -> Tensor:
     """A random shift of the batch (edges repeated) and Gaussian noise of a random strength."""
     dy, dx = torch.randint(0, 2 * SHIFT + 1, (2,), generator=generator).tolist()
     height, width = pixels_BCHW.shape[2:]
-    shifted = F.pad(pixels_BCHW, (SHIFT,) * 4, mode="replicate")[:, :, dy : dy + height, dx : dx + width]
+    shifted = F.pad(pixels_BCHW, (SHIFT,) * 4, mode="replicate")[
+        :, :, dy : dy + height, dx : dx + width
+    ]
     strength = NOISE * torch.rand(len(pixels_BCHW), 1, 1, 1, generator=generator)
     return shifted + strength * torch.randn(shifted.shape, generator=generator)

@@ -20,7 +20,12 @@ from smalti.errors import DataError
 
 RESULTS = "measures"
 PICTURES = "pictures"
-NOT_OF_THE_CODES = {"zero_shot/accuracy", "drawing/judge_accuracy", "retrieval/t2i_r1", "retrieval/i2t_r1"}
+NOT_OF_THE_CODES = {
+    "zero_shot/accuracy",
+    "drawing/judge_accuracy",
+    "retrieval/t2i_r1",
+    "retrieval/i2t_r1",
+}
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,10 @@ class Score:
                     f"A measure returned a score that is not finite: {name} is {number} (n = {self.n}). "
                     "Check the losses of the trained models in history.jsonl for NaN or Inf."
                 )
-        return asdict(self) | {"value": float(self.value), "baseline": {k: float(v) for k, v in self.baseline.items()}}
+        return asdict(self) | {
+            "value": float(self.value),
+            "baseline": {k: float(v) for k, v in self.baseline.items()},
+        }
 
 
 @dataclass
@@ -54,7 +62,9 @@ class MeasureResult:
 
     scores: dict[str, Score] = field(default_factory=dict)
     tables: dict[str, Any] = field(default_factory=dict)
-    pictures: dict[str, np.ndarray] = field(default_factory=dict)  # file name without ending -> uint8 (H, W, 3)
+    pictures: dict[str, np.ndarray] = field(
+        default_factory=dict
+    )  # file name without ending -> uint8 (H, W, 3)
     skipped: str | None = None
 
 
@@ -103,7 +113,9 @@ def share(hits: Any) -> float:
     return float(np.mean(np.asarray(hits, dtype=np.float64)))
 
 
-def merge_baselines(scores: dict[str, Any], others: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def merge_baselines(
+    scores: dict[str, Any], others: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
     """Scores as JSON with the values that other runs reached added under `baseline.<name of the run>`.
 
     A measure of the encoder or of the judge alone is left out where it is equal: the run shares them.

@@ -76,7 +76,11 @@ class Models:
         """Pixels of codes, by the tokenizer or by the export's diffusion decoder: float (B, 3, S, S) in [-1, 1]."""
         if self.no_decoder is None:
             return self.tokenizer.decode(codes_BT)
-        return to_model(np.stack([np.asarray(picture.convert("RGB")) for picture in self.language.decode(codes_BT)]))
+        return to_model(
+            np.stack(
+                [np.asarray(picture.convert("RGB")) for picture in self.language.decode(codes_BT)]
+            )
+        )
 
     def to_codes(self, codes: object) -> Tensor:
         """int32 rows (B, T, …) as int64 on the device."""

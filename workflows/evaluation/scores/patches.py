@@ -17,7 +17,9 @@ def cut_patches(bhwc: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     batch, height, width, channels = bhwc.shape
     rows, columns = grid
     tall, wide = height // rows, width // columns
-    cut = bhwc[:, : rows * tall, : columns * wide].reshape(batch, rows, tall, columns, wide, channels)
+    cut = bhwc[:, : rows * tall, : columns * wide].reshape(
+        batch, rows, tall, columns, wide, channels
+    )
     return cut.transpose(0, 1, 3, 2, 4, 5).reshape(-1, tall, wide, channels)
 
 
@@ -46,8 +48,12 @@ def gallery(
         names: list[str] = []
         for place in chosen:
             names.append(f"code-{len(lines):02d}-{len(names)}")
-            pictures[names[-1]] = in_context(bhwc[image_N[place]], grid, int(place % ids_BT.shape[1]))
-        lines.append({"code": int(code), "patches": int(count), "images": len(first), "pictures": names})
+            pictures[names[-1]] = in_context(
+                bhwc[image_N[place]], grid, int(place % ids_BT.shape[1])
+            )
+        lines.append(
+            {"code": int(code), "patches": int(count), "images": len(first), "pictures": names}
+        )
         if len(lines) == ROWS:
             break
     return lines, pictures
@@ -59,7 +65,9 @@ def _order(codes: np.ndarray, counts: np.ndarray, detail: np.ndarray) -> list[tu
     detailed = usable[np.argsort(-detail[usable], kind="stable")]
     by_use = usable[np.argsort(-counts[usable], kind="stable")]
     step = max(1, len(by_use) // (ROWS // 2))
-    spread = np.concatenate([by_use[start::step] for start in range(step)]) if len(by_use) else by_use
+    spread = (
+        np.concatenate([by_use[start::step] for start in range(step)]) if len(by_use) else by_use
+    )
     order: dict[int, int] = {}
     for one, other in zip(detailed, spread, strict=True):
         for index in (one, other):
@@ -76,8 +84,14 @@ def in_context(hwc: np.ndarray, grid: tuple[int, int], token: int) -> np.ndarray
     dimmed = view * DIM + 128 * (1 - DIM)
     dimmed[tall : 2 * tall, wide : 2 * wide] = view[tall : 2 * tall, wide : 2 * wide]
     margin = (tall // 2, wide // 2)
-    crop = dimmed[margin[0] : 3 * tall - margin[0], margin[1] : 3 * wide - margin[1]].round().astype(np.uint8)
+    crop = (
+        dimmed[margin[0] : 3 * tall - margin[0], margin[1] : 3 * wide - margin[1]]
+        .round()
+        .astype(np.uint8)
+    )
     scale = max(1, PICTURE_SIDE // max(crop.shape[:2]))
     return np.asarray(
-        Image.fromarray(crop).resize((crop.shape[1] * scale, crop.shape[0] * scale), Image.Resampling.NEAREST)
+        Image.fromarray(crop).resize(
+            (crop.shape[1] * scale, crop.shape[0] * scale), Image.Resampling.NEAREST
+        )
     )

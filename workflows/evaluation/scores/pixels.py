@@ -11,7 +11,13 @@ LONGEST_SIDE = 256  # of a picture in the report
 
 def to_model(bhwc_uint8: np.ndarray) -> Tensor:
     """uint8 (B, H, W, 3) as float32 (B, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(bhwc_uint8)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+    return (
+        torch.from_numpy(np.ascontiguousarray(bhwc_uint8))
+        .permute(0, 3, 1, 2)
+        .float()
+        .div_(127.5)
+        .sub_(1.0)
+    )
 
 
 def to_uint8(pixels_BCHW: Tensor) -> np.ndarray:

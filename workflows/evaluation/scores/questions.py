@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from smalti.progress import Progress
-from smalti.workflows.evaluation.scores.answers import QuestionOnly, answer_kind, breakdown, opening, same_answer
+from smalti.workflows.evaluation.scores.answers import (
+    QuestionOnly,
+    answer_kind,
+    breakdown,
+    opening,
+    same_answer,
+)
 from smalti.workflows.evaluation.scores.heldout import HeldOut, Question
 from smalti.workflows.evaluation.scores.measure_result import MeasureResult, Score, share
 from smalti.workflows.evaluation.scores.models import Models
@@ -26,9 +32,14 @@ def measure_questions(data: HeldOut, models: Models) -> MeasureResult:
     for text in data.training_texts:
         guesser.learn((pair["question"], pair["answer"]) for pair in text["qa"])
     given = ask(questions, models)
-    hits = [same_answer(answer, question.answer) for answer, question in zip(given, questions, strict=True)]
+    hits = [
+        same_answer(answer, question.answer)
+        for answer, question in zip(given, questions, strict=True)
+    ]
     guesses = (
-        [same_answer(guesser.answer(one.question) or "", one.answer) for one in questions] if guesser.overall else None
+        [same_answer(guesser.answer(one.question) or "", one.answer) for one in questions]
+        if guesser.overall
+        else None
     )
     baseline = {"question_only": share(guesses)} if guesses is not None else {}
     result = MeasureResult({"qa/accuracy": Score(share(hits), len(hits), baseline=baseline)})
@@ -58,7 +69,9 @@ def ask(questions: list[Question], models: Models) -> list[str]:
     return answers
 
 
-def _examples(data: HeldOut, result: MeasureResult, given: list[str], hits: list[bool]) -> list[dict[str, object]]:
+def _examples(
+    data: HeldOut, result: MeasureResult, given: list[str], hits: list[bool]
+) -> list[dict[str, object]]:
     """Up to a dozen wrong and a dozen right answers, evenly over the sample, each about another image."""
     chosen: list[int] = []
     for wanted in (False, True):
@@ -67,7 +80,10 @@ def _examples(data: HeldOut, result: MeasureResult, given: list[str], hits: list
             if hit == wanted and data.questions[index].row.image_id not in seen:
                 seen.add(data.questions[index].row.image_id)
                 places.append(index)
-        chosen += [places[int(place)] for place in np.linspace(0, len(places) - 1, min(SHOWN_EACH, len(places)))]
+        chosen += [
+            places[int(place)]
+            for place in np.linspace(0, len(places) - 1, min(SHOWN_EACH, len(places)))
+        ]
     pixels = data.pixels([data.questions[index].row for index in chosen])
     lines: list[dict[str, object]] = []
     for number, (index, hwc) in enumerate(zip(chosen, pixels, strict=True)):

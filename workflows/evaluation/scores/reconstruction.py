@@ -23,7 +23,12 @@ def measure_reconstruction(data: HeldOut, models: Models) -> MeasureResult:
         return MeasureResult(skipped=models.no_decoder)
     tokenizer = models.tokenizer
     semantic = tokenizer.has_semantic_only
-    found: dict[str, list[float]] = {"psnr": [], "ssim": [], "psnr_semantic_only": [], "ssim_semantic_only": []}
+    found: dict[str, list[float]] = {
+        "psnr": [],
+        "ssim": [],
+        "psnr_semantic_only": [],
+        "ssim_semantic_only": [],
+    }
     shown = {row.image_id for row in _spread_rows(data.images, SHOWN)}
     result = MeasureResult()
     grid: list[dict[str, object]] = []
@@ -48,11 +53,15 @@ def measure_reconstruction(data: HeldOut, models: Models) -> MeasureResult:
             result.scores[f"reconstruction/{name}"] = Score(float(np.mean(values)), len(values))
     if semantic:
         gain = np.mean(found["psnr"]) - np.mean(found["psnr_semantic_only"])
-        result.scores["reconstruction/psnr_over_semantic_only"] = Score(float(gain), len(found["psnr"]))
+        result.scores["reconstruction/psnr_over_semantic_only"] = Score(
+            float(gain), len(found["psnr"])
+        )
     return result
 
 
-def _measure(found: dict[str, list[float]], ending: str, decoded: torch.Tensor, truth: torch.Tensor) -> None:
+def _measure(
+    found: dict[str, list[float]], ending: str, decoded: torch.Tensor, truth: torch.Tensor
+) -> None:
     found[f"psnr{ending}"] += psnr(decoded, truth).clamp_max(MOST_DB).tolist()
     found[f"ssim{ending}"] += ssim(decoded, truth).tolist()
 
@@ -84,4 +93,7 @@ def _spread_rows(rows: list[HeldOutRow], most: int) -> list[HeldOutRow]:
 
 
 def _spread_of(values: list[float]) -> dict[str, float]:
-    return {name: float(np.quantile(values, share)) for name, share in (("p05", 0.05), ("p50", 0.5), ("p95", 0.95))}
+    return {
+        name: float(np.quantile(values, share))
+        for name, share in (("p05", 0.05), ("p50", 0.5), ("p95", 0.95))
+    }

@@ -38,17 +38,30 @@ def measure_retrieval(data: HeldOut, models: Models) -> MeasureResult:
     owner_B = torch.tensor([texts.index(caption) for caption in captions])
     chunks, coded = [], []
     for batch, bhwc in data.batches(rows, "retrieval"):
-        chunks.append(models.encoder.pooled(fit(to_model(bhwc).to(data.job.device), models.encoder.image_size)))
+        chunks.append(
+            models.encoder.pooled(
+                fit(to_model(bhwc).to(data.job.device), models.encoder.image_size)
+            )
+        )
         if models.code_embedder is not None:
-            coded.append(models.code_embedder(models.to_codes(np.stack([row.codes for row in batch]))))
+            coded.append(
+                models.code_embedder(models.to_codes(np.stack([row.codes for row in batch])))
+            )
     result = MeasureResult()
     plain = recalls(torch.cat(chunks), texts_CE, owner_B)
-    counts, chances = {"i2t": len(rows), "t2i": len(texts)}, {"i2t": 1 / len(texts), "t2i": 1 / len(rows)}
+    counts, chances = (
+        {"i2t": len(rows), "t2i": len(texts)},
+        {"i2t": 1 / len(texts), "t2i": 1 / len(rows)},
+    )
     for way, value in plain.items():
-        result.scores[f"retrieval/{way}_r1"] = Score(value, counts[way], baseline={"chance": chances[way]})
+        result.scores[f"retrieval/{way}_r1"] = Score(
+            value, counts[way], baseline={"chance": chances[way]}
+        )
     for way, value in recalls(torch.cat(coded), texts_CE, owner_B).items() if coded else ():
         baseline = {"chance": chances[way], "encoder": plain[way]}
-        result.scores[f"retrieval/{way}_r1_through_codes"] = Score(value, counts[way], baseline=baseline)
+        result.scores[f"retrieval/{way}_r1_through_codes"] = Score(
+            value, counts[way], baseline=baseline
+        )
     return result
 
 

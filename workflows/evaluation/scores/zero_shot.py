@@ -32,20 +32,30 @@ class ZeroShot:
 
     def nearest(self, images_BE: Tensor) -> list[str]:
         """The same for image embeddings, float (B, E)."""
-        return [self.labels[index] for index in (F.normalize(images_BE, dim=-1) @ self.texts_LE.T).argmax(1).tolist()]
+        return [
+            self.labels[index]
+            for index in (F.normalize(images_BE, dim=-1) @ self.texts_LE.T).argmax(1).tolist()
+        ]
 
 
 def embed_texts(models: Models, texts: list[str]) -> Tensor:
     """Unit text embeddings (n, E), in batches."""
     chunks = range(0, len(texts), MOST_TEXTS_A_BATCH)
-    return torch.cat([models.encoder.prompt_embeddings(texts[start : start + MOST_TEXTS_A_BATCH]) for start in chunks])
+    return torch.cat(
+        [
+            models.encoder.prompt_embeddings(texts[start : start + MOST_TEXTS_A_BATCH])
+            for start in chunks
+        ]
+    )
 
 
 def fit(pixels_BCHW: Tensor, size: int) -> Tensor:
     """The images at the encoder's size (bicubic, antialiased), within [-1, 1]."""
     if pixels_BCHW.shape[-1] == size:
         return pixels_BCHW
-    resized = F.interpolate(pixels_BCHW, (size, size), mode="bicubic", antialias=True, align_corners=False)
+    resized = F.interpolate(
+        pixels_BCHW, (size, size), mode="bicubic", antialias=True, align_corners=False
+    )
     return resized.clamp(-1, 1)
 
 
@@ -77,15 +87,24 @@ def measure_zero_shot(data: HeldOut, models: Models) -> MeasureResult:
     for batch, bhwc in data.batches(rows, "zero-shot"):
         given += classifier.classify(to_model(bhwc).to(data.job.device))
         if embed is not None:
-            coded += classifier.nearest(embed(models.to_codes(np.stack([row.codes for row in batch]))))
+            coded += classifier.nearest(
+                embed(models.to_codes(np.stack([row.codes for row in batch])))
+            )
     right = [row.label or "" for row in rows]
     hits = [one == other for one, other in zip(given, right, strict=True)]
-    score = Score(share(hits), len(rows), baseline={"most_frequent": most_frequent_share(data, rows)})
-    table = {"classes": by_class(right, hits), "sentences": dict(list(data.zero_shot_sentences.items())[:200])}
+    score = Score(
+        share(hits), len(rows), baseline={"most_frequent": most_frequent_share(data, rows)}
+    )
+    table = {
+        "classes": by_class(right, hits),
+        "sentences": dict(list(data.zero_shot_sentences.items())[:200]),
+    }
     result = MeasureResult({"zero_shot/accuracy": score}, {"zero_shot": table})
     if coded:
         hits = [one == other for one, other in zip(coded, right, strict=True)]
-        result.scores["zero_shot/through_codes"] = Score(share(hits), len(rows), baseline={"encoder": score.value})
+        result.scores["zero_shot/through_codes"] = Score(
+            share(hits), len(rows), baseline={"encoder": score.value}
+        )
     return result
 
 

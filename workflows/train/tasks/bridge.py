@@ -32,7 +32,13 @@ class BridgeTask(Task):
     together = "InfoNCE"
 
     def __init__(
-        self, section: BridgeSection, tokens: str, keys: list[str], sizes: list[int], num_tokens: int, path: str
+        self,
+        section: BridgeSection,
+        tokens: str,
+        keys: list[str],
+        sizes: list[int],
+        num_tokens: int,
+        path: str,
     ) -> None:
         self.section, self.path, self.num_tokens = section, path, num_tokens
         self.tokens, self.keys, self.sizes = tokens, keys, sizes
@@ -49,7 +55,9 @@ class BridgeTask(Task):
         self.text = PromptSide.from_pretrained(self.section.decoder).to(context.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(context.seed)
-            given = self.text({name: ids.to(context.device) for name, ids in self.text.tokenize([""]).items()})
+            given = self.text(
+                {name: ids.to(context.device) for name, ids in self.text.tokenize([""]).items()}
+            )
             self.bridge = Bridge(self.section, given.shape(self.num_tokens, self.codes_VC.shape[1]))
 
     def modules(self) -> dict[str, nn.Module]:
@@ -57,18 +65,29 @@ class BridgeTask(Task):
 
     def make_batch(self, rows: Sequence[Row]) -> Batch:
         """vectors float32 (B, T, C); token ids of the captions, int64 (B, L), for each text encoder."""
-        codes_BT = torch.from_numpy(np.stack([row.values["codes"] for row in rows]).astype(np.int64))
+        codes_BT = torch.from_numpy(
+            np.stack([row.values["codes"] for row in rows]).astype(np.int64)
+        )
         ids = self.text.tokenize([caption_of(row.values) for row in rows])
-        return {"vectors": self.codes_VC[codes_BT], **{f"ids_{name}": ids_BL for name, ids_BL in ids.items()}}
+        return {
+            "vectors": self.codes_VC[codes_BT],
+            **{f"ids_{name}": ids_BL for name, ids_BL in ids.items()},
+        }
 
     def loss(
         self, name: str, engines: Mapping[str, Any], batch: Batch, step: int, share: Tensor | None
     ) -> tuple[Tensor, Metrics] | None:
-        ids = {key.removeprefix("ids_"): value for key, value in batch.items() if key.startswith("ids_")}
+        ids = {
+            key.removeprefix("ids_"): value
+            for key, value in batch.items()
+            if key.startswith("ids_")
+        }
         workers = self.context.collectives
         gather = workers.all_gather if workers.world_size > 1 else None
         first = workers.rank * len(batch["vectors"])
-        return engines[name](batch["vectors"], self.text(ids), torch.cat([*ids.values()], -1), gather, first)
+        return engines[name](
+            batch["vectors"], self.text(ids), torch.cat([*ids.values()], -1), gather, first
+        )
 
     def save(self, path: str, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
         """`bridge.safetensors` and `bridge.json` beside the code vectors, as `smalti.mllm.bridge.load_bridge` reads them."""

@@ -45,13 +45,20 @@ class DualModule(RebuildModule):
     def last_layer(self) -> Tensor:
         return self.model.last_layer
 
-    def forward(self, pixels: Tensor, target: Tensor | None, quantize: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, pixels: Tensor, target: Tensor | None, quantize: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(rebuilt, semantic loss, commitment); without a target the vectors (z_pix, z_sem) and nothing."""
         if target is None:
             z_pixel, z_semantic = self.model.vectors(pixels)
             return z_pixel, z_semantic, z_pixel.new_zeros(())
         out = self.model(pixels, target, quantize)
-        self.made, self.codes, self.stats, self.distance = out.pixels, out.codes, out.stats, out.distance
+        self.made, self.codes, self.stats, self.distance = (
+            out.pixels,
+            out.codes,
+            out.stats,
+            out.distance,
+        )
         return out.pixels.view_as(out.pixels), out.semantic, out.commitment
 
 
@@ -90,16 +97,24 @@ class DualTask(RebuildTask):
         if step != self.stage.init_steps:
             return
         collectives, train = self.context.collectives, self.context.train
-        wanted = min(SAMPLES_PER_CODE * math.ceil(self.stage.codes / self.stage.depth), INIT_VECTORS)
+        wanted = min(
+            SAMPLES_PER_CODE * math.ceil(self.stage.codes / self.stage.depth), INIT_VECTORS
+        )
         images = math.ceil(wanted / math.prod(self.model.grid))
         steps = math.ceil(min(images, sum(self.sizes)) / train.batch_size)
         seen: dict[str, list[Tensor]] = {name: [] for name in BOOKS}
         engines["model"].eval()
         with torch.no_grad():
-            for ahead in range(step, step + steps):  # gathered step by step: the order of one worker's batches
-                parts = [engines["model"](to_unit(batch["pixels"]), None)[:2] for batch in read(ahead)]
+            for ahead in range(
+                step, step + steps
+            ):  # gathered step by step: the order of one worker's batches
+                parts = [
+                    engines["model"](to_unit(batch["pixels"]), None)[:2] for batch in read(ahead)
+                ]
                 for name, own in zip(BOOKS, zip(*parts, strict=True), strict=True):
-                    seen[name].append(collectives.all_gather(torch.cat([z.float().flatten(0, 1) for z in own])))
+                    seen[name].append(
+                        collectives.all_gather(torch.cat([z.float().flatten(0, 1) for z in own]))
+                    )
         generator = self.context.generator(step)
         for name, quantizer in self.books.items():
             codes = quantizer.codes.cpu()
@@ -114,11 +129,17 @@ class DualTask(RebuildTask):
             return self.discriminator_loss(engines, batch, step)
         pixels, target = batch["pixels"], to_unit(batch["pixels"])
         features = self.memory.get(batch["places"], lambda missing: self.features(pixels[missing]))
-        rebuilt, semantic, commitment = engines[name](target, features, step >= self.stage.init_steps)
+        rebuilt, semantic, commitment = engines[name](
+            target, features, step >= self.stage.init_steps
+        )
         module: DualModule = engines[name].module
         loss, metrics = self.image_loss(engines, rebuilt, target, step)
         loss = loss + semantic + commitment
-        metrics |= {"semantic": module.distance, "commitment": commitment.detach(), "loss": loss.detach()}
+        metrics |= {
+            "semantic": module.distance,
+            "commitment": commitment.detach(),
+            "loss": loss.detach(),
+        }
         pixel, meaning = module.stats
         if module.codes is not None and pixel is not None and meaning is not None:
             self.stats.append((pixel, meaning))
@@ -132,11 +153,18 @@ class DualTask(RebuildTask):
             return {}
         collectives, generator = self.context.collectives, self.context.generator(step)
         shares = (collectives.all_reduce(self.used) > 0).double().mean(1)
-        metrics: dict[str, Tensor | float] = {"codes_used": shares[0], "semantic_codes_used": shares[1]}
+        metrics: dict[str, Tensor | float] = {
+            "codes_used": shares[0],
+            "semantic_codes_used": shares[1],
+        }
         metrics["restarted"] = 0.0
-        for quantizer, parts in zip(self.books.values(), zip(*self.stats, strict=True), strict=True):
+        for quantizer, parts in zip(
+            self.books.values(), zip(*self.stats, strict=True), strict=True
+        ):
             stats = EMAStats.merge(parts)
-            metrics["restarted"] += float(quantizer.update(stats, collectives.all_reduce, generator, collectives.rank))
+            metrics["restarted"] += float(
+                quantizer.update(stats, collectives.all_reduce, generator, collectives.rank)
+            )
         self.skipped(step)
         return metrics
 

@@ -82,10 +82,17 @@ class EncoderTask(Task):
         path: str,
     ) -> None:
         self.corpus, self.keys, self.sizes = corpus, keys, sizes
-        self.encoder, self.image_size, self.max_pixels, self.path = encoder, image_size, max_pixels, path
+        self.encoder, self.image_size, self.max_pixels, self.path = (
+            encoder,
+            image_size,
+            max_pixels,
+            path,
+        )
 
     def source(self) -> Source:
-        return CaptionedRows(self.corpus, self.keys, self.sizes, self.image_size, max_pixels=self.max_pixels)
+        return CaptionedRows(
+            self.corpus, self.keys, self.sizes, self.image_size, max_pixels=self.max_pixels
+        )
 
     def setup(self, context: Context) -> None:
         super().setup(context)
@@ -125,7 +132,9 @@ class EncoderTask(Task):
     def loss(
         self, name: str, engines: Mapping[str, Any], batch: Batch, step: int, share: Tensor | None
     ) -> tuple[Tensor, Metrics] | None:
-        gather = self.context.collectives.all_gather if self.context.collectives.world_size > 1 else None
+        gather = (
+            self.context.collectives.all_gather if self.context.collectives.world_size > 1 else None
+        )
         return engines[name](to_unit(batch["pixels"]), batch["input_ids"], gather)
 
     def save(self, path: str, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:

@@ -19,7 +19,11 @@ BORDER = 2
 
 def stack_pixels(rows: Sequence[Row]) -> Tensor:
     """Pixels of rows: uint8 (B, 3, H, W)."""
-    return torch.from_numpy(np.stack([row.values["pixels"] for row in rows])).permute(0, 3, 1, 2).contiguous()
+    return (
+        torch.from_numpy(np.stack([row.values["pixels"] for row in rows]))
+        .permute(0, 3, 1, 2)
+        .contiguous()
+    )
 
 
 def to_unit(pixels: Tensor) -> Tensor:
@@ -29,14 +33,25 @@ def to_unit(pixels: Tensor) -> Tensor:
 
 def to_bytes(images: Tensor) -> np.ndarray:
     """Images (B, 3, H, W) in [-1, 1], clamped: uint8 (B, H, W, 3)."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return (
+        ((images.float().clamp(-1, 1) + 1) * 127.5)
+        .round()
+        .to(torch.uint8)
+        .permute(0, 2, 3, 1)
+        .cpu()
+        .numpy()
+    )
 
 
 def picture_grid(columns: Sequence[Tensor]) -> np.ndarray:
     """Columns of images (B, 3, H, W) in [-1, 1] side by side, a row an image: uint8 (H', W', 3), white between."""
     cells = [to_bytes(column) for column in columns]
     count, height, width, _ = cells[0].shape
-    grid = np.full((count * (height + BORDER) - BORDER, len(cells) * (width + BORDER) - BORDER, 3), 255, np.uint8)
+    grid = np.full(
+        (count * (height + BORDER) - BORDER, len(cells) * (width + BORDER) - BORDER, 3),
+        255,
+        np.uint8,
+    )
     for c, column in enumerate(cells):
         for r, image in enumerate(column):
             top, left = r * (height + BORDER), c * (width + BORDER)
@@ -55,7 +70,9 @@ class RowMemory:
         self._kept: dict[tuple[str, int], Tensor] = {}
         self._fits: bool | None = None
 
-    def get(self, places: Sequence[tuple[str, int]], compute: Callable[[list[int]], Tensor]) -> Tensor:
+    def get(
+        self, places: Sequence[tuple[str, int]], compute: Callable[[list[int]], Tensor]
+    ) -> Tensor:
         """Tensors of the rows at `places` (B, …); `compute` makes those of the batch positions that are not kept."""
         missing = [b for b, place in enumerate(places) if place not in self._kept]
         if not missing:

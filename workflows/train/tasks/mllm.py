@@ -35,7 +35,11 @@ from smalti.workflows.train.zero3_init import partitioned_loading
 MODEL = "model"
 TEXT_TOKENIZER = "text_tokenizer"
 TEXT = "text"
-COUNTED = {"loss_text": "tokens_text", "loss_image": "tokens_image", "answer_accuracy": "tokens_answer"}
+COUNTED = {
+    "loss_text": "tokens_text",
+    "loss_image": "tokens_image",
+    "answer_accuracy": "tokens_answer",
+}
 COUNTED |= {"loss_pixel": "tokens_image", "loss_semantic": "tokens_image"}
 SAMPLE_IMAGES = 256
 
@@ -69,7 +73,9 @@ class UsableRows(TokenRows):
     def read(self, shard: int, row: int) -> tuple[str, Mapping[str, Any]]:
         table, (codes, usable) = self.table(shard)
         at = int(usable[row])
-        values = {name: table.column(name)[at].as_py() for name in table.column_names if name != "codes"}
+        values = {
+            name: table.column(name)[at].as_py() for name in table.column_names if name != "codes"
+        }
         return self.keys[shard], values | {"codes": codes[at]}
 
 
@@ -132,13 +138,19 @@ class MllmTask(Task):
 
     def _sample(self, visual: Any) -> Tensor:
         """Vectors of the tokens of some training images: float32 (M, C)."""
-        codes = shards.codes(shards.read_shard(self.tokens, self.keys[0], ["codes"]))[:SAMPLE_IMAGES]
+        codes = shards.codes(shards.read_shard(self.tokens, self.keys[0], ["codes"]))[
+            :SAMPLE_IMAGES
+        ]
         return visual.embed(torch.from_numpy(np.ascontiguousarray(codes)).flatten(0, 1))
 
     def source(self) -> Source:
         rows = UsableRows(self.tokens, self.keys, self.sizes)
         rows.mixture = self.section.whole_mixture
-        return Joined(rows, ShardRows(storage.join(self.path, TEXT), *self.text)) if self.text else rows
+        return (
+            Joined(rows, ShardRows(storage.join(self.path, TEXT), *self.text))
+            if self.text
+            else rows
+        )
 
     def order(self, source: Source) -> Order:
         """Texts come by the mixture's weight, each once in an epoch of their own."""
@@ -160,8 +172,13 @@ class MllmTask(Task):
         stage = self.section.stage_at(rows[0].index // self.section.train.batch_size)
         mixture = stage.mixture or self.section.mixture
         room = self.section.max_length if self.section.packing else None
-        batch = collate([self._sequence(row, mixture) for row in rows], self.model.vocabulary.pad, room)
-        weights = {"image_loss_weight": stage.image_loss_weight, "answer_loss_weight": stage.answer_loss_weight}
+        batch = collate(
+            [self._sequence(row, mixture) for row in rows], self.model.vocabulary.pad, room
+        )
+        weights = {
+            "image_loss_weight": stage.image_loss_weight,
+            "answer_loss_weight": stage.answer_loss_weight,
+        }
         return batch | {name: torch.tensor(value) for name, value in weights.items()}
 
     def _sequence(self, row: Row, mixture: Mixture) -> TokenSequence:
@@ -182,7 +199,10 @@ class MllmTask(Task):
             set_factors(engines["model"], rates)
             self.model.rest([part for part, rate in rates.items() if not rate])
             before = self.section.rates_at(step - 1) if step else rates
-            forget_moments(engines["model"], [part for part, rate in rates.items() if rate and not before[part]])
+            forget_moments(
+                engines["model"],
+                [part for part, rate in rates.items() if rate and not before[part]],
+            )
 
     def amount(self, batch: Batch) -> tuple[str, float]:
         """Tokens, without padding."""
@@ -205,14 +225,19 @@ class MllmTask(Task):
         assert share is not None
         loss, found = engines[name]({**batch, "loss_weight": share[0]})
         metrics: dict[str, Tensor | float | tuple[Tensor, Tensor]] = {"loss": loss.detach()}
-        metrics |= {key: (found[key], found[count]) for key, count in COUNTED.items() if key in found}
+        metrics |= {
+            key: (found[key], found[count]) for key, count in COUNTED.items() if key in found
+        }
         return loss, metrics
 
     def save(self, path: str, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
         """`<path>/model`, as `smalti.mllm.build.load_unified` reads it."""
         state = plain_rows(self.model, weights["model"])
         state = merge_lora(self.model, state) if self.section.lora else state
-        with without_lora(self.model), storage.atomic_local_dir(storage.join(path, MODEL)) as folder:
+        with (
+            without_lora(self.model),
+            storage.atomic_local_dir(storage.join(path, MODEL)) as folder,
+        ):
             save_unified(folder, self.model, self.hf_tokenizer, state)
         return {}
 

@@ -40,7 +40,11 @@ class PixelModule(RebuildModule):
         return self.tokenizer.last_layer
 
     def forward(
-        self, pixels: Tensor, semantic_ids: Tensor | None, quantize: bool = True, vectors_only: bool = False
+        self,
+        pixels: Tensor,
+        semantic_ids: Tensor | None,
+        quantize: bool = True,
+        vectors_only: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """(rebuilt, vq loss, codes, semantic-only rebuilt); `vectors_only`: the encoder's vectors in the first place."""
         if vectors_only:
@@ -81,7 +85,9 @@ class PixelTask(RebuildTask):
             self.semantic.load_state_dict(read_tensors(path))
             self.semantic.to(context.device).eval().requires_grad_(False)
         codes = None if self.semantic is None else self.semantic.codes
-        self.tokenizer = PixelTokenizer(self.stage, codes, self.image_size, self.grid, self.num_codes)
+        self.tokenizer = PixelTokenizer(
+            self.stage, codes, self.image_size, self.grid, self.num_codes
+        )
         if self.decoder_size is not None:
             assert self.start is not None
             self.tokenizer.load_state_dict(read_tensors(self.start))
@@ -112,11 +118,16 @@ class PixelTask(RebuildTask):
         collectives, train = self.context.collectives, self.context.train
         patches = self.grid[0] * self.grid[1]
         wanted = min(self.num_codes * SAMPLES_PER_ROW, INIT_VECTORS)
-        steps = min(math.ceil(wanted / (train.batch_size * patches)), math.ceil(sum(self.sizes) / train.batch_size))
+        steps = min(
+            math.ceil(wanted / (train.batch_size * patches)),
+            math.ceil(sum(self.sizes) / train.batch_size),
+        )
         vectors, ids = [], []
         engines["model"].eval()
         with torch.no_grad():
-            for ahead in range(step, step + steps):  # gathered step by step: the order of one worker's batches
+            for ahead in range(
+                step, step + steps
+            ):  # gathered step by step: the order of one worker's batches
                 parts = [self._vectors(engines["model"], batch) for batch in read(ahead)]
                 vectors.append(collectives.all_gather(torch.cat([p for p, _ in parts])))
                 ids.append(collectives.all_gather(torch.cat([i for _, i in parts])))
@@ -133,7 +144,9 @@ class PixelTask(RebuildTask):
         semantic_ids = self.semantic_ids(batch)
         p_BND, *_ = engine(to_unit(batch["pixels"]), semantic_ids, vectors_only=True)
         p_TD = p_BND.float().flatten(0, 1)
-        return p_TD, p_TD.new_zeros(len(p_TD), dtype=torch.int64) if semantic_ids is None else semantic_ids.flatten()
+        return p_TD, p_TD.new_zeros(
+            len(p_TD), dtype=torch.int64
+        ) if semantic_ids is None else semantic_ids.flatten()
 
     def _codebook_sizes(self) -> tuple[int, ...]:
         if self.semantic is None:
@@ -147,7 +160,9 @@ class PixelTask(RebuildTask):
             return self.discriminator_loss(engines, batch, step)
         target = to_unit(batch["pixels"])
         quantize = step >= self.quantize_from
-        rebuilt, vq, codes, semantic_only = engines[name](target, self.semantic_ids(batch), quantize)
+        rebuilt, vq, codes, semantic_only = engines[name](
+            target, self.semantic_ids(batch), quantize
+        )
         loss, metrics = self.image_loss(engines, rebuilt, target, step)
         if self.decoder_size is None:
             loss = loss + self.stage.vq_weight * vq
@@ -165,7 +180,11 @@ class PixelTask(RebuildTask):
         """Share of all codes that the batch of a logged step uses, over all workers; batches before it are left out."""
         used = self.used.clone()
         self.used.zero_()
-        if step < self.quantize_from or self.decoder_size is not None or (step + 1) % self.context.train.log_every:
+        if (
+            step < self.quantize_from
+            or self.decoder_size is not None
+            or (step + 1) % self.context.train.log_every
+        ):
             return {}
         return {"codes_used": (self.context.collectives.all_reduce(used) > 0).double().mean()}
 
@@ -184,6 +203,8 @@ class PixelTask(RebuildTask):
 
     def save(self, path: str, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
         """`pixel.safetensors`: the PixelTokenizer's state."""
-        state = {name.removeprefix("tokenizer."): tensor for name, tensor in weights["model"].items()}
+        state = {
+            name.removeprefix("tokenizer."): tensor for name, tensor in weights["model"].items()
+        }
         write_tensors(storage.join(path, WEIGHTS), state)
         return {}

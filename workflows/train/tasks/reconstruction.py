@@ -45,9 +45,9 @@ class RebuildTask(ImageTask):
 
     def setup_losses(self, context: Context) -> None:
         """In `setup`, after the model is built: what images are compared by, and the discriminator."""
-        self.criterion = PixelLoss(self.loss_config, build_perceptual(self.loss_config, self.encoder)).to(
-            context.device
-        )
+        self.criterion = PixelLoss(
+            self.loss_config, build_perceptual(self.loss_config, self.encoder)
+        ).to(context.device)
         gan = self.loss_config.gan
         if gan.adaptive and gan.weight and context.train.zero_stage == 3:
             raise ConfigError(
@@ -64,7 +64,11 @@ class RebuildTask(ImageTask):
 
     def modules(self) -> dict[str, nn.Module]:
         modules: dict[str, nn.Module] = {"model": self.main_module()}
-        return modules if self.discriminator is None else modules | {"discriminator": self.discriminator}
+        return (
+            modules
+            if self.discriminator is None
+            else modules | {"discriminator": self.discriminator}
+        )
 
     def peak_lr(self, name: str) -> float:
         return self.loss_config.gan.lr if name == "discriminator" else super().peak_lr(name)
@@ -95,10 +99,14 @@ class RebuildTask(ImageTask):
         """The gradient on the decoder's last weight of a gradient on the rebuilt images; mean over the workers."""
         collectives = self.context.collectives
         assert module.made is not None
-        (own,) = torch.autograd.grad(module.made, module.last_layer, gradient_BCHW, retain_graph=True)
+        (own,) = torch.autograd.grad(
+            module.made, module.last_layer, gradient_BCHW, retain_graph=True
+        )
         return collectives.all_reduce(own) / collectives.world_size
 
-    def discriminator_loss(self, engines: Mapping[str, Any], batch: Batch, step: int) -> tuple[Tensor, Metrics] | None:
+    def discriminator_loss(
+        self, engines: Mapping[str, Any], batch: Batch, step: int
+    ) -> tuple[Tensor, Metrics] | None:
         """Loss of the discriminator on the images that were rebuilt last; None before it takes part."""
         if self.rebuilt is None or not gan_active(self.loss_config.gan, step):
             return None
@@ -116,9 +124,15 @@ def held_out_pixels(corpus: str, image_size: int, max_pixels: int, count: int) -
     """The first held-out images: uint8 (n, 3, H, W), n ≤ count."""
     rows: list[Row] = []
     for key in shards.list_shards(corpus, "val"):
-        for data in shards.read_shard(corpus, key, ["image"]).column("image").to_pylist()[: count - len(rows)]:
+        for data in (
+            shards.read_shard(corpus, key, ["image"])
+            .column("image")
+            .to_pylist()[: count - len(rows)]
+        ):
             pixels = images.to_pixels(data, image_size, max_pixels=max_pixels)
             rows.append(Row(0, 0, key, len(rows), {"pixels": pixels}))
         if len(rows) == count:
             break
-    return stack_pixels(rows) if rows else torch.empty(0, 3, image_size, image_size, dtype=torch.uint8)
+    return (
+        stack_pixels(rows) if rows else torch.empty(0, 3, image_size, image_size, dtype=torch.uint8)
+    )

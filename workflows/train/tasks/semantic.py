@@ -49,7 +49,9 @@ class ImageTask(Task):
         self.encoder_path, self.layer, self.encoder_precision = encoder, layer, encoder_precision
 
     def source(self) -> Source:
-        return ImageRows(self.corpus, self.keys, self.sizes, self.image_size, max_pixels=self.max_pixels, text=())
+        return ImageRows(
+            self.corpus, self.keys, self.sizes, self.image_size, max_pixels=self.max_pixels, text=()
+        )
 
     def setup(self, context: Context) -> None:
         super().setup(context)
@@ -57,7 +59,9 @@ class ImageTask(Task):
         self.encoder: VisionEncoder | None = None
         if self.encoder_path is not None:
             self.encoder = open_encoder(self.encoder_path, self.layer).to(context.device)
-            self.encoder.bf16 = encodes_in_bf16(self.encoder_precision, context.train, context.device.type == "cuda")
+            self.encoder.bf16 = encodes_in_bf16(
+                self.encoder_precision, context.train, context.device.type == "cuda"
+            )
 
     def make_batch(self, rows: Sequence[Row]) -> Batch:
         """pixels uint8 (B, 3, H, W), and where the rows lie."""
@@ -74,10 +78,22 @@ class SemanticTask(ImageTask):
     """VQ-KD: projection, quantizer and decoder train; an EMA codebook follows the statistics of all workers."""
 
     def __init__(
-        self, stage: SemanticStage, num_codes: int, grid: tuple[int, int], dim: int, centroids: str, **images: Any
+        self,
+        stage: SemanticStage,
+        num_codes: int,
+        grid: tuple[int, int],
+        dim: int,
+        centroids: str,
+        **images: Any,
     ) -> None:
         super().__init__(**images)
-        self.stage, self.num_codes, self.grid, self.dim, self.centroids = stage, num_codes, grid, dim, centroids
+        self.stage, self.num_codes, self.grid, self.dim, self.centroids = (
+            stage,
+            num_codes,
+            grid,
+            dim,
+            centroids,
+        )
 
     def setup(self, context: Context) -> None:
         super().setup(context)
@@ -110,11 +126,15 @@ class SemanticTask(ImageTask):
 
     def after_step(self, step: int, engines: Mapping[str, Any]) -> Metrics:
         collectives = self.context.collectives
-        metrics: dict[str, Tensor | float] = {"codes_used": (collectives.all_reduce(self.used) > 0).double().mean()}
+        metrics: dict[str, Tensor | float] = {
+            "codes_used": (collectives.all_reduce(self.used) > 0).double().mean()
+        }
         if self.stats:
             generator = self.context.generator(step)
             stats = EMAStats.merge(self.stats)
-            restarted = self.tokenizer.after_step(stats, collectives.all_reduce, generator, collectives.rank)
+            restarted = self.tokenizer.after_step(
+                stats, collectives.all_reduce, generator, collectives.rank
+            )
             metrics["restarted"] = float(restarted)
         self.skipped(step)
         return metrics
@@ -144,4 +164,6 @@ def read_tensors(path: str) -> dict[str, Tensor]:
 
 def write_tensors(path: str, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file whole or not at all, anywhere."""
-    storage.write_atomic(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+    storage.write_atomic(
+        path, save({name: tensor.contiguous() for name, tensor in tensors.items()})
+    )

@@ -80,9 +80,9 @@ def test_different_answers_stay_different() -> None:
 
 
 def test_answer_kinds_and_openings() -> None:
-    assert [answer_kind(text) for text in ("Yes", "no.", "12", "3.5", "teal")] == ["yes / no"] * 2 + ["number"] * 2 + [
-        "other"
-    ]
+    assert [answer_kind(text) for text in ("Yes", "no.", "12", "3.5", "teal")] == [
+        "yes / no"
+    ] * 2 + ["number"] * 2 + ["other"]
     assert opening("What colour is it?") == "what colour"
     assert opening("Why?") == "why"
 
@@ -125,15 +125,32 @@ def test_named_label_is_the_longest_in_the_prompt() -> None:
 
 def told_of(rows: list[tuple[str | None, str]], own_encoder: bool) -> HeldOut:
     """A job whose training split has these (caption, label) rows."""
-    data = HeldOut(EvaluationJob("", "", "", "", "", -1, None, 8, 1, 0, EvaluateSection(), own_encoder=own_encoder))
-    vars(data).update(training_texts=[{"caption": caption, "label": label} for caption, label in rows])
+    data = HeldOut(
+        EvaluationJob(
+            "", "", "", "", "", -1, None, 8, 1, 0, EvaluateSection(), own_encoder=own_encoder
+        )
+    )
+    vars(data).update(
+        training_texts=[{"caption": caption, "label": label} for caption, label in rows]
+    )
     return data
 
 
 def test_a_label_is_drawn_and_recognised_by_the_text_that_was_trained_with() -> None:
-    rows = [("red ball!", "red_ball"), (None, "cat"), ("Tom asleep", "dog"), ("a wet nose", "dog"), ("at home", "dog")]
+    rows = [
+        ("red ball!", "red_ball"),
+        (None, "cat"),
+        ("Tom asleep", "dog"),
+        ("a wet nose", "dog"),
+        ("at home", "dog"),
+    ]
     data = told_of([*rows, (None, "grey_mouse")], own_encoder=True)
-    wanted = {"red_ball": "red ball!", "cat": "cat", "dog": "a photo of a dog", "grey_mouse": "grey_mouse"}
+    wanted = {
+        "red_ball": "red ball!",
+        "cat": "cat",
+        "dog": "a photo of a dog",
+        "grey_mouse": "grey_mouse",
+    }
     assert data.captions_of_labels == data.zero_shot_sentences == wanted
     assert {prompt.label: prompt.text for prompt in prompts_of(data)} == wanted
     other = told_of([*rows, (None, "grey_mouse")], own_encoder=False)
@@ -176,10 +193,19 @@ def test_code_scores_of_known_counts() -> None:
 
 def test_codes_of_several_depths_are_counted_together_and_patches_go_by_the_first() -> None:
     tower = SiglipVisionConfig(
-        hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1, image_size=16, patch_size=8
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        image_size=16,
+        patch_size=8,
     )
     stage = DualStage(
-        codes=5, depth=3, pixel_layers=[1], pixel_weights=[1.0], decoder=VitSize(dim=8, layers=1, heads=1)
+        codes=5,
+        depth=3,
+        pixel_layers=[1],
+        pixel_weights=[1.0],
+        decoder=VitSize(dim=8, layers=1, heads=1),
     )
     tokenizer = DualToken(DualModel(stage, VisionEncoder(SiglipVisionModel(tower), -2)))
     codes = np.random.default_rng(0).integers(0, 5, (2, 4, 2, 3), dtype=np.int32)
@@ -207,7 +233,9 @@ def test_patches_are_cut_in_token_order() -> None:
     for image in range(2):
         for row in range(2):
             for column in range(3):
-                bhwc[image, 3 * row : 3 * row + 3, 3 * column : 3 * column + 3] = 10 * (image * 6 + row * 3 + column)
+                bhwc[image, 3 * row : 3 * row + 3, 3 * column : 3 * column + 3] = 10 * (
+                    image * 6 + row * 3 + column
+                )
     patches = cut_patches(bhwc, (2, 3))
     assert patches.shape == (12, 3, 3, 3)
     assert (patches == (10 * np.arange(12)).reshape(12, 1, 1, 1)).all()
@@ -233,7 +261,9 @@ def test_gallery_shows_the_planted_code() -> None:
 
 
 def test_gallery_wants_three_images_a_code() -> None:
-    lines, pictures = gallery(np.zeros((2, 8, 8, 3), dtype=np.uint8), np.zeros((2, 4), dtype=int), (2, 2), seed=0)
+    lines, pictures = gallery(
+        np.zeros((2, 8, 8, 3), dtype=np.uint8), np.zeros((2, 4), dtype=int), (2, 2), seed=0
+    )
     assert lines == []
     assert pictures == {}
 
@@ -258,7 +288,9 @@ def toy_images(count: int, seed: int) -> tuple[np.ndarray, list[str]]:
     for _ in range(count):
         color, shape = rng.integers(0, 2, size=2)
         y, x = rng.integers(10, 22, size=2)
-        mask = (yy - y) ** 2 + (xx - x) ** 2 < 49 if shape else (abs(yy - y) < 3) & (abs(xx - x) < 9)
+        mask = (
+            (yy - y) ** 2 + (xx - x) ** 2 < 49 if shape else (abs(yy - y) < 3) & (abs(xx - x) < 9)
+        )
         image = rng.integers(110, 140, size=(32, 32, 3))
         image[mask] = (210, 40, 40) if color else (40, 60, 210)
         images.append(image.astype(np.uint8))
@@ -279,7 +311,12 @@ def test_judge_of_noise_labels_knows_nothing() -> None:
     judge = train_judge(images, shuffled, seed=0)
     held, right = toy_images(200, 1)
     right = np.random.default_rng(6).permutation(right).tolist()
-    assert np.mean([one == other for one, other in zip(judge.classify(to_model(held)), right, strict=True)]) < 0.45
+    assert (
+        np.mean(
+            [one == other for one, other in zip(judge.classify(to_model(held)), right, strict=True)]
+        )
+        < 0.45
+    )
 
 
 def test_judge_is_seeded_and_leaves_the_random_state() -> None:
@@ -328,7 +365,9 @@ def test_thumbnail_never_enlarges() -> None:
 
 def test_part_is_read_back_as_it_was_written(tmp_path) -> None:
     part = MeasureResult(
-        {"a/b": Score(0.5, 10, baseline={"chance": 0.1})}, {"t": [1]}, {"p": np.zeros((4, 4, 3), np.uint8)}
+        {"a/b": Score(0.5, 10, baseline={"chance": 0.1})},
+        {"t": [1]},
+        {"p": np.zeros((4, 4, 3), np.uint8)},
     )
     assert load_result(str(tmp_path), "x") is None
     written = save_result(str(tmp_path), "x", part)
@@ -350,15 +389,20 @@ def test_baselines_are_filled_where_both_were_measured() -> None:
         "qa/accuracy": Score(0.9, 5, baseline={"question_only": 0.6}).as_json(),
         "codes/vrr": Score(0.3, 5).as_json(),
     }
-    merged = merge_baselines(scores, {"pixel_codes": {"qa/accuracy": {"value": 0.7}, "other": {"value": 1.0}}})
+    merged = merge_baselines(
+        scores, {"pixel_codes": {"qa/accuracy": {"value": 0.7}, "other": {"value": 1.0}}}
+    )
     assert merged["qa/accuracy"]["baseline"] == {"question_only": 0.6, "pixel_codes": 0.7}
     assert merged["codes/vrr"]["baseline"] == {}
     assert "other" not in merged
     same = merge_baselines(
-        {"zero_shot/accuracy": Score(0.9, 5).as_json()}, {"x": {"zero_shot/accuracy": {"value": 0.9}}}
+        {"zero_shot/accuracy": Score(0.9, 5).as_json()},
+        {"x": {"zero_shot/accuracy": {"value": 0.9}}},
     )
     assert same["zero_shot/accuracy"]["baseline"] == {}  # the run shares the encoder
-    assert scores["qa/accuracy"]["baseline"] == {"question_only": 0.6}  # the record itself is left alone
+    assert scores["qa/accuracy"]["baseline"] == {
+        "question_only": 0.6
+    }  # the record itself is left alone
 
 
 def test_contact_sheet_places_every_picture() -> None:

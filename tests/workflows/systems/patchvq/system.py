@@ -33,7 +33,11 @@ class PatchVQSystem(System):
 
     def settings(self, recipe: Recipe) -> dict[str, object]:
         """Codes, seed and image size."""
-        own = {"size": recipe.codebook.size, "seed": recipe.seed, "image_size": recipe.corpus.image_size}
+        own = {
+            "size": recipe.codebook.size,
+            "seed": recipe.seed,
+            "image_size": recipe.corpus.image_size,
+        }
         return {"system": recipe.system} | own
 
     def build(self, run: StageRun, parents: Mapping[str, Artifact]) -> Mapping[str, int]:
@@ -41,10 +45,14 @@ class PatchVQSystem(System):
         recipe = run.recipe
         corpus = parents["corpus"].path
         keys, _ = shard_index(corpus, "train")
-        _, pixels_NHWC = load_pixels(corpus, keys[0], recipe.corpus.image_size, recipe.corpus.max_pixels, [])
+        _, pixels_NHWC = load_pixels(
+            corpus, keys[0], recipe.corpus.image_size, recipe.corpus.max_pixels, []
+        )
         patches_NTP = patchify(torch.from_numpy(pixels_NHWC).permute(0, 3, 1, 2) / 127.5 - 1, GRID)
         generator = torch.Generator().manual_seed(recipe.seed)
-        codes_KP = kmeans(patches_NTP.flatten(0, 1), recipe.codebook.size, iterations=4, generator=generator)
+        codes_KP = kmeans(
+            patches_NTP.flatten(0, 1), recipe.codebook.size, iterations=4, generator=generator
+        )
         tokenizer = PatchVQ(codes_KP, recipe.corpus.image_size)
         tokenizer.save_pretrained(run.path)
         return {"num_codes": tokenizer.num_codes, "tokens": tokenizer.num_tokens}
@@ -58,7 +66,9 @@ class PatchVQSystem(System):
         side = recipe.corpus.image_size // GRID[0]
         return recipe.codebook.size, (3 * side * side,)
 
-    def tokenizer_models(self, recipe: Recipe, encoder: VisionEncoder, origin: str, gpu: bool) -> Iterator[Model]:
+    def tokenizer_models(
+        self, recipe: Recipe, encoder: VisionEncoder, origin: str, gpu: bool
+    ) -> Iterator[Model]:
         """None."""
         yield from ()
 
@@ -66,5 +76,7 @@ class PatchVQSystem(System):
         self, recipe: Recipe, encoder: VisionEncoder, trained: Mapping[str, Model]
     ) -> dict[str, InferenceCost]:
         """None that matters: a product of each patch with the codes."""
-        cost = InferenceCost(flops={}, batch=recipe.tokens.batch_size, weights=0.0, first=0.0, further=1.0)
+        cost = InferenceCost(
+            flops={}, batch=recipe.tokens.batch_size, weights=0.0, first=0.0, further=1.0
+        )
         return {"tokens": cost}

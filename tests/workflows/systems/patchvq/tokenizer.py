@@ -49,7 +49,9 @@ class PatchVQ(SavedTokenizer):
 
     def embed(self, codes: Tensor) -> Tensor:
         """The patch of each code: float32 (…, P)."""
-        return F.embedding(checked_codes(codes, self.num_codes, None).long().to(self.codes.device), self.codes)
+        return F.embedding(
+            checked_codes(codes, self.num_codes, None).long().to(self.codes.device), self.codes
+        )
 
     def code_vectors(self) -> Tensor:
         """All patches: float32 (K, P)."""
@@ -68,4 +70,6 @@ class PatchVQ(SavedTokenizer):
 
     @classmethod
     def _load(cls, config: Mapping[str, object], folder: str, source: str) -> Self:
-        return cls(load_file(os.path.join(folder, WEIGHTS_NAME))["codes"], int(str(config["image_size"])))
+        return cls(
+            load_file(os.path.join(folder, WEIGHTS_NAME))["codes"], int(str(config["image_size"]))
+        )
