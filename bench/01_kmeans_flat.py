@@ -1,8 +1,10 @@
-"""Goal 1: two-level k-means with two polish steps, 49K vectors × 1152 into 2,048 codes, against flat k-means of faiss.
+"""Goal 1: two-level k-means with two polish steps, 49K vectors × 1152 into 2,048 codes, against
+flat k-means of faiss.
 
-faiss runs 8 iterations over all vectors; scikit-learn's MiniBatchKMeans, one epoch of batches of 4,096, stands beside. One thread
-each, in turns, medians of CPU-seconds; distortion on held-out vectors. Quality: ours over flat's distortion.
-`--features PATH [--window 3]` takes real vectors; `--codes`, `--cells`.
+faiss runs 8 iterations over all vectors; scikit-learn's MiniBatchKMeans, one epoch of batches of
+4,096, stands beside. One thread each, in turns, medians of CPU-seconds; distortion on held-out
+vectors. Quality: ours over flat's distortion. `--features PATH [--window 3]` takes real vectors;
+`--codes`, `--cells`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,11 @@
-"""Goal 2: two-level k-means without polish, K shared out by cell size, against the equal split of UniCode².
+"""Goal 2: two-level k-means without polish, K shared out by cell size, against the equal split of
+UniCode².
 
-49K vectors × 1152 into 2,048 codes in 64 cells. In cells of unequal shares an iteration costs more: the equal split gets one
-more, four for three, so that both take about as long. One thread, in turns, medians of CPU-seconds; distortion on held-out vectors. Ratio: CPU-seconds of ours over those of the equal split. Quality: ours over its distortion.
-`--features PATH [--window 3]` takes real vectors; `--codes`, `--cells`.
+49K vectors × 1152 into 2,048 codes in 64 cells. In cells of unequal shares an iteration costs more:
+the equal split gets one more, four for three, so that both take about as long. One thread, in
+turns, medians of CPU-seconds; distortion on held-out vectors. Ratio: CPU-seconds of ours over those
+of the equal split. Quality: ours over its distortion. `--features PATH [--window 3]` takes real
+vectors; `--codes`, `--cells`.
 """
 
 from __future__ import annotations

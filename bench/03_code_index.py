@@ -1,9 +1,11 @@
-"""Goal 3: 64K codes × 1152, vectors assigned through the training tree, against brute force, faiss IVF and faiss HNSW.
+"""Goal 3: 64K codes × 1152, vectors assigned through the training tree, against brute force, faiss
+IVF and faiss HNSW.
 
-The codes come from two-level k-means of 4 vectors a code (`bench/two_level.py`). The number of cells searched, and each peer's
-own probes, is chosen on 16,000 held-out vectors, so that a recall@1 of 0.999 against exact search holds at 95 %; recall and time
-are measured on 16,000 others (the stage's blocks hold 65,536). One thread, in turns, medians of CPU-seconds.
-`--features PATH [--window 3]` takes real vectors; `--codes`, `--cells` (default √K).
+The codes come from two-level k-means of 4 vectors a code (`bench/two_level.py`). The number of
+cells searched, and each peer's own probes, is chosen on 16,000 held-out vectors, so that a recall@1
+of 0.999 against exact search holds at 95 %; recall and time are measured on 16,000 others (the
+stage's blocks hold 65,536). One thread, in turns, medians of CPU-seconds. `--features PATH
+[--window 3]` takes real vectors; `--codes`, `--cells` (default √K).
 """
 
 from __future__ import annotations
@@ -30,8 +32,9 @@ GOALS = {"brute": 15.0, "ivf": 5.0, "hnsw": 3.0}
 
 
 def reaching(search: Callable[[int], Tensor], wanted: Tensor) -> int:
-    """The fewest probes, doubled from 1 and then narrowed, whose answers agree with `wanted` at the recall asked for; the
-    most that are tried, and a line that says so, where none do."""
+    """The fewest probes, doubled from 1 and then narrowed, whose answers agree with `wanted` at the
+    recall asked for; the most that are tried, and a line that says so, where none do.
+    """
 
     def enough(probes: int) -> bool:
         return lower_bound(int((search(probes) == wanted).sum()), len(wanted)) >= RECALL

@@ -1,8 +1,10 @@
-"""Goal 4: nearest of 16,384 codes of width 48 for 8,192 vectors, against the full matrix of distances.
+"""Goal 4: nearest of 16,384 codes of width 48 for 8,192 vectors, against the full matrix of
+distances.
 
-The other side is what vector-quantize-pytorch does: ‖x‖² + ‖c‖² − 2 x·c for all pairs, clamped, square root, argmax of the
-negative. One thread, in turns; the medians of CPU-seconds count. Memory is the peak of resident memory in a process of its
-own. Quality: the share of vectors that get the code which float64 says is nearest (or one at an equal distance to 1e-6).
+The other side is what vector-quantize-pytorch does: ‖x‖² + ‖c‖² − 2 x·c for all pairs, clamped,
+square root, argmax of the negative. One thread, in turns; the medians of CPU-seconds count. Memory
+is the peak of resident memory in a process of its own. Quality: the share of vectors that get the
+code which float64 says is nearest (or one at an equal distance to 1e-6).
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""Goal 5: counts and sums of 8,192 vectors of width 48 over 16,384 codes, against a one-hot matrix product.
+"""Goal 5: counts and sums of 8,192 vectors of width 48 over 16,384 codes, against a one-hot matrix
+product.
 
-One thread, in turns; the medians of CPU-seconds count. Quality: 1 when both give the same counts, and sums to 1e-4.
+One thread, in turns; the medians of CPU-seconds count. Quality: 1 when both give the same counts,
+and sums to 1e-4.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Goal 6: nearest of a vector's own m = 12 pixel codes, against a flat search over all K·m codes with the others masked.
+"""Goal 6: nearest of a vector's own m = 12 pixel codes, against a flat search over all K·m codes
+with the others masked.
 
-K = 16,384 semantic codes, width 8, 1,024 vectors on both sides; then our side alone at K = 1,024 and 4,096 with 65,536
-vectors (`growth`: the second over the first). One thread, in turns; the medians of CPU-seconds count. Quality: the share of
-vectors with the same code on both sides.
+K = 16,384 semantic codes, width 8, 1,024 vectors on both sides; then our side alone at K = 1,024
+and 4,096 with 65,536 vectors (`growth`: the second over the first). One thread, in turns; the
+medians of CPU-seconds count. Quality: the share of vectors with the same code on both sides.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ MANY, CALLS = 65_536, 10
 
 
 def masked_flat(p_TD: Tensor, i_T: Tensor, codes_VD: Tensor) -> Tensor:
-    """The best of all K·m codes of which only a vector's own m are let through; 256 vectors at a time."""
+    """The best of all K·m codes of which only a vector's own m are let through; 256 vectors at a
+    time.
+    """
     owner_V, half_norms_V = torch.arange(len(codes_VD)) // SUB, codes_VD.square().sum(-1) / 2
     found = []
     for p_tD, i_t in zip(p_TD.split(256), i_T.split(256), strict=True):

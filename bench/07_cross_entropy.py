@@ -1,8 +1,10 @@
-"""Goal 7: cross entropy over 65,536 and 348,672 classes, forward and backward, against torch's on full logits.
+"""Goal 7: cross entropy over 65,536 and 348,672 classes, forward and backward, against torch's on
+full logits.
 
-512 positions of width 256, float32; ours in chunks of 64. One thread, in turns; the medians of CPU-seconds count. Extra peak
-is what resident memory rises by beyond the gradients of weight and hidden, which both sides must make, in a process of its
-own. Quality: 1 when losses and gradients agree to 1e-5 of their size.
+512 positions of width 256, float32; ours in chunks of 64. One thread, in turns; the medians of
+CPU-seconds count. Extra peak is what resident memory rises by beyond the gradients of weight and
+hidden, which both sides must make, in a process of its own. Quality: 1 when losses and gradients
+agree to 1e-5 of their size.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""Goal 8: JPEG to 384 x 384 pixels, CPU-seconds, against plain Pillow (decode whole, bicubic resize, centre crop).
+"""Goal 8: JPEG to 384 x 384 pixels, CPU-seconds, against plain Pillow (decode whole, bicubic
+resize, centre crop).
 
-Eight seeded pictures of each size, quality 90, 4:2:0, both sides in turns on one thread; the medians count. Quality: the
-least cosine, over pictures, between the patch features of the two results by a SigLIP of random weights; beside it the
-same after the mean feature is taken away, which is what random weights alone cannot make high, and the PSNR.
+Eight seeded pictures of each size, quality 90, 4:2:0, both sides in turns on one thread; the
+medians count. Quality: the least cosine, over pictures, between the patch features of the two
+results by a SigLIP of random weights; beside it the same after the mean feature is taken away,
+which is what random weights alone cannot make high, and the PSNR.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""Goal 9: features of 24,000 images through Ray Data, images a second, against the same worker under multiprocessing.
+"""Goal 9: features of 24,000 images through Ray Data, images a second, against the same worker
+under multiprocessing.
 
-Two workers of one core a side, shards of 1,000 pictures of 64 px, start-up left out, in turns; medians of wall-clock
-rates. `cpu_ratio` is of rates by CPU-seconds, which other programs on the machine disturb less. Quality: 1 when all
-shards of every turn are the same bytes on both sides. An argument: how many shards instead of 24.
+Two workers of one core a side, shards of 1,000 pictures of 64 px, start-up left out, in turns;
+medians of wall-clock rates. `cpu_ratio` is of rates by CPU-seconds, which other programs on the
+machine disturb less. Quality: 1 when all shards of every turn are the same bytes on both sides. An
+argument: how many shards instead of 24.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Goal 10: feature shards read, MB a CPU-second, against a Parquet column of list<float32>.
 
-Both sides hold the same 64K vectors of 1152 numbers (half as many bytes here: they are float16), are read whole from a
-warm file into a numpy matrix on one thread, in turns, five times; the medians of CPU-seconds count. Quality: 1 when both
-matrices are equal to what was written, at their precision.
+Both sides hold the same 64K vectors of 1152 numbers (half as many bytes here: they are float16),
+are read whole from a warm file into a numpy matrix on one thread, in turns, five times; the medians
+of CPU-seconds count. Quality: 1 when both matrices are equal to what was written, at their
+precision.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Goal 11: text to image with guidance, against two passes with a key-value cache in transformers.
 
-A Qwen2 of width 512 and 8 layers, a vocabulary of 4,096 text tokens and 8,192 codes, 256 codes an image, one image and four
-at a time. The other side runs the conditional and the unconditional sequence by themselves, each with the cache that
-transformers makes, and its head over the whole vocabulary. One thread, in turns; the medians of CPU-seconds count. Quality: 1
-when both draw the same codes (greedy).
+A Qwen2 of width 512 and 8 layers, a vocabulary of 4,096 text tokens and 8,192 codes, 256 codes an
+image, one image and four at a time. The other side runs the conditional and the unconditional
+sequence by themselves, each with the cache that transformers makes, and its head over the whole
+vocabulary. One thread, in turns; the medians of CPU-seconds count. Quality: 1 when both draw the
+same codes (greedy).
 """
 
 from __future__ import annotations

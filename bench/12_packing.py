@@ -1,15 +1,19 @@
-"""Goal 12: sequence packing against padding to the batch's longest, on two distributions of lengths.
+"""Goal 12: sequence packing against padding to the batch's longest, on two distributions of
+lengths.
 
-`quickstart`: the mixture of recipes/semhitok-quickstart.yaml on real easy-vqa captions and questions (64 codes an image, up
-to eight questions, micro batches of 12, rows of 384). `long-tailed`: what a corpus mixed from images and text looks like
-(recipes/semhitok-256.yaml): 85 % of the samples are 256 codes with a log-normal caption (median 40 tokens), 15 % are text,
-log-normal with the mean of C4's documents (427 tokens) and a deviation of 1.0 of the logarithm; cut at 2,048; micro batches of 64.
+`quickstart`: the mixture of recipes/semhitok-quickstart.yaml on real easy-vqa captions and
+questions (64 codes an image, up to eight questions, micro batches of 12, rows of 384).
+`long-tailed`: what a corpus mixed from images and text looks like (recipes/semhitok-256.yaml): 85 %
+of the samples are 256 codes with a log-normal caption (median 40 tokens), 15 % are text, log-normal
+with the mean of C4's documents (427 tokens) and a deviation of 1.0 of the logarithm; cut at 2,048;
+micro batches of 64.
 
-Efficiency is the share of a batch's places that hold a token. Useful tokens: tokens in as many places as the padded batch
-has; `seconds` is that ratio for 12 sequences by the CPU time of the forward and backward pass of a small model, both sides in turns
-(at width 128 attention over rows of 2,048 outweighs all else, which it does not at 3,584).
-The ratio is at most what padding wastes, so 3x is asked of the long-tailed mixture; that of the quickstart is shown beside it.
-Quality: 1 when every token stands in the packed batch once and the losses of both agree to 1e-5.
+Efficiency is the share of a batch's places that hold a token. Useful tokens: tokens in as many
+places as the padded batch has; `seconds` is that ratio for 12 sequences by the CPU time of the
+forward and backward pass of a small model, both sides in turns (at width 128 attention over rows of
+2,048 outweighs all else, which it does not at 3,584). The ratio is at most what padding wastes, so
+3x is asked of the long-tailed mixture; that of the quickstart is shown beside it. Quality: 1 when
+every token stands in the packed batch once and the losses of both agree to 1e-5.
 """
 
 from __future__ import annotations
@@ -64,7 +68,9 @@ def padded(sequences: list[TokenSequence], pad: int) -> dict[str, torch.Tensor]:
 
 
 def in_buckets(batches: list[list[TokenSequence]]) -> float:
-    """Efficiency of padding where the sequences of WINDOW batches are sorted by length before they are cut into batches."""
+    """Efficiency of padding where the sequences of WINDOW batches are sorted by length before they
+    are cut into batches.
+    """
     size, tokens, places = len(batches[0]), 0, 0
     for first in range(0, len(batches), WINDOW):
         lengths = sorted(
@@ -115,7 +121,9 @@ def main() -> None:
 
 
 def timed(model, batches: list[list[TokenSequence]], pad: int, room: int) -> tuple[float, bool]:
-    """CPU-seconds of forward and backward, padded over packed (median of turns); whether the losses agree."""
+    """CPU-seconds of forward and backward, padded over packed (median of turns); whether the losses
+    agree.
+    """
     sides = [
         [padded(sequences, pad) for sequences in batches],
         [collate(sequences, pad, room) for sequences in batches],

@@ -1,8 +1,10 @@
-"""Scaling (goal "13"): feature extraction with two workers of one core, images a second, against one worker.
+"""Scaling (goal "13"): feature extraction with two workers of one core, images a second, against
+one worker.
 
-The stage's own pipeline over 16,000 pictures of 64 px, start-up left out, in turns; medians of wall-clock rates. It needs
-two cores that nothing else uses: the load before each turn is printed. Quality: 1 when all shards are the same bytes
-whatever the number of workers. An argument: how many shards instead of 16.
+The stage's own pipeline over 16,000 pictures of 64 px, start-up left out, in turns; medians of
+wall-clock rates. It needs two cores that nothing else uses: the load before each turn is printed.
+Quality: 1 when all shards are the same bytes whatever the number of workers. An argument: how many
+shards instead of 16.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""Memory (goal "14"): peak resident memory of each process of corpus, features and tokens, 20,000 images against 2,000.
+"""Memory (goal "14"): peak resident memory of each process of corpus, features and tokens, 20,000
+images against 2,000.
 
-Pictures of 64 px, shards of 500, one actor, random encoder and tokenizer; the stages run as the command line runs them. A process's
-peak is VmHWM of /proc, read five times a second. `ratio` is the worst of driver and workers; the goal is 1.1 at most.
+Pictures of 64 px, shards of 500, one actor, random encoder and tokenizer; the stages run as the
+command line runs them. A process's peak is VmHWM of /proc, read five times a second. `ratio` is the
+worst of driver and workers; the goal is 1.1 at most.
 """
 
 from __future__ import annotations

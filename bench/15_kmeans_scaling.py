@@ -1,8 +1,10 @@
-"""Scaling (goal "15"): a pass of k-means with two workers of one core, vectors a second, against one worker.
+"""Scaling (goal "15"): a pass of k-means with two workers of one core, vectors a second, against
+one worker.
 
-A Lloyd pass of the stage `codebook` over 1M planted vectors of 256 numbers, 4,096 codes in 64 cells, in 16 chunks; start-up
-left out, in turns; medians of wall-clock rates. It needs two cores that nothing else uses: the load before each turn is
-printed. Quality: 1 when the codes are the same bytes whatever the number of workers. `--vectors`, `--turns`.
+A Lloyd pass of the stage `codebook` over 1M planted vectors of 256 numbers, 4,096 codes in 64
+cells, in 16 chunks; start-up left out, in turns; medians of wall-clock rates. It needs two cores
+that nothing else uses: the load before each turn is printed. Quality: 1 when the codes are the same
+bytes whatever the number of workers. `--vectors`, `--turns`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""Goal 16: memory and time that a training step of small models really takes on one core, against `smalti plan`.
+"""Goal 16: memory and time that a training step of small models really takes on one core, against
+`smalti plan`.
 
-The models are those of the quickstart at batch 8. Memory: bytes that stay and the peak of a further micro batch, by torch's own
-record of its allocator. Time: CPU-seconds of a micro batch against the plan's FLOPs at the rate of a core, measured in the same run
-(matrix products as nearest-code search has them). The goal is memory within 15 %; the ratio of times is what
-`smalti plan` prints beside its hours.
+The models are those of the quickstart at batch 8. Memory: bytes that stay and the peak of a further
+micro batch, by torch's own record of its allocator. Time: CPU-seconds of a micro batch against the
+plan's FLOPs at the rate of a core, measured in the same run (matrix products as nearest-code search
+has them). The goal is memory within 15 %; the ratio of times is what `smalti plan` prints beside
+its hours.
 """
 
 from __future__ import annotations

@@ -1,8 +1,11 @@
-"""Goal 17: bytes that two workers send each other in a step of a small language model, counted, against `smalti plan`.
+"""Goal 17: bytes that two workers send each other in a step of a small language model, counted,
+against `smalti plan`.
 
-Collectives are counted as they are called, in real steps through gloo of the training loop's own engines: every ZeRO stage, in float32
-and bf16, two micro batches a step, and ZeRO-3 with activations computed again. The model is about a thousandth of 7B parameters, and so are
-ZeRO-3's sizes (what stays gathered, what is fetched ahead, what stays whole). The goal is every count within 5 % of the plan.
+Collectives are counted as they are called, in real steps through gloo of the training loop's own
+engines: every ZeRO stage, in float32 and bf16, two micro batches a step, and ZeRO-3 with
+activations computed again. The model is about a thousandth of 7B parameters, and so are ZeRO-3's
+sizes (what stays gathered, what is fetched ahead, what stays whole). The goal is every count within
+5 % of the plan.
 """
 
 from __future__ import annotations

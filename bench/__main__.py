@@ -1,9 +1,11 @@
-"""Run every benchmark and write bench/results/DATE-MACHINE.json: `python -m bench [number …] [--option value …]`.
+"""Run every benchmark and write bench/results/DATE-MACHINE.json: `python -m bench [number …]
+[--option value …]`.
 
 Options, from the first that begins with `--` on, go to each script.
 
-A benchmark is a script `bench/NN_what.py`, NN its goal's number, that measures both sides in one run and prints one line of
-JSON last: `{"goal": 10, "ratio": …, "quality": …, "met": …, "machine": …}`.
+A benchmark is a script `bench/NN_what.py`, NN its goal's number, that measures both sides in one
+run and prints one line of JSON last: `{"goal": 10, "ratio": …, "quality": …, "met": …, "machine":
+…}`.
 """
 
 from __future__ import annotations

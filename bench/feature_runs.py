@@ -1,8 +1,10 @@
-"""A corpus of small pictures and its features, through Ray Data or a plain pool of processes, timed without start-up.
+"""A corpus of small pictures and its features, through Ray Data or a plain pool of processes, timed
+without start-up.
 
-The clock starts when `WARM` shards are on disk: by then every worker has loaded its model. It stops when the driver has
-the last receipt. CPU-seconds are those of the whole tree of processes (Ray's own too) from receipt `WARM` to the last:
-they tell of the work even where other programs share the cores, and by kind of process where the time goes.
+The clock starts when `WARM` shards are on disk: by then every worker has loaded its model. It stops
+when the driver has the last receipt. CPU-seconds are those of the whole tree of processes (Ray's
+own too) from receipt `WARM` to the last: they tell of the work even where other programs share the
+cores, and by kind of process where the time goes.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ _worker: Any = None
 
 
 def prepare(folder: str, num_shards: int) -> str:
-    """`corpus/` with shards of 1,000 PNGs of 64 px and `encoder/`; returns what the encoder is, in words."""
+    """`corpus/` with shards of 1,000 PNGs of 64 px and `encoder/`; returns what the encoder is, in
+    words.
+    """
     drawn = [draw(0, "bench", index, IMAGE_SIZE) for index in range(DISTINCT)]
     for number in range(num_shards):
         rows = [
@@ -79,8 +83,9 @@ def recipe(workers: int) -> Recipe:
 
 @dataclass(frozen=True)
 class Measured:
-    """Images a second, images a CPU-second, a digest of all shards, CPU-seconds of each kind of process, and the seconds
-    from the last shard's writing to its receipt."""
+    """Images a second, images a CPU-second, a digest of all shards, CPU-seconds of each kind of
+    process, and the seconds from the last shard's writing to its receipt.
+    """
 
     rate: float
     cpu_rate: float
@@ -138,7 +143,9 @@ def _measure(folder: str, results: Iterator[Any]) -> Measured:
 
 
 class _CpuSeconds:
-    """CPU-seconds of this process and all below it, those that have ended meanwhile included as last seen."""
+    """CPU-seconds of this process and all below it, those that have ended meanwhile included as
+    last seen.
+    """
 
     def __init__(self) -> None:
         self.seen: dict[tuple[int, float], tuple[str, float]] = {}

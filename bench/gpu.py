@@ -1,4 +1,7 @@
-"""What the GPU benchmarks share: device, timing, memory, peaks, one table. They need no Ray; `--tiny` runs on any CPU."""
+"""What the GPU benchmarks share: device, timing, memory, peaks, one table.
+
+They need no Ray; `--tiny` runs on any CPU.
+"""
 
 from __future__ import annotations
 
@@ -88,8 +91,10 @@ def report(
     goals: dict[str, tuple[str, float]],
     asked: argparse.Namespace,
 ) -> None:
-    """Print (measure, value, unit) as a table with its goals, (`>=` or `<=`, value) by measure; the last line is JSON, and
-    is added to the file `--out`, in place of an earlier one of this script."""
+    """Print (measure, value, unit) as a table with its goals, (`>=` or `<=`, value) by measure; the
+    last line is JSON, and is added to the file `--out`, in place of an earlier one of this
+    script.
+    """
     tiny: bool = asked.tiny
     print(f"{title}{' (tiny: figures mean nothing)' if tiny else ''}")
     met: dict[str, bool] = {}

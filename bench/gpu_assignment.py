@@ -1,7 +1,8 @@
 """H100: codes of vectors at K = 500,000 x 1152, as the code search of the codebook does it.
 
-Goals: bf16 scores with exact rescoring at 45 % of the bf16 peak or more, with 1 GB of scratch at most (the codes' bf16 copy is part of
-the index). With triton they come from `smalti.tokenizers.nearest_kernel`.
+Goals: bf16 scores with exact rescoring at 45 % of the bf16 peak or more, with 1 GB of scratch at
+most (the codes' bf16 copy is part of the index). With triton they come from
+`smalti.tokenizers.nearest_kernel`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
-"""H100: cross entropy over 348,672 tokens, hidden 3584, 8,192 positions: ours in chunks, torch's on whole logits, liger's.
+"""H100: cross entropy over 348,672 tokens, hidden 3584, 8,192 positions: ours in chunks, torch's on
+whole logits, liger's.
 
-Goals: ours at 1.3 times the speed of whole logits or more (forward and backward), within 1 GB beyond the gradients. Hidden states,
-weight and gradients are in bf16 there, and the weight's gradient is summed so (`low_sums`); with float32 sums it is shown too. Then
-the same as training has it (`LossHead` on float32 hidden states and weight, under bf16 autocast: the weight's bf16 copy, 2.5 GB, is
-beyond the gradients). Where liger-kernel is installed ours takes its kernel, which holds a third as much of a chunk; then ours without
-it, and liger's own fused loss, are shown as well.
+Goals: ours at 1.3 times the speed of whole logits or more (forward and backward), within 1 GB
+beyond the gradients. Hidden states, weight and gradients are in bf16 there, and the weight's
+gradient is summed so (`low_sums`); with float32 sums it is shown too. Then the same as training has
+it (`LossHead` on float32 hidden states and weight, under bf16 autocast: the weight's bf16 copy, 2.5
+GB, is beyond the gradients). Where liger-kernel is installed ours takes its kernel, which holds a
+third as much of a chunk; then ours without it, and liger's own fused loss, are shown as well.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""H100: drawing 256 tokens with a model of 7B parameters and 196,608 codes, without and with guidance.
+"""H100: drawing 256 tokens with a model of 7B parameters and 196,608 codes, without and with
+guidance.
 
-Goals: 6.2 ms a step or less at batch 1; with guidance (both halves in one batch) 1.1 times that or less. It draws through
-`smalti.mllm.generation.draw` with its compiled steps (CUDA graphs); the plain steps are shown beside them.
+Goals: 6.2 ms a step or less at batch 1; with guidance (both halves in one batch) 1.1 times that or
+less. It draws through `smalti.mllm.generation.draw` with its compiled steps (CUDA graphs); the
+plain steps are shown beside them.
 """
 
 from __future__ import annotations

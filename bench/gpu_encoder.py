@@ -1,8 +1,10 @@
-"""H100: images a second through SigLIP-so400m, fed from memory and fed from JPEG files, as the stage `features` runs it.
+"""H100: images a second through SigLIP-so400m, fed from memory and fed from JPEG files, as the
+stage `features` runs it.
 
-Goals: 45 % MFU or more; fed from JPEG at 0.9 of the rate from memory or more. Model FLOPs are those of the forward pass, counted
-by torch. The files are decoded by processes beside the GPU, which hand over whole batches of uint8 pixels. Either way a batch of
-pixels goes to the GPU and its float16 features come back to the CPU, while the next one is computed.
+Goals: 45 % MFU or more; fed from JPEG at 0.9 of the rate from memory or more. Model FLOPs are those
+of the forward pass, counted by torch. The files are decoded by processes beside the GPU, which hand
+over whole batches of uint8 pixels. Either way a batch of pixels goes to the GPU and its float16
+features come back to the CPU, while the next one is computed.
 """
 
 from __future__ import annotations
@@ -57,7 +59,9 @@ def in_order(
 def from_files(
     files: list[bytes], size: int, batch: int, num: int, workers: int
 ) -> Iterator[np.ndarray]:
-    """`num` batches decoded by `workers` processes, in order; all processes are up before the first `next` returns."""
+    """`num` batches decoded by `workers` processes, in order; all processes are up before the first
+    `next` returns.
+    """
     part = math.gcd(batch, PART)
     tasks = (
         ([files[(start + i) % len(files)] for i in range(part)], size)

@@ -1,9 +1,12 @@
-"""H100: training a model of about 1.5B parameters on packed sequences of 4,096 tokens, by a bare loop.
+"""H100: training a model of about 1.5B parameters on packed sequences of 4,096 tokens, by a bare
+loop.
 
-Goal: 42 % MFU or more; model FLOPs a token are 6 · (parameters but the embedding) + 12 · layers · length · width. Beside it the
-same with the attention that no mask hides alone, (document + 1) / 2 positions a token in place of the length. The step is that of the stage
-`mllm` (the model's loss, the recipe's optimizer, bf16 autocast over float32 weights, no DeepSpeed and no Ray). Sequences lie
-side by side in a row as `mllm.packing` lays them, each with positions of its own; here all are of one length.
+Goal: 42 % MFU or more; model FLOPs a token are 6 · (parameters but the embedding) + 12 · layers ·
+length · width. Beside it the same with the attention that no mask hides alone, (document + 1) / 2
+positions a token in place of the length. The step is that of the stage `mllm` (the model's loss,
+the recipe's optimizer, bf16 autocast over float32 weights, no DeepSpeed and no Ray). Sequences lie
+side by side in a row as `mllm.packing` lays them, each with positions of its own; here all are of
+one length.
 """
 
 from __future__ import annotations
@@ -31,7 +34,9 @@ DOCUMENT = 300  # tokens: a caption and an image of 256 codes
 
 
 def packed(batch: int, length: int, vocabulary: int, device: torch.device) -> dict[str, Tensor]:
-    """A full batch of documents side by side, each attending to itself alone: the keys of `UnifiedModel.forward`."""
+    """A full batch of documents side by side, each attending to itself alone: the keys of
+    `UnifiedModel.forward`.
+    """
     ids_BL = torch.randint(vocabulary, (batch, length), device=device)
     document = min(DOCUMENT, length // 2)
     documents_L, positions_L = (

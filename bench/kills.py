@@ -1,10 +1,13 @@
-"""Restart proof: corpus, features and tokens through SIGKILLs at random moments, byte for byte what an unbroken run makes.
+"""Restart proof: corpus, features and tokens through SIGKILLs at random moments, byte for byte what
+an unbroken run makes.
 
-`python bench/kills.py [RUNS [SEED [FOLDER]]]` (30, 0, a temporary one; a folder keeps the unbroken run for a next time). A cluster of two nodes on this machine. In each run one stage, in turn, is struck
-three times, in random order and at random moments (shares of its files): its driver, one of its actors, and the raylet of
-the second node die by SIGKILL. A dead driver's command is started again; a dead node is replaced or, by a coin, not.
-Compared are all files, and the record apart from times and counts of what was done again. Ctrl-C ends it after the runs so
-far. The last line is JSON; `quality` is the share of equal artifacts.
+`python bench/kills.py [RUNS [SEED [FOLDER]]]` (30, 0, a temporary one; a folder keeps the unbroken
+run for a next time). A cluster of two nodes on this machine. In each run one stage, in turn, is
+struck three times, in random order and at random moments (shares of its files): its driver, one of
+its actors, and the raylet of the second node die by SIGKILL. A dead driver's command is started
+again; a dead node is replaced or, by a coin, not. Compared are all files, and the record apart from
+times and counts of what was done again. Ctrl-C ends it after the runs so far. The last line is
+JSON; `quality` is the share of equal artifacts.
 """
 
 from __future__ import annotations
@@ -43,8 +46,9 @@ PATIENT = {
     "RAY_agent_register_timeout_ms": "600000",
     "RAY_worker_register_timeout_seconds": "600",
 }  # a busy machine starts slowly
-# The workers find the code by the nodes' PYTHONPATH: nodes on one machine share the folder of uploaded code, and one that
-# dies takes it away from the other. As in a job, the driver uploads nothing.
+# The workers find the code by the nodes' PYTHONPATH: nodes on one machine share the folder of
+# uploaded code, and one that dies takes it away from the other. As in a job, the driver uploads
+# nothing.
 NO_UPLOAD = {"RAY_JOB_CONFIG_JSON_ENV_VAR": '{"runtime_env": {}}'}
 
 
@@ -63,7 +67,9 @@ APART = ("seconds", "created", "code_version")
 
 
 def digest(artifact: Path) -> str:
-    """A hash of all files of an artifact, and of its record without times, version of the code, and what was done again."""
+    """A hash of all files of an artifact, and of its record without times, version of the code, and
+    what was done again.
+    """
     whole = hashlib.sha256()
     for path in sorted(path for path in artifact.rglob("*") if path.is_file()):
         data = path.read_bytes()
@@ -81,7 +87,11 @@ def digest(artifact: Path) -> str:
 
 
 def node_settings() -> dict[str, int]:
-    """One core. With the agents' ports given a raylet does not end when they take long to start on a busy machine."""
+    """One core.
+
+    With the agents' ports given a raylet does not end when they take long to start on a busy
+    machine.
+    """
     names = (
         "metrics_agent_port",
         "metrics_export_port",
@@ -142,7 +152,10 @@ def start(stage: str, recipe_file: str, address: str) -> subprocess.Popen[bytes]
 
 
 def finish(running: subprocess.Popen[bytes]) -> None:
-    """Wait for a driver. Errors: RuntimeError with the end of what it said, when it failed or hangs."""
+    """Wait for a driver.
+
+    Errors: RuntimeError with the end of what it said, when it failed or hangs.
+    """
     try:
         said = running.communicate(timeout=LIMIT_S)[1]
     except subprocess.TimeoutExpired as error:
@@ -174,7 +187,9 @@ def num_files(artifact: Path) -> int:
 
 @dataclass
 class Strikes:
-    """What is done to one run of a stage: (share of its files, seconds later, kind), and what came of each."""
+    """What is done to one run of a stage: (share of its files, seconds later, kind), and what came
+    of each.
+    """
 
     stage: str
     nodes: Nodes
@@ -184,7 +199,10 @@ class Strikes:
     hits: Counter[str] = field(default_factory=Counter)
 
     def run(self, recipe_file: str, artifact: Path) -> None:
-        """The stage, struck by each kind once, to its end. Errors: RuntimeError when it fails or hangs."""
+        """The stage, struck by each kind once, to its end.
+
+        Errors: RuntimeError when it fails or hangs.
+        """
         shares = sorted(self.rng.random() for _ in KINDS)
         running = start(self.stage, recipe_file, self.nodes.cluster.address)
         for share, kind in zip(shares, self.rng.sample(KINDS, len(KINDS)), strict=True):
@@ -203,7 +221,9 @@ class Strikes:
     def reached(
         self, share: float, kind: str, running: subprocess.Popen[bytes], artifact: Path
     ) -> bool:
-        """Wait until this share of the files stands, and there is an actor if one is to die; False when the driver ends."""
+        """Wait until this share of the files stands, and there is an actor if one is to die; False
+        when the driver ends.
+        """
         deadline = time.monotonic() + LIMIT_S
         while running.poll() is None and time.monotonic() < deadline:
             if num_files(artifact) >= max(1, share * self.total) and (

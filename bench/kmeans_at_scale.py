@@ -1,10 +1,12 @@
-"""The stage `codebook` at the paper's shape in small: `python bench/kmeans_at_scale.py paper|many|half … [--folder DIR]`.
+"""The stage `codebook` at the paper's shape in small: `python bench/kmeans_at_scale.py
+paper|many|half … [--folder DIR]`.
 
-`paper`: 2M vectors of 256 dimensions, K1 = 200, K = 20,000, one polish step. `many`: 2M vectors of 64 dimensions, K1 = 1,000,
-K = 500,000, four vectors a code; `half`: the same vectors with K = 250,000: nothing may be quadratic in K. Vectors are drawn
-around planted centres of two levels; 1 % are held out. The whole stage runs on Ray as `smalti codebook` runs it, with its
-checkpoints and scores. Printed: time, the peak memory of each process, the most disk, distortion against that of the planted
-centres. Not a goal, so `make bench` leaves it out.
+`paper`: 2M vectors of 256 dimensions, K1 = 200, K = 20,000, one polish step. `many`: 2M vectors of
+64 dimensions, K1 = 1,000, K = 500,000, four vectors a code; `half`: the same vectors with K =
+250,000: nothing may be quadratic in K. Vectors are drawn around planted centres of two levels; 1 %
+are held out. The whole stage runs on Ray as `smalti codebook` runs it, with its checkpoints and
+scores. Printed: time, the peak memory of each process, the most disk, distortion against that of
+the planted centres. Not a goal, so `make bench` leaves it out.
 """
 
 from __future__ import annotations
@@ -78,7 +80,9 @@ def plant(shape: Shape, run: StageRun) -> dict[str, int]:
 
 
 class Peaks(threading.Thread):
-    """Watches the memory of its own, not shared with others, of this process and of its Ray workers, and a folder's size."""
+    """Watches the memory of its own, not shared with others, of this process and of its Ray
+    workers, and a folder's size.
+    """
 
     def __init__(self, folder: str) -> None:
         super().__init__(daemon=True)

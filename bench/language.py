@@ -1,4 +1,6 @@
-"""Small unified models, and batches of sequences of two length distributions, for the benchmarks of the language model."""
+"""Small unified models, and batches of sequences of two length distributions, for the benchmarks of
+the language model.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ def small_model(
 
 
 def quickstart() -> Made:
-    """Micro batches of the quickstart's mixture from step 0: easy-vqa's own captions and questions, 64 random codes an image."""
+    """Micro batches of the quickstart's mixture from step 0: easy-vqa's own captions and questions,
+    64 random codes an image.
+    """
     from smalti.workflows.sources.easy_vqa import easy_vqa_groups
 
     recipe = load_recipe("recipes/semhitok-quickstart.yaml")
@@ -73,8 +77,10 @@ def quickstart() -> Made:
 
 
 def long_tailed() -> Made:
-    """85 % images of 256 codes with a caption (log-normal, median 40 tokens, deviation 0.7), 15 % text (log-normal, mean 427
-    tokens as C4's documents, 156 billion tokens in 365 million; deviation 1.0), cut at 2,048."""
+    """85 % images of 256 codes with a caption (log-normal, median 40 tokens, deviation 0.7), 15 %
+    text (log-normal, mean 427 tokens as C4's documents, 156 billion tokens in 365 million;
+    deviation 1.0), cut at 2,048.
+    """
     size = LanguageModel(
         hidden_size=128, layers=2, heads=4, kv_heads=4, intermediate_size=512, text_vocab_size=512
     )

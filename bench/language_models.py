@@ -1,4 +1,6 @@
-"""Unified models of public sizes with random weights, for the GPU benchmarks: no file and no network."""
+"""Unified models of public sizes with random weights, for the GPU benchmarks: no file and no
+network.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ SPLITS = (48, 8)  # recipes/semhitok-256.yaml: widths of a semantic and a pixel 
 def unified(
     name: str | None, num_codes: int, device: torch.device, dtype: torch.dtype
 ) -> UnifiedModel:
-    """A public Qwen2.5 by name, None for a tiny one, with `num_codes` visual codes; normal weights, straight on the device."""
+    """A public Qwen2.5 by name, None for a tiny one, with `num_codes` visual codes; normal weights,
+    straight on the device.
+    """
     if name is None:
         tokens = 300
         config: Any = Qwen2Config(

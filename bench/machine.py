@@ -1,4 +1,6 @@
-"""What benchmarks share: sides timed in turns, the machine's name, and the line of JSON that ends each."""
+"""What benchmarks share: sides timed in turns, the machine's name, and the line of JSON that ends
+each.
+"""
 
 from __future__ import annotations
 

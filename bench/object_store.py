@@ -1,11 +1,12 @@
-"""An object store in place of the disk: corpus, encoder, features and tokens read from and write to `s3://` or `gs://`,
-on this machine.
+"""An object store in place of the disk: corpus, encoder, features and tokens read from and write to
+`s3://` or `gs://`, on this machine.
 
 `python bench/object_store.py` wants `pip install s3fs "moto[server]"`: moto's server is the store.
-`python bench/object_store.py gs` wants `pip install gcsfs gcp-storage-emulator`. Tars, a Parquet file and a folder on the
-store are the source; the output lies on the local disk, then on the store, where a second run must skip what stands. Then a whole
-small chain is run into the store, with two workers. The last line is JSON: `quality` is 1 when all files are byte for byte those
-on the disk and the chain has its report.
+`python bench/object_store.py gs` wants `pip install gcsfs gcp-storage-emulator`. Tars, a Parquet
+file and a folder on the store are the source; the output lies on the local disk, then on the store,
+where a second run must skip what stands. Then a whole small chain is run into the store, with two
+workers. The last line is JSON: `quality` is 1 when all files are byte for byte those on the disk
+and the chain has its report.
 """
 
 from __future__ import annotations
@@ -154,7 +155,9 @@ def measure(folder: str, bucket: str) -> dict[str, Any]:
 
 
 def chain(bucket: str) -> bool:
-    """Whether a smoke run with its output on the store ends well: trainings, their checkpoints, evaluation and all."""
+    """Whether a smoke run with its output on the store ends well: trainings, their checkpoints,
+    evaluation and all.
+    """
     overrides = [f"out={bucket}/chain", "resources.workers=2", "baselines={}", "tracking.uri=off"]
     command = [sys.executable, "-m", "smalti", "run", "semhitok-quickstart", "--smoke", *overrides]
     done = subprocess.run(

@@ -1,8 +1,10 @@
-"""Peak memory of a worker that starts a language model with 196,608 new rows under ZeRO-3: born in parts, against built whole.
+"""Peak memory of a worker that starts a language model with 196,608 new rows under ZeRO-3: born in
+parts, against built whole.
 
-Two workers of gloo, a published Qwen2 of one layer, width 256 and 8,192 text tokens. Peak: how far resident memory of the worse
-worker rises (VmHWM over VmRSS at the start) while the model is built; the engine that DeepSpeed makes of it afterwards needs as much
-either way. `python bench/partitioned_rows.py` prints both, and the ratio to the bytes of the whole head.
+Two workers of gloo, a published Qwen2 of one layer, width 256 and 8,192 text tokens. Peak: how far
+resident memory of the worse worker rises (VmHWM over VmRSS at the start) while the model is built;
+the engine that DeepSpeed makes of it afterwards needs as much either way. `python
+bench/partitioned_rows.py` prints both, and the ratio to the bytes of the whole head.
 """
 
 from __future__ import annotations

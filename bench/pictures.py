@@ -1,4 +1,6 @@
-"""Pictures, an encoder and a tokenizer for the benchmarks: seeded, the same on every machine, no file and no network."""
+"""Pictures, an encoder and a tokenizer for the benchmarks: seeded, the same on every machine, no
+file and no network.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from PIL import Image, ImageDraw
 
 
 def photo(seed: int, width: int, height: int) -> Image.Image:
-    """RGB picture with the spectrum of photographs (amplitude 1/f) in the luminance, softer colour, and hard edges."""
+    """RGB picture with the spectrum of photographs (amplitude 1/f) in the luminance, softer colour,
+    and hard edges.
+    """
     rng = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     frequency[0, 0] = 1.0
@@ -70,7 +74,9 @@ def save_encoder(
 
 
 def save_tokenizer(out: str, encoder: str, image_size: int) -> None:
-    """A small SemHiTok with seeded random weights as the artifact `tokenizer` in `out`, for the encoder of a folder."""
+    """A small SemHiTok with seeded random weights as the artifact `tokenizer` in `out`, for the
+    encoder of a folder.
+    """
     import torch
 
     from smalti.schema import PixelStage, Recipe, SemanticStage, TokenizerSection, VitSize

@@ -1,4 +1,6 @@
-"""A training step of each stage with real numbers, and what it takes: the other side of `smalti plan`'s figures."""
+"""A training step of each stage with real numbers, and what it takes: the other side of `smalti
+plan`'s figures.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,9 @@ from smalti.workflows.train.optimizers import build_optimizer
 
 
 class Measured(NamedTuple):
-    """Bytes that stay (weights, buffers, gradients, moments), the peak of a further micro batch beyond them, and the CPU
-    seconds of one."""
+    """Bytes that stay (weights, buffers, gradients, moments), the peak of a further micro batch
+    beyond them, and the CPU seconds of one.
+    """
 
     stays: int
     passing: int
@@ -31,7 +34,9 @@ def size(tensors: Iterable[Tensor | None]) -> int:
 
 
 def peak_of(call: Callable[[], None]) -> int:
-    """Most bytes that torch's allocator held at once in a call beyond those before it, by its own record."""
+    """Most bytes that torch's allocator held at once in a call beyond those before it, by its own
+    record.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         call()
     live = peak = 0
@@ -46,7 +51,9 @@ def peak_of(call: Callable[[], None]) -> int:
 
 
 def real_step(model: Model, batch: int) -> Callable[[], None]:
-    """A micro batch of the stage with its own modules and real numbers, forward and backward, as its task makes it."""
+    """A micro batch of the stage with its own modules and real numbers, forward and backward, as
+    its task makes it.
+    """
     modules, side = model.modules, model.pixels
     criterion: Any = dict(modules.items()).get("criterion")
     main, bf16 = modules["model"], model.train.precision == "bf16"
@@ -86,7 +93,9 @@ def real_step(model: Model, batch: int) -> Callable[[], None]:
         return rebuilt(out.pixels, pixels, out.semantic + out.commitment)
 
     def rebuilt(made: Tensor, pixels: Tensor, more: Tensor) -> Tensor:
-        """The losses of rebuilt images and the model's own; with a discriminator they are backward already."""
+        """The losses of rebuilt images and the model's own; with a discriminator they are backward
+        already.
+        """
         critic = dict(modules.items()).get("discriminator")
         loss = (
             criterion(made, pixels, discriminator=critic, last_layer=main.last_layer, step=10**9)[0]
@@ -122,7 +131,9 @@ def real_step(model: Model, batch: int) -> Callable[[], None]:
 
 
 def measure(recipe: Recipe, batch: int, turns: int = 0) -> dict[str, Measured]:
-    """Every stage of the recipe that trains, on this CPU, with random weights; `turns` more micro batches are timed."""
+    """Every stage of the recipe that trains, on this CPU, with random weights; `turns` more micro
+    batches are timed.
+    """
     found = {}
     torch.manual_seed(0)
     for model in system_of(recipe).planned_models(recipe):

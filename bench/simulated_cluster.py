@@ -1,11 +1,13 @@
-"""A simulated cluster of logical GPUs: everything that the stages of a recipe place becomes ready, or is refused before.
+"""A simulated cluster of logical GPUs: everything that the stages of a recipe place becomes ready,
+or is refused before.
 
     python bench/simulated_cluster.py [RECIPE] [--nodes 16 --gpus 8 --cpus 96]
 
-It starts that many Ray nodes on this machine (none has a real GPU), asks the check that runs before the stages, and then reserves
-what each stage places: the training workers as one group, as Ray Train asks for them; readers and model actors of the data
-stages at once; the evaluation's actor. A reservation starts no process, so that 288 actors fit on a small machine; `--pool N` also
-runs Ray Data's pools with N real readers and N real actors. Prints one table, and as its last line JSON.
+It starts that many Ray nodes on this machine (none has a real GPU), asks the check that runs before
+the stages, and then reserves what each stage places: the training workers as one group, as Ray
+Train asks for them; readers and model actors of the data stages at once; the evaluation's actor. A
+reservation starts no process, so that 288 actors fit on a small machine; `--pool N` also runs Ray
+Data's pools with N real readers and N real actors. Prints one table, and as its last line JSON.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ class Sleeper:
 
 
 def start(nodes: int, gpus: int, cpus: int) -> Any:
-    """A cluster of so many nodes beside a head that offers nothing; this process is connected to it."""
+    """A cluster of so many nodes beside a head that offers nothing; this process is connected to
+    it.
+    """
     import ray
     from ray.cluster_utils import Cluster
 
@@ -68,7 +72,10 @@ def start(nodes: int, gpus: int, cpus: int) -> Any:
 
 
 def reserve(needs: Sequence[Need]) -> float:
-    """Seconds until all bundles of these needs are reserved at once; they are given back. Errors: Ray's time-out."""
+    """Seconds until all bundles of these needs are reserved at once; they are given back.
+
+    Errors: Ray's time-out.
+    """
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
 
@@ -84,7 +91,9 @@ def reserve(needs: Sequence[Need]) -> float:
 
 
 def pool(recipe: Recipe, size: int) -> tuple[float, int]:
-    """(seconds, different actors) of items through the pools of a data stage, `size` readers and actors."""
+    """(seconds, different actors) of items through the pools of a data stage, `size` readers and
+    actors.
+    """
     import ray
 
     from smalti.workflows.pipeline.shards import run_shards
@@ -97,7 +106,10 @@ def pool(recipe: Recipe, size: int) -> tuple[float, int]:
 
 
 def schedule(recipe: Recipe, size: int) -> list[tuple[str, float, str]]:
-    """(stages, seconds, what) of everything that the recipe places. ConfigError: what could never be placed."""
+    """(stages, seconds, what) of everything that the recipe places.
+
+    ConfigError: what could never be placed.
+    """
     from smalti.workflows.cluster import placement
     from smalti.workflows.cluster.checks import all_reduce
 

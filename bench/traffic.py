@@ -1,4 +1,6 @@
-"""Bytes that the workers of a training step send each other, counted, beside those of `smalti plan`: a small language model."""
+"""Bytes that the workers of a training step send each other, counted, beside those of `smalti
+plan`: a small language model.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ SCALE = {
 
 
 class Sent(TorchDispatchMode):
-    """Counts what the collectives called within send, in bytes of the whole data: a ring of N workers sends (N − 1)/N of it."""
+    """Counts what the collectives called within send, in bytes of the whole data: a ring of N
+    workers sends (N − 1)/N of it.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,11 +1,14 @@
-"""Faults: the toy of the tests trained while its workers, its driver and its nodes are killed, against an unbroken run.
+"""Faults: the toy of the tests trained while its workers, its driver and its nodes are killed,
+against an unbroken run.
 
-`python bench/train_kills.py [kills [kind …]]` (default: 5 of each kind). A run is killed at random moments and goes on, by itself
-or by the same command; its loss curve must be that of the unbroken run (to 1e-5 with the same number of workers, to 1e-4
-with another), and each sample of an epoch must have come exactly once. `node`: the raylet and all else of a node with a
-worker is killed, and workers may be one or two; `fixed`: the same with two workers, which wait for the node that comes half a
-minute later; `notice`: as `node`, half a minute after a notice; `grow`: a node comes. `mllm`: no toy but the packed language model
-of the tests with `old_rows` under ZeRO-3, a worker of which is killed in random steps. The last line is JSON.
+`python bench/train_kills.py [kills [kind …]]` (default: 5 of each kind). A run is killed at random
+moments and goes on, by itself or by the same command; its loss curve must be that of the unbroken
+run (to 1e-5 with the same number of workers, to 1e-4 with another), and each sample of an epoch
+must have come exactly once. `node`: the raylet and all else of a node with a worker is killed, and
+workers may be one or two; `fixed`: the same with two workers, which wait for the node that comes
+half a minute later; `notice`: as `node`, half a minute after a notice; `grow`: a node comes.
+`mllm`: no toy but the packed language model of the tests with `old_rows` under ZeRO-3, a worker of
+which is killed in random steps. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -61,7 +64,9 @@ def curve(path: Path) -> dict[int, float]:
 
 
 def compare(toy: Any, path: Path, whole: Path) -> dict[str, float]:
-    """Largest difference of the loss curves, and the steps that were taken again; AssertionError for a lost sample."""
+    """Largest difference of the loss curves, and the steps that were taken again; AssertionError
+    for a lost sample.
+    """
     ours, theirs = curve(path), curve(whole)
     assert ours.keys() == theirs.keys(), (len(ours), len(theirs))
     again = toy.check_record(str(path / "record"), STEPS, BATCH)
@@ -70,7 +75,9 @@ def compare(toy: Any, path: Path, whole: Path) -> dict[str, float]:
 
 @contextlib.contextmanager
 def session(nodes: int | None = None) -> Iterator[Any]:
-    """A Ray session of two CPUs, or of a head of one CPU and `nodes` more of one each (yields the cluster)."""
+    """A Ray session of two CPUs, or of a head of one CPU and `nodes` more of one each (yields the
+    cluster).
+    """
     import ray
     from ray.cluster_utils import Cluster
 
@@ -95,7 +102,9 @@ def session(nodes: int | None = None) -> Iterator[Any]:
 def train(
     toy: Any, path: Path, *, meddle: Callable[[Any], int] | None = None, **settings: Any
 ) -> int:
-    """Train the toy into `path`, in a thread while `meddle(run)` does its harm here; how often it did."""
+    """Train the toy into `path`, in a thread while `meddle(run)` does its harm here; how often it
+    did.
+    """
     workers = settings.pop("workers", 2)
     path.mkdir(parents=True, exist_ok=True)
     run = toy.FakeRun(str(path), workers)
@@ -155,7 +164,9 @@ def is_worker(process: psutil.Process) -> bool:
 def take_nodes(
     cluster: Any, kills: int, rng: random.Random, notice_s: float | None = None, away_s: float = 0.0
 ) -> Callable[[Any], int]:
-    """Remove the node of a worker, with notice or without, and add another `away_s` later; again when all go on."""
+    """Remove the node of a worker, with notice or without, and add another `away_s` later; again
+    when all go on.
+    """
 
     def meddle(run: Any) -> int:
         for kill in range(kills):
@@ -207,7 +218,9 @@ def give_notice(node_id: str, seconds: float) -> None:
 
 
 def kill_driver(path: Path, kills: int, rng: random.Random) -> int:
-    """The toy's own script, killed at random moments after steps that it told of, until it ends by itself."""
+    """The toy's own script, killed at random moments after steps that it told of, until it ends by
+    itself.
+    """
     told = re.compile(r"toy: [1-9]\d*/")
     for kill in range(kills + 1):
         command = [
@@ -233,7 +246,9 @@ def kill_driver(path: Path, kills: int, rng: random.Random) -> int:
 
 
 class Mortal(MllmTask):
-    """The language model's task, a worker of which kills itself before the steps of `deaths` (step → rank), once each."""
+    """The language model's task, a worker of which kills itself before the steps of `deaths` (step
+    → rank), once each.
+    """
 
     def __init__(self, deaths: dict[int, int], record: str, **settings: Any) -> None:
         super().__init__(**settings)

@@ -1,4 +1,6 @@
-"""Two sides of a benchmark in turns, by CPU-seconds; and the memory that one of them needs at its peak."""
+"""Two sides of a benchmark in turns, by CPU-seconds; and the memory that one of them needs at its
+peak.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def cpu_seconds(work: Callable[[], Any]) -> float:
 def in_turns(
     ours: Callable[[], Any], theirs: Callable[[], Any], turns: int, *, warm: bool = False
 ) -> tuple[float, float]:
-    """Medians of the CPU-seconds of both sides, after a call of each that is not counted, unless they are `warm`."""
+    """Medians of the CPU-seconds of both sides, after a call of each that is not counted, unless
+    they are `warm`.
+    """
     if not warm:
         ours()
         theirs()
@@ -30,7 +34,8 @@ def in_turns(
 
 
 def peak_bytes(work: Callable[[], Any]) -> int:
-    """Bytes by which resident memory rises above its start while `work` runs, in a forked process (Linux).
+    """Bytes by which resident memory rises above its start while `work` runs, in a forked process
+    (Linux).
 
     Call it before other work, so that no freed memory lies about to be used again.
     """

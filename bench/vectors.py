@@ -1,4 +1,5 @@
-"""Vectors for the benchmarks of k-means and code assignment: planted like patch features, or those of a features artifact.
+"""Vectors for the benchmarks of k-means and code assignment: planted like patch features, or those
+of a features artifact.
 
 Axis letters: N vectors, C their width, P patches of an image.
 """
@@ -34,8 +35,12 @@ def add_options(options: argparse.ArgumentParser) -> None:
 
 
 def chosen(asked: argparse.Namespace, held: int, num: int, width: int) -> tuple[Tensor, Tensor]:
-    """`held` vectors to judge by and `num` to train on, as the options say (fewer if the artifact has fewer): float32
-    (N, C). Of an artifact those to judge by are of other images, image by image; the others are in random order."""
+    """`held` vectors to judge by and `num` to train on, as the options say (fewer if the artifact
+    has fewer): float32 (N, C).
+
+    Of an artifact those to judge by are of other images, image by image; the others are in random
+    order.
+    """
     if asked.features is None:
         x_NC = planted(held + num, width)
         return x_NC[:held], x_NC[held:].contiguous()
@@ -53,9 +58,11 @@ def told(asked: argparse.Namespace) -> str:
 
 
 def planted(num: int, width: int) -> Tensor:
-    """Vectors near a 24-dimensional plane in 300 clusters of sizes ∝ 1/rank, with noise: float32 (num, width).
+    """Vectors near a 24-dimensional plane in 300 clusters of sizes ∝ 1/rank, with noise: float32
+    (num, width).
 
-    A cluster's spread is a half of that of the clusters' centres; the noise is 1 % of a channel's variance within a cluster.
+    A cluster's spread is a half of that of the clusters' centres; the noise is 1 % of a channel's
+    variance within a cluster.
     """
     draw = torch.Generator().manual_seed(0)
     sizes = 1 / torch.arange(1, CLUSTERS + 1).float()
@@ -68,10 +75,11 @@ def planted(num: int, width: int) -> Tensor:
 
 
 def stored(path: str, window: int, held: int) -> tuple[Tensor, Tensor]:
-    """`held` vectors (at most a quarter) and the others of the training images of a features artifact that holds all
-    patches, none of an image on both sides: float32 (N, C·window²).
+    """`held` vectors (at most a quarter) and the others of the training images of a features
+    artifact that holds all patches, none of an image on both sides: float32 (N, C·window²).
 
-    With a window a vector is that of a patch and of its neighbours; those at the edge of an image are left out.
+    With a window a vector is that of a patch and of its neighbours; those at the edge of an image
+    are left out.
     """
     keys, draw = shards.list_shards(path, "train"), torch.Generator().manual_seed(0)
     parts = [_windows(shards.read_shard(path, key, ["patch", "vector"]), window) for key in keys]

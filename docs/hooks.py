@@ -34,7 +34,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Point mkdocstrings at a copy of the code in which `tokenizers` is a package.
 
-    Griffe, which reads the docstrings, skips folders without `__init__.py`, and `tokenizers/` must not have one.
+    Griffe, which reads the docstrings, skips folders without `__init__.py`, and `tokenizers/` must
+    not have one.
     """
     copy = Path(tempfile.mkdtemp(prefix="smalti-docs-"))
     shutil.copytree(ROOT / "smalti", copy / "smalti", ignore=shutil.ignore_patterns("__pycache__"))

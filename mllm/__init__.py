@@ -1,1 +1,3 @@
-"""The unified language model in plain PyTorch: vocabulary, sequences, adapters, losses, generation, export."""
+"""The unified language model in plain PyTorch: vocabulary, sequences, adapters, losses, generation,
+export.
+"""

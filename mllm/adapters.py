@@ -1,7 +1,9 @@
-"""From code vectors to what the language model receives in place of an embedding row (SemHiTok: Dual-MLP; UniCode²: cascade).
+"""From code vectors to what the language model receives in place of an embedding row (SemHiTok:
+Dual-MLP; UniCode²: cascade).
 
-Axes: N positions, V codes, C width of a code vector, H the language model's width.
-The output depends on the code alone, never on its neighbours: that is what lets the export write it into embedding rows.
+Axes: N positions, V codes, C width of a code vector, H the language model's width. The output
+depends on the code alone, never on its neighbours: that is what lets the export write it into
+embedding rows.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from smalti.errors import ConfigError
 from smalti.mllm.rows import Matrices, Whole, ranges
 
 VARIANCE_FLOOR = 1e-4
-"""Added to the codebook's variances, as a share of the largest: a direction that no code uses is not blown up."""
+"""Added to the codebook's variances, as a share of the largest: a direction that no code uses is
+not blown up.
+"""
 FIT_ROWS = 65_536
 """Codes whose moments are taken at once, and that are whitened at once."""
 FIT_NUMBERS = 1 << 26
@@ -24,17 +28,20 @@ FIT_NUMBERS = 1 << 26
 
 
 class Adapter(nn.Module):
-    """Base: whitens code vectors by the codebook's own mean and covariance, then `project`s them to H.
+    """Base: whitens code vectors by the codebook's own mean and covariance, then `project`s them to
+    H.
 
-    Codebooks come at any scale, and the codes that images use most lie close together (the tints of plain ground): along
-    the few directions of most variance they look alike. Whitened, each part of a code vector has about unit variance in
-    every direction, so the MLPs tell neighbours apart from the start.
+    Codebooks come at any scale, and the codes that images use most lie close together (the tints of
+    plain ground): along the few directions of most variance they look alike. Whitened, each part of
+    a code vector has about unit variance in every direction, so the MLPs tell neighbours apart from
+    the start.
     """
 
     shift_C: Tensor
     whiten_CC: Tensor
     own_codes = False
-    """Whether the adapter holds the code vectors itself, and is called with codes in their place."""
+    """Whether the adapter holds the code vectors itself, and is called with codes in their place.
+    """
 
     def __init__(self, splits: Sequence[int], hidden: int, out: int) -> None:
         super().__init__()
@@ -47,7 +54,9 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def fit(self, codes_VC: Tensor, matrices: Matrices = Whole()) -> None:  # noqa: B008 (has no state)
-        """Set shift and whitening (ZCA, each part of the code vector by itself) from the whole codebook."""
+        """Set shift and whitening (ZCA, each part of the code vector by itself) from the whole
+        codebook.
+        """
         self.whiten_CC.zero_()
         start = 0
         for width in self.splits:
@@ -88,7 +97,9 @@ class Adapter(nn.Module):
 
 
 class DualAdapter(Adapter):
-    """`concat(MLP_s(c_i), MLP_p(C_pix^i[j]))`: each part of the code vector fills its half of H (arXiv 2503.06764, §3.3)."""
+    """`concat(MLP_s(c_i), MLP_p(C_pix^i[j]))`: each part of the code vector fills its half of H
+    (arXiv 2503.06764, §3.3).
+    """
 
     def __init__(self, splits: Sequence[int], hidden: int, out: int) -> None:
         super().__init__(splits, hidden, out)
@@ -106,7 +117,9 @@ class DualAdapter(Adapter):
 
 
 class SingleAdapter(Adapter):
-    """One MLP over the whole code vector: the ablation's other side, and the one for codes of a single part."""
+    """One MLP over the whole code vector: the ablation's other side, and the one for codes of a
+    single part.
+    """
 
     def __init__(self, splits: Sequence[int], hidden: int, out: int) -> None:
         super().__init__(splits, hidden, out)
@@ -117,10 +130,11 @@ class SingleAdapter(Adapter):
 
 
 class CascadeAdapter(SingleAdapter):
-    """`MLP(c2_v)`: beside the tokenizer's frozen codebook, which gave the code v, a second one that is trained (UniCode²).
+    """`MLP(c2_v)`: beside the tokenizer's frozen codebook, which gave the code v, a second one that
+    is trained (UniCode²).
 
-    C2 begins as the first codebook, whitened, and lies in these coordinates: an optimizer's step then means as much in every
-    direction. A code's output still depends on the code alone.
+    C2 begins as the first codebook, whitened, and lies in these coordinates: an optimizer's step
+    then means as much in every direction. A code's output still depends on the code alone.
     """
 
     own_codes = True
@@ -154,7 +168,9 @@ ADAPTERS: dict[str, type[Adapter]] = {
 
 
 def fitting(name: str, splits: Sequence[int]) -> str:
-    """The adapter that a recipe's name means: over code vectors of one part (no guidance) a dual one is a single one."""
+    """The adapter that a recipe's name means: over code vectors of one part (no guidance) a dual
+    one is a single one.
+    """
     return "single" if name == "dual" and len(splits) == 1 else name
 
 
@@ -163,7 +179,9 @@ def _mlp(width: int, hidden: int, out: int) -> nn.Sequential:
 
 
 def _moments(codes_VW: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (W,) and covariance (W, W) of the rows, in float64; a large codebook is never held in float64."""
+    """Mean (W,) and covariance (W, W) of the rows, in float64; a large codebook is never held in
+    float64.
+    """
     parts = [codes_VW] if codes_VW.numel() <= FIT_NUMBERS else codes_VW.split(FIT_ROWS)
     mean_W = torch.stack(
         [part_VW.mean(0, dtype=torch.float64) * (len(part_VW) / len(codes_VW)) for part_VW in parts]

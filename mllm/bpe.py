@@ -1,8 +1,9 @@
 """A small byte-level BPE tokenizer, trained on a corpus's own text.
 
-It has the pipeline of Qwen2's tokenizer (NFC, Qwen2's split into words, byte level) because a folder with a Qwen2 model is
-always loaded with that pipeline: transformers 5 takes only vocabulary and merges from `tokenizer.json` there, so that a
-tokenizer with another split would tokenize differently once it is exported.
+It has the pipeline of Qwen2's tokenizer (NFC, Qwen2's split into words, byte level) because a
+folder with a Qwen2 model is always loaded with that pipeline: transformers 5 takes only vocabulary
+and merges from `tokenizer.json` there, so that a tokenizer with another split would tokenize
+differently once it is exported.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ SMALLEST = 256 + len(SPECIALS)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
-    """A byte-level BPE tokenizer of at most `vocab_size` tokens, `<pad>` 0, `<bos>` 1 and `<eos>` 2 first.
+    """A byte-level BPE tokenizer of at most `vocab_size` tokens, `<pad>` 0, `<bos>` 1 and `<eos>` 2
+    first.
 
-    The same texts, in any order, give the same tokenizer: merges depend on the counts of words, ties on the pair itself.
-    Any text, of any script, comes back as its NFC form. Fewer tokens come out when the text is too small for more.
-    A `vocab_size` under 259 (256 bytes and three special tokens) raises ConfigError.
+    The same texts, in any order, give the same tokenizer: merges depend on the counts of words,
+    ties on the pair itself. Any text, of any script, comes back as its NFC form. Fewer tokens come
+    out when the text is too small for more. A `vocab_size` under 259 (256 bytes and three special
+    tokens) raises ConfigError.
     """
     if vocab_size < SMALLEST:
         raise ConfigError(

@@ -1,7 +1,8 @@
-"""The mapping M_φ of UniCode²: from the vectors of an image's codes to the conditioning of a diffusion decoder (PAPERS §3).
+"""The mapping M_φ of UniCode²: from the vectors of an image's codes to the conditioning of a
+diffusion decoder (PAPERS §3).
 
-Axes: B images, T codes of an image, C width of a code vector, L places of a prompt, E width of its embedding, P of its pooled
-embedding, M prompts of all workers, V codes.
+Axes: B images, T codes of an image, C width of a code vector, L places of a prompt, E width of its
+embedding, P of its pooled embedding, M prompts of all workers, V codes.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ class Shape(NamedTuple):
 
 
 class Conditioning(NamedTuple):
-    """What a diffusion decoder receives: prompt embeddings (B, L, E), and pooled ones (B, P) where it wants them."""
+    """What a diffusion decoder receives: prompt embeddings (B, L, E), and pooled ones (B, P) where
+    it wants them.
+    """
 
     sequence: Tensor
     pooled: Tensor | None
@@ -50,8 +53,9 @@ class Conditioning(NamedTuple):
 
 
 class Bridge(nn.Module):
-    """A transformer over an image's code vectors and L (with a pooled embedding L + 1) learned queries, whose outputs are mapped
-    to the conditioning."""
+    """A transformer over an image's code vectors and L (with a pooled embedding L + 1) learned
+    queries, whose outputs are mapped to the conditioning.
+    """
 
     def __init__(self, section: BridgeSection, shape: Shape) -> None:
         super().__init__()
@@ -77,8 +81,9 @@ class Bridge(nn.Module):
 
 
 class BridgeLoss(nn.Module):
-    """A bridge with what it learns by: InfoNCE of each image's conditioning among the prompts of all workers, and the squared
-    error to its own prompt's."""
+    """A bridge with what it learns by: InfoNCE of each image's conditioning among the prompts of
+    all workers, and the squared error to its own prompt's.
+    """
 
     def __init__(self, bridge: Bridge) -> None:
         super().__init__()
@@ -94,8 +99,9 @@ class BridgeLoss(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean over the images of this worker, and its parts.
 
-        wanted: of the images' own prompts, frozen. prompts_BL: their token ids, by which equal prompts are known. gather: rows
-        of all workers in order; `first`: the place of this worker's first row among them.
+        wanted: of the images' own prompts, frozen. prompts_BL: their token ids, by which equal
+        prompts are known. gather: rows of all workers in order; `first`: the place of this worker's
+        first row among them.
         """
         found, section = self.bridge(vectors_BTC), self.bridge.section
         every = gather or (lambda rows: rows)
@@ -124,10 +130,11 @@ class BridgeLoss(nn.Module):
 def info_nce(
     found_BLE: Tensor, wanted_MLE: Tensor, same_BM: Tensor, first: int, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Cross entropy of each image's own prompt (row `first` + b) among all by cosine, a mean over images and places; the share of
-    images whose own is the nearest over all places.
+    """Cross entropy of each image's own prompt (row `first` + b) among all by cosine, a mean over
+    images and places; the share of images whose own is the nearest over all places.
 
-    same_BM: prompts that are the image's own, word for word; the others among them than its own are no negatives.
+    same_BM: prompts that are the image's own, word for word; the others among them than its own are
+    no negatives.
     """
     found_BLE, wanted_MLE = (
         F.normalize(found_BLE.float(), dim=-1),
@@ -143,7 +150,9 @@ def info_nce(
 
 
 def save_bridge(folder: str, bridge: Bridge, state: dict[str, Tensor] | None = None) -> None:
-    """Write a bridge into a local folder beside its codes (`CODES`, which stand there); the settings come last."""
+    """Write a bridge into a local folder beside its codes (`CODES`, which stand there); the
+    settings come last.
+    """
     state = bridge.state_dict() if state is None else state
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     save_file(tensors, os.path.join(folder, WEIGHTS), metadata={"format": "pt"})
@@ -157,8 +166,11 @@ def save_bridge(folder: str, bridge: Bridge, state: dict[str, Tensor] | None = N
 
 
 def load_bridge(folder: str) -> tuple[Bridge, Tensor]:
-    """A saved bridge, frozen on the CPU, and the code vectors (V, C) that it reads, mapped from their file. ArtifactError: not
-    whole."""
+    """A saved bridge, frozen on the CPU, and the code vectors (V, C) that it reads, mapped from
+    their file.
+
+    ArtifactError: not whole.
+    """
     try:
         with open(os.path.join(folder, SETTINGS), encoding="utf-8") as file:
             settings: dict[str, Any] = json.load(file)

@@ -1,8 +1,9 @@
 """A unified model from a recipe's `mllm` section, and its folder on disk.
 
-The folder: the language model's `config.json` and `generation_config.json`, the extended Hugging Face tokenizer,
-`unified.safetensors` (language model without visual embedding rows, adapter, code vectors) and `unified.json` (how they
-fit together). It holds what further training needs; what everybody else loads is the export.
+The folder: the language model's `config.json` and `generation_config.json`, the extended Hugging
+Face tokenizer, `unified.safetensors` (language model without visual embedding rows, adapter, code
+vectors) and `unified.json` (how they fit together). It holds what further training needs; what
+everybody else loads is the export.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ FORMAT = 1
 WEIGHTS, SETTINGS = "unified.safetensors", "unified.json"
 _CODES = "code_vectors"
 SMALL_EMBEDDING_GAIN, SMALL_BLOCK_GAIN, SMALL_HEAD_GAIN = 10.0, 0.1, 3.0
-"""Starting scales of a model from numbers, beside those of `initializer_range`: see `_from_numbers`, `start_visual`."""
+"""Starting scales of a model from numbers, beside those of `initializer_range`: see
+`_from_numbers`, `start_visual`.
+"""
 UNREADABLE = (OSError, ValueError, RuntimeError, SafetensorError)
 """What transformers raises for a folder without a whole model."""
 
@@ -71,11 +74,15 @@ def build_unified(
     matrices: Matrices = Whole(),  # noqa: B008 (has no state)
     sample_MC: Tensor | None = None,
 ) -> UnifiedModel:
-    """A unified model in float32 on the CPU; `hf_tokenizer` is extended in place (`VisualVocabulary.extend`). A `DepthModel`
-    where the tokenizer gives several codes a token; `sample_MC` then holds vectors of real tokens, for the adapter's start.
+    """A unified model in float32 on the CPU; `hf_tokenizer` is extended in place
+    (`VisualVocabulary.extend`).
 
-    Its language model comes from `section.pretrained` or, when that is not set, from `section.config`'s numbers. The same
-    seed gives the same weights; the caller's random state is left alone. matrices: how embedding and head lie.
+    A `DepthModel` where the tokenizer gives several codes a token; `sample_MC` then holds vectors
+    of real tokens, for the adapter's start.
+
+    Its language model comes from `section.pretrained` or, when that is not set, from
+    `section.config`'s numbers. The same seed gives the same weights; the caller's random state is
+    left alone. matrices: how embedding and head lie.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -119,7 +126,10 @@ def build_unified(
 
 
 def use_flash_attention(model: UnifiedModel) -> None:
-    """Let the language model attend through flash-attention. ConfigError where it is not installed or there is no GPU."""
+    """Let the language model attend through flash-attention.
+
+    ConfigError where it is not installed or there is no GPU.
+    """
     try:
         model.lm.set_attn_implementation("flash_attention_2")
     except (ImportError, ValueError) as error:
@@ -132,7 +142,9 @@ def use_flash_attention(model: UnifiedModel) -> None:
 
 
 def load_language_model(section: MllmSection, hf_tokenizer: Any) -> Any:
-    """The Hugging Face causal language model that a recipe names or describes, in float32, before any visual token."""
+    """The Hugging Face causal language model that a recipe names or describes, in float32, before
+    any visual token.
+    """
     if section.pretrained and section.config:
         raise ConfigError("mllm.pretrained and mllm.config are both set; keep one.")
     if section.config:
@@ -156,7 +168,10 @@ def load_language_model(section: MllmSection, hf_tokenizer: Any) -> Any:
 
 
 def load_causal_lm(path_or_name: str, **options: Any) -> tuple[Any, list[str]]:
-    """A causal language model of a folder or hub name, and the weights that it lacks. Errors: one of `UNREADABLE`."""
+    """A causal language model of a folder or hub name, and the weights that it lacks.
+
+    Errors: one of `UNREADABLE`.
+    """
     kind: Any = AutoModelForCausalLM
     with quiet():
         causal_lm, report = kind.from_pretrained(path_or_name, output_loading_info=True, **options)
@@ -174,9 +189,12 @@ def load_text_tokenizer(pretrained: str) -> Any:
 
 
 def _from_numbers(config: Qwen2Config) -> Qwen2ForCausalLM:
-    """A Qwen2 with random weights in which a token is, at first, passed on nearly as it is: wide embeddings, and blocks
-    that add little to them. With a head that starts as the embedding does, repeating a code is there from the first step
-    (most patches of a plain ground repeat their neighbour) and need not be learned code by code."""
+    """A Qwen2 with random weights in which a token is, at first, passed on nearly as it is: wide
+    embeddings, and blocks that add little to them.
+
+    With a head that starts as the embedding does, repeating a code is there from the first step
+    (most patches of a plain ground repeat their neighbour) and need not be learned code by code.
+    """
     causal_lm: Any = Qwen2ForCausalLM(config)
     with torch.no_grad():
         causal_lm.get_input_embeddings().weight.mul_(SMALL_EMBEDDING_GAIN)
@@ -202,7 +220,8 @@ def _qwen2_config(size: LanguageModel, max_length: int, hf_tokenizer: Any) -> Qw
         max_position_embeddings=max_length,
         initializer_range=size.hidden_size
         ** -0.5,  # outputs of unit scale; 0.02 is meant for widths of thousands.
-        # In a one-seed sketch it left the question-only plateau about 100 steps sooner than with 0.02
+        # In a one-seed sketch it left the question-only plateau about 100 steps sooner than with
+        # 0.02
         tie_word_embeddings=False,
         use_sliding_window=False,
         bos_token_id=hf_tokenizer.bos_token_id,
@@ -214,8 +233,11 @@ def _qwen2_config(size: LanguageModel, max_length: int, hf_tokenizer: Any) -> Qw
 def save_unified(
     path: str, model: UnifiedModel, hf_tokenizer: Any, state: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Write a unified model into the local folder `path`. `state`: its whole state dict, where the model itself holds
-    only a part (ZeRO-3). The settings file comes last: a folder without it is half-written."""
+    """Write a unified model into the local folder `path`.
+
+    `state`: its whole state dict, where the model itself holds only a part (ZeRO-3). The settings
+    file comes last: a folder without it is half-written.
+    """
     os.makedirs(path, exist_ok=True)
     expected = model.state_dict()
     state = expected if state is None else state
@@ -247,7 +269,9 @@ def save_unified(
 
 
 def load_unified(path: str) -> tuple[UnifiedModel, Any]:
-    """The unified model and its tokenizer from a folder that `save_unified` wrote: on the CPU, in the saved dtype."""
+    """The unified model and its tokenizer from a folder that `save_unified` wrote: on the CPU, in
+    the saved dtype.
+    """
     settings = _read_settings(path)
     hf_tokenizer = AutoTokenizer.from_pretrained(path)
     vocabulary = VisualVocabulary.from_tokenizer(hf_tokenizer)

@@ -1,6 +1,8 @@
-"""What makes decoding step by step cheap: a key–value cache laid out once, and linear layers for a few rows on a CPU.
+"""What makes decoding step by step cheap: a key–value cache laid out once, and linear layers for a
+few rows on a CPU.
 
-Axes: R rows of the batch, L positions, H heads, D width of a head; M rows, N and K widths of a linear layer.
+Axes: R rows of the batch, L positions, H heads, D width of a head; M rows, N and K widths of a
+linear layer.
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ from transformers.cache_utils import CacheLayerMixin
 
 
 class ReservedLayer(CacheLayerMixin):
-    """Keys and values of one layer in room for `max_length` positions; attention sees a view of those that are filled.
+    """Keys and values of one layer in room for `max_length` positions; attention sees a view of
+    those that are filled.
 
-    A growing cache copies itself at every token; a static one is read to its end from the first token on. This does neither.
+    A growing cache copies itself at every token; a static one is read to its end from the first
+    token on. This does neither.
     """
 
     is_sliding = False
@@ -58,8 +62,11 @@ class ReservedLayer(CacheLayerMixin):
 
 
 def make_cache(config: Any, max_length: int, *, static: bool) -> Cache:
-    """An empty cache of a model for `max_length` positions. `static`: transformers' own, whose shapes never change, which is
-    what `torch.compile` and CUDA graphs want."""
+    """An empty cache of a model for `max_length` positions.
+
+    `static`: transformers' own, whose shapes never change, which is what `torch.compile` and CUDA
+    graphs want.
+    """
     if static:
         return StaticCache(config=config, max_cache_len=max_length)
     layers = config.get_text_config(decoder=True).num_hidden_layers
@@ -67,11 +74,15 @@ def make_cache(config: Any, max_length: int, *, static: bool) -> Cache:
 
 
 FEW_ROWS = range(2, 5)
-"""Rows for which W xᵀ is the faster product on a CPU: 2.7 times at two rows, 1.5 at four; not at one, nor from eight on."""
+"""Rows for which W xᵀ is the faster product on a CPU: 2.7 times at two rows, 1.5 at four; not at
+one, nor from eight on.
+"""
 
 
 def few_row_linears(model: nn.Module, rows: int) -> list[nn.Linear]:
-    """The linear layers of a model for which `as_columns` pays: those of float32 on a CPU, for so many rows; else none."""
+    """The linear layers of a model for which `as_columns` pays: those of float32 on a CPU, for so
+    many rows; else none.
+    """
     if rows not in FEW_ROWS:
         return []
     layers = [module for module in model.modules() if type(module) is nn.Linear]
@@ -84,7 +95,9 @@ def few_row_linears(model: nn.Module, rows: int) -> list[nn.Linear]:
 
 @contextmanager
 def as_columns(layers: Sequence[nn.Linear]) -> Iterator[None]:
-    """Within, these layers compute (W xᵀ)ᵀ in place of x Wᵀ: the same numbers by another routine of the matrix library."""
+    """Within, these layers compute (W xᵀ)ᵀ in place of x Wᵀ: the same numbers by another routine of
+    the matrix library.
+    """
     for layer in layers:
         layer.forward = partial(_columns, layer)  # type: ignore[method-assign]
     try:

@@ -1,11 +1,12 @@
 """A unified model whose visual places hold several codes (DualToken, arXiv 2503.14324).
 
-An image is T places, each one position of the sequence with the same token, `<IMG_0>`; its codes ride along. What the language
-model receives there is the adapter's output of the place's vector [ẑ_pix ; ẑ_sem]. Two heads, one a codebook, predict the codes
-of a place from the hidden state before it, one depth after the other: p(k_d | hidden, k_1 … k_{d−1}).
+An image is T places, each one position of the sequence with the same token, `<IMG_0>`; its codes
+ride along. What the language model receives there is the adapter's output of the place's vector
+[ẑ_pix ; ẑ_sem]. Two heads, one a codebook, predict the codes of a place from the hidden state
+before it, one depth after the other: p(k_d | hidden, k_1 … k_{d−1}).
 
-Axes: B sequences, L positions, N places, P codebooks (2: pixel, semantic), R depth, K codes, W width of a code, C = P·W,
-H width of the language model, M sample vectors.
+Axes: B sequences, L positions, N places, P codebooks (2: pixel, semantic), R depth, K codes, W
+width of a code, C = P·W, H width of the language model, M sample vectors.
 """
 
 from __future__ import annotations
@@ -38,8 +39,11 @@ SAMPLE = 4096
 
 
 class DepthHead(nn.Module):
-    """Codes of one codebook at a place. A causal transformer over R positions: the first holds the language model's hidden
-    state, the d-th the sum of the vectors of the codes before; a classifier of its own for each."""
+    """Codes of one codebook at a place.
+
+    A causal transformer over R positions: the first holds the language model's hidden state, the
+    d-th the sum of the vectors of the codes before; a classifier of its own for each.
+    """
 
     def __init__(
         self, size: DepthHeads, hidden: int, code_width: int, num_codes: int, depth: int
@@ -72,8 +76,10 @@ class DepthHead(nn.Module):
         weights_N: Tensor | None = None,
         chunk: int = 4096,
     ) -> tuple[Tensor, Tensor] | Tensor:
-        """With codes (IGNORE where nothing is predicted): Σ weights · losses, differentiable, and the losses float32 (N, R);
-        without: logits of the code behind the given sums (N, d, W), which may be none: (N, K)."""
+        """With codes (IGNORE where nothing is predicted): Σ weights · losses, differentiable, and
+        the losses float32 (N, R); without: logits of the code behind the given sums (N, d, W),
+        which may be none: (N, K).
+        """
         if codes_NR is None:
             return self.classifiers[sums_NRW.shape[1]](self.outputs(hidden_NH, sums_NRW)[:, -1])
         out_NRH = self.outputs(hidden_NH, sums_NRW[:, :-1])
@@ -87,10 +93,12 @@ class DepthHead(nn.Module):
 
 
 class DepthModel(UnifiedModel):
-    """A causal language model that sees and draws in places of several codes; see the module's text.
+    """A causal language model that sees and draws in places of several codes; see the module's
+    text.
 
-    code_vectors: both codebooks, (2, K, W); the vocabulary has one visual token, that of a place. Parts with rates of their
-    own (`mllm.lr`, `freeze`): the heads belong to `new_rows`, as what predicts the new tokens.
+    code_vectors: both codebooks, (2, K, W); the vocabulary has one visual token, that of a place.
+    Parts with rates of their own (`mllm.lr`, `freeze`): the heads belong to `new_rows`, as what
+    predicts the new tokens.
     """
 
     def __init__(
@@ -133,7 +141,9 @@ class DepthModel(UnifiedModel):
     def start_visual(
         self, head_gain: float = 1.0, chunk: int = 65_536, sample_MC: Tensor | None = None
     ) -> None:
-        """Fit the adapter to a sample of places' vectors (default: of random codes), its output at the text's scale."""
+        """Fit the adapter to a sample of places' vectors (default: of random codes), its output at
+        the text's scale.
+        """
         if sample_MC is None:
             generator = torch.Generator().manual_seed(0)
             shape = (SAMPLE, len(BOOKS), self.depth)
@@ -149,7 +159,9 @@ class DepthModel(UnifiedModel):
         )
 
     def visual_rows(self, start: int, stop: int) -> Tensor:
-        """Zeros: what stands at a place depends on its codes, which a plain embedding row does not see."""
+        """Zeros: what stands at a place depends on its codes, which a plain embedding row does not
+        see.
+        """
         return self.lm.get_input_embeddings().weight.new_zeros(
             min(stop, 1) - start, self.adapter.out
         )
@@ -169,7 +181,9 @@ class DepthModel(UnifiedModel):
         return self.sums(codes_NPR)[:, :, -1].flatten(1)
 
     def inputs_embeds(self, ids_BL: Tensor, codes_NPR: Tensor | None = None) -> Tensor:
-        """Token ids → (B, L, H); the codes of their visual places come in reading order (None: there are no places)."""
+        """Token ids → (B, L, H); the codes of their visual places come in reading order (None:
+        there are no places).
+        """
         visual_BL = self.vocabulary.is_visual(ids_BL)
         if codes_NPR is None:
             codes_NPR = ids_BL.new_zeros(0, len(BOOKS), self.depth)
@@ -180,12 +194,14 @@ class DepthModel(UnifiedModel):
         return self._embedded(ids_BL, visual_BL, self.place_vectors(codes_NPR))
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """As `UnifiedModel.forward`, on a batch with `codes` int64 (N, 2, R). At a predicted place the loss is the sum over
-        both heads and all depths; elsewhere the text head's. `loss_image` is a mean over places of that sum, `loss_pixel` and
-        `loss_semantic` are its two halves.
+        """As `UnifiedModel.forward`, on a batch with `codes` int64 (N, 2, R).
 
-        The heads run even where no place is predicted (on one position, with no effect on the result), so that every rank of a
-        parallel run does the same communication.
+        At a predicted place the loss is the sum over both heads and all depths; elsewhere the text
+        head's. `loss_image` is a mean over places of that sum, `loss_pixel` and `loss_semantic` are
+        its two halves.
+
+        The heads run even where no place is predicted (on one position, with no effect on the
+        result), so that every rank of a parallel run does the same communication.
         """
         ids_BL, codes_NPR = batch["input_ids"], batch["codes"]
         hidden_BLH = self._hidden(self.inputs_embeds(ids_BL, codes_NPR), batch)
@@ -228,8 +244,11 @@ class DepthModel(UnifiedModel):
 
     @torch.no_grad()
     def draw_place(self, hidden_RH: Tensor, sampling: Sampling, uniform_BPR: Tensor) -> Tensor:
-        """The codes of one place for each image: int64 (B, 2, R). Guidance comes before temperature, top-k and top-p at every
-        depth; conditional rows stand above unconditional ones."""
+        """The codes of one place for each image: int64 (B, 2, R).
+
+        Guidance comes before temperature, top-k and top-p at every depth; conditional rows stand
+        above unconditional ones.
+        """
         codes = []
         for p, (vectors_KW, head) in enumerate(
             zip(self.code_vectors_VC, self.heads.values(), strict=True)
@@ -258,7 +277,9 @@ def draw_places(
     unconditional_ids: Sequence[int] | None = None,
     compile: str | None = None,
 ) -> Tensor:
-    """Codes of one image a prompt: int64 (B, tokens, 2, R), on the CPU; see `smalti.mllm.generation.draw`."""
+    """Codes of one image a prompt: int64 (B, tokens, 2, R), on the CPU; see
+    `smalti.mllm.generation.draw`.
+    """
     shape = (tokens, len(BOOKS), model.depth)
     if not prompts_ids:
         return torch.empty((0, *shape), dtype=torch.int64)
@@ -281,7 +302,9 @@ def draw_places(
 
 
 class PlaceBuilder(SequenceBuilder):
-    """Builds sequences whose images are places of several codes: `code_shape` (2, R), each of `num_codes`."""
+    """Builds sequences whose images are places of several codes: `code_shape` (2, R), each of
+    `num_codes`.
+    """
 
     def __init__(
         self, *args: Any, num_codes: int, code_shape: tuple[int, ...], **settings: Any

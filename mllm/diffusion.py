@@ -1,6 +1,8 @@
-"""A pretrained diffusion decoder: its frozen text encoders, which a bridge learns from, and drawing with it (diffusers).
+"""A pretrained diffusion decoder: its frozen text encoders, which a bridge learns from, and drawing
+with it (diffusers).
 
-Axes: B prompts or images, L places of a prompt, E width of its embedding, P of its pooled embedding.
+Axes: B prompts or images, L places of a prompt, E width of its embedding, P of its pooled
+embedding.
 """
 
 from __future__ import annotations
@@ -53,7 +55,9 @@ PIPELINES: dict[str, Callable[[Mapping[str, Any]], Conditioning]] = {
 
 
 class PromptSide(nn.Module):
-    """The text encoders of a diffusion decoder, frozen: prompts → what the decoder is conditioned on."""
+    """The text encoders of a diffusion decoder, frozen: prompts → what the decoder is conditioned
+    on.
+    """
 
     def __init__(
         self, pipeline: str, encoders: Mapping[str, nn.Module], tokenizers: Mapping[str, Any]
@@ -64,7 +68,8 @@ class PromptSide(nn.Module):
 
     @classmethod
     def from_pretrained(cls, decoder: str, *, meta: bool = False) -> PromptSide:
-        """Of a pipeline's folder or hub name, in float32; the rest of the pipeline is not read, and diffusers is not needed.
+        """Of a pipeline's folder or hub name, in float32; the rest of the pipeline is not read, and
+        diffusers is not needed.
 
         meta: shapes alone. ConfigError: none there, or a pipeline that is not known.
         """
@@ -150,7 +155,10 @@ def require_diffusers() -> None:
 
 
 class Diffuser:
-    """A pipeline of diffusers that draws from conditioning in place of prompts. ConfigError: no diffusers, no such pipeline."""
+    """A pipeline of diffusers that draws from conditioning in place of prompts.
+
+    ConfigError: no diffusers, no such pipeline.
+    """
 
     def __init__(self, decoder: str, device: torch.device) -> None:
         require_diffusers()
@@ -172,7 +180,9 @@ class Diffuser:
     def draw(
         self, given: Conditioning, seeds: Sequence[int], steps: int, guidance: float
     ) -> list[Image.Image]:
-        """One picture for each row of the conditioning, `AT_ONCE` at a time; a seed a picture, whatever the batch."""
+        """One picture for each row of the conditioning, `AT_ONCE` at a time; a seed a picture,
+        whatever the batch.
+        """
         drawn: list[Image.Image] = []
         takes_pooled = "pooled_prompt_embeds" in signature(self.pipeline.__call__).parameters
         for start in range(0, len(seeds), AT_ONCE):

@@ -1,7 +1,9 @@
-"""The embedding swap: from a unified model with its adapter to a plain Hugging Face folder (arXiv 2503.06764, Algorithm 1).
+"""The embedding swap: from a unified model with its adapter to a plain Hugging Face folder (arXiv
+2503.06764, Algorithm 1).
 
-The adapter's output for a code depends on that code alone, so it can be written into the code's embedding row. The result
-loads with `AutoModelForCausalLM` and `AutoTokenizer` where this project is not installed, and gives the same logits.
+The adapter's output for a code depends on that code alone, so it can be written into the code's
+embedding row. The result loads with `AutoModelForCausalLM` and `AutoTokenizer` where this project
+is not installed, and gives the same logits.
 """
 
 from __future__ import annotations
@@ -38,12 +40,14 @@ def export(
     *,
     chunk: int = 8192,
 ) -> dict[str, int]:
-    """Write the plain model into the local folder `out_dir`; counts of parameters, embedding rows and codes come back.
+    """Write the plain model into the local folder `out_dir`; counts of parameters, embedding rows
+    and codes come back.
 
-    Beside the usual files: `smalti.json` (tokens an image, patch grid, where the visual ids begin, system) and
-    `visual_tokenizer/`, a whole copy of the visual tokenizer at `tokenizer_path`, so that the folder can be moved alone.
-    Of a `DepthModel` the plain part reads and writes text alone; `visual_heads.safetensors` holds what sees and draws.
-    `chunk`: codes that pass the adapter at once. The unified model is left as it is.
+    Beside the usual files: `smalti.json` (tokens an image, patch grid, where the visual ids begin,
+    system) and `visual_tokenizer/`, a whole copy of the visual tokenizer at `tokenizer_path`, so
+    that the folder can be moved alone. Of a `DepthModel` the plain part reads and writes text
+    alone; `visual_heads.safetensors` holds what sees and draws. `chunk`: codes that pass the
+    adapter at once. The unified model is left as it is.
     """
     from smalti.tokenizers.loading import load_tokenizer
 
@@ -83,7 +87,9 @@ def export(
 def export_language_model(
     model: UnifiedModel, hf_tokenizer: Any, out_dir: str, dtype: torch.dtype, chunk: int = 8192
 ) -> dict[str, int]:
-    """The Hugging Face part of `export`: weights with every embedding row, configs, tokenizer and chat template."""
+    """The Hugging Face part of `export`: weights with every embedding row, configs, tokenizer and
+    chat template.
+    """
     lm = model.lm
     state = {
         name: tensor.to(dtype)
@@ -113,7 +119,8 @@ def export_language_model(
 
 @torch.no_grad()
 def swapped_rows(model: UnifiedModel, dtype: torch.dtype, chunk: int = 8192) -> Tensor:
-    """The whole embedding matrix (V, H), V the head's rows: trained text rows, then the adapter's output for every code.
+    """The whole embedding matrix (V, H), V the head's rows: trained text rows, then the adapter's
+    output for every code.
 
     Rows beyond the vocabulary (padding of the published model) are zero: no token has them.
     """
@@ -131,9 +138,11 @@ _PROBE = "A blue circle, isn't it?\n 1234  Ünïcode <start_of_image><IMG_0>"
 
 
 def _check_tokenizer(vocabulary: VisualVocabulary, hf_tokenizer: Any, out_dir: str) -> None:
-    """Raise VocabularyError unless the written tokenizer loads as the one that the model was trained with.
+    """Raise VocabularyError unless the written tokenizer loads as the one that the model was
+    trained with.
 
-    `AutoTokenizer` chooses a class by the model's type and may replace a custom tokenizer's normalisation or word split.
+    `AutoTokenizer` chooses a class by the model's type and may replace a custom tokenizer's
+    normalisation or word split.
     """
     loaded = AutoTokenizer.from_pretrained(out_dir)
     same = loaded(_PROBE)["input_ids"] == hf_tokenizer(_PROBE)["input_ids"]
@@ -146,7 +155,9 @@ def _check_tokenizer(vocabulary: VisualVocabulary, hf_tokenizer: Any, out_dir: s
 
 
 def _record_dtype(config_file: str, dtype: torch.dtype) -> None:
-    """`save_pretrained` records the dtype of the model in memory, not of the state that it was handed."""
+    """`save_pretrained` records the dtype of the model in memory, not of the state that it was
+    handed.
+    """
     with open(config_file, encoding="utf-8") as file:
         config = json.load(file)
     config["dtype"] = str(dtype).removeprefix("torch.")

@@ -1,6 +1,8 @@
-"""Images from text and answers about images, with one language model: a unified model or its plain export.
+"""Images from text and answers about images, with one language model: a unified model or its plain
+export.
 
-Axes: B sequences, R rows of the batch (B, or 2B with guidance), L prompt positions, T codes, K visual codes.
+Axes: B sequences, R rows of the batch (B, or 2B with guidance), L prompt positions, T codes, K
+visual codes.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ if TYPE_CHECKING:
     from smalti.schema import Sampling
 
 STEP = 64
-"""Positions of a static cache are a multiple of it, so that prompts of about one length share what was compiled."""
+"""Positions of a static cache are a multiple of it, so that prompts of about one length share what
+was compiled.
+"""
 SHAPES = 4
 """Static caches that are kept."""
 
@@ -43,13 +47,15 @@ def draw(
 ) -> Tensor:
     """Codes of one image a prompt: int64 (B, tokens) in [0, num_codes), on the CPU.
 
-    prompts_ids: each ends with `<start_of_image>` (`TextEncoder.caption_prompt`). Guidance, ℓ = ℓ_u + s (ℓ_c − ℓ_u), comes
-    before temperature, top-k and top-p; both halves run in one batch with one key–value cache, and the head is applied to
-    the visual rows only. `cfg` 1 runs no unconditional half; `temperature` 0 takes the best code.
-    seed: one number, from which each sample of the batch gets its own, or the samples' own. A sample's random numbers depend
-    on its seed alone, so it comes out the same in any batch (up to rounding in the network).
-    compile: the backend of `torch.compile` for the steps after the prompt, None without; "inductor" makes CUDA graphs on a GPU,
-    which pays where many images are drawn in batches of one size. Caches of the last few shapes stay with the model.
+    prompts_ids: each ends with `<start_of_image>` (`TextEncoder.caption_prompt`). Guidance, ℓ = ℓ_u
+    + s (ℓ_c − ℓ_u), comes before temperature, top-k and top-p; both halves run in one batch with
+    one key–value cache, and the head is applied to the visual rows only. `cfg` 1 runs no
+    unconditional half; `temperature` 0 takes the best code. seed: one number, from which each
+    sample of the batch gets its own, or the samples' own. A sample's random numbers depend on its
+    seed alone, so it comes out the same in any batch (up to rounding in the network). compile: the
+    backend of `torch.compile` for the steps after the prompt, None without; "inductor" makes CUDA
+    graphs on a GPU, which pays where many images are drawn in batches of one size. Caches of the
+    last few shapes stay with the model.
     """
     if not prompts_ids:
         return torch.empty((0, tokens), dtype=torch.int64)
@@ -87,7 +93,9 @@ def prompt_rows(
 
 
 def guidance(logits_RK: Tensor, cfg: float) -> Tensor:
-    """ℓ_u + s (ℓ_c − ℓ_u), (B, K), of conditional rows above unconditional ones; with s = 1, where there are none, as given."""
+    """ℓ_u + s (ℓ_c − ℓ_u), (B, K), of conditional rows above unconditional ones; with s = 1, where
+    there are none, as given.
+    """
     if cfg == 1.0:
         return logits_RK
     conditional_BK, unconditional_BK = logits_RK.chunk(2)
@@ -103,7 +111,9 @@ def answer(
     questions: Sequence[str],
     max_new_tokens: int = 32,
 ) -> list[str]:
-    """The greedy answer to one question about each image (B of both), as text on one line. Codes: (B, T), or (B, T, 2, R).
+    """The greedy answer to one question about each image (B of both), as text on one line.
+
+    Codes: (B, T), or (B, T, 2, R).
 
     Only text ids can come out. A row ends at the end token or at a line's end.
     """
@@ -159,7 +169,10 @@ def answer(
 
 
 def choose(logits_BK: Tensor, sampling: Sampling, uniform_B: Tensor) -> Tensor:
-    """One code a row: int64 (B,). Temperature, then top-k, then top-p, then the inverse of the distribution at `uniform_B`."""
+    """One code a row: int64 (B,).
+
+    Temperature, then top-k, then top-p, then the inverse of the distribution at `uniform_B`.
+    """
     if sampling.temperature == 0:
         return logits_BK.argmax(-1)
     logits_BK = logits_BK / sampling.temperature
@@ -178,7 +191,9 @@ def choose(logits_BK: Tensor, sampling: Sampling, uniform_B: Tensor) -> Tensor:
 
 
 def _nucleus(probabilities_BK: Tensor, top_p: float) -> Tensor:
-    """Zero outside the smallest set of codes whose probabilities reach `top_p` (at least the best one is kept)."""
+    """Zero outside the smallest set of codes whose probabilities reach `top_p` (at least the best
+    one is kept).
+    """
     sorted_BK, order_BK = probabilities_BK.sort(dim=-1, descending=True, stable=True)
     before_BK = sorted_BK.cumsum(-1) - sorted_BK
     kept_BK = sorted_BK * (before_BK < max(top_p, torch.finfo(torch.float64).tiny))
@@ -186,7 +201,9 @@ def _nucleus(probabilities_BK: Tensor, top_p: float) -> Tensor:
 
 
 def sample_uniform(seeds: Sequence[int], tokens: int) -> Tensor:
-    """Random numbers in [0, 1) for each sample and token: float64 (B, tokens); a row depends on its own seed alone."""
+    """Random numbers in [0, 1) for each sample and token: float64 (B, tokens); a row depends on its
+    own seed alone.
+    """
     rows = [
         torch.rand(tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         for seed in seeds
@@ -200,7 +217,9 @@ def sample_seed(seed: int, index: int) -> int:
 
 
 def end_ids(lm: nn.Module, vocabulary: VisualVocabulary) -> set[int]:
-    """Ids that end a text: the tokenizer's end token and those of the model's generation config (chat turn ends)."""
+    """Ids that end a text: the tokenizer's end token and those of the model's generation config
+    (chat turn ends).
+    """
     generation = getattr(lm.lm if isinstance(lm, UnifiedModel) else lm, "generation_config", None)
     found = getattr(generation, "eos_token_id", None)
     more = [] if found is None else [found] if isinstance(found, int) else list(found)
@@ -208,7 +227,10 @@ def end_ids(lm: nn.Module, vocabulary: VisualVocabulary) -> set[int]:
 
 
 def seeds_of(seed: int | Sequence[int], count: int) -> list[int]:
-    """A seed for each of so many samples: of one number, or as given. ValueError: given for another number of them."""
+    """A seed for each of so many samples: of one number, or as given.
+
+    ValueError: given for another number of them.
+    """
     if isinstance(seed, int):
         return [sample_seed(seed, index) for index in range(count)]
     if len(seed) != count:
@@ -219,7 +241,9 @@ def seeds_of(seed: int | Sequence[int], count: int) -> list[int]:
 
 
 class _Compiled(NamedTuple):
-    """What stays with a language model whose steps are compiled: its caches by shape, the newest last."""
+    """What stays with a language model whose steps are compiled: its caches by shape, the newest
+    last.
+    """
 
     backend: str
     step: Any
@@ -227,11 +251,13 @@ class _Compiled(NamedTuple):
 
 
 class Decoder:
-    """One batch of left-padded rows run through a language model with a key–value cache of `room` further positions.
-    codes: those of the rows' visual places, where a place holds several (N, 2, R).
+    """One batch of left-padded rows run through a language model with a key–value cache of `room`
+    further positions. codes: those of the rows' visual places, where a place holds several (N,
+    2, R).
 
-    Mask and cache are laid out once. compile: the backend of `torch.compile` for single steps ("inductor" makes CUDA graphs
-    on a GPU); shapes then never change, and the compiled model is kept with the language model.
+    Mask and cache are laid out once. compile: the backend of `torch.compile` for single steps
+    ("inductor" makes CUDA graphs on a GPU); shapes then never change, and the compiled model is
+    kept with the language model.
     """
 
     last_RH: Tensor
@@ -321,7 +347,9 @@ class Decoder:
         return made
 
     def _kept(self, rows: int, total: int) -> Cache:
-        """An empty cache at the place of the last one of its shape: recorded CUDA graphs read and write there."""
+        """An empty cache at the place of the last one of its shape: recorded CUDA graphs read and
+        write there.
+        """
         caches = self._compiled().caches
         key = (
             rows,
@@ -350,7 +378,9 @@ class Decoder:
         ].clone()  # a CUDA graph writes its next output to the same place
 
     def _mask(self, seen_RLT: Tensor) -> Tensor:
-        """The mask as it stands, where attention takes one; else the padding, of which transformers makes what it needs."""
+        """The mask as it stands, where attention takes one; else the padding, of which transformers
+        makes what it needs.
+        """
         config = self.causal_lm.config.get_text_config()
         sliding = set(getattr(config, "layer_types", None) or ["full_attention"]) != {
             "full_attention"

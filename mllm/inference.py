@@ -34,7 +34,9 @@ from smalti.storage import exists, join, local_copy, read_json
 
 
 class VisualModel:
-    """A model that `smalti export` wrote: the language model, its tokenizer and (on first use) the visual tokenizer."""
+    """A model that `smalti export` wrote: the language model, its tokenizer and (on first use) the
+    visual tokenizer.
+    """
 
     def __init__(
         self, lm: Any, hf_tokenizer: Any, settings: dict[str, Any], visual_tokenizer_dir: str
@@ -54,7 +56,9 @@ class VisualModel:
     def from_pretrained(
         cls, export_dir: str, device: str | torch.device | None = None
     ) -> VisualModel:
-        """Load the folder (or URL) that `smalti export` wrote, to `device` (default: CUDA where there is one, else CPU)."""
+        """Load the folder (or URL) that `smalti export` wrote, to `device` (default: CUDA where
+        there is one, else CPU).
+        """
         if not exists(join(export_dir, SETTINGS)):
             raise ArtifactError(
                 f"{export_dir} has no {SETTINGS}, so it is no exported model. Give the folder that `smalti export` wrote."
@@ -117,10 +121,12 @@ class VisualModel:
         batch_size: int = 16,
         compile: str | None = None,
     ) -> Tensor:
-        """Codes of one image a prompt: int64 (B, T, *code_shape) on the CPU. An empty prompt draws without a condition.
+        """Codes of one image a prompt: int64 (B, T, *code_shape) on the CPU.
 
-        `seed` and a prompt's place in the list decide its random numbers, whatever the batch size. compile: see
-        `smalti.mllm.generation.draw`.
+        An empty prompt draws without a condition.
+
+        `seed` and a prompt's place in the list decide its random numbers, whatever the batch size.
+        compile: see `smalti.mllm.generation.draw`.
         """
         sampling = Sampling(cfg=cfg, temperature=temperature, top_k=top_k, top_p=top_p)
         ids = [self.text.caption_prompt(prompt) for prompt in prompts]
@@ -150,7 +156,10 @@ class VisualModel:
         batch_size: int = 16,
         compile: str | None = None,
     ) -> list[Image.Image]:
-        """One RGB picture a prompt; see `draw_codes`. ConfigError: nothing here turns codes into pictures."""
+        """One RGB picture a prompt; see `draw_codes`.
+
+        ConfigError: nothing here turns codes into pictures.
+        """
         if self.cannot_draw:  # before any code is drawn
             raise ConfigError(self.cannot_draw)
         codes_BT = self.draw_codes(
@@ -190,7 +199,10 @@ class VisualModel:
         max_new_tokens: int = 32,
         batch_size: int = 32,
     ) -> list[str]:
-        """As `ask`, for images that are codes already, int (B, T, *code_shape). Questions of like length go into a batch together."""
+        """As `ask`, for images that are codes already, int (B, T, *code_shape).
+
+        Questions of like length go into a batch together.
+        """
         _same_number(len(codes_BT), questions)
         order = sorted(range(len(questions)), key=lambda i: len(questions[i]))
         answers = [""] * len(questions)
@@ -206,7 +218,9 @@ class VisualModel:
 
     @torch.no_grad()
     def encode(self, images: Sequence[Image.Image]) -> Tensor:
-        """Codes of pictures of any size and mode (resized and centre-cropped as in training): int64 (B, T, *code_shape)."""
+        """Codes of pictures of any size and mode (resized and centre-cropped as in training): int64
+        (B, T, *code_shape).
+        """
         size = int(self.settings["image_size"])
         pixels = np.stack([to_pixels(_png(image), size) for image in images])
         pixels_BCHW = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(127.5).sub(1)
@@ -229,7 +243,9 @@ class VisualModel:
 
     @torch.no_grad()
     def decode(self, codes_BT: Tensor, seeds: Sequence[int] | None = None) -> list[Image.Image]:
-        """Pictures of codes; those of a diffusion decoder follow from `seeds` too (default: their places)."""
+        """Pictures of codes; those of a diffusion decoder follow from `seeds` too (default: their
+        places).
+        """
         if not getattr(self.visual_tokenizer, "has_decoder", True) and self._bridge is not None:
             bridge, codes_VC = self._bridge
             given = bridge(codes_VC[codes_BT.cpu()].to(self.device))
@@ -253,7 +269,10 @@ class VisualModel:
 
 
 def _load(folder: str, export_dir: str) -> tuple[Any, Any]:
-    """Language model, in eval mode, and tokenizer. ArtifactError: missing, torn or incomplete ones."""
+    """Language model, in eval mode, and tokenizer.
+
+    ArtifactError: missing, torn or incomplete ones.
+    """
     try:
         lm, missing = load_causal_lm(folder)
         hf_tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -1,4 +1,6 @@
-"""Low-rank updates of a language model's linear layers (peft), and their way back into plain weights."""
+"""Low-rank updates of a language model's linear layers (peft), and their way back into plain
+weights.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,11 @@ def require_peft() -> None:
 
 
 def add_lora(model: UnifiedModel, lora: Lora) -> None:
-    """Give the language model's target layers a low-rank update each, in place, and leave its own weights untrained.
+    """Give the language model's target layers a low-rank update each, in place, and leave its own
+    weights untrained.
 
-    Embedding, head and adapter stay trained. ConfigError: peft is missing, or no layer has one of the target names.
+    Embedding, head and adapter stay trained. ConfigError: peft is missing, or no layer has one of
+    the target names.
     """
     require_peft()
     from peft import LoraConfig, inject_adapter_in_model
@@ -55,8 +59,11 @@ def add_lora(model: UnifiedModel, lora: Lora) -> None:
 
 
 def merge_lora(model: UnifiedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict (whole, by the model's names) with each update added to its layer, W + (alpha / rank) · B A, under the
-    plain model's names, as `without_lora` has them. The sum is made in float32."""
+    """A state dict (whole, by the model's names) with each update added to its layer, W + (alpha /
+    rank) · B A, under the plain model's names, as `without_lora` has them.
+
+    The sum is made in float32.
+    """
     merged = dict(state)
     for name, layer in _layers(model):
         low, high = (merged.pop(f"{name}.lora_{part}.{ADAPTER}.weight") for part in ("A", "B"))

@@ -17,7 +17,9 @@ PART = 1 << 26
 
 
 class ChunkedLoss(NamedTuple):
-    """`total` = Σ weights · loss, differentiable; the others, one a position (0 and False where ignored), are not."""
+    """`total` = Σ weights · loss, differentiable; the others, one a position (0 and False where
+    ignored), are not.
+    """
 
     total: Tensor
     losses_N: Tensor
@@ -36,17 +38,19 @@ def chunked_cross_entropy(
     scaled: Scaled | None = None,
     kernel: bool | None = None,
 ) -> ChunkedLoss:
-    """Weighted sum of next-token losses, `chunk` positions at a time: at most chunk × V logits exist at once.
+    """Weighted sum of next-token losses, `chunk` positions at a time: at most chunk × V logits
+    exist at once.
 
-    labels_N: int64, IGNORE (−100) where nothing is predicted; weights_N: one factor a position (default 1). Losses are
-    float32. The gradients of hidden, weight and bias are made in the forward pass, while a chunk's logits are there (three
-    products in all, as with full logits), summed in float32 and returned in their tensors' own dtypes. So `backward` can run
-    once only. low_sums: the weight's gradient is summed in the weight's own dtype; for one in bf16 that is 2 bytes a number
-    held instead of 6, and a rounding a chunk. scaled: the head is the weight with its first rows times a factor.
-    A label outside [0, V) raises IndexError.
+    labels_N: int64, IGNORE (−100) where nothing is predicted; weights_N: one factor a position
+    (default 1). Losses are float32. The gradients of hidden, weight and bias are made in the
+    forward pass, while a chunk's logits are there (three products in all, as with full logits),
+    summed in float32 and returned in their tensors' own dtypes. So `backward` can run once only.
+    low_sums: the weight's gradient is summed in the weight's own dtype; for one in bf16 that is 2
+    bytes a number held instead of 6, and a rounding a chunk. scaled: the head is the weight with
+    its first rows times a factor. A label outside [0, V) raises IndexError.
 
-    kernel: whether liger-kernel makes the losses and the gradient of a chunk's logits, in place of them; None: on GPUs
-    where it is installed.
+    kernel: whether liger-kernel makes the losses and the gradient of a chunk's logits, in place of
+    them; None: on GPUs where it is installed.
     """
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, not {chunk}")
@@ -64,7 +68,9 @@ def chunked_cross_entropy(
 
 
 class Scaled(NamedTuple):
-    """The first `rows` of a matrix stand for `factor` times what they hold: what moves them moves them so much less."""
+    """The first `rows` of a matrix stand for `factor` times what they hold: what moves them moves
+    them so much less.
+    """
 
     rows: int
     factor: float
@@ -78,10 +84,12 @@ class _Settings(NamedTuple):
 
 
 class LossHead(nn.Linear):
-    """A language model's output head that can also compute its own loss: `head(hidden)` gives logits as before.
+    """A language model's output head that can also compute its own loss: `head(hidden)` gives
+    logits as before.
 
-    With labels the loss is made inside this module's forward, so whatever gathers a module's weight around its forward and
-    backward (DeepSpeed ZeRO-3, FSDP) has it in place, without this file knowing of it.
+    With labels the loss is made inside this module's forward, so whatever gathers a module's weight
+    around its forward and backward (DeepSpeed ZeRO-3, FSDP) has it in place, without this file
+    knowing of it.
     """
 
     scaled: Scaled | None = None
@@ -93,7 +101,9 @@ class LossHead(nn.Linear):
         weights_N: Tensor | None = None,
         chunk: int = 4096,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """Logits (…, V); or, with labels, the three parts of a ChunkedLoss as a plain tuple (input then is (N, D))."""
+        """Logits (…, V); or, with labels, the three parts of a ChunkedLoss as a plain tuple (input
+        then is (N, D)).
+        """
         if labels_N is None:
             assert self.scaled is None, "a head of scaled rows gives losses alone"
             return super().forward(input)
@@ -167,8 +177,9 @@ def _logits(
 def _by_torch(
     logits_nV: Tensor, labels_n: Tensor, weights_n: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Losses, whether the label is the best, and with weights the gradient of Σ weights · loss on the logits, which float32
-    logits give their place to."""
+    """Losses, whether the label is the best, and with weights the gradient of Σ weights · loss on
+    the logits, which float32 logits give their place to.
+    """
     logits_nV = logits_nV.to(_wide(logits_nV.dtype))
     target_n = logits_nV.gather(1, labels_n[:, None]).squeeze(1)
     top_n = logits_nV.amax(1)
@@ -184,8 +195,11 @@ def _by_torch(
 def _by_liger(
     logits_nV: Tensor, labels_n: Tensor, weights_n: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The same by liger-kernel's kernel: softmax minus one-hot is written over the logits, in their dtype. Of several best
-    ones only the first counts as correct."""
+    """The same by liger-kernel's kernel: softmax minus one-hot is written over the logits, in their
+    dtype.
+
+    Of several best ones only the first counts as correct.
+    """
     from liger_kernel.ops.cross_entropy import cross_entropy_forward  # pyright: ignore[reportMissingImports]  # an extra
 
     logits_nV.requires_grad_(weights_n is not None)  # how the kernel is told to make gradients
@@ -210,7 +224,9 @@ def has_kernel(hidden_ND: Tensor) -> bool:
 
 
 def _product_dtype(hidden_ND: Tensor) -> torch.dtype:
-    """The hidden states' own, or autocast's: it casts what `@` is given, and nothing that is computed in place."""
+    """The hidden states' own, or autocast's: it casts what `@` is given, and nothing that is
+    computed in place.
+    """
     kind = hidden_ND.device.type
     if torch.is_autocast_enabled(kind) and hidden_ND.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
@@ -223,8 +239,9 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 class _Gradients:
-    """Float32 sums of the gradients that are wanted (the tensor's own dtype where that is float32 or wider; of the weight
-    with `low_sums` too)."""
+    """Float32 sums of the gradients that are wanted (the tensor's own dtype where that is float32
+    or wider; of the weight with `low_sums` too).
+    """
 
     def __init__(
         self,

@@ -1,10 +1,13 @@
-"""The unified model: a causal language model whose visual inputs come from an adapter over code vectors.
+"""The unified model: a causal language model whose visual inputs come from an adapter over code
+vectors.
 
-Axes: B sequences, L positions, N visual positions, C width of a code vector, H width of the language model.
+Axes: B sequences, L positions, N visual positions, C width of a code vector, H width of the
+language model.
 
-Visual tokens have no trained embedding rows: their input is `adapter(code_vectors[code])`, for understanding and generation
-alike, so while it trains the embedding matrix ends before the first visual id (for 7B and 196,608 codes that saves 0.7B
-parameters). The output head covers the whole flat vocabulary. The export writes the adapter's outputs into the missing rows.
+Visual tokens have no trained embedding rows: their input is `adapter(code_vectors[code])`, for
+understanding and generation alike, so while it trains the embedding matrix ends before the first
+visual id (for 7B and 196,608 codes that saves 0.7B parameters). The output head covers the whole
+flat vocabulary. The export writes the adapter's outputs into the missing rows.
 """
 
 from __future__ import annotations
@@ -32,8 +35,9 @@ Batch = Mapping[str, Tensor]
 class UnifiedModel(nn.Module):
     """A causal language model that sees and draws; see the module's text.
 
-    `causal_lm` is taken over and, unless it was fitted before, changed by `fit_vocabulary`: its embedding matrix is cut or
-    grown to the text and delimiter rows, its head is untied and grown to the flat vocabulary (new rows from `seed`).
+    `causal_lm` is taken over and, unless it was fitted before, changed by `fit_vocabulary`: its
+    embedding matrix is cut or grown to the text and delimiter rows, its head is untied and grown to
+    the flat vocabulary (new rows from `seed`).
     """
 
     code_vectors_VC: Tensor
@@ -92,10 +96,11 @@ class UnifiedModel(nn.Module):
     ) -> None:
         """Start the visual side from the codebook, at the scales of the text side.
 
-        The adapter is fitted to the code vectors and its output scaled to the root mean square of the text embedding. The
-        head's visual rows start as the directions of the adapter's outputs, much as a tied embedding would have them, all at
-        `head_gain` times the root mean square of its text rows: codes that lie close begin alike in the output as well, and
-        what is learned of one counts for its neighbours. Random rows would each have to be learned by themselves.
+        The adapter is fitted to the code vectors and its output scaled to the root mean square of
+        the text embedding. The head's visual rows start as the directions of the adapter's outputs,
+        much as a tied embedding would have them, all at `head_gain` times the root mean square of
+        its text rows: codes that lie close begin alike in the output as well, and what is learned
+        of one counts for its neighbours. Random rows would each have to be learned by themselves.
 
         codes_VC: the visual tokenizer's codebook, where the adapter holds code vectors of its own.
         """
@@ -122,20 +127,25 @@ class UnifiedModel(nn.Module):
         return self.adapter(self._adapted(codes))
 
     def _adapted(self, codes: Tensor) -> Tensor:
-        """What the adapter takes for codes: their vectors, or the codes themselves where the vectors are its own."""
+        """What the adapter takes for codes: their vectors, or the codes themselves where the
+        vectors are its own.
+        """
         return codes if self.adapter.own_codes else self.code_vectors_VC[codes]
 
     def inputs_embeds(self, ids_BL: Tensor) -> Tensor:
-        """Token ids (any in the flat vocabulary) → (B, L, H): embedding rows for text, adapter outputs for visual ids."""
+        """Token ids (any in the flat vocabulary) → (B, L, H): embedding rows for text, adapter
+        outputs for visual ids.
+        """
         visual_BL = self.vocabulary.is_visual(ids_BL)
         codes_N = ids_BL[visual_BL] - self.vocabulary.first_visual
         return self._embedded(ids_BL, visual_BL, self._adapted(codes_N))
 
     def _embedded(self, ids_BL: Tensor, visual_BL: Tensor, adapted_N: Tensor) -> Tensor:
-        """Embedding rows for text, the adapter's outputs of `adapted` (N, …) at the visual places: (B, L, H).
+        """Embedding rows for text, the adapter's outputs of `adapted` (N, …) at the visual places:
+        (B, L, H).
 
-        The adapter runs even where there is no visual id (on zeros, with no effect on the result), so that every rank of a
-        parallel run does the same communication.
+        The adapter runs even where there is no visual id (on zeros, with no effect on the result),
+        so that every rank of a parallel run does the same communication.
         """
         embeds_BLH = self.lm.get_input_embeddings()(
             ids_BL.masked_fill(visual_BL, self.vocabulary.boi)
@@ -153,18 +163,20 @@ class UnifiedModel(nn.Module):
         return embeds_BLH.masked_scatter(visual_BL[..., None], vectors_NH)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean next-token loss over the batch's labels, visual ones weighing `image_loss_weight` and those of answers
-        `answer_loss_weight`, and its parts.
+        """Mean next-token loss over the batch's labels, visual ones weighing `image_loss_weight`
+        and those of answers `answer_loss_weight`, and its parts.
 
-        batch: `input_ids`, `labels` (IGNORE where nothing is predicted), `attention_mask`, all int64 (B, L), padded on the
-        right; optional `answer_mask` bool (B, L); optional `position_ids`, `document_ids` and `segment_ids` (see `visible_mask`); optional `image_loss_weight` and
-        `answer_loss_weight`, scalars in place of the model's own; optional `loss_weight`, a scalar that the weighted sum is divided by in
-        place of this batch's own `loss_weight(batch)`. To average correctly over micro-batches and ranks of unequal label
+        batch: `input_ids`, `labels` (IGNORE where nothing is predicted), `attention_mask`, all
+        int64 (B, L), padded on the right; optional `answer_mask` bool (B, L); optional
+        `position_ids`, `document_ids` and `segment_ids` (see `visible_mask`); optional
+        `image_loss_weight` and `answer_loss_weight`, scalars in place of the model's own; optional
+        `loss_weight`, a scalar that the weighted sum is divided by in place of this batch's own
+        `loss_weight(batch)`. To average correctly over micro-batches and ranks of unequal label
         counts, give each of them the global batch's total weight divided by their number.
 
-        Metrics (detached, float32, 0-d): `loss_text` and `loss_image` (unweighted means), `tokens_text` and `tokens_image`
-        (their counts, to weigh means by), and with `answer_mask` `answer_accuracy` and `tokens_answer`. A mean over
-        no token is 0 beside a count of 0.
+        Metrics (detached, float32, 0-d): `loss_text` and `loss_image` (unweighted means),
+        `tokens_text` and `tokens_image` (their counts, to weigh means by), and with `answer_mask`
+        `answer_accuracy` and `tokens_answer`. A mean over no token is 0 beside a count of 0.
         """
         embeds_BLH = self.inputs_embeds(batch["input_ids"])
         hidden_BLH = self._hidden(embeds_BLH, batch)
@@ -208,7 +220,9 @@ class UnifiedModel(nn.Module):
                 parameter.requires_grad_(False)
 
     def rate_parts(self) -> dict[int, Part]:
-        """The parts that an optimizer should keep in groups of their own: all after `split_rates`, else none."""
+        """The parts that an optimizer should keep in groups of their own: all after `split_rates`,
+        else none.
+        """
         return self.parts() if self._resting is not None else {}
 
     def split_rates(self) -> None:
@@ -220,15 +234,20 @@ class UnifiedModel(nn.Module):
                 parameter.register_hook(partial(self._awake, part_of[id(parameter)]))
 
     def rest(self, parts: Sequence[Part]) -> None:
-        """Parts whose gradients are zero from now on, so that they neither move nor count in the gradient's norm."""
+        """Parts whose gradients are zero from now on, so that they neither move nor count in the
+        gradient's norm.
+        """
         self._resting = set(parts)
 
     def _awake(self, part: Part, grad: Tensor) -> Tensor:
         return torch.zeros_like(grad) if part in (self._resting or ()) else grad
 
     def _hidden(self, embeds_BLH: Tensor, batch: Batch) -> Tensor:
-        """What the backbone makes of a batch: (B, L, H). With flash-attention, packed rows become one without padding, in
-        which each document begins at position 0: transformers sees from that where it begins."""
+        """What the backbone makes of a batch: (B, L, H).
+
+        With flash-attention, packed rows become one without padding, in which each document begins
+        at position 0: transformers sees from that where it begins.
+        """
         if "document_ids" in batch and self.one_row:
             held_BL = batch["document_ids"] >= 0
             out_1NH = self.backbone(
@@ -255,7 +274,9 @@ class UnifiedModel(nn.Module):
         return self.lm.base_model
 
     def loss_weight(self, batch: Batch) -> Tensor:
-        """Summed weight of a batch's labels that count (the first position predicts nothing): a 0-d float32 tensor."""
+        """Summed weight of a batch's labels that count (the first position predicts nothing): a 0-d
+        float32 tensor.
+        """
         answers = batch["answer_mask"][:, 1:] if "answer_mask" in batch else None
         return self._weights(batch, batch["labels"][:, 1:], answers).sum()
 
@@ -286,8 +307,8 @@ class UnifiedModel(nn.Module):
 
 
 def visible_mask(documents_BL: Tensor, segments_BL: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive attention mask (B, 1, L, L): causal, and only within a document; there segment k > 0 sees itself and what
-    is shared (segment 0), not the other segments.
+    """Additive attention mask (B, 1, L, L): causal, and only within a document; there segment k > 0
+    sees itself and what is shared (segment 0), not the other segments.
 
     Document −1 is padding, which sees itself alone (a row without any key would be NaN).
     """
@@ -307,7 +328,8 @@ _NEUTRAL = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling
 
 
 def check_supported(causal_lm: Any) -> None:
-    """Raise VocabularyError for a language model whose logits are not simply `head(hidden)` or whose embedding rescales.
+    """Raise VocabularyError for a language model whose logits are not simply `head(hidden)` or
+    whose embedding rescales.
 
     Loss, drawing and the embedding swap all rest on these two.
     """
@@ -342,8 +364,9 @@ def fit_vocabulary(
 ) -> None:
     """Give a language model rows for the flat vocabulary, in place, and untie its head.
 
-    Embedding: rows [0, first_visual). Head: at least `vocabulary.size` rows (a published model's padding rows are kept where
-    they reach beyond). Rows from `num_text` on are new: normal, with the text rows' mean vector and one deviation.
+    Embedding: rows [0, first_visual). Head: at least `vocabulary.size` rows (a published model's
+    padding rows are kept where they reach beyond). Rows from `num_text` on are new: normal, with
+    the text rows' mean vector and one deviation.
     """
     embed, old_head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
     num_text = vocabulary.num_text
@@ -378,7 +401,9 @@ def fit_vocabulary(
 
 
 def end_at(causal_lm: Any, vocabulary: VisualVocabulary) -> None:
-    """Let `generate` of the exported model know the end, padding and beginning tokens; a published model's own ends stay."""
+    """Let `generate` of the exported model know the end, padding and beginning tokens; a published
+    model's own ends stay.
+    """
     generation = causal_lm.generation_config
     found = generation.eos_token_id
     ends = [] if found is None else [found] if isinstance(found, int) else list(found)
@@ -400,7 +425,9 @@ def is_fitted(causal_lm: Any, vocabulary: VisualVocabulary) -> bool:
 
 
 def fit_shapes(causal_lm: Any, vocabulary: VisualVocabulary) -> None:
-    """As `fit_vocabulary`, for a language model whose weights are still to be loaded: shapes only, no storage."""
+    """As `fit_vocabulary`, for a language model whose weights are still to be loaded: shapes only,
+    no storage.
+    """
     embed, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
     embed.weight = nn.Parameter(
         embed.weight.new_empty((vocabulary.first_visual, embed.embedding_dim), device="meta")

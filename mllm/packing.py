@@ -1,7 +1,9 @@
-"""Which sequences share a row of a batch: best fit into rows of about one length, made as narrow as they can be.
+"""Which sequences share a row of a batch: best fit into rows of about one length, made as narrow as
+they can be.
 
-A row's sequences do not see each other (`smalti.mllm.model.visible_mask`) and each begins at position 0, so how they are
-packed changes the cost of a batch and nothing else: which samples a step holds stays the order's affair.
+A row's sequences do not see each other (`smalti.mllm.model.visible_mask`) and each begins at
+position 0, so how they are packed changes the cost of a batch and nothing else: which samples a
+step holds stays the order's affair.
 """
 
 from __future__ import annotations
@@ -10,15 +12,19 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 
 WIDEST = 1.5
-"""How many times `room` a row may be wide: positions begin anew with each sequence, so a wide row is no longer context."""
+"""How many times `room` a row may be wide: positions begin anew with each sequence, so a wide row
+is no longer context.
+"""
 
 
 def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Rows of about `room` places, each sequence in one of them, that together have as few places as can be.
+    """Rows of about `room` places, each sequence in one of them, that together have as few places
+    as can be.
 
-    A batch is as wide as its fullest row. So for each number of rows the narrowest width is sought at which best fit gets by
-    with it, and of those up to `WIDEST` times `room` (or the longest sequence) the least area wins, then the narrowest: what
-    would be a half-empty last row is spread over all. Deterministic; no lengths, no rows.
+    A batch is as wide as its fullest row. So for each number of rows the narrowest width is sought
+    at which best fit gets by with it, and of those up to `WIDEST` times `room` (or the longest
+    sequence) the least area wins, then the narrowest: what would be a half-empty last row is spread
+    over all. Deterministic; no lengths, no rows.
     """
     if not lengths:
         return []
@@ -34,7 +40,9 @@ def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
 
 
 def narrowest(lengths: Sequence[int], num: int) -> tuple[list[list[int]], int]:
-    """At most `num` rows by best fit, and the least width for which it needs no more (found by bisection)."""
+    """At most `num` rows by best fit, and the least width for which it needs no more (found by
+    bisection).
+    """
     low, high = max(max(lengths), -(-sum(lengths) // num)), sum(lengths)
     rows = [list(range(len(lengths)))]
     while low < high:
@@ -53,9 +61,11 @@ def width_of(rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
 
 
 def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Which sequences share a row of `room` places: the longest first, each into the fullest row that it still fits.
+    """Which sequences share a row of `room` places: the longest first, each into the fullest row
+    that it still fits.
 
-    Every index stands in exactly one row; deterministic. A sequence that is longer than `room` gets a row of its own.
+    Every index stands in exactly one row; deterministic. A sequence that is longer than `room` gets
+    a row of its own.
     """
     rows: list[list[int]] = []
     open_rows: list[tuple[int, int]] = []  # (places left, row), sorted

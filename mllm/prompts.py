@@ -5,8 +5,8 @@
     image + questions   [bos] <und_start> IMG… <und_end> question ⏎ answer ⏎ question ⏎ answer ⏎ … eos
     text                [bos] text eos
 
-bos is left out where the tokenizer has none (Qwen2.5). Each piece of text is tokenized by itself, so that a prompt has the
-same ids in training and at inference.
+bos is left out where the tokenizer has none (Qwen2.5). Each piece of text is tokenized by itself,
+so that a prompt has the same ids in training and at inference.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def clean(text: str | None) -> str:
 class TextEncoder:
     """Text to ids with one tokenizer, never yielding a special, added or visual token.
 
-    Captions and questions come from strangers: one that contains `<IMG_3>` or `<|im_end|>` literally must stay text, so such
-    a piece is broken up by a space after its first character.
+    Captions and questions come from strangers: one that contains `<IMG_3>` or `<|im_end|>`
+    literally must stay text, so such a piece is broken up by a space after its first character.
     """
 
     def __init__(self, hf_tokenizer: Any, vocabulary: VisualVocabulary) -> None:
@@ -52,7 +52,9 @@ class TextEncoder:
         return [*self.begin(), *self(clean(caption)), self.vocabulary.boi]
 
     def question_prompt(self, question: str) -> list[int]:
-        """Ids of a question and its line end: what is given, after an image, when an answer is wanted."""
+        """Ids of a question and its line end: what is given, after an image, when an answer is
+        wanted.
+        """
         return [*self(clean(question)), *self.line_end]
 
     def begin(self) -> list[int]:

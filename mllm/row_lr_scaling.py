@@ -1,7 +1,8 @@
 """The text's own rows of embedding and head, kept so that they move less than the new ones.
 
-Adam's steps are as large as the rate, whatever the size of the gradients. So a row that is kept divided by a factor and used
-times it moves by the factor times the rate: under any ZeRO stage, and with any optimizer of that kind.
+Adam's steps are as large as the rate, whatever the size of the gradients. So a row that is kept
+divided by a factor and used times it moves by the factor times the rate: under any ZeRO stage, and
+with any optimizer of that kind.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def slow_old_rows(model: UnifiedModel, factor: float) -> None:
-    """Let the text's rows move `factor` times as far as the new ones, in place; what the model computes stays the same.
+    """Let the text's rows move `factor` times as far as the new ones, in place; what the model
+    computes stays the same.
 
     Its head then gives losses alone. In a parallel run every rank calls it.
     """

@@ -1,4 +1,5 @@
-"""The rows of a vocabulary's matrices, read and written in ranges, so that a matrix may lie in one piece or in many.
+"""The rows of a vocabulary's matrices, read and written in ranges, so that a matrix may lie in one
+piece or in many.
 
 Axes: V rows of the matrix, n rows of a range, H its width.
 """
@@ -12,12 +13,18 @@ import torch
 from torch import Tensor, nn
 
 NOISE_ROWS = 65_536
-"""Rows of noise drawn at once for a whole matrix. Smaller ranges draw the same numbers one after the other, as long as each
-holds a multiple of 16 of them."""
+"""Rows of noise drawn at once for a whole matrix.
+
+Smaller ranges draw the same numbers one after the other, as long as each holds a multiple of 16 of
+them.
+"""
 
 
 class Rows(Protocol):
-    """A matrix (V, H) by ranges of rows. In a parallel run every rank calls the same methods with the same ranges."""
+    """A matrix (V, H) by ranges of rows.
+
+    In a parallel run every rank calls the same methods with the same ranges.
+    """
 
     step: int | None
     """Rows of a range at most; None: any."""
@@ -39,7 +46,9 @@ class Matrices(Protocol):
         """Its whole shape."""
 
     def empty(self, like: nn.Parameter, total: int) -> nn.Parameter:
-        """A matrix of the same width, dtype and place with `total` rows that are still to be written."""
+        """A matrix of the same width, dtype and place with `total` rows that are still to be
+        written.
+        """
 
 
 class WholeRows:
@@ -75,7 +84,9 @@ class Whole:
 def grow(
     old: Rows, new: Rows, keep: int, total: int, width: int, generator: torch.Generator
 ) -> None:
-    """Fill a new matrix of `total` rows: the first `keep` as they are, the others normal with their mean vector and deviation."""
+    """Fill a new matrix of `total` rows: the first `keep` as they are, the others normal with their
+    mean vector and deviation.
+    """
     sum_H, squares = torch.zeros(()), torch.zeros(())
     for start, stop in ranges(0, keep, old.step):
         sum_H = sum_H + old.read(start, stop).float().sum(0)

@@ -27,7 +27,10 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """One training sequence. `labels[i]` is `ids[i]` where that token is predicted (from what stands before), else IGNORE."""
+    """One training sequence.
+
+    `labels[i]` is `ids[i]` where that token is predicted (from what stands before), else IGNORE.
+    """
 
     kind: Kind
     ids: np.ndarray  # int64 (L,)
@@ -46,11 +49,12 @@ class TokenSequence:
 class SequenceBuilder:
     """Builds the sequences of one model; see `smalti.mllm.prompts` for the formats.
 
-    dense: every token is predicted (captions, questions and codes included), which is what teaches a small model to look;
-    else only what is asked for: the image of a caption, the caption of an image, the answers.
-    dense_images: of a dense sequence the codes of an image to be understood too.
-    isolate_questions: the questions of one sequence see the image and themselves, never each other (an earlier answer gives
-    the next one away), so that each is trained as it is asked: alone.
+    dense: every token is predicted (captions, questions and codes included), which is what teaches
+    a small model to look; else only what is asked for: the image of a caption, the caption of an
+    image, the answers. dense_images: of a dense sequence the codes of an image to be understood
+    too. isolate_questions: the questions of one sequence see the image and themselves, never each
+    other (an earlier answer gives the next one away), so that each is trained as it is asked:
+    alone.
     """
 
     def __init__(
@@ -80,7 +84,9 @@ class SequenceBuilder:
             )
 
     def kinds_for(self, row: Row) -> tuple[Kind, ...]:
-        """The kinds that this row can become: an image without any caption can still be drawn unconditionally."""
+        """The kinds that this row can become: an image without any caption can still be drawn
+        unconditionally.
+        """
         if row.get("codes") is None:
             return ("text",) if clean(row.get("text")) else ()
         kinds: list[Kind] = ["caption_to_image"]
@@ -93,7 +99,9 @@ class SequenceBuilder:
     def sample_kind(
         self, row: Row, rng: np.random.Generator, mixture: Mixture | None = None
     ) -> Kind | None:
-        """One of the row's kinds by the weights of `mixture` (default: the builder's); None where it wants none of them."""
+        """One of the row's kinds by the weights of `mixture` (default: the builder's); None where
+        it wants none of them.
+        """
         mixture = mixture or self.mixture
         kinds = [kind for kind in self.kinds_for(row) if getattr(mixture, kind) > 0]
         if not kinds:
@@ -104,9 +112,12 @@ class SequenceBuilder:
         ]
 
     def build(self, kind: Kind, row: Row, rng: np.random.Generator) -> TokenSequence:
-        """The sequence of a row. Images are never cut: one that does not fit raises ConfigError; text that does not is cut.
+        """The sequence of a row.
 
-        The same row and state of `rng` give the same sequence. Codes beyond the vocabulary raise VocabularyError.
+        Images are never cut: one that does not fit raises ConfigError; text that does not is cut.
+
+        The same row and state of `rng` give the same sequence. Codes beyond the vocabulary raise
+        VocabularyError.
         """
         if kind == "text":
             return self._text(row)
@@ -202,7 +213,9 @@ class _Parts:
         self.num_cut = 0
 
     def begin_segment(self) -> None:
-        """What follows sees the shared part (all before the first segment) and itself, not the other segments."""
+        """What follows sees the shared part (all before the first segment) and itself, not the
+        other segments.
+        """
         if self.segment == 0:
             self.shared_length = self.length
         self.segment += 1
@@ -257,12 +270,14 @@ def questions_of(row: Row) -> list[tuple[str, str]]:
 def collate(
     sequences: Sequence[TokenSequence], pad: int, room: int | None = None
 ) -> dict[str, Tensor]:
-    """A batch for `UnifiedModel`, right-padded to (B, L): input_ids, labels, attention_mask int64, answer_mask bool.
+    """A batch for `UnifiedModel`, right-padded to (B, L): input_ids, labels, attention_mask int64,
+    answer_mask bool.
 
-    Short sequences share a row, so B may be below their number. Rows are as long as the longest sequence (`best_fit`), or
-    with `room` about that long (`pack`). Where a row is shared or a sequence has segments there are also position_ids,
-    document_ids and segment_ids int64 (padding: document −1); see `visible_mask`. Where visual places hold several codes
-    there are `codes` int64 (N, 2, R), of all places of the batch in reading order.
+    Short sequences share a row, so B may be below their number. Rows are as long as the longest
+    sequence (`best_fit`), or with `room` about that long (`pack`). Where a row is shared or a
+    sequence has segments there are also position_ids, document_ids and segment_ids int64 (padding:
+    document −1); see `visible_mask`. Where visual places hold several codes there are `codes` int64
+    (N, 2, R), of all places of the batch in reading order.
     """
     lengths = [len(sequence.ids) for sequence in sequences]
     rows = best_fit(lengths, max(lengths)) if room is None else pack(lengths, room)

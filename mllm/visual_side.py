@@ -1,6 +1,8 @@
-"""What the export of a `DepthModel` holds beside its plain language model: adapter, heads and code vectors, and their way back.
+"""What the export of a `DepthModel` holds beside its plain language model: adapter, heads and code
+vectors, and their way back.
 
-The language model's part is an ordinary Hugging Face folder; `visual_heads.safetensors` is read by this project alone.
+The language model's part is an ordinary Hugging Face folder; `visual_heads.safetensors` is read by
+this project alone.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ def side_settings(model: DepthModel) -> dict[str, Any]:
 
 
 def save_side(model: DepthModel, out_dir: str, dtype: torch.dtype) -> int:
-    """Write the visual side into the local folder, its parameters in `dtype`; their number comes back."""
+    """Write the visual side into the local folder, its parameters in `dtype`; their number comes
+    back.
+    """
     trained = {name for name, _ in model.named_parameters()}
     own = {
         name: tensor for name, tensor in model.state_dict().items() if not name.startswith("lm.")
@@ -54,7 +58,10 @@ def save_side(model: DepthModel, out_dir: str, dtype: torch.dtype) -> int:
 def load_side(
     folder: str, causal_lm: Any, vocabulary: VisualVocabulary, settings: Mapping[str, Any]
 ) -> DepthModel:
-    """The model around an exported language model, which is taken over. ArtifactError: missing or torn weights."""
+    """The model around an exported language model, which is taken over.
+
+    ArtifactError: missing or torn weights.
+    """
     try:
         tensors = load_file(os.path.join(folder, WEIGHTS))
         cut_rows(causal_lm, vocabulary)
@@ -78,8 +85,9 @@ def load_side(
 
 
 def cut_rows(causal_lm: Any, vocabulary: VisualVocabulary) -> None:
-    """Give a language model of the whole vocabulary the matrices of a unified one: embedding rows up to the first visual
-    token, and a head that can compute its loss."""
+    """Give a language model of the whole vocabulary the matrices of a unified one: embedding rows
+    up to the first visual token, and a head that can compute its loss.
+    """
     embed, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
     embed.weight = nn.Parameter(embed.weight.detach()[: vocabulary.first_visual].clone())
     embed.num_embeddings, embed.padding_idx = vocabulary.first_visual, None

@@ -1,15 +1,17 @@
-"""The flat vocabulary of a unified model: text tokens first, then delimiters, then one token for each visual code.
+"""The flat vocabulary of a unified model: text tokens first, then delimiters, then one token for
+each visual code.
 
     [0, num_text)                       the language model's own tokens, unchanged (chat tokens included)
     next                                the delimiters below that its tokenizer did not have yet
     [first_visual, first_visual + K)    `<IMG_0>` … `<IMG_{K-1}>`: code k is token first_visual + k
 
-An image to be drawn stands between `<start_of_image>` and `<end_of_image>`; an image to be understood between
-`<und_start>` and `<und_end>`. SemHiTok (arXiv 2503.06764) uses `<|im_start|>`/`<|im_end|>` for the latter; those
-are Qwen's chat markers, so this project has delimiters of its own (any chat template goes on working).
+An image to be drawn stands between `<start_of_image>` and `<end_of_image>`; an image to be
+understood between `<und_start>` and `<und_end>`. SemHiTok (arXiv 2503.06764) uses
+`<|im_start|>`/`<|im_end|>` for the latter; those are Qwen's chat markers, so this project has
+delimiters of its own (any chat template goes on working).
 
-Models such as Qwen2.5 pad their embedding matrix beyond the tokenizer's length. Ids follow the tokenizer, so the first
-new tokens take over padding rows; the matrix grows by the rest.
+Models such as Qwen2.5 pad their embedding matrix beyond the tokenizer's length. Ids follow the
+tokenizer, so the first new tokens take over padding rows; the matrix grows by the rest.
 """
 
 from __future__ import annotations
@@ -38,7 +40,10 @@ def visual_token(code: int) -> str:
 
 @dataclass(frozen=True)
 class VisualVocabulary:
-    """Where text, delimiters and visual codes lie among the ids of one tokenizer. `bos` is None where there is none."""
+    """Where text, delimiters and visual codes lie among the ids of one tokenizer.
+
+    `bos` is None where there is none.
+    """
 
     num_text: int
     first_visual: int
@@ -53,16 +58,25 @@ class VisualVocabulary:
 
     @property
     def size(self) -> int:
-        """Ids in use: one more than the last visual id. A model needs at least as many head rows."""
+        """Ids in use: one more than the last visual id.
+
+        A model needs at least as many head rows.
+        """
         return self.first_visual + self.num_codes
 
     def to_ids(self, codes: Tensor, source: str = "these codes") -> Tensor:
-        """Token ids of codes: int64, same shape. Codes outside [0, num_codes) raise VocabularyError."""
+        """Token ids of codes: int64, same shape.
+
+        Codes outside [0, num_codes) raise VocabularyError.
+        """
         self.check_codes(codes, source)
         return codes.to(torch.int64) + self.first_visual
 
     def to_codes(self, ids: Tensor) -> Tensor:
-        """Codes of visual token ids: int64, same shape. Ids that are not visual raise VocabularyError."""
+        """Codes of visual token ids: int64, same shape.
+
+        Ids that are not visual raise VocabularyError.
+        """
         codes = ids.to(torch.int64) - self.first_visual
         if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= self.num_codes):
             bad = ids[~self.is_visual(ids)].flatten()[0]
@@ -92,11 +106,13 @@ class VisualVocabulary:
 
     @classmethod
     def extend(cls, hf_tokenizer: Any, num_codes: int) -> VisualVocabulary:
-        """Add the delimiters and `num_codes` visual tokens to a Hugging Face tokenizer, in place; its layout comes back.
+        """Add the delimiters and `num_codes` visual tokens to a Hugging Face tokenizer, in place;
+        its layout comes back.
 
-        Delimiters are special tokens; visual tokens are not, so that `decode(…, skip_special_tokens=True)` keeps the
-        codes of an image. A tokenizer without a padding token gets its end token as one.
-        A tokenizer that has visual tokens already, or no end-of-sequence token, raises VocabularyError.
+        Delimiters are special tokens; visual tokens are not, so that `decode(…,
+        skip_special_tokens=True)` keeps the codes of an image. A tokenizer without a padding token
+        gets its end token as one. A tokenizer that has visual tokens already, or no end-of-sequence
+        token, raises VocabularyError.
         """
         if num_codes < 1:
             raise VocabularyError(
@@ -166,7 +182,9 @@ def _require_eos(hf_tokenizer: Any) -> None:
 
 
 def _token_id(hf_tokenizer: Any, token: str) -> int | None:
-    """Id of a whole token, or None (an unknown token comes back from `transformers` as None or the unk id)."""
+    """Id of a whole token, or None (an unknown token comes back from `transformers` as None or the
+    unk id).
+    """
     found = hf_tokenizer.convert_tokens_to_ids(token)
     if found is None or hf_tokenizer.convert_ids_to_tokens(found) != token:
         return None

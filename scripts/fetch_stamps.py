@@ -1,8 +1,10 @@
-"""Fetch Tux Paint's stamps as a small captioned corpus in .data/stamps: `python scripts/fetch_stamps.py`.
+"""Fetch Tux Paint's stamps as a small captioned corpus in .data/stamps: `python
+scripts/fetch_stamps.py`.
 
-About 800 photographs and drawings on transparent ground with an English line each, from Debian's package (161 MB, sha256
-pinned), in class folders with a .txt beside each image: `corpus.source=.data/stamps`. Needs apt-get and dpkg-deb; exit
-code 1, with a line that says why, when they cannot be had. Nothing in the repository depends on them.
+About 800 photographs and drawings on transparent ground with an English line each, from Debian's
+package (161 MB, sha256 pinned), in class folders with a .txt beside each image:
+`corpus.source=.data/stamps`. Needs apt-get and dpkg-deb; exit code 1, with a line that says why,
+when they cannot be had. Nothing in the repository depends on them.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ def fetch(folder: Path) -> Path:
 
 
 def convert(stamps: Path, out: Path) -> int:
-    """Copy each PNG that has an English line to out/<class>/, the line beside it; how many there were."""
+    """Copy each PNG that has an English line to out/<class>/, the line beside it; how many there
+    were.
+    """
     count = 0
     for image in sorted(stamps.rglob("*.png")):
         text = image.with_suffix(".txt")

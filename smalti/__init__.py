@@ -1,9 +1,9 @@
 """smalti: visual vocabularies for unified multimodal models, and those models, on Ray.
 
-The folders `tokenizers/`, `mllm/`, `workflows/` and `tune/` lie at the root of the checkout and are imported as
-`smalti.tokenizers`, `smalti.mllm`, …: `smalti/` holds a relative link to each of them, and a wheel the folders
-themselves. `tokenizers/` has no `__init__.py`: with one, it would hide Hugging Face's package of that name from every
-process started at the root.
+The folders `tokenizers/`, `mllm/`, `workflows/` and `tune/` lie at the root of the checkout and are
+imported as `smalti.tokenizers`, `smalti.mllm`, …: `smalti/` holds a relative link to each of them,
+and a wheel the folders themselves. `tokenizers/` has no `__init__.py`: with one, it would hide
+Hugging Face's package of that name from every process started at the root.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """`smalti.load_tokenizer` and `load_codebook`, loaded on first use: they need torch, and most of the base does not."""
+    """`smalti.load_tokenizer` and `load_codebook`, loaded on first use: they need torch, and most
+    of the base does not.
+    """
     if name in ("load_codebook", "load_tokenizer"):
         from smalti import api
 

@@ -1,7 +1,8 @@
 """Artifacts: folders with a record of what they hold and how it was made.
 
-`artifact.json` is written last, so its presence means "finished". While a stage runs, `artifact.partial.json` exists
-instead, with the fingerprint of the artifact: the same command resumes it, another config is refused.
+`artifact.json` is written last, so its presence means "finished". While a stage runs,
+`artifact.partial.json` exists instead, with the fingerprint of the artifact: the same command
+resumes it, another config is refused.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ class Artifact:
 
     @classmethod
     def load(cls, path: str) -> Artifact:
-        """The finished artifact at `path`; `ArtifactError` if there is none, or its record is damaged."""
+        """The finished artifact at `path`; `ArtifactError` if there is none, or its record is
+        damaged.
+        """
         found = cls.find(path)
         if found is not None:
             return found
@@ -141,7 +144,9 @@ class Workspace:
         return artifact
 
     def abandon(self) -> None:
-        """Remove the partial record if there is no other file, so that the next try may have another config."""
+        """Remove the partial record if there is no other file, so that the next try may have
+        another config.
+        """
         if storage.list_names(self.path) == [PARTIAL]:
             storage.remove(storage.join(self.path, PARTIAL))
 
@@ -169,7 +174,8 @@ def begin(
     """The finished artifact at `path` if its fingerprint is equal, else a `Workspace` to write it.
 
     Raises:
-        ArtifactError: if `path` holds another artifact, finished or incomplete, or files that are no artifact.
+        ArtifactError: if `path` holds another artifact, finished or incomplete, or files that are
+            no artifact.
     """
     plain = _plain(config)
     parent_prints = {name: artifact.fingerprint for name, artifact in parents.items()}
@@ -233,7 +239,9 @@ def package_versions() -> dict[str, str]:
 def differences(
     there: Mapping[str, object], here: Mapping[str, object], prefix: str = ""
 ) -> list[str]:
-    """Dotted keys whose values differ, as `key: <there> there, <here> here`, with `absent` for none."""
+    """Dotted keys whose values differ, as `key: <there> there, <here> here`, with `absent` for
+    none.
+    """
     lines = []
     for key in sorted(there.keys() | here.keys()):
         left, right = there.get(key, _ABSENT), here.get(key, _ABSENT)

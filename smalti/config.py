@@ -1,7 +1,8 @@
-"""Recipes: YAML files and `a.b=c` overrides into one checked `Recipe`, or one `ConfigError` that names every wrong key.
+"""Recipes: YAML files and `a.b=c` overrides into one checked `Recipe`, or one `ConfigError` that
+names every wrong key.
 
-The order, later over earlier: `base`, the files of the `extends:` chain, the recipe itself, the overrides. Sections merge
-key by key; lists and plain values replace.
+The order, later over earlier: `base`, the files of the `extends:` chain, the recipe itself, the
+overrides. Sections merge key by key; lists and plain values replace.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ def load_recipe(
 ) -> Recipe:
     """The recipe of a YAML file (None: defaults alone) with `a.b=c` overrides, checked as a whole.
 
-    `path` is a file, a URL, or the name of a recipe that comes with smalti (`semhitok-quickstart`). Values of overrides are
-    YAML (`null`, `[1, 2]`, `1e-4`); where a key takes text, they are text as typed. A section that is null is created.
+    `path` is a file, a URL, or the name of a recipe that comes with smalti (`semhitok-quickstart`).
+    Values of overrides are YAML (`null`, `[1, 2]`, `1e-4`); where a key takes text, they are text
+    as typed. A section that is null is created.
     """
     data: dict[str, Any] = copy.deepcopy(dict(base or {}))
     origins: Origins = {}
@@ -49,7 +51,9 @@ def load_recipe(
 def with_overrides(
     recipe: Recipe, overrides: Mapping[str, object], *, where: str = "override"
 ) -> Recipe:
-    """A copy of `recipe` with dotted keys set; a mapping given for a section is merged into it, `{}` empties it."""
+    """A copy of `recipe` with dotted keys set; a mapping given for a section is merged into it,
+    `{}` empties it.
+    """
     data = dump(recipe)
     origins: Origins = {}
     for key, value in overrides.items():
@@ -101,7 +105,9 @@ def recipes_folder() -> Path:
 
 
 def find_recipe(path: str) -> str:
-    """`path` itself if it exists, else the recipe of that name that comes with smalti; `ConfigError` when neither."""
+    """`path` itself if it exists, else the recipe of that name that comes with smalti;
+    `ConfigError` when neither.
+    """
     if storage.exists(path):
         if storage.is_dir(path):
             raise ConfigError(f"{path} is a folder; a recipe is a YAML file")
@@ -172,7 +178,9 @@ def _read(path: str) -> dict[str, Any]:
 
 
 def _beside(path: str, above: str) -> str:
-    """`above` as written in the file `path`: relative to it, unless absolute, a URL, or the name of a shipped recipe."""
+    """`above` as written in the file `path`: relative to it, unless absolute, a URL, or the name of
+    a shipped recipe.
+    """
     if not storage.is_local(above) or os.path.isabs(storage.local_path(above)):
         return above
     beside = storage.join(storage.parent(path), above) if storage.parent(path) else above
@@ -197,7 +205,8 @@ def _dotted(data: Mapping[str, object], prefix: str = "") -> list[str]:
 def _set(data: dict[str, Any], dotted: str, value: object, *, where: str) -> None:
     """Set a dotted key in nested data; sections above it that are absent or null are created.
 
-    A mapping merges into the existing value, an empty one replaces it: `baselines={}` removes all baselines.
+    A mapping merges into the existing value, an empty one replaces it: `baselines={}` removes all
+    baselines.
     """
     problem = _SCHEMA.unknown(dotted)
     if problem is not None:

@@ -1,7 +1,8 @@
 """Errors that a user can fix.
 
-Each message says what was found, what was expected, where, and how to fix it. The command line prints it without a
-traceback and exits 1 (`ConfigError`: 2). All pickle, so that they cross Ray processes.
+Each message says what was found, what was expected, where, and how to fix it. The command line
+prints it without a traceback and exits 1 (`ConfigError`: 2). All pickle, so that they cross Ray
+processes.
 """
 
 from __future__ import annotations

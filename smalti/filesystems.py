@@ -55,7 +55,9 @@ def explained(action: str, path: str) -> Iterator[None]:
 
 
 def _code(error: OSError) -> int:
-    """The errno of an error; clients of object stores leave it out, and only the class says what happened."""
+    """The errno of an error; clients of object stores leave it out, and only the class says what
+    happened.
+    """
     if error.errno is not None:
         return error.errno
     if isinstance(error, FileNotFoundError):
@@ -81,7 +83,8 @@ def files_below(
 ) -> dict[str, tuple[str, dict[str, object]]]:
     """(full name, info) of every file below a folder, by relative path.
 
-    Names that end with a slash are left out: some programs, such as Ray Train on S3, write empty objects for folders.
+    Names that end with a slash are left out: some programs, such as Ray Train on S3, write empty
+    objects for folders.
     """
     root = fs._strip_protocol(key)
     found = fs.find(key, detail=True)

@@ -1,7 +1,7 @@
 """Strict decoding of images: complete and upright, or an `ImageError` with a reason.
 
-No global setting of Pillow is changed or relied on: the size is checked against `max_pixels` before any pixel is decoded
-(Pillow only warns), and truncated files are refused.
+No global setting of Pillow is changed or relied on: the size is checked against `max_pixels` before
+any pixel is decoded (Pillow only warns), and truncated files are refused.
 """
 
 from __future__ import annotations
@@ -57,10 +57,12 @@ _DECODER_ERRORS = (
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, min_size: int = 1) -> Image.Image:
     """Decode an image to 8-bit RGB.
 
-    It is rotated as its EXIF says, alpha is blended on white, and of an animation the first frame is taken.
+    It is rotated as its EXIF says, alpha is blended on white, and of an animation the first frame
+    is taken.
 
     Raises:
-        ImageError: with a reason: `empty`, `undecodable`, `truncated`, `bomb` (more than `max_pixels`) or `too_small` (a
+        ImageError: with a reason: `empty`, `undecodable`, `truncated`, `bomb` (more than
+            `max_pixels`) or `too_small` (a
             side below `min_size`).
     """
     image = _open(data, max_pixels, min_size)
@@ -83,7 +85,8 @@ def to_pixels(
 ) -> np.ndarray:
     """Decode, resize the shorter side (bicubic, antialiased), and crop the centre.
 
-    A JPEG is decoded at the smallest scale (1/2, 1/4, 1/8) that still covers `size`. Raises as `decode`.
+    A JPEG is decoded at the smallest scale (1/2, 1/4, 1/8) that still covers `size`. Raises as
+    `decode`.
 
     Returns:
         uint8 (size, size, 3).
@@ -142,7 +145,8 @@ def _check_segments(data: bytes) -> None:
 def _check_icon(data: bytes, max_pixels: int) -> None:
     """Refuse an icon with an image larger than `max_pixels`.
 
-    The header of an icon cannot state more than 256 x 256, and Pillow decodes the image when it opens the icon.
+    The header of an icon cannot state more than 256 x 256, and Pillow decodes the image when it
+    opens the icon.
     """
     if data[:4] != b"\0\0\1\0":
         return
@@ -216,7 +220,8 @@ def _because(error: Exception | None) -> str:
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation, 1 to 8; 1 if there is none or the EXIF block is damaged.
 
-    Only after `_load`: Pillow decodes a PNG to find its EXIF, and rotates a TIFF itself when it decodes.
+    Only after `_load`: Pillow decodes a PNG to find its EXIF, and rotates a TIFF itself when it
+    decodes.
     """
     try:
         value = image.getexif().get(_ORIENTATION, 1)
@@ -257,8 +262,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _deep_to_rgb(image: Image.Image) -> Image.Image:
     """Scale grey of more than 8 bits from the range of its type to 0 to 255.
 
-    The range is that of 16 bits, or [0, 1] for floats. Where the type does not say (32-bit integers, floats beyond 1), it is
-    the smallest of 8 bits, 16 bits and the range of the values that holds all values.
+    The range is that of 16 bits, or [0, 1] for floats. Where the type does not say (32-bit
+    integers, floats beyond 1), it is the smallest of 8 bits, 16 bits and the range of the values
+    that holds all values.
     """
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():

@@ -21,7 +21,9 @@ class Schema:
         self.keys = list(_walk(model))
 
     def unknown(self, dotted: str) -> str | None:
-        """None when `dotted` names a key or a section (or lies in a free mapping); else the complaint."""
+        """None when `dotted` names a key or a section (or lies in a free mapping); else the
+        complaint.
+        """
         model: type[BaseModel] | None = self.model
         parts = dotted.split(".")
         for index, name in enumerate(parts):
@@ -52,7 +54,9 @@ class Schema:
         ]
 
     def _nearest(self, dotted: str, section: str) -> list[str]:
-        """The likeliest keys meant: the wrong part corrected, the key under another section, the most alike in all."""
+        """The likeliest keys meant: the wrong part corrected, the key under another section, the
+        most alike in all.
+        """
         prefix = f"{section}." if section else ""
         wrong, _, rest = dotted[len(prefix) :].partition(".")
         names = [key[len(prefix) :] for key in self._neighbours(section)]
@@ -73,7 +77,9 @@ class Schema:
         return alike[:1] or [key for key in self.keys if key.rsplit(".", 1)[-1] == leaf][:3]
 
     def takes_raw_text(self, dotted: str) -> bool:
-        """True when the key takes text (or a list) and neither numbers nor switches: `name=007` means the text `007`."""
+        """True when the key takes text (or a list) and neither numbers nor switches: `name=007`
+        means the text `007`.
+        """
         field = self._field(dotted)
         if field is None:
             return False
@@ -95,7 +101,9 @@ class Schema:
         return field is not None and _has(field.annotation, kind)
 
     def explain(self, error: ErrorDetails) -> tuple[str, str]:
-        """(dotted key, text) of one pydantic error; tags that unions put into its place are left out."""
+        """(dotted key, text) of one pydantic error; tags that unions put into its place are left
+        out.
+        """
         key, section, annotation, metadata = self._resolve(error["loc"])
         if error["type"] == "extra_forbidden":
             return key, self.complaint(key, section)
@@ -111,7 +119,9 @@ class Schema:
         return whole, f"{whole}: expected {expected}, found {_found(error['input'])}{place}"
 
     def _resolve(self, loc: tuple[int | str, ...]) -> tuple[str, str, object, list[object]]:
-        """Dotted key, its section, its annotation and constraints, from pydantic's place of an error."""
+        """Dotted key, its section, its annotation and constraints, from pydantic's place of an
+        error.
+        """
         model: type[BaseModel] | None = self.model
         key, section, annotation, metadata, free = "", "", None, [], False
         for part in loc:

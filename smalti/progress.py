@@ -1,7 +1,7 @@
 """Progress for terminals and log files.
 
-On a terminal one line is redrawn; elsewhere plain lines are written every few seconds at most, the first and the last
-always. All goes to stderr, so that stdout has results only.
+On a terminal one line is redrawn; elsewhere plain lines are written every few seconds at most, the
+first and the last always. All goes to stderr, so that stdout has results only.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class Progress:
         total: units to expect; None: unknown.
         unit: name of what is counted, in the plural.
         label: start of the line.
-        done: units of an earlier process (a resumed stage): counted, but not in the rate. Those found later are counted by
+        done: units of an earlier process (a resumed stage): counted, but not in the rate. Those
+            found later are counted by
             `stood`.
     """
 

@@ -1,10 +1,11 @@
 """Shards: Parquet files of about 1,000 images, the unit of work, and their Arrow schemas.
 
-Layout of an artifact: `train/00012.parquet`, `val/00000.parquet`, `quarantine/00012.parquet`. A shard has the same key
-(`train/00012`) in corpus, features and tokens, so that joins are by key.
+Layout of an artifact: `train/00012.parquet`, `val/00000.parquet`, `quarantine/00012.parquet`. A
+shard has the same key (`train/00012`) in corpus, features and tokens, so that joins are by key.
 
-Feature vectors are fixed-size lists of float16 in memory, and fixed-size binaries in the file: Parquet decodes lists
-value by value, binaries by copying (`bench` goal 10). `read_shard` returns the lists without a copy.
+Feature vectors are fixed-size lists of float16 in memory, and fixed-size binaries in the file:
+Parquet decodes lists value by value, binaries by copying (`bench` goal 10). `read_shard` returns
+the lists without a copy.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Files and folders on local paths and fsspec URLs (`s3://…`, `gs://…`, `memory://…`).
 
-Writes are atomic: locally a temporary name in the same folder, fsync and rename; on an object store one PUT.
-Failures are raised as `DataError`, which says what failed, where, and how to fix it.
+Writes are atomic: locally a temporary name in the same folder, fsync and rename; on an object store
+one PUT. Failures are raised as `DataError`, which says what failed, where, and how to fix it.
 """
 
 from __future__ import annotations
@@ -210,7 +210,8 @@ def write_atomic(path: str, data: bytes | bytearray | memoryview) -> None:
 def atomic_file(path: str) -> Iterator[str]:
     """A local file to write, which replaces `path` when the block succeeds.
 
-    Atomic as `write_atomic`, for data too large for memory: to a URL it is uploaded in parts from the local disk.
+    Atomic as `write_atomic`, for data too large for memory: to a URL it is uploaded in parts from
+    the local disk.
     """
     with explained("write", path), contextlib.ExitStack() as stack:
         if is_local(path):
@@ -274,8 +275,8 @@ def get_file(path: str, local: str) -> None:
 def atomic_local_dir(path: str) -> Iterator[str]:
     """A local folder to fill, which replaces the folder `path` when the block succeeds.
 
-    Locally it is renamed, so readers never see part of it. To a URL it is uploaded file by file: where readers must not
-    see part of it, write a marker last, as artifacts do.
+    Locally it is renamed, so readers never see part of it. To a URL it is uploaded file by file:
+    where readers must not see part of it, write a marker last, as artifacts do.
     """
     if is_local(path):
         local = local_path(path).rstrip("/")

@@ -39,7 +39,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Put the longest files first; with --quick leave out tests marked `ray` or `slow`, and those that use `ranks`."""
+    """Put the longest files first; with --quick leave out tests marked `ray` or `slow`, and those
+    that use `ranks`.
+    """
     assert all((TESTS / name).is_file() for name in LONGEST), "LONGEST names a file that was moved"
     rank = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.relative_to(TESTS).as_posix(), len(rank)))
@@ -50,7 +52,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def takes_long(item: pytest.Item) -> bool:
-    """Whether --quick leaves a test out: it starts Ray or processes that train, or is marked `slow`."""
+    """Whether --quick leaves a test out: it starts Ray or processes that train, or is marked
+    `slow`.
+    """
     marked = item.get_closest_marker("ray") or item.get_closest_marker("slow")
     return marked is not None or "ranks" in getattr(item, "fixturenames", ())
 
@@ -59,7 +63,8 @@ def takes_long(item: pytest.Item) -> bool:
 def _no_ray_in_quick_mode(request: pytest.FixtureRequest) -> Iterator[None]:
     """With --quick whatever starts Ray in this process fails: the test lacks the mark `ray`.
 
-    Of the session, so that it precedes the fixtures of modules; `ray.init` and `Cluster` both make a `Node`.
+    Of the session, so that it precedes the fixtures of modules; `ray.init` and `Cluster` both make
+    a `Node`.
     """
     if not request.config.getoption("--quick"):
         yield

@@ -43,7 +43,9 @@ def sources() -> list[Path]:
 
 
 def imports_of(path: Path) -> list[tuple[str, bool]]:
-    """(dotted module, inside a function) of every import in a file; `from a import b` counts as a.b too."""
+    """(dotted module, inside a function) of every import in a file; `from a import b` counts as a.b
+    too.
+    """
     tree = ast.parse(path.read_text(encoding="utf-8"))
     lazy = {
         id(node)
@@ -82,7 +84,9 @@ def strip_type_checking(tree: ast.Module) -> ast.Module:
 
 
 def graph(files: dict[str, str], excepted: frozenset[str] = frozenset()) -> dict[str, set[str]]:
-    """Modules that each module imports, lazily too but for those `excepted`; `files`: source by module."""
+    """Modules that each module imports, lazily too but for those `excepted`; `files`: source by
+    module.
+    """
     found: dict[str, set[str]] = {}
     for module, text in files.items():
         tree = strip_type_checking(ast.parse(text))
@@ -125,7 +129,8 @@ def circle_of(arrows: dict[str, set[str]]) -> list[str]:
 
 
 EXCEPTED = ("smalti.cli", "smalti.api", "smalti")
-"""The command line and `smalti.load_*` load upper rooms lazily (ARCHITECTURE: the two exceptions)."""
+"""The command line and `smalti.load_*` load upper rooms lazily (ARCHITECTURE: the two exceptions).
+"""
 
 
 def all_arrows() -> dict[str, set[str]]:
@@ -236,7 +241,9 @@ print(vit.__file__, tokenizers.Tokenizer.__module__, tokenizers.__file__)
 
 @pytest.mark.parametrize("place", ["root", "elsewhere"])
 def test_imports_in_a_fresh_process(place: str, tmp_path: Path) -> None:
-    """From the root, where `tokenizers/` lies in the working directory, and from elsewhere with the root on the path."""
+    """From the root, where `tokenizers/` lies in the working directory, and from elsewhere with the
+    root on the path.
+    """
     folder = ROOT if place == "root" else tmp_path
     code = CODE if place == "root" else f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{CODE}"
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)

@@ -1,4 +1,6 @@
-"""deploy/kuberay/: fields that KubeRay 1.6 documents, the lock's Ray, a token on every door, one spec for cluster and job."""
+"""deploy/kuberay/: fields that KubeRay 1.6 documents, the lock's Ray, a token on every door, one
+spec for cluster and job.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +94,9 @@ def test_doors_are_shut_and_the_head_can_come_back(spec: dict[str, Any]) -> None
 
 
 def labels_of_pods() -> dict[str, dict[str, str]]:
-    """Labels that pods have: KubeRay's own on Ray's, those of the files and of the operator's chart on the others."""
+    """Labels that pods have: KubeRay's own on Ray's, those of the files and of the operator's chart
+    on the others.
+    """
     name, ray = read("raycluster.yaml")["metadata"]["name"], {"ray.io/is-ray-node": "yes"}
     _, redis = yaml.safe_load_all((FOLDER / "redis.yaml").read_text())
     return {

@@ -1,6 +1,8 @@
-"""tests/ mirrors the source: a module has a test file of its name, or a line says where it is tested.
+"""tests/ mirrors the source: a module has a test file of its name, or a line says where it is
+tested.
 
-The line stands in the docstring of a test file: `Covers: workflows/train/launch.py, workflows/train/failures.py.`
+The line stands in the docstring of a test file: `Covers: workflows/train/launch.py,
+workflows/train/failures.py.`
 """
 
 from __future__ import annotations

@@ -60,7 +60,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that plays site-packages: the wheel, and beside it Hugging Face's `tokenizers` itself."""
+    """A folder that plays site-packages: the wheel, and beside it Hugging Face's `tokenizers`
+    itself.
+    """
     import tokenizers
 
     target = tmp_path_factory.mktemp("site")
@@ -83,7 +85,9 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(installed: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Python with `installed` before everything, away from the checkout; the editable install is switched off."""
+    """Python with `installed` before everything, away from the checkout; the editable install is
+    switched off.
+    """
     code = (
         "import sys; sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')];"
         f"sys.path[:] = [{str(installed)!r}] + [p for p in sys.path if p not in ('', {str(ROOT)!r})];"

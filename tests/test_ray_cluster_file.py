@@ -59,7 +59,9 @@ def test_the_head_is_no_spot_machine_and_all_workers_are(config: dict[str, Any])
 
 
 def test_workers_reach_the_bucket_and_stand_beside_each_other(config: dict[str, Any]) -> None:
-    """Ray gives an instance profile to the head alone; a comma would spread the machines over zones."""
+    """Ray gives an instance profile to the head alone; a comma would spread the machines over
+    zones.
+    """
     workers = [
         config["available_node_types"][name]["node_config"] for name in ("gpu_worker", "cpu_worker")
     ]

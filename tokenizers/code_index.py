@@ -18,7 +18,9 @@ from smalti.tokenizers import quantizers
 PAIRS = 1 << 24
 """(vector, cell) pairs that a tree search compares at once."""
 APART = 1 << 26
-"""Most distances between cells that an index stores; with more cells they are recomputed for each block of vectors."""
+"""Most distances between cells that an index stores; with more cells they are recomputed for each
+block of vectors.
+"""
 ROUNDING = 1e-6
 """Error of a squared distance, relative to the squared norm of the vector."""
 TINY = torch.finfo(torch.float32).tiny
@@ -37,7 +39,8 @@ class Probes(NamedTuple):
 
     Attributes:
         cells: nearest cells that are candidates, at least 1.
-        reach: factor on the distance of the best code so far, beyond which a cell is skipped (see `CodeIndex.tree`).
+        reach: factor on the distance of the best code so far, beyond which a cell is skipped (see
+            `CodeIndex.tree`).
         recall: recall@1 measured with these settings, in (0, 1].
     """
 
@@ -49,8 +52,8 @@ class Probes(NamedTuple):
     def reaching(cls, cells_N: Tensor, reach_N: Tensor, recall: float) -> Probes:
         """The smallest reach, and with it the fewest cells, for a recall.
 
-        The recall holds at 95 % confidence for other vectors of the same distribution (`lower_bound`). With too few
-        vectors to say so, the search finds all of them.
+        The recall holds at 95 % confidence for other vectors of the same distribution
+        (`lower_bound`). With too few vectors to say so, the search finds all of them.
 
         Args:
             cells_N, reach_N: what `CodeIndex.needs` returns for held-out vectors.
@@ -84,8 +87,8 @@ def lower_bound(found: int, num: int) -> float:
 class CodeIndex:
     """Search for the nearest of K codes.
 
-    Codes are stored sorted by cell, with their half-norms, so that a cell is one GEMM against contiguous rows. Vectors
-    must be on the device of the codes, where results are too.
+    Codes are stored sorted by cell, with their half-norms, so that a cell is one GEMM against
+    contiguous rows. Vectors must be on the device of the codes, where results are too.
 
     Args:
         codes_KC: codes (K, C), K >= 1.
@@ -140,9 +143,10 @@ class CodeIndex:
     def exact(self, x_NC: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Nearest code of each vector (N, C), and its squared distance.
 
-        In bfloat16 the best `CANDIDATES` codes are rescored in float32: the result is exact unless more codes than that
-        lie within its rounding. On an A100 or H100 with triton, `nearest_kernel` makes the scores without storing them;
-        there, three codes of one tile may also hide a fourth. The index keeps its copy of the codes in that dtype.
+        In bfloat16 the best `CANDIDATES` codes are rescored in float32: the result is exact unless
+        more codes than that lie within its rounding. On an A100 or H100 with triton,
+        `nearest_kernel` makes the scores without storing them; there, three codes of one tile may
+        also hide a fourth. The index keeps its copy of the codes in that dtype.
 
         Args:
             dtype: precision of the scores.
@@ -186,9 +190,10 @@ class CodeIndex:
     def tree(self, x_NC: Tensor, num_cells: int, reach: float = 1.0) -> tuple[Tensor, Tensor]:
         """As `exact`, among the codes of the `num_cells` cells nearest to each vector.
 
-        A cell is skipped if the plane half-way between it and the nearest cell is farther from the vector than `reach`
-        times the distance to the best code of the nearest cell. With `reach` 1 a skipped cell holds no nearer code,
-        provided that every code lies in the cell nearest to it, as after k-means.
+        A cell is skipped if the plane half-way between it and the nearest cell is farther from the
+        vector than `reach` times the distance to the best code of the nearest cell. With `reach` 1
+        a skipped cell holds no nearer code, provided that every code lies in the cell nearest to
+        it, as after k-means.
 
         Raises:
             ValueError: for `num_cells` below 1.
@@ -224,7 +229,9 @@ class CodeIndex:
     def _score(
         self, x_NC: Tensor, rows: Tensor, cells: Tensor, ids_N: Tensor, scores_N: Tensor
     ) -> None:
-        """Compare vectors `rows` with the codes of `cells`, pairwise; better codes are written in place."""
+        """Compare vectors `rows` with the codes of `cells`, pairwise; better codes are written in
+        place.
+        """
         rows = rows[torch.argsort(cells, stable=True)]
         ends = torch.bincount(cells, minlength=len(self.cells)).cumsum(0).tolist()
         for cell, (first, last) in enumerate(zip([0, *ends], ends, strict=False)):
@@ -244,7 +251,9 @@ class CodeIndex:
                 )
 
     def needs(self, x_NC: Tensor) -> tuple[Tensor, Tensor]:
-        """The cells, int64 (N,), and the reach, float32 (N,), with which `tree` finds the nearest code."""
+        """The cells, int64 (N,), and the reach, float32 (N,), with which `tree` finds the nearest
+        code.
+        """
         x_NC, num = x_NC.float(), len(self.cells)
         home_N = self.cell_of[self.exact(x_NC)[0]]
         cells_N = torch.ones(len(x_NC), dtype=torch.int64, device=x_NC.device)
@@ -260,7 +269,8 @@ class CodeIndex:
         return cells_N, reach_N
 
     def recalls(self, x_NC: Tensor) -> Tensor:
-        """Recall@1 of `tree(x, n)` against `exact(x)` at index n − 1: float64 (cells that hold codes,).
+        """Recall@1 of `tree(x, n)` against `exact(x)` at index n − 1: float64 (cells that hold
+        codes,).
 
         Raises:
             ValueError: for no vectors.
@@ -327,7 +337,9 @@ def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _blocks(num: int, width: int, most: int | None = None) -> list[slice]:
-    """Slices of `num` rows of `width` numbers, at most `most` numbers each (default `SCRATCH_SCORES`)."""
+    """Slices of `num` rows of `width` numbers, at most `most` numbers each (default
+    `SCRATCH_SCORES`).
+    """
     rows = max(1, (most or quantizers.SCRATCH_SCORES) // max(1, width))
     return [slice(at, min(num, at + rows)) for at in range(0, num, rows)]
 

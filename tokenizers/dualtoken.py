@@ -1,6 +1,7 @@
 """DualToken: pixel codes of shallow layers, semantic codes of a deep one (arXiv 2503.14324).
 
-Axis letters: B batch, N tokens (patches), C tower width, D code width, R depth, H W pixels, E embedding width.
+Axis letters: B batch, N tokens (patches), C tower width, D code width, R depth, H W pixels, E
+embedding width.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class DualOutputs(NamedTuple):
         commitment: weighted commitment loss, float32 scalar.
         distance: squared error of the reconstructed features alone, detached.
         codes: int64 (B, N, 2, R); None before quantization starts.
-        stats: EMA statistics of the pixel and the semantic codebook; None where there is nothing to update.
+        stats: EMA statistics of the pixel and the semantic codebook; None where there is nothing to
+            update.
     """
 
     pixels: Tensor
@@ -57,11 +59,13 @@ class DualOutputs(NamedTuple):
 class DualModel(nn.Module):
     """Trained tower with two residual quantizers and a pixel decoder.
 
-    z_pix projects the weighted sum of the outputs of blocks `pixel_layers`; the decoder reconstructs the image from its
-    codes. z_sem projects the hidden state h of `encoder.layer`; its codes reconstruct that state for the frozen layers
-    after it. Semantic losses are ‖h − F0‖² and ‖reconstruction − F0‖² (means over elements), where F0 is the state of
-    the initial encoder. Nothing is detached: the reconstruction loss reaches the blocks up to the last pixel layer, the
-    semantic loss all blocks up to `encoder.layer`. With `semantic_weight` 0 the deep side is frozen.
+    z_pix projects the weighted sum of the outputs of blocks `pixel_layers`; the decoder
+    reconstructs the image from its codes. z_sem projects the hidden state h of `encoder.layer`; its
+    codes reconstruct that state for the frozen layers after it. Semantic losses are ‖h − F0‖² and
+    ‖reconstruction − F0‖² (means over elements), where F0 is the state of the initial encoder.
+    Nothing is detached: the reconstruction loss reaches the blocks up to the last pixel layer, the
+    semantic loss all blocks up to `encoder.layer`. With `semantic_weight` 0 the deep side is
+    frozen.
 
     Raises:
         ConfigError: for layers that the tower does not have, or no layer after `encoder.layer`.
@@ -107,7 +111,9 @@ class DualModel(nn.Module):
         return self.decoder.last_layer
 
     def hidden(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted sum of the pixel layers' outputs, and the hidden state of `encoder.layer`: both (B, N, C)."""
+        """Weighted sum of the pixel layers' outputs, and the hidden state of `encoder.layer`: both
+        (B, N, C).
+        """
         tower = self.encoder.tower
         weights = dict(zip(self.stage.pixel_layers, self.stage.pixel_weights, strict=True))
         x_BNC = tower.embeddings(pixels_BCHW)

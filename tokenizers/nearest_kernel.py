@@ -1,7 +1,8 @@
 """Triton kernel for nearest codes: bf16 products whose scores are never stored.
 
-Axis letters: N vectors, K codes, C their width, B candidates per vector. A tile holds every `num_tiles`-th code: similar
-codes, which k-means leaves next to each other, are then in different tiles.
+Axis letters: N vectors, K codes, C their width, B candidates per vector. A tile holds every
+`num_tiles`-th code: similar codes, which k-means leaves next to each other, are then in different
+tiles.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from torch import Tensor
 
 ROWS, TILE, STEP, KEPT = 128, 256, 64, 2
 DEVICES = ((8, 0), (9, 0))
-"""Compute capabilities whose shared memory holds three stages of a tile's inputs: A100, H100 and H200."""
+"""Compute capabilities whose shared memory holds three stages of a tile's inputs: A100, H100 and
+H200.
+"""
 
 
 def candidates(low_NC: Tensor, low_KC: Tensor, half_norms_K: Tensor, num: int) -> Tensor:
@@ -46,7 +49,10 @@ def _best_of_tiles(
     x_ptr, codes_ptr, half_norms_ptr, scores_ptr, ids_ptr, num_x, num_codes, width, num_tiles,
     ROWS: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, KEPT: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """One program: some vectors against one tile. Consecutive programs share a tile, which is then read once."""
+    """One program: some vectors against one tile.
+
+    Consecutive programs share a tile, which is then read once.
+    """
     blocks = tl.cdiv(num_x, ROWS)
     tile = tl.program_id(0) // blocks
     rows = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)

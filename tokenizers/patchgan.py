@@ -8,9 +8,10 @@ from torch import Tensor, nn
 class PatchGAN(nn.Module):
     """Convolutional discriminator with a logit for each patch.
 
-    Strided 4×4 convolutions with `layers` halvings, channels doubled up to eightfold, weights initialized at N(0, 0.02).
-    Group norm in place of batch norm *(choice)*: no running statistics that differ between ranks, and the logits of an
-    image do not depend on other images of the batch.
+    Strided 4×4 convolutions with `layers` halvings, channels doubled up to eightfold, weights
+    initialized at N(0, 0.02). Group norm in place of batch norm *(choice)*: no running statistics
+    that differ between ranks, and the logits of an image do not depend on other images of the
+    batch.
     """
 
     def __init__(self, channels: int = 64, layers: int = 3) -> None:

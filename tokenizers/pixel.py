@@ -1,6 +1,7 @@
 """SemHiTok's pixel stage: the semantic-guided hierarchical codebook (arXiv 2503.06764).
 
-Axis letters: B batch, N tokens, D pixel code width, S semantic code width, H W pixels, K semantic codes, M sub-codes.
+Axis letters: B batch, N tokens, D pixel code width, S semantic code width, H W pixels, K semantic
+codes, M sub-codes.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class PixelTokenizer(Float32Buffers):
     The decoder reads semantic codes scaled to a mean square of 1 per channel.
 
     Args:
-        semantic_codes: float (K, S). None without guidance: `num_codes` (K·m) flat pixel codes are searched, and the
+        semantic_codes: float (K, S). None without guidance: `num_codes` (K·m) flat pixel codes are
+            searched, and the
             pixel code alone is decoded.
     """
 

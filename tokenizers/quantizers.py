@@ -1,7 +1,8 @@
 """Vector quantizers: nearest-code search; EMA, vanilla and normalized codebooks.
 
-Axis letters: B batch, N tokens per image, K codes, D code width, M = all leading axes flattened.
-No collective runs in a `forward`: a quantizer returns `EMAStats`, and the caller passes `all_reduce` to `update`.
+Axis letters: B batch, N tokens per image, K codes, D code width, M = all leading axes flattened. No
+collective runs in a `forward`: a quantizer returns `EMAStats`, and the caller passes `all_reduce`
+to `update`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ AllReduce = Callable[[Tensor], Tensor]
 SCRATCH_SCORES = 1 << 22
 """Scores held at once by a search: 16 MiB in float32."""
 CODE_BLOCK = 1 << 12
-"""Codes compared at once. It leaves room for 1,024 vectors: a GEMM of 64 vectors with 65,536 codes takes 1.6 times as long."""
+"""Codes compared at once.
+
+It leaves room for 1,024 vectors: a GEMM of 64 vectors with 65,536 codes takes 1.6 times as long.
+"""
 
 
 def identity(x: Tensor) -> Tensor:
@@ -31,7 +35,8 @@ def identity(x: Tensor) -> Tensor:
 def search(z_MD: Tensor, codes_KD: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
     """Closest code of every vector, and its squared distance.
 
-    GEMM form, ‖z‖² − 2(z·c − ‖c‖²/2), in blocks of at most `SCRATCH_SCORES` scores, in float32 under any autocast.
+    GEMM form, ‖z‖² − 2(z·c − ‖c‖²/2), in blocks of at most `SCRATCH_SCORES` scores, in float32
+    under any autocast.
 
     Args:
         z_MD: vectors.
@@ -86,7 +91,9 @@ def best_score(z_MD: Tensor, codes_KD: Tensor, half_norms_K: Tensor) -> tuple[Te
 
 
 def nearest(z_D: Tensor, codes_KD: Tensor, chunk: int | None = None) -> Tensor:
-    """Index of the closest code (squared L2) of vectors (…, D): int64 (…) in [0, K); ties take the lowest."""
+    """Index of the closest code (squared L2) of vectors (…, D): int64 (…) in [0, K); ties take the
+    lowest.
+    """
     return search(z_D.reshape(-1, z_D.shape[-1]), codes_KD, chunk)[0].view(z_D.shape[:-1])
 
 
@@ -175,10 +182,12 @@ class Quantizer(nn.Module, ABC):
 
     - After `set_codes(c)`, `effective_codes()` equals `representable(c)`.
     - `assign(effective_codes())` is 0, 1, …, K − 1 where those vectors are distinct.
-    - `forward(h).q` is `effective_codes()[forward(h).ids]` in value, and `forward(h).ids` is `assign(h)`.
+    - `forward(h).q` is `effective_codes()[forward(h).ids]` in value, and `forward(h).ids` is
+      `assign(h)`.
     - `effective_codes()` survives `state_dict` and `load_state_dict`.
 
-    A start from k-means centroids depends on the first two: a quantizer that breaks them loses its start silently.
+    A start from k-means centroids depends on the first two: a quantizer that breaks them loses its
+    start silently.
     """
 
     config: VQ
@@ -196,7 +205,9 @@ class Quantizer(nn.Module, ABC):
         """The vectors that decoding uses: float32 (K, D)."""
 
     def representable(self, codes_KD: Tensor) -> Tensor:
-        """What `set_codes(codes_KD)` can represent of these codes: float32 (K, D); by default all of it."""
+        """What `set_codes(codes_KD)` can represent of these codes: float32 (K, D); by default all
+        of it.
+        """
         return codes_KD.float()
 
     @abstractmethod
@@ -225,9 +236,10 @@ class Quantizer(nn.Module, ABC):
 class EMAQuantizer(Float32Buffers, Quantizer):
     """Codebook of running means (VQ-VAE-2).
 
-    `N ← γN + (1−γ)n; M ← γM + (1−γ)s; N̂ = ΣN·(N+ε)/(ΣN+Kε); c = M/N̂`, with n and s summed over all ranks. A code
-    with N < `restart_below` restarts: M ← a random vector of the global batch, N ← 1. Before the first update N is set
-    to the mean count per code of that batch (at least 1), so that an initialized codebook does not restart at once.
+    `N ← γN + (1−γ)n; M ← γM + (1−γ)s; N̂ = ΣN·(N+ε)/(ΣN+Kε); c = M/N̂`, with n and s summed over
+    all ranks. A code with N < `restart_below` restarts: M ← a random vector of the global batch, N
+    ← 1. Before the first update N is set to the mean count per code of that batch (at least 1), so
+    that an initialized codebook does not restart at once.
     """
 
     float32_buffers = ("codes", "counts", "sums")

@@ -1,7 +1,9 @@
-"""Residual quantization with one EMA codebook (RQ-VAE, arXiv 2203.01941; DualToken, arXiv 2503.14324).
+"""Residual quantization with one EMA codebook (RQ-VAE, arXiv 2203.01941; DualToken, arXiv
+2503.14324).
 
-`r_0 = z; k_d = argmin ‖r_{d−1} − e_k‖; r_d = r_{d−1} − e_{k_d}; ẑ_d = Σ_{≤d} e`. Arithmetic is float32 under any autocast.
-Axis letters: B batch, N tokens, R depth (codes per vector), D code width, K codes, M vectors (leading axes flattened).
+`r_0 = z; k_d = argmin ‖r_{d−1} − e_k‖; r_d = r_{d−1} − e_{k_d}; ẑ_d = Σ_{≤d} e`. Arithmetic is
+float32 under any autocast. Axis letters: B batch, N tokens, R depth (codes per vector), D code
+width, K codes, M vectors (leading axes flattened).
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ SAMPLES_PER_CODE = 256
 class ResidualQuantizer(nn.Module):
     """`depth` codes per vector, each the nearest to the residual of the codes before it.
 
-    All depths share an EMA codebook, which a step updates once with the statistics of all depths. A dead code restarts
-    at a random residual of the batch (z among them). `config.beta` weights the commitment loss.
+    All depths share an EMA codebook, which a step updates once with the statistics of all depths. A
+    dead code restarts at a random residual of the batch (z among them). `config.beta` weights the
+    commitment loss.
     """
 
     def __init__(self, config: VQ, depth: int) -> None:
@@ -68,7 +71,8 @@ class ResidualQuantizer(nn.Module):
     def forward(self, z_BND: Tensor) -> Quantized:
         """Quantize to ẑ_R, straight-through.
 
-        The loss is β·mean_d mean(‖z − sg(ẑ_d)‖²) over elements; statistics are returned in train mode.
+        The loss is β·mean_d mean(‖z − sg(ẑ_d)‖²) over elements; statistics are returned in train
+        mode.
         """
         ids_BNR, sums_BNRD, residuals_BNRD = self._quantize(z_BND)
         loss = self.book.config.beta * (z_BND.float().unsqueeze(-2) - sums_BNRD).square().mean()
@@ -95,8 +99,8 @@ class ResidualQuantizer(nn.Module):
     ) -> Tensor:
         """An initial codebook: float32 (K, D).
 
-        Each depth gets an equal share of the codes: the k-means of the residuals of the depths before it, with at most
-        `SAMPLES_PER_CODE` vectors per code.
+        Each depth gets an equal share of the codes: the k-means of the residuals of the depths
+        before it, with at most `SAMPLES_PER_CODE` vectors per code.
 
         Raises:
             ValueError: for NaN or Inf.

@@ -20,8 +20,8 @@ from smalti.tokenizers.vit import Transformer, init_linear, sincos_positions
 class SemanticTokenizer(nn.Module):
     """Vector-quantized autoencoder of a frozen encoder's features.
 
-    Projection, quantizer, self-attention decoder. The loss is the distillation loss (cosine or L2) of the reconstructed
-    features plus the quantizer's loss.
+    Projection, quantizer, self-attention decoder. The loss is the distillation loss (cosine or L2)
+    of the reconstructed features plus the quantizer's loss.
 
     Attributes:
         grid: rows and columns of patches; None is a square.
@@ -115,9 +115,10 @@ class SemanticTokenizer(nn.Module):
     def init_from(self, centroids_KC: Tensor) -> None:
         """Initialize projection and codebook from k-means centroids of the features (K, C).
 
-        The projection is the PCA of the centroids, scaled so that the projected centroids, which become the codes, have
-        a mean square of 1 per channel: the commitment weight then means the same for every encoder. For D > C the C
-        directions are embedded isometrically, so that no channel is dead. Signs are fixed.
+        The projection is the PCA of the centroids, scaled so that the projected centroids, which
+        become the codes, have a mean square of 1 per channel: the commitment weight then means the
+        same for every encoder. For D > C the C directions are embedded isometrically, so that no
+        channel is dead. Signs are fixed.
 
         Raises:
             ValueError: for another shape, NaN or Inf.

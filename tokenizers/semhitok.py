@@ -1,6 +1,7 @@
 """SemHiTok: one flat code per patch, t = i·m + j (arXiv 2503.06764).
 
-Axis letters: B batch, T tokens per image, H W pixels, V the flat vocabulary (K·m), C width of a code's vector.
+Axis letters: B batch, T tokens per image, H W pixels, V the flat vocabulary (K·m), C width of a
+code's vector.
 """
 
 from __future__ import annotations

@@ -26,8 +26,9 @@ def build_siglip(
 ) -> SiglipModel:
     """A SiglipModel of these sizes with random weights (torch's global seed).
 
-    Scale t′ = log 10 and bias −10 as in the paper. Positions are initialized with 2-D sine-cosine codes: a small model
-    that has to learn which patches are neighbours recognizes colours, but for a long time no shapes.
+    Scale t′ = log 10 and bias −10 as in the paper. Positions are initialized with 2-D sine-cosine
+    codes: a small model that has to learn which patches are neighbours recognizes colours, but for
+    a long time no shapes.
 
     Raises:
         ConfigError: for sizes that do not divide.
@@ -80,7 +81,8 @@ def siglip_loss(
     """Sigmoid loss −Σ log σ(±(t·x·y + b)) / B of unit embeddings: float32 scalar.
 
     Args:
-        same_caption_BG: positive pairs; a caption that repeats in the batch is positive for each of its images.
+        same_caption_BG: positive pairs; a caption that repeats in the batch is positive for each of
+            its images.
     """
     logits_BG = (
         image_BE.float() @ text_GE.float().T * logit_scale.float().exp() + logit_bias.float()
@@ -110,9 +112,12 @@ class ContrastiveModel(nn.Module):
         """Loss and metrics of a batch of image-text pairs.
 
         Args:
-            gather: concatenates a detached (B, …) tensor of all ranks, in rank order, to (G, …); B is equal on all
-                ranks. Gradients averaged over ranks then equal those of the whole batch on one rank: a rank's images
-                are compared with all texts, its texts with all images, and gradients reach its own only.
+            gather: concatenates a detached (B, …) tensor of all ranks, in rank order, to (G, …); B
+                is equal on all
+                ranks. Gradients averaged over ranks then equal those of the whole batch on one
+                    rank: a rank's images
+                are compared with all texts, its texts with all images, and gradients reach its own
+                only.
         """
         image_BE = F.normalize(
             self.model.vision_model(pixel_values=pixels_BCHW).pooler_output.float(), dim=-1

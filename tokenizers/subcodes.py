@@ -1,8 +1,9 @@
 """Pixel codebooks: a small one per semantic code (SGHC), and a flat one.
 
-Axis letters: K semantic codes, M sub-codes of each (m), D width, T vectors (leading axes flattened), S samples per code.
-Rows are Parameters trained by the codebook loss. They are initialized with k-means of the encoder's vectors, which
-prevents dead rows, and not restarted: the optimizer's moments would undo a restart.
+Axis letters: K semantic codes, M sub-codes of each (m), D width, T vectors (leading axes
+flattened), S samples per code. Rows are Parameters trained by the codebook loss. They are
+initialized with k-means of the encoder's vectors, which prevents dead rows, and not restarted: the
+optimizer's moments would undo a restart.
 """
 
 from __future__ import annotations
@@ -102,8 +103,9 @@ class SubCodebooks(nn.Module):
     ) -> None:
         """Initialize every sub-codebook with k-means of its semantic code's vectors.
 
-        A code with fewer than m vectors gets their mean (the mean of all vectors if it has none) plus m common
-        deviations: the k-means of all vectors minus the mean of their code. Its rows are then distinct too.
+        A code with fewer than m vectors gets their mean (the mean of all vectors if it has none)
+        plus m common deviations: the k-means of all vectors minus the mean of their code. Its rows
+        are then distinct too.
 
         Args:
             vectors_TD: pixel vectors.
@@ -149,8 +151,8 @@ class SubCodebooks(nn.Module):
 def grouped_kmeans(x_GSD: Tensor, held_GS: Tensor, num: int, iterations: int) -> Tensor:
     """k-means of G small groups at once: (G, num, D).
 
-    Seeds are a group's first vector, then repeatedly the vector farthest from the seeds so far. An empty cluster moves
-    to the vector of its group with the largest distance.
+    Seeds are a group's first vector, then repeatedly the vector farthest from the seeds so far. An
+    empty cluster moves to the vector of its group with the largest distance.
 
     Args:
         x_GSD: shuffled vectors, padded.

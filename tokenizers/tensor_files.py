@@ -18,7 +18,8 @@ _READ = 1 << 24  # bytes read at once: a store's client holds as many beside
 
 
 def write(path: str, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file of float64, int64 and float32 tensors on the CPU, whole or absent, streamed from where they lie.
+    """A safetensors file of float64, int64 and float32 tensors on the CPU, whole or absent,
+    streamed from where they lie.
 
     Errors: DataError, as `storage.atomic_file`.
     """
@@ -44,7 +45,9 @@ def write(path: str, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read(path: str) -> dict[str, Tensor]:
-    """The tensors of such a file. Not mapped: the file may be removed, on any file system, while they are held.
+    """The tensors of such a file.
+
+    Not mapped: the file may be removed, on any file system, while they are held.
 
     Errors: DataError, no such file, a torn one, or numbers of another kind.
     """

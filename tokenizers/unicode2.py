@@ -1,6 +1,7 @@
 """UniCode²: one code per patch, from a large clustered codebook (the frozen C1 of its cascade).
 
-Axis letters: B batch, T tokens per image, N vectors, K codes, P cells, C width of a feature and of a code.
+Axis letters: B batch, T tokens per image, N vectors, K codes, P cells, C width of a feature and of
+a code.
 """
 
 from __future__ import annotations
@@ -183,7 +184,9 @@ class Unicode2(SavedTokenizer):
 
     @classmethod
     def _load(cls, config: Mapping[str, Any], folder: str, source: str) -> Self:
-        """Load with the codes in a mapped file: processes on a node share them, and pages load on use."""
+        """Load with the codes in a mapped file: processes on a node share them, and pages load on
+        use.
+        """
         try:
             encoder = VisionEncoder.from_pretrained(
                 os.path.join(folder, ENCODER_NAME), config["encoder_layer"]

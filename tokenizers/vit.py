@@ -1,7 +1,8 @@
 """Vision transformers: pre-norm blocks, a pixel encoder, a pixel decoder.
 
 Axis letters: B batch, N tokens (row-major over the grid), D width, H W pixels, P patch side.
-Positions are fixed 2-D sine-cosine codes, computed for the grid in use: no weight depends on the image size.
+Positions are fixed 2-D sine-cosine codes, computed for the grid in use: no weight depends on the
+image size.
 """
 
 from __future__ import annotations
@@ -81,7 +82,9 @@ class Transformer(nn.Module):
 
 
 def init_linear(module: nn.Module) -> None:
-    """Initialize a linear layer: truncated normal (0.02) weights, zero biases; ignore other modules."""
+    """Initialize a linear layer: truncated normal (0.02) weights, zero biases; ignore other
+    modules.
+    """
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -99,7 +102,8 @@ def init_xavier(module: nn.Module | None) -> None:
 def sincos_positions(grid: tuple[int, int], dim: int, device: torch.device | None = None) -> Tensor:
     """2-D sine-cosine position codes (ViT, MAE): float32 (rows·columns, dim).
 
-    The first half codes the row, the second the column. The last channels of a width that is not a multiple of 4 are 0.
+    The first half codes the row, the second the column. The last channels of a width that is not a
+    multiple of 4 are 0.
     """
     quarter = dim // 4
     if quarter == 0:
@@ -184,7 +188,8 @@ class PixelDecoder(nn.Module):
     """Pixel decoder: code vectors to images.
 
     Args:
-        in_dims: widths of the parts of a token. With two parts (concat `length`) the sequence is the N tokens of the
+        in_dims: widths of the parts of a token. With two parts (concat `length`) the sequence is
+            the N tokens of the
             first part, then the N of the second, and pixels are read from the second.
     """
 
@@ -212,7 +217,9 @@ class PixelDecoder(nn.Module):
         return self.head.weight
 
     def forward(self, *parts_BND: Tensor) -> Tensor:
-        """Images (B, 3, image_size, image_size), not clamped, of one (B, N, in_dim) tensor per part."""
+        """Images (B, 3, image_size, image_size), not clamped, of one (B, N, in_dim) tensor per
+        part.
+        """
         if len(parts_BND) != len(self.embeds):
             raise ValueError(f"found {len(parts_BND)} parts, expected {len(self.embeds)}")
         tokens = []

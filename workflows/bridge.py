@@ -1,4 +1,6 @@
-"""Stage `bridge`: token shards with captions, and the language model's codebook → the conditioning of a diffusion decoder."""
+"""Stage `bridge`: token shards with captions, and the language model's codebook → the conditioning
+of a diffusion decoder.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,12 @@ from smalti.workflows.train.elastic import check_batch
 
 
 def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
-    """The bridge artifact; see `smalti.mllm.bridge.load_bridge`. Counts: pairs of an image with its caption, steps.
+    """The bridge artifact; see `smalti.mllm.bridge.load_bridge`.
 
-    Errors: ConfigError without `bridge.decoder` or for another system, DataError without a captioned image.
+    Counts: pairs of an image with its caption, steps.
+
+    Errors: ConfigError without `bridge.decoder` or for another system, DataError without a
+    captioned image.
     """
     if recipe.bridge is None:
         raise ConfigError(
@@ -38,7 +43,9 @@ def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
 
 
 def check(recipe: Recipe) -> None:
-    """ConfigError: a system without a codebook of its own in the language model, or batches that workers cannot share."""
+    """ConfigError: a system without a codebook of its own in the language model, or batches that
+    workers cannot share.
+    """
     if recipe.bridge is None:
         return
     if not system_of(recipe).bridges or recipe.mllm.adapter != "cascade":

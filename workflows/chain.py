@@ -1,7 +1,9 @@
-"""The chain of stages: corpus → encoder → features → codebook → tokenizer → tokens → mllm → (bridge →) export → evaluate.
+"""The chain of stages: corpus → encoder → features → codebook → tokenizer → tokens → mllm → (bridge
+→) export → evaluate.
 
-`run_recipe` runs all of it, or one stage. A stage whose artifact is finished with the same fingerprint is skipped.
-Baselines of the recipe run before the evaluation, which shows their scores beside the recipe's own.
+`run_recipe` runs all of it, or one stage. A stage whose artifact is finished with the same
+fingerprint is skipped. Baselines of the recipe run before the evaluation, which shows their scores
+beside the recipe's own.
 """
 
 from __future__ import annotations
@@ -59,7 +61,8 @@ class CheckedStage(Stage, Protocol):
 def run_recipe(recipe: Recipe, *, only: str | None = None) -> list[Artifact]:
     """Run every stage of a recipe in order, or one.
 
-    The same command resumes an interrupted run. The evaluation writes `<out>/report.html` and `<out>/report.json`.
+    The same command resumes an interrupted run. The evaluation writes `<out>/report.html` and
+    `<out>/report.json`.
 
     Args:
         only: name of the one stage to run.
@@ -68,7 +71,8 @@ def run_recipe(recipe: Recipe, *, only: str | None = None) -> list[Artifact]:
         The artifacts, in the order of the chain.
 
     Raises:
-        SmaltiError: of a stage; what the recipe alone shows to be wrong is raised before the first stage.
+        SmaltiError: of a stage; what the recipe alone shows to be wrong is raised before the first
+            stage.
     """
     started = time.time()
     _check(recipe, only)

@@ -1,4 +1,6 @@
-"""Stage `encoder`: the frozen text-aligned encoder, named (`encoder.pretrained`) or trained here (`encoder.train`)."""
+"""Stage `encoder`: the frozen text-aligned encoder, named (`encoder.pretrained`) or trained here
+(`encoder.train`).
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,11 @@ ZERO_SHOT_BATCH = 64
 
 
 def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
-    """The encoder artifact. `pretrained`: a record of the resolved path or name, no copy. `train`: `model/`, an ordinary
-    Hugging Face SiglipModel directory, with `zero_shot/accuracy` on held-out images among its scores.
+    """The encoder artifact.
+
+    `pretrained`: a record of the resolved path or name, no copy. `train`: `model/`, an ordinary
+    Hugging Face SiglipModel directory, with `zero_shot/accuracy` on held-out images among its
+    scores.
 
     Errors: ConfigError when neither is set; ArtifactError when the pretrained one cannot be loaded.
     """
@@ -122,7 +127,9 @@ def _train(section: EncoderTrain, corpus: Artifact) -> Any:
 
 
 def captioned(corpus: Artifact) -> tuple[list[str], list[int], Counter[tuple[str, str]]]:
-    """Shards of the training split, their rows with a text, and how often each (text, label) pair occurs."""
+    """Shards of the training split, their rows with a text, and how often each (text, label) pair
+    occurs.
+    """
     from smalti.workflows.train.tasks.encoder import text_of
 
     keys, sizes, texts = [], [], Counter[tuple[str, str]]()
@@ -161,8 +168,10 @@ def make_text_tokenizer(
 def zero_shot(
     corpus: Artifact, model: str, texts: Counter[tuple[str, str]], recipe: Recipe
 ) -> dict[str, Any] | None:
-    """Accuracy of choosing a held-out image's label among all of them by the text embedding of each label's commonest
-    training text: value, n, classes; None when fewer than two labels are held out with a known text."""
+    """Accuracy of choosing a held-out image's label among all of them by the text embedding of each
+    label's commonest training text: value, n, classes; None when fewer than two labels are held
+    out with a known text.
+    """
     import torch
 
     from smalti.tokenizers.encoders import VisionEncoder, batches

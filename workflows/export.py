@@ -17,7 +17,8 @@ from smalti.workflows.pipeline.stage import StageRun, find_artifact, run_stage
 
 
 def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
-    """The export artifact: loads with AutoModelForCausalLM and AutoTokenizer where smalti is not installed.
+    """The export artifact: loads with AutoModelForCausalLM and AutoTokenizer where smalti is not
+    installed.
 
     Counts: parameters, embedding rows, codes.
     """
@@ -46,7 +47,9 @@ def _body(parents: dict[str, Artifact]) -> Any:
 
 @contextmanager
 def local_dir(path: str) -> Iterator[str]:
-    """A local folder whose files end in `path`: that folder itself, or a temporary one that is uploaded at the end."""
+    """A local folder whose files end in `path`: that folder itself, or a temporary one that is
+    uploaded at the end.
+    """
     if storage.is_local(path):
         yield storage.local_path(path)
         return

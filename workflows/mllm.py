@@ -24,10 +24,11 @@ PREPARED = "prepared.json"
 
 
 def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
-    """The mllm artifact: `model/` (see `smalti.mllm.build`), `text_tokenizer/`, and `text/` shards of text-only data.
+    """The mllm artifact: `model/` (see `smalti.mllm.build`), `text_tokenizer/`, and `text/` shards
+    of text-only data.
 
-    Counts: rows (images trained on), texts, steps.
-    Errors: ConfigError for sections that do not fit, DataError for token shards without a usable row.
+    Counts: rows (images trained on), texts, steps. Errors: ConfigError for sections that do not
+    fit, DataError for token shards without a usable row.
     """
     check(recipe)
     parents = {name: find_artifact(recipe, name) for name in ("tokenizer", "tokens")}
@@ -44,7 +45,9 @@ def result_config(section: MllmSection) -> dict[str, Any]:
 
 
 def check(recipe: Recipe) -> None:
-    """ConfigError for what would only show after hours: no model, two models, text without a source, odd batches."""
+    """ConfigError for what would only show after hours: no model, two models, text without a
+    source, odd batches.
+    """
     section = recipe.mllm
     if bool(section.pretrained) == bool(section.config):
         found = (
@@ -69,7 +72,9 @@ def check(recipe: Recipe) -> None:
 
 
 def check_parts(section: MllmSection) -> None:
-    """ConfigError: parts of the model that are frozen so that nothing, or nothing of LoRA, is left to train; no peft."""
+    """ConfigError: parts of the model that are frozen so that nothing, or nothing of LoRA, is left
+    to train; no peft.
+    """
     if section.lora:
         from smalti.mllm.lora import require_peft
 
@@ -138,7 +143,9 @@ def usable(run: StageRun, tokens: str) -> tuple[list[str], list[int]]:
 
 
 def placed(section: MllmSection) -> MllmSection:
-    """The section as workers can use it: they stand in other folders, so a local model goes by its absolute path."""
+    """The section as workers can use it: they stand in other folders, so a local model goes by its
+    absolute path.
+    """
     return (
         section.model_copy(update={"pretrained": resolve(section.pretrained)})
         if section.pretrained
@@ -147,8 +154,11 @@ def placed(section: MllmSection) -> MllmSection:
 
 
 def prepare_texts(run: StageRun, tokens: str) -> tuple[list[str], list[int]] | None:
-    """Text shards and the text tokenizer, made once: a run that goes on takes what it began with, whatever
-    `mllm.text_source` holds now. Keys and rows of the text shards, None without text-only data."""
+    """Text shards and the text tokenizer, made once: a run that goes on takes what it began with,
+    whatever `mllm.text_source` holds now.
+
+    Keys and rows of the text shards, None without text-only data.
+    """
     mark = storage.join(run.path, PREPARED)
     if not storage.exists(mark):
         text = write_texts(run) if run.recipe.mllm.whole_mixture.text else None
@@ -159,7 +169,9 @@ def prepare_texts(run: StageRun, tokens: str) -> tuple[list[str], list[int]] | N
 
 
 def make_text_tokenizer(run: StageRun, tokens: str) -> None:
-    """`<stage>/text_tokenizer`: the pretrained model's, or a BPE trained on the corpus's captions, questions and answers."""
+    """`<stage>/text_tokenizer`: the pretrained model's, or a BPE trained on the corpus's captions,
+    questions and answers.
+    """
     from smalti.mllm.bpe import train_bpe
     from smalti.mllm.build import load_text_tokenizer
 
@@ -173,7 +185,9 @@ def make_text_tokenizer(run: StageRun, tokens: str) -> None:
 
 
 def _texts(run: StageRun, tokens: str) -> Iterator[str]:
-    """Every text that the model will read: captions (else labels), questions, answers, text-only data."""
+    """Every text that the model will read: captions (else labels), questions, answers, text-only
+    data.
+    """
     from smalti.mllm.sequences import caption_of, questions_of
 
     for key in shards.list_shards(tokens, "train"):
@@ -189,7 +203,10 @@ def _texts(run: StageRun, tokens: str) -> Iterator[str]:
 
 
 def write_texts(run: StageRun) -> tuple[list[str], list[int]]:
-    """`mllm.text_source` as shards of a column `text` under `<stage>/text`; keys and rows. Empty lines are left out."""
+    """`mllm.text_source` as shards of a column `text` under `<stage>/text`; keys and rows.
+
+    Empty lines are left out.
+    """
     source = run.recipe.mllm.text_source
     assert source is not None
     folder = storage.join(run.path, "text")
@@ -217,9 +234,11 @@ def write_texts(run: StageRun) -> tuple[list[str], list[int]]:
 
 
 def read_texts(source: str) -> Iterator[str]:
-    """Texts of a .txt (one a line), .jsonl or .parquet file with a `text` field, without empty ones.
+    """Texts of a .txt (one a line), .jsonl or .parquet file with a `text` field, without empty
+    ones.
 
-    DataError: another ending, no such field, a line that is no JSON."""
+    DataError: another ending, no such field, a line that is no JSON.
+    """
     ending = source.rsplit(".", 1)[-1].lower()
     if ending not in ("txt", "jsonl", "parquet"):
         raise DataError(f"mllm.text_source={source}: expected a .txt, .jsonl or .parquet file")

@@ -1,4 +1,6 @@
-"""`smalti quickstart`: the whole chain, small, on this machine; on easy-vqa, or on a folder of one's own pictures."""
+"""`smalti quickstart`: the whole chain, small, on this machine; on easy-vqa, or on a folder of
+one's own pictures.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,9 @@ VECTORS_A_CODE = 16
 def run(out: str, images: str | None = None, overrides: Sequence[str] = ()) -> None:
     """Train a tokenizer and a language model, score them, and write `<out>/report.html`.
 
-    `images`: a folder (captions in `.txt` files beside the pictures, or class folders) instead of easy-vqa. Errors:
-    ConfigError when it does not exist, DataError when fewer than 16 of its images can be used.
+    `images`: a folder (captions in `.txt` files beside the pictures, or class folders) instead of
+    easy-vqa. Errors: ConfigError when it does not exist, DataError when fewer than 16 of its images
+    can be used.
     """
     recipe = load_recipe(find_recipe(RECIPE), [f"out={out}", *overrides])
     given = {parse_override(text)[0] for text in overrides}
@@ -42,7 +45,9 @@ def run(out: str, images: str | None = None, overrides: Sequence[str] = ()) -> N
 
 
 def _corpus_of(images: str) -> dict[str, Any]:
-    """Overrides that put a folder in the place of easy-vqa: a tenth is held out, and there are no questions."""
+    """Overrides that put a folder in the place of easy-vqa: a tenth is held out, and there are no
+    questions.
+    """
     return {
         "name": "quickstart-own-images",
         "corpus.source": images,
@@ -56,7 +61,9 @@ def _corpus_of(images: str) -> dict[str, Any]:
 
 
 def _own_images(recipe: Recipe) -> Recipe:
-    """Sizes that fit what the folder holds: codes by the number of patches, batches by the number of images."""
+    """Sizes that fit what the folder holds: codes by the number of patches, batches by the number
+    of images.
+    """
     corpus = run_recipe(recipe, only="corpus")[0]
     num_images = corpus.counts["train"]
     if num_images < MIN_IMAGES or not corpus.counts.get("val"):

@@ -1,4 +1,6 @@
-"""The plan of a whole recipe: its data stages, its codebook, every stage that trains, and what all of it stores."""
+"""The plan of a whole recipe: its data stages, its codebook, every stage that trains, and what all
+of it stores.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +30,13 @@ CODE_BYTES, HALF, SINGLE = 4, 2, 4
 
 @dataclass
 class RecipePlan:
-    """What a recipe costs on `given` devices at these rates; None: as many as `resources.workers` lets train.
+    """What a recipe costs on `given` devices at these rates; None: as many as `resources.workers`
+    lets train.
 
     ConfigError: a batch that so many cannot share.
 
-    vectors, width: of the codebook, where features do not follow from the recipe. length: mean tokens of a sequence of
-    the language model. `refusals` is filled by `lines`.
+    vectors, width: of the codebook, where features do not follow from the recipe. length: mean
+    tokens of a sequence of the language model. `refusals` is filled by `lines`.
     """
 
     recipe: Recipe
@@ -59,8 +62,9 @@ class RecipePlan:
         self.images = self.images or self._images()
 
     def _images(self) -> int:
-        """Those of the corpus that stands, else what the longest stage over images sees once (that over tokens, where none
-        is over images)."""
+        """Those of the corpus that stands, else what the longest stage over images sees once (that
+        over tokens, where none is over images).
+        """
         if self.corpus is not None and self.corpus.counts.get("images"):
             return self.corpus.counts["images"]
         seen = [m for m in self.models if m.pixels] or self.models
@@ -103,7 +107,9 @@ class RecipePlan:
 
     @property
     def mean_length(self) -> int:
-        """Tokens of a sequence: as given; else packed ones are an image and a short text, others as long as can be."""
+        """Tokens of a sequence: as given; else packed ones are an image and a short text, others as
+        long as can be.
+        """
         longest = self.recipe.mllm.max_length
         likely = self.patches + ASSUMED_TEXT if self.recipe.mllm.packing else longest
         return min(longest, self.length or likely)
@@ -155,7 +161,9 @@ class RecipePlan:
         return f"sequences of {mean:,} tokens in the mean{assumed}, {packed} {longest:,}"
 
     def _parts_told(self, model: Model) -> Iterator[str]:
-        """What learns when, where a stage lets parts rest: they keep their states, and a step costs the same."""
+        """What learns when, where a stage lets parts rest: they keep their states, and a step costs
+        the same.
+        """
         section, modules = self.recipe.mllm, model.modules["model"]
         part_of: dict[int, str] = modules.parts()  # type: ignore[operator]
         awake: dict[int, tuple[str, ...]] = {}

@@ -1,7 +1,8 @@
 """`--smoke`: any recipe shrunk to seconds, on the same code path.
 
-Images are generated; a pretrained SigLIP or language model is replaced by a tiny random one of the same classes, saved
-in the output folder and loaded from there like any other. Kinds, losses, phases and switches stay as the recipe says.
+Images are generated; a pretrained SigLIP or language model is replaced by a tiny random one of the
+same classes, saved in the output folder and loaded from there like any other. Kinds, losses, phases
+and switches stay as the recipe says.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ _NUM_PATCHES_A_SIDE = 4
 
 
 def shrink(recipe: Recipe) -> Recipe:
-    """The same recipe at toy size, in `<out>-smoke`; makes the tiny stand-ins for pretrained models there."""
+    """The same recipe at toy size, in `<out>-smoke`; makes the tiny stand-ins for pretrained models
+    there.
+    """
     out = recipe.out.rstrip("/") + "-smoke"
     values: dict[str, Any] = {"out": out, "name": f"{recipe.name}-smoke", "share": []}
     system = system_of(recipe)
@@ -41,9 +44,12 @@ def shrink(recipe: Recipe) -> Recipe:
 
 
 def _resources(recipe: Recipe) -> dict[str, Any]:
-    """At most two workers. Where Ray sees a GPU, and the recipe does not keep to the CPU, the workers have as many as it
-    wants (one where it wants none, fewer where there are), and are no more than these GPUs allow: CUDA and nccl are tried
-    wherever they can be."""
+    """At most two workers.
+
+    Where Ray sees a GPU, and the recipe does not keep to the CPU, the workers have as many as it
+    wants (one where it wants none, fewer where there are), and are no more than these GPUs allow:
+    CUDA and nccl are tried wherever they can be.
+    """
     wanted = recipe.resources.gpus_per_worker or float(recipe.resources.device == "auto")
     workers, gpus = min(recipe.resources.max_workers, 2), wanted
     if gpus:
@@ -142,7 +148,9 @@ def _model(recipe: Recipe, system: System, out: str) -> dict[str, Any]:
 
 
 def _tiny_diffuser(path: str) -> str:
-    """A random Stable Diffusion at `path`: its text encoder of width 16; the whole pipeline where diffusers is installed."""
+    """A random Stable Diffusion at `path`: its text encoder of width 16; the whole pipeline where
+    diffusers is installed.
+    """
     if exists(join(path, "model_index.json")):
         return path
     import torch
@@ -233,7 +241,9 @@ def _tiny_siglip(path: str, layers: int) -> str:
 
 
 def _tiny_qwen2(path: str) -> str:
-    """A random Qwen2 with its tokenizer at `path`: width 32, 2 layers, tied head as in the small Qwen2.5 models."""
+    """A random Qwen2 with its tokenizer at `path`: width 32, 2 layers, tied head as in the small
+    Qwen2.5 models.
+    """
     if exists(join(path, "config.json")):
         return path
     import torch

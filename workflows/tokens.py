@@ -1,4 +1,6 @@
-"""Stage `tokens`: corpus shards → shards of visual codes, under the same names, with the text that rides along."""
+"""Stage `tokens`: corpus shards → shards of visual codes, under the same names, with the text that
+rides along.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,10 @@ CARRIED = ["image_id", "caption", "label", "qa"]
 
 
 def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
-    """The tokens artifact: codes int32 of every image, train and val. Counts: images, train, val, codes, num_codes."""
+    """The tokens artifact: codes int32 of every image, train and val.
+
+    Counts: images, train, val, codes, num_codes.
+    """
     parents = {name: find_artifact(recipe, name) for name in ("corpus", "tokenizer")}
     return run_stage(
         recipe,
@@ -87,7 +92,10 @@ class EncodeShard:
         )
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
-        """Codes of the images: int32 (images, …). Errors: DataError when the tokenizer gives a code out of its range."""
+        """Codes of the images: int32 (images, …).
+
+        Errors: DataError when the tokenizer gives a code out of its range.
+        """
         import torch
 
         from smalti.tokenizers.encoders import batches, on_host

@@ -1,6 +1,7 @@
 """The command line: `smalti …`, or `python -m smalti …`.
 
-Exit codes: 0 success; 1 the run failed, with one message; 2 wrong arguments or recipe; 130 interrupted.
+Exit codes: 0 success; 1 the run failed, with one message; 2 wrong arguments or recipe; 130
+interrupted.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What `smalti doctor` finds on every node of a cluster, and whether a recipe's stages have room there."""
+"""What `smalti doctor` finds on every node of a cluster, and whether a recipe's stages have room
+there.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,10 @@ MUST_AGREE = ("python", "ray", "torch", "deepspeed", "transformers")
 
 
 def cluster_checks(out: str, recipe: Recipe | None, wait_s: float = 0.0) -> list[Check]:
-    """Lines about all nodes. Ray must be connected. wait_s: how long the nodes of a recipe are waited for first."""
+    """Lines about all nodes.
+
+    Ray must be connected. wait_s: how long the nodes of a recipe are waited for first.
+    """
     import ray
 
     from smalti.workflows.cluster import checks as work
@@ -43,7 +48,9 @@ def came_check(waited_s: float, came: bool) -> Check:
 
 
 def local_folders(recipe: Recipe) -> list[str]:
-    """Folders on each machine that the recipe's trainings write to: caches of shards, and states that are offloaded."""
+    """Folders on each machine that the recipe's trainings write to: caches of shards, and states
+    that are offloaded.
+    """
     tokenizer, encoder = recipe.tokenizer, recipe.encoder.train
     trains = [
         recipe.mllm.train,
@@ -155,7 +162,10 @@ def _storage(out: str, facts: list[Any], unseen: dict[str, list[str]]) -> list[C
 
 
 def _reduce(facts: list[Any], all_reduce: Any, free_gpus: float) -> list[Check]:
-    """NCCL over all GPUs; without GPUs gloo over a process a node, where there are several. Not tried while others work."""
+    """NCCL over all GPUs; without GPUs gloo over a process a node, where there are several.
+
+    Not tried while others work.
+    """
     gpus = int(sum(fact.gpus_ray for fact in facts))
     if gpus and any(fact.gpus_ray > fact.gpus_torch for fact in facts):
         return []
@@ -175,7 +185,9 @@ def _reduce(facts: list[Any], all_reduce: Any, free_gpus: float) -> list[Check]:
 
 
 def room_checks(recipe: Recipe, nodes: Any, unseen: bool = False) -> list[Check]:
-    """Whether the recipe's stages can be placed on these nodes. unseen: others may come, of which nothing is known here."""
+    """Whether the recipe's stages can be placed on these nodes. unseen: others may come, of which
+    nothing is known here.
+    """
     from smalti.workflows.cluster.placement import shortages, unplaceable
 
     checks = []
@@ -195,8 +207,9 @@ def room_checks(recipe: Recipe, nodes: Any, unseen: bool = False) -> list[Check]
 
 
 def local_room(recipe: Recipe) -> list[Check]:
-    """The same for a local session, which shares its cores among as many CPUs as the recipe asks for, and with
-    `resources.device: cpu` says it has as many GPUs."""
+    """The same for a local session, which shares its cores among as many CPUs as the recipe asks
+    for, and with `resources.device: cpu` says it has as many GPUs.
+    """
     import torch
 
     from smalti.workflows.cluster.placement import Node, Nodes

@@ -12,7 +12,8 @@ _INNER = ("cause", "_base_exc", "controller_failure", "__cause__", "__context__"
 def message_of(error: BaseException) -> str | None:
     """Message of the first `SmaltiError` in `error` and the errors it wraps, or None.
 
-    The classes of smalti come first: Ray also raises a generated subclass whose message is a remote traceback.
+    The classes of smalti come first: Ray also raises a generated subclass whose message is a remote
+    traceback.
     """
     found = [item for item in _inside(error) if isinstance(item, SmaltiError)]
     own = [item for item in found if type(item).__module__.startswith("smalti")]
@@ -21,7 +22,9 @@ def message_of(error: BaseException) -> str | None:
 
 
 def _inside(error: BaseException) -> Iterator[BaseException]:
-    """`error`, then what it was raised from, what a remote task or a training worker failed with, and so on."""
+    """`error`, then what it was raised from, what a remote task or a training worker failed with,
+    and so on.
+    """
     queue, seen = [error], {id(error)}
     while queue:
         item = queue.pop(0)

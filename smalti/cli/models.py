@@ -135,7 +135,9 @@ def reconstruct_options(parser: argparse.ArgumentParser) -> None:
 
 
 def reconstruct(arguments: argparse.Namespace) -> None:
-    """A PNG an image: input, reconstruction, and the semantic codes alone where the tokenizer can decode them."""
+    """A PNG an image: input, reconstruction, and the semantic codes alone where the tokenizer can
+    decode them.
+    """
     import torch
 
     from smalti.api import load_tokenizer

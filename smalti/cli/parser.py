@@ -196,8 +196,8 @@ def build_parser() -> argparse.ArgumentParser:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the arguments of the command line.
 
-    Options may be between positionals (`run RECIPE --smoke seed=1`), which argparse refuses once a list has begun: what is
-    left over goes to the list that the command names as `rest`.
+    Options may be between positionals (`run RECIPE --smoke seed=1`), which argparse refuses once a
+    list has begun: what is left over goes to the list that the command names as `rest`.
     """
     parser = build_parser()
     arguments, left = parser.parse_known_args(argv)

@@ -41,7 +41,11 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the plan. ConfigError (exit 2): what cannot be planned; SmaltiError (exit 1): what cannot fit, and the fix."""
+    """Print the plan.
+
+    ConfigError (exit 2): what cannot be planned; SmaltiError (exit 1): what cannot fit, and the
+    fix.
+    """
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     wrong = [
         f"--{name}"

@@ -1,7 +1,9 @@
-"""The recipe: every key that a YAML file or a `key=value` override may set, with its type, default and meaning.
+"""The recipe: every key that a YAML file or a `key=value` override may set, with its type, default
+and meaning.
 
-Models are frozen and strict: an unknown key or a wrong type fails (`smalti.config` turns that into one clear
-`ConfigError`). Sections stand in the order of the chain. Paths may be local or any fsspec URL.
+Models are frozen and strict: an unknown key or a wrong type fails (`smalti.config` turns that into
+one clear `ConfigError`). Sections stand in the order of the chain. Paths may be local or any fsspec
+URL.
 """
 
 from smalti.schema.base import Section, Train, result_settings

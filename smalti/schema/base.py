@@ -24,9 +24,14 @@ Weight = Annotated[float, Field(ge=0.0)]
 
 
 RUN_ONLY: dict[str, JsonValue] = {"result": False}
-"""Mark of a key that changes no result: how often is logged, what is kept, how work is divided. Fingerprints ignore it."""
+"""Mark of a key that changes no result: how often is logged, what is kept, how work is divided.
+
+Fingerprints ignore it.
+"""
 IF_SET: dict[str, JsonValue] = {"result": "if_set"}
-"""Mark of a key that fingerprints ignore at its default: it came after results were fingerprinted without it."""
+"""Mark of a key that fingerprints ignore at its default: it came after results were fingerprinted
+without it.
+"""
 LATE: dict[str, JsonValue] = {"result": "late"}
 """As `IF_SET`, and dumps leave it out at its default too."""
 
@@ -37,10 +42,11 @@ def run_only_below(*names: str) -> dict[str, JsonValue]:
 
 
 class Section(BaseModel):
-    """Base of every section: frozen, no unknown keys, no silent conversion (an int may stand for a float).
+    """Base of every section: frozen, no unknown keys, no silent conversion (an int may stand for a
+    float).
 
-    Whether a key changes results is marked at the key: `json_schema_extra=RUN_ONLY`, `IF_SET` or `LATE`; without a mark
-    it does. `result_settings` reads the marks.
+    Whether a key changes results is marked at the key: `json_schema_extra=RUN_ONLY`, `IF_SET` or
+    `LATE`; without a mark it does. `result_settings` reads the marks.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -55,7 +61,8 @@ class Section(BaseModel):
 
 
 def result_settings(section: Section, exclude: Collection[str] = ()) -> dict[str, Any]:
-    """The settings of a section that a stage's result depends on, as JSON: what its fingerprint is made of.
+    """The settings of a section that a stage's result depends on, as JSON: what its fingerprint is
+    made of.
 
     Args:
         exclude: keys that the caller handles itself.

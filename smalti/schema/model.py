@@ -47,7 +47,9 @@ class Mixture(Section):
 
 
 Part = Literal["new_rows", "adapter", "backbone"]
-"""Parts of the unified model: the embedding and the head (which hold the new rows), the adapter, and all else."""
+"""Parts of the unified model: the embedding and the head (which hold the new rows), the adapter,
+and all else.
+"""
 
 
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -74,7 +76,7 @@ class Lora(Section):
 
 
 class DepthHeads(Section):
-    """DualToken's two heads: a causal transformer over the codes of a patch, a classifier per depth."""
+    """DualToken's two heads: a causal transformer over the codes of a patch, classifiers."""
 
     layers: Positive = Field(3, description="transformer blocks")
     heads: Positive = Field(
@@ -217,7 +219,9 @@ class MllmSection(Section):
         return self
 
     def stage_at(self, step: int) -> MllmStage:
-        """What holds in a step (from 0): that of the last stage that has begun, else the section's own."""
+        """What holds in a step (from 0): that of the last stage that has begun, else the section's
+        own.
+        """
         begun = [stage for stage in self.stages if stage.from_step <= step]
         stage = begun[-1] if begun else MllmStage(from_step=0)
         own = {"mixture": self.mixture, "lr": self.lr, "freeze": []}

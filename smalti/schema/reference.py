@@ -1,4 +1,6 @@
-"""Reference of the recipe, generated from the schema: a JSON Schema for editors, and Markdown for the manual."""
+"""Reference of the recipe, generated from the schema: a JSON Schema for editors, and Markdown for
+the manual.
+"""
 
 from __future__ import annotations
 

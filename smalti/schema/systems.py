@@ -17,7 +17,8 @@ class SystemKeys:
     """How a system reads a recipe.
 
     Attributes:
-        clusters: whether a codebook is clustered from the encoder's features (stages `features` and `codebook`).
+        clusters: whether a codebook is clustered from the encoder's features (stages `features` and
+            `codebook`).
         adapter: `mllm.adapter` of recipes that do not set it; None keeps the default of the schema.
     """
 

@@ -1,4 +1,6 @@
-"""The GPU benchmarks in their tiny CPU mode: they run, print one table, and need little beside torch and transformers."""
+"""The GPU benchmarks in their tiny CPU mode: they run, print one table, and need little beside
+torch and transformers.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A small unified model: Qwen2 of width 32, two layers, tied head, padded past its tokenizer, with 24 codes in two parts."""
+"""A small unified model: Qwen2 of width 32, two layers, tied head, padded past its tokenizer, with
+24 codes in two parts.
+"""
 
 from __future__ import annotations
 
@@ -118,7 +120,9 @@ def visual_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def make_unified(visual_tokenizer_dir: str) -> Callable[..., tuple[UnifiedModel, Any]]:
-    """A unified model built as a recipe would, on that tokenizer: `make_unified(adapter=…)` → (model, hf_tokenizer)."""
+    """A unified model built as a recipe would, on that tokenizer: `make_unified(adapter=…)` →
+    (model, hf_tokenizer).
+    """
 
     def make(**settings: Any) -> tuple[UnifiedModel, Any]:
         size = LanguageModel(

@@ -45,7 +45,9 @@ def test_scale_of_the_codebook_does_not_matter_once_fitted() -> None:
 
 
 def test_each_part_of_the_codebook_is_whitened() -> None:
-    """Planted: strongly correlated channels, tiny ones, a shift; then no direction of a part stands out."""
+    """Planted: strongly correlated channels, tiny ones, a shift; then no direction of a part stands
+    out.
+    """
     torch.manual_seed(0)
     mix = torch.randn(6, 6) * torch.tensor([1.0, 1.0, 0.5, 0.5, 0.3, 0.3])
     codes = torch.cat([torch.randn(4000, 6) @ mix + 3, 1e-2 * torch.randn(4000, 3)], -1)

@@ -1,4 +1,5 @@
-"""The bridge to a diffusion decoder: its loss written out, what it learns, its folder, and what the decoder receives.
+"""The bridge to a diffusion decoder: its loss written out, what it learns, its folder, and what the
+decoder receives.
 
 Covers: mllm/diffusion.py.
 """
@@ -127,7 +128,9 @@ def test_what_a_stable_diffusion_is_conditioned_on(tmp_path: Path) -> None:
 
 
 def test_what_sdxl_is_conditioned_on(tmp_path: Path) -> None:
-    """Two encoders side by side, each before its last block, and the pooled embedding of the second."""
+    """Two encoders side by side, each before its last block, and the pooled embedding of the
+    second.
+    """
     tokenizer, made = train_bpe(PROMPTS, 290), {}
     tokenizer.model_max_length = 8
     index: dict[str, object] = {"_class_name": "StableDiffusionXLPipeline"}

@@ -1,4 +1,6 @@
-"""The cascade: a second codebook that begins as the frozen one, is trained where codes occur, and ends in embedding rows."""
+"""The cascade: a second codebook that begins as the frozen one, is trained where codes occur, and
+ends in embedding rows.
+"""
 
 from __future__ import annotations
 

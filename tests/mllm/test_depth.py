@@ -1,4 +1,6 @@
-"""Visual places of several codes: losses and drawing against a reference written out, sequences, files."""
+"""Visual places of several codes: losses and drawing against a reference written out, sequences,
+files.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ SIZE = DepthHeads(layers=2, heads=4, mlp_ratio=2)
 
 @pytest.fixture(scope="module")
 def made() -> tuple[DepthModel, Any]:
-    """A Qwen2 of width 32 with heads of two layers, and weights large enough that outputs differ clearly."""
+    """A Qwen2 of width 32 with heads of two layers, and weights large enough that outputs differ
+    clearly.
+    """
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
@@ -93,7 +97,9 @@ def logits_by_hand(model: DepthModel, hidden_H: Tensor, codes_PR: Tensor) -> Ten
 
 
 def test_the_loss_is_the_reference(made: tuple[DepthModel, Any]) -> None:
-    """Σ_d −log p(y_d) − log p(z_d) at predicted places, the text's cross entropy elsewhere; a weight for places."""
+    """Σ_d −log p(y_d) − log p(z_d) at predicted places, the text's cross entropy elsewhere; a
+    weight for places.
+    """
     model, _ = made
     one = sequences(made)[0]
     batch = collate([one], model.vocabulary.pad) | {"image_loss_weight": torch.tensor(0.5)}

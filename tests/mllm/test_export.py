@@ -1,4 +1,5 @@
-"""The embedding swap: the same logits without the adapter, in a process that cannot import this project.
+"""The embedding swap: the same logits without the adapter, in a process that cannot import this
+project.
 
 Covers: mllm/visual_side.py.
 """
@@ -166,7 +167,9 @@ def test_another_visual_tokenizer_is_refused(
 
 
 def test_a_tokenizer_that_would_load_as_another_is_refused(visual_tokenizer_dir, tmp_path) -> None:
-    """A word-level tokenizer beside a Qwen2 model: transformers would load it with Qwen2's byte-level split."""
+    """A word-level tokenizer beside a Qwen2 model: transformers would load it with Qwen2's
+    byte-level split.
+    """
     words = {"<pad>": 0, "<eos>": 1, "<unk>": 2, "a": 3, "blue": 4, "circle": 5}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()

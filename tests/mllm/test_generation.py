@@ -1,4 +1,6 @@
-"""Drawing and answering against plain recomputation without a cache, without padding, without batches."""
+"""Drawing and answering against plain recomputation without a cache, without padding, without
+batches.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ def test_batched_cached_drawing_equals_two_separate_passes(tiny, sampling: Sampl
 
 
 def two_pass_logits(tiny, prompt: list[int], drawn: list[int], cfg: float) -> list[torch.Tensor]:
-    """Guided logits of the whole vocabulary at every token, as transformers gives them: each half with a cache of its own."""
+    """Guided logits of the whole vocabulary at every token, as transformers gives them: each half
+    with a cache of its own.
+    """
     v, model, found = tiny.vocabulary, tiny.model, []
     halves = [{"ids": prompt, "cache": None}, {"ids": [v.bos, v.boi], "cache": None}]
     for code in [*drawn, None]:
@@ -93,7 +97,9 @@ def test_logits_equal_two_passes_with_a_cache_in_transformers(tiny, attention: s
 
 
 def test_compiled_steps_draw_the_same_and_find_their_cache_where_it_was(tiny) -> None:
-    """One cache for a shape, which CUDA graphs are recorded for: empty again, whatever was drawn before."""
+    """One cache for a shape, which CUDA graphs are recorded for: empty again, whatever was drawn
+    before.
+    """
     places = set()
     for texts in (PROMPTS, ["a blue circle", "red", "no"], PROMPTS[::-1]):
         prompts = [tiny.text.caption_prompt(text) for text in texts]

@@ -172,7 +172,9 @@ def relative(found: torch.Tensor, right: torch.Tensor) -> float:
 def test_a_bf16_weights_gradient_in_parts_of_the_vocabulary(
     monkeypatch: pytest.MonkeyPatch, low_sums: bool
 ) -> None:
-    """Sums of 50 chunks: in float32 as exact as one product, in bf16 rounded once a chunk; parts change nothing."""
+    """Sums of 50 chunks: in float32 as exact as one product, in bf16 rounded once a chunk; parts
+    change nothing.
+    """
     hidden, weight, _, labels, weights = problem(n=400, dtype=torch.bfloat16)
     wide = weight.detach().float().requires_grad_()
     expected, _ = reference(hidden.detach().float(), wide, 0, labels, weights)
@@ -207,7 +209,9 @@ def test_scaled_rows_are_those_times_their_factor() -> None:
 
 @pytest.mark.parametrize("low_weight", [False, True])
 def test_under_autocast_every_product_is_in_its_dtype(low_weight: bool) -> None:
-    """Float32 hidden states, as norms of a language model give them, and a head in float32 or, gathered, in bf16."""
+    """Float32 hidden states, as norms of a language model give them, and a head in float32 or,
+    gathered, in bf16.
+    """
     hidden, weight, bias, labels, weights = problem(n=400)
     weight = weight.detach().to(torch.bfloat16 if low_weight else torch.float32).requires_grad_()
     wide = [t.detach().float().requires_grad_() for t in (hidden, weight, bias)]

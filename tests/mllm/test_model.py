@@ -119,7 +119,9 @@ def test_loss_is_the_weighted_mean_over_full_logits(
 
 
 def test_two_micro_batches_with_a_shared_weight_equal_one_batch(tiny) -> None:
-    """Rows of unequal label counts, summed as gradient accumulation and ranks do: mean of the parts' losses."""
+    """Rows of unequal label counts, summed as gradient accumulation and ranks do: mean of the
+    parts' losses.
+    """
     model, batch = tiny.model, make_batch(tiny, batch=4)
     model.image_loss_weight, model.answer_loss_weight = 0.5, 3.0
     model(batch)[0].backward()

@@ -1,4 +1,6 @@
-"""Packed rows: nothing lost, nothing overfull, few and narrow; and the loss of a packed batch is the unpacked one."""
+"""Packed rows: nothing lost, nothing overfull, few and narrow; and the loss of a packed batch is
+the unpacked one.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,9 @@ def test_packed_rows_hold_all_in_few_places(lengths: list[int], room: int) -> No
 
 
 def test_half_empty_rows_are_made_narrow() -> None:
-    """Two tenths of a row more than two rows hold: three of seven sequences, not two full ones and one of a single one."""
+    """Two tenths of a row more than two rows hold: three of seven sequences, not two full ones and
+    one of a single one.
+    """
     lengths = [9] * 21
     assert sorted(filled(best_fit(lengths, 90), lengths)) == [9, 90, 90]
     assert filled(pack(lengths, 90), lengths) == [63, 63, 63]
@@ -133,7 +137,9 @@ def test_the_loss_of_a_packed_batch_is_that_of_its_sequences_alone(tiny, isolate
 
 
 def test_one_row_without_padding_gives_the_loss_of_packed_rows(tiny) -> None:
-    """The form that flash-attention gets; here transformers finds the documents by their positions and SDPA computes it."""
+    """The form that flash-attention gets; here transformers finds the documents by their positions
+    and SDPA computes it.
+    """
     builder = SequenceBuilder(tiny.hf_tokenizer, tiny.vocabulary)
     kinds = ["qa", "caption_to_image", "image_to_caption", "caption_to_image", "qa"]
     sequences = [builder.build(kind, ROW, np.random.default_rng(n)) for n, kind in enumerate(kinds)]

@@ -1,4 +1,6 @@
-"""Old rows that move less: the same model at the start, smaller steps by the factor, plain rows at the end."""
+"""Old rows that move less: the same model at the start, smaller steps by the factor, plain rows at
+the end.
+"""
 
 from __future__ import annotations
 

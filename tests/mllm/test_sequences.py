@@ -237,7 +237,9 @@ def test_collate_pads_on_the_right(tiny, builder) -> None:
 
 
 def test_packed_sequences_and_isolated_questions_are_computed_as_if_alone(tiny) -> None:
-    """Every document of a packed batch, and every question of one, has the logits that it has by itself."""
+    """Every document of a packed batch, and every question of one, has the logits that it has by
+    itself.
+    """
     builder = SequenceBuilder(tiny.hf_tokenizer, tiny.vocabulary, questions_per_image=3)
     kinds = ["caption_to_image", "qa", "image_to_caption", "caption_to_image", "qa"]
     sequences = [builder.build(kind, ROW, rng(seed)) for seed, kind in enumerate(kinds)]

@@ -1,7 +1,7 @@
 """The command line: arguments, exit codes, messages.
 
-Covers: smalti/__main__.py, smalti/cli/failures.py, smalti/cli/models.py, smalti/cli/parser.py, smalti/cli/show.py,
-smalti/cli/stages.py, smalti/errors.py.
+Covers: smalti/__main__.py, smalti/cli/failures.py, smalti/cli/models.py, smalti/cli/parser.py,
+smalti/cli/show.py, smalti/cli/stages.py, smalti/errors.py.
 """
 
 from __future__ import annotations
@@ -247,7 +247,9 @@ def test_show_what_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 class FakeModel:
-    """In the place of a trained model: draws grey of a brightness that tells the seed and the number in the batch."""
+    """In the place of a trained model: draws grey of a brightness that tells the seed and the
+    number in the batch.
+    """
 
     def generate(
         self,

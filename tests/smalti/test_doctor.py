@@ -1,6 +1,7 @@
 """What smalti doctor reports.
 
-Covers: smalti/cli/check.py, smalti/cli/doctor.py, smalti/cli/doctor_cluster.py, workflows/cluster/checks.py.
+Covers: smalti/cli/check.py, smalti/cli/doctor.py, smalti/cli/doctor_cluster.py,
+workflows/cluster/checks.py.
 """
 
 from __future__ import annotations

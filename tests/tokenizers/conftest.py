@@ -63,7 +63,9 @@ def tiny_section(guidance: bool = True, **pixel: object) -> TokenizerSection:
 
 @pytest.fixture
 def make_tokenizer(encoder: VisionEncoder) -> Callable[..., SemHiTok]:
-    """A function (guidance=True, **pixel keys) → SemHiTok with 10 semantic codes x 3 (or 30 flat ones), random weights."""
+    """A function (guidance=True, **pixel keys) → SemHiTok with 10 semantic codes x 3 (or 30 flat
+    ones), random weights.
+    """
 
     def make(guidance: bool = True, **pixel: object) -> SemHiTok:
         section = tiny_section(guidance, **pixel)

@@ -120,7 +120,9 @@ def test_the_search_chosen_reaches_the_recall_and_no_smaller_one_does(asked: flo
 
 @pytest.mark.parametrize(("num", "asked"), [(4_096, 0.99), (16_000, 0.999), (300, 0.8)])
 def test_the_recall_asked_for_holds_on_other_vectors_too(num: int, asked: float) -> None:
-    """Of reaches drawn from [0, 1] a search of reach r finds the share r: that is the recall on all other vectors."""
+    """Of reaches drawn from [0, 1] a search of reach r finds the share r: that is the recall on all
+    other vectors.
+    """
     draw = torch.Generator().manual_seed(0)
     ones = torch.ones(num, dtype=torch.int64)
     held = [
@@ -214,8 +216,11 @@ for num, width in ((700, 64), (700, 40), (3, 8)):
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 def test_the_kernel_finds_the_same_under_tritons_interpreter(root: Path) -> None:
-    """On the CPU, in a process of its own: tiles that are full, cut and nearly empty, widths that steps divide and not.
-    In float16, as the interpreter has no product of bfloat16."""
+    """On the CPU, in a process of its own: tiles that are full, cut and nearly empty, widths that
+    steps divide and not.
+
+    In float16, as the interpreter has no product of bfloat16.
+    """
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(
         [sys.executable, "-c", KERNEL], cwd=root, env=environment, capture_output=True, text=True

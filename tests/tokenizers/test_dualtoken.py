@@ -29,7 +29,9 @@ LAYERS = 4
 
 @pytest.fixture(scope="module")
 def towers() -> tuple[VisionEncoder, DualModel]:
-    """A frozen tower of four blocks (32 px, 4 x 4 patches), and a model that began with it; codebooks from its vectors."""
+    """A frozen tower of four blocks (32 px, 4 x 4 patches), and a model that began with it;
+    codebooks from its vectors.
+    """
     torch.manual_seed(0)
     size = {
         "hidden_size": 24,
@@ -73,8 +75,11 @@ def moved(model: DualModel, loss: Tensor) -> set[str]:
 def test_each_loss_reaches_what_it_should(
     towers: tuple[VisionEncoder, DualModel], model: DualModel, pixels: Tensor
 ) -> None:
-    """Reconstruction: the blocks up to the last pixel layer. Semantics: those up to the layer before the last. The layers
-    behind it and the pooling head stay as they were."""
+    """Reconstruction: the blocks up to the last pixel layer.
+
+    Semantics: those up to the layer before the last. The layers behind it and the pooling head stay
+    as they were.
+    """
     out = model.train()(pixels, towers[0](pixels) + 0.1)
     assert moved(model, out.pixels.square().mean()) == {
         "encoder",
@@ -102,7 +107,9 @@ def test_each_loss_reaches_what_it_should(
 def test_losses_by_hand(
     towers: tuple[VisionEncoder, DualModel], model: DualModel, pixels: Tensor
 ) -> None:
-    """Against transformers' own hidden states: z_pix = W (h2 + 0.6 h1) + b, and both distances to F0."""
+    """Against transformers' own hidden states: z_pix = W (h2 + 0.6 h1) + b, and both distances to
+    F0.
+    """
     frozen, model = towers[0], model.train()
     states = model.encoder.tower(pixels, output_hidden_states=True).hidden_states
     target = frozen(pixels)
@@ -160,7 +167,9 @@ def backward(model: DualModel, pixels: Tensor, target: Tensor) -> list[Tensor]:
 def test_pooled_is_the_tower_where_codes_rebuild_its_state(
     model: DualModel, pixels: Tensor
 ) -> None:
-    """With codes and projections that lose nothing, the embedding through codes is transformers' pooled output."""
+    """With codes and projections that lose nothing, the embedding through codes is transformers'
+    pooled output.
+    """
     state = model.encoder(pixels).detach()
     wide = DualModel(STAGE.model_copy(update={"codes": 48 * 3, "dim": 24}), model.encoder)
     with torch.no_grad():

@@ -50,7 +50,9 @@ def test_adaptive_weight_is_the_ratio_of_gradient_norms() -> None:
 
 
 def test_adaptive_weight_through_a_function_runs_no_hook_of_the_images(pixels: Tensor) -> None:
-    """An engine's hooks on its outputs are made for one backward: the two gradients must not run them."""
+    """An engine's hooks on its outputs are made for one backward: the two gradients must not run
+    them.
+    """
     discriminator, layer, ran = PatchGAN(8), nn.Conv2d(3, 3, 1), []
     loss_of = PixelLoss(Loss(gan=Gan(weight=0.5, start_step=0, adaptive=True)))
     made = layer(pixels)

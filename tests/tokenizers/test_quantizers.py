@@ -155,7 +155,9 @@ def test_a_first_batch_does_not_restart_initialised_codes() -> None:
 def simulated_ranks(
     quantizers_R: list[EMAQuantizer], stats_R: list[EMAStats], ranks: list[int] | None = None
 ) -> list[int]:
-    """Run `update` on several ranks whose all_reduce really sums: each rank in a thread, meeting at every collective."""
+    """Run `update` on several ranks whose all_reduce really sums: each rank in a thread, meeting at
+    every collective.
+    """
     import threading
 
     size = len(quantizers_R)
@@ -350,7 +352,10 @@ def test_every_quantizer_keeps_the_contract(kind: str) -> None:
 
 
 class LinearQuantizer(VanillaQuantizer):
-    """As SimVQ (arXiv 2411.02038): frozen codes behind a trained linear map. `solve` keeps a start."""
+    """As SimVQ (arXiv 2411.02038): frozen codes behind a trained linear map.
+
+    `solve` keeps a start.
+    """
 
     solve = True
 

@@ -18,7 +18,9 @@ def quantizer(**settings: float) -> ResidualQuantizer:
 
 
 def by_hand(z_MD: Tensor, codes_KD: Tensor) -> tuple[list[list[int]], Tensor, Tensor, Tensor]:
-    """Codes, ẑ, the sum over vectors and depths of ‖z − ẑ_d‖², and the residuals, one vector at a time."""
+    """Codes, ẑ, the sum over vectors and depths of ‖z − ẑ_d‖², and the residuals, one vector at a
+    time.
+    """
     ids, sums, error, residuals = [], [], torch.zeros(()), []
     for z_D in z_MD:
         rest, total, own = z_D, torch.zeros(D), []
@@ -55,7 +57,9 @@ def test_codes_sums_loss_gradient_and_statistics_are_the_reference() -> None:
 
 
 def test_two_half_batches_make_the_update_of_one() -> None:
-    """Counts and sums of all depths go into one update; candidates are the residuals in the order of the vectors."""
+    """Counts and sums of all depths go into one update; candidates are the residuals in the order
+    of the vectors.
+    """
     whole, halves = quantizer(restart_below=8.0), quantizer(restart_below=8.0)
     z = torch.randn(8, 4, D)
     restarted = whole.update(whole(z).stats)

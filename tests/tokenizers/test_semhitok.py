@@ -1,4 +1,5 @@
-"""SemHiTok as a whole: stages that train what they should, codes that come back, files that stand alone.
+"""SemHiTok as a whole: stages that train what they should, codes that come back, files that stand
+alone.
 
 Covers: tokenizers/loading.py, tokenizers/pixel.py, tokenizers/saved.py, tokenizers/semantic.py.
 """
@@ -40,7 +41,9 @@ def semantic_ids(tokenizer: SemHiTok, pixels: Tensor) -> Tensor:
 def start_codebook(
     tokenizer: PixelTokenizer, vectors_BND: Tensor, ids_BN: Tensor | None, seed: int = 0
 ) -> None:
-    """Start the pixel codebooks from vectors (B, N, D), through the `init_from` that the pixel phase calls."""
+    """Start the pixel codebooks from vectors (B, N, D), through the `init_from` that the pixel
+    phase calls.
+    """
     book, generator = tokenizer.codebook, torch.Generator().manual_seed(seed)
     ids_T = (
         torch.zeros(vectors_BND.shape[:2].numel(), dtype=torch.int64)
@@ -50,7 +53,7 @@ def start_codebook(
     book.init_from(vectors_BND.flatten(0, 1), ids_T, generator)
 
 
-# --- semantic stage -----------------------------------------------------------------------------------------------
+# --- semantic stage -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("vq", ["ema", "vanilla", "norm"])
@@ -138,7 +141,7 @@ def test_a_semantic_tokenizer_without_a_grid_takes_a_square() -> None:
         tokenizer(torch.randn(1, 8, 24))
 
 
-# --- pixel stage --------------------------------------------------------------------------------------------------
+# --- pixel stage ----------------------------------------------------------------------------------
 
 
 def train_pixel(tokenizer: SemHiTok, pixels: Tensor, steps: int = 5) -> float:
@@ -291,7 +294,7 @@ def test_bf16_training_keeps_codes_exact(make_tokenizer: Make, pixels: Tensor) -
     assert loss.dtype == torch.float32
 
 
-# --- the whole ----------------------------------------------------------------------------------------------------
+# --- the whole ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("guidance", [True, False])

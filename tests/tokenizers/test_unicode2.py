@@ -1,4 +1,6 @@
-"""The clustered codebook as a tokenizer: codes against a search written out, its folder, and what it refuses."""
+"""The clustered codebook as a tokenizer: codes against a search written out, its folder, and what
+it refuses.
+"""
 
 from __future__ import annotations
 

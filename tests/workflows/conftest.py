@@ -41,7 +41,9 @@ def serve(tmp_path: Path) -> Iterator[Callable[[type[http.server.SimpleHTTPReque
 
 @pytest.fixture
 def inline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The corpus stage's workers in this process, one after the other: for what does not depend on Ray."""
+    """The corpus stage's workers in this process, one after the other: for what does not depend on
+    Ray.
+    """
 
     def here(
         items: Any, worker: Any, args: Any, resources: Any, *, model: bool, tally: Any
@@ -84,8 +86,11 @@ def _fork(
 
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., list[Any]]]:
-    """`ranks(work, world_size, *arguments)`: what `work(*arguments)` returns on each rank of a group of new processes, in
-    rank order. DeepSpeed holds one process group a process."""
+    """`ranks(work, world_size, *arguments)`: what `work(*arguments)` returns on each rank of a
+    group of new processes, in rank order.
+
+    DeepSpeed holds one process group a process.
+    """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as server:
 
         def run(work: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:

@@ -1,4 +1,5 @@
-"""The stage `bridge`: its task on real shards, what is refused, its plan, and an export that draws through it.
+"""The stage `bridge`: its task on real shards, what is refused, its plan, and an export that draws
+through it.
 
 Covers: workflows/train/tasks/bridge.py.
 """

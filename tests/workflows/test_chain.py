@@ -1,4 +1,5 @@
-"""The whole chain at toy size: every recipe with --smoke; SIGKILL in the middle of each stage and the same command again.
+"""The whole chain at toy size: every recipe with --smoke; SIGKILL in the middle of each stage and
+the same command again.
 
 Covers: workflows/export.py, workflows/systems/smoke_sizes.py.
 """
@@ -71,7 +72,9 @@ def contents(artifact: Path) -> dict[str, str]:
 
 
 def _fork(arguments: list[str], told: str) -> int:
-    """In the process that is kept for it, which has imported the libraries: a child that runs the command; its pid."""
+    """In the process that is kept for it, which has imported the libraries: a child that runs the
+    command; its pid.
+    """
     import mlflow.tracking  # noqa: F401
     import ray.data  # noqa: F401
 
@@ -117,7 +120,9 @@ class Running:
 
 @pytest.fixture(scope="module")
 def start() -> Iterator[Callable[[list[str], Path], Running]]:
-    """`start(command, told)`: the command in a new process, without the seconds that its imports take."""
+    """`start(command, told)`: the command in a new process, without the seconds that its imports
+    take.
+    """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as server:
 
         def started(command: list[str], told: Path) -> Running:
@@ -181,7 +186,9 @@ def test_the_same_command_again_skips_every_stage(unbroken: Path) -> None:
 
 
 def kill_in(stage: str, running: Running) -> None:
-    """SIGKILL the chain some moments after `stage` began (or went on, where a kill came late before)."""
+    """SIGKILL the chain some moments after `stage` began (or went on, where a kill came late
+    before).
+    """
     begun = re.compile(rf"^{stage}: (starting|resuming) ", re.MULTILINE)
     deadline = time.monotonic() + 120
     while (

@@ -1,5 +1,6 @@
-"""What the recipe alone shows to be wrong is told before the first stage, and before Ray starts; what
-the corpus shows, before the first training."""
+"""What the recipe alone shows to be wrong is told before the first stage, and before Ray starts;
+what the corpus shows, before the first training.
+"""
 
 from __future__ import annotations
 

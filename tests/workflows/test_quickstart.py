@@ -1,4 +1,5 @@
-"""`smalti quickstart --images`: a folder of one's own in the place of easy-vqa, in sizes that fit it.
+"""`smalti quickstart --images`: a folder of one's own in the place of easy-vqa, in sizes that fit
+it.
 
 Covers: workflows/mllm.py.
 """

@@ -17,7 +17,9 @@ from smalti.schema.base import IF_SET, LATE, RUN_ONLY, Section
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("stage_settings.py")
 BEFORE = json.loads(Path(__file__).with_name("stage_settings.json").read_text())
-"""Digests made from what the stages of commit 4e80432 gave `run_stage`, which five mechanisms decided then."""
+"""Digests made from what the stages of commit 4e80432 gave `run_stage`, which five mechanisms
+decided then.
+"""
 
 
 def settings(tree: Path) -> dict[str, dict[str, str]]:
@@ -34,7 +36,9 @@ def test_stages_are_fingerprinted_by_what_they_were_before() -> None:
 
 
 def test_a_run_only_key_changes_no_fingerprint(tmp_path: Path) -> None:
-    """A key for all trainings is added to a copy of the schema; a retention key once refused all finished artifacts."""
+    """A key for all trainings is added to a copy of the schema; a retention key once refused all
+    finished artifacts.
+    """
     shutil.copytree(
         ROOT / "smalti",
         tmp_path / "smalti",

@@ -1,6 +1,7 @@
 """Checks of a cluster's nodes: versions, GPUs, disk and the output folder.
 
-A task runs on each node. A second check is an all-reduce over all GPUs (or a few CPU processes), as training does it.
+A task runs on each node. A second check is an all-reduce over all GPUs (or a few CPU processes), as
+training does it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ DRIVER = "/dev/nvidiactl"  # if it exists, torch may see GPUs that Ray does not 
 class NodeFacts:
     """Facts that a task collected on its node.
 
-    `free_bytes`: per folder that a run writes to. `wrote`: empty, or why the output folder could not be written to.
+    `free_bytes`: per folder that a run writes to. `wrote`: empty, or why the output folder could
+    not be written to.
     """
 
     node: str
@@ -130,7 +132,8 @@ def survey(
         folders: other folders that a run writes to on every node.
 
     Returns:
-        The facts of every node that answered; by node, the marks of other nodes that it does not see; and the nodes that
+        The facts of every node that answered; by node, the marks of other nodes that it does not
+        see; and the nodes that
         did not answer.
     """
     import ray

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 class Gpu:
     """A data sheet.
 
-    `bf16`, `tf32`, `fp32`: peaks without sparsity in FLOP/s. `memory`: bytes as torch reports them. `inside`, `network`:
-    bytes per second in each direction between the GPUs of a node, and of a node's network. `host`: bytes of main memory
-    per GPU. `network` and `host` are those of the usual cloud machines. `note`: what to know before renting one.
+    `bf16`, `tf32`, `fp32`: peaks without sparsity in FLOP/s. `memory`: bytes as torch reports them.
+    `inside`, `network`: bytes per second in each direction between the GPUs of a node, and of a
+    node's network. `host`: bytes of main memory per GPU. `network` and `host` are those of the
+    usual cloud machines. `note`: what to know before renting one.
     """
 
     bf16: float

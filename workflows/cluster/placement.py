@@ -136,8 +136,8 @@ def with_those_to_come(alive: Sequence[Mapping[str, Any]]) -> Nodes:
 def _kinds() -> tuple[list[Node], float]:
     """Kinds of workers that the autoscaler may start, and how many in total.
 
-    Read from deploy/kuberay's variable, or from the cluster file that `ray up` writes on the head, where jobs run; empty
-    elsewhere.
+    Read from deploy/kuberay's variable, or from the cluster file that `ray up` writes on the head,
+    where jobs run; empty elsewhere.
     """
     path = Path(BOOTSTRAP).expanduser()
     if GROUPS in os.environ:

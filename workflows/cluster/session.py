@@ -33,11 +33,13 @@ STORE_MIN_BYTES, STORE_MAX_BYTES = 128 * 2**20, 16 * 2**30
 def ensure_ray(recipe: Recipe, *, placed: bool = True) -> Iterator[None]:
     """Connect to Ray; nested calls reuse the session of the outer call.
 
-    With RAY_ADDRESS set (also inside `ray job submit`) it joins that cluster. Otherwise it starts a local one with all
-    the cores, and at least what `resources` requests, so that a small machine is slow instead of waiting forever.
+    With RAY_ADDRESS set (also inside `ray job submit`) it joins that cluster. Otherwise it starts a
+    local one with all the cores, and at least what `resources` requests, so that a small machine is
+    slow instead of waiting forever.
 
     Args:
-        placed: whether to check that a session opened here can place what the recipe's `resources` request.
+        placed: whether to check that a session opened here can place what the recipe's `resources`
+            request.
 
     Raises:
         ConfigError: if it can never place them (Ray would wait forever).

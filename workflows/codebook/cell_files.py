@@ -1,8 +1,9 @@
 """Second level of the codebook: sort vectors by cell, then k-means in each cell.
 
-Axis letters: N vectors, C their width, K codes, P cells. One file per chunk of the features holds its vectors sorted by
-cell; a cell's codes are saved as soon as they are computed. If faiss is installed, it computes the codes of a cell
-(docs/codebook.md has the figures); one thread computes each cell, so that its codes are the same on every machine.
+Axis letters: N vectors, C their width, K codes, P cells. One file per chunk of the features holds
+its vectors sorted by cell; a cell's codes are saved as soon as they are computed. If faiss is
+installed, it computes the codes of a cell (docs/codebook.md has the figures); one thread computes
+each cell, so that its codes are the same on every machine.
 """
 
 from __future__ import annotations
@@ -107,7 +108,8 @@ def _chunk_cells(chunk: Chunk, cells_PC: Tensor, folder: str) -> None:
 def read_cells(names: Sequence[str], first: int, last: int, settings: CellSettings) -> list[Tensor]:
     """Vectors, float32 (n, C), of the cells first … last − 1, in the order of the files.
 
-    From a larger cell, `settings.bound` vectors are sampled with a seed; only those are held in memory.
+    From a larger cell, `settings.bound` vectors are sampled with a seed; only those are held in
+    memory.
     """
     starts = [_load(f"{name}.npy")[first : last + 1] for name in names]
     sizes = np.sum([np.diff(one) for one in starts], axis=0)
@@ -176,7 +178,8 @@ def fine(
 def cell_codes(x_NC: Tensor, num: int, cell: int, settings: CellSettings) -> Tensor:
     """k-means of a cell's vectors: float32 (num, C).
 
-    By faiss if it is installed, no GPU is requested and there is more than one iteration. The vectors may be overwritten.
+    By faiss if it is installed, no GPU is requested and there is more than one iteration. The
+    vectors may be overwritten.
     """
     faiss = _faiss()
     if faiss is None or settings.device != "cpu" or len(x_NC) <= num or settings.iterations == 1:
@@ -211,8 +214,8 @@ def cell_codes(x_NC: Tensor, num: int, cell: int, settings: CellSettings) -> Ten
 def _last_step(x_NC: Tensor, c_KC: Tensor, spherical: bool) -> Tensor:
     """The last Lloyd iteration, with float64 means.
 
-    faiss places an empty code close to another one. Here it is moved to a far vector; if there is none, it becomes an exact
-    copy of a code, which is detected later.
+    faiss places an empty code close to another one. Here it is moved to a far vector; if there is
+    none, it becomes an exact copy of a code, which is detected later.
     """
     ids_N, distance_N = kmeans.assign(x_NC, c_KC)
     sums_KC, counts_K = kmeans.lloyd_stats(x_NC, ids_N, len(c_KC))

@@ -1,7 +1,7 @@
 """Vectors of neighbouring cells together, for the polish passes.
 
-The vectors of a cell are near the codes of few cells, so that the sums of a piece are far smaller than those of a chunk. A
-piece takes one range read per file.
+The vectors of a cell are near the codes of few cells, so that the sums of a piece are far smaller
+than those of a chunk. A piece takes one range read per file.
 """
 
 from __future__ import annotations

@@ -42,7 +42,8 @@ def without(tree: Tree, bad_K: Tensor) -> Tree:
 def replaced(parts: Sequence[Chunk], tree: Tree, bad_K: Tensor, workers: int) -> Tree:
     """Replace every bad code, in place, by a vector that is not a code yet.
 
-    The vectors farthest from their codes come first. One pass, and a read of the chunks that hold them.
+    The vectors farthest from their codes come first. One pass, and a read of the chunks that hold
+    them.
 
     Raises:
         DataError: if there are fewer distinct vectors than codes.

@@ -17,8 +17,8 @@ INK, BAR, EVEN = (40, 40, 40), (66, 114, 168), (190, 80, 40)
 def sizes_picture(counts_K: Tensor, title: str) -> bytes:
     """PNG of the vectors per code.
 
-    Codes along x, the largest first; their vectors along y on a log scale; a line at the mean. Codes without a vector leave
-    the right side empty.
+    Codes along x, the largest first; their vectors along y on a log scale; a line at the mean.
+    Codes without a vector leave the right side empty.
 
     Raises:
         ValueError: if no code has a vector.

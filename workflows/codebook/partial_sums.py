@@ -1,8 +1,8 @@
 """Sums of the vectors of each code, over chunks and ranges of codes.
 
-Axis letters: N vectors, C their width, K codes, U codes that occur. A task sums its chunk; further tasks add up the chunks,
-each for a range of codes. Sums are float64 and added in a fixed order: of the vectors in a chunk, then of the chunks. No
-process holds the sums of all codes.
+Axis letters: N vectors, C their width, K codes, U codes that occur. A task sums its chunk; further
+tasks add up the chunks, each for a range of codes. Sums are float64 and added in a fixed order: of
+the vectors in a chunk, then of the chunks. No process holds the sums of all codes.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class UsedSums:
 class RangeSums:
     """Sums of the vectors of each code, one Ray object per range of codes.
 
-    Tasks add the chunks in order. A range is updated once its waiting parts have as many rows as the range (or number
-    `FOLD`), so that rewriting the sums costs no more than reading the parts.
+    Tasks add the chunks in order. A range is updated once its waiting parts have as many rows as
+    the range (or number `FOLD`), so that rewriting the sums costs no more than reading the parts.
     """
 
     def __init__(self, num: int, width: int) -> None:

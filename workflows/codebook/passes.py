@@ -1,9 +1,10 @@
 """Passes of k-means over feature shards, on Ray.
 
-Axis letters: N vectors, C their width, K codes, P cells of the first level. The vectors are cut into chunks (whole shards)
-by their number alone; each chunk is a task. Sums are added in the order of the chunks (see `partial_sums`), so that the
-result does not depend on how many tasks run at once. The driver holds the codes and one range of sums, a task the sums of
-the codes in its chunk. Passes over the data dominate the cost: each function states its number of passes.
+Axis letters: N vectors, C their width, K codes, P cells of the first level. The vectors are cut
+into chunks (whole shards) by their number alone; each chunk is a task. Sums are added in the order
+of the chunks (see `partial_sums`), so that the result does not depend on how many tasks run at
+once. The driver holds the codes and one range of sums, a task the sums of the codes in its chunk.
+Passes over the data dominate the cost: each function states its number of passes.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ class Vectors(Protocol):
 class Chunk:
     """Some whole shards of a features artifact: (key, rows) each.
 
-    A task requests `gpus` and has its vectors on `device`. With `spherical` they are normalized, and those of norm 0 are left
-    out.
+    A task requests `gpus` and has its vectors on `device`. With `spherical` they are normalized,
+    and those of norm 0 are left out.
     """
 
     path: str
@@ -237,7 +238,8 @@ def in_order(
 
     Args:
         workers: tasks at once.
-        left: if set, a task yields 1 + left objects: the first is fetched, the others are yielded as references.
+        left: if set, a task yields 1 + left objects: the first is fetched, the others are yielded
+            as references.
 
     Raises:
         SmaltiError: of a task, unchanged.
@@ -339,11 +341,12 @@ def _chunk_stats(
 def lloyd(parts: Sequence[Vectors], tree: Tree, workers: int) -> tuple[Tree, PassStats, int]:
     """One Lloyd iteration over all vectors. One pass.
 
-    Codes without a vector are moved to the vectors farthest from theirs. The tree's codes are overwritten: there is never a
-    second matrix of K codes.
+    Codes without a vector are moved to the vectors farthest from theirs. The tree's codes are
+    overwritten: there is never a second matrix of K codes.
 
     Returns:
-        The tree with moved codes, the statistics before the move, and the number of re-seeded codes.
+        The tree with moved codes, the statistics before the move, and the number of re-seeded
+        codes.
     """
     sums = RangeSums(*tree.codes.shape)
     stats = full_pass(parts, tree, workers, sums=sums)

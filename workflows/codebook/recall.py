@@ -32,8 +32,8 @@ def draw(
 ) -> tuple[list[Chunk], list[Chunk]]:
     """Seeded samples of held-out vectors and, if these are too few, of training ones.
 
-    A pass over the held-out vectors, which also checks them; if they are too few and there are cells to search, a read of
-    at most `FILL_CHUNKS` training chunks. Empty if `probes` is finished.
+    A pass over the held-out vectors, which also checks them; if they are too few and there are
+    cells to search, a read of at most `FILL_CHUNKS` training chunks. Empty if `probes` is finished.
     """
     if storage.exists(_noted(run)):
         return [], []

@@ -1,9 +1,10 @@
 """Stage `codebook`: two-level k-means over the feature shards.
 
-The K1 cells come from k-means of a seeded sample. Each vector is assigned to its nearest cell, each cell gets its share of
-the K codes (in proportion to its vectors, or equal), and k-means runs in each cell. `polish` adds Lloyd passes over all
-vectors, searching the nearest cells. With K1 = 1 it is flat k-means over all vectors. The result has exactly K distinct
-codes, or the stage fails; with `codebook.duplicates: drop` it has as many as are distinct.
+The K1 cells come from k-means of a seeded sample. Each vector is assigned to its nearest cell, each
+cell gets its share of the K codes (in proportion to its vectors, or equal), and k-means runs in
+each cell. `polish` adds Lloyd passes over all vectors, searching the nearest cells. With K1 = 1 it
+is flat k-means over all vectors. The result has exactly K distinct codes, or the stage fails; with
+`codebook.duplicates: drop` it has as many as are distinct.
 """
 
 from __future__ import annotations
@@ -47,13 +48,15 @@ def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
 
     Files:
         `centroids.safetensors`: `centroids`, float32 (K, C).
-        `tree.safetensors`: `cells` (K1, C), `cell_of` int64 (K,), `searched_cells` and `reach` for `CodeIndex.tree`, and
+        `tree.safetensors`: `cells` (K1, C), `cell_of` int64 (K,), `searched_cells` and `reach` for
+            `CodeIndex.tree`, and
             `recall`, the share of held-out vectors that this search assigns to their nearest code.
-        `counts.safetensors`: vectors per code, `train` and, if some are held out, `val`: int64 (K,).
+        `counts.safetensors`: vectors per code, `train` and, if some are held out, `val`: int64
+            (K,).
         `sizes.png`: a chart of the counts.
 
-    Scores: `recall`; for train and val each the distortion (mean squared distance), entropy (nats), perplexity, usage,
-    imbalance (K·Σp²) and the number of vectors.
+    Scores: `recall`; for train and val each the distortion (mean squared distance), entropy (nats),
+    perplexity, usage, imbalance (K·Σp²) and the number of vectors.
 
     Raises:
         ConfigError: if the section's settings do not fit together.
@@ -149,7 +152,8 @@ def _chunks(recipe: Recipe, path: str) -> tuple[list[Chunk], list[Chunk]]:
 class _Build:
     """The steps of the stage.
 
-    Each is saved in `<stage>/work` when it is finished; an interrupted run resumes after the last one.
+    Each is saved in `<stage>/work` when it is finished; an interrupted run resumes after the last
+    one.
     """
 
     def __init__(self, run: StageRun, parts: Sequence[Chunk], workers: int) -> None:

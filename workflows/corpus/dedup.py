@@ -1,12 +1,13 @@
 """Find the duplicates of a corpus by a shuffle over files.
 
-No process holds all ids. `FindDuplicates` takes one range of ids from every group (a *bucket*) and writes which rows are
-later copies. `MarkGroups` takes from every bucket what concerns some groups, and writes a mark for each of their rows. The
-first copy is kept: groups are in the order of the sources, the held-out one first, so that its images are dropped from
-training.
+No process holds all ids. `FindDuplicates` takes one range of ids from every group (a *bucket*) and
+writes which rows are later copies. `MarkGroups` takes from every bucket what concerns some groups,
+and writes a mark for each of their rows. The first copy is kept: groups are in the order of the
+sources, the held-out one first, so that its images are dropped from training.
 
-A later copy with question-answer pairs that the first lacks (VQA sets are published with one row per question) adds them to
-the first and is counted as `merged`; this happens within one source only, never from training to held-out.
+A later copy with question-answer pairs that the first lacks (VQA sets are published with one row
+per question) adds them to the first and is counted as `merged`; this happens within one source
+only, never from training to held-out.
 """
 
 from __future__ import annotations
@@ -152,7 +153,8 @@ class FindDuplicates:
 class MarkGroups:
     """Actor: writes the marks of a range of groups; returns [(place, GroupCounts)].
 
-    `fraction`: share of each source that the hash holds out; None if the recipe names a held-out source.
+    `fraction`: share of each source that the hash holds out; None if the recipe names a held-out
+    source.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
 """First pass of stage `corpus`: decode every image once and write an index.
 
-Two files are written per group of input. Its index (`index/train/00012.parquet`) has a row for each item found, in order,
-without pixels. Its ids (`ids/train/00012.arrow`) are those of the usable images, sorted, in batches by prefix, so that
-`dedup` can read a range of prefixes of all groups. Rows are written as a stream: of a group of a million images a few
-thousand are in memory.
+Two files are written per group of input. Its index (`index/train/00012.parquet`) has a row for each
+item found, in order, without pixels. Its ids (`ids/train/00012.arrow`) are those of the usable
+images, sorted, in batches by prefix, so that `dedup` can read a range of prefixes of all groups.
+Rows are written as a stream: of a group of a million images a few thousand are in memory.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Assign the images of a corpus to splits and shards.
 
-By prefix sums over the counts of the groups: a pure function of the marks (`dedup`), so that neither the number of tasks
-nor an interruption changes the result. Memory holds a few numbers per group; rows stay in the files.
+By prefix sums over the counts of the groups: a pure function of the marks (`dedup`), so that
+neither the number of tasks nor an interruption changes the result. Memory holds a few numbers per
+group; rows stay in the files.
 """
 
 from __future__ import annotations
@@ -90,8 +91,8 @@ def lay_out(
 ) -> Plan:
     """The plan for the counts of the groups.
 
-    Reading stops when every split that a source feeds has `limit` images; the marks of the group where that happens are read
-    row by row.
+    Reading stops when every split that a source feeds has `limit` images; the marks of the group
+    where that happens are read row by row.
 
     Args:
         by_hash: whether the source of `train` also feeds the held-out split.

@@ -1,9 +1,10 @@
 """Stage `corpus`: check, deduplicate and split images; write them as shards.
 
-Unusable images are listed in quarantine. Two passes over the source, both on Ray. The first (`scan`) decodes every image
-once and writes an index without pixels, one file per group of input (`index`). From the indexes duplicates are found by a
-shuffle over files (`dedup`), and the shards are planned from counts (`layout`): a pure function of the source, so that
-neither the number of tasks nor an interruption changes the result. The second pass (`write`) reads the bytes again and
+Unusable images are listed in quarantine. Two passes over the source, both on Ray. The first
+(`scan`) decodes every image once and writes an index without pixels, one file per group of input
+(`index`). From the indexes duplicates are found by a shuffle over files (`dedup`), and the shards
+are planned from counts (`layout`): a pure function of the source, so that neither the number of
+tasks nor an interruption changes the result. The second pass (`write`) reads the bytes again and
 writes the shards. The driver holds a few numbers per group and per shard, never the images' ids.
 """
 
@@ -42,8 +43,8 @@ LISTED = "listed"  # another: the listing of a folder, one file per group; writt
 def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
     """The corpus artifact: `train/`, `val/` and `quarantine/` shards.
 
-    Counts: images, train, val, quarantined, over_limit, found (their sum), `quarantined/<reason>`, and `without_caption` if
-    there are such images.
+    Counts: images, train, val, quarantined, over_limit, found (their sum), `quarantined/<reason>`,
+    and `without_caption` if there are such images.
 
     Raises:
         DataError: if the source cannot be found, or has no usable image to train on.
@@ -99,8 +100,8 @@ def _groups(
 ) -> tuple[dict[str, list[Group]], dict[str, str]]:
     """The groups of each source, the held-out one first, and a digest of the listing.
 
-    The digest covers file names and metadata, not the files' bytes. Long records are written to `folder`; without one only
-    the digest is returned.
+    The digest covers file names and metadata, not the files' bytes. Long records are written to
+    `folder`; without one only the digest is returned.
     """
     section, digest = recipe.corpus, hashlib.sha256()
     sources = {"val": section.val_source} if section.val_source else {}
@@ -122,8 +123,8 @@ def _groups(
 def _tell_of_change(recipe: Recipe, made: Artifact) -> None:
     """Log if the source lists other files than when a finished corpus was created.
 
-    The fingerprint covers only settings. Checked where it is cheap: on local disks and up to `LISTED_AGAIN` images. A missing
-    source is not a change.
+    The fingerprint covers only settings. Checked where it is cheap: on local disks and up to
+    `LISTED_AGAIN` images. A missing source is not a change.
     """
     path = storage.join(made.path, LISTING)
     cheap = made.counts["found"] <= LISTED_AGAIN and all(

@@ -106,8 +106,8 @@ def shard_items(
 ) -> Iterator[list[ShardItem]]:
     """Shards that one call writes.
 
-    Usually one. Of a group that is read `in_order`, all shards that begin in it: a file without random access is then read
-    once per split, not once per shard.
+    Usually one. Of a group that is read `in_order`, all shards that begin in it: a file without
+    random access is then read once per split, not once per shard.
     """
     for split in shards.SPLITS:
         item: list[ShardItem] = []
@@ -211,8 +211,9 @@ class WriteShards:
     ) -> pa.Table:
         """Corpus rows of one group.
 
-        A missing or unreachable source may come back: only changed bytes make the next run start over. A changed image of
-        a JSON lines source is added to `gone`, as a row of quarantine; the others are kept.
+        A missing or unreachable source may come back: only changed bytes make the next run start
+        over. A changed image of a JSON lines source is added to `gone`, as a row of quarantine; the
+        others are kept.
 
         Raises:
             DataError: if the source returns other bytes than in the first pass, or none.

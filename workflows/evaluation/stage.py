@@ -1,8 +1,9 @@
-"""Stage `evaluate`: every measure on the held-out split, its scores, tables and pictures for the report.
+"""Stage `evaluate`: every measure on the held-out split, its scores, tables and pictures for the
+report.
 
-Each measure has a result file of its own: an interrupted evaluation resumes with the measures that are missing, and a
-finished one takes those that were added since. Without GPUs it runs in this process; with
-`resources.gpus_per_worker` in one Ray actor that holds a GPU.
+Each measure has a result file of its own: an interrupted evaluation resumes with the measures that
+are missing, and a finished one takes those that were added since. Without GPUs it runs in this
+process; with `resources.gpus_per_worker` in one Ray actor that holds a GPU.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ FORMAT = 2  # increase when every measure changes: finished evaluations are then
 
 @dataclass(frozen=True)
 class Measure:
-    """A measure of `MEASURES`; it returns a `skipped` result with the reason where it does not apply.
+    """A measure of `MEASURES`; it returns a `skipped` result with the reason where it does not
+    apply.
 
     Attributes:
         compute: takes it on the held-out rows with the models.
@@ -80,8 +82,10 @@ def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
     A finished evaluation that lacks a measure takes only that one.
 
     Returns:
-        The artifact. Its `scores` hold, for each measure taken, `value`, `n`, `split`, `higher_is_better` and
-        `baseline`, with the present scores of the recipe's baselines added, and `goal` where the recipe has one.
+        The artifact. Its `scores` hold, for each measure taken, `value`, `n`, `split`,
+        `higher_is_better` and
+        `baseline`, with the present scores of the recipe's baselines added, and `goal` where the
+        recipe has one.
 
     Raises:
         ArtifactError: if a stage before it is missing.
@@ -152,7 +156,9 @@ def stage_config(recipe: Recipe) -> dict[str, Any]:
 
 
 def complete(recipe: Recipe, artifact: Artifact) -> Artifact:
-    """The evaluation with what other places know: `baseline.<name>` of the baseline runs, and the recipe's goals."""
+    """The evaluation with what other places know: `baseline.<name>` of the baseline runs, and the
+    recipe's goals.
+    """
     scores = merge_baselines(artifact.scores, baseline_scores(recipe))
     for name, goal in recipe.evaluate.goals.items():
         if name in scores:
@@ -161,7 +167,9 @@ def complete(recipe: Recipe, artifact: Artifact) -> Artifact:
 
 
 def baseline_scores(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """Scores of each of the recipe's baselines that was evaluated, from `<out>/baselines/<name>/evaluate`."""
+    """Scores of each of the recipe's baselines that was evaluated, from
+    `<out>/baselines/<name>/evaluate`.
+    """
     found = {}
     for name in recipe.baselines:
         for folder in (STAGE, OLD_STAGE):
@@ -195,14 +203,19 @@ def job_of(recipe: Recipe, parents: dict[str, Artifact], path: str) -> Evaluatio
 
 
 def cores() -> int:
-    """Cores that this process may use. Not OMP_NUM_THREADS: Ray sets that to 1 for the driver of a job."""
+    """Cores that this process may use.
+
+    Not OMP_NUM_THREADS: Ray sets that to 1 for the driver of a job.
+    """
     return (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     )
 
 
 class Evaluator:
-    """Takes measures one after the other, with the models and rows that they share; also the Ray actor's body."""
+    """Takes measures one after the other, with the models and rows that they share; also the Ray
+    actor's body.
+    """
 
     def __init__(self, job: EvaluationJob, threads: int) -> None:
         self.job = job
@@ -299,7 +312,9 @@ def _summary(result: ResultRecord) -> str:
 
 
 def _track(run: StageRun, tables: dict[str, Any]) -> None:
-    """Scores with their baselines as metrics, and three sheets of pictures, in the stage's MLflow run."""
+    """Scores with their baselines as metrics, and three sheets of pictures, in the stage's MLflow
+    run.
+    """
     scores = merge_baselines(run.scores, baseline_scores(run.recipe))
     metrics = {key: score["value"] for key, score in scores.items()}
     metrics |= {

@@ -1,9 +1,9 @@
 """Stage `features` directly from a source of images (`features.source`).
 
-No corpus is needed. A group's images are decoded, encoded and written in shards `train/<group>-<piece>` and
-`val/<group>-<piece>` of at most `corpus.shard_images` images; one such block of pixels is in memory. The record
-`groups/<group>.json` is written last: a restart computes only the groups without one, with the same bytes. Unusable images
-are listed in quarantine.
+No corpus is needed. A group's images are decoded, encoded and written in shards
+`train/<group>-<piece>` and `val/<group>-<piece>` of at most `corpus.shard_images` images; one such
+block of pixels is in memory. The record `groups/<group>.json` is written last: a restart computes
+only the groups without one, with the same bytes. Unusable images are listed in quarantine.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def make(run: StageRun, encoder: Artifact) -> dict[str, int]:
     Counts: images, vectors, train, val (vectors of each split), dim, groups, quarantined, found.
 
     Raises:
-        DataError: if the source cannot be found or has no image to train on, or the folder holds shards of other groups.
+        DataError: if the source cannot be found or has no image to train on, or the folder holds
+            shards of other groups.
     """
     recipe = run.recipe
     path, model = open_parent(recipe, encoder)

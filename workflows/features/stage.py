@@ -24,7 +24,8 @@ from smalti.workflows.pipeline.timings import shard_progress
 def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
     """The features artifact: a shard of float16 patch vectors per corpus shard.
 
-    With `features.source` the shards are created directly from that source (`from_source`), without a corpus.
+    With `features.source` the shards are created directly from that source (`from_source`), without
+    a corpus.
 
     Counts: images, vectors, train, val (vectors of each split), dim.
 

@@ -27,8 +27,8 @@ def lock_path(path: str) -> str:
 def holding(path: str) -> Iterator[None]:
     """Lock the folder `path` against other runs.
 
-    The operating system releases the lock when the process ends, also after a crash. Object stores have no locks: there
-    this does nothing.
+    The operating system releases the lock when the process ends, also after a crash. Object stores
+    have no locks: there this does nothing.
 
     Raises:
         ArtifactError: if another run holds the lock.

@@ -1,7 +1,7 @@
 """Retries of what storage, a network or a server may do right a moment later.
 
-Only errors that may pass are retried; each try that fails is logged. An error that stays (a missing file, a permission,
-a full disk, damaged content) is raised at once.
+Only errors that may pass are retried; each try that fails is logged. An error that stays (a missing
+file, a permission, a full disk, damaged content) is raised at once.
 """
 
 from __future__ import annotations
@@ -105,7 +105,9 @@ def _is_permanent(cause: BaseException) -> bool:
 
 
 def refused(error: BaseException | None) -> bool | None:
-    """Whether the HTTP status of an error is permanent (4xx but for `LATER`); None without a status."""
+    """Whether the HTTP status of an error is permanent (4xx but for `LATER`); None without a
+    status.
+    """
     status = getattr(error, "status", None)  # aiohttp's
     return 400 <= status < 500 and status not in LATER if isinstance(status, int) else None
 

@@ -1,13 +1,14 @@
 """The Ray Data pipeline that all shard stages share.
 
-A shard goes in, a shard on disk comes out, and a receipt returns to the driver. A worker's `read` loads and decodes a
-shard, its `work` computes and writes the result under a name derived from the input's: a retry rewrites one file, and
-finished shards are skipped. Without a GPU one actor call does both. With one, CPU actors read and the GPU actors only
-work, as long as a decoded shard is small enough for the object store (`BLOCK_BYTES`). Items and receipts are small; no
-pixels pass through the driver.
+A shard goes in, a shard on disk comes out, and a receipt returns to the driver. A worker's `read`
+loads and decodes a shard, its `work` computes and writes the result under a name derived from the
+input's: a retry rewrites one file, and finished shards are skipped. Without a GPU one actor call
+does both. With one, CPU actors read and the GPU actors only work, as long as a decoded shard is
+small enough for the object store (`BLOCK_BYTES`). Items and receipts are small; no pixels pass
+through the driver.
 
-A block of Ray Data is one row: the pickle of (kind, value, noted), and in a second column the value's first large array,
-which is thus passed between actors without a copy into the pickle.
+A block of Ray Data is one row: the pickle of (kind, value, noted), and in a second column the
+value's first large array, which is thus passed between actors without a copy into the pickle.
 """
 
 from __future__ import annotations
@@ -64,13 +65,15 @@ def run_shards(
 
     Args:
         worker: created as `worker(*args)`, once per actor.
-        model: whether to use `resources.actors` actors with `cpus_per_worker` CPUs and `gpus_per_worker` GPUs each;
+        model: whether to use `resources.actors` actors with `cpus_per_worker` CPUs and
+            `gpus_per_worker` GPUs each;
             otherwise `resources.readers` actors with one CPU each.
         tally: receives what the workers counted, before the receipt is yielded.
         block_bytes: size of a loaded item; above `BLOCK_BYTES` the GPU actors read for themselves.
 
     Raises:
-        SmaltiError: of a worker, unchanged. Any other exception fails the run with the error that Ray reports.
+        SmaltiError: of a worker, unchanged. Any other exception fails the run with the error that
+            Ray reports.
         DataError: naming an item whose workers died `DEATHS` times.
     """
     import ray.data
@@ -132,8 +135,8 @@ def run_shards(
 class Ticket(NamedTuple):
     """An item's identity in the pipeline.
 
-    `key`: in Ray's internal store, where the number of attempts is counted. `item`: its description in errors. `deaths`:
-    how many of its workers may die.
+    `key`: in Ray's internal store, where the number of attempts is counted. `item`: its description
+    in errors. `deaths`: how many of its workers may die.
     """
 
     key: str
@@ -258,7 +261,8 @@ def standing(artifact_path: str, key: str, columns: Sequence[str] = ()) -> Recei
     """Receipt of a finished shard, if it exists.
 
     Returns:
-        None if the shard is missing, damaged or lacks `columns`; a damaged one is removed. (Writes are atomic, so that a
+        None if the shard is missing, damaged or lacks `columns`; a damaged one is removed. (Writes
+        are atomic, so that a
         shard is damaged only later.)
     """
     path = shard_path(artifact_path, key)
@@ -277,8 +281,8 @@ def standing(artifact_path: str, key: str, columns: Sequence[str] = ()) -> Recei
 def standing_for(artifact_path: str, corpus_path: str, key: str) -> Receipt | None:
     """Receipt of a finished shard with exactly the images of corpus shard `key`, in order.
 
-    A shard of other images (a corpus recreated from changed files has the same fingerprint) or without readable ids is
-    removed, so that it is computed again.
+    A shard of other images (a corpus recreated from changed files has the same fingerprint) or
+    without readable ids is removed, so that it is computed again.
 
     Raises:
         DataError: if the corpus shard cannot be read.

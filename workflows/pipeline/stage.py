@@ -1,7 +1,8 @@
 """Run a stage: skip it if finished, resume it if interrupted.
 
-A stage passes to `run_stage` its settings (only those that its result depends on: never `resources`, `tracking` or
-`out`), its parents and a body. The body writes under `StageRun.path` and returns counts.
+A stage passes to `run_stage` its settings (only those that its result depends on: never
+`resources`, `tracking` or `out`), its parents and a body. The body writes under `StageRun.path` and
+returns counts.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ STAGES = (
     "export",
     "evaluate",
 )
-"""Stages in the order of the chain; UniCode² may have a bridge, DualToken has no features and no codebook."""
+"""Stages in the order of the chain; UniCode² may have a bridge, DualToken has no features and no
+codebook.
+"""
 BEAT_S = 30.0
 SHARED_FILE = "shared.json"
 
@@ -79,10 +82,12 @@ def stage_path(recipe: Recipe, name: str) -> str:
 def find_artifact(recipe: Recipe, name: str) -> Artifact:
     """The finished artifact of a stage of this recipe.
 
-    It lies in `<out>/<name>`, or in the `share` folder where `run_stage` found it. Stages load their parents with this.
+    It lies in `<out>/<name>`, or in the `share` folder where `run_stage` found it. Stages load
+    their parents with this.
 
     Raises:
-        ArtifactError: if the stage is not finished, or the shared artifact is missing or has changed.
+        ArtifactError: if the stage is not finished, or the shared artifact is missing or has
+            changed.
     """
     path = stage_path(recipe, name)
     own = Artifact.find(path)
@@ -133,8 +138,9 @@ def run_stage(
 ) -> Artifact:
     """The stage's artifact: the finished one, or the one that `body` creates.
 
-    A finished artifact is looked up in `<out>/<name>`, then in the `share` folders. The stage gets a child run in MLflow;
-    if the body raises, the run is marked FAILED and the error is raised to the caller.
+    A finished artifact is looked up in `<out>/<name>`, then in the `share` folders. The stage gets
+    a child run in MLflow; if the body raises, the run is marked FAILED and the error is raised to
+    the caller.
 
     Args:
         config: the settings that the result depends on.

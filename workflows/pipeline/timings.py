@@ -1,7 +1,8 @@
 """Seconds by part of the work, and counts, of the shard pipeline.
 
-A worker calls `with HERE.part("decode"):` and `HERE.count("kept")`; its actor sends the sums with each receipt, and the
-driver adds them up. Seconds are summed over all actors, and over the driver where it lists a source.
+A worker calls `with HERE.part("decode"):` and `HERE.count("kept")`; its actor sends the sums with
+each receipt, and the driver adds them up. Seconds are summed over all actors, and over the driver
+where it lists a source.
 """
 
 from __future__ import annotations
@@ -131,8 +132,8 @@ def shown(
 ) -> Iterator[Callable[..., None]]:
     """A progress bar, and the function that updates it.
 
-    The function takes the units of a receipt and further numbers to show. The bar also shows the retries; where the units
-    are groups, pass `images` (the total so far) to show their rate.
+    The function takes the units of a receipt and further numbers to show. The bar also shows the
+    retries; where the units are groups, pass `images` (the total so far) to show their rate.
     """
     with run.progress(total, unit) as bar:
         kept, seen, stood, started = tally.counted().get("kept", 0), 0, 0, time.monotonic()

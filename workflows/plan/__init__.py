@@ -1,1 +1,3 @@
-"""What a recipe would cost at another size and on other machines, before it runs; its formulas printed."""
+"""What a recipe would cost at another size and on other machines, before it runs; its formulas
+printed.
+"""

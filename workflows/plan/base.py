@@ -28,10 +28,13 @@ MEASURE_S = 0.5
 
 @dataclass(frozen=True)
 class Rates:
-    """What one device does in a second, and where the figures come from. `peaks`: FLOP/s in training by precision,
-    where they are not `flops`; `inside` and `network`: bytes a second within a node and of a node (0: not counted);
-    `call_s`: seconds until an operator is started; `host`: bytes of main memory for each device (0: not known);
-    `note`: what to know before renting one."""
+    """What one device does in a second, and where the figures come from.
+
+    `peaks`: FLOP/s in training by precision, where they are not `flops`; `inside` and `network`:
+    bytes a second within a node and of a node (0: not counted); `call_s`: seconds until an operator
+    is started; `host`: bytes of main memory for each device (0: not known); `note`: what to know
+    before renting one.
+    """
 
     device: str
     flops: float
@@ -57,8 +60,9 @@ class Rates:
 
 @dataclass(frozen=True)
 class Phase:
-    """Part of a stage: FLOPs, bytes read and written, how many devices can share it (0: all), and bytes of sums that pass
-    through Ray's object store."""
+    """Part of a stage: FLOPs, bytes read and written, how many devices can share it (0: all), and
+    bytes of sums that pass through Ray's object store.
+    """
 
     name: str
     formula: str
@@ -69,7 +73,9 @@ class Phase:
     moved: float = 0.0
 
     def seconds(self, rates: Rates, num: int) -> tuple[float, str]:
-        """Seconds on `num` devices, and what bounds them (`FLOPs` or `bytes`): reading overlaps with computing."""
+        """Seconds on `num` devices, and what bounds them (`FLOPs` or `bytes`): reading overlaps
+        with computing.
+        """
         shared = min(num, self.devices) if self.devices else num
         compute = self.flops / (rates.flops * shared)
         transfer = (self.read + self.written + self.moved) / (rates.read * shared)
@@ -78,7 +84,10 @@ class Phase:
 
 @dataclass(frozen=True)
 class Plan:
-    """The phases of a stage on `num` devices. `memory` holds (who, bytes, formula, fix) of the largest needs."""
+    """The phases of a stage on `num` devices.
+
+    `memory` holds (who, bytes, formula, fix) of the largest needs.
+    """
 
     title: str
     phases: Sequence[Phase]
@@ -174,9 +183,11 @@ def gpu_rates(name: str) -> Rates:
 
 
 def cpu_rates(width: int) -> Rates:
-    """Rates of one core of this machine, measured now in about two seconds: nearest-code search, and a shard read.
+    """Rates of one core of this machine, measured now in about two seconds: nearest-code search,
+    and a shard read.
 
-    CPU-seconds count, so that other work on the machine does not. A shard is read warm, as a pass over features does it.
+    CPU-seconds count, so that other work on the machine does not. A shard is read warm, as a pass
+    over features does it.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

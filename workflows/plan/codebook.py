@@ -1,4 +1,6 @@
-"""The cost of the stage `codebook`: passes over N vectors of C numbers, for K codes in P cells (see `clustering`)."""
+"""The cost of the stage `codebook`: passes over N vectors of C numbers, for K codes in P cells (see
+`clustering`).
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,11 @@ NAMES = 160  # bytes of a code's name while codes that repeat are looked for
 def plan_codebook(
     section: CodebookSection, vectors: int, width: int, rates: Rates, num: int
 ) -> Plan:
-    """Phases and memory of k-means of `vectors` × `width` float16 features by `section`, on `num` devices.
+    """Phases and memory of k-means of `vectors` × `width` float16 features by `section`, on `num`
+    devices.
 
-    Cells are taken to be of one size; with shares in proportion to sizes the second level costs P·Σ(n_p/N)² times as
-    much. The plan is not checked: see `Plan.check`.
+    Cells are taken to be of one size; with shares in proportion to sizes the second level costs
+    P·Σ(n_p/N)² times as much. The plan is not checked: see `Plan.check`.
     """
     two_level = section.coarse > 1
     phases = (_two_level if two_level else _flat)(section, vectors, width)
@@ -52,8 +55,9 @@ def plan_codebook(
 
 
 def cells_seen(section: CodebookSection) -> float:
-    """Cells whose codes a vector is compared with at `codebook.recall`, ASSUMED: 4 at 0.99, twice as many for a tenth of
-    the misses."""
+    """Cells whose codes a vector is compared with at `codebook.recall`, ASSUMED: 4 at 0.99, twice
+    as many for a tenth of the misses.
+    """
     missed = max(1 - section.recall, 1e-9)
     return min(section.coarse, max(1.0, 4 * 2 ** math.log10(0.01 / missed)))
 
@@ -85,7 +89,9 @@ def _two_level(section: CodebookSection, vectors: int, width: int) -> list[Phase
 
 
 def _sums(section: CodebookSection, vectors: int, width: int) -> float:
-    """Bytes of the sums that the tasks of a Lloyd pass hand on: a row of float64 a code that a chunk or piece meets."""
+    """Bytes of the sums that the tasks of a Lloyd pass hand on: a row of float64 a code that a
+    chunk or piece meets.
+    """
     num, chunk = section.size, min(vectors, passes.CHUNK_VECTORS)
     met = num * -math.expm1(-chunk / num)  # of equally frequent codes
     tasks = -(-vectors // chunk)
@@ -119,7 +125,9 @@ def _sample(section: CodebookSection, vectors: int) -> int:
 def _memory(
     section: CodebookSection, vectors: int, width: int
 ) -> list[tuple[str, float, str, str]]:
-    """(who, bytes, formula, fix) of the largest needs of the driver and of a task, beside what Python and torch take."""
+    """(who, bytes, formula, fix) of the largest needs of the driver and of a task, beside what
+    Python and torch take.
+    """
     chunk, block = min(vectors, passes.CHUNK_VECTORS), min(vectors, passes.BLOCK_VECTORS)
     codes, far = float(SINGLE * section.size * width), float(3 * SINGLE * passes.FAR_KEPT * width)
     rows = (

@@ -1,8 +1,9 @@
-"""Configs of models that a recipe names: of a folder or what was loaded from the hub before, of a table of well-known public
-models, else of the hub.
+"""Configs of models that a recipe names: of a folder or what was loaded from the hub before, of a
+table of well-known public models, else of the hub.
 
-The table holds what these models' own config.json files say (vision side of SigLIP and SigLIP 2, Qwen2.5); what is made of
-it says so. So known models can be planned at once where there is no network.
+The table holds what these models' own config.json files say (vision side of SigLIP and SigLIP 2,
+Qwen2.5); what is made of it says so. So known models can be planned at once where there is no
+network.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ TABLE = "sizes from smalti's table of public models"
 
 
 def vision_config(name: str) -> tuple[Any, str]:
-    """(config of the vision tower, where it comes from) of a SigLIP. ConfigError: neither found nor known."""
+    """(config of the vision tower, where it comes from) of a SigLIP.
+
+    ConfigError: neither found nor known.
+    """
     match = re.fullmatch(
         r"google/siglip2?-(base|large|so400m|giant-opt)-patch(\d+)-(\d+)(-i18n)?", name
     )
@@ -58,7 +62,8 @@ def vision_config(name: str) -> tuple[Any, str]:
 def language_config(name: str) -> tuple[Any, int, str]:
     """(config, tokens of its text tokenizer, where both come from) of a causal language model.
 
-    The rows of the embedding stand for the tokens where the table does not say better. ConfigError as above.
+    The rows of the embedding stand for the tokens where the table does not say better. ConfigError
+    as above.
     """
     match = re.fullmatch(r"Qwen/Qwen2\.5-(?:Coder-|Math-)?([\d.]+B)(-Instruct)?", name)
     sizes = QWEN25.get(match[1]) if match else None
@@ -78,7 +83,9 @@ def language_config(name: str) -> tuple[Any, int, str]:
 
 @cache
 def _own_config(name: str, ask_hub: bool) -> tuple[Any, str]:
-    """(config, origin) of a folder, a URL, the local cache, or the hub; (None, the reason) where it cannot be had."""
+    """(config, origin) of a folder, a URL, the local cache, or the hub; (None, the reason) where it
+    cannot be had.
+    """
     try:
         if not storage.is_local(name):  # its config alone, not the weights beside it
             read = storage.read_json(storage.join(name, "config.json"))

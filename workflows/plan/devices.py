@@ -11,9 +11,11 @@ from smalti.workflows.train.engines import accumulation
 
 
 def shared_among(models: Sequence[Model], resources: Resources, given: int | None) -> int:
-    """The number of devices: as given (`--gpus`), else the largest of `resources.workers` that can share every batch.
+    """The number of devices: as given (`--gpus`), else the largest of `resources.workers` that can
+    share every batch.
 
-    ConfigError: a batch that they cannot share; it names the stages, and numbers that all can share.
+    ConfigError: a batch that they cannot share; it names the stages, and numbers that all can
+    share.
     """
     if given is None:
         allowed = range(resources.max_workers, resources.min_workers - 1, -1)

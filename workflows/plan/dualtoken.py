@@ -1,6 +1,8 @@
-"""DualToken's trained stages on the meta device: the tower with its frozen copy, and the language model of places.
+"""DualToken's trained stages on the meta device: the tower with its frozen copy, and the language
+model of places.
 
-Axis letters: B samples, N patches, L positions, R depth, C tower width, W width of a code, H width of the language model.
+Axis letters: B samples, N patches, L positions, R depth, C tower width, W width of a code, H width
+of the language model.
 """
 
 from __future__ import annotations
@@ -93,7 +95,9 @@ def places_model(recipe: Recipe) -> Model:
     length = section.max_length
 
     def step(num: int, backward: Backward, autocast: Autocast) -> None:
-        """All but the classifiers, whose loss `Head` counts; each position a place, the most that can be."""
+        """All but the classifiers, whose loss `Head` counts; each position a place, the most that
+        can be.
+        """
         ids_BL = fake(num, length, dtype=torch.int64)
         with autocast():
             codes_NPR = fake(num * length, len(BOOKS), dual.depth, dtype=torch.int64)

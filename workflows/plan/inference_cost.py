@@ -1,4 +1,6 @@
-"""Stages that run models over every image once and train nothing: FLOPs of an image, and memory of a batch."""
+"""Stages that run models over every image once and train nothing: FLOPs of an image, and memory of
+a batch.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from smalti.workflows.plan.training import HELD_BACK
 
 
 class InferenceCost(NamedTuple):
-    """FLOPs of an image by precision; bytes of weights, of a batch of one image, and of each further one."""
+    """FLOPs of an image by precision; bytes of weights, of a batch of one image, and of each
+    further one.
+    """
 
     flops: dict[str, float]
     batch: int
@@ -32,8 +36,10 @@ class InferenceCost(NamedTuple):
         kept: Sequence[nn.Module],
         size: int,
     ) -> InferenceCost:
-        """`parts` one after the other on images of `size` pixels as the section has it. `modules` holds what they use (on
-        meta), `kept` what lies on the device."""
+        """`parts` one after the other on images of `size` pixels as the section has it.
+
+        `modules` holds what they use (on meta), `kept` what lies on the device.
+        """
 
         def step(num: int) -> Any:
             def run(backward: Any, autocast: Any) -> None:
@@ -61,7 +67,9 @@ class InferenceCost(NamedTuple):
         return self.weights + self.first + self.further * (self.batch - 1)
 
     def refusal(self, stage: str, rates: Rates) -> str | None:
-        """Why a batch does not fit on a GPU, and the largest that does; None when it fits, or there is no GPU."""
+        """Why a batch does not fit on a GPU, and the largest that does; None when it fits, or there
+        is no GPU.
+        """
         room = rates.memory * (1 - HELD_BACK)
         if not rates.peaks or self.memory <= room:
             return None

@@ -1,4 +1,6 @@
-"""What benchmarks measured of stages, beside what was planned for them: the newest entry of `bench/results`."""
+"""What benchmarks measured of stages, beside what was planned for them: the newest entry of
+`bench/results`.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,11 @@ GOAL = 16  # bench/16_plan.py
 
 
 def measurements(folder: Path = RESULTS) -> dict[str, str]:
-    """Stage → how the measured memory and time of a small model of its kind stood to the plan; empty without results.
+    """Stage → how the measured memory and time of a small model of its kind stood to the plan;
+    empty without results.
 
-    Results are what `python -m bench` writes; the entry of goal 16 holds {"stages": {name: {"memory", "seconds"}}}.
+    Results are what `python -m bench` writes; the entry of goal 16 holds {"stages": {name:
+    {"memory", "seconds"}}}.
     """
     found: dict[str, str] = {}
     for path in sorted(folder.glob("*.json")) if folder.is_dir() else []:

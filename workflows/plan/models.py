@@ -1,4 +1,5 @@
-"""The models that a recipe trains, on the meta device, each with one micro batch of its step for `trace`.
+"""The models that a recipe trains, on the meta device, each with one micro batch of its step for
+`trace`.
 
 Axis letters: B samples, N patches, L positions, C feature width, V head rows.
 """
@@ -40,8 +41,12 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class Head:
-    """An output head whose loss is made in chunks of positions: rows, width, positions of a sample, chunk; `trained`:
-    whether its weight is. `depths` classifiers of `codes` rows each stand beside it for visual places, one after the other."""
+    """An output head whose loss is made in chunks of positions: rows, width, positions of a sample,
+    chunk; `trained`: whether its weight is.
+
+    `depths` classifiers of `codes` rows each stand beside it for visual places, one after the
+    other.
+    """
 
     rows: int
     width: int
@@ -69,8 +74,12 @@ class Head:
 
 @dataclass(frozen=True)
 class Model:
-    """One trained stage. `modules` holds everything on the GPU, `engines` names what is trained and its ZeRO stage;
-    `step(num, backward, autocast)` is a micro batch of `num` samples. `packed`: several samples share a row of the longest length."""
+    """One trained stage.
+
+    `modules` holds everything on the GPU, `engines` names what is trained and its ZeRO stage;
+    `step(num, backward, autocast)` is a micro batch of `num` samples. `packed`: several samples
+    share a row of the longest length.
+    """
 
     name: str
     section: str
@@ -86,17 +95,23 @@ class Model:
     parts: dict[str, float] = field(default_factory=dict)
 
     def parameters(self, engine: str | None = None) -> int:
-        """Parameters of an engine that are trained; without a name all that lie on the GPU (frozen ones too)."""
+        """Parameters of an engine that are trained; without a name all that lie on the GPU (frozen
+        ones too).
+        """
         if engine is None:
             return sum(p.numel() for p in self.modules.parameters())
         return sum(p.numel() for p in self.modules[engine].parameters() if p.requires_grad)
 
     def resting(self, engine: str) -> int:
-        """Parameters of an engine that are not trained: `mllm.freeze`, or what low-rank updates stand beside."""
+        """Parameters of an engine that are not trained: `mllm.freeze`, or what low-rank updates
+        stand beside.
+        """
         return sum(p.numel() for p in self.modules[engine].parameters() if not p.requires_grad)
 
     def low(self, engine: str, *, trained: bool) -> int:
-        """Of an engine's trained parameters, or of the others, those that are sent in bf16 (`engines.SENT_LOW`)."""
+        """Of an engine's trained parameters, or of the others, those that are sent in bf16
+        (`engines.SENT_LOW`).
+        """
         if self.train.precision != "bf16":
             return 0
         layers = [module for module in self.modules[engine].modules() if type(module) in SENT_LOW]
@@ -111,7 +126,9 @@ class Model:
 
     @property
     def frozen(self) -> int:
-        """Parameters outside the engines, which are not trained, and numbers in buffers: whole on every GPU."""
+        """Parameters outside the engines, which are not trained, and numbers in buffers: whole on
+        every GPU.
+        """
         inside = sum(self.parameters(engine) + self.resting(engine) for engine in self.engines)
         return self.parameters() - inside + sum(b.numel() for b in self.modules.buffers())
 
@@ -286,7 +303,9 @@ class _Tokens:
 
 
 def language_of(section: MllmSection, num_codes: int) -> tuple[Any, VisualVocabulary, str]:
-    """(language model on meta with the matrices of its vocabulary, that vocabulary, where its sizes come from)."""
+    """(language model on meta with the matrices of its vocabulary, that vocabulary, where its sizes
+    come from).
+    """
     if section.config is not None:
         tokens, origin = section.config.text_vocab_size, ""
         config: Any = _qwen2_config(section.config, section.max_length, _Tokens(tokens))
@@ -316,7 +335,9 @@ def language_model(section: MllmSection, num_codes: int, splits: tuple[int, ...]
     length = section.max_length
 
     def step(num: int, backward: Backward, autocast: Autocast) -> None:
-        """All but the head, whose loss `Head` counts; each position a visual token, the most that can be."""
+        """All but the head, whose loss `Head` counts; each position a visual token, the most that
+        can be.
+        """
         ids_BL = fake(num, length, dtype=torch.int64)
         with autocast():
             embeds_BLH = lm.get_input_embeddings()(ids_BL)
@@ -340,7 +361,9 @@ def language_model(section: MllmSection, num_codes: int, splits: tuple[int, ...]
 
 
 def bridge_model(recipe: Recipe, encoder: VisionEncoder) -> Model:
-    """UniCode²'s bridge beside the text encoders of its diffusion decoder; vectors of codes come with the batch."""
+    """UniCode²'s bridge beside the text encoders of its diffusion decoder; vectors of codes come
+    with the batch.
+    """
     section, tokens = recipe.bridge, encoder.grid[0] * encoder.grid[1]
     assert section is not None
     text = PromptSide.from_pretrained(section.decoder, meta=True)

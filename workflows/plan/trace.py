@@ -1,6 +1,7 @@
 """A training step on fake tensors: its FLOPs, and the bytes it holds, without computing anything.
 
-The step is the model's own code in its own precision, so the figures follow every change of a model.
+The step is the model's own code in its own precision, so the figures follow every change of a
+model.
 """
 
 from __future__ import annotations
@@ -26,9 +27,13 @@ PRECISIONS = ("bf16", "tf32", "fp32")
 
 
 class Traced(NamedTuple):
-    """FLOPs of a step by precision (bf16; fp32; tf32: float32 convolutions, which cuDNN rounds); bytes held when its
-    first backward pass begins, and at most, besides parameters, buffers and gradients. `bare_saved`, `bare_peak`: the same
-    without copies of weights in another precision, which autocast keeps. `calls`: operators called, views left out."""
+    """FLOPs of a step by precision (bf16; fp32; tf32: float32 convolutions, which cuDNN rounds);
+    bytes held when its first backward pass begins, and at most, besides parameters, buffers and
+    gradients.
+
+    `bare_saved`, `bare_peak`: the same without copies of weights in another precision, which
+    autocast keeps. `calls`: operators called, views left out.
+    """
 
     flops: dict[str, float]
     saved: float
@@ -45,8 +50,11 @@ Step = Callable[[Backward, Callable[[], AbstractContextManager[Any]]], None]
 
 
 def trace(modules: nn.Module, step: Step, *, bf16: bool) -> Traced:
-    """What `step` costs. `modules` holds all parameters that it uses, on the meta device; their gradients are there from
-    the start, as in all but a step's first micro batch."""
+    """What `step` costs.
+
+    `modules` holds all parameters that it uses, on the meta device; their gradients are there from
+    the start, as in all but a step's first micro batch.
+    """
     with FakeTensorMode():
         held = _materialise(modules)
         with _Watch(held) as watch:
@@ -66,7 +74,9 @@ def trace(modules: nn.Module, step: Step, *, bf16: bool) -> Traced:
 
 @contextmanager
 def recomputing(module: nn.Module) -> Iterator[None]:
-    """Within, every transformer block keeps its inputs alone, as `train.activation_checkpointing` has it."""
+    """Within, every transformer block keeps its inputs alone, as `train.activation_checkpointing`
+    has it.
+    """
     blocks = list(blocks_of(module))
     for block in blocks:
         again = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
@@ -84,7 +94,9 @@ def fake(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _materialise(modules: nn.Module) -> list[Tensor]:
-    """Put fake CPU tensors of the same shapes in place of parameters and buffers; all of them, gradients too."""
+    """Put fake CPU tensors of the same shapes in place of parameters and buffers; all of them,
+    gradients too.
+    """
     made: dict[int, Tensor] = {}
     held: list[Tensor] = []
 

@@ -1,7 +1,9 @@
-"""What a trained stage costs on N GPUs: states by ZeRO stage, activations, logits, traffic, steps, hours; what would fit.
+"""What a trained stage costs on N GPUs: states by ZeRO stage, activations, logits, traffic, steps,
+hours; what would fit.
 
-P parameters that train, F that do not, N GPUs, V × H an output head. The engines keep parameters, gradients and moments in
-float32 (bf16 is autocast), and ZeRO a float32 copy of its partition beside them.
+P parameters that train, F that do not, N GPUs, V × H an output head. The engines keep parameters,
+gradients and moments in float32 (bf16 is autocast), and ZeRO a float32 copy of its partition beside
+them.
 """
 
 from __future__ import annotations
@@ -55,10 +57,11 @@ class Setting:
 
 
 class Trial:
-    """A model, traced once for one and once for two samples; memory of any `Setting` follows from them.
+    """A model, traced once for one and once for two samples; memory of any `Setting` follows from
+    them.
 
-    fill: mean length of a sample as a share of the longest. Packed samples share rows; others take one each, and memory
-    is that of the longest.
+    fill: mean length of a sample as a share of the longest. Packed samples share rows; others take
+    one each, and memory is that of the longest.
     """
 
     def __init__(self, model: Model, fill: float = 1.0) -> None:
@@ -119,19 +122,24 @@ class Trial:
         return found
 
     def resting(self, engine: str, stage: int, setting: Setting) -> float:
-        """Bytes on a GPU of an engine's weights that are not trained: ZeRO-3 shares them out, or away, too."""
+        """Bytes on a GPU of an engine's weights that are not trained: ZeRO-3 shares them out, or
+        away, too.
+        """
         share = (0.0 if setting.offload else 1 / setting.num) if stage == 3 else 1.0
         return SINGLE * self.model.resting(engine) * share
 
     def states(self, engine: str, stage: int, num: int, offloaded: bool = False) -> float:
-        """Bytes of an engine's parameters, gradients and moments on a GPU; Muon, which runs without ZeRO alone, keeps one
-        moment of its matrices."""
+        """Bytes of an engine's parameters, gradients and moments on a GPU; Muon, which runs without
+        ZeRO alone, keeps one moment of its matrices.
+        """
         whole = states(self.model.parameters(engine), stage, num, offloaded=offloaded)
         return whole if stage else whole - SINGLE * self.model.muon(engine)
 
     def _buffers(self, train: Train, setting: Setting) -> float:
-        """ZeRO's: a bucket for each precision in which gradients are reduced, and under stage 3 the parameters gathered
-        at once, which are sent in bf16 where they can be, and lie there in float32."""
+        """ZeRO's: a bucket for each precision in which gradients are reduced, and under stage 3 the
+        parameters gathered at once, which are sent in bf16 where they can be, and lie there in
+        float32.
+        """
         if setting.zero == 0:
             return 0.0
         trained = int(self.model.parameters("model"))
@@ -154,8 +162,11 @@ class Trial:
         return [HALF if stage == 3 else SINGLE] * (low > 0) + [SINGLE] * (trained > low)
 
     def _passing(self, setting: Setting) -> dict[str, float]:
-        """Activations and logits at their worst moment: in the head's loss, or in the backward pass behind it. Under
-        ZeRO-3 linear layers keep no bf16 copy of their weights (DeepSpeed's own `linear`)."""
+        """Activations and logits at their worst moment: in the head's loss, or in the backward pass
+        behind it.
+
+        Under ZeRO-3 linear layers keep no bf16 copy of their weights (DeepSpeed's own `linear`).
+        """
         rows, bare = self.rows(setting.micro), "bare_" if setting.zero == 3 else ""
         saved, peak = (
             self.of(f"{bare}{name}", rows, setting.checkpointing) for name in ("saved", "peak")
@@ -164,8 +175,11 @@ class Trial:
         return {"activations": max(saved, peak - logits), "logits": logits}
 
     def logits(self, rows: int) -> float:
-        """The loss of the head: its weight's gradient where it is trained, in bf16 its copy and a part of a chunk's product
-        too; a chunk of logits; the inputs' gradients. Of several heads the gradients of all, the rest of the largest."""
+        """The loss of the head: its weight's gradient where it is trained, in bf16 its copy and a
+        part of a chunk's product too; a chunk of logits; the inputs' gradients.
+
+        Of several heads the gradients of all, the rest of the largest.
+        """
         head = self.model.head
         if head is None:
             return 0.0
@@ -225,14 +239,17 @@ class TrainPlan:
         )
 
     def has_room_beside(self, setting: Setting) -> bool:
-        """Whether main memory holds what a worker puts there, where it is known; a disk's room is not."""
+        """Whether main memory holds what a worker puts there, where it is known; a disk's room is
+        not.
+        """
         return (
             not self.rates.host or sum(self.host(setting).values()) <= self.rates.host * HOST_SHARE
         )
 
     def host(self, setting: Setting) -> dict[str, float]:
-        """Bytes of main memory a worker by what holds them, at most: shards (of texts as many again), batches that are made
-        ahead, and what is offloaded there."""
+        """Bytes of main memory a worker by what holds them, at most: shards (of texts as many
+        again), batches that are made ahead, and what is offloaded there.
+        """
         model = self.model
         share = model.train.batch_size / setting.num
         return {
@@ -271,7 +288,9 @@ class TrainPlan:
         )
 
     def _sent(self, engine: str, stage: int, micros: int) -> float:
-        """Bytes of one engine: gradients summed by all (twice their size), or parts of them by each (once), and weights."""
+        """Bytes of one engine: gradients summed by all (twice their size), or parts of them by each
+        (once), and weights.
+        """
         model = self.model
         weights = float(SINGLE * model.parameters(engine))
         gradients = weights - HALF * model.low(engine, trained=True)
@@ -286,7 +305,9 @@ class TrainPlan:
 
     @property
     def step_seconds(self) -> tuple[float, str]:
-        """Seconds of a step, and what bounds them: traffic goes on beside the arithmetic, and calls ahead of it."""
+        """Seconds of a step, and what bounds them: traffic goes on beside the arithmetic, and calls
+        ahead of it.
+        """
         share = self.model.train.batch_size / self.num * self.trial.fill
         compute = sum(
             share * count / self.rates.training(name) for name, count in self.row_flops.items()
@@ -311,8 +332,9 @@ class TrainPlan:
 
     @property
     def checkpoint(self) -> float:
-        """Bytes of a checkpoint: parameters, and their copy and moments under ZeRO (without: the moments); of those that
-        are not trained themselves alone."""
+        """Bytes of a checkpoint: parameters, and their copy and moments under ZeRO (without: the
+        moments); of those that are not trained themselves alone.
+        """
         model, each = self.model, 16 if self.model.train.zero_stage else 12
         return float(
             sum(model.parameters(e) * each + SINGLE * model.resting(e) for e in model.engines)
@@ -335,7 +357,9 @@ class TrainPlan:
         )
 
     def _smaller_window(self) -> str:
-        """The `data_gb` with which main memory suffices, "" where none does (in tenths of a gigabyte)."""
+        """The `data_gb` with which main memory suffices, "" where none does (in tenths of a
+        gigabyte).
+        """
         parts = self.host(self.setting)
         spare = self.rates.host * HOST_SHARE - parts["batches"] - parts["offload"]
         tenths = math.floor(10 * self.model.train.data_gb * spare / parts["shards"])
@@ -396,8 +420,9 @@ def _parts(sizes: Mapping[str, float]) -> str:
 
 
 def _as_sent(model: Model, engine: str) -> tuple[float, float]:
-    """Bytes of the weights that ZeRO-3 gathers for a micro batch, and of the small ones, which it keeps whole and gathers once
-    a step, in float32."""
+    """Bytes of the weights that ZeRO-3 gathers for a micro batch, and of the small ones, which it
+    keeps whole and gathers once a step, in float32.
+    """
     modules = [module for module in model.modules[engine].modules() if type(module) in SENT_LOW]
     low = (
         {id(p) for module in modules for p in module.parameters(recurse=False)}
@@ -414,5 +439,7 @@ def _as_sent(model: Model, engine: str) -> tuple[float, float]:
 
 
 def _divisors(micro: int) -> list[int]:
-    """Those of a micro batch that are smaller, the largest first: a GPU's share of the batch divides by each."""
+    """Those of a micro batch that are smaller, the largest first: a GPU's share of the batch
+    divides by each.
+    """
     return [part for part in range(micro // 2, 0, -1) if micro % part == 0]

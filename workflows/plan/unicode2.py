@@ -1,4 +1,6 @@
-"""What UniCode² adds to a plan: its stages over images, which train nothing and search a large codebook."""
+"""What UniCode² adds to a plan: its stages over images, which train nothing and search a large
+codebook.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ SINGLE = 4  # bytes
 
 
 def search_costs(recipe: Recipe, encoder: VisionEncoder) -> dict[str, InferenceCost]:
-    """The encoder over images, and the encoder with the search of the codes, which lie on the device in float32."""
+    """The encoder over images, and the encoder with the search of the codes, which lie on the
+    device in float32.
+    """
     modules = nn.ModuleDict({"encoder": encoder})
     found = {
         name: InferenceCost.of(section, modules, [encoder], [encoder], encoder.image_size)

@@ -17,8 +17,9 @@ def build(
 ) -> tuple[str, str]:
     """Write both reports into the folder or URL `out`; returns the paths (html, json).
 
-    `artifacts`: the stages that ran or stood, the evaluation with its completed scores (`evaluate.run` returns it so).
-    Parts that a run does not have (no questions, no model) are left out of the page.
+    `artifacts`: the stages that ran or stood, the evaluation with its completed scores
+    (`evaluate.run` returns it so). Parts that a run does not have (no questions, no model) are left
+    out of the page.
     """
     facts = gather(recipe, artifacts, started)
     place = storage.absolute(out)

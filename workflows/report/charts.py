@@ -1,4 +1,7 @@
-"""Charts as inline SVG. Colours are CSS classes, so that they follow the page's light or dark theme."""
+"""Charts as inline SVG.
+
+Colours are CSS classes, so that they follow the page's light or dark theme.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +43,9 @@ class YRange:
 def y_range(values: Sequence[float]) -> YRange:
     """The range of a curve whose first values may lie far from all others.
 
-    If the first 5 % of the values (at least one) take more than two thirds of the range, the axis is logarithmic, or
-    where that does not help, it covers the other values alone. The note says which.
+    If the first 5 % of the values (at least one) take more than two thirds of the range, the axis
+    is logarithmic, or where that does not help, it covers the other values alone. The note says
+    which.
     """
     low, high = min(values), max(values)
     if len(values) < FEW_VALUES and high > low:
@@ -131,7 +135,9 @@ class _Frame:
         return HEIGHT - BOTTOM - _position(value, self.ys, self.log_y) * (HEIGHT - TOP - BOTTOM)
 
     def axes(self, x_ticks: Sequence[float], y_ticks: Sequence[float], note: str = "") -> str:
-        """Horizontal grid lines with their numbers, numbers under the x axis, and a note at the top right."""
+        """Horizontal grid lines with their numbers, numbers under the x axis, and a note at the top
+        right.
+        """
         parts = []
         for tick, text in zip(y_ticks, tick_texts(y_ticks), strict=True):
             y = self.y(tick)

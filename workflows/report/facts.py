@@ -33,7 +33,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a report is made from. `stages` are the recipe's own, `phases` parts of the tokenizer's time."""
+    """What a report is made from.
+
+    `stages` are the recipe's own, `phases` parts of the tokenizer's time.
+    """
 
     name: str
     recipe: dict[str, Any]
@@ -73,10 +76,13 @@ class Facts:
 
 
 def gather(recipe: Recipe, artifacts: Sequence[Artifact], started: float | None = None) -> Facts:
-    """Facts of a run. `artifacts` are its stages in order; a stage's name is the last part of its path.
+    """Facts of a run.
 
-    `started` (seconds since the epoch) is when the command began. `seconds` is the work of every stage, or the wall time
-    of the command where that is longer (start-up counts); a run that was broken off and gone on with counts its stages.
+    `artifacts` are its stages in order; a stage's name is the last part of its path.
+
+    `started` (seconds since the epoch) is when the command began. `seconds` is the work of every
+    stage, or the wall time of the command where that is longer (start-up counts); a run that was
+    broken off and gone on with counts its stages.
     """
     stages = [
         Stage(_last(artifact.path), artifact, history(artifact.path)) for artifact in artifacts
@@ -107,7 +113,10 @@ def gather(recipe: Recipe, artifacts: Sequence[Artifact], started: float | None 
 
 
 def history(path: str) -> list[dict[str, Any]]:
-    """Rows of a training's `history.jsonl`; empty when the stage trained nothing. A torn last line is left out."""
+    """Rows of a training's `history.jsonl`; empty when the stage trained nothing.
+
+    A torn last line is left out.
+    """
     place = storage.join(path, HISTORY)
     if not storage.exists(place):
         return []
@@ -137,7 +146,9 @@ def _phases(path: str) -> list[Stage]:
 
 
 def _baseline_stages(recipe: Recipe) -> list[Stage]:
-    """Stages that the baseline runs made themselves (what they share with the recipe is not theirs)."""
+    """Stages that the baseline runs made themselves (what they share with the recipe is not
+    theirs).
+    """
     found = []
     for name in recipe.baselines:
         for stage in (*STAGES[:-1], *EVALUATION):
@@ -157,7 +168,9 @@ def _tables(evaluation: Artifact | None) -> dict[str, Any]:
 
 
 def _started(stages: Sequence[Stage], started: float | None) -> str:
-    """ISO time (UTC) of the command's start; before it, where stages stood already, that of the first one's."""
+    """ISO time (UTC) of the command's start; before it, where stages stood already, that of the
+    first one's.
+    """
     times = [started] if started else []
     for stage in stages:
         if stage.artifact.created:

@@ -11,7 +11,9 @@ from smalti.artifact import package_versions
 
 
 def machine() -> dict[str, Any]:
-    """system, cpu, cores that this process may use, memory_bytes, gpus (names) and package versions."""
+    """system, cpu, cores that this process may use, memory_bytes, gpus (names) and package
+    versions.
+    """
     import torch
 
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

@@ -1,4 +1,7 @@
-"""Small pieces of HTML. Everything that comes from data passes `escape`: captions and labels are strangers' text."""
+"""Small pieces of HTML.
+
+Everything that comes from data passes `escape`: captions and labels are strangers' text.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,9 @@ def clip(text: str, most: int = 120) -> str:
 
 
 def section(key: str, title: str, lead: str, body: str) -> str:
-    """A section with an anchor, a heading and a sentence about what is seen; empty when there is no body."""
+    """A section with an anchor, a heading and a sentence about what is seen; empty when there is no
+    body.
+    """
     if not body:
         return ""
     return f'<section id="{key}"><h2>{escape(title)}</h2><p class="lead">{lead}</p>{body}</section>'
@@ -46,7 +51,9 @@ def figure(inner: str, caption: str, css: str = "") -> str:
 def table(
     head: Sequence[str], rows: Iterable[Sequence[str]], numeric: Sequence[int] = (), css: str = ""
 ) -> str:
-    """A table of HTML cells in a box that scrolls by itself on a narrow screen; `numeric` columns stand right."""
+    """A table of HTML cells in a box that scrolls by itself on a narrow screen; `numeric` columns
+    stand right.
+    """
 
     def cell(tag: str, column: int, text: str) -> str:
         return f"<{tag}{' class=num' if column in numeric else ''}>{text}</{tag}>"

@@ -114,7 +114,9 @@ def name_of(key: str) -> Name:
 
 
 def ordered(scores: dict[str, Any]) -> list[str]:
-    """The keys as the reader sees them: those of `NAMES` in its order, then the others by the alphabet."""
+    """The keys as the reader sees them: those of `NAMES` in its order, then the others by the
+    alphabet.
+    """
     return sorted(scores, key=lambda key: (ORDER.index(key) if key in NAMES else len(ORDER), key))
 
 

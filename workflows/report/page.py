@@ -1,4 +1,7 @@
-"""The page: head, styles and the sections in reading order. It loads nothing: styles, charts and pictures are inside."""
+"""The page: head, styles and the sections in reading order.
+
+It loads nothing: styles, charts and pictures are inside.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Sections about the run: stages and their time, training curves, corpus, recipe, fingerprints, MLflow."""
+"""Sections about the run: stages and their time, training curves, corpus, recipe, fingerprints,
+MLflow.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +96,9 @@ def curves(facts: Facts) -> str:
 
 
 def _metrics(history: list[dict[str, Any]]) -> list[str]:
-    """The metrics worth a chart: at least two numbers, the losses and qualities first; at most `MOST_CURVES`."""
+    """The metrics worth a chart: at least two numbers, the losses and qualities first; at most
+    `MOST_CURVES`.
+    """
     seen: dict[str, int] = {}
     for row in history:
         if "step" in row:

@@ -9,9 +9,11 @@ from smalti.workflows.report.names import baseline_name, goal_met, name_of, orde
 
 
 def table(scores: Mapping[str, Any], goals: Mapping[str, float] | None = None) -> str:
-    """An aligned table: score, value, what it was counted on, the baselines beside it, and its goal.
+    """An aligned table: score, value, what it was counted on, the baselines beside it, and its
+    goal.
 
-    `goals` (score -> value) adds to the `goal` entries that the scores may carry. Without scores: one line saying so.
+    `goals` (score -> value) adds to the `goal` entries that the scores may carry. Without scores:
+    one line saying so.
     """
     if not scores:
         return "no scores: nothing was measured"

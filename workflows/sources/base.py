@@ -1,8 +1,9 @@
 """Interface of all sources: groups, which are the units of reading.
 
-A group is a small, picklable record. `samples` reads it once, in order, and yields each image exactly once: as a `Sample`,
-or as a `Lost` if it cannot be used. `reader` reads the bytes of a sample again by its locator, so that shards can be
-written once duplicates and the split are known, without holding the images in between.
+A group is a small, picklable record. `samples` reads it once, in order, and yields each image
+exactly once: as a `Sample`, or as a `Lost` if it cannot be used. `reader` reads the bytes of a
+sample again by its locator, so that shards can be written once duplicates and the split are known,
+without holding the images in between.
 """
 
 from __future__ import annotations
@@ -96,8 +97,8 @@ class Lost:
 class Group(Protocol):
     """A unit of reading.
 
-    `source`: its path or URL. `in_order`: whether its reader must read all that precedes a position (a compressed tar, a row
-    group).
+    `source`: its path or URL. `in_order`: whether its reader must read all that precedes a position
+    (a compressed tar, a row group).
     """
 
     @property
@@ -167,8 +168,9 @@ def load_json(text: str | bytes) -> Any:
 def read_pairs(record: Mapping[str, Any]) -> Pairs:
     """Question-answer pairs of a record.
 
-    Read from `qa`, a list (or its JSON text) of {question, answer} or of two texts each; and from `question` with `answer`,
-    if both exist (texts, or lists of equal length). A pair with an empty side is left out and counted.
+    Read from `qa`, a list (or its JSON text) of {question, answer} or of two texts each; and from
+    `question` with `answer`, if both exist (texts, or lists of equal length). A pair with an empty
+    side is left out and counted.
 
     Raises:
         ValueError: if the pairs have another form.

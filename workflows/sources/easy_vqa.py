@@ -1,7 +1,8 @@
 """Source `easy-vqa`: 64 px pictures of one coloured shape, from its PyPI package.
 
-See https://github.com/vzhou842/easy-VQA. It has questions but no captions: colour and shape are derived from all answers on
-an image in its own split. The questions `is there no/not …` negate; each answer narrows the set of possible values.
+See https://github.com/vzhou842/easy-VQA. It has questions but no captions: colour and shape are
+derived from all answers on an image in its own split. The questions `is there no/not …` negate;
+each answer narrows the set of possible values.
 """
 
 from __future__ import annotations

@@ -112,10 +112,11 @@ class FolderGroup:
 def folder_groups(source: str, section: CorpusSection, seed: int) -> Iterator[FolderGroup]:
     """Groups of `shard_images` images; then unusable files in groups of the same size.
 
-    Files are ordered by a hash of their relative paths: a listing is sorted by class folder, and shards of one class make
-    poor training batches. A class label is the name of the folder that holds the image; labels are used if every image lies
-    in a subfolder and there are at least two of them. An image with a label and no caption gets the label as its caption.
-    The listing is sorted on disk, so that memory grows only with the number of folders.
+    Files are ordered by a hash of their relative paths: a listing is sorted by class folder, and
+    shards of one class make poor training batches. A class label is the name of the folder that
+    holds the image; labels are used if every image lies in a subfolder and there are at least two
+    of them. An image with a label and no caption gets the label as its caption. The listing is
+    sorted on disk, so that memory grows only with the number of folders.
 
     Raises:
         DataError: if the folder is missing.

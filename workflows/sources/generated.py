@@ -92,8 +92,8 @@ class GeneratedGroup:
 def generated_groups(source: str, section: CorpusSection, seed: int) -> list[GeneratedGroup]:
     """Groups of `generated`, `generated:COUNT` or `generated:COUNT:NAME`.
 
-    Default: 64 pictures, no name. The recipe's seed and the name determine the pictures, so that `generated:48` and
-    `generated:16:val` differ.
+    Default: 64 pictures, no name. The recipe's seed and the name determine the pictures, so that
+    `generated:48` and `generated:16:val` differ.
     """
     _, _, rest = source.partition(":")
     digits, _, name = rest.partition(":")

@@ -42,8 +42,8 @@ OUT_OF_REACH = 20  # consecutive unreachable images: then the network is down, n
 class JsonLinesGroup:
     """Lines of a file that start in bytes `start` to `end` - 1.
 
-    `first`: number of the first line. Each image is a file of its own: if one is missing in the second pass, only that one
-    is dropped (`corpus.write`).
+    `first`: number of the first line. Each image is a file of its own: if one is missing in the
+    second pass, only that one is dropped (`corpus.write`).
     """
 
     path: str

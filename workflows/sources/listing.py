@@ -42,8 +42,8 @@ def is_hidden(path: str) -> bool:
 class SideTables:
     """Finds the tables that img2dataset writes beside its tars and folders.
 
-    Such a table is `00000.parquet` beside `00000.tar` or `00000/`, with `00000_stats.json` or img2dataset's columns. Memory
-    holds the names of folders, tars, Parquet files and statistics.
+    Such a table is `00000.parquet` beside `00000.tar` or `00000/`, with `00000_stats.json` or
+    img2dataset's columns. Memory holds the names of folders, tars, Parquet files and statistics.
     """
 
     def __init__(self, root: str) -> None:
@@ -87,8 +87,9 @@ class SideTables:
 def each_file(root: str, lost: list[Lost]) -> Iterator[str]:
     """Yield relative paths of the files below a folder, without hidden ones.
 
-    Folders that cannot be read are added to `lost`. On a local disk links to folders are followed; no folder is read twice,
-    so that circular links end. A folder of an object store takes one or several requests, which are not cached.
+    Folders that cannot be read are added to `lost`. On a local disk links to folders are followed;
+    no folder is read twice, so that circular links end. A folder of an object store takes one or
+    several requests, which are not cached.
 
     Raises:
         OSError: if the store does not answer.
@@ -180,7 +181,8 @@ def find_files(source: str, accepts: Callable[[str], bool], kind: str) -> list[s
 def expand(pattern: str) -> list[str]:
     """Files of a path, glob or brace pattern (`{00000..00012}`, `{a,b}`).
 
-    They are sorted within each alternative. If a file has exactly this name, it is not read as a pattern.
+    They are sorted within each alternative. If a file has exactly this name, it is not read as a
+    pattern.
 
     Raises:
         DataError: if nothing matches.

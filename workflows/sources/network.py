@@ -1,7 +1,8 @@
 """Reading over a network: retries, then one clear error.
 
-An answer of a file system (a missing file, a permission) is an OSError of that kind, raised at once. Anything else that
-the client of a store raises becomes `UnreachedError` after the last try. Local disks are read without retries.
+An answer of a file system (a missing file, a permission) is an OSError of that kind, raised at
+once. Anything else that the client of a store raises becomes `UnreachedError` after the last try.
+Local disks are read without retries.
 """
 
 from __future__ import annotations
@@ -123,7 +124,9 @@ class RetryingFiles:
         )
 
     def exists(self, path: str) -> bool:
-        """Whether something is there; fsspec's own `exists` and `isdir` are False for whatever happens."""
+        """Whether something is there; fsspec's own `exists` and `isdir` are False for whatever
+        happens.
+        """
         try:
             self.info(path)
         except (FileNotFoundError, NotADirectoryError):

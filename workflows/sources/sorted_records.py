@@ -18,8 +18,8 @@ BLOCK_BYTES = 16_384  # read from each run at once while merging
 class SortedRecords:
     """JSON records, added in any order and iterated sorted.
 
-    At most `HELD` of them are in memory; the others lie in a file of the temporary folder. A record is a list whose first
-    items are unique, so that comparisons never reach items that may be null.
+    At most `HELD` of them are in memory; the others lie in a file of the temporary folder. A record
+    is a list whose first items are unique, so that comparisons never reach items that may be null.
     """
 
     def __init__(self) -> None:

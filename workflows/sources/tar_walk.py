@@ -34,8 +34,9 @@ class Member(NamedTuple):
 class TailReader:
     """A stream that keeps its last bytes, so that the end of the archive can be checked.
 
-    Of a damaged compressed stream the bytes before the damage are returned; the next read raises the error. Repeated reads
-    past the end raise an error too: tarfile would read up to the size in a damaged header.
+    Of a damaged compressed stream the bytes before the damage are returned; the next read raises
+    the error. Repeated reads past the end raise an error too: tarfile would read up to the size in
+    a damaged header.
     """
 
     KEPT = 4 * tarfile.RECORDSIZE
@@ -99,7 +100,8 @@ def headers(stream: BinaryIO) -> Iterator[Member]:
 class TarWalk:
     """Members of a tar stream, in order.
 
-    Afterwards `torn` says what is wrong with its end (None if nothing), and `torn_member` names the incomplete member.
+    Afterwards `torn` says what is wrong with its end (None if nothing), and `torn_member` names the
+    incomplete member.
     """
 
     def __init__(self, stream: TailReader, max_bytes: int) -> None:

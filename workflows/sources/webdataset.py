@@ -1,8 +1,9 @@
 """Source `webdataset`: tars, streamed and never extracted.
 
-Members that share a key form a sample; the key is the path up to the first dot of the name. Members of one sample usually
-follow each other; any other order is supported too (see `_Far`). A tar without its end marker is truncated: the samples
-before the end are kept, and the truncation is listed in quarantine.
+Members that share a key form a sample; the key is the path up to the first dot of the name. Members
+of one sample usually follow each other; any other order is supported too (see `_Far`). A tar
+without its end marker is truncated: the samples before the end are kept, and the truncation is
+listed in quarantine.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ TEXTS = ("txt", "caption", "text", "json", "cls")
 class _Members:
     """Members of one key so far.
 
-    Of its images the first with the fewest dots in its extension is held; `more` names others with as few.
+    Of its images the first with the fewest dots in its extension is held; `more` names others with
+    as few.
     """
 
     image: tuple[str, str, Locator, bytes] | None = None  # name, extension, place, bytes
@@ -151,8 +153,8 @@ class TarGroup:
     def _samples(self, key: str, members: _Members, far: _Far) -> Iterator[Sample | Lost]:
         """Yield the sample of a key, or why there is none.
 
-        Of several images the first with the fewest dots in its extension is used. One with more (`a.mask.png`) is not a
-        sample of its own; one with as few is reported as `second_image`.
+        Of several images the first with the fewest dots in its extension is used. One with more
+        (`a.mask.png`) is not a sample of its own; one with as few is reported as `second_image`.
         """
         far.complete(key, members)
         if members.image is None:
@@ -195,9 +197,10 @@ class TarGroup:
 class _Far:
     """Finds texts that are further from their image than the window.
 
-    For example, a tar may hold all images, then all texts. When the first key is incomplete within the window, the tar's
-    headers are read once. Memory then holds, per key, the positions of its texts (their bytes if the tar is compressed, which
-    allows no seeking) and the position of its image. Until then it costs nothing.
+    For example, a tar may hold all images, then all texts. When the first key is incomplete within
+    the window, the tar's headers are read once. Memory then holds, per key, the positions of its
+    texts (their bytes if the tar is compressed, which allows no seeking) and the position of its
+    image. Until then it costs nothing.
     """
 
     def __init__(self, group: TarGroup) -> None:
@@ -228,7 +231,8 @@ class _Far:
     def has_image(self, key: str) -> bool:
         """Whether the tar has an image of this key.
 
-        If the image was yielded before the headers were read, the texts are too late: they are counted.
+        If the image was yielded before the headers were read, the texts are too late: they are
+        counted.
         """
         HERE.count("late_texts", int(-1 < self.images.get(key, -1) <= self.given_before))
         return key in self.images

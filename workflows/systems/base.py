@@ -29,8 +29,10 @@ class System(ABC):
         name: `system` in a recipe.
         reads: keys of the section `tokenizer` that it reads; a recipe that sets another is refused.
         ignores: sections of a recipe that it does not read.
-        smoke_layers: blocks of the tiny encoder of `--smoke`; None is the default of `workflows/smoke.py`.
-        bridges: whether its language model has trained codes of its own, which a diffusion decoder can draw from.
+        smoke_layers: blocks of the tiny encoder of `--smoke`; None is the default of
+            `workflows/smoke.py`.
+        bridges: whether its language model has trained codes of its own, which a diffusion decoder
+            can draw from.
     """
 
     name: ClassVar[str]
@@ -69,7 +71,10 @@ class System(ABC):
     def inference_costs(
         self, recipe: Recipe, encoder: VisionEncoder, trained: Mapping[str, Model]
     ) -> dict[str, InferenceCost]:
-        """Cost of an image in the stages `features` (if any) and `tokens`. `trained`: the planned models by name."""
+        """Cost of an image in the stages `features` (if any) and `tokens`.
+
+        `trained`: the planned models by name.
+        """
 
     def check(self, recipe: Recipe) -> None:
         """Check what the recipe alone shows, before the first stage.

@@ -1,4 +1,6 @@
-"""DualToken's tokenizer in its one phase, `dual`: the tower that trains, two codebooks and the decoder."""
+"""DualToken's tokenizer in its one phase, `dual`: the tower that trains, two codebooks and the
+decoder.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ class DualTokenSystem(System):
         return ("corpus", "encoder")
 
     def check(self, recipe: Recipe) -> None:
-        """Also: layers that the encoder has, batches that workers can share, losses that can be computed."""
+        """Also: layers that the encoder has, batches that workers can share, losses that can be
+        computed.
+        """
         super().check(recipe)
         if recipe.mllm.adapter == "cascade":
             raise ConfigError(
@@ -116,7 +120,9 @@ class DualTokenSystem(System):
 
 
 def check_layers(recipe: Recipe) -> None:
-    """ConfigError where `encoder.layer` or the pixel layers do not fit the encoder, as far as it can be known by now."""
+    """ConfigError where `encoder.layer` or the pixel layers do not fit the encoder, as far as it
+    can be known by now.
+    """
     if recipe.encoder.pretrained or recipe.encoder.train:
         try:
             encoder, _ = encoder_of(recipe)

@@ -1,4 +1,6 @@
-"""What the phases of every system share: the encoder and images that they train on, and a stage for each phase."""
+"""What the phases of every system share: the encoder and images that they train on, and a stage for
+each phase.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,10 @@ PHASES = "tokenizer/phases"
 
 
 def check_loss(key: str, phase: PixelStage | DecoderStage | DualStage, image_size: int) -> None:
-    """ConfigError, with the phase's key: LPIPS or a GAN that cannot see such images. ArtifactError: no weights there."""
+    """ConfigError, with the phase's key: LPIPS or a GAN that cannot see such images.
+
+    ArtifactError: no weights there.
+    """
     from smalti.tokenizers.lpips import MIN_SIZE
     from smalti.tokenizers.patchgan import smallest_image
 
@@ -61,7 +66,9 @@ def check_pixel_phase(
 
 
 def placed(loss: Loss) -> Loss:
-    """The loss as workers can use it: they stand in other folders, so local LPIPS weights go by their absolute path."""
+    """The loss as workers can use it: they stand in other folders, so local LPIPS weights go by
+    their absolute path.
+    """
     perceptual = loss.perceptual
     if not perceptual.weights:
         return loss
@@ -70,7 +77,10 @@ def placed(loss: Loss) -> Loss:
 
 
 class Phases:
-    """The phases of one tokenizer. `grid`, `dim`: patches and width of the encoder; `keys`, `sizes`: training shards."""
+    """The phases of one tokenizer.
+
+    `grid`, `dim`: patches and width of the encoder; `keys`, `sizes`: training shards.
+    """
 
     def __init__(self, run: StageRun, parents: Mapping[str, Artifact]) -> None:
         from smalti.workflows.train.data import shard_index
@@ -109,10 +119,11 @@ class Phases:
         parents: Mapping[str, Artifact],
         more: Mapping[str, Any],
     ) -> Artifact:
-        """Train one phase as a stage of its own under `tokenizer/phases/<name>`; found where it stands already.
+        """Train one phase as a stage of its own under `tokenizer/phases/<name>`; found where it
+        stands already.
 
-        settings: of the task. stage: the phase's section, with `train`. more: what its result depends on beside
-        section, parents, seed, layer and image size.
+        settings: of the task. stage: the phase's section, with `train`. more: what its result
+        depends on beside section, parents, seed, layer and image size.
         """
         from smalti.workflows.train.launch import fit
 

@@ -1,6 +1,7 @@
 """Every system by its name in a recipe.
 
-A new system is: its class here, its keys in `smalti/schema/systems.py`, its saved tokenizer in `tokenizers/loading.py`.
+A new system is: its class here, its keys in `smalti/schema/systems.py`, its saved tokenizer in
+`tokenizers/loading.py`.
 """
 
 from __future__ import annotations

@@ -28,7 +28,9 @@ def train(section: str, recipe_train: Train) -> dict[str, Any]:
 
 
 def loss(section: str, wanted: Loss) -> dict[str, Any]:
-    """A GAN that starts within the few steps; LPIPS without a weights file becomes the encoder's features."""
+    """A GAN that starts within the few steps; LPIPS without a weights file becomes the encoder's
+    features.
+    """
     values: dict[str, Any] = {f"{section}.gan.channels": 8, f"{section}.gan.layers": 1}
     if wanted.gan.weight:
         values[f"{section}.gan.start_step"] = 1

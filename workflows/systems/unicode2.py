@@ -1,4 +1,6 @@
-"""UniCode²'s tokenizer: the frozen encoder and the clustered codebook put together; nothing is trained."""
+"""UniCode²'s tokenizer: the frozen encoder and the clustered codebook put together; nothing is
+trained.
+"""
 
 from __future__ import annotations
 

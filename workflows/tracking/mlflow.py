@@ -1,9 +1,10 @@
 """MLflow behind the `Tracker` protocol: one run per recipe, a child run per stage.
 
-The default store is `sqlite:///<out>/mlflow.db` with its pictures in `<out>/mlflow_artifacts`; `tracking.uri` names
-another one, and `off` disables tracking. Metrics are buffered and sent in batches; a training worker attaches to the run
-that the driver created, so that a restarted worker does not open another one. Only one process per run should write.
-A store that cannot be used when a recipe starts is an error; one that fails later does not stop the run (see `outbox`).
+The default store is `sqlite:///<out>/mlflow.db` with its pictures in `<out>/mlflow_artifacts`;
+`tracking.uri` names another one, and `off` disables tracking. Metrics are buffered and sent in
+batches; a training worker attaches to the run that the driver created, so that a restarted worker
+does not open another one. Only one process per run should write. A store that cannot be used when a
+recipe starts is an error; one that fails later does not stop the run (see `outbox`).
 """
 
 from __future__ import annotations
@@ -62,10 +63,12 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def open_tracker(recipe: Recipe) -> Tracker:
     """The recipe's parent run; `NullTracker` when tracking is off.
 
-    It is created once and reopened when the recipe runs again; its id is kept in `<out>/mlflow_run.json`.
+    It is created once and reopened when the recipe runs again; its id is kept in
+    `<out>/mlflow_run.json`.
 
     Raises:
-        ConfigError: if the store cannot be used, or `out` is a URL and no tracking URI was given (sqlite needs a local
+        ConfigError: if the store cannot be used, or `out` is a URL and no tracking URI was given
+            (sqlite needs a local
             folder).
     """
     uri = recipe.tracking.uri
@@ -105,8 +108,8 @@ def open_tracker(recipe: Recipe) -> Tracker:
 class MLflowTracker:
     """One MLflow run.
 
-    With `owner=False` (see `attach`), `finish` sends the buffer and leaves the run open. A pickled copy is attached: it may
-    be passed to rank 0 of a training.
+    With `owner=False` (see `attach`), `finish` sends the buffer and leaves the run open. A pickled
+    copy is attached: it may be passed to rank 0 of a training.
     """
 
     run_id: str | None
@@ -132,8 +135,8 @@ class MLflowTracker:
     def params(self, values: Mapping[str, Any]) -> None:
         """Log nested settings with dotted keys.
 
-        MLflow does not change the value of a logged parameter; a new value (a rerun may change resources) is written as
-        the tag `changed.<key>`.
+        MLflow does not change the value of a logged parameter; a new value (a rerun may change
+        resources) is written as the tag `changed.<key>`.
         """
         self._outbox.call(partial(self._params, dict(values)))
 

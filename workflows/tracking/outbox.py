@@ -25,8 +25,9 @@ PASSING = {
 class Outbox:
     """Thread-safe queue of calls and numbers for the store `where`; never raises.
 
-    `send_numbers` is called with lists of at most `batch` numbers. The queue is bounded: the oldest entries are dropped
-    first. A call that the store refuses permanently (a deleted run) is logged and dropped.
+    `send_numbers` is called with lists of at most `batch` numbers. The queue is bounded: the oldest
+    entries are dropped first. A call that the store refuses permanently (a deleted run) is logged
+    and dropped.
     """
 
     def __init__(self, where: str, send_numbers: Callable[[list[Any]], None], batch: int) -> None:

@@ -1,9 +1,11 @@
-"""Checkpoints of a training run: engines' states, the task's, and where the loop was, in one folder a step.
+"""Checkpoints of a training run: engines' states, the task's, and where the loop was, in one folder
+a step.
 
-Each worker writes its files to its own disk, then goes on training while a thread brings them to storage and, last of
-all, a manifest of their names, sizes and checksums. A checkpoint is whole when the manifests of all its workers stand
-and every file they name has its size; one that is not was cut short, and is passed over. So is one in which a file has
-another checksum when it is loaded: it was damaged later.
+Each worker writes its files to its own disk, then goes on training while a thread brings them to
+storage and, last of all, a manifest of their names, sizes and checksums. A checkpoint is whole when
+the manifests of all its workers stand and every file they name has its size; one that is not was
+cut short, and is passed over. So is one in which a file has another checksum when it is loaded: it
+was damaged later.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ CHUNK_BYTES = 1 << 24
 
 @dataclass(frozen=True)
 class Whole:
-    """A whole checkpoint: the step, its folder, its files by worker, the score it was saved with, checksums of files."""
+    """A whole checkpoint: the step, its folder, its files by worker, the score it was saved with,
+    checksums of files.
+    """
 
     step: int
     path: str
@@ -105,7 +109,10 @@ def look(path: str) -> Whole | str:
 
 
 def read_manifest(path: str) -> dict[str, Any] | None:
-    """A worker's manifest; None where it is torn or damaged. DataError: storage does not answer, which says nothing of it."""
+    """A worker's manifest; None where it is torn or damaged.
+
+    DataError: storage does not answer, which says nothing of it.
+    """
     try:
         found = json.loads(storage.read_bytes(path))
     except ValueError:
@@ -127,7 +134,9 @@ def checksum(path: str) -> int:
 
 
 def newest(folder: str, say: Callable[[str], None], damaged: Sequence[str] = ()) -> Whole | None:
-    """The newest whole checkpoint in `folder`, but for the `damaged`; a line is said for each newer one not whole."""
+    """The newest whole checkpoint in `folder`, but for the `damaged`; a line is said for each newer
+    one not whole.
+    """
     for name in reversed(storage.list_names(folder)):
         if STEP.search(name) and storage.join(folder, name) not in damaged:
             found = look(storage.join(folder, name))
@@ -138,7 +147,9 @@ def newest(folder: str, say: Callable[[str], None], damaged: Sequence[str] = ())
 
 
 def to_drop(whole: Sequence[Whole], keep: int, best: str | None) -> list[Whole]:
-    """Those of the checkpoints that are neither among the `keep` newest nor the best by score (`max:NAME`: highest)."""
+    """Those of the checkpoints that are neither among the `keep` newest nor the best by score
+    (`max:NAME`: highest).
+    """
     kept = sorted(whole, key=lambda c: c.step)[-keep:]
     scored = [c for c in whole if c.score is not None and math.isfinite(c.score)]
     if best is not None and scored:
@@ -148,7 +159,9 @@ def to_drop(whole: Sequence[Whole], keep: int, best: str | None) -> list[Whole]:
 
 
 class Checkpoints:
-    """The checkpoints of a run in `folder`, seen by one of its workers; all call `save`, `wait` and `load` alike."""
+    """The checkpoints of a run in `folder`, seen by one of its workers; all call `save`, `wait` and
+    `load` alike.
+    """
 
     def __init__(
         self,
@@ -170,9 +183,11 @@ class Checkpoints:
         self._sending: Future[None] | None = None
 
     def save(self, engines: Mapping[str, Any], task: Task, state: dict[str, Any]) -> None:
-        """Write a checkpoint of all that a resumed run needs; `state`: "step" (steps done) and "history" at least.
+        """Write a checkpoint of all that a resumed run needs; `state`: "step" (steps done) and
+        "history" at least.
 
-        Returns when it stands on this worker's disk; errors of sending it are raised by the next `save` or `wait`.
+        Returns when it stands on this worker's disk; errors of sending it are raised by the next
+        `save` or `wait`.
         """
         self.wait()
         self.collectives.storage_barrier()  # the one before was sent
@@ -199,7 +214,9 @@ class Checkpoints:
         self._sending = self._thread.submit(self._send, scratch, target, score)
 
     def wait(self) -> None:
-        """Return when this worker's part of the last checkpoint is in storage; raises what went wrong on the way."""
+        """Return when this worker's part of the last checkpoint is in storage; raises what went
+        wrong on the way.
+        """
         if self._sending is not None:
             sending, self._sending = self._sending, None
             sending.result()
@@ -207,8 +224,9 @@ class Checkpoints:
     def load(self, engines: Mapping[str, Any], task: Task) -> dict[str, Any] | None:
         """Take back the newest whole checkpoint; its state, or None when there is none.
 
-        ZeRO's optimizer states, which are cut by worker, are cut anew when another number of workers wrote them.
-        ConfigError: written with other ZeRO stages. TrainingError: it lacks an engine, or one does not fit.
+        ZeRO's optimizer states, which are cut by worker, are cut anew when another number of
+        workers wrote them. ConfigError: written with other ZeRO stages. TrainingError: it lacks an
+        engine, or one does not fit.
         """
         device = next(iter(engines.values())).device
         damaged: list[str] = []
@@ -245,7 +263,9 @@ class Checkpoints:
         return state
 
     def _changed(self, chosen: Whole, folder: str, device: torch.device) -> str:
-        """Name of a file that is not what was written, the same on every worker, or ""; each looks at its share."""
+        """Name of a file that is not what was written, the same on every worker, or ""; each looks
+        at its share.
+        """
         ranks = range(self.collectives.rank, len(chosen.files), self.collectives.world_size)
         own = [name for rank in ranks for name in chosen.files[rank] if name in chosen.sums]
         wrong = [name for name in own if checksum(os.path.join(folder, name)) != chosen.sums[name]]
@@ -257,7 +277,9 @@ class Checkpoints:
         return next((name for name in all_told.split("\n") if name), "")
 
     def _choose(self, device: torch.device, damaged: Sequence[str]) -> Whole | None:
-        """What worker 0 finds to be the newest whole checkpoint; where it cannot look, all workers get its error."""
+        """What worker 0 finds to be the newest whole checkpoint; where it cannot look, all workers
+        get its error.
+        """
         found: Whole | DataError | None = None
         if self.collectives.rank == 0:
             try:
@@ -316,7 +338,9 @@ class Checkpoints:
             retry_storage(self._drop, say=self.say)
 
     def _drop(self) -> None:
-        """Remove what is not to be kept; of those older than the newest whole one also what is not whole."""
+        """Remove what is not to be kept; of those older than the newest whole one also what is not
+        whole.
+        """
         folders = [
             storage.join(self.folder, name)
             for name in storage.list_names(self.folder)
@@ -344,7 +368,10 @@ def check_stages(state: Mapping[str, Any], engines: Mapping[str, Any], path: str
 
 @contextlib.contextmanager
 def _made_here() -> Iterator[Scratch]:
-    """A folder on this machine's disk that stays when the block ends well. DataError: the disk holds no more."""
+    """A folder on this machine's disk that stays when the block ends well.
+
+    DataError: the disk holds no more.
+    """
     scratch: Scratch | None = None
     try:
         scratch = Scratch("checkpoint")
@@ -362,9 +389,12 @@ def _made_here() -> Iterator[Scratch]:
 
 @contextlib.contextmanager
 def fetched(chosen: Whole, collectives: Collectives, say: Callable[[str], None]) -> Iterator[str]:
-    """A local folder with the checkpoint's files, all of them where it is local already. From an object store each worker
-    fetches what it loads (its own files, and what worker 0 wrote for all); where another number of workers wrote it, the
-    first worker of each machine fetches all files for all workers there."""
+    """A local folder with the checkpoint's files, all of them where it is local already.
+
+    From an object store each worker fetches what it loads (its own files, and what worker 0 wrote
+    for all); where another number of workers wrote it, the first worker of each machine fetches all
+    files for all workers there.
+    """
     if storage.is_local(chosen.path):
         yield storage.local_path(chosen.path)
     elif len(chosen.files) == collectives.world_size:

@@ -1,4 +1,5 @@
-"""Collectives over the training workers, handed into plain PyTorch code; with one worker each is the identity.
+"""Collectives over the training workers, handed into plain PyTorch code; with one worker each is
+the identity.
 
 Legend: W workers, B rows.
 """
@@ -18,7 +19,9 @@ from torch import Tensor
 from smalti.errors import SmaltiError
 
 PATIENCE = timedelta(hours=12)
-"""How long workers wait for one another's reading and writing of storage; for all else, torch's half hour."""
+"""How long workers wait for one another's reading and writing of storage; for all else, torch's
+half hour.
+"""
 
 T = TypeVar("T")
 
@@ -26,8 +29,9 @@ T = TypeVar("T")
 class Collectives:
     """Collectives of the default process group; tensors keep their device and dtype.
 
-    `rank` and `world_size` default to those of `torch.distributed`, or to one worker when it is not initialised. Every
-    worker makes one alike: the first of a process opens the group that waits for storage.
+    `rank` and `world_size` default to those of `torch.distributed`, or to one worker when it is not
+    initialised. Every worker makes one alike: the first of a process opens the group that waits for
+    storage.
     """
 
     def __init__(self) -> None:
@@ -75,8 +79,11 @@ class Collectives:
         return box[0]
 
     def once_a_machine(self, work: Callable[[], T]) -> T:
-        """What `work()` returns on the first worker of this machine (it must pickle), on every worker of it; what it
-        raises anywhere, all workers raise. The workers of a machine have successive ranks, as Ray and torchrun number them."""
+        """What `work()` returns on the first worker of this machine (it must pickle), on every
+        worker of it; what it raises anywhere, all workers raise.
+
+        The workers of a machine have successive ranks, as Ray and torchrun number them.
+        """
         if self.world_size == 1:
             return work()
         local = int(os.environ.get("LOCAL_RANK", self.rank))
@@ -102,13 +109,18 @@ class Collectives:
             dist.barrier()
 
     def storage_barrier(self) -> None:
-        """Wait for all workers as long as `PATIENCE`, after what each or one of them read from storage or wrote there. One that
-        died is seen at once all the same, by its closed connection and by Ray."""
+        """Wait for all workers as long as `PATIENCE`, after what each or one of them read from
+        storage or wrote there.
+
+        One that died is seen at once all the same, by its closed connection and by Ray.
+        """
         if self.world_size > 1:
             dist.barrier(group=self._patient)
 
 
 @functools.cache
 def patient_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
-    """The group over all workers of `world` whose collectives wait as long as `PATIENCE`; every worker calls it."""
+    """The group over all workers of `world` whose collectives wait as long as `PATIENCE`; every
+    worker calls it.
+    """
     return dist.new_group(backend="gloo", timeout=PATIENCE)

@@ -34,7 +34,10 @@ IN_USE = 3  # shards that threads may be reading rows of at once
 
 
 def shard_index(artifact_path: str, split: str) -> tuple[list[str], list[int]]:
-    """Keys of a split's shards and their rows, from the footers. DataError when there is no row at all."""
+    """Keys of a split's shards and their rows, from the footers.
+
+    DataError when there is no row at all.
+    """
     keys = shards.list_shards(artifact_path, split)
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
         sizes = list(pool.map(lambda key: shards.shard_rows(artifact_path, key), keys))
@@ -47,8 +50,11 @@ def shard_index(artifact_path: str, split: str) -> tuple[list[str], list[int]]:
 
 
 class ShardRows:
-    """Rows of the shards of one split. Whole tables are kept: those near the step (`prefetch`) up to `window_bytes`, of
-    the others the last used up to `cache_bytes`."""
+    """Rows of the shards of one split.
+
+    Whole tables are kept: those near the step (`prefetch`) up to `window_bytes`, of the others the
+    last used up to `cache_bytes`.
+    """
 
     def __init__(
         self,
@@ -85,7 +91,9 @@ class ShardRows:
             self.disk = ShardCache(folder, limit_bytes)
 
     def prefetch(self, near: PrefetchWindow) -> None:
-        """Keep what is near a step, and read what is still missing of it in threads; what those meet, `table` raises."""
+        """Keep what is near a step, and read what is still missing of it in threads; what those
+        meet, `table` raises.
+        """
         if near == self._near:
             return
         with self._lock:
@@ -140,9 +148,12 @@ class ShardRows:
         return table, prepared
 
     def _keep(self, shard: int, table: pa.Table, prepared: Any) -> None:
-        """Keep a table, and let others go: first what is far from the step (least recently used first), then what lies
-        ahead, then of the window itself what was used just before: batches go round it, so that is due last. The latest
-        few stay, which threads are still reading rows of."""
+        """Keep a table, and let others go: first what is far from the step (least recently used
+        first), then what lies ahead, then of the window itself what was used just before:
+        batches go round it, so that is due last.
+
+        The latest few stay, which threads are still reading rows of.
+        """
         with self._lock:
             self._tables[shard] = (table, table.nbytes, prepared)
             self._bytes += table.nbytes
@@ -186,9 +197,11 @@ class ShardRows:
 
 
 class ImageRows(ShardRows):
-    """Rows of a corpus; `pixels` is uint8 (H, W, 3) after resize and centre crop, H = W = `image_size`.
+    """Rows of a corpus; `pixels` is uint8 (H, W, 3) after resize and centre crop, H = W =
+    `image_size`.
 
-    Decoded pixels are kept when those of the whole split fit into `pixel_bytes`: then an epoch decodes nothing.
+    Decoded pixels are kept when those of the whole split fit into `pixel_bytes`: then an epoch
+    decodes nothing.
     """
 
     def __init__(
@@ -212,7 +225,9 @@ class ImageRows(ShardRows):
             super().prefetch(near)
 
     def read(self, shard: int, row: int) -> tuple[str, Mapping[str, Any]]:
-        """The row with `pixels` in place of `image`; DataError naming it when it does not decode any more."""
+        """The row with `pixels` in place of `image`; DataError naming it when it does not decode
+        any more.
+        """
         if self._pixels is not None and (shard, row) in self._pixels:
             return self.keys[shard], self._pixels[shard, row]
         key, values = super().read(shard, row)
@@ -271,8 +286,8 @@ class Joined:
 class BatchLoader:
     """This worker's micro batches, step after step, made by a thread ahead of the step.
 
-    `for step, batches in feed.steps(first, last)` gives a list of micro batches a step; `at(step)` makes those of any
-    step at once. An error while reading is raised to the loop, in its step.
+    `for step, batches in feed.steps(first, last)` gives a list of micro batches a step; `at(step)`
+    makes those of any step at once. An error while reading is raised to the loop, in its step.
     """
 
     def __init__(

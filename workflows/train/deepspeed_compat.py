@@ -1,7 +1,8 @@
 """Internals of DeepSpeed's optimizers that training depends on, in one place.
 
-DeepSpeed has no public call that returns the gradient's norm before a step, nor one that skips a step. What is used
-instead was read in the versions of `KNOWN`; `check_version` refuses others, and a test checks that the names exist.
+DeepSpeed has no public call that returns the gradient's norm before a step, nor one that skips a
+step. What is used instead was read in the versions of `KNOWN`; `check_version` refuses others, and
+a test checks that the names exist.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ def gradient_norm(engine: DeepSpeedEngine) -> float:
 def apply(engine: DeepSpeedEngine, norm: float) -> None:
     """Step an engine whose gradient has this norm.
 
-    With norm inf the gradient is discarded; weights, moments and their step count keep their values.
+    With norm inf the gradient is discarded; weights, moments and their step count keep their
+    values.
     """
     stage = engine.zero_optimization_stage()
     with _stepping(engine.optimizer, stage, norm):

@@ -1,4 +1,7 @@
-"""What rank 0 tells the driver. A light module of its own: the actor's process need not import torch."""
+"""What rank 0 tells the driver.
+
+A light module of its own: the actor's process need not import torch.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,9 @@ if TYPE_CHECKING:
 
 
 class DriverChannel:
-    """Actor between rank 0, the driver and what decides on the number of workers: numbers and pictures to log, the error
-    that ends the run, and the wish for a checkpoint."""
+    """Actor between rank 0, the driver and what decides on the number of workers: numbers and
+    pictures to log, the error that ends the run, and the wish for a checkpoint.
+    """
 
     def __init__(self) -> None:
         self._metrics: list[tuple[int, dict[str, float]]] = []
@@ -48,7 +52,9 @@ class DriverChannel:
         return self._fatal
 
     def may_restart(self) -> bool:
-        """True once a checkpoint was made since this was first asked: more workers can start from it."""
+        """True once a checkpoint was made since this was first asked: more workers can start from
+        it.
+        """
         saved = self._saved
         self._wished, self._saved = not saved, False
         return saved

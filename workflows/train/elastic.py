@@ -1,4 +1,6 @@
-"""How many workers train: a fixed number, or as many between two numbers as there is room for and a batch divides among."""
+"""How many workers train: a fixed number, or as many between two numbers as there is room for and a
+batch divides among.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ PATIENCE = 10  # looks, one a minute, that a larger group waits for a checkpoint
 
 
 def fitting_workers(train: Train, resources: Resources) -> list[int]:
-    """The numbers of workers, rising, that `resources.workers` allows and that can share a batch evenly.
+    """The numbers of workers, rising, that `resources.workers` allows and that can share a batch
+    evenly.
 
     ConfigError: there is none.
     """
@@ -40,8 +43,9 @@ def fitting_workers(train: Train, resources: Resources) -> list[int]:
 
 
 def check_together(what: str, train: Train, resources: Resources) -> None:
-    """ConfigError where `what` of a loss, which sees a micro batch of all workers at once, would see another number of
-    samples at another of the numbers of workers allowed."""
+    """ConfigError where `what` of a loss, which sees a micro batch of all workers at once, would
+    see another number of samples at another of the numbers of workers allowed.
+    """
     seen = {
         n: train.batch_size // accumulation(train, n)[1] for n in fitting_workers(train, resources)
     }
@@ -56,8 +60,11 @@ def check_together(what: str, train: Train, resources: Resources) -> None:
 
 
 def check_batch(section: str, train: Train, resources: Resources, *, together: str = "") -> None:
-    """ConfigError, with the section's name, unless the workers can share a batch evenly. `together`: what of the loss sees
-    the samples of a micro batch of all workers at once, so that their number must stay the same on the way."""
+    """ConfigError, with the section's name, unless the workers can share a batch evenly.
+
+    `together`: what of the loss sees the samples of a micro batch of all workers at once, so that
+    their number must stay the same on the way.
+    """
     try:
         fitting_workers(train, resources)
         if together:
@@ -67,7 +74,9 @@ def check_batch(section: str, train: Train, resources: Resources, *, together: s
 
 
 def left_out(train: Train, resources: Resources) -> str:
-    """A line about the numbers of workers in the allowed range that will not be used; "" when there are none."""
+    """A line about the numbers of workers in the allowed range that will not be used; "" when there
+    are none.
+    """
     fitting = fitting_workers(train, resources)
     others = [
         n for n in range(resources.min_workers, resources.max_workers + 1) if n not in fitting
@@ -82,8 +91,11 @@ def left_out(train: Train, resources: Resources) -> str:
 
 
 def staying_nodes() -> set[str]:
-    """Ids of the nodes that are alive and not about to go. What Ray has reserved may lie on others for a while, and a
-    group that is started there waits for nothing."""
+    """Ids of the nodes that are alive and not about to go.
+
+    What Ray has reserved may lie on others for a while, and a group that is started there waits for
+    nothing.
+    """
     import ray
 
     going = ray._private.state.state.get_draining_nodes()
@@ -91,10 +103,14 @@ def staying_nodes() -> set[str]:
 
 
 def elastic_trainer(fitting: list[int], channel: Any, **settings: Any) -> Any:
-    """A TorchTrainer made with `settings`, whose `scaling_config` names a range, that only ever has a number of workers
-    out of `fitting`, on nodes that stay, and starts more of them from a checkpoint made for it (asked for on the
-    `channel`; after ten minutes without one, from what there is). Ray has no public way to say so: this is its elastic
-    policy with one count rounded down and one decision put off."""
+    """A TorchTrainer made with `settings`, whose `scaling_config` names a range, that only ever has
+    a number of workers out of `fitting`, on nodes that stay, and starts more of them from a
+    checkpoint made for it (asked for on the `channel`; after ten minutes without one, from what
+    there is).
+
+    Ray has no public way to say so: this is its elastic policy with one count rounded down and one
+    decision put off.
+    """
     import ray
     from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.execution.scaling_policy import (

@@ -1,4 +1,6 @@
-"""DeepSpeed engines: configuration, optimizer, learning rate, full weights. Torch alone decides the maths of a step.
+"""DeepSpeed engines: configuration, optimizer, learning rate, full weights.
+
+Torch alone decides the maths of a step.
 
 No DeepSpeed op is compiled: the optimizer is torch's AdamW and collectives are torch.distributed's.
 """
@@ -34,7 +36,9 @@ STAGE_3: dict[str, Any] = {  # in numbers, DeepSpeed's own sizes
     "stage3_param_persistence_threshold": 100_000,
 }
 SENT_LOW = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, LossHead)
-"""Layers whose weights and gradients ZeRO sends in bf16 under `train.precision: bf16`; those that compute in it."""
+"""Layers whose weights and gradients ZeRO sends in bf16 under `train.precision: bf16`; those that
+compute in it.
+"""
 
 
 @contextmanager
@@ -67,12 +71,15 @@ def prepare_process(use_gpu: bool, num_threads: int) -> None:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
-    # Looking at this attribute probes compilers and builds an op for shared-memory collectives (50 s); gloo and nccl do.
+    # Looking at this attribute probes compilers and builds an op for shared-memory collectives (50
+    # s); gloo and nccl do.
     vars(deepspeed.ops)["__compatible_ops__"] = defaultdict(bool)
 
 
 def accumulation(train: Train, world_size: int) -> tuple[int, int]:
-    """(samples of a micro batch, accumulation steps) of one worker; ConfigError unless all divide evenly."""
+    """(samples of a micro batch, accumulation steps) of one worker; ConfigError unless all divide
+    evenly.
+    """
     if train.batch_size % world_size:
         raise ConfigError(
             f"train.batch_size={train.batch_size} does not divide among resources.workers={world_size}. "
@@ -89,7 +96,8 @@ def accumulation(train: Train, world_size: int) -> tuple[int, int]:
 
 
 def learning_rate(train: Train, step: int, peak: float | None = None) -> float:
-    """Rate of a step, counted from 0: linear warmup, then constant, or cosine down to `min_lr` times the peak.
+    """Rate of a step, counted from 0: linear warmup, then constant, or cosine down to `min_lr`
+    times the peak.
 
     `warmup` below 1 is a fraction of the steps, else a number of steps.
     """
@@ -108,10 +116,13 @@ def learning_rate(train: Train, step: int, peak: float | None = None) -> float:
 def deepspeed_config(
     train: Train, world_size: int, *, zero_stage: int | None = None, trained: int | None = None
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration of one engine. Parameters stay float32; bf16 is autocast, so that what must be
-    float32 (codebooks, losses, norms) stays so; ZeRO sends gradients, and ZeRO-3 weights, of `SENT_LOW` in bf16.
+    """DeepSpeed's configuration of one engine.
 
-    `trained`: how many numbers are trained; ZeRO holds a bucket for gradients that need be no larger than all of them.
+    Parameters stay float32; bf16 is autocast, so that what must be float32 (codebooks, losses,
+    norms) stays so; ZeRO sends gradients, and ZeRO-3 weights, of `SENT_LOW` in bf16.
+
+    `trained`: how many numbers are trained; ZeRO holds a bucket for gradients that need be no
+    larger than all of them.
     """
     micro, steps = accumulation(train, world_size)
     stage = train.zero_stage if zero_stage is None else zero_stage
@@ -168,13 +179,17 @@ def build_engine(
 
 
 def set_learning_rate(engine: Any, lr: float) -> None:
-    """Set the rate of every group: the schedule is a function of the step, nothing of it needs saving."""
+    """Set the rate of every group: the schedule is a function of the step, nothing of it needs
+    saving.
+    """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * group.get("factor", 1.0)
 
 
 def set_factors(engine: Any, factors: Mapping[Any, float]) -> None:
-    """Factors on the rate of the groups that stand for a part of the module; call it before `set_learning_rate`."""
+    """Factors on the rate of the groups that stand for a part of the module; call it before
+    `set_learning_rate`.
+    """
     for group in engine.optimizer.param_groups:
         if "part" in group:
             group["factor"] = factors[group["part"]]
@@ -182,10 +197,12 @@ def set_factors(engine: Any, factors: Mapping[Any, float]) -> None:
 
 @torch.no_grad()
 def forget_moments(engine: Any, parts: Collection[str]) -> None:
-    """Let the optimizer begin anew with the groups of these parts, under any ZeRO stage: moments and count of steps 0.
+    """Let the optimizer begin anew with the groups of these parts, under any ZeRO stage: moments
+    and count of steps 0.
 
-    After a rest the moments have faded but the count went on: Adam would take them for means over all those steps, and
-    make steps several times the rate."""
+    After a rest the moments have faded but the count went on: Adam would take them for means over
+    all those steps, and make steps several times the rate.
+    """
     for group, parameter in _held(engine):
         if group.get("part") in parts:
             for name, value in _inner(engine).state.get(parameter, {}).items():
@@ -201,7 +218,9 @@ def _inner(engine: Any) -> torch.optim.Optimizer:
 
 
 def _held(engine: Any) -> list[tuple[dict[str, Any], Any]]:
-    """What torch's optimizer has states of (parameters, or ZeRO's flat pieces), each with its group."""
+    """What torch's optimizer has states of (parameters, or ZeRO's flat pieces), each with its
+    group.
+    """
     groups = _inner(engine).param_groups
     if engine.zero_optimization_stage() == 3:  # whose groups are filled during a step only
         pieces = enumerate(engine.optimizer.fp32_partitioned_groups_flat)
@@ -213,8 +232,11 @@ def _held(engine: Any) -> list[tuple[dict[str, Any], Any]]:
 
 
 def full_weights(engine: Any, *, on_this_rank: bool) -> dict[str, torch.Tensor] | None:
-    """The whole state dict on the CPU where `on_this_rank`, None elsewhere; under ZeRO-3 gathered one parameter at a
-    time, so that a rank never holds more than the model. Every rank must call it."""
+    """The whole state dict on the CPU where `on_this_rank`, None elsewhere; under ZeRO-3 gathered
+    one parameter at a time, so that a rank never holds more than the model.
+
+    Every rank must call it.
+    """
     import deepspeed
 
     module = engine.module
@@ -240,7 +262,9 @@ def full_weights(engine: Any, *, on_this_rank: bool) -> dict[str, torch.Tensor] 
 
 @torch.no_grad()
 def set_parameter(engine: Any, parameter: nn.Parameter, value: torch.Tensor) -> None:
-    """Give a trained parameter a new value (whole, the same on every rank) under any ZeRO stage; its moments become 0."""
+    """Give a trained parameter a new value (whole, the same on every rank) under any ZeRO stage;
+    its moments become 0.
+    """
     stage = engine.zero_optimization_stage()
     if stage == 0:
         parameter.copy_(value)

@@ -1,4 +1,7 @@
-"""What went wrong in training workers, in words. A light module: Ray Train's controller imports it too."""
+"""What went wrong in training workers, in words.
+
+A light module: Ray Train's controller imports it too.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,11 @@ INNER = (
 
 
 def failed_workers(failures: Mapping[int, BaseException]) -> str:
-    """Which workers failed and why, in a line; "" where it is an error that the user sees at the end. One that died is
-    named before those that lost their connection to it."""
+    """Which workers failed and why, in a line; "" where it is an error that the user sees at the
+    end.
+
+    One that died is named before those that lost their connection to it.
+    """
     from ray.exceptions import ActorDiedError, ActorUnavailableError
 
     causes = {rank: cause_of(failure) for rank, failure in sorted(failures.items())}

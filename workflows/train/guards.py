@@ -1,7 +1,9 @@
-"""Guards of a training step: NaN or Inf in losses and gradients, and weights that differ between workers.
+"""Guards of a training step: NaN or Inf in losses and gradients, and weights that differ between
+workers.
 
-A step with a loss or a gradient that is not finite is skipped as a whole: no engine moves, on any worker. A loss that is
-not finite makes every gradient NaN, so that workers agree without a collective of their own.
+A step with a loss or a gradient that is not finite is skipped as a whole: no engine moves, on any
+worker. A loss that is not finite makes every gradient NaN, so that workers agree without a
+collective of their own.
 """
 
 from __future__ import annotations
@@ -31,13 +33,17 @@ class DriftError(TrainingError):
 
 
 def poisoned(loss: Tensor) -> Tensor:
-    """The loss as it is, and NaN with NaN gradients where it is not finite (an infinite one may have finite ones)."""
+    """The loss as it is, and NaN with NaN gradients where it is not finite (an infinite one may
+    have finite ones).
+    """
     finite = torch.isfinite(loss.detach())
     return loss * torch.where(finite, 1.0, float("nan")).to(loss.dtype)
 
 
 def not_finite(step: int, train: Train, rate: float, found: Sequence[Metrics]) -> NotFiniteError:
-    """The error that ends a run at `step` (from 0), after too many steps were passed over; `found`: its last metrics."""
+    """The error that ends a run at `step` (from 0), after too many steps were passed over; `found`:
+    its last metrics.
+    """
     last, first = step + 1, step + 1 - train.max_skipped
     which = f"step {last}" if first == last else f"steps {first} to {last}"
     seen = [
@@ -74,8 +80,10 @@ class SkipCount:
 
 
 def checksum(tensor: Tensor) -> Tensor:
-    """A sum over a tensor's bytes and their places: int64 scalar on its device. Tensors of other bytes share it with a
-    chance of about 2⁻³¹; no float is rounded on the way."""
+    """A sum over a tensor's bytes and their places: int64 scalar on its device.
+
+    Tensors of other bytes share it with a chance of about 2⁻³¹; no float is rounded on the way.
+    """
     flat = tensor.detach().contiguous().flatten().view(torch.uint8)
     words = torch.nn.functional.pad(flat, (0, -len(flat) % 4)).view(torch.int32)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
@@ -87,8 +95,10 @@ def checksum(tensor: Tensor) -> Tensor:
 
 
 def held_whole(engines: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Buffers and weights by name that each worker holds whole, so that they can drift apart: all of them below ZeRO-3, where
-    no weight is cut; under it buffers (EMA codebooks) and the weights that are too small to be."""
+    """Buffers and weights by name that each worker holds whole, so that they can drift apart: all
+    of them below ZeRO-3, where no weight is cut; under it buffers (EMA codebooks) and the
+    weights that are too small to be.
+    """
     found: dict[str, Tensor] = {}
     for name, engine in engines.items():
         tensors: dict[str, Any] = dict(engine.module.named_parameters()) | dict(
@@ -104,8 +114,11 @@ def held_whole(engines: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def check_same(tensors: Mapping[str, Tensor], collectives: Collectives, step: int) -> None:
-    """DriftError on every worker, with the tensor's name and the ranks that stand alone, unless each tensor has the
-    same bytes on all workers. Every worker calls it with the same names."""
+    """DriftError on every worker, with the tensor's name and the ranks that stand alone, unless
+    each tensor has the same bytes on all workers.
+
+    Every worker calls it with the same names.
+    """
     if collectives.world_size == 1 or not tensors:
         return
     names = sorted(tensors)

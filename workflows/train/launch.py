@@ -1,4 +1,6 @@
-"""The driver's side of a training run: starts Ray Train, shows progress, feeds the tracker, turns errors into one."""
+"""The driver's side of a training run: starts Ray Train, shows progress, feeds the tracker, turns
+errors into one.
+"""
 
 from __future__ import annotations
 
@@ -43,9 +45,9 @@ def fit(
 ) -> dict[str, float]:
     """Train a task, made with `settings` in each worker, and write its final model into `run.path`.
 
-    Returns the task's final numbers. A run that was broken off goes on from its newest checkpoint in
-    `<path>/checkpoints`; one that is finished returns at once. Errors: the worker's own SmaltiError, else
-    TrainingError with the first cause. Ray must be connected.
+    Returns the task's final numbers. A run that was broken off goes on from its newest checkpoint
+    in `<path>/checkpoints`; one that is finished returns at once. Errors: the worker's own
+    SmaltiError, else TrainingError with the first cause. Ray must be connected.
     """
     done_file = storage.join(run.path, DONE_FILE)
     if not storage.exists(done_file):
@@ -105,7 +107,10 @@ def _run(
 
 
 def _trainer(job: Job, resources: Resources) -> Any:
-    """The Ray Train trainer. It starts the workers and starts them again; what to go on from they find themselves."""
+    """The Ray Train trainer.
+
+    It starts the workers and starts them again; what to go on from they find themselves.
+    """
     from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -149,7 +154,9 @@ def _trainer(job: Job, resources: Resources) -> Any:
 
 @contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Within, the environment has these values where the user set none; the next training may want others."""
+    """Within, the environment has these values where the user set none; the next training may want
+    others.
+    """
     ours = {key: value for key, value in values.items() if key not in os.environ}
     os.environ.update(ours)
     try:
@@ -161,8 +168,9 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ctrl-C ends a training as it ends everything else, by KeyboardInterrupt: Ray Train's own handler aborts the run
-    by SystemExit, and would stay in place afterwards."""
+    """Ctrl-C ends a training as it ends everything else, by KeyboardInterrupt: Ray Train's own
+    handler aborts the run by SystemExit, and would stay in place afterwards.
+    """
     main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGINT)
     try:

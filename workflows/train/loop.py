@@ -1,7 +1,8 @@
-"""The one training loop, as each Ray Train worker runs it: DeepSpeed engines, checkpoints, metrics, final weights.
+"""The one training loop, as each Ray Train worker runs it: DeepSpeed engines, checkpoints, metrics,
+final weights.
 
-Everything that a step depends on is a function of (seed, step) or lies in the checkpoint, so a resumed run takes the
-same steps as an unbroken one.
+Everything that a step depends on is a function of (seed, step) or lies in the checkpoint, so a
+resumed run takes the same steps as an unbroken one.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ HISTORY_FILE = "history.jsonl"
 DONE_FILE = "trained.json"
 CHECKPOINTS = "checkpoints"
 NOTICE_S = 1.0
-"""About how often the workers ask, together, whether a node is to be taken away; grace is half a minute and more."""
+"""About how often the workers ask, together, whether a node is to be taken away; grace is half a
+minute and more.
+"""
 TOGETHER = (guards.NotFiniteError, guards.DriftError)
 """Errors that all workers meet in the same step."""
 
@@ -74,9 +77,9 @@ class Job:
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     """Entry point of a Ray Train worker. Returns {"metrics", "fatal"}.
 
-    A SmaltiError needs the user and is not retried. If every worker raises it at the same place, it is returned as
-    `fatal`. Otherwise it is reported to the channel and raised, which ends the other workers; Ray then restarts the group,
-    which returns it at once.
+    A SmaltiError needs the user and is not retried. If every worker raises it at the same place, it
+    is returned as `fatal`. Otherwise it is reported to the channel and raised, which ends the other
+    workers; Ray then restarts the group, which returns it at once.
     """
     import ray
     import ray.train
@@ -123,7 +126,9 @@ class Loop:
         self.notice_check = Periodic(NOTICE_S, self.collectives, self.device)
 
     def run(self) -> dict[str, float]:
-        """Train from the newest checkpoint, or from nothing, to the last step; then write the final model."""
+        """Train from the newest checkpoint, or from nothing, to the last step; then write the final
+        model.
+        """
         torch.manual_seed(self.job.seed)
         self.task = self.job.make_task()
         self.task.setup(Context(self.device, self.collectives, self.job.seed, self.train))
@@ -177,7 +182,9 @@ class Loop:
     # One step
 
     def _step(self, step: int, batches: list[Batch]) -> None:
-        """All micro batches of a step, each engine in turn; then the engines move, all of them or none."""
+        """All micro batches of a step, each engine in turn; then the engines move, all of them or
+        none.
+        """
         torch.manual_seed(seed_of(self.job.seed, 5, step, self.rank))
         self.task.begin_step(step, self.engines, self._read)
         for name, engine in self.engines.items():
@@ -203,7 +210,9 @@ class Loop:
         self._move(step, acting, found)
 
     def _move(self, step: int, acting: dict[str, Any], found: list[Metrics]) -> None:
-        """Step the engines that took part, unless a loss or gradient of any of them is no finite number."""
+        """Step the engines that took part, unless a loss or gradient of any of them is no finite
+        number.
+        """
         norms = {name: deepspeed_compat.gradient_norm(engine) for name, engine in acting.items()}
         skipped = not all(math.isfinite(norm) for norm in norms.values())
         for name, engine in acting.items():
@@ -224,7 +233,9 @@ class Loop:
         self.means.add({**named, **self.task.after_step(step, self.engines)}, self.world_size)
 
     def _share(self, batches: list[Batch]) -> Tensor | None:
-        """Counts of the whole step, over micro batches and workers, divided by the number of micro batches."""
+        """Counts of the whole step, over micro batches and workers, divided by the number of micro
+        batches.
+        """
         counts = [self.task.totals(batch) for batch in batches]
         present = [count for count in counts if count is not None]
         if not present:
@@ -263,7 +274,9 @@ class Loop:
             self._save_before_preemption(done)
 
     def _save_before_preemption(self, done: int) -> None:
-        """Save at once when a node is about to be taken away; Ray starts the workers again without it."""
+        """Save at once when a node is about to be taken away; Ray starts the workers again without
+        it.
+        """
         import ray.train
 
         notice = ray.train.get_preemption_info()  # the same on every worker
@@ -311,7 +324,10 @@ class Loop:
             self.job.channel.metrics.remote(done, metrics | rates)
 
     def _pictures(self, done: int) -> None:
-        """Show what the task draws. Rank 0 draws; under ZeRO-3, where no rank has whole weights, all draw the same."""
+        """Show what the task draws.
+
+        Rank 0 draws; under ZeRO-3, where no rank has whole weights, all draw the same.
+        """
         together = any(engine.zero_optimization_stage() == 3 for engine in self.engines.values())
         if self.rank and not together:
             return
@@ -366,7 +382,9 @@ class Loop:
     # The end
 
     def _finish(self) -> dict[str, float]:
-        """Gather whole weights; rank 0 writes the final model, the history, and the mark that all of it stands."""
+        """Gather whole weights; rank 0 writes the final model, the history, and the mark that all
+        of it stands.
+        """
         import ray
 
         for engine in self.engines.values():

@@ -1,4 +1,6 @@
-"""What trades time for memory in a training run: offload, activations computed again, compiled blocks."""
+"""What trades time for memory in a training run: offload, activations computed again, compiled
+blocks.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,11 @@ if TYPE_CHECKING:
 
 
 def offload(train: Train, stage: int) -> dict[str, Any]:
-    """DeepSpeed's `zero_optimization` keys for `train.offload`: optimizer states, and under ZeRO-3 the weights too.
+    """DeepSpeed's `zero_optimization` keys for `train.offload`: optimizer states, and under ZeRO-3
+    the weights too.
 
-    An engine without ZeRO (a GAN's discriminator) stays where it is. ConfigError: NVMe without a GPU build.
+    An engine without ZeRO (a GAN's discriminator) stays where it is. ConfigError: NVMe without a
+    GPU build.
     """
     if train.offload == "none" or stage == 0:
         return {}
@@ -37,7 +41,9 @@ def offload(train: Train, stage: int) -> dict[str, Any]:
 
 
 def spare_memory(module: nn.Module, train: Train) -> None:
-    """`train.activation_checkpointing` and `train.compile` on every transformer block, in place; names of weights stay."""
+    """`train.activation_checkpointing` and `train.compile` on every transformer block, in place;
+    names of weights stay.
+    """
     for block in blocks_of(module) if train.activation_checkpointing or train.compile else ():
         if train.compile:
             block.compile(dynamic=True)
@@ -46,7 +52,9 @@ def spare_memory(module: nn.Module, train: Train) -> None:
 
 
 def recompute(block: nn.Module) -> None:
-    """Keep only the inputs of a block, and run it again on the way back (with the same random numbers)."""
+    """Keep only the inputs of a block, and run it again on the way back (with the same random
+    numbers).
+    """
     forward = block.forward
 
     def run(*args: Any, **kwargs: Any) -> Any:

@@ -12,9 +12,11 @@ from smalti.workflows.train.task import Metrics
 
 
 class MetricMeans:
-    """Means of named numbers over micro batches, steps and workers, kept on the device until they are asked for.
+    """Means of named numbers over micro batches, steps and workers, kept on the device until they
+    are asked for.
 
-    A number may come as (mean, count): then means are weighed by their counts, and one that counted nothing is left out.
+    A number may come as (mean, count): then means are weighed by their counts, and one that counted
+    nothing is left out.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -22,8 +24,11 @@ class MetricMeans:
         self.sums: dict[str, Tensor] = {}
 
     def add(self, metrics: Metrics, parts: int = 1) -> None:
-        """Add numbers; scalar tensors stay where they are. `parts`: how often a step has such numbers, over all workers;
-        so that every step weighs the same, also when the number of workers changes on the way."""
+        """Add numbers; scalar tensors stay where they are.
+
+        `parts`: how often a step has such numbers, over all workers; so that every step weighs the
+        same, also when the number of workers changes on the way.
+        """
         for name, value in metrics.items():
             mean, weight = value if isinstance(value, tuple) else (value, 1.0 / parts)
             weight = torch.as_tensor(weight, device=self.device, dtype=torch.float64).detach()
@@ -40,7 +45,9 @@ class MetricMeans:
         return {name: total / weight for name, (total, weight) in totals.items() if weight}
 
     def totals(self, collectives: Collectives) -> dict[str, list[float]]:
-        """[sum, weight] of each name over all workers since the last `take`: what a checkpoint between two logs keeps."""
+        """[sum, weight] of each name over all workers since the last `take`: what a checkpoint
+        between two logs keeps.
+        """
         if not self.sums:
             return {}
         names = sorted(self.sums)

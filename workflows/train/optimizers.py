@@ -1,8 +1,9 @@
-"""The optimizers a recipe can name: AdamW, and Muon for the weights of linear layers with AdamW for all else.
+"""The optimizers a recipe can name: AdamW, and Muon for the weights of linear layers with AdamW for
+all else.
 
-Muon (Jordan et al. 2024; update scale of arXiv 2502.16982, Eq. 4) replaces a matrix's momentum by its nearest
-semi-orthogonal matrix, so that every direction of a layer moves alike. Embeddings and output heads, whose rows are
-looked up one by one, and vectors (biases, norms, scales) are AdamW's.
+Muon (Jordan et al. 2024; update scale of arXiv 2502.16982, Eq. 4) replaces a matrix's momentum by
+its nearest semi-orthogonal matrix, so that every direction of a layer moves alike. Embeddings and
+output heads, whose rows are looked up one by one, and vectors (biases, norms, scales) are AdamW's.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ if TYPE_CHECKING:
 def build_optimizer(
     module: nn.Module, train: Train, lr: float, device: torch.device
 ) -> torch.optim.Optimizer:
-    """`train.optimizer` over the trainable parameters; weight decay on matrices only (no biases, norms or scales).
+    """`train.optimizer` over the trainable parameters; weight decay on matrices only (no biases,
+    norms or scales).
 
-    A module with `rate_parts` that names any gets groups of its own for each (`group["part"]`)."""
+    A module with `rate_parts` that names any gets groups of its own for each (`group["part"]`).
+    """
     trained = [p for p in module.parameters() if p.requires_grad]
     if not trained:
         raise ValueError(f"{type(module).__name__} has no trainable parameter")
@@ -49,7 +52,9 @@ def axes(parameter: torch.Tensor) -> int:
 
 
 def by_part(group: dict[str, Any], part_of: Mapping[int, str]) -> list[dict[str, Any]]:
-    """A group cut by the parts of its parameters (`id` → part), in the order in which they are met; no parts: the group."""
+    """A group cut by the parts of its parameters (`id` → part), in the order in which they are met;
+    no parts: the group.
+    """
     if not part_of:
         return [group]
     pieces: dict[str, dict[str, Any]] = {}
@@ -60,7 +65,9 @@ def by_part(group: dict[str, Any], part_of: Mapping[int, str]) -> list[dict[str,
 
 
 def hidden_matrices(module: nn.Module) -> list[torch.Tensor]:
-    """Trainable weights of linear layers, but for a vocabulary's head, whose rows are looked up one by one."""
+    """Trainable weights of linear layers, but for a vocabulary's head, whose rows are looked up one
+    by one.
+    """
     layers = [
         m for m in module.modules() if isinstance(m, nn.Linear) and not isinstance(m, LossHead)
     ]
@@ -68,7 +75,9 @@ def hidden_matrices(module: nn.Module) -> list[torch.Tensor]:
 
 
 class MuonAdamW(torch.optim.AdamW):
-    """AdamW whose groups with `muon` take Muon's step; one list of groups, one state, as DeepSpeed wants it."""
+    """AdamW whose groups with `muon` take Muon's step; one list of groups, one state, as DeepSpeed
+    wants it.
+    """
 
     def __init__(self, params: Any, **defaults: Any) -> None:
         super().__init__(params, **defaults)
@@ -86,7 +95,10 @@ class MuonAdamW(torch.optim.AdamW):
         self.muon.param_groups, self.muon.state = groups, self.state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """What `load_state_dict` ends in. AdamW's own looks for its keys in every state, also in Muon's."""
+        """What `load_state_dict` ends in.
+
+        AdamW's own looks for its keys in every state, also in Muon's.
+        """
         torch.optim.Optimizer.__setstate__(self, state)
         self._link()
 

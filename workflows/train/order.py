@@ -1,8 +1,8 @@
 """The order of training samples: a pure function of (seed, epoch, step) over shard sizes.
 
-Shards are permuted each epoch, rows within windows of a few shards, so that memory does not grow with the number of
-rows. The global batch of a step does not depend on the number of workers; every row comes exactly once an epoch, and
-batches run across the border of two epochs.
+Shards are permuted each epoch, rows within windows of a few shards, so that memory does not grow
+with the number of rows. The global batch of a step does not depend on the number of workers; every
+row comes exactly once an epoch, and batches run across the border of two epochs.
 
 Legend: S shards, B samples of a global batch.
 """
@@ -22,7 +22,9 @@ KEPT_WINDOWS = (
 
 @dataclass(frozen=True)
 class Samples:
-    """Where the samples of a batch lie: int64 arrays (B,) of the same order; `index` numbers samples over the run."""
+    """Where the samples of a batch lie: int64 arrays (B,) of the same order; `index` numbers
+    samples over the run.
+    """
 
     index: np.ndarray
     epoch: np.ndarray
@@ -40,8 +42,9 @@ class Samples:
 
 @dataclass(frozen=True)
 class PrefetchWindow:
-    """Shards near a step: `around` all those that its windows hold, `own` those of them that a worker will want, `next`
-    those that it will want of the window after."""
+    """Shards near a step: `around` all those that its windows hold, `own` those of them that a
+    worker will want, `next` those that it will want of the window after.
+    """
 
     around: frozenset[int]
     own: tuple[int, ...]
@@ -67,7 +70,8 @@ class _Epoch:
 class Order:
     """Global batches over shards of the given sizes.
 
-    `window` shards are shuffled together: the working set of a reader. `ValueError` for sizes that hold no row.
+    `window` shards are shuffled together: the working set of a reader. `ValueError` for sizes that
+    hold no row.
     """
 
     def __init__(self, sizes: Sequence[int], seed: int, window: int = 16) -> None:
@@ -85,10 +89,11 @@ class Order:
         self._windows: OrderedDict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = OrderedDict()
 
     def batch(self, step: int, batch_size: int) -> Samples:
-        """The global batch of a step: B samples, sorted by epoch and place of the shard in its window.
+        """The global batch of a step: B samples, sorted by epoch and place of the shard in its
+        window.
 
-        The set is what matters to training; the sorting lets each worker's contiguous part touch few shards: it
-        stays at the same shards of a window for as long as the window lasts.
+        The set is what matters to training; the sorting lets each worker's contiguous part touch
+        few shards: it stays at the same shards of a window for as long as the window lasts.
         """
         return self.span(step * batch_size, batch_size)
 
@@ -118,14 +123,18 @@ class Order:
         return Samples(index_B[order], epoch_B[order], shard_B[order], row_B[order])
 
     def part(self, step: int, batch_size: int, rank: int, world_size: int) -> Samples:
-        """Worker `rank`'s share of a step's global batch; `ValueError` unless the batch divides evenly."""
+        """Worker `rank`'s share of a step's global batch; `ValueError` unless the batch divides
+        evenly.
+        """
         if batch_size % world_size:
             raise ValueError(f"a batch of {batch_size} does not divide among {world_size} workers")
         share = batch_size // world_size
         return self.batch(step, batch_size).part(rank * share, (rank + 1) * share)
 
     def near(self, step: int, batch_size: int, rank: int, world_size: int) -> PrefetchWindow:
-        """The shards that a step lies among, and those that a worker will want of them and of the window after."""
+        """The shards that a step lies among, and those that a worker will want of them and of the
+        window after.
+        """
         return self._near(step * batch_size, batch_size, rank, world_size)
 
     def _near(self, first: int, count: int, rank: int, world_size: int) -> PrefetchWindow:
@@ -156,7 +165,9 @@ class Order:
         return int(np.searchsorted(self._epoch(epoch).window_starts, place, side="right")) - 1
 
     def _share(self, epoch: int, window: int, rank: int, world_size: int) -> list[int]:
-        """Shards of a window in which a worker's parts of its batches lie: but for chance, these alone."""
+        """Shards of a window in which a worker's parts of its batches lie: but for chance, these
+        alone.
+        """
         shards = self._epoch(epoch).shards[window * self.window : (window + 1) * self.window]
         ends = np.cumsum(self.sizes_S[shards])
         low, high = rank * ends[-1] / world_size, (rank + 1) * ends[-1] / world_size
@@ -188,10 +199,13 @@ class Order:
 
 
 class Mixed(Order):
-    """Samples of two orders by a share that may change with the step: each row and each text of an epoch of its own comes
-    exactly once. Shards of `texts` are numbered after those of `rows`.
+    """Samples of two orders by a share that may change with the step: each row and each text of an
+    epoch of its own comes exactly once.
 
-    starts, shares: from sample `starts[k]` of the run on (rising from 0), `shares[k]` (below 1) of the samples are texts.
+    Shards of `texts` are numbered after those of `rows`.
+
+    starts, shares: from sample `starts[k]` of the run on (rising from 0), `shares[k]` (below 1) of
+    the samples are texts.
     """
 
     def __init__(
@@ -210,7 +224,9 @@ class Mixed(Order):
         )
 
     def batch(self, step: int, batch_size: int) -> Samples:
-        """The global batch of a step: rows sorted as in `Order.batch`, with the texts spread evenly among them."""
+        """The global batch of a step: rows sorted as in `Order.batch`, with the texts spread evenly
+        among them.
+        """
         first = step * batch_size
         before = self.texts_before(np.arange(first, first + batch_size + 1))
         num = int(before[-1] - before[0])

@@ -12,8 +12,9 @@ MOST = 1000  # steps between two times
 
 
 class Periodic:
-    """`due(step)` is true about every `seconds`, on every worker in the same steps: worker 0 tells, each time, after how
-    many steps the next one is, by how long its last steps took."""
+    """`due(step)` is true about every `seconds`, on every worker in the same steps: worker 0 tells,
+    each time, after how many steps the next one is, by how long its last steps took.
+    """
 
     def __init__(self, seconds: float, collectives: Collectives, device: torch.device) -> None:
         self.seconds, self.collectives, self.device = seconds, collectives, device

@@ -1,4 +1,6 @@
-"""What the driver tells while a training runs: progress, metrics, pictures, workers that failed, machines that went."""
+"""What the driver tells while a training runs: progress, metrics, pictures, workers that failed,
+machines that went.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ LONG_S = 120.0  # a start takes a minute at worst where imports come from a slow
 
 
 class ProgressMonitor:
-    """Reads the channel in a thread while the trainer runs: terminal progress, tracker metrics and pictures."""
+    """Reads the channel in a thread while the trainer runs: terminal progress, tracker metrics and
+    pictures.
+    """
 
     def __init__(self, channel: Any, train: Train, run: StageRun) -> None:
         self.channel, self.train, self.run = channel, train, run
@@ -57,7 +61,9 @@ class ProgressMonitor:
             self.error = error
 
     def _show(self, stack: ExitStack) -> None:
-        """Pass on what the channel holds; the bar opens when the workers are ready, so that its rate is theirs."""
+        """Pass on what the channel holds; the bar opens when the workers are ready, so that its
+        rate is theirs.
+        """
         import ray
 
         for line in ray.get(self.channel.take_failures.remote()):

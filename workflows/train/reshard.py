@@ -1,4 +1,5 @@
-"""ZeRO states of another number of workers: DeepSpeed's universal checkpoint, which holds each parameter whole.
+"""ZeRO states of another number of workers: DeepSpeed's universal checkpoint, which holds each
+parameter whole.
 
 Made once a machine, by the first of its workers; then each worker takes its part.
 """
@@ -33,8 +34,9 @@ NO_FIT = (
 
 
 def load(engine: Any, folder: str, tag: str, collectives: Collectives, *, told: str) -> None:
-    """Load `folder`/`tag`, a checkpoint of a ZeRO engine by another number of workers, which errors name as `told`; every
-    worker calls it."""
+    """Load `folder`/`tag`, a checkpoint of a ZeRO engine by another number of workers, which errors
+    name as `told`; every worker calls it.
+    """
     convert = lambda made: _convert(os.path.join(folder, tag), os.path.join(made, CONVERTED), told)  # noqa: E731
     with filled("universal", convert, collectives) as made:
         optimizer = engine.optimizer.optimizer
@@ -57,8 +59,11 @@ def load(engine: Any, folder: str, tag: str, collectives: Collectives, *, told: 
 
 
 def load_engine(engine: Any, folder: str, tag: str, *, told: str) -> None:
-    """Load `folder`/`tag` into an engine. TrainingError, which names the checkpoint `told`, when it does not fit or is not
-    there; what a collective raises, when another worker has died, stays what it is."""
+    """Load `folder`/`tag` into an engine.
+
+    TrainingError, which names the checkpoint `told`, when it does not fit or is not there; what a
+    collective raises, when another worker has died, stays what it is.
+    """
     try:
         loaded, _ = engine.load_checkpoint(folder, tag=tag)
         found = "" if loaded is not None else "it is not there"
@@ -71,7 +76,9 @@ def load_engine(engine: Any, folder: str, tag: str, *, told: str) -> None:
 
 
 def _convert(source: str, target: str, told: str) -> None:
-    """DeepSpeed's own conversion, in this process: it is bound by reading and writing, and prints a line a file."""
+    """DeepSpeed's own conversion, in this process: it is bound by reading and writing, and prints a
+    line a file.
+    """
     from deepspeed.checkpoint import ds_to_universal
 
     asked = argparse.Namespace(
@@ -103,8 +110,9 @@ def _convert(source: str, target: str, told: str) -> None:
 
 @torch.no_grad()
 def _load_rest(engine: Any, folder: str) -> None:
-    """Buffers, which a universal checkpoint leaves out, and below ZeRO-3 the frozen parameters; the same on every
-    worker that wrote it, so the first file has them all."""
+    """Buffers, which a universal checkpoint leaves out, and below ZeRO-3 the frozen parameters; the
+    same on every worker that wrote it, so the first file has them all.
+    """
     first = sorted(glob.glob(os.path.join(folder, "*model_states.pt")))[0]
     saved = torch.load(first, map_location="cpu", weights_only=False, mmap=True)[
         "module"

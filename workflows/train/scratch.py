@@ -1,7 +1,8 @@
-"""Folders on a machine's own disk that hold files for a while, and go with the process that made them.
+"""Folders on a machine's own disk that hold files for a while, and go with the process that made
+them.
 
-A folder is locked as long as its process lives, in whatever container that is. One that a killed process left is not, and
-the next worker of that machine sweeps it away.
+A folder is locked as long as its process lives, in whatever container that is. One that a killed
+process left is not, and the next worker of that machine sweeps it away.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 
 def takes_no_more(error: BaseException) -> bool:
-    """Whether the disk is why a file could not be written; torch's writer of files says it in its own way."""
+    """Whether the disk is why a file could not be written; torch's writer of files says it in its
+    own way.
+    """
     if isinstance(error, OSError):
         return error.errno in NO_ROOM
     return isinstance(error, RuntimeError) and "inline_container" in str(error)
@@ -66,7 +69,9 @@ def _remove_unheld(path: str) -> None:
 
 @contextmanager
 def filled(kind: str, fill: Callable[[str], None], collectives: Collectives) -> Iterator[str]:
-    """A folder that `fill(folder)` filled, once a machine, for all workers of that machine; each of them calls it alike."""
+    """A folder that `fill(folder)` filled, once a machine, for all workers of that machine; each of
+    them calls it alike.
+    """
     made: list[Scratch] = []
 
     def make() -> str:

@@ -1,7 +1,8 @@
-"""Shards of a distant artifact on the local disk: fetched whole once, the least recently used leave first.
+"""Shards of a distant artifact on the local disk: fetched whole once, the least recently used leave
+first.
 
-Any number of processes may share a folder: a file appears there by a rename, and one that is removed while it is read
-can be read to its end.
+Any number of processes may share a folder: a file appears there by a rename, and one that is
+removed while it is read can be read to its end.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ class ShardCache:
             raise ValueError(f"a cache of shards lies on a local disk, not in {folder}")
 
     def read(self, artifact_path: str, key: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """`smalti.shards.read_shard` through the cache; a shard that was made again at its place is fetched again, and
-        one that cannot be read from the cache is read where it lies."""
+        """`smalti.shards.read_shard` through the cache; a shard that was made again at its place is
+        fetched again, and one that cannot be read from the cache is read where it lies.
+        """
         distant = shards.shard_path(artifact_path, key)
         stamp = hashlib.sha1(f"{distant} {storage.stamp(distant)}".encode()).hexdigest()[:20]
         local = shards.shard_path(self.folder, stamp)
@@ -52,8 +54,10 @@ class ShardCache:
         return shards.read_shard(artifact_path, key, columns)
 
     def _make_room(self, fetched: str) -> None:
-        """Remove the least recently used files until the rest fits, never the one just fetched; what other processes are
-        fetching counts too, and what is left of a fetch that a kill broke off goes."""
+        """Remove the least recently used files until the rest fits, never the one just fetched;
+        what other processes are fetching counts too, and what is left of a fetch that a kill
+        broke off goes.
+        """
         used: list[tuple[float, int, str]] = []
         total, now = 0, time.time()
         for name in os.listdir(self.folder):

@@ -1,4 +1,6 @@
-"""What the training loop asks of a model: its trained modules, batches, losses, updates, pictures and final files."""
+"""What the training loop asks of a model: its trained modules, batches, losses, updates, pictures
+and final files.
+"""
 
 from __future__ import annotations
 
@@ -42,12 +44,17 @@ class Row:
     values: Mapping[str, Any]
 
     def random(self, seed: int) -> np.random.Generator:
-        """A generator that depends on (seed, sample number) alone, never on the worker that reads the row."""
+        """A generator that depends on (seed, sample number) alone, never on the worker that reads
+        the row.
+        """
         return np.random.default_rng((seed, 3, self.index))
 
 
 class Source(Protocol):
-    """Rows on storage. `sizes[s]` is the number of rows of shard s; `read` must be safe to call from threads."""
+    """Rows on storage.
+
+    `sizes[s]` is the number of rows of shard s; `read` must be safe to call from threads.
+    """
 
     @property
     def sizes(self) -> Sequence[int]: ...
@@ -71,7 +78,9 @@ class Context:
 
 
 class StepReader(Protocol):
-    """Hands a task this worker's batches of any step, on its device: for an initialisation from data."""
+    """Hands a task this worker's batches of any step, on its device: for an initialisation from
+    data.
+    """
 
     def __call__(self, step: int) -> list[Batch]: ...
 
@@ -79,11 +88,12 @@ class StepReader(Protocol):
 class Task:
     """Base of every task; made in each worker from plain settings, then `setup`, then the loop.
 
-    A task with several trained modules (a GAN) names each one: the loop makes an engine of each and asks for the
-    losses in that order. Frozen modules stay outside the engines: move them in `setup`.
+    A task with several trained modules (a GAN) names each one: the loop makes an engine of each and
+    asks for the losses in that order. Frozen modules stay outside the engines: move them in
+    `setup`.
 
-    together: what of the losses sees a micro batch of all workers at once ("the contrastive loss"), so that its value
-    depends on how many samples that is; "" where all are sums over samples.
+    together: what of the losses sees a micro batch of all workers at once ("the contrastive loss"),
+    so that its value depends on how many samples that is; "" where all are sums over samples.
     """
 
     together = ""
@@ -117,10 +127,13 @@ class Task:
         raise NotImplementedError
 
     def totals(self, batch: Batch) -> Tensor | None:
-        """Counts by which the losses of a step are divided, when they are not means over samples (tokens, say).
+        """Counts by which the losses of a step are divided, when they are not means over samples
+        (tokens, say).
 
-        Summed over micro batches and workers, and given to `loss` as a share: counts of the step divided by the
-        number of micro batches in it, so that a loss of `sum / share` averages to the global mean."""
+        Summed over micro batches and workers, and given to `loss` as a share: counts of the step
+        divided by the number of micro batches in it, so that a loss of `sum / share` averages to
+        the global mean.
+        """
         return None
 
     def begin_step(self, step: int, engines: Mapping[str, Any], read: StepReader) -> None:
@@ -129,7 +142,9 @@ class Task:
     def loss(
         self, name: str, engines: Mapping[str, Any], batch: Batch, step: int, share: Tensor | None
     ) -> tuple[Tensor, Metrics] | None:
-        """Loss of one engine on one micro batch, and numbers for the log; None: this engine rests in this step."""
+        """Loss of one engine on one micro batch, and numbers for the log; None: this engine rests
+        in this step.
+        """
         raise NotImplementedError
 
     def after_step(self, step: int, engines: Mapping[str, Any]) -> Metrics:
@@ -137,21 +152,28 @@ class Task:
         return {}
 
     def skipped(self, step: int) -> None:
-        """In place of `after_step` when the step was passed over: forget what its forwards gathered."""
+        """In place of `after_step` when the step was passed over: forget what its forwards
+        gathered.
+        """
 
     def amount(self, batch: Batch) -> tuple[str, float] | None:
-        """What the throughput of this task is told in beside samples, and how much of it a micro batch of this worker
-        holds: ("tokens", 4096.0), say."""
+        """What the throughput of this task is told in beside samples, and how much of it a micro
+        batch of this worker holds: ("tokens", 4096.0), say.
+        """
         return None
 
     def flops_per_unit(self) -> float | None:
-        """Model FLOPs, forward and backward, of one unit of `amount` (of one sample, where that is None), for the share of
-        the devices' peak (MFU); None: not told."""
+        """Model FLOPs, forward and backward, of one unit of `amount` (of one sample, where that is
+        None), for the share of the devices' peak (MFU); None: not told.
+        """
         return None
 
     def pictures(self, engines: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """HWC uint8 pictures by name. Made on rank 0 alone (no collectives of one's own here); under ZeRO-3 on every
-        rank, in step: from the same inputs."""
+        """HWC uint8 pictures by name.
+
+        Made on rank 0 alone (no collectives of one's own here); under ZeRO-3 on every rank, in
+        step: from the same inputs.
+        """
         return {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -162,5 +184,7 @@ class Task:
         """Take back what `state_dict` gave."""
 
     def save(self, path: str, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
-        """Write the final model under `path` (rank 0 only) from each engine's whole state dict; final numbers."""
+        """Write the final model under `path` (rank 0 only) from each engine's whole state dict;
+        final numbers.
+        """
         raise NotImplementedError

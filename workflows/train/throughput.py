@@ -1,4 +1,6 @@
-"""How fast a training runs, and where its time goes: the numbers of a logged step that no result depends on."""
+"""How fast a training runs, and where its time goes: the numbers of a logged step that no result
+depends on.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from smalti.workflows.train.collectives import Collectives
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bf16 peak in FLOP/s; None for a CPU and for devices that `smalti.workflows.cluster.gpu_specs` does not know."""
+    """The device's dense bf16 peak in FLOP/s; None for a CPU and for devices that
+    `smalti.workflows.cluster.gpu_specs` does not know.
+    """
     if device.type != "cuda":
         return None
     return bf16_peak(torch.cuda.get_device_name(device))
@@ -23,8 +27,11 @@ def peak_flops(device: torch.device) -> float | None:
 def flops_a_token(
     module: nn.Module, *, without: nn.Module | None = None, backward: bool = True
 ) -> float:
-    """Model FLOPs of a token through the matrices of `module` (but for those of `without`): 2 a weight forward, with
-    `backward` 2 more, and 2 more where it is trained. Attention's products of tokens with tokens are left out."""
+    """Model FLOPs of a token through the matrices of `module` (but for those of `without`): 2 a
+    weight forward, with `backward` 2 more, and 2 more where it is trained.
+
+    Attention's products of tokens with tokens are left out.
+    """
     skipped = set() if without is None else {id(p) for p in without.parameters()}
     total = 0.0
     for p in module.parameters():
@@ -43,8 +50,11 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 class Throughput:
-    """Rates since the last `take`: samples/s, the task's own unit/s, MFU, the share of time that the loop waited for
-    data, and peak memory. Counts are summed over the workers, the wait is their mean, the memory their largest."""
+    """Rates since the last `take`: samples/s, the task's own unit/s, MFU, the share of time that
+    the loop waited for data, and peak memory.
+
+    Counts are summed over the workers, the wait is their mean, the memory their largest.
+    """
 
     def __init__(
         self,

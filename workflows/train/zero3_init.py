@@ -1,8 +1,10 @@
-"""Language models born in parts under ZeRO-3: no rank ever holds all rows of the vocabulary's matrices.
+"""Language models born in parts under ZeRO-3: no rank ever holds all rows of the vocabulary's
+matrices.
 
-A published model is read by transformers' own ZeRO-3 loading (rank 0 reads, each rank keeps its part). Its embedding and head
-are then grown to the flat vocabulary range by range: every rank makes the same rows, from the same seeds, and keeps what falls
-into its part, so the rows do not depend on the number of workers.
+A published model is read by transformers' own ZeRO-3 loading (rank 0 reads, each rank keeps its
+part). Its embedding and head are then grown to the flat vocabulary range by range: every rank makes
+the same rows, from the same seeds, and keeps what falls into its part, so the rows do not depend on
+the number of workers.
 
 Axes: V rows, n rows of a range, H width; P numbers of this rank's part.
 """
@@ -25,7 +27,8 @@ STEP = 4096
 
 @contextmanager
 def partitioned_loading(config: dict[str, Any], collectives: Collectives) -> Iterator[Partitioned]:
-    """Within, `from_pretrained` gives models in parts; what it yields makes and fills further matrices in parts.
+    """Within, `from_pretrained` gives models in parts; what it yields makes and fills further
+    matrices in parts.
 
     config: DeepSpeed's, of stage 3. torch.distributed must be initialised.
     """
@@ -57,7 +60,9 @@ class PartRows:
         self.first = collectives.rank * self.part_P.ds_numel
 
     def _overlap(self, start: int, stop: int) -> tuple[slice, slice]:
-        """Of rows start to stop, what this rank holds: places in its part, and in the range's numbers."""
+        """Of rows start to stop, what this rank holds: places in its part, and in the range's
+        numbers.
+        """
         low = max(start * self.width, self.first)
         high = max(low, min(stop * self.width, self.first + self.part_P.ds_numel))
         return slice(low - self.first, high - self.first), slice(
@@ -79,7 +84,10 @@ class PartRows:
 
 
 class Partitioned:
-    """Matrices in parts; see `smalti.mllm.rows.Matrices`. One that is still whole is read as it is."""
+    """Matrices in parts; see `smalti.mllm.rows.Matrices`.
+
+    One that is still whole is read as it is.
+    """
 
     def __init__(self, init: Any, collectives: Collectives) -> None:
         self.init, self.collectives = init, collectives
@@ -93,7 +101,9 @@ class Partitioned:
         return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
     def empty(self, like: nn.Parameter, total: int) -> nn.Parameter:
-        """This rank's part of a new matrix (zeros), as `zero.Init` would leave it, but the whole is never laid out."""
+        """This rank's part of a new matrix (zeros), as `zero.Init` would leave it, but the whole is
+        never laid out.
+        """
         from deepspeed.runtime.zero.partition_parameters import (
             PartitionedParamStatus,
             ZeroParamStatus,

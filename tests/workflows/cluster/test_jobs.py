@@ -1,4 +1,6 @@
-"""`ray job submit --working-dir . -- python -m smalti run …` against a real head with token authentication."""
+"""`ray job submit --working-dir . -- python -m smalti run …` against a real head with token
+authentication.
+"""
 
 from __future__ import annotations
 

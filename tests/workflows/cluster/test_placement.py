@@ -1,4 +1,6 @@
-"""What a cluster can place: by hand, and with the stages of the paper's recipe on simulated nodes of logical GPUs."""
+"""What a cluster can place: by hand, and with the stages of the paper's recipe on simulated nodes
+of logical GPUs.
+"""
 
 from __future__ import annotations
 
@@ -90,8 +92,10 @@ def alive(cpus: float, gpus: float = 0.0, **labels: str) -> dict[str, Any]:
 def test_nodes_that_ray_up_may_add_count_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the head of a cluster that starts without workers nothing is refused that its file has room for; those that are
-    up leave so many fewer to come, and the file's `max_workers` bounds them all."""
+    """On the head of a cluster that starts without workers nothing is refused that its file has
+    room for; those that are up leave so many fewer to come, and the file's `max_workers` bounds
+    them all.
+    """
     assert placement.with_those_to_come([]) == Nodes([], [])
     file = tmp_path / "config.yaml"
     file.write_text((ROOT / "ray_cluster.yaml").read_text())
@@ -122,7 +126,9 @@ def test_nodes_that_ray_up_may_add_count_once(
 def test_on_kuberay_the_groups_of_its_file_are_those_that_may_come(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With deploy/kuberay's variable what can never be met is refused, by a run and by doctor; without, both wait."""
+    """With deploy/kuberay's variable what can never be met is refused, by a run and by doctor;
+    without, both wait.
+    """
     from smalti.cli.doctor_cluster import room_checks
 
     head = yaml.safe_load((ROOT / "deploy/kuberay/raycluster.yaml").read_text())["spec"][
@@ -195,7 +201,9 @@ def test_the_nodes_of_a_recipe_are_waited_for_only_so_long(simulated: Any) -> No
 def test_doctor_looks_at_every_node(
     simulated: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nodes of one machine share its folders and versions; their GPUs are not there, and torch says so."""
+    """Nodes of one machine share its folders and versions; their GPUs are not there, and torch says
+    so.
+    """
     from smalti.cli.doctor_cluster import cluster_checks
 
     checks = {

@@ -1,7 +1,8 @@
-"""The parts of the stage codebook that need no Ray: memory of the driver, pieces of cells, sums of a chunk.
+"""The parts of the stage codebook that need no Ray: memory of the driver, pieces of cells, sums of
+a chunk.
 
-Covers: workflows/codebook/cell_files.py, workflows/codebook/cell_ranges.py, workflows/codebook/duplicates.py,
-workflows/codebook/partial_sums.py.
+Covers: workflows/codebook/cell_files.py, workflows/codebook/cell_ranges.py,
+workflows/codebook/duplicates.py, workflows/codebook/partial_sums.py.
 """
 
 from __future__ import annotations

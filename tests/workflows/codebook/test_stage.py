@@ -114,7 +114,9 @@ def files(folder: str | Path) -> dict[str, bytes]:
 
 
 def kill_when(wanted: Recipe, pattern: str) -> dict[Path, int]:
-    """Run the stage in a process of its own and SIGKILL it when the file stands; what stands then, and since when."""
+    """Run the stage in a process of its own and SIGKILL it when the file stands; what stands then,
+    and since when.
+    """
     import ray
 
     work = Path(wanted.out) / "codebook" / "work"

@@ -1,4 +1,5 @@
-"""Duplicates by a shuffle over files: as one dictionary of all ids would find them, for any number of buckets.
+"""Duplicates by a shuffle over files: as one dictionary of all ids would find them, for any number
+of buckets.
 
 Covers: workflows/corpus/index.py, workflows/corpus/layout.py.
 """
@@ -101,7 +102,9 @@ def test_the_first_of_equal_images_stays(
 
 
 def test_rows_of_one_image_give_their_questions_to_the_first(tmp_path: Path) -> None:
-    """Within a group and across groups of one source; not from training to held-out; what is not new is a duplicate."""
+    """Within a group and across groups of one source; not from training to held-out; what is not
+    new is a duplicate.
+    """
     places = [Place("val", 0, "v"), Place("train", 0, "t"), Place("train", 1, "t")]
     write_group(str(tmp_path), places[0], [1], ["q0"])
     write_group(str(tmp_path), places[1], [2, 2, 2, 1], ["q1", "q2", "q1", "q9"])

@@ -1,4 +1,6 @@
-"""Bad input of every kind: each thing found ends in an output row, a quarantine row, or one clear error before any work."""
+"""Bad input of every kind: each thing found ends in an output row, a quarantine row, or one clear
+error before any work.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The corpus stage: what comes in is kept once or lies in quarantine with its reason, whoever is killed on the way.
+"""The corpus stage: what comes in is kept once or lies in quarantine with its reason, whoever is
+killed on the way.
 
 Covers: workflows/corpus/scan.py, workflows/corpus/write.py, workflows/sources/parquet.py.
 """
@@ -213,7 +214,9 @@ def test_limit_counts_what_is_left_out(
 def test_a_file_that_is_read_in_order_is_opened_once_a_split(
     inline: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """One row group, or a compressed tar, of many shards: not read up to its place again for each of them."""
+    """One row group, or a compressed tar, of many shards: not read up to its place again for each
+    of them.
+    """
     data = [picture(number) for number in range(40)]
     path, opened = tmp_path / f"x.{kind}", Counter[str]()
     if kind == "parquet":

@@ -1,4 +1,5 @@
-"""The evaluation stage: exact scores in a small planted world, and a real run on tiny models with resume and skip.
+"""The evaluation stage: exact scores in a small planted world, and a real run on tiny models with
+resume and skip.
 
 Covers: workflows/evaluation/scores/models.py, workflows/evaluation/scores/questions.py,
 workflows/evaluation/scores/reconstruction.py, workflows/evaluation/scores/retrieval.py,
@@ -130,7 +131,7 @@ def _one_core() -> Iterator[None]:
 TRAIN, VAL = items(90, 0, "train"), items(45, 1, "val")
 
 
-# --- a planted world: the tokenizer is a palette, the language model an oracle with known faults ---------------------
+# --- a planted world: the tokenizer is a palette, the language model an oracle with known faults --
 
 
 class PaletteTokenizer:
@@ -188,7 +189,9 @@ class Oracle:
 
 
 class ColorEncoder:
-    """An encoder whose embedding of an image is its mean colour, and of a sentence the colour that it names."""
+    """An encoder whose embedding of an image is its mean colour, and of a sentence the colour that
+    it names.
+    """
 
     image_size = SIZE
 
@@ -435,7 +438,7 @@ def test_tokens_of_another_corpus_are_refused(
         data.pixels(data.images)
 
 
-# --- a real run on tiny models ---------------------------------------------------------------------------------------
+# --- a real run on tiny models --------------------------------------------------------------------
 
 
 def make(out: Path, name: str, config: dict[str, Any] | None = None) -> artifact.Workspace:
@@ -446,7 +449,9 @@ def make(out: Path, name: str, config: dict[str, Any] | None = None) -> artifact
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    """The output folder of a chain up to its export: real SigLIP, SemHiTok and Qwen2 of tiny sizes, random weights."""
+    """The output folder of a chain up to its export: real SigLIP, SemHiTok and Qwen2 of tiny sizes,
+    random weights.
+    """
     from smalti.mllm.bpe import train_bpe
     from smalti.mllm.build import build_unified
     from smalti.mllm.export import export

@@ -1,4 +1,5 @@
-"""Features straight from a source: the encoder's, split by hash, bad images counted, and the same after a break.
+"""Features straight from a source: the encoder's, split by hash, bad images counted, and the same
+after a break.
 
 Covers: workflows/features/featurizer.py, workflows/sources/generated.py.
 """

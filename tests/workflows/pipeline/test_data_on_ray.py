@@ -1,6 +1,8 @@
-"""Corpus, features, codebook and tokens on a real Ray: the same bytes for any number of actors, and after SIGKILL.
+"""Corpus, features, codebook and tokens on a real Ray: the same bytes for any number of actors, and
+after SIGKILL.
 
-Covers: workflows/cluster/session.py, workflows/encoder.py, workflows/pipeline/pixels.py, workflows/tokens.py.
+Covers: workflows/cluster/session.py, workflows/encoder.py, workflows/pipeline/pixels.py,
+workflows/tokens.py.
 """
 
 from __future__ import annotations
@@ -83,7 +85,9 @@ def siglip(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory, siglip: str) -> Path:
-    """A whole run's folder with corpus, encoder, features of all patches, and a tokenizer with random weights."""
+    """A whole run's folder with corpus, encoder, features of all patches, and a tokenizer with
+    random weights.
+    """
     out = tmp_path_factory.mktemp("base")
     wanted = recipe(out, siglip)
     corpus.run(wanted)
@@ -124,7 +128,9 @@ def beside(base: Path, out: Path, siglip: str, **sections: Any) -> Recipe:
 
 
 def kill_in_the_middle(stage: str, wanted: Recipe, watched: Path) -> None:
-    """Start a stage in a process of its own on this Ray, and SIGKILL it as soon as a shard stands in `watched`."""
+    """Start a stage in a process of its own on this Ray, and SIGKILL it as soon as a shard stands
+    in `watched`.
+    """
     import ray
 
     code = (
@@ -150,7 +156,7 @@ def kill_in_the_middle(stage: str, wanted: Recipe, watched: Path) -> None:
     time.sleep(2.0)  # its actors end with it
 
 
-# ---- the same bytes, whatever happens ------------------------------------------------------------------------------
+# ---- the same bytes, whatever happens ------------------------------------------------------------
 
 
 def test_duplicates_sorted_out_on_ray_come_to_the_same(
@@ -197,7 +203,9 @@ def test_the_layout_for_gpus_gives_the_same_bytes(
     module: Any,
     large: bool,
 ) -> None:
-    """Readers ahead of the actors that hold the (logical) GPUs; and, where a shard is too large for that, without them."""
+    """Readers ahead of the actors that hold the (logical) GPUs; and, where a shard is too large for
+    that, without them.
+    """
     if large:
         monkeypatch.setattr(shard_pipeline, "BLOCK_BYTES", 1)
     resources = {"actors": 2, "readers": 2, "gpus_per_worker": 0.5, "device": "cpu"}
@@ -209,7 +217,7 @@ def test_the_layout_for_gpus_gives_the_same_bytes(
     assert made.scores["seconds/read"] > 0 and made.scores["seconds/model"] > 0
 
 
-# ---- features ------------------------------------------------------------------------------------------------------
+# ---- features ------------------------------------------------------------------------------------
 
 
 def test_features_are_the_encoders_and_samples_are_among_them(
@@ -260,7 +268,7 @@ def test_features_refuse_what_cannot_be(base: Path, siglip: str, tmp_path: Path)
         worker.check(np.array([[[1.0]], [[np.inf]]], np.float16), ["first", "second"], "some/file")
 
 
-# ---- tokens --------------------------------------------------------------------------------------------------------
+# ---- tokens --------------------------------------------------------------------------------------
 
 
 def test_tokens_are_the_tokenizers_and_the_text_rides_along(base: Path) -> None:
@@ -291,7 +299,7 @@ def test_tokens_in_bf16(base: Path, tmp_path: Path) -> None:
     assert (found == wanted).mean() > 0.9
 
 
-# ---- codebook ------------------------------------------------------------------------------------------------------
+# ---- codebook ------------------------------------------------------------------------------------
 
 
 def train_vectors(path: str, split: str = "train") -> torch.Tensor:

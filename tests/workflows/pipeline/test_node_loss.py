@@ -17,7 +17,9 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture
 def second_node() -> Iterator[Any]:
-    """A head of one core with the driver, and a second node of one core; the head soon sees that a node is dead."""
+    """A head of one core with the driver, and a second node of one core; the head soon sees that a
+    node is dead.
+    """
     import ray
     from ray.cluster_utils import Cluster
 

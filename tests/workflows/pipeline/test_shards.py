@@ -1,4 +1,6 @@
-"""The shard pipeline: every item once, with and without a stage of readers, through errors and lost actors."""
+"""The shard pipeline: every item once, with and without a stage of readers, through errors and lost
+actors.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +42,10 @@ def ray_here() -> Iterator[None]:
 
 
 def worker_class(folder: str = "") -> Any:
-    """A worker that squares; made here, so that it travels by value. Given a folder it dies once at item 5, and
-    always at item 6."""
+    """A worker that squares; made here, so that it travels by value.
+
+    Given a folder it dies once at item 5, and always at item 6.
+    """
 
     class Square:
         def __init__(self, offset: int) -> None:

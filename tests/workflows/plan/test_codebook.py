@@ -22,7 +22,9 @@ N, C = 150_000_000, 1152
 
 
 def test_two_level_counts_passes_flops_and_bytes() -> None:
-    """By hand, for 150M x 1152 in 1,000 cells with one polish: five readings of 345.6 GB and one writing."""
+    """By hand, for 150M x 1152 in 1,000 cells with one polish: five readings of 345.6 GB and one
+    writing.
+    """
     section = CodebookSection(size=500_000, coarse=1_000, iterations=10, polish=1)
     plan = plan_codebook(section, N, C, RATES, 8)
     data = 150e6 * 1152 * 2

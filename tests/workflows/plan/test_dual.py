@@ -1,4 +1,6 @@
-"""The plan of DualToken's stages: against the real models' parameters and the memory of a real step on the CPU."""
+"""The plan of DualToken's stages: against the real models' parameters and the memory of a real step
+on the CPU.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +83,9 @@ def test_a_plan_has_no_clustering_and_every_code_of_a_token(recipe: Recipe) -> N
 
 
 def test_parameters_at_the_papers_size() -> None:
-    """So400m up to block 26 and a decoder of 12 blocks; Qwen2.5-3B untied, 16 classifiers, two transformers of 3 blocks."""
+    """So400m up to block 26 and a decoder of 12 blocks; Qwen2.5-3B untied, 16 classifiers, two
+    transformers of 3 blocks.
+    """
     dual, mllm = system_of(load_recipe("dualtoken-384")).planned_models(
         load_recipe("dualtoken-384")
     )

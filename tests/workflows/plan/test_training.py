@@ -1,8 +1,10 @@
-"""The plan of trained stages: against memory measured on real tensors, DeepSpeed's engines and estimators, and by hand.
+"""The plan of trained stages: against memory measured on real tensors, DeepSpeed's engines and
+estimators, and by hand.
 
-Covers: smalti/cli/plan.py, workflows/cluster/gpu_specs.py, workflows/plan/configs.py, workflows/plan/devices.py,
-workflows/plan/dualtoken.py, workflows/plan/inference_cost.py, workflows/plan/models.py, workflows/plan/table.py,
-workflows/plan/trace.py, workflows/recipe_plan.py.
+Covers: smalti/cli/plan.py, workflows/cluster/gpu_specs.py, workflows/plan/configs.py,
+workflows/plan/devices.py, workflows/plan/dualtoken.py, workflows/plan/inference_cost.py,
+workflows/plan/models.py, workflows/plan/table.py, workflows/plan/trace.py,
+workflows/recipe_plan.py.
 """
 
 from __future__ import annotations
@@ -112,7 +114,9 @@ def test_activations_computed_again_are_traced_too(
 
 
 def engine_bytes(folder: str) -> dict[int, int]:
-    """ZeRO stage → bytes of all tensors of a process that trains a small model in an engine of this stage."""
+    """ZeRO stage → bytes of all tensors of a process that trains a small model in an engine of this
+    stage.
+    """
     import torch.distributed as dist
 
     engines.prepare_process(False, 1)
@@ -150,7 +154,9 @@ def _tensors() -> list[Tensor]:
 
 
 def estimates(parameters: int, largest: int) -> dict[tuple[int, int, int], tuple[int, int]]:
-    """(ZeRO stage, GPUs a node, nodes) → bytes a GPU by DeepSpeed's estimator, and those of the gathered layer in it."""
+    """(ZeRO stage, GPUs a node, nodes) → bytes a GPU by DeepSpeed's estimator, and those of the
+    gathered layer in it.
+    """
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as zero3
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as zero2
 
@@ -182,8 +188,11 @@ def test_states_are_what_the_engines_hold(deepspeeds: tuple[Any, Any]) -> None:
 
 
 def test_states_against_deepspeeds_estimators(deepspeeds: tuple[Any, Any]) -> None:
-    """They take 16-bit weights beside float32 copies. Ours are float32: 2 bytes more a weight wherever it lies, and under
-    ZeRO-2 no second gradient of 16 bits (2 bytes a parameter, shared out)."""
+    """They take 16-bit weights beside float32 copies.
+
+    Ours are float32: 2 bytes more a weight wherever it lies, and under ZeRO-2 no second gradient of
+    16 bits (2 bytes a parameter, shared out).
+    """
     parameters = 8_000_000_000
     for (stage, gpus, nodes), (theirs, gathered) in deepspeeds[1].items():
         num = gpus * nodes
@@ -235,7 +244,9 @@ def traffic_recipes() -> dict[str, Recipe]:
 
 
 def test_traffic_is_what_two_workers_send(ranks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model of which ZeRO-3 gathers about two thirds twice a micro batch, two micro batches a step."""
+    """A model of which ZeRO-3 gathers about two thirds twice a micro batch, two micro batches a
+    step.
+    """
     sizes = dict(zip(engines.STAGE_3, (60_000, 60_000, 3_000, 1_000), strict=True))
     sent = ranks(counted_traffic, 2, sizes)
     for name, size in sizes.items():
@@ -251,8 +262,10 @@ def test_traffic_is_what_two_workers_send(ranks: Any, monkeypatch: pytest.Monkey
 
 
 def test_traffic_steps_and_hours_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """8 of a device that does 1 TFLOP/s, over links of 1 GB/s: ZeRO-3 gathers the first 1B once a micro batch, what is beyond
-    twice, what is small once a step, and reduces once; activations computed again gather nothing more."""
+    """8 of a device that does 1 TFLOP/s, over links of 1 GB/s: ZeRO-3 gathers the first 1B once a
+    micro batch, what is beyond twice, what is small once a step, and reduces once; activations
+    computed again gather nothing more.
+    """
     monkeypatch.setitem(engines.STAGE_3, "stage3_param_persistence_threshold", 0)
     model = language_model(steps=100, batch_size=32, micro_batch_size=2, zero_stage=3)
     rates = Rates("box", 1e12, 1e9, 16e9, "stated", inside=1e9, network=0.5e9)
@@ -295,8 +308,10 @@ def test_traffic_steps_and_hours_by_hand(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_parts_that_are_not_trained_have_no_states_and_no_gradients(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By hand: 4 bytes a frozen weight, shared out by ZeRO-3; the head's loss without its weight's gradient; a checkpoint
-    of 4 bytes; ZeRO-3 gathers all, and sums the gradients of the trained ones."""
+    """By hand: 4 bytes a frozen weight, shared out by ZeRO-3; the head's loss without its weight's
+    gradient; a checkpoint of 4 bytes; ZeRO-3 gathers all, and sums the gradients of the trained
+    ones.
+    """
     rates = Rates("box", 1e12, 1e9, 16e9, "stated")
     train = {"steps": 9, "batch_size": 32, "micro_batch_size": 2}
     whole = language_model(**train)
@@ -405,7 +420,9 @@ def test_the_mend_tries_every_divisor_of_a_micro_batch() -> None:
 
 
 def test_more_gpus_are_proposed_where_every_stage_can_share_its_batch_among_them() -> None:
-    """A box without main memory to speak of, so that offload is no way out; the other stage's batch is 12."""
+    """A box without main memory to speak of, so that offload is no way out; the other stage's batch
+    is 12.
+    """
     train = {
         "micro_batch_size": 1,
         "zero_stage": 3,
@@ -453,7 +470,9 @@ def test_what_is_offloaded_must_fit_into_main_memory() -> None:
 
 
 def test_windows_and_batches_must_fit_into_main_memory(trials: dict[str, Trial]) -> None:
-    """4 GB of shards for images, for the language model as much again for texts; batches of uint8 pixels."""
+    """4 GB of shards for images, for the language model as much again for texts; batches of uint8
+    pixels.
+    """
     pixel = TrainPlan(trials["pixel"], Rates("box", 1e12, 1e9, 16e9, "stated", host=16e9), 2)
     size, share = pixel.model.pixels, pixel.model.train.batch_size / 2
     assert pixel.host(pixel.setting) == {
@@ -476,7 +495,9 @@ def test_windows_and_batches_must_fit_into_main_memory(trials: dict[str, Trial])
 
 
 def test_memory_of_stages_that_train_nothing() -> None:
-    """Five images by the figures of one and two, against a pass of five; what does not fit names the largest batch."""
+    """Five images by the figures of one and two, against a pass of five; what does not fit names
+    the largest batch.
+    """
     section = FeaturesSection(batch_size=5)
     size = {
         "hidden_size": 32,

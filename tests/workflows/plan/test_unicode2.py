@@ -62,7 +62,9 @@ def test_the_papers_recipe_by_hand() -> None:
 
 
 def test_the_whole_plan_of_a_small_recipe() -> None:
-    """Stages over images by hand: the encoder as a plan traces it, and a patch against cells and codes."""
+    """Stages over images by hand: the encoder as a plan traces it, and a patch against cells and
+    codes.
+    """
     stages = "[{from_step: 0, freeze: [backbone, new_rows]}, {from_step: 300, freeze: []}, {from_step: 500}]"
     recipe = small(
         f"mllm.stages={stages}", "mllm.train={steps: 1000, batch_size: 8}", "features.source=x"

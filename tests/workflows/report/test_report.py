@@ -1,9 +1,11 @@
-"""The report: its JSON has the promised shape, its page loads nothing from elsewhere, and parts may be missing.
+"""The report: its JSON has the promised shape, its page loads nothing from elsewhere, and parts may
+be missing.
 
 Covers: workflows/report/__init__.py, workflows/report/build.py, workflows/report/charts.py,
-workflows/report/facts.py, workflows/report/machine.py, workflows/report/markup.py, workflows/report/names.py,
-workflows/report/page.py, workflows/report/pictures.py, workflows/report/questions.py, workflows/report/run.py,
-workflows/report/scores.py, workflows/report/terminal.py.
+workflows/report/facts.py, workflows/report/machine.py, workflows/report/markup.py,
+workflows/report/names.py, workflows/report/page.py, workflows/report/pictures.py,
+workflows/report/questions.py, workflows/report/run.py, workflows/report/scores.py,
+workflows/report/terminal.py.
 """
 
 from __future__ import annotations

@@ -89,7 +89,9 @@ def test_folder_follows_links_once_and_counts_broken_ones(tmp_path: Path) -> Non
 
 
 def test_what_is_no_file_is_counted_and_not_waited_for(tmp_path: Path) -> None:
-    """A pipe, a device that gives bytes without end, a link to itself: as images, as a caption, as a line's image."""
+    """A pipe, a device that gives bytes without end, a link to itself: as images, as a caption, as
+    a line's image.
+    """
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "endless.png").symlink_to("/dev/zero")
     (tmp_path / "round.png").symlink_to("round.png")
@@ -124,7 +126,9 @@ def test_folder_counts_a_folder_that_may_not_be_read(tmp_path: Path) -> None:
 def test_a_long_listing_is_sorted_on_disk_to_the_same_groups(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However few names are held: images by the hash of their paths, what is lost by folder, name, and row."""
+    """However few names are held: images by the hash of their paths, what is lost by folder, name,
+    and row.
+    """
     names = [f"{folder}/{number}.png" for folder in ("cat_1", "dog") for number in range(9)]
     (tmp_path / "cat_1").mkdir()
     (tmp_path / "dog").mkdir()
@@ -170,7 +174,9 @@ def test_a_listed_group_is_small_and_gives_what_the_group_gives(tmp_path: Path) 
 
 
 def test_folder_reads_metadata_as_programs_write_it(tmp_path: Path) -> None:
-    """U+2028 inside a JSON string, CRLF, a byte order mark, a path with detours, half a surrogate pair, no file name."""
+    """U+2028 inside a JSON string, CRLF, a byte order mark, a path with detours, half a surrogate
+    pair, no file name.
+    """
     for number in range(3):
         (tmp_path / f"{number}.png").write_bytes(picture(number))
     rows = [

@@ -1,4 +1,6 @@
-"""Fifty kinds of broken input: each ends in a sample, a counted loss, or one clear error before any work."""
+"""Fifty kinds of broken input: each ends in a sample, a counted loss, or one clear error before any
+work.
+"""
 
 from __future__ import annotations
 
@@ -118,7 +120,8 @@ def not_utf8() -> bytes:
 TWO: Members = [("a.png", picture(1)), ("b.png", picture(2))]
 JPEG = picture(3, "JPEG", 64)
 
-# what lies in a folder of images: name → (content, what becomes of it; None: it is no image and not counted)
+# what lies in a folder of images: name → (content, what becomes of it; None: it is no image and not
+# counted)
 FILES: dict[str, tuple[bytes, str | None]] = {
     "good.png": (picture(10), KEPT),
     "GOOD.JPEG": (picture(11, "JPEG"), KEPT),
@@ -258,7 +261,9 @@ CLEAR_ERRORS: dict[str, tuple[Make, str]] = {
 
 
 def outcomes(source: str, scratch: Path) -> list[tuple[str, str]]:
-    """(key, what becomes of it) of everything in a source; the bytes of each sample are found again."""
+    """(key, what becomes of it) of everything in a source; the bytes of each sample are found
+    again.
+    """
     index = IndexGroup(str(scratch), CorpusSection())
     found: list[tuple[str, str]] = []
     for group in find_groups(source, CorpusSection(), 0):

@@ -1,4 +1,6 @@
-"""Layouts of published sets: img2dataset's three, Arrow and saved datasets, JSON lines, and servers of every kind."""
+"""Layouts of published sets: img2dataset's three, Arrow and saved datasets, JSON lines, and servers
+of every kind.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +89,9 @@ def test_img2dataset_files_in_folders(tmp_path: Path) -> None:
 
 
 def test_a_table_of_images_beside_a_folder_of_its_name_is_data(tmp_path: Path) -> None:
-    """Only img2dataset's own tables are none: told by its statistics, or by its columns where those are gone."""
+    """Only img2dataset's own tables are none: told by its statistics, or by its columns where those
+    are gone.
+    """
     (tmp_path / "more").mkdir()
     pq.write_table(
         pa.table({"image": [picture(0)], "caption": ["data"]}), tmp_path / "more.parquet"

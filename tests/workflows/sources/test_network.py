@@ -1,4 +1,5 @@
-"""Sources on stores and servers that do not always answer: retries, then one clear error, and no image is lost.
+"""Sources on stores and servers that do not always answer: retries, then one clear error, and no
+image is lost.
 
 Covers: workflows/sources/jsonl.py.
 """
@@ -52,7 +53,9 @@ class ShakyFile(io.BytesIO):
 
 
 class Shaky(MemoryFileSystem):
-    """A store in which one call of `every` times out, as fsspec's own clients tell it: an OSError without a number."""
+    """A store in which one call of `every` times out, as fsspec's own clients tell it: an OSError
+    without a number.
+    """
 
     protocol = "shaky"
     store: ClassVar[dict[str, Any]] = {}
@@ -131,7 +134,9 @@ def test_what_is_not_answered_is_asked_again(store: str, layout: str) -> None:
 def test_a_store_that_answers_no_more_is_one_clear_error_and_no_loss(
     store: str, layout: str
 ) -> None:
-    """At the listing, and when the samples are read: no row of a good file comes as torn or missing."""
+    """At the listing, and when the samples are read: no row of a good file comes as torn or
+    missing.
+    """
     groups = list(find_groups(f"{store}/{layout}", CorpusSection(), 0))
     Shaky.every = 1
     with pytest.raises(DataError, match=r"shaky://in.*nobody answers|shaky://in.* does not answer"):
@@ -222,11 +227,13 @@ def test_one_image_of_a_list_that_vanishes_between_the_passes_is_lost_alone(
     assert (lost["source"], lost["key"], lost["reason"]) == (str(lines), "14", "vanished")
 
 
-# ---- web servers -----------------------------------------------------------------------------------------------------
+# ---- web servers ---------------------------------------------------------------------------------
 
 
 class Moody(http.server.SimpleHTTPRequestHandler):
-    """A file server that answers 503 to one request of three, always for `down.png`, and 404 where nothing is."""
+    """A file server that answers 503 to one request of three, always for `down.png`, and 404 where
+    nothing is.
+    """
 
     calls = 0
 

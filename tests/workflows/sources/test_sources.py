@@ -1,4 +1,5 @@
-"""Sources: every thing that stands for an image comes out once, as a sample or as a loss with its reason.
+"""Sources: every thing that stands for an image comes out once, as a sample or as a loss with its
+reason.
 
 Covers: workflows/sources/arrow.py, workflows/sources/base.py, workflows/sources/easy_vqa.py,
 workflows/sources/listing.py, workflows/sources/metadata.py, workflows/sources/tar_walk.py,
@@ -44,7 +45,9 @@ def picture(number: int, kind: str = "PNG") -> bytes:
 def collect(
     source: str | list[str], section: CorpusSection = SECTION
 ) -> tuple[list[Sample], list[Lost]]:
-    """Everything a source gives; each sample's bytes are read again by its locator and must be the same."""
+    """Everything a source gives; each sample's bytes are read again by its locator and must be the
+    same.
+    """
     samples, lost = [], []
     for group in find_groups(source, section, 0):
         group = pickle.loads(pickle.dumps(group))
@@ -68,7 +71,7 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]], mode: str = "w")
     return path
 
 
-# ---- folder --------------------------------------------------------------------------------------------------------
+# ---- folder --------------------------------------------------------------------------------------
 
 
 def test_folder_reads_captions_beside_images_and_ignores_litter(tmp_path: Path) -> None:
@@ -153,7 +156,7 @@ def test_folder_order_mixes_classes(tmp_path: Path) -> None:
     assert labels == [one.label for one in collect(str(tmp_path))[0]]
 
 
-# ---- webdataset ----------------------------------------------------------------------------------------------------
+# ---- webdataset ----------------------------------------------------------------------------------
 
 
 def test_tar_groups_members_by_key_in_any_order(tmp_path: Path) -> None:
@@ -253,7 +256,9 @@ def test_tar_whose_names_hold_dots_holds_one_image_of_a_key(tmp_path: Path) -> N
 
 
 def test_tar_texts_too_far_behind_an_image_with_others_are_counted(tmp_path: Path) -> None:
-    """Captions beside the images, labels far behind: the tar is not gone through twice for each image."""
+    """Captions beside the images, labels far behind: the tar is not gone through twice for each
+    image.
+    """
     number = WINDOW + 10
     near = [
         (f"{n}.{kind}", data)
@@ -450,7 +455,7 @@ def test_split_name() -> None:
     assert split_name("./a.b/c.Left.PNG") == ("a.b/c", "left.png")
 
 
-# ---- parquet -------------------------------------------------------------------------------------------------------
+# ---- parquet -------------------------------------------------------------------------------------
 
 
 def test_parquet_with_hugging_face_structs_class_names_and_questions(tmp_path: Path) -> None:
@@ -519,7 +524,7 @@ def test_torn_parquet_is_lost(tmp_path: Path) -> None:
     assert [Path(group.source).name for group in groups] == ["a.parquet", "b.parquet", "c.parquet"]
 
 
-# ---- easy-vqa, generated, detection --------------------------------------------------------------------------------
+# ---- easy-vqa, generated, detection --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -553,7 +558,9 @@ def test_easy_vqa_contradiction_and_description() -> None:
 
 
 def test_easy_vqa_as_published() -> None:
-    """5,000 pictures, 48,248 questions; 3,578 and 888 get both words (counted by a separate script)."""
+    """5,000 pictures, 48,248 questions; 3,578 and 888 get both words (counted by a separate
+    script).
+    """
     pytest.importorskip("easy_vqa")
     for split, images, questions, both in (
         ("train", 4000, 38_575, 3578),

@@ -1,8 +1,8 @@
 """A fourth system: two modules and a recipe, and a line or an import in three existing files.
 
-`patchvq/` holds the modules and the recipe. They are added to a copy of the source, with the edits of `EDITS`: the
-schema's dict, the dict of saved tokenizers, and the dict of systems. No other file of the copy changes, and the whole
-chain runs, on Ray's workers too.
+`patchvq/` holds the modules and the recipe. They are added to a copy of the source, with the edits
+of `EDITS`: the schema's dict, the dict of saved tokenizers, and the dict of systems. No other file
+of the copy changes, and the whole chain runs, on Ray's workers too.
 """
 
 from __future__ import annotations

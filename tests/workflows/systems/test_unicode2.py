@@ -1,4 +1,5 @@
-"""UniCode²'s stages: the tokenizer put together from its parents, and recipes that do not fit the system.
+"""UniCode²'s stages: the tokenizer put together from its parents, and recipes that do not fit the
+system.
 
 Covers: tokenizers/tensor_files.py.
 """

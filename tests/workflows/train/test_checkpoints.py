@@ -1,4 +1,5 @@
-"""Which checkpoint is whole, which is chosen, which are kept: on planted folders, here and in an object store.
+"""Which checkpoint is whole, which is chosen, which are kept: on planted folders, here and in an
+object store.
 
 Covers: workflows/train/reshard.py, workflows/train/scratch.py.
 """

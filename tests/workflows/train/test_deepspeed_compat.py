@@ -32,7 +32,8 @@ def test_the_optimizers_have_what_is_patched() -> None:
         assert callable(getattr(DeepSpeedZeroOptimizer, name)), name
     for name in ("_get_norm_groups", "step"):
         assert callable(getattr(DeepSpeedZeroOptimizer_Stage3, name)), name
-    # The source of the class: `step` of stage 3 is decorated, and getsource of it shows the wrapper.
+    # The source of the class: `step` of stage 3 is decorated, and getsource of it shows the
+    # wrapper.
     for name in ("self.check_grad_overflow", "self.check_overflow(", "self.scaled_global_norm()"):
         assert name in inspect.getsource(DeepSpeedZeroOptimizer.step), name
     assert "norm_groups = self._get_norm_groups()" in inspect.getsource(

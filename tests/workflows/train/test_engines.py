@@ -1,4 +1,6 @@
-"""A parameter set anew under every ZeRO stage: before the first step, in the middle, and right after a checkpoint."""
+"""A parameter set anew under every ZeRO stage: before the first step, in the middle, and right
+after a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -61,8 +63,11 @@ class Codes:
 
 
 def rest_and_wake() -> dict[int, list[dict[str, set[str]]]]:
-    """ZeRO stage → for each of four steps by the rates of a staged schedule, how far each part moved: "still", "moved".
-    The last entry is a step after a checkpoint was loaded."""
+    """ZeRO stage → for each of four steps by the rates of a staged schedule, how far each part
+    moved: "still", "moved".
+
+    The last entry is a step after a checkpoint was loaded.
+    """
     import tempfile
 
     from smalti.mllm.bpe import train_bpe
@@ -123,7 +128,9 @@ def rest_and_wake() -> dict[int, list[dict[str, set[str]]]]:
 
 
 def rates_of_waking() -> dict[int, list[float]]:
-    """ZeRO stage → how far a part with the rate 0.01 moves in each of four steps after it rested for thirty."""
+    """ZeRO stage → how far a part with the rate 0.01 moves in each of four steps after it rested
+    for thirty.
+    """
     from smalti.schema import Train
     from smalti.workflows.train import engines
 
@@ -172,7 +179,9 @@ def rates_of_waking() -> dict[int, list[float]]:
 
 
 def slow_rows() -> dict[int, list[float]]:
-    """ZeRO stage → how far text rows and new rows of the head moved in a step with `mllm.old_rows`, plain rows compared."""
+    """ZeRO stage → how far text rows and new rows of the head moved in a step with `mllm.old_rows`,
+    plain rows compared.
+    """
     from smalti.mllm.bpe import train_bpe
     from smalti.mllm.build import build_unified
     from smalti.mllm.row_lr_scaling import plain_rows
@@ -222,14 +231,18 @@ def test_a_set_parameter_goes_on_alike_under_every_zero_stage(
 
 
 def test_a_set_parameter_has_its_value_and_no_moments(found) -> None:
-    """Adam's first step is of the full rate in every coordinate with a gradient; with old moments it is another."""
+    """Adam's first step is of the full rate in every coordinate with a gradient; with old moments
+    it is another.
+    """
     moved = (found[PLACES[0]][0][:6] - torch.arange(6.0)).abs()
     torch.testing.assert_close(moved, torch.full((6,), 0.1), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(found[PLACES[1]][0], found[PLACES[2]][0])
 
 
 def test_parts_rest_and_wake_by_the_schedule_under_every_zero_stage(ranks) -> None:
-    """Two steps of the adapter alone, then all; a resting part does not even decay, and a checkpoint keeps the groups."""
+    """Two steps of the adapter alone, then all; a resting part does not even decay, and a
+    checkpoint keeps the groups.
+    """
     still, moved = {"still"}, {"moved"}
     for stage, steps in ranks(rest_and_wake, 1)[0].items():
         for number, parts in enumerate(steps):
@@ -241,7 +254,9 @@ def test_parts_rest_and_wake_by_the_schedule_under_every_zero_stage(ranks) -> No
 
 
 def test_a_part_that_wakes_begins_with_steps_of_the_rate_under_every_zero_stage(ranks) -> None:
-    """Its count of steps is not that of the run: with moments of 0 and a count of 30 Adam's steps are up to several times the rate."""
+    """Its count of steps is not that of the run: with moments of 0 and a count of 30 Adam's steps
+    are up to several times the rate.
+    """
     for stage, moved in ranks(rates_of_waking, 1)[0].items():
         assert moved[0] == pytest.approx(0.01, rel=1e-2), stage
         assert max(moved) < 0.0101, stage

@@ -1,4 +1,6 @@
-"""The line about workers that failed: who died comes before who lost the connection, and no error twice."""
+"""The line about workers that failed: who died comes before who lost the connection, and no error
+twice.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The training loop on Ray Train: worker counts, ZeRO, resuming, errors. A run starts in about ten seconds.
+"""The training loop on Ray Train: worker counts, ZeRO, resuming, errors.
+
+A run starts in about ten seconds.
 
 Covers: workflows/train/driver_channel.py, workflows/train/launch.py, workflows/train/task.py.
 """
@@ -138,7 +140,9 @@ def test_a_broken_shard_is_one_clear_error_and_not_tried_over_and_over(
 def test_steps_without_a_finite_loss_are_passed_over_and_too_many_end_the_run(
     session, toy, tmp_path
 ) -> None:
-    """From step 8 on one of two workers meets NaN: two steps are passed over by both, the third ends the run."""
+    """From step 8 on one of two workers meets NaN: two steps are passed over by both, the third
+    ends the run.
+    """
     told = r"loss or the gradient of steps 8 to 10 of 24 is not a finite number .* train.max_skipped=2 "
     with pytest.raises(TrainingError, match=told):
         toy.train(str(tmp_path), workers=2, settings={"nan_from": 7}, max_skipped=2)
@@ -156,7 +160,10 @@ def test_a_batch_that_workers_cannot_share_fails_before_anything_starts(toy, tmp
 
 
 def test_a_killed_driver_goes_on_and_ends_with_the_same_model(session, toy, tmp_path) -> None:
-    """SIGKILL between checkpoints; the same command again. In processes with a Ray of their own; dropout draws too."""
+    """SIGKILL between checkpoints; the same command again.
+
+    In processes with a Ray of their own; dropout draws too.
+    """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": ""}
     broken, whole = tmp_path / "broken", tmp_path / "whole"
 

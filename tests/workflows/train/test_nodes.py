@@ -1,4 +1,6 @@
-"""Training on two nodes of which one goes, with notice or without: gone on with fewer workers, and the same curve."""
+"""Training on two nodes of which one goes, with notice or without: gone on with fewer workers, and
+the same curve.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +36,11 @@ def toy():
 
 @pytest.fixture
 def other():
-    """The second of two nodes of one CPU, which a test takes away. Each test has a cluster of its own, with both nodes from
-    the start: after the first training Ray looks for new ones every 20 s alone."""
+    """The second of two nodes of one CPU, which a test takes away.
+
+    Each test has a cluster of its own, with both nodes from the start: after the first training Ray
+    looks for new ones every 20 s alone.
+    """
     import ray
     from ray.cluster_utils import Cluster
 
@@ -58,7 +63,9 @@ def other():
 
 @pytest.fixture(scope="module")
 def whole(toy, tmp_path_factory):
-    """`whole()`: what one worker makes without a break; a test calls it when its own training is done."""
+    """`whole()`: what one worker makes without a break; a test calls it when its own training is
+    done.
+    """
     path = tmp_path_factory.mktemp("whole")
 
     def made() -> Path:
@@ -118,7 +125,9 @@ def give_notice(node_id: str, seconds: float) -> None:
 
 
 def test_a_node_that_goes_with_notice_costs_no_step(other, whole, toy, tmp_path) -> None:
-    """ZeRO-3 on [1, 2] workers, no other checkpoint than the one made at the notice; one worker ends what two began."""
+    """ZeRO-3 on [1, 2] workers, no other checkpoint than the one made at the notice; one worker
+    ends what two began.
+    """
     run = toy.FakeRun(str(tmp_path / "run"), (1, 2))
     run.tracker = Steps()
     slowly = tmp_path / "slowly"
@@ -148,7 +157,9 @@ def test_a_node_that_goes_with_notice_costs_no_step(other, whole, toy, tmp_path)
 
 
 def test_a_node_that_dies_without_notice_is_done_without(other, whole, toy, tmp_path) -> None:
-    """The raylet is killed after a checkpoint: one worker goes on from there, and each sample comes once."""
+    """The raylet is killed after a checkpoint: one worker goes on from there, and each sample comes
+    once.
+    """
     run = toy.FakeRun(str(tmp_path / "run"), (1, 2))
     slowly, record = tmp_path / "slowly", str(tmp_path / "record")
     slowly.touch()

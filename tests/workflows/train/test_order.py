@@ -125,7 +125,10 @@ def test_a_batch_that_does_not_divide_is_an_error() -> None:
 def test_texts_and_rows_come_once_an_epoch_each_by_its_own_count(
     rows, texts, shares, stage, seed
 ) -> None:
-    """Stages of their own shares begin on the way. A step's texts are spread over the workers, whatever their number."""
+    """Stages of their own shares begin on the way.
+
+    A step's texts are spread over the workers, whatever their number.
+    """
     batch_size, steps = 6, 12
     starts = [k * stage * batch_size for k in range(len(shares))]
     mixed = Mixed(Order(rows, seed, 2), Order(texts, seed + 1, 2), starts, shares)

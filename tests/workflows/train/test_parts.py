@@ -179,8 +179,9 @@ def test_every_step_weighs_the_same_in_a_mean_whatever_the_number_of_parts() -> 
 
 
 def test_a_metric_that_is_not_logged_ends_the_run_at_the_first_log() -> None:
-    """One that is not finite, or counted nothing yet, is logged all the same; where every step was passed over, it is too
-    early to tell."""
+    """One that is not finite, or counted nothing yet, is logged all the same; where every step was
+    passed over, it is too early to tell.
+    """
     loop = Loop.__new__(Loop)  # as far as a log goes
     loop.collectives, loop.means, loop.skips = (
         Collectives(),
@@ -325,8 +326,9 @@ def test_each_shard_is_read_once_an_epoch_and_the_next_window_before_its_first_s
 
 
 def test_a_window_that_does_not_fit_is_told_once_and_part_of_it_stays(tmp_path) -> None:
-    """Room for eight of the window's twelve shards: the rows are right, about four are not read again in a step (the least
-    recently used, let go first, would all be), and a line says why."""
+    """Room for eight of the window's twelve shards: the rows are right, about four are not read
+    again in a step (the least recently used, let go first, would all be), and a line says why.
+    """
     write(tmp_path, [20] * 12)
     rows, taken, told = an_epoch(tmp_path, 0, 1, window=12, data_gb=1.7e-4)
     assert sorted(taken) == [100 * shard + row for shard in range(12) for row in range(20)]

@@ -101,7 +101,9 @@ def test_a_damaged_copy_is_fetched_again(memory_url, tmp_path) -> None:
 
 
 def test_readers_that_share_a_folder_do_not_trouble_each_other(memory_url, tmp_path) -> None:
-    """Four readers with room for one and a half shards: whatever is removed under them, every row is right."""
+    """Four readers with room for one and a half shards: whatever is removed under them, every row
+    is right.
+    """
     keys = [write(memory_url, index) for index in range(5)]
     size = storage.size_bytes(shards.shard_path(memory_url, keys[0]))
     wrong: list[object] = []

@@ -1,4 +1,6 @@
-"""What a step and a checkpoint leave behind, under every ZeRO stage and for other numbers of workers; without Ray."""
+"""What a step and a checkpoint leave behind, under every ZeRO stage and for other numbers of
+workers; without Ray.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,10 @@ class Pair:
             )
 
     def step(self, number: int, bad: str = "") -> dict[str, float]:
-        """One accumulated step on this rank's part of batch `number`; the norms. `bad`: what is wrong with it."""
+        """One accumulated step on this rank's part of batch `number`; the norms.
+
+        `bad`: what is wrong with it.
+        """
         x, y = (
             torch.randn(BATCH, n, generator=torch.Generator().manual_seed(number)) for n in (5, 3)
         )
@@ -117,7 +122,10 @@ class Kept(Task):
 
 
 class Store(LocalFileSystem):
-    """`store:///folder`: an object store that several processes see. It keeps a list of what is fetched."""
+    """`store:///folder`: an object store that several processes see.
+
+    It keeps a list of what is fetched.
+    """
 
     protocol = "store"
 
@@ -202,7 +210,9 @@ def two_ranks(folder: Path) -> dict[str, Any]:
 
 
 def slow_storage() -> str:
-    """What worker 0 meets that waits for the other's storage where collectives give up after a tenth of a second."""
+    """What worker 0 meets that waits for the other's storage where collectives give up after a
+    tenth of a second.
+    """
     ranks = Collectives()
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=0.1), dist.group.WORLD)
     if ranks.rank:
@@ -217,7 +227,9 @@ def slow_storage() -> str:
 
 
 def drifting(pair: Pair) -> tuple[list[str], list[str]]:
-    """What is compared after a step, and what is told when one of it after the other differs on rank 1."""
+    """What is compared after a step, and what is told when one of it after the other differs on
+    rank 1.
+    """
     pair.step(0)
     compared, told = guards.held_whole(pair.engines), []
     guards.check_same(compared, pair.ranks, 4)
@@ -233,7 +245,9 @@ def drifting(pair: Pair) -> tuple[list[str], list[str]]:
 
 
 def go_on(folder: Path | str, fetched: str = "") -> dict[int, Any]:
-    """From the newest checkpoint two steps on, saved, and two more: the state found, and the weights after them."""
+    """From the newest checkpoint two steps on, saved, and two more: the state found, and the
+    weights after them.
+    """
     os.environ["FETCHED"] = fetched
     if fetched:
         tempfile.tempdir = f"{fetched}-tmp"
@@ -292,8 +306,9 @@ def test_the_gradient_norm_is_that_of_the_whole_batch(two, stage: int) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_step_that_is_not_finite_moves_no_engine_on_any_rank(two, stage: int) -> None:
-    """A loss of one rank's first micro batch, and a gradient of the second engine alone; the steps after go on as if
-    the bad ones had never been."""
+    """A loss of one rank's first micro batch, and a gradient of the second engine alone; the steps
+    after go on as if the bad ones had never been.
+    """
     (loss, gradient), before, after, last = two[0]["skipped"][stage]
     assert loss["model"] == float("inf") and loss["critic"] < float("inf")
     assert gradient["critic"] == float("inf") and gradient["model"] < float("inf")
@@ -314,7 +329,9 @@ def test_a_step_in_bf16_that_is_not_finite_moves_nothing(two, stage: int) -> Non
 def test_what_every_worker_holds_whole_is_compared_and_named_where_it_differs(
     two, stage: int
 ) -> None:
-    """Every weight and buffer of both engines; under ZeRO-3 all but the matrix of 35 numbers, of which 30 may stay whole."""
+    """Every weight and buffer of both engines; under ZeRO-3 all but the matrix of 35 numbers, of
+    which 30 may stay whole.
+    """
     names = dict(Net().named_parameters()) | dict(Net().named_buffers())
     expected = {f"{engine}'s {name}" for engine in ("model", "critic") for name in names}
     expected -= {"model's body.0.weight"} if stage == 3 else set()
@@ -341,8 +358,9 @@ def test_fewer_workers_go_on_alike(two, one, folder) -> None:
 
 
 def test_more_workers_go_on_alike_and_what_is_damaged_is_passed_over(ranks, one, folder) -> None:
-    """Two workers of a machine take the four-step checkpoint of one out of a store, and each file once; then theirs is
-    damaged, and the one before is taken."""
+    """Two workers of a machine take the four-step checkpoint of one out of a store, and each file
+    once; then theirs is damaged, and the one before is taken.
+    """
     written = sorted(
         str(path)
         for path in folder.glob("*/*000004/**/*")

@@ -1,4 +1,6 @@
-"""A language model born in parts under ZeRO-3 on two workers: the rows of one built whole, in bounded memory."""
+"""A language model born in parts under ZeRO-3 on two workers: the rows of one built whole, in
+bounded memory.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,10 @@ def batch(model, rows: int) -> dict[str, torch.Tensor]:
 
 
 class Largest(TorchDispatchMode):
-    """Bytes of the largest storage of a tensor that was made. Resident memory would count the tokenizer's new tokens too."""
+    """Bytes of the largest storage of a tensor that was made.
+
+    Resident memory would count the tokenizer's new tokens too.
+    """
 
     size = 0
 
@@ -62,7 +67,9 @@ class Largest(TorchDispatchMode):
 
 
 def build(folder: Path) -> None:
-    """One worker: the model in parts, what it holds, the largest tensor made for it, and its whole weights after a step."""
+    """One worker: the model in parts, what it holds, the largest tensor made for it, and its whole
+    weights after a step.
+    """
     import torch.distributed as dist
 
     from smalti.mllm.build import build_unified
@@ -126,7 +133,8 @@ def test_rows_made_in_parts_and_their_first_step_are_those_of_a_whole_model(fold
     optimizer.step()
     after = load_file(folder / "after.safetensors")
     for name, parameter in model.named_parameters():
-        # Adam's first step is of full size even where the gradient is rounding noise: those places are left out
+        # Adam's first step is of full size even where the gradient is rounding noise: those places
+        # are left out
         clear = parameter.grad.abs() > 1e-3 * parameter.grad.abs().max()
         if not name.endswith("k_proj.bias"):  # all noise: softmax cancels it
             torch.testing.assert_close(

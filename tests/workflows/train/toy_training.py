@@ -1,4 +1,5 @@
-"""A small task with two engines, a codebook that follows all ranks' statistics, and dropout; and runs of it.
+"""A small task with two engines, a codebook that follows all ranks' statistics, and dropout; and
+runs of it.
 
 Also a script: `python toy_training.py PATH` trains with slow steps, for the tests that kill it.
 """
@@ -164,8 +165,9 @@ class Toy(Task):
 
 
 def check_record(path: str, steps: int, batch_size: int) -> int:
-    """Assert that every step had the samples of its place in the run, however often it was taken, and that each row of
-    an epoch came exactly once; the number of steps that were taken again."""
+    """Assert that every step had the samples of its place in the run, however often it was taken,
+    and that each row of an epoch came exactly once; the number of steps that were taken again.
+    """
     taken: dict[int, list[list[int]]] = {}
     for line in Path(path).read_text().splitlines():
         row = json.loads(line)
@@ -227,8 +229,11 @@ def _in_turn(jobs: dict[str, Any]) -> dict[str, dict[str, float]]:
 def train_in_turn(
     path: str, workers: int, variants: dict[str, dict[str, Any]]
 ) -> dict[str, dict[str, float]]:
-    """Train the toy once for each variant, into `<path>/<name>`, all in one group of workers: starting one takes longer
-    than the training. The final numbers by name."""
+    """Train the toy once for each variant, into `<path>/<name>`, all in one group of workers:
+    starting one takes longer than the training.
+
+    The final numbers by name.
+    """
     import ray
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer

@@ -1,4 +1,6 @@
-"""Questions and answers as text: normalisation, kinds, and the baseline that never looks at the picture."""
+"""Questions and answers as text: normalisation, kinds, and the baseline that never looks at the
+picture.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,12 @@ YES_NO = {"yes", "no"}
 
 
 def normalise(text: str) -> str:
-    """Lower case, no punctuation at the edges of words, no articles, single spaces: what exact match compares.
+    """Lower case, no punctuation at the edges of words, no articles, single spaces: what exact
+    match compares.
 
     `A teal  Circle.` -> `teal circle`. Signs inside a word stay (`3.5`, `t-shirt`). When nothing but articles or
-    punctuation is there, the stripped lower-case text stays, so that no two different answers become equal to nothing.
+    punctuation is there, the stripped lower-case text stays, so that no two different answers
+    become equal to nothing.
     """
     words = [re.sub(r"^[^\w+\-]+|[^\w%]+$", "", word) for word in text.lower().split()]
     kept = [word for word in words if word and word not in ARTICLES]
@@ -42,7 +46,8 @@ def opening(question: str) -> str:
 
 @dataclass
 class QuestionOnly:
-    """Answers with the most frequent training answer of the same question text; unseen texts get the overall one.
+    """Answers with the most frequent training answer of the same question text; unseen texts get
+    the overall one.
 
     Texts are compared after `normalise`; ties take the answer that comes first in the alphabet.
     """
@@ -68,7 +73,8 @@ class QuestionOnly:
 def breakdown(
     keys: Sequence[str], hits: Sequence[bool], guesses: Sequence[bool] | None, most: int = 16
 ) -> list[dict[str, object]]:
-    """One row a key, most frequent first: `{"key", "n", "accuracy"}` and, with `guesses`, `question_only`.
+    """One row a key, most frequent first: `{"key", "n", "accuracy"}` and, with `guesses`,
+    `question_only`.
 
     Keys beyond the `most` frequent ones are summed up in a last row `all others`.
     """

@@ -1,8 +1,9 @@
-"""The codes themselves: how many are used, how evenly, and how alike the patches of one code are (VRR).
+"""The codes themselves: how many are used, how evenly, and how alike the patches of one code are
+(VRR).
 
-Usage, perplexity and entropy are counted over all tokens of the held-out rows, `n` being the number of tokens: a
-usage below one means little when there are fewer tokens than codes, which the table `codes` therefore states.
-N patches, T tokens of an image.
+Usage, perplexity and entropy are counted over all tokens of the held-out rows, `n` being the number
+of tokens: a usage below one means little when there are fewer tokens than codes, which the table
+`codes` therefore states. N patches, T tokens of an image.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ HISTOGRAM_POINTS = 256
 
 
 def measure_codes(data: HeldOut, models: Models) -> MeasureResult:
-    """Usage, perplexity, entropy (nats) and VRR of the flat codes and, with guidance, of the semantic codes; of DualToken's
-    pixel and semantic codes, of all depths together, VRR by the first."""
+    """Usage, perplexity, entropy (nats) and VRR of the flat codes and, with guidance, of the
+    semantic codes; of DualToken's pixel and semantic codes, of all depths together, VRR by the
+    first.
+    """
     tokenizer = models.tokenizer
     codes_NT = np.stack([row.codes for row in data.rows])
     chosen = choose(len(data.rows), data.job.evaluate.vrr_images, data.job.seed + 3)
@@ -49,7 +52,9 @@ def measure_codes(data: HeldOut, models: Models) -> MeasureResult:
 
 
 def levels_of(tokenizer: Any, codes: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
-    """By the prefix of their scores: the code of each token (N, T), all codes that are counted, and how many there are."""
+    """By the prefix of their scores: the code of each token (N, T), all codes that are counted, and
+    how many there are.
+    """
     if (
         tokenizer.code_shape
     ):  # several codes per token: pixel before semantic, each of several depths
@@ -76,8 +81,9 @@ def count_scores(prefix: str, counts: np.ndarray) -> dict[str, Score]:
 
 
 def histogram(counts: np.ndarray) -> dict[str, Any]:
-    """Counts sorted downwards, thinned to at most `HISTOGRAM_POINTS` (rank, count) pairs, evenly in the logarithm of
-    the rank; with how many codes were used at all."""
+    """Counts sorted downwards, thinned to at most `HISTOGRAM_POINTS` (rank, count) pairs, evenly in
+    the logarithm of the rank; with how many codes were used at all.
+    """
     ordered = np.sort(counts)[::-1]
     ranks = np.unique(
         np.geomspace(1, len(ordered), min(HISTOGRAM_POINTS, len(ordered))).round().astype(int)
@@ -91,7 +97,9 @@ def histogram(counts: np.ndarray) -> dict[str, Any]:
 
 
 def _vrr_score(patches_NHWC: np.ndarray, ids_N: np.ndarray, seed: int) -> Score | None:
-    """VRR beside that of shuffled ids; None where it is undefined: no code has two patches, or all patches are alike."""
+    """VRR beside that of shuffled ids; None where it is undefined: no code has two patches, or all
+    patches are alike.
+    """
     if np.bincount(ids_N).max() < 2 or not (patches_NHWC != patches_NHWC[0]).any():
         return None
     patches_NCHW = (

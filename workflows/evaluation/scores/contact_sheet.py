@@ -10,7 +10,10 @@ GAP, PAPER = 4, 255
 
 
 def contact_sheet(rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
-    """uint8 (H, W, 3): the pictures in rows, top left in cells of one size, on white. Rows may differ in length."""
+    """uint8 (H, W, 3): the pictures in rows, top left in cells of one size, on white.
+
+    Rows may differ in length.
+    """
     if not any(len(row) for row in rows):
         raise ValueError("a contact sheet needs at least one picture")
     tall = max(hwc.shape[0] for row in rows for hwc in row) + GAP

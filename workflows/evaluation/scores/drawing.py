@@ -1,7 +1,9 @@
-"""Images drawn from text, judged by two classifiers: one trained on real images alone, and the encoder's zero-shot.
+"""Images drawn from text, judged by two classifiers: one trained on real images alone, and the
+encoder's zero-shot.
 
-Beside the drawing's accuracy stands what the judge makes of *reconstructed* held-out images: a drawing passes through
-the same decoder, so this is about the most that a perfect language model could reach.
+Beside the drawing's accuracy stands what the judge makes of *reconstructed* held-out images: a
+drawing passes through the same decoder, so this is about the most that a perfect language model
+could reach.
 """
 
 from __future__ import annotations
@@ -35,8 +37,9 @@ class Prompt:
 
 
 def measure_drawing(data: HeldOut, models: Models) -> MeasureResult:
-    """drawing/accuracy, drawing/zero_shot_accuracy, drawing/judge_accuracy (the judge on real held-out images), and a
-    gallery; without labels the gallery alone."""
+    """drawing/accuracy, drawing/zero_shot_accuracy, drawing/judge_accuracy (the judge on real
+    held-out images), and a gallery; without labels the gallery alone.
+    """
     settings = data.job.evaluate
     if data.job.export is None:
         return MeasureResult(skipped="no exported language model")
@@ -65,8 +68,9 @@ def measure_drawing(data: HeldOut, models: Models) -> MeasureResult:
 
 
 def prompts_of(data: HeldOut) -> list[Prompt]:
-    """evaluate.prompts with the label each one names; else the sentence of each label (a seeded choice of 256 when there
-    are more); else a few held-out captions."""
+    """evaluate.prompts with the label each one names; else the sentence of each label (a seeded
+    choice of 256 when there are more); else a few held-out captions.
+    """
     if data.job.evaluate.prompts:
         return [Prompt(text, named_label(text, data.labels)) for text in data.job.evaluate.prompts]
     sentences = list(data.captions_of_labels.items())

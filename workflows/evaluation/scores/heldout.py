@@ -1,7 +1,9 @@
-"""The rows that are measured: seeded samples of the held-out split, with their codes, texts and pixels.
+"""The rows that are measured: seeded samples of the held-out split, with their codes, texts and
+pixels.
 
-Samples are drawn from at most `MOST_SHARDS` shards, chosen evenly over the split, so that an evaluation of fifty
-million images reads as little as one of a few thousand. The same seed gives the same rows on every machine.
+Samples are drawn from at most `MOST_SHARDS` shards, chosen evenly over the split, so that an
+evaluation of fifty million images reads as little as one of a few thousand. The same seed gives the
+same rows on every machine.
 """
 
 from __future__ import annotations
@@ -75,14 +77,18 @@ def spread(keys: Sequence[str], most: int = MOST_SHARDS) -> list[str]:
 
 
 def choose(total: int, most: int, seed: int) -> np.ndarray:
-    """At most `most` of the numbers 0 … total−1, drawn without replacement, ascending; the same for the same seed."""
+    """At most `most` of the numbers 0 … total−1, drawn without replacement, ascending; the same for
+    the same seed.
+    """
     if total <= most:
         return np.arange(total)
     return np.sort(np.random.default_rng(seed).choice(total, size=most, replace=False))
 
 
 def texts_of(table: pa.Table) -> list[dict[str, Any]]:
-    """Rows of caption, label and qa as Python values; a missing qa list is empty, an empty text is None."""
+    """Rows of caption, label and qa as Python values; a missing qa list is empty, an empty text is
+    None.
+    """
     rows = table.select(TEXT_COLUMNS).to_pylist()
     for row in rows:
         row["qa"] = row["qa"] or []
@@ -98,7 +104,10 @@ class HeldOut:
 
     @cached_property
     def rows(self) -> list[HeldOutRow]:
-        """Every row of the chosen held-out token shards, in the order of the shards. Errors: DataError when empty."""
+        """Every row of the chosen held-out token shards, in the order of the shards.
+
+        Errors: DataError when empty.
+        """
         keys = spread(shards.list_shards(self.job.tokens, "val"))
         rows = [row for key in keys for row in self._rows_of(key)]
         if not rows:
@@ -140,7 +149,9 @@ class HeldOut:
         return [everything[index] for index in chosen]
 
     def pixels(self, rows: Sequence[HeldOutRow]) -> np.ndarray:
-        """uint8 (B, size, size, 3): the images of the rows, read from the corpus and checked by image_id."""
+        """uint8 (B, size, size, 3): the images of the rows, read from the corpus and checked by
+        image_id.
+        """
         size = self.job.image_size
         out = np.empty((len(rows), size, size, 3), dtype=np.uint8)
         for key in sorted({row.key for row in rows}):
@@ -164,7 +175,8 @@ class HeldOut:
     def batches(
         self, rows: Sequence[HeldOutRow], what: str
     ) -> Iterator[tuple[list[HeldOutRow], np.ndarray]]:
-        """The rows in batches of `evaluate.batch_size`, each with its pixels; progress is shown as `what`.
+        """The rows in batches of `evaluate.batch_size`, each with its pixels; progress is shown as
+        `what`.
 
         Rows lie in the order of shards, so a shard's bytes are read once for all of its batches.
         """
@@ -192,15 +204,21 @@ class HeldOut:
 
     @cached_property
     def labels(self) -> list[str]:
-        """The classes: labels that the training split has, sorted; empty when there are fewer than two."""
+        """The classes: labels that the training split has, sorted; empty when there are fewer than
+        two.
+        """
         seen = sorted({text["label"] for text in self.training_texts if text["label"]})
         return seen if len(seen) > 1 else []
 
     @cached_property
     def captions_of_labels(self) -> dict[str, str]:
-        """The sentence that stands for each label: its most frequent training caption where that caption covers at
-        least half of the label's captioned rows (made captions), else `a photo of a <label>` (people's captions).
-        A label without a single caption stands for itself: that is the text that models here are trained with."""
+        """The sentence that stands for each label: its most frequent training caption where that
+        caption covers at least half of the label's captioned rows (made captions), else `a photo
+        of a <label>` (people's captions).
+
+        A label without a single caption stands for itself: that is the text that models here are
+        trained with.
+        """
         counts: dict[str, Counter[str]] = {label: Counter() for label in self.labels}
         for text in self.training_texts:
             if text["label"] in counts and text["caption"]:
@@ -212,7 +230,9 @@ class HeldOut:
 
     @cached_property
     def zero_shot_sentences(self) -> dict[str, str]:
-        """The same for the encoder; one from elsewhere gets `a photo of a <label>` for a label without captions."""
+        """The same for the encoder; one from elsewhere gets `a photo of a <label>` for a label
+        without captions.
+        """
         if self.job.own_encoder:
             return self.captions_of_labels
         return {

@@ -1,7 +1,9 @@
-"""The judge of drawings: a small convolutional classifier that has only ever seen real training images.
+"""The judge of drawings: a small convolutional classifier that has only ever seen real training
+images.
 
-A label of several words (`blue circle`) is scored as the sum of its words' logits, each word with its place, so that a
-colour learns from every shape; right means the whole label. B images, W words, L labels.
+A label of several words (`blue circle`) is scored as the sum of its words' logits, each word with
+its place, so that a colour learns from every shape; right means the whole label. B images, W words,
+L labels.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ NOISE, SHIFT = 0.06, 4  # drawn images are never as clean and as centred as real
 
 
 class Judge(nn.Module):
-    """Logits (B, L) of float pixels (B, 3, S, S) in [-1, 1]; other sizes are resized to S by averaging."""
+    """Logits (B, L) of float pixels (B, 3, S, S) in [-1, 1]; other sizes are resized to S by
+    averaging.
+    """
 
     def __init__(self, labels: Sequence[str], size: int, width: int = 32) -> None:
         super().__init__()
@@ -72,10 +76,11 @@ class Judge(nn.Module):
 def train_judge(
     bhwc: np.ndarray, labels: Sequence[str], *, seed: int, device: str = "cpu"
 ) -> Judge:
-    """Train on uint8 (n, S, S, 3) with a label each: AdamW, one cosine; `training_steps(n)` steps of `BATCH` images.
+    """Train on uint8 (n, S, S, 3) with a label each: AdamW, one cosine; `training_steps(n)` steps
+    of `BATCH` images.
 
-    Shift and noise keep it from leaning on details that no drawing has. The result depends on the images and the seed;
-    the caller's random state is left as it was.
+    Shift and noise keep it from leaning on details that no drawing has. The result depends on the
+    images and the seed; the caller's random state is left as it was.
     """
     classes = sorted(set(labels))
     with torch.random.fork_rng(devices=[]):
@@ -104,7 +109,9 @@ def train_judge(
 
 
 def training_steps(num_images: int) -> int:
-    """Five epochs; for small sets up to forty, but no more than 300 steps of them (a few hundred images: seconds)."""
+    """Five epochs; for small sets up to forty, but no more than 300 steps of them (a few hundred
+    images: seconds).
+    """
     batches = num_images / BATCH
     return math.ceil(
         max(EPOCHS * batches, min(STEPS_OF_SMALL_SETS, EPOCHS_OF_SMALL_SETS * batches), 1)

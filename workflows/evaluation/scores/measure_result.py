@@ -1,7 +1,7 @@
 """The result of one measure: scores, tables and pictures, and the files that hold them.
 
-`<evaluate>/measures/<name>.json` holds a finished result, `<evaluate>/pictures/` its pictures. An interrupted
-evaluation resumes with the measures that have no such file.
+`<evaluate>/measures/<name>.json` holds a finished result, `<evaluate>/pictures/` its pictures. An
+interrupted evaluation resumes with the measures that have no such file.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ NOT_OF_THE_CODES = {
 
 @dataclass(frozen=True)
 class Score:
-    """One number of report.json. `n` is what it was counted on (images, questions, tokens, drawings)."""
+    """One number of report.json.
+
+    `n` is what it was counted on (images, questions, tokens, drawings).
+    """
 
     value: float
     n: int
@@ -116,9 +119,11 @@ def share(hits: Any) -> float:
 def merge_baselines(
     scores: dict[str, Any], others: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Scores as JSON with the values that other runs reached added under `baseline.<name of the run>`.
+    """Scores as JSON with the values that other runs reached added under `baseline.<name of the
+    run>`.
 
-    A measure of the encoder or of the judge alone is left out where it is equal: the run shares them.
+    A measure of the encoder or of the judge alone is left out where it is equal: the run shares
+    them.
     """
     merged = {}
     for key, score in scores.items():

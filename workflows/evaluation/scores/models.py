@@ -36,7 +36,9 @@ class Models:
 
     @property
     def code_embedder(self) -> Callable[[Tensor], Tensor] | None:
-        """Image embeddings (B, E) of codes, for a tokenizer that keeps them: DualToken, through its semantic codes."""
+        """Image embeddings (B, E) of codes, for a tokenizer that keeps them: DualToken, through its
+        semantic codes.
+        """
         return getattr(self.tokenizer, "pooled", None)
 
     @cached_property
@@ -69,11 +71,15 @@ class Models:
 
     @property
     def cannot_draw(self) -> str | None:
-        """Why codes cannot be turned into pictures, by a diffusion decoder either; None where they can."""
+        """Why codes cannot be turned into pictures, by a diffusion decoder either; None where they
+        can.
+        """
         return self.no_decoder and self.language.cannot_draw
 
     def decode(self, codes_BT: Tensor) -> Tensor:
-        """Pixels of codes, by the tokenizer or by the export's diffusion decoder: float (B, 3, S, S) in [-1, 1]."""
+        """Pixels of codes, by the tokenizer or by the export's diffusion decoder: float (B, 3, S,
+        S) in [-1, 1].
+        """
         if self.no_decoder is None:
             return self.tokenizer.decode(codes_BT)
         return to_model(

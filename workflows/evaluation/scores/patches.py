@@ -1,4 +1,7 @@
-"""Patches of images, and the gallery of patches that share a code. B images, T = h·w tokens, N = B·T patches."""
+"""Patches of images, and the gallery of patches that share a code.
+
+B images, T = h·w tokens, N = B·T patches.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,11 @@ DIM = 0.35  # how much of its colour the surrounding of a patch keeps
 
 
 def cut_patches(bhwc: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """uint8 (B, H, W, 3) as (B·h·w, H // h, W // w, 3), token order (row by row). A remainder that the grid does not
-    cover (384 px, patch 14) is left out at the right and at the bottom."""
+    """uint8 (B, H, W, 3) as (B·h·w, H // h, W // w, 3), token order (row by row).
+
+    A remainder that the grid does not cover (384 px, patch 14) is left out at the right and at the
+    bottom.
+    """
     batch, height, width, channels = bhwc.shape
     rows, columns = grid
     tall, wide = height // rows, width // columns
@@ -28,8 +34,9 @@ def gallery(
 ) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
     """Rows of up to 8 patches that share a code, and their pictures.
 
-    Half of the rows are the codes with the most detail (pixel variance), half are spread over the codes by how often
-    they are used; the patches of a row come from different images. A code needs patches from at least three images.
+    Half of the rows are the codes with the most detail (pixel variance), half are spread over the
+    codes by how often they are used; the patches of a row come from different images. A code needs
+    patches from at least three images.
     """
     flat_N = ids_BT.reshape(-1)
     detail_N = cut_patches(bhwc, grid).reshape(len(flat_N), -1).astype(np.float32).std(axis=1)
@@ -60,7 +67,9 @@ def gallery(
 
 
 def _order(codes: np.ndarray, counts: np.ndarray, detail: np.ndarray) -> list[tuple[int, int]]:
-    """(code, patches) in the order in which rows are tried: detailed and spread ones in turn, each once."""
+    """(code, patches) in the order in which rows are tried: detailed and spread ones in turn, each
+    once.
+    """
     usable = np.flatnonzero(counts >= 3)
     detailed = usable[np.argsort(-detail[usable], kind="stable")]
     by_use = usable[np.argsort(-counts[usable], kind="stable")]
@@ -76,7 +85,9 @@ def _order(codes: np.ndarray, counts: np.ndarray, detail: np.ndarray) -> list[tu
 
 
 def in_context(hwc: np.ndarray, grid: tuple[int, int], token: int) -> np.ndarray:
-    """The patch of a token with as much again around it, dimmed; enlarged with hard pixel edges to about 96 px."""
+    """The patch of a token with as much again around it, dimmed; enlarged with hard pixel edges to
+    about 96 px.
+    """
     tall, wide = hwc.shape[0] // grid[0], hwc.shape[1] // grid[1]
     top, left = (token // grid[1]) * tall, (token % grid[1]) * wide
     padded = np.pad(hwc, ((tall, tall), (wide, wide), (0, 0)), mode="edge")

@@ -22,7 +22,9 @@ ANSWER_TOKENS = 16
 
 
 def measure_questions(data: HeldOut, models: Models) -> MeasureResult:
-    """Share of held-out questions whose normalised answer is exactly right, with tables by kind, opening and answer."""
+    """Share of held-out questions whose normalised answer is exactly right, with tables by kind,
+    opening and answer.
+    """
     if data.job.export is None:
         return MeasureResult(skipped="no exported language model")
     questions = data.questions
@@ -72,7 +74,9 @@ def ask(questions: list[Question], models: Models) -> list[str]:
 def _examples(
     data: HeldOut, result: MeasureResult, given: list[str], hits: list[bool]
 ) -> list[dict[str, object]]:
-    """Up to a dozen wrong and a dozen right answers, evenly over the sample, each about another image."""
+    """Up to a dozen wrong and a dozen right answers, evenly over the sample, each about another
+    image.
+    """
     chosen: list[int] = []
     for wanted in (False, True):
         places, seen = [], set()

@@ -1,4 +1,7 @@
-"""How much of an image survives its codes: PSNR and SSIM of decoded held-out images. B images, T tokens."""
+"""How much of an image survives its codes: PSNR and SSIM of decoded held-out images.
+
+B images, T tokens.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,10 @@ MOST_DB = 100.0  # of one image: an exact copy would be infinite, and so would t
 
 @torch.inference_mode()
 def measure_reconstruction(data: HeldOut, models: Models) -> MeasureResult:
-    """PSNR (dB) and SSIM, mean over images, of the decoder on all codes and, where it was trained, of the decoder that
-    sees the semantic codes alone; their difference as `reconstruction/psnr_over_semantic_only`."""
+    """PSNR (dB) and SSIM, mean over images, of the decoder on all codes and, where it was trained,
+    of the decoder that sees the semantic codes alone; their difference as
+    `reconstruction/psnr_over_semantic_only`.
+    """
     if models.no_decoder:
         return MeasureResult(skipped=models.no_decoder)
     tokenizer = models.tokenizer

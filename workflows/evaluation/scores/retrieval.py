@@ -20,9 +20,9 @@ LEAST_DISTINCT = 0.9  # share of captions that stand with one image only
 def measure_retrieval(data: HeldOut, models: Models) -> MeasureResult:
     """R@1 both ways over the sample's captioned images, chance beside it.
 
-    Taken only where nine in ten captions are distinct: with a handful of sentences for a thousand images a caption has
-    no image of its own to find, and the figure would say nothing. Equal captions count as right for each other. With DualToken
-    also through its semantic codes.
+    Taken only where nine in ten captions are distinct: with a handful of sentences for a thousand
+    images a caption has no image of its own to find, and the figure would say nothing. Equal
+    captions count as right for each other. With DualToken also through its semantic codes.
     """
     rows = [row for row in data.images if row.caption]
     captions = [row.caption or "" for row in rows]
@@ -66,7 +66,9 @@ def measure_retrieval(data: HeldOut, models: Models) -> MeasureResult:
 
 
 def recalls(images_BE: Tensor, texts_CE: Tensor, owner_B: Tensor) -> dict[str, float]:
-    """Recall at 1 of each way: images whose nearest text is theirs, texts whose nearest image is one of theirs."""
+    """Recall at 1 of each way: images whose nearest text is theirs, texts whose nearest image is
+    one of theirs.
+    """
     scores_BC = (F.normalize(images_BE, dim=-1) @ texts_CE.T).cpu()
     i2t = (scores_BC.argmax(1) == owner_B).float().mean()
     t2i = (owner_B[scores_BC.argmax(0)] == torch.arange(len(texts_CE))).float().mean()

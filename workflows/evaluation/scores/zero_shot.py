@@ -1,4 +1,7 @@
-"""The encoder's own classes: which label's sentence is nearest to an image. B images, L labels, E embedding width."""
+"""The encoder's own classes: which label's sentence is nearest to an image.
+
+B images, L labels, E embedding width.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ MOST_TEXTS_A_BATCH = 256
 
 
 class ZeroShot:
-    """The encoder as a classifier of the corpus's labels. ArtifactError when the encoder has no text tower."""
+    """The encoder as a classifier of the corpus's labels.
+
+    ArtifactError when the encoder has no text tower.
+    """
 
     def __init__(self, models: Models) -> None:
         self.encoder = models.encoder
@@ -69,8 +75,12 @@ def no_text_tower(models: Models) -> str | None:
 
 
 def measure_zero_shot(data: HeldOut, models: Models) -> MeasureResult:
-    """Share of held-out images with a label whose own sentence is the nearest; chance stands beside it. With DualToken
-    also through its semantic codes, by the trained tower's last layers and the encoder's texts."""
+    """Share of held-out images with a label whose own sentence is the nearest; chance stands beside
+    it.
+
+    With DualToken also through its semantic codes, by the trained tower's last layers and the
+    encoder's texts.
+    """
     if not data.labels:
         return MeasureResult(skipped="the corpus has fewer than two labels")
     why = no_text_tower(models)

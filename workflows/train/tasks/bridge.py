@@ -1,4 +1,5 @@
-"""Training UniCode²'s bridge on token shards with captions: codes → the conditioning of a diffusion decoder.
+"""Training UniCode²'s bridge on token shards with captions: codes → the conditioning of a diffusion
+decoder.
 
 Axes as in `smalti.mllm.bridge`.
 """
@@ -26,8 +27,9 @@ CAPTIONED = Mixture(caption_to_image=0.0, image_to_caption=1.0, qa=0.0)
 
 
 class BridgeTask(Task):
-    """A bridge beside frozen text encoders. tokens, keys, sizes: token shards and their captioned rows. path: the stage's
-    folder, where the driver put the code vectors."""
+    """A bridge beside frozen text encoders. tokens, keys, sizes: token shards and their captioned
+    rows. path: the stage's folder, where the driver put the code vectors.
+    """
 
     together = "InfoNCE"
 
@@ -64,7 +66,9 @@ class BridgeTask(Task):
         return {"model": BridgeLoss(self.bridge)}
 
     def make_batch(self, rows: Sequence[Row]) -> Batch:
-        """vectors float32 (B, T, C); token ids of the captions, int64 (B, L), for each text encoder."""
+        """vectors float32 (B, T, C); token ids of the captions, int64 (B, L), for each text
+        encoder.
+        """
         codes_BT = torch.from_numpy(
             np.stack([row.values["codes"] for row in rows]).astype(np.int64)
         )
@@ -90,7 +94,9 @@ class BridgeTask(Task):
         )
 
     def save(self, path: str, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
-        """`bridge.safetensors` and `bridge.json` beside the code vectors, as `smalti.mllm.bridge.load_bridge` reads them."""
+        """`bridge.safetensors` and `bridge.json` beside the code vectors, as
+        `smalti.mllm.bridge.load_bridge` reads them.
+        """
         state = {name.removeprefix("bridge."): tensor for name, tensor in weights["model"].items()}
         with tempfile.TemporaryDirectory(prefix="smalti-") as folder:
             save_bridge(folder, self.bridge, state)

@@ -1,4 +1,5 @@
-"""Training DualToken: one tower, two residual codebooks and a pixel decoder at once (arXiv 2503.14324).
+"""Training DualToken: one tower, two residual codebooks and a pixel decoder at once (arXiv
+2503.14324).
 
 Axis letters: B images, N patches, C tower width, D code width, T vectors, H W pixels.
 """
@@ -48,7 +49,9 @@ class DualModule(RebuildModule):
     def forward(
         self, pixels: Tensor, target: Tensor | None, quantize: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(rebuilt, semantic loss, commitment); without a target the vectors (z_pix, z_sem) and nothing."""
+        """(rebuilt, semantic loss, commitment); without a target the vectors (z_pix, z_sem) and
+        nothing.
+        """
         if target is None:
             z_pixel, z_semantic = self.model.vectors(pixels)
             return z_pixel, z_semantic, z_pixel.new_zeros(())
@@ -63,7 +66,10 @@ class DualModule(RebuildModule):
 
 
 class DualTask(RebuildTask):
-    """DualToken's one phase. The encoder stands twice: as it was, frozen (its features are F0), and trained."""
+    """DualToken's one phase.
+
+    The encoder stands twice: as it was, frozen (its features are F0), and trained.
+    """
 
     def __init__(self, stage: DualStage, loss: Loss, **images_of: Any) -> None:
         super().__init__(loss, **images_of)
@@ -93,7 +99,9 @@ class DualTask(RebuildTask):
         return math.prod(self.model.grid) * (once + flops_a_token(blocks) + flops_a_token(decoder))
 
     def begin_step(self, step: int, engines: Mapping[str, Any], read: StepReader) -> None:
-        """At `init_steps`, start the codebooks as k-means of the vectors of the coming batches, alike on all ranks."""
+        """At `init_steps`, start the codebooks as k-means of the vectors of the coming batches,
+        alike on all ranks.
+        """
         if step != self.stage.init_steps:
             return
         collectives, train = self.context.collectives, self.context.train
@@ -148,7 +156,9 @@ class DualTask(RebuildTask):
         return loss, metrics
 
     def after_step(self, step: int, engines: Mapping[str, Any]) -> Metrics:
-        """Moves both codebooks; the share of codes that the step used, over all workers, and how many restarted."""
+        """Moves both codebooks; the share of codes that the step used, over all workers, and how
+        many restarted.
+        """
         if not self.stats:
             return {}
         collectives, generator = self.context.collectives, self.context.generator(step)

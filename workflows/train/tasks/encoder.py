@@ -55,7 +55,9 @@ class CaptionedRows(ImageRows):
 
 
 def augment(pixels: np.ndarray, shift: int, flip: bool, rng: np.random.Generator) -> np.ndarray:
-    """Pixels (H, W, 3) moved by up to `shift` pixels each way (edges repeated), and mirrored half of the time."""
+    """Pixels (H, W, 3) moved by up to `shift` pixels each way (edges repeated), and mirrored half
+    of the time.
+    """
     if shift:
         height, width, _ = pixels.shape
         top, left = rng.integers(0, 2 * shift + 1, size=2)
@@ -67,7 +69,9 @@ def augment(pixels: np.ndarray, shift: int, flip: bool, rng: np.random.Generator
 
 
 class EncoderTask(Task):
-    """SigLIP from nothing; the final model is an ordinary Hugging Face SiglipModel directory with its tokenizer."""
+    """SigLIP from nothing; the final model is an ordinary Hugging Face SiglipModel directory with
+    its tokenizer.
+    """
 
     together = "the contrastive loss"
 

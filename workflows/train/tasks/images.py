@@ -44,7 +44,9 @@ def to_bytes(images: Tensor) -> np.ndarray:
 
 
 def picture_grid(columns: Sequence[Tensor]) -> np.ndarray:
-    """Columns of images (B, 3, H, W) in [-1, 1] side by side, a row an image: uint8 (H', W', 3), white between."""
+    """Columns of images (B, 3, H, W) in [-1, 1] side by side, a row an image: uint8 (H', W', 3),
+    white between.
+    """
     cells = [to_bytes(column) for column in columns]
     count, height, width, _ = cells[0].shape
     grid = np.full(
@@ -60,9 +62,11 @@ def picture_grid(columns: Sequence[Tensor]) -> np.ndarray:
 
 
 class RowMemory:
-    """Keeps one tensor a row (frozen features, semantic codes) while all rows fit into `limit_bytes`; else nothing.
+    """Keeps one tensor a row (frozen features, semantic codes) while all rows fit into
+    `limit_bytes`; else nothing.
 
-    What it holds was computed without augmentation, so that it is the same at every visit of the row.
+    What it holds was computed without augmentation, so that it is the same at every visit of the
+    row.
     """
 
     def __init__(self, num_rows: int, limit_bytes: int = FEATURE_BYTES) -> None:
@@ -73,7 +77,9 @@ class RowMemory:
     def get(
         self, places: Sequence[tuple[str, int]], compute: Callable[[list[int]], Tensor]
     ) -> Tensor:
-        """Tensors of the rows at `places` (B, …); `compute` makes those of the batch positions that are not kept."""
+        """Tensors of the rows at `places` (B, …); `compute` makes those of the batch positions that
+        are not kept.
+        """
         missing = [b for b, place in enumerate(places) if place not in self._kept]
         if not missing:
             return torch.stack([self._kept[place] for place in places])

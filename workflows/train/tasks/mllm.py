@@ -1,6 +1,7 @@
 """Training the unified language model on token shards and text (arXiv 2503.06764).
 
-Axes: B sequences of this worker, L positions, T codes of an image, V visual codes, C width of a code vector.
+Axes: B sequences of this worker, L positions, T codes of an image, V visual codes, C width of a
+code vector.
 """
 
 from __future__ import annotations
@@ -45,9 +46,12 @@ SAMPLE_IMAGES = 256
 
 
 def usable_rows(table: pa.Table, mixture: Mixture) -> np.ndarray:
-    """Rows of a token shard that the mixture makes an image sequence of: int64 indices. `codes` are not looked at.
+    """Rows of a token shard that the mixture makes an image sequence of: int64 indices.
 
-    Any image can be drawn, without a caption too (unconditionally)."""
+    `codes` are not looked at.
+
+    Any image can be drawn, without a caption too (unconditionally).
+    """
     if mixture.caption_to_image > 0:
         return np.arange(table.num_rows)
     columns = [table.column(name).to_pylist() for name in ("caption", "label", "qa")]
@@ -80,10 +84,12 @@ class UsableRows(TokenRows):
 
 
 class MllmTask(Task):
-    """A causal language model from a directory, a hub name or numbers, with adapter and flat vocabulary.
+    """A causal language model from a directory, a hub name or numbers, with adapter and flat
+    vocabulary.
 
-    tokens, keys, sizes: the token shards and their usable rows. text: (keys, sizes) of `<path>/text`, None without
-    text-only data. path: the stage's folder, where the driver put `text_tokenizer/`. tokenizer: the visual one's folder.
+    tokens, keys, sizes: the token shards and their usable rows. text: (keys, sizes) of
+    `<path>/text`, None without text-only data. path: the stage's folder, where the driver put
+    `text_tokenizer/`. tokenizer: the visual one's folder.
     """
 
     def __init__(
@@ -168,7 +174,9 @@ class MllmTask(Task):
         return {"model": self.model}
 
     def make_batch(self, rows: Sequence[Row]) -> Batch:
-        """`smalti.mllm.sequences.collate` of a sequence a row, by mixture and weights of the stage that the step lies in."""
+        """`smalti.mllm.sequences.collate` of a sequence a row, by mixture and weights of the stage
+        that the step lies in.
+        """
         stage = self.section.stage_at(rows[0].index // self.section.train.batch_size)
         mixture = stage.mixture or self.section.mixture
         room = self.section.max_length if self.section.packing else None
@@ -193,7 +201,9 @@ class MllmTask(Task):
         return self.builder.build(kind, row.values, rng)
 
     def begin_step(self, step: int, engines: Mapping[str, Any], read: StepReader) -> None:
-        """Rates of the parts in this step; those that rest get no gradient either, those that wake begin anew."""
+        """Rates of the parts in this step; those that rest get no gradient either, those that wake
+        begin anew.
+        """
         if self.section.has_part_rates:
             rates = self.section.rates_at(step)
             set_factors(engines["model"], rates)
@@ -209,8 +219,9 @@ class MllmTask(Task):
         return "tokens", float(batch["attention_mask"].sum())
 
     def flops_per_unit(self) -> float:
-        """Of a token: the language model without its embedding, which is looked up; the adapter and the heads of a
-        `DepthModel`, which see places alone, are left out."""
+        """Of a token: the language model without its embedding, which is looked up; the adapter and
+        the heads of a `DepthModel`, which see places alone, are left out.
+        """
         lm = self.model.lm
         table, head = lm.get_input_embeddings(), lm.get_output_embeddings()
         return flops_a_token(lm, without=None if table.weight is head.weight else table)

@@ -46,7 +46,9 @@ class PixelModule(RebuildModule):
         quantize: bool = True,
         vectors_only: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """(rebuilt, vq loss, codes, semantic-only rebuilt); `vectors_only`: the encoder's vectors in the first place."""
+        """(rebuilt, vq loss, codes, semantic-only rebuilt); `vectors_only`: the encoder's vectors
+        in the first place.
+        """
         if vectors_only:
             p_BND = self.tokenizer.encode_vectors(pixels)
             return p_BND, p_BND.new_zeros(()), None, None
@@ -56,9 +58,11 @@ class PixelModule(RebuildModule):
 
 
 class PixelTask(RebuildTask):
-    """Pixel encoder, codebooks and decoder; `decoder`: only a new decoder of that size, on the codes as they are.
+    """Pixel encoder, codebooks and decoder; `decoder`: only a new decoder of that size, on the
+    codes as they are.
 
-    semantic: weights of the semantic phase, None without guidance. start: weights of the pixel phase (for `decoder`).
+    semantic: weights of the semantic phase, None without guidance. start: weights of the pixel
+    phase (for `decoder`).
     """
 
     def __init__(
@@ -112,7 +116,9 @@ class PixelTask(RebuildTask):
         return 0 if self.decoder_size is not None else self.stage.init_steps
 
     def begin_step(self, step: int, engines: Mapping[str, Any], read: StepReader) -> None:
-        """At `init_steps`, start the codebooks as k-means of the vectors of the coming batches, alike on all ranks."""
+        """At `init_steps`, start the codebooks as k-means of the vectors of the coming batches,
+        alike on all ranks.
+        """
         if step != self.quantize_from or self.decoder_size is not None:
             return
         collectives, train = self.context.collectives, self.context.train
@@ -140,7 +146,9 @@ class PixelTask(RebuildTask):
         set_parameter(engines["model"], codebook.codes, codes)
 
     def _vectors(self, engine: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The pixel encoder's vectors of a batch (T, D), and the semantic code of each (zeros without guidance)."""
+        """The pixel encoder's vectors of a batch (T, D), and the semantic code of each (zeros
+        without guidance).
+        """
         semantic_ids = self.semantic_ids(batch)
         p_BND, *_ = engine(to_unit(batch["pixels"]), semantic_ids, vectors_only=True)
         p_TD = p_BND.float().flatten(0, 1)
@@ -177,7 +185,9 @@ class PixelTask(RebuildTask):
         return loss, metrics | {"loss": loss.detach()}
 
     def after_step(self, step: int, engines: Mapping[str, Any]) -> Metrics:
-        """Share of all codes that the batch of a logged step uses, over all workers; batches before it are left out."""
+        """Share of all codes that the batch of a logged step uses, over all workers; batches before
+        it are left out.
+        """
         used = self.used.clone()
         self.used.zero_()
         if (

@@ -1,4 +1,5 @@
-"""What the tasks that rebuild images share: the pixel losses, a discriminator with an engine of its own, held-out pictures.
+"""What the tasks that rebuild images share: the pixel losses, a discriminator with an engine of its
+own, held-out pictures.
 
 Axis letters: B images, H W pixels.
 """
@@ -25,8 +26,12 @@ PICTURES = 8
 
 
 class RebuildModule(nn.Module):
-    """What a main engine wraps: a model whose outputs are a plain tuple, as DeepSpeed's hooks want them. `made`: the rebuilt
-    images of the last forward before those hooks, through which a gradient can be taken beside the engine's backward."""
+    """What a main engine wraps: a model whose outputs are a plain tuple, as DeepSpeed's hooks want
+    them.
+
+    `made`: the rebuilt images of the last forward before those hooks, through which a gradient can
+    be taken beside the engine's backward.
+    """
 
     made: Tensor | None = None
 
@@ -74,13 +79,17 @@ class RebuildTask(ImageTask):
         return self.loss_config.gan.lr if name == "discriminator" else super().peak_lr(name)
 
     def zero_stage(self, name: str) -> int:
-        """The discriminator is small, and is looked at from outside its engine: whole on every worker."""
+        """The discriminator is small, and is looked at from outside its engine: whole on every
+        worker.
+        """
         return 0 if name == "discriminator" else super().zero_stage(name)
 
     def image_loss(
         self, engines: Mapping[str, Any], rebuilt: Tensor, target: Tensor, step: int
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Loss of the images that the main engine made just now, and its parts; keeps them for the discriminator."""
+        """Loss of the images that the main engine made just now, and its parts; keeps them for the
+        discriminator.
+        """
         watching = self.discriminator is not None and gan_active(self.loss_config.gan, step)
         module: RebuildModule = engines["model"].module
         loss, metrics = self.criterion(
@@ -96,7 +105,9 @@ class RebuildTask(ImageTask):
         return loss, metrics
 
     def _last_layer_gradient(self, module: RebuildModule, gradient_BCHW: Tensor) -> Tensor:
-        """The gradient on the decoder's last weight of a gradient on the rebuilt images; mean over the workers."""
+        """The gradient on the decoder's last weight of a gradient on the rebuilt images; mean over
+        the workers.
+        """
         collectives = self.context.collectives
         assert module.made is not None
         (own,) = torch.autograd.grad(
@@ -107,7 +118,9 @@ class RebuildTask(ImageTask):
     def discriminator_loss(
         self, engines: Mapping[str, Any], batch: Batch, step: int
     ) -> tuple[Tensor, Metrics] | None:
-        """Loss of the discriminator on the images that were rebuilt last; None before it takes part."""
+        """Loss of the discriminator on the images that were rebuilt last; None before it takes
+        part.
+        """
         if self.rebuilt is None or not gan_active(self.loss_config.gan, step):
             return None
         rebuilt, self.rebuilt = self.rebuilt, None

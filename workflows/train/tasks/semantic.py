@@ -1,4 +1,5 @@
-"""Training SemHiTok's semantic codebook on the features of the frozen encoder (arXiv 2503.06764, stage S).
+"""Training SemHiTok's semantic codebook on the features of the frozen encoder (arXiv 2503.06764,
+stage S).
 
 Axis letters: B images, N patches, C feature width, K codes, H W pixels.
 """
@@ -26,7 +27,9 @@ WEIGHTS = "semantic.safetensors"
 
 
 def encodes_in_bf16(precision: str, train: Train, gpu: bool) -> bool:
-    """Whether the frozen encoder computes in bf16 beside a model that trains so (`tokenizer.encoder_precision`)."""
+    """Whether the frozen encoder computes in bf16 beside a model that trains so
+    (`tokenizer.encoder_precision`).
+    """
     return precision == "bf16" or (precision == "auto" and gpu and train.precision == "bf16")
 
 
@@ -75,7 +78,9 @@ class ImageTask(Task):
 
 
 class SemanticTask(ImageTask):
-    """VQ-KD: projection, quantizer and decoder train; an EMA codebook follows the statistics of all workers."""
+    """VQ-KD: projection, quantizer and decoder train; an EMA codebook follows the statistics of all
+    workers.
+    """
 
     def __init__(
         self,

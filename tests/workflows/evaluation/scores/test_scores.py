@@ -1,4 +1,5 @@
-"""Measures with known answers: planted errors, counted codes, toy images that a judge can tell apart.
+"""Measures with known answers: planted errors, counted codes, toy images that a judge can tell
+apart.
 
 Covers: workflows/evaluation/scores/answers.py, workflows/evaluation/scores/codes.py,
 workflows/evaluation/scores/contact_sheet.py, workflows/evaluation/scores/drawing.py,
@@ -51,7 +52,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-# --- answers -----------------------------------------------------------------------------------------------------
+# --- answers --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -120,7 +121,7 @@ def test_named_label_is_the_longest_in_the_prompt() -> None:
     assert named_label("circles", labels) is None
 
 
-# --- samples -----------------------------------------------------------------------------------------------------
+# --- samples --------------------------------------------------------------------------------------
 
 
 def told_of(rows: list[tuple[str | None, str]], own_encoder: bool) -> HeldOut:
@@ -178,7 +179,7 @@ def test_spread_keeps_order_and_ends() -> None:
     assert spread(keys[:3], 7) == keys[:3]
 
 
-# --- codes and patches -------------------------------------------------------------------------------------------
+# --- codes and patches ----------------------------------------------------------------------------
 
 
 def test_code_scores_of_known_counts() -> None:
@@ -277,7 +278,7 @@ def test_patch_stands_in_the_middle_of_its_picture() -> None:
     assert picture[2, 2].max() < 128  # the dimmed surrounding
 
 
-# --- judge -------------------------------------------------------------------------------------------------------
+# --- judge ----------------------------------------------------------------------------------------
 
 
 def toy_images(count: int, seed: int) -> tuple[np.ndarray, list[str]]:
@@ -345,7 +346,7 @@ def test_judge_takes_few_steps_for_few_images() -> None:
     assert training_steps(20_000) == math.ceil(5 * 20_000 / 64)
 
 
-# --- pixels, parts, sheets ---------------------------------------------------------------------------------------
+# --- pixels, parts, sheets ------------------------------------------------------------------------
 
 
 def test_pixels_survive_the_way_there_and_back() -> None:

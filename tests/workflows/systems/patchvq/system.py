@@ -1,4 +1,6 @@
-"""The system `patchvq`: k-means over the patches of training images; there is nothing else to train."""
+"""The system `patchvq`: k-means over the patches of training images; there is nothing else to
+train.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A visual tokenizer of raw patches: a token is the nearest of K clustered patches. No encoder, no decoder network.
+"""A visual tokenizer of raw patches: a token is the nearest of K clustered patches.
+
+No encoder, no decoder network.
 
 Axis letters: B images, T tokens, K codes, P numbers of a patch.
 """

@@ -1,4 +1,6 @@
-"""The real tasks: two workers (and ZeRO-3, and bf16) against one, on tiny models. All runs of a worker count share a group.
+"""The real tasks: two workers (and ZeRO-3, and bf16) against one, on tiny models.
+
+All runs of a worker count share a group.
 
 Covers: workflows/train/collectives.py, workflows/train/data.py, workflows/train/tasks/dual.py,
 workflows/train/tasks/encoder.py, workflows/train/tasks/mllm.py, workflows/train/tasks/pixel.py,
@@ -125,7 +127,9 @@ def write_images(corpus: Path, key: str, count: int, rng: np.random.Generator) -
 
 
 def make_models(root: Path) -> None:
-    """Encoder, centroids, semantic and pixel weights, a whole tokenizer, token shards, text tokenizers."""
+    """Encoder, centroids, semantic and pixel weights, a whole tokenizer, token shards, text
+    tokenizers.
+    """
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from smalti.mllm.bpe import train_bpe
@@ -338,7 +342,9 @@ def fit(
 
 @pytest.fixture(scope="module")
 def results(place, tmp_path_factory) -> dict[str, tuple[Path, dict[str, float]]]:
-    """Folders of the runs: `one` (one worker), `two` (two), and in `two` variants under ZeRO and bf16."""
+    """Folders of the runs: `one` (one worker), `two` (two), and in `two` variants under ZeRO and
+    bf16.
+    """
     from smalti.workflows.cluster.session import ensure_ray
 
     plain = jobs(place)
@@ -400,8 +406,11 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def distance(a: Path, b: Path) -> float:
-    """Largest difference of a weight. Biases of attention keys are left out: softmax cancels them, their gradient is
-    rounding noise, and Adam makes steps of full size out of it."""
+    """Largest difference of a weight.
+
+    Biases of attention keys are left out: softmax cancels them, their gradient is rounding noise,
+    and Adam makes steps of full size out of it.
+    """
     one, other = tensors(a), tensors(b)
     assert one.keys() == other.keys()
     names = [n for n in one if not n.endswith(("k_proj.bias", "in_proj_bias", "qkv.bias"))]
@@ -423,7 +432,9 @@ def test_zero_3_comes_to_the_same_whole_weights(results, name) -> None:
 
 
 def test_every_pixel_phase_ends_with_a_picture_under_zero_3_too(results, place) -> None:
-    """Three held-out images in a row each: input, rebuilt, and from semantic codes alone where there is guidance."""
+    """Three held-out images in a row each: input, rebuilt, and from semantic codes alone where
+    there is guidance.
+    """
     for folder, jobs_of in (
         (results["one"][0], NAMES),
         (results["two"][0], list(results["two"][1])),
@@ -467,7 +478,9 @@ def test_offload_and_activations_computed_again_come_to_the_same(results, name) 
 
 
 def test_packed_rows_on_two_workers_come_to_what_one_does_without(results) -> None:
-    """Which samples a step holds does not depend on packing or on the number of workers, and neither does their loss."""
+    """Which samples a step holds does not depend on packing or on the number of workers, and
+    neither does their loss.
+    """
     one, two = (
         history(results[n][0] / name)
         for n, name in (("one", "mllm-old"), ("two", "mllm-old-resumed"))
@@ -479,7 +492,9 @@ def test_packed_rows_on_two_workers_come_to_what_one_does_without(results) -> No
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_task_that_is_broken_off_goes_on_to_the_same_curve_and_weights(results, name) -> None:
-    """From step 3: an EMA codebook; k-means at step 2 and a GAN from step 3 on; packed rows whose text moves less."""
+    """From step 3: an EMA codebook; k-means at step 2 and a GAN from step 3 on; packed rows whose
+    text moves less.
+    """
     one, two = results["one"][0] / name, results["two"][0] / f"{name}-resumed"
     assert distance(one, two) < 2e-5
     assert [row["loss"] for row in history(two)] == pytest.approx(
@@ -547,7 +562,9 @@ def test_the_dual_phase_moves_the_tower_up_to_its_layer_and_what_it_learns_loads
 
 
 def test_the_semantic_codebook_and_encoder_are_untouched_by_the_pixel_phase(results, place) -> None:
-    """The decoder phase leaves all but the decoder as it was, bit for bit; the pixel phase owns no semantic weight."""
+    """The decoder phase leaves all but the decoder as it was, bit for bit; the pixel phase owns no
+    semantic weight.
+    """
     before, after = load_file(place / "pixel.safetensors"), tensors(results["one"][0] / "decoder")
     assert not any(
         name.startswith("semantic_codes") for name in tensors(results["one"][0] / "pixel")
@@ -559,7 +576,9 @@ def test_the_semantic_codebook_and_encoder_are_untouched_by_the_pixel_phase(resu
 
 
 def test_a_stage_of_the_language_model_begins_at_its_step(place) -> None:
-    """Kinds and weights of a batch are those of the stage that its step lies in; rows of no use to a stage still serve."""
+    """Kinds and weights of a batch are those of the stage that its step lies in; rows of no use to
+    a stage still serve.
+    """
     from smalti.mllm.sequences import questions_of
     from smalti.workflows.train.collectives import Collectives
     from smalti.workflows.train.task import Context, Row
