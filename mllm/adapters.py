@@ -1,61 +1,73 @@
-"""From code vectors to what the language model receives in place of an embedding row (SemHiTok:
-Dual-MLP; UniCode²: cascade).
+"""Adapters map code vectors to the language model's input width.
 
-Axes: N positions, V codes, C width of a code vector, H the language model's width. The output
-depends on the code alone, never on its neighbours: that is what lets the export write it into
-embedding rows.
+An adapter's output takes the place of an embedding row (SemHiTok: Dual-MLP; UniCode²: cascade). It
+depends on the code alone, never on its neighbours: so the export can write it into embedding rows.
+
+Axes: N positions, V codes, C width of a code vector, W width of one part of it, H the language
+model's width.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from smalti.errors import ConfigError
-from smalti.mllm.rows import Matrices, Whole, ranges
+from smalti.mllm.rows import Matrices, WholeMatrices, ranges
 
 VARIANCE_FLOOR = 1e-4
-"""Added to the codebook's variances, as a share of the largest: a direction that no code uses is
-not blown up.
+"""Added to the codebook's variances, as a share of the largest.
+
+It limits how much a direction that no code uses is scaled up.
 """
 FIT_ROWS = 65_536
-"""Codes whose moments are taken at once, and that are whitened at once."""
+"""Codes per batch when moments are taken and when the codebook is whitened."""
 FIT_NUMBERS = 1 << 26
-"""Numbers of a codebook up to which its mean is taken in one piece."""
+"""Largest codebook, in numbers, whose mean is computed in one batch."""
 
 
-class Adapter(nn.Module):
-    """Base: whitens code vectors by the codebook's own mean and covariance, then `project`s them to
-    H.
+class Adapter(nn.Module, ABC):
+    """Base class: whitens code vectors, then maps them to H with `project`.
 
     Codebooks come at any scale, and the codes that images use most lie close together (the tints of
-    plain ground): along the few directions of most variance they look alike. Whitened, each part of
-    a code vector has about unit variance in every direction, so the MLPs tell neighbours apart from
-    the start.
+    plain ground): along the few directions of most variance they hardly differ. Whitened by the
+    codebook's own mean and covariance, each part of a code vector has about unit variance in every
+    direction, so the MLPs separate neighbours from the start.
+
+    Args:
+        splits: widths of the parts of a code vector; their sum is C.
+        hidden: width of the MLPs' hidden layer.
+        out: H.
     """
 
     shift_C: Tensor
     whiten_CC: Tensor
     own_codes = False
-    """Whether the adapter holds the code vectors itself, and is called with codes in their place.
-    """
+    """Whether the adapter holds the code vectors itself; `forward` then takes codes."""
 
     def __init__(self, splits: Sequence[int], hidden: int, out: int) -> None:
         super().__init__()
-        self.splits, self.hidden, self.out = tuple(splits), hidden, out
+        self.splits = tuple(splits)
+        self.hidden = hidden
+        self.out = out
         self.register_buffer("shift_C", torch.zeros(sum(splits)))
         self.register_buffer("whiten_CC", torch.eye(sum(splits)))
 
-    def hold(self, num_codes: int, matrices: Matrices) -> None:
-        """Make room for the vectors of so many codes, where they are the adapter's own."""
+    @abstractmethod
+    def project(self, codes_NC: Tensor) -> Tensor:
+        """Map whitened vectors (…, C) to (…, H)."""
+
+    def allocate(self, num_codes: int, matrices: Matrices) -> None:
+        """Allocate vectors for `num_codes` codes, if `own_codes`."""
 
     @torch.no_grad()
-    def fit(self, codes_VC: Tensor, matrices: Matrices = Whole()) -> None:  # noqa: B008 (has no state)
-        """Set shift and whitening (ZCA, each part of the code vector by itself) from the whole
-        codebook.
+    def fit(self, codes_VC: Tensor, matrices: Matrices = WholeMatrices()) -> None:  # noqa: B008 (has no state)
+        """Set shift and whitening from the whole codebook.
+
+        Each part of the code vector is whitened by itself (ZCA).
         """
         self.whiten_CC.zero_()
         start = 0
@@ -70,22 +82,18 @@ class Adapter(nn.Module):
             start += width
 
     def forward(self, codes_NC: Tensor) -> Tensor:
-        """(…, C) code vectors → (…, H)."""
-        return self.of_vectors(codes_NC)
+        """Map code vectors (…, C) to (…, H)."""
+        return self.from_vectors(codes_NC)
 
-    def of_vectors(self, codes_NC: Tensor) -> Tensor:
-        """(…, C) vectors of the visual tokenizer's codebook → (…, H)."""
+    def from_vectors(self, codes_NC: Tensor) -> Tensor:
+        """Map vectors (…, C) of the visual tokenizer's codebook to (…, H)."""
         return self.project(self.whiten(codes_NC).to(next(self.parameters()).dtype))
 
     def whiten(self, codes_NC: Tensor) -> Tensor:
-        """Code vectors as `project` takes them: float32 (…, C)."""
-        with torch.autocast(
-            codes_NC.device.type, enabled=False
-        ):  # in bf16, rounding would drown the thin directions
+        """Whitened code vectors, as `project` takes them: float32 (…, C)."""
+        # in bf16, rounding would hide the directions of small variance
+        with torch.autocast(codes_NC.device.type, enabled=False):
             return (codes_NC.float() - self.shift_C.float()) @ self.whiten_CC.float()
-
-    def project(self, codes_NC: Tensor) -> Tensor:
-        raise NotImplementedError
 
     @torch.no_grad()
     def scale_output(self, factor: float) -> None:
@@ -97,16 +105,20 @@ class Adapter(nn.Module):
 
 
 class DualAdapter(Adapter):
-    """`concat(MLP_s(c_i), MLP_p(C_pix^i[j]))`: each part of the code vector fills its half of H
-    (arXiv 2503.06764, §3.3).
+    """`concat(MLP_s(c_i), MLP_p(C_pix^i[j]))` (arXiv 2503.06764, §3.3).
+
+    Each of the two parts of the code vector fills one half of H.
+
+    Raises:
+        ConfigError: if code vectors do not have two parts.
     """
 
     def __init__(self, splits: Sequence[int], hidden: int, out: int) -> None:
         super().__init__(splits, hidden, out)
         if len(self.splits) != 2:
             raise ConfigError(
-                f"mllm.adapter=dual needs code vectors of two parts, semantic and pixel, but this tokenizer's have "
-                f"{len(self.splits)} ({self.splits}). Set mllm.adapter=single."
+                "mllm.adapter=dual needs code vectors of two parts, semantic and pixel, but this "
+                f"tokenizer's have {len(self.splits)} ({self.splits}). Set mllm.adapter=single."
             )
         self.semantic = _mlp(self.splits[0], hidden, out // 2)
         self.pixel = _mlp(self.splits[1], hidden, out - out // 2)
@@ -117,8 +129,9 @@ class DualAdapter(Adapter):
 
 
 class SingleAdapter(Adapter):
-    """One MLP over the whole code vector: the ablation's other side, and the one for codes of a
-    single part.
+    """One MLP over the whole code vector.
+
+    The ablation's counterpart of `DualAdapter`, and the adapter for codes of one part.
     """
 
     def __init__(self, splits: Sequence[int], hidden: int, out: int) -> None:
@@ -130,11 +143,11 @@ class SingleAdapter(Adapter):
 
 
 class CascadeAdapter(SingleAdapter):
-    """`MLP(c2_v)`: beside the tokenizer's frozen codebook, which gave the code v, a second one that
-    is trained (UniCode²).
+    """`MLP(c2_v)` over a second, trained codebook (UniCode²).
 
-    C2 begins as the first codebook, whitened, and lies in these coordinates: an optimizer's step
-    then means as much in every direction. A code's output still depends on the code alone.
+    The tokenizer's frozen codebook gave the code v; c2_v is row v of a second codebook C2, which is
+    trained. C2 starts as the whitened first codebook and stays in these coordinates: an optimizer
+    step then means as much in every direction. A code's output still depends on the code alone.
     """
 
     own_codes = True
@@ -143,20 +156,21 @@ class CascadeAdapter(SingleAdapter):
         super().__init__(splits, hidden, out)
         self.codes = nn.Embedding(1, sum(self.splits))
 
-    def hold(self, num_codes: int, matrices: Matrices) -> None:
-        like: Any = self.codes.weight
-        self.codes.weight, self.codes.num_embeddings = matrices.empty(like, num_codes), num_codes
+    def allocate(self, num_codes: int, matrices: Matrices) -> None:
+        weight = self.codes.get_parameter("weight")
+        self.codes.weight = matrices.empty(weight, num_codes)
+        self.codes.num_embeddings = num_codes
 
     @torch.no_grad()
-    def fit(self, codes_VC: Tensor, matrices: Matrices = Whole()) -> None:  # noqa: B008 (has no state)
-        """As `Adapter.fit`, and set C2 to the whitened codebook."""
+    def fit(self, codes_VC: Tensor, matrices: Matrices = WholeMatrices()) -> None:  # noqa: B008 (has no state)
+        """Fit the whitening (`Adapter.fit`) and set C2 to the whitened codebook."""
         super().fit(codes_VC)
         rows = matrices.rows(self.codes.weight)
         for start, stop in ranges(0, len(codes_VC), rows.step or FIT_ROWS):
             rows.write(start, self.whiten(codes_VC[start:stop]))
 
     def forward(self, codes_N: Tensor) -> Tensor:
-        """Codes, int64 (…) → (…, H)."""
+        """Map codes, int64 (…), to (…, H)."""
         return self.project(self.codes(codes_N))
 
 
@@ -168,8 +182,9 @@ ADAPTERS: dict[str, type[Adapter]] = {
 
 
 def fitting(name: str, splits: Sequence[int]) -> str:
-    """The adapter that a recipe's name means: over code vectors of one part (no guidance) a dual
-    one is a single one.
+    """The adapter to build for a recipe's `mllm.adapter`.
+
+    A dual adapter over code vectors of one part (no guidance) is a single one.
     """
     return "single" if name == "dual" and len(splits) == 1 else name
 
@@ -179,15 +194,18 @@ def _mlp(width: int, hidden: int, out: int) -> nn.Sequential:
 
 
 def _moments(codes_VW: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (W,) and covariance (W, W) of the rows, in float64; a large codebook is never held in
-    float64.
+    """Mean (W,) and covariance (W, W) of the rows, float64.
+
+    A large codebook is never held in float64 as a whole.
     """
-    parts = [codes_VW] if codes_VW.numel() <= FIT_NUMBERS else codes_VW.split(FIT_ROWS)
-    mean_W = torch.stack(
-        [part_VW.mean(0, dtype=torch.float64) * (len(part_VW) / len(codes_VW)) for part_VW in parts]
-    ).sum(0)
+    batches = [codes_VW] if codes_VW.numel() <= FIT_NUMBERS else codes_VW.split(FIT_ROWS)
+    shares = [
+        batch_VW.mean(0, dtype=torch.float64) * (len(batch_VW) / len(codes_VW))
+        for batch_VW in batches
+    ]
+    mean_W = torch.stack(shares).sum(0)
     total_WW = mean_W.new_zeros(len(mean_W), len(mean_W))
-    for part_VW in codes_VW.split(FIT_ROWS):
-        centred_VW = part_VW.double() - mean_W
+    for batch_VW in codes_VW.split(FIT_ROWS):
+        centred_VW = batch_VW.double() - mean_W
         total_WW += centred_VW.T @ centred_VW
     return mean_W, total_WW / len(codes_VW)

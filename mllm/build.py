@@ -33,8 +33,8 @@ from smalti.mllm.adapters import ADAPTERS, Adapter
 from smalti.mllm.depth import DepthModel
 from smalti.mllm.lora import add_lora
 from smalti.mllm.model import UnifiedModel, fit_shapes
-from smalti.mllm.row_lr_scaling import slow_old_rows
-from smalti.mllm.rows import Matrices, Whole
+from smalti.mllm.row_lr_scaling import scale_old_rows_lr
+from smalti.mllm.rows import Matrices, WholeMatrices
 from smalti.mllm.vocabulary import VisualVocabulary
 from smalti.schema import DepthHeads, LanguageModel, MllmSection
 from smalti.tokenizers.encoders import quiet
@@ -71,7 +71,7 @@ def build_unified(
     visual_tokenizer: VisualTokenizer,
     *,
     seed: int = 0,
-    matrices: Matrices = Whole(),  # noqa: B008 (has no state)
+    matrices: Matrices = WholeMatrices(),  # noqa: B008 (has no state)
     sample_MC: Tensor | None = None,
 ) -> UnifiedModel:
     """A unified model in float32 on the CPU; `hf_tokenizer` is extended in place
@@ -121,7 +121,7 @@ def build_unified(
     else:
         model.start_visual(SMALL_HEAD_GAIN if section.config else 1.0, codes_VC=codes_VC)
     if section.old_rows != 1:
-        slow_old_rows(model, section.old_rows)
+        scale_old_rows_lr(model, section.old_rows)
     return model
 
 

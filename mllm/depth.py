@@ -32,7 +32,7 @@ from smalti.tokenizers.dualtoken import BOOKS
 from smalti.tokenizers.vit import Transformer, init_linear
 
 if TYPE_CHECKING:
-    from smalti.schema import Part, Sampling
+    from smalti.schema import ModelPart, Sampling
 
 SAMPLE = 4096
 """Random places that the adapter is fitted to where no sample of real ones is given."""
@@ -166,7 +166,7 @@ class DepthModel(UnifiedModel):
             min(stop, 1) - start, self.adapter.out
         )
 
-    def parts(self) -> dict[int, Part]:
+    def parts(self) -> dict[int, ModelPart]:
         return super().parts() | {id(p): "new_rows" for p in self.heads.parameters()}
 
     def sums(self, codes_NPR: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ def chunked_cross_entropy(
     bias_V: Tensor | None = None,
     weights_N: Tensor | None = None,
     low_sums: bool = False,
-    scaled: Scaled | None = None,
+    scaled: ScaledRows | None = None,
     kernel: bool | None = None,
 ) -> ChunkedLoss:
     """Weighted sum of next-token losses, `chunk` positions at a time: at most chunk × V logits
@@ -67,7 +67,7 @@ def chunked_cross_entropy(
     )
 
 
-class Scaled(NamedTuple):
+class ScaledRows(NamedTuple):
     """The first `rows` of a matrix stand for `factor` times what they hold: what moves them moves
     them so much less.
     """
@@ -79,7 +79,7 @@ class Scaled(NamedTuple):
 class _Settings(NamedTuple):
     chunk: int
     low_sums: bool
-    scaled: Scaled | None
+    scaled: ScaledRows | None
     kernel: bool
 
 
@@ -92,7 +92,7 @@ class LossHead(nn.Linear):
     knowing of it.
     """
 
-    scaled: Scaled | None = None
+    scaled: ScaledRows | None = None
 
     def forward(  # type: ignore[override]
         self,
@@ -166,7 +166,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _logits(
-    hidden_nD: Tensor, matrix_VD: Tensor, bias_V: Tensor | None, scaled: Scaled | None
+    hidden_nD: Tensor, matrix_VD: Tensor, bias_V: Tensor | None, scaled: ScaledRows | None
 ) -> Tensor:
     logits_nV = hidden_nD @ matrix_VD.T
     if scaled:

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from smalti.errors import VocabularyError
 from smalti.mllm.adapters import Adapter
-from smalti.mllm.losses import IGNORE, LossHead, Scaled
-from smalti.mllm.rows import Matrices, Whole, WholeRows, grow, ranges, root_mean_square
+from smalti.mllm.losses import IGNORE, LossHead, ScaledRows
+from smalti.mllm.rows import Matrices, WholeMatrices, WholeRows, grow, ranges, root_mean_square
 from smalti.mllm.vocabulary import VisualVocabulary
 
 if TYPE_CHECKING:
-    from smalti.schema import Part
+    from smalti.schema import ModelPart
 
 Batch = Mapping[str, Tensor]
 
@@ -53,7 +53,7 @@ class UnifiedModel(nn.Module):
         answer_loss_weight: float = 1.0,
         loss_chunk: int = 4096,
         seed: int = 0,
-        matrices: Matrices = Whole(),  # noqa: B008 (has no state)
+        matrices: Matrices = WholeMatrices(),  # noqa: B008 (has no state)
     ) -> None:
         super().__init__()
         self.matrices = matrices
@@ -65,9 +65,9 @@ class UnifiedModel(nn.Module):
         self.image_loss_weight, self.answer_loss_weight = image_loss_weight, answer_loss_weight
         self.loss_chunk = loss_chunk
         self.one_row = False
-        self.old_rows: Scaled | None = None
-        self._resting: set[Part] | None = None
-        adapter.hold(vocabulary.num_codes, matrices)
+        self.old_rows: ScaledRows | None = None
+        self._frozen: set[ModelPart] | None = None
+        adapter.allocate(vocabulary.num_codes, matrices)
         held = (
             code_vectors_VC.new_empty(0, code_vectors_VC.shape[1])
             if adapter.own_codes
@@ -112,13 +112,13 @@ class UnifiedModel(nn.Module):
         )
         num_text = self.vocabulary.num_text
         sample = torch.linspace(0, len(codes_VC) - 1, min(4096, len(codes_VC))).long()
-        vectors_NH = self.adapter.of_vectors(codes_VC[sample])
+        vectors_NH = self.adapter.from_vectors(codes_VC[sample])
         scale = root_mean_square(WholeRows(vectors_NH), len(vectors_NH)).clamp_min(1e-12)
         self.adapter.scale_output(float(root_mean_square(embed_rows, num_text) / scale))
         size = float(head_gain * root_mean_square(head_rows, num_text) * head.in_features**0.5)
         for start, stop in ranges(0, self.vocabulary.num_codes, head_rows.step or chunk):
             rows_nH = (
-                F.normalize(self.adapter.of_vectors(codes_VC[start:stop]).float(), dim=-1) * size
+                F.normalize(self.adapter.from_vectors(codes_VC[start:stop]).float(), dim=-1) * size
             )
             head_rows.write(self.vocabulary.first_visual + start, rows_nH)
 
@@ -205,42 +205,42 @@ class UnifiedModel(nn.Module):
             torch.arange(start, stop, device=self.lm.get_input_embeddings().weight.device)
         )
 
-    def parts(self) -> dict[int, Part]:
+    def parts(self) -> dict[int, ModelPart]:
         """`id` of each parameter → the part of the model that it belongs to."""
         matrices = (self.lm.get_input_embeddings(), self.lm.get_output_embeddings())
-        found: dict[int, Part] = {id(p): "backbone" for p in self.parameters()}
+        found: dict[int, ModelPart] = {id(p): "backbone" for p in self.parameters()}
         found |= {id(p): "new_rows" for matrix in matrices for p in matrix.parameters()}
         return found | {id(p): "adapter" for p in self.adapter.parameters()}
 
-    def freeze(self, parts: Sequence[Part]) -> None:
-        """Leave parts untrained for good: no gradients, no optimizer states."""
+    def freeze(self, parts: Sequence[ModelPart]) -> None:
+        """Freeze parts for the whole training: no gradients, no optimizer states."""
         part_of = self.parts()
         for parameter in self.parameters():
             if part_of[id(parameter)] in parts:
                 parameter.requires_grad_(False)
 
-    def rate_parts(self) -> dict[int, Part]:
-        """The parts that an optimizer should keep in groups of their own: all after `split_rates`,
-        else none.
-        """
-        return self.parts() if self._resting is not None else {}
+    def rate_parts(self) -> dict[int, ModelPart]:
+        """Parts that need parameter groups of their own: all after `split_rates`, else none."""
+        return self.parts() if self._frozen is not None else {}
 
     def split_rates(self) -> None:
-        """Let parts have rates of their own, and rest (see `rest`)."""
-        self._resting = set()
+        """Allow each part its own learning rate, and `set_frozen`."""
+        self._frozen = set()
         part_of = self.parts()
         for parameter in self.parameters():
             if parameter.requires_grad:
-                parameter.register_hook(partial(self._awake, part_of[id(parameter)]))
+                parameter.register_hook(partial(self._frozen_to_zero, part_of[id(parameter)]))
 
-    def rest(self, parts: Sequence[Part]) -> None:
-        """Parts whose gradients are zero from now on, so that they neither move nor count in the
-        gradient's norm.
+    def set_frozen(self, parts: Sequence[ModelPart]) -> None:
+        """Freeze these parts from now on, and unfreeze all others.
+
+        The gradients of a frozen part are zero, so it neither moves nor counts in the gradient
+        norm. Unlike after `freeze`, it keeps its gradients and optimizer states.
         """
-        self._resting = set(parts)
+        self._frozen = set(parts)
 
-    def _awake(self, part: Part, grad: Tensor) -> Tensor:
-        return torch.zeros_like(grad) if part in (self._resting or ()) else grad
+    def _frozen_to_zero(self, part: ModelPart, grad: Tensor) -> Tensor:
+        return torch.zeros_like(grad) if part in (self._frozen or ()) else grad
 
     def _hidden(self, embeds_BLH: Tensor, batch: Batch) -> Tensor:
         """What the backbone makes of a batch: (B, L, H).

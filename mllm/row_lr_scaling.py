@@ -1,8 +1,8 @@
-"""The text's own rows of embedding and head, kept so that they move less than the new ones.
+"""Scale the learning rate of the text's own rows of embedding and head.
 
-Adam's steps are as large as the rate, whatever the size of the gradients. So a row that is kept
-divided by a factor and used times it moves by the factor times the rate: under any ZeRO stage, and
-with any optimizer of that kind.
+Adam's steps are as large as the learning rate, whatever the size of the gradients. A row that is
+stored divided by a factor and multiplied by it where it is used therefore moves by the factor times
+the learning rate: under any ZeRO stage, and with any optimizer of that kind.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from smalti.mllm.losses import Scaled
+from smalti.mllm.losses import ScaledRows
 from smalti.mllm.rows import ranges
 
 if TYPE_CHECKING:
@@ -21,14 +21,16 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def slow_old_rows(model: UnifiedModel, factor: float) -> None:
-    """Let the text's rows move `factor` times as far as the new ones, in place; what the model
-    computes stays the same.
+def scale_old_rows_lr(model: UnifiedModel, factor: float) -> None:
+    """Scale the learning rate of the text rows by `factor`, in place.
 
-    Its head then gives losses alone. In a parallel run every rank calls it.
+    What the model computes stays the same, but its head then gives losses only, no logits. In a
+    parallel run every rank calls it.
     """
     embed, head = model.lm.get_input_embeddings(), model.lm.get_output_embeddings()
-    model.old_rows = head.scaled = Scaled(model.vocabulary.num_text, factor)
+    scaled = ScaledRows(model.vocabulary.num_text, factor)
+    model.old_rows = scaled
+    head.scaled = scaled
     for matrix in (embed, head):
         rows = model.matrices.rows(matrix.weight)
         for start, stop in ranges(0, model.vocabulary.num_text, rows.step):
@@ -36,16 +38,14 @@ def slow_old_rows(model: UnifiedModel, factor: float) -> None:
 
 
 def plain_rows(model: UnifiedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The model's whole state dict with the rows as they are used."""
+    """The model's whole state dict, with the text rows multiplied by their factor."""
     found = dict(state)
-    if model.old_rows is not None:
-        count, factor = model.old_rows
-        matrices = {
-            id(m.weight)
-            for m in (model.lm.get_input_embeddings(), model.lm.get_output_embeddings())
-        }
-        for name in [
-            name for name, parameter in model.named_parameters() if id(parameter) in matrices
-        ]:
+    if model.old_rows is None:
+        return found
+    count, factor = model.old_rows
+    embed, head = model.lm.get_input_embeddings(), model.lm.get_output_embeddings()
+    matrices = {id(embed.weight), id(head.weight)}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in matrices:
             found[name] = torch.cat([found[name][:count] * factor, found[name][count:]])
     return found

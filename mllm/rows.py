@@ -1,5 +1,6 @@
-"""The rows of a vocabulary's matrices, read and written in ranges, so that a matrix may lie in one
-piece or in many.
+"""Read and write the rows of a vocabulary's matrices in ranges.
+
+A matrix may be whole, or partitioned over ranks (ZeRO-3).
 
 Axes: V rows of the matrix, n rows of a range, H its width.
 """
@@ -7,7 +8,7 @@ Axes: V rows of the matrix, n rows of a range, H its width.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,40 +16,38 @@ from torch import Tensor, nn
 NOISE_ROWS = 65_536
 """Rows of noise drawn at once for a whole matrix.
 
-Smaller ranges draw the same numbers one after the other, as long as each holds a multiple of 16 of
-them.
+Smaller ranges draw the same numbers one after the other, provided that each holds a multiple of 16
+of them.
 """
 
 
 class Rows(Protocol):
-    """A matrix (V, H) by ranges of rows.
+    """A matrix (V, H), accessed by ranges of rows.
 
     In a parallel run every rank calls the same methods with the same ranges.
     """
 
     step: int | None
-    """Rows of a range at most; None: any."""
+    """Largest number of rows of a range; None: no limit."""
 
     def read(self, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop` (exclusive): (n, H)."""
 
     def write(self, start: int, rows_nH: Tensor) -> None:
-        """Set the rows from `start` on."""
+        """Set n rows, the first of them `start`."""
 
 
 class Matrices(Protocol):
-    """How matrices lie: whole on every rank, or in parts."""
+    """How matrices are stored: whole on every rank, or partitioned."""
 
     def rows(self, parameter: Tensor) -> Rows:
-        """The rows of a matrix that there is."""
+        """The rows of an existing matrix."""
 
     def shape(self, parameter: Tensor) -> tuple[int, ...]:
-        """Its whole shape."""
+        """The shape of the whole matrix."""
 
     def empty(self, like: nn.Parameter, total: int) -> nn.Parameter:
-        """A matrix of the same width, dtype and place with `total` rows that are still to be
-        written.
-        """
+        """An uninitialised matrix of `total` rows; width, dtype and device as `like`."""
 
 
 class WholeRows:
@@ -67,8 +66,8 @@ class WholeRows:
         self.matrix_VH[start : start + len(rows_nH)] = rows_nH.to(self.matrix_VH)
 
 
-class Whole:
-    """Matrices in one piece."""
+class WholeMatrices:
+    """Matrices that are whole on every rank."""
 
     def rows(self, parameter: Tensor) -> Rows:
         return WholeRows(parameter)
@@ -84,13 +83,20 @@ class Whole:
 def grow(
     old: Rows, new: Rows, keep: int, total: int, width: int, generator: torch.Generator
 ) -> None:
-    """Fill a new matrix of `total` rows: the first `keep` as they are, the others normal with their
-    mean vector and deviation.
+    """Fill a new matrix: copy the first rows, draw the others.
+
+    Args:
+        keep: rows that are copied from `old`.
+        total: rows of `new`. Those from `keep` on are normal, with the mean vector and the standard
+            deviation of the copied ones.
+        width: H.
+        generator: source of the noise.
     """
-    sum_H, squares = torch.zeros(()), torch.zeros(())
+    sum_H = torch.zeros(())
     for start, stop in ranges(0, keep, old.step):
         sum_H = sum_H + old.read(start, stop).float().sum(0)
     mean_H = sum_H / keep
+    squares = torch.zeros(())
     for start, stop in ranges(0, keep, old.step):
         squares = squares + (old.read(start, stop).float() - mean_H).pow(2).sum()
     deviation = (squares / (keep * width)).sqrt()
@@ -103,16 +109,17 @@ def grow(
 
 @torch.no_grad()
 def root_mean_square(rows: Rows, count: int) -> Tensor:
-    """Over all elements of the first `count` rows, in float32."""
-    squares: Any = 0.0
+    """Root mean square of the first `count` rows, 0-d float32; `count` is at least 1."""
+    squares = torch.zeros(())
     width = 0
     for start, stop in ranges(0, count, rows.step):
-        part_nH = rows.read(start, stop).float()
-        squares, width = squares + part_nH.pow(2).sum(), part_nH.shape[1]
+        rows_nH = rows.read(start, stop).float()
+        squares = squares + rows_nH.pow(2).sum()
+        width = rows_nH.shape[1]
     return (squares / (count * width)).sqrt()
 
 
 def ranges(start: int, stop: int, step: int | None) -> Iterator[tuple[int, int]]:
-    """(start, stop) pairs that cover a range; nothing for an empty one."""
+    """(start, stop) pairs that cover a range; none for an empty one."""
     step = step or max(1, stop - start)
     return ((at, min(at + step, stop)) for at in range(start, stop, step))

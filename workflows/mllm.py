@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from smalti import shards, storage
 from smalti.artifact import Artifact
 from smalti.errors import ConfigError, DataError
-from smalti.schema import PARTS, MllmSection, Recipe, result_settings
+from smalti.schema import MODEL_PARTS, MllmSection, Recipe, result_settings
 from smalti.tracking import Tracker
 from smalti.workflows.cluster.session import ensure_ray
 from smalti.workflows.encoder import resolve
@@ -79,7 +79,7 @@ def check_parts(section: MllmSection) -> None:
         from smalti.mllm.lora import require_peft
 
         require_peft()
-    if set(section.freeze) == set(PARTS):
+    if set(section.freeze) == set(MODEL_PARTS):
         raise ConfigError(f"mllm.freeze={section.freeze} leaves nothing to train. Take a part out.")
     if section.lora and "backbone" in section.freeze:
         raise ConfigError(

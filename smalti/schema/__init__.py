@@ -17,7 +17,7 @@ from smalti.schema.data import (
     TokensSection,
 )
 from smalti.schema.model import (
-    PARTS,
+    MODEL_PARTS,
     DepthHeads,
     EvaluateSection,
     ExportSection,
@@ -26,7 +26,7 @@ from smalti.schema.model import (
     Mixture,
     MllmSection,
     MllmStage,
-    Part,
+    ModelPart,
     PartRates,
     Sampling,
 )
@@ -44,7 +44,7 @@ from smalti.schema.tokenizer import (
 )
 
 __all__ = [
-    "PARTS",
+    "MODEL_PARTS",
     "BridgeSection",
     "CodebookSection",
     "CorpusSection",
@@ -63,7 +63,7 @@ __all__ = [
     "Mixture",
     "MllmSection",
     "MllmStage",
-    "Part",
+    "ModelPart",
     "PartRates",
     "Perceptual",
     "PixelStage",

@@ -46,13 +46,13 @@ class Mixture(Section):
     text: Weight = Field(0.0, description="weight of text-only sequences, from text_source")
 
 
-Part = Literal["new_rows", "adapter", "backbone"]
+ModelPart = Literal["new_rows", "adapter", "backbone"]
 """Parts of the unified model: the embedding and the head (which hold the new rows), the adapter,
 and all else.
 """
 
 
-PARTS: tuple[Part, ...] = get_args(Part)
+MODEL_PARTS: tuple[ModelPart, ...] = get_args(ModelPart)
 
 
 class PartRates(Section):
@@ -100,7 +100,7 @@ class MllmStage(Section):
     answer_loss_weight: Weight | None = Field(
         None, description="weight of the loss on answers from this step on; null: mllm's"
     )
-    freeze: list[Part] | None = Field(
+    freeze: list[ModelPart] | None = Field(
         None,
         description="parts frozen from this step on; []: none beyond mllm.freeze",
         json_schema_extra=IF_SET,
@@ -179,7 +179,7 @@ class MllmSection(Section):
         description="factor on lr.new_rows for the text rows of embedding and head, during the whole training",
         json_schema_extra=IF_SET,
     )
-    freeze: list[Part] = Field(
+    freeze: list[ModelPart] = Field(
         [],
         description="parts frozen during the whole training, whatever the stages set",
         json_schema_extra=IF_SET,
@@ -230,12 +230,12 @@ class MllmSection(Section):
             update={name: v for name, v in own.items() if getattr(stage, name) is None}
         )
 
-    def rates_at(self, step: int) -> dict[Part, float]:
-        """Factor on the learning rate of each part in a step; 0 for one that rests."""
+    def rates_at(self, step: int) -> dict[ModelPart, float]:
+        """Factor on each part's learning rate in a step; 0 for a frozen part."""
         stage = self.stage_at(step)
-        resting = {*self.freeze, *(stage.freeze or ())}
+        frozen = {*self.freeze, *(stage.freeze or ())}
         rates = stage.lr or self.lr
-        return {part: 0.0 if part in resting else getattr(rates, part) for part in PARTS}
+        return {part: 0.0 if part in frozen else getattr(rates, part) for part in MODEL_PARTS}
 
     @property
     def has_part_rates(self) -> bool:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from smalti.mllm.losses import IGNORE, LossHead, Scaled, chunked_cross_entropy
+from smalti.mllm.losses import IGNORE, LossHead, ScaledRows, chunked_cross_entropy
 
 
 def problem(
@@ -200,7 +200,7 @@ def test_scaled_rows_are_those_times_their_factor() -> None:
     expected, _ = reference(hidden, weight * factor, bias, labels, weights)
     rights = torch.autograd.grad(expected, (hidden, weight, bias))
     found = chunked_cross_entropy(
-        hidden, weight, labels, 8, bias_V=bias, weights_N=weights, scaled=Scaled(40, 0.25)
+        hidden, weight, labels, 8, bias_V=bias, weights_N=weights, scaled=ScaledRows(40, 0.25)
     ).total
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
     for grad, right in zip(torch.autograd.grad(found, (hidden, weight, bias)), rights, strict=True):

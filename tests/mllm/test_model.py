@@ -207,7 +207,7 @@ def test_a_language_model_of_another_tokenizer_is_refused() -> None:
         UnifiedModel(lm, SingleAdapter((4,), 8, 16), torch.randn(6, 4), vocabulary)
 
 
-def test_every_parameter_is_of_one_part_and_parts_freeze_or_rest(tiny) -> None:
+def test_every_parameter_is_of_one_part_and_parts_freeze_for_good_or_for_a_time(tiny) -> None:
     model, v = tiny.model, tiny.vocabulary
     part_of = model.parts()
     names = {name: part_of[id(parameter)] for name, parameter in model.named_parameters()}
@@ -221,25 +221,25 @@ def test_every_parameter_is_of_one_part_and_parts_freeze_or_rest(tiny) -> None:
     model.split_rates()
     ids = torch.tensor([[v.boi, v.first_visual, v.first_visual + 3, v.eoi]])
     batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
-    for resting in (["backbone"], []):
-        model.rest(resting)
+    for frozen in (["backbone"], []):
+        model.set_frozen(frozen)
         model.zero_grad()
         model(batch)[0].backward()
         for name, parameter in model.named_parameters():
             if names[name] == "new_rows":
                 assert parameter.grad is None
             else:
-                assert bool(parameter.grad.any()) == (names[name] not in resting), name
+                assert bool(parameter.grad.any()) == (names[name] not in frozen), name
 
 
 def test_a_head_with_a_bias_that_lies_in_parts_is_refused_with_the_setting(tiny) -> None:
     from transformers import Qwen2ForCausalLM
 
     from smalti.mllm.model import fit_vocabulary
-    from smalti.mllm.rows import Whole
+    from smalti.mllm.rows import WholeMatrices
 
     lm = Qwen2ForCausalLM(tiny.model.lm.config)
     lm.lm_head = torch.nn.Linear(32, lm.config.vocab_size)
     lm.lm_head.bias.ds_tensor = lm.lm_head.bias[:1]  # as ZeRO-3 leaves a parameter
     with pytest.raises(VocabularyError, match=r"has a bias, which .*zero_stage to 2 or lower"):
-        fit_vocabulary(lm, tiny.vocabulary, torch.Generator(), Whole())
+        fit_vocabulary(lm, tiny.vocabulary, torch.Generator(), WholeMatrices())

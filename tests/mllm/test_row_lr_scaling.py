@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from smalti.mllm.row_lr_scaling import plain_rows, slow_old_rows
+from smalti.mllm.row_lr_scaling import plain_rows, scale_old_rows_lr
 
 EMBED, HEAD = "lm.model.embed_tokens.weight", "lm.lm_head.weight"
 
@@ -30,7 +30,7 @@ def stepped(model, batch) -> dict[str, torch.Tensor]:
 def test_old_rows_move_by_the_factor_and_all_else_as_before(tiny, make_tiny, batch) -> None:
     before = {name: tensor.clone() for name, tensor in tiny.model.state_dict().items()}
     other, count = make_tiny().model, tiny.vocabulary.num_text
-    slow_old_rows(other, 0.125)
+    scale_old_rows_lr(other, 0.125)
     for name, tensor in plain_rows(other, other.state_dict()).items():
         assert torch.equal(tensor, before[name]), name
     torch.testing.assert_close(other(batch)[0], tiny.model(batch)[0])

@@ -92,7 +92,7 @@ def rest_and_wake() -> dict[int, list[dict[str, set[str]]]]:
         before = engines.full_weights(engine, on_this_rank=True)
         rates = section.rates_at(number)
         engines.set_factors(engine, rates)
-        model.rest([part for part, rate in rates.items() if not rate])
+        model.set_frozen([part for part, rate in rates.items() if not rate])
         engines.set_learning_rate(engine, 0.01)
         v = model.vocabulary
         ids = torch.tensor([[v.boi, v.first_visual, v.first_visual + 3, v.eoi, 40, 41]] * 2)

@@ -207,7 +207,7 @@ class MllmTask(Task):
         if self.section.has_part_rates:
             rates = self.section.rates_at(step)
             set_factors(engines["model"], rates)
-            self.model.rest([part for part, rate in rates.items() if not rate])
+            self.model.set_frozen([part for part, rate in rates.items() if not rate])
             before = self.section.rates_at(step - 1) if step else rates
             forget_moments(
                 engines["model"],
