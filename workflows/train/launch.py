@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from smalti import storage
@@ -114,13 +115,15 @@ def _trainer(job: Job, resources: Resources) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    channel = job.channel
+
     class Tell(UserCallback):
         """Says why workers start again."""
 
         def after_exception(
             self, run_context: Any, worker_exceptions: dict[int, Exception]
         ) -> None:
-            job.channel.failed.remote(failed_workers(worker_exceptions))
+            channel.failed.remote(failed_workers(worker_exceptions))
 
     use_gpu = job.gpus > 0
     wanted: dict[str, float] = {"CPU": job.cpus} | ({"GPU": job.gpus} if use_gpu else {})
@@ -136,8 +139,7 @@ def _trainer(job: Job, resources: Resources) -> Any:
     failure: Any = FailureConfig
     told: Any = [Tell()]
     settings: dict[str, Any] = {
-        "train_loop_per_worker": train_worker,
-        "train_loop_config": {"job": job},
+        "train_loop_per_worker": partial(train_worker, job),
         "torch_config": TorchConfig(backend="nccl" if use_gpu else "gloo"),
         "scaling_config": ScalingConfig(**scaling),
         "run_config": RunConfig(

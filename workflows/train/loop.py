@@ -74,7 +74,7 @@ class Job:
         return self.task(**self.settings)
 
 
-def train_worker(config: dict[str, Any]) -> dict[str, Any]:
+def train_worker(job: Job) -> dict[str, Any]:
     """Entry point of a Ray Train worker. Returns {"metrics", "fatal"}.
 
     A SmaltiError needs the user and is not retried. If every worker raises it at the same place, it
@@ -84,7 +84,6 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     import ray
     import ray.train
 
-    job: Job = config["job"]
     fatal = ray.get(job.channel.fatal.remote())
     if fatal is not None:
         return {"metrics": {}, "fatal": fatal}

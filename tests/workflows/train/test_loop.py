@@ -2,7 +2,7 @@
 
 A run starts in about ten seconds.
 
-Covers: workflows/train/driver_channel.py, workflows/train/launch.py, workflows/train/task.py.
+Covers: workflows/train/driver_channel.py, workflows/train/task.py.
 """
 
 from __future__ import annotations
