@@ -1,7 +1,7 @@
 """The schema: descriptions, its JSON Schema and its reference.
 
 Covers: smalti/schema/base.py, smalti/schema/bridge.py, smalti/schema/data.py,
-smalti/schema/model.py, smalti/schema/recipe.py, smalti/schema/reference.py,
+smalti/schema/recipe.py, smalti/schema/reference.py,
 smalti/schema/systems.py, smalti/schema/tokenizer.py.
 """
 

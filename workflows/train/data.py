@@ -5,11 +5,10 @@ Legend: H, W image sides; T tokens.
 
 from __future__ import annotations
 
-import queue
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +18,8 @@ from smalti import images, shards, storage
 from smalti.errors import DataError, ImageError
 from smalti.progress import log
 from smalti.workflows.pipeline.retry import retry_storage
-from smalti.workflows.train.order import Order, PrefetchWindow, Samples
+from smalti.workflows.train.order import PrefetchWindow
 from smalti.workflows.train.shard_cache import ShardCache
-from smalti.workflows.train.task import Batch, Row, Source
 
 if TYPE_CHECKING:
     from smalti.schema import Train
@@ -70,6 +68,7 @@ class ShardRows:
         self.cache_bytes = self.window_bytes = cache_bytes
         self.disk: ShardCache | None = None
         self.say: Callable[[str], None] = log
+        self.say_own: Callable[[str], None] = log
         self._tables: OrderedDict[int, tuple[pa.Table, int, Any]] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()  # of the tables kept, never held while one is read
@@ -78,9 +77,22 @@ class ShardRows:
         self._short = False  # whether the window did not fit once
         self._ahead: ThreadPoolExecutor | None = None
 
-    def choose_window(self, train: Train, say: Callable[[str], None]) -> None:
-        """Take what the settings say of memory and disk; lines for the log go to `say`."""
-        self.window_bytes, self.say = train.data_gb * 1e9, say
+    def configure(
+        self,
+        train: Train,
+        say: Callable[[str], None],
+        say_own: Callable[[str], None] | None = None,
+    ) -> None:
+        """Take the settings of memory and disk.
+
+        Args:
+            train: of the stage.
+            say: gets lines that concern all workers.
+            say_own: gets lines about what this worker alone meets; default `say`.
+        """
+        self.say = say
+        self.say_own = say_own or say
+        self.window_bytes = train.data_gb * 1e9
         self.cache_bytes = min(self.cache_bytes, self.window_bytes)
         if train.cache_dir is not None:
             self.cache_on_disk(train.cache_dir, train.cache_gb * 1e9)
@@ -136,7 +148,7 @@ class ShardRows:
         table = (
             read(*place)
             if storage.is_local(self.path)
-            else retry_storage(read, *place, say=self.say)
+            else retry_storage(read, *place, say=self.say_own)
         )
         prepared = self.prepare(table)
         found = self.rows_in(table, prepared)
@@ -268,10 +280,15 @@ class Joined:
         self.sizes = [size for part in parts for size in part.sizes]
         self.starts = [sum(len(part.sizes) for part in parts[:n]) for n in range(len(parts))]
 
-    def choose_window(self, train: Train, say: Callable[[str], None]) -> None:
-        """As `ShardRows.choose_window`; each part may hold as much."""
+    def configure(
+        self,
+        train: Train,
+        say: Callable[[str], None],
+        say_own: Callable[[str], None] | None = None,
+    ) -> None:
+        """As `ShardRows.configure`; each source may hold as much."""
         for part in self.parts:
-            part.choose_window(train, say)
+            part.configure(train, say, say_own)
 
     def prefetch(self, near: PrefetchWindow) -> None:
         """As `ShardRows.prefetch`, of each part what is its own."""
@@ -281,93 +298,3 @@ class Joined:
     def read(self, shard: int, row: int) -> tuple[str, Mapping[str, Any]]:
         number = bisect_right(self.starts, shard) - 1
         return self.parts[number].read(shard - self.starts[number], row)
-
-
-class BatchLoader:
-    """This worker's micro batches, step after step, made by a thread ahead of the step.
-
-    `for step, batches in feed.steps(first, last)` gives a list of micro batches a step; `at(step)`
-    makes those of any step at once. An error while reading is raised to the loop, in its step.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        order: Order,
-        make_batch: Callable[[Sequence[Row]], Batch],
-        *,
-        batch_size: int,
-        micro: int,
-        rank: int,
-        world_size: int,
-        threads: int = 1,
-        ahead: int = 2,
-    ) -> None:
-        self.source, self.order, self.make_batch = source, order, make_batch
-        self.batch_size, self.micro, self.rank, self.world_size = (
-            batch_size,
-            micro,
-            rank,
-            world_size,
-        )
-        self.ahead = ahead
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read") if threads > 1 else None
-        self._lock = threading.Lock()
-
-    def at(self, step: int) -> list[Batch]:
-        """Micro batches of a step."""
-        with self._lock:
-            samples = self.order.part(step, self.batch_size, self.rank, self.world_size)
-        rows = self._read(samples)
-        return [self.make_batch(rows[i : i + self.micro]) for i in range(0, len(rows), self.micro)]
-
-    def steps(self, first: int, last: int) -> Iterator[tuple[int, list[Batch]]]:
-        """Steps `first` to `last` (exclusive), in order."""
-        ready: queue.Queue[tuple[int, list[Batch] | BaseException]] = queue.Queue(self.ahead)
-        stop = threading.Event()
-
-        def fill() -> None:
-            for step in range(first, last):
-                try:
-                    if isinstance(self.source, ShardRows | Joined):
-                        self.source.prefetch(
-                            self.order.near(step, self.batch_size, self.rank, self.world_size)
-                        )
-                    made: list[Batch] | BaseException = self.at(step)
-                except BaseException as error:  # handed to the loop, which raises it
-                    made = error
-                while not stop.is_set():
-                    try:
-                        ready.put((step, made), timeout=0.2)
-                        break
-                    except queue.Full:
-                        continue
-                if stop.is_set() or isinstance(made, BaseException):
-                    return
-
-        thread = threading.Thread(target=fill, name="feed", daemon=True)
-        thread.start()
-        try:
-            for _ in range(first, last):
-                step, made = ready.get()
-                if isinstance(made, BaseException):
-                    raise made
-                yield step, made
-        finally:
-            stop.set()
-            thread.join()
-
-    def _read(self, samples: Samples) -> list[Row]:
-        places = list(
-            zip(
-                *(a.tolist() for a in (samples.index, samples.epoch, samples.shard, samples.row)),
-                strict=True,
-            )
-        )
-
-        def read(place: tuple[int, int, int, int]) -> Row:
-            index, epoch, shard, row = place
-            key, values = self.source.read(shard, row)
-            return Row(index, epoch, key, row, values)
-
-        return list(self._pool.map(read, places) if self._pool else map(read, places))

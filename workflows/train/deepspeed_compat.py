@@ -11,18 +11,44 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch import Tensor, nn
 
 from smalti.errors import ConfigError
 
 if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
     from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
 
 KNOWN = ((0, 19),)
 """(major, minor) versions whose optimizers have these internals."""
+
+
+class Engine(Protocol):
+    """What training uses of a DeepSpeed engine."""
+
+    module: nn.Module
+    optimizer: DeepSpeedOptimizer
+    device: torch.device
+    global_steps: int
+
+    def __call__(self, *inputs: object, **named: object) -> Any:
+        """What the module's forward returns."""
+
+    def train(self) -> None: ...
+
+    def eval(self) -> None: ...
+
+    def backward(self, loss: Tensor) -> None: ...
+
+    def step(self) -> None: ...
+
+    def zero_optimization_stage(self) -> int: ...
+
+    def save_checkpoint(self, folder: str, *, tag: str) -> None: ...
+
+    def load_checkpoint(self, folder: str, *, tag: str) -> tuple[str | None, object]: ...
 
 
 def check_version(version: str) -> None:
@@ -40,7 +66,7 @@ def check_version(version: str) -> None:
         )
 
 
-def gradient_norm(engine: DeepSpeedEngine) -> float:
+def gradient_norm(engine: Engine) -> float:
     """L2 norm of an engine's gradient, averaged over workers, before clipping.
 
     Every worker calls it, after the last backward of a step and before `apply`.
@@ -63,7 +89,7 @@ def gradient_norm(engine: DeepSpeedEngine) -> float:
     return norm if math.isfinite(norm) and norm >= 0 else math.inf
 
 
-def apply(engine: DeepSpeedEngine, norm: float) -> None:
+def apply(engine: Engine, norm: float) -> None:
     """Step an engine whose gradient has this norm.
 
     With norm inf the gradient is discarded; weights, moments and their step count keep their

@@ -53,7 +53,7 @@ def not_finite(step: int, train: Train, rate: float, found: Sequence[Metrics]) -
         if name == "loss" and not isinstance(value, tuple)
     ]
     return NotFiniteError(
-        f"the loss or the gradient of {which} of {train.steps} is not a finite number (batch of {train.batch_size}, rate "
+        f"the loss or the gradient of {which} of {train.steps} is not finite (batch of {train.batch_size}, rate "
         f"{rate:.3g}, {train.precision}{', ' + seen[0] if seen else ''} on this worker), and train.max_skipped="
         f"{train.max_skipped} in a row are passed over. Weights and checkpoints are from before it. Lower train.lr="
         f"{train.lr:g}, lengthen train.warmup={train.warmup:g}, set train.clip, or use train.precision=fp32."
@@ -94,7 +94,7 @@ def checksum(tensor: Tensor) -> Tensor:
     return total
 
 
-def held_whole(engines: Mapping[str, Any]) -> dict[str, Tensor]:
+def replicated(engines: Mapping[str, Any]) -> dict[str, Tensor]:
     """Buffers and weights by name that each worker holds whole, so that they can drift apart: all
     of them below ZeRO-3, where no weight is cut; under it buffers (EMA codebooks) and the
     weights that are too small to be.

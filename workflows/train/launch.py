@@ -17,8 +17,10 @@ from smalti.errors import SmaltiError, TrainingError
 from smalti.workflows.train.driver_channel import DriverChannel
 from smalti.workflows.train.elastic import elastic_trainer, fitting_workers, left_out
 from smalti.workflows.train.failures import brief, cause_of, failed_workers
-from smalti.workflows.train.loop import CHECKPOINTS, DONE_FILE, Job, train_worker
+from smalti.workflows.train.job import TrainingJob
+from smalti.workflows.train.loop import CHECKPOINTS, DONE_FILE
 from smalti.workflows.train.progress_monitor import ProgressMonitor
+from smalti.workflows.train.worker import train_worker
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -82,7 +84,7 @@ def _run(
     channel: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(
         DriverChannel
     ).remote()  # not on a machine that may go
-    job = Job(
+    job = TrainingJob(
         task=task,
         settings=dict(settings),
         train=train,
@@ -107,7 +109,7 @@ def _run(
         raise fatal
 
 
-def _trainer(job: Job, resources: Resources) -> Any:
+def _trainer(job: TrainingJob, resources: Resources) -> Any:
     """The Ray Train trainer.
 
     It starts the workers and starts them again; what to go on from they find themselves.

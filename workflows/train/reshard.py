@@ -19,7 +19,7 @@ import torch
 
 from smalti.errors import TrainingError
 from smalti.workflows.train.collectives import Collectives
-from smalti.workflows.train.scratch import filled, takes_no_more
+from smalti.workflows.train.scratch import disk_is_full, shared_folder
 
 CONVERTED = "universal"
 NO_FIT = (
@@ -33,12 +33,12 @@ NO_FIT = (
 """What DeepSpeed raises for files that are not what it expects."""
 
 
-def load(engine: Any, folder: str, tag: str, collectives: Collectives, *, told: str) -> None:
+def load(engine: Any, folder: str, tag: str, collectives: Collectives, *, shown: str) -> None:
     """Load `folder`/`tag`, a checkpoint of a ZeRO engine by another number of workers, which errors
-    name as `told`; every worker calls it.
+    name as `shown`; every worker calls it.
     """
-    convert = lambda made: _convert(os.path.join(folder, tag), os.path.join(made, CONVERTED), told)  # noqa: E731
-    with filled("universal", convert, collectives) as made:
+    convert = lambda made: _convert(os.path.join(folder, tag), os.path.join(made, CONVERTED), shown)  # noqa: E731
+    with shared_folder("universal", convert, collectives) as made:
         optimizer = engine.optimizer.optimizer
         groups = [
             {key: value for key, value in group.items() if key != "params"}
@@ -46,7 +46,7 @@ def load(engine: Any, folder: str, tag: str, collectives: Collectives, *, told: 
         ]
         engine._config.load_universal_checkpoint = True
         try:
-            load_engine(engine, made, CONVERTED, told=told)
+            load_engine(engine, made, CONVERTED, shown=shown)
         finally:
             engine._config.load_universal_checkpoint = False
         for group, own in zip(optimizer.param_groups, groups, strict=True):
@@ -58,24 +58,24 @@ def load(engine: Any, folder: str, tag: str, collectives: Collectives, *, told: 
         _load_rest(engine, os.path.join(folder, tag))
 
 
-def load_engine(engine: Any, folder: str, tag: str, *, told: str) -> None:
+def load_engine(engine: Any, folder: str, tag: str, *, shown: str) -> None:
     """Load `folder`/`tag` into an engine.
 
-    TrainingError, which names the checkpoint `told`, when it does not fit or is not there; what a
+    TrainingError, which names the checkpoint `shown`, when it does not fit or is not there; what a
     collective raises, when another worker has died, stays what it is.
     """
     try:
         loaded, _ = engine.load_checkpoint(folder, tag=tag)
-        found = "" if loaded is not None else "it is not there"
+        found = "" if loaded is not None else "it does not exist"
     except NO_FIT as error:
         found = f"{type(error).__name__}: {error}"
     if found:
         raise TrainingError(
-            f"DeepSpeed could not load the checkpoint {told} ({found}). Remove its step's folder to go on from the one before."
+            f"DeepSpeed could not load the checkpoint {shown} ({found}). Remove its step's folder to go on from the one before."
         )
 
 
-def _convert(source: str, target: str, told: str) -> None:
+def _convert(source: str, target: str, shown: str) -> None:
     """DeepSpeed's own conversion, in this process: it is bound by reading and writing, and prints a
     line a file.
     """
@@ -95,7 +95,7 @@ def _convert(source: str, target: str, told: str) -> None:
         with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
             ds_to_universal.main(asked)
     except Exception as error:  # whatever its many steps raise
-        if takes_no_more(error):
+        if disk_is_full(error):
             raise TrainingError(
                 f"no room in {tempfile.gettempdir()} for a universal checkpoint ({str(error).splitlines()[0]}): at another number of "
                 "workers each machine needs room there for all weights and optimizer states in float32, twice (the first of "
@@ -103,7 +103,7 @@ def _convert(source: str, target: str, told: str) -> None:
                 "space, set TMPDIR to a larger disk, or start with the number of workers that wrote it."
             ) from error
         raise TrainingError(
-            f"DeepSpeed could not make a universal checkpoint of {told} for another number of workers: "
+            f"DeepSpeed could not make a universal checkpoint of {shown} for another number of workers: "
             f"{type(error).__name__}: {error}. Start with the number of workers that wrote it."
         ) from error
 

@@ -21,7 +21,7 @@ PREFIX = "smalti-scratch-"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 
-def takes_no_more(error: BaseException) -> bool:
+def disk_is_full(error: BaseException) -> bool:
     """Whether the disk is why a file could not be written; torch's writer of files says it in its
     own way.
     """
@@ -68,7 +68,9 @@ def _remove_unheld(path: str) -> None:
 
 
 @contextmanager
-def filled(kind: str, fill: Callable[[str], None], collectives: Collectives) -> Iterator[str]:
+def shared_folder(
+    kind: str, fill: Callable[[str], None], collectives: Collectives
+) -> Iterator[str]:
     """A folder that `fill(folder)` filled, once a machine, for all workers of that machine; each of
     them calls it alike.
     """

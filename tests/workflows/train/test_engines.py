@@ -4,11 +4,16 @@ after a checkpoint.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+
+from smalti.errors import ConfigError
+from smalti.schema import Train
+from smalti.workflows.train.engines import accumulation, deepspeed_config, learning_rate
 
 PLACES = ("before the first step", "after steps", "after a checkpoint")
 
@@ -266,3 +271,44 @@ def test_old_rows_move_less_under_every_zero_stage(ranks) -> None:
     for stage, (old, new) in ranks(slow_rows, 1)[0].items():
         assert old == pytest.approx(0.125 * 0.01, rel=0.05), stage
         assert new == pytest.approx(0.01, rel=0.05), stage
+
+
+def test_learning_rate_warms_up_and_follows_the_cosine() -> None:
+    train = Train(steps=100, lr=2.0, warmup=10, min_lr=0.1)
+    rates = [learning_rate(train, step) for step in range(100)]
+    assert 0 < rates[0] < rates[9] < 2.0 and rates[10] == 2.0
+    assert rates[55] == pytest.approx(2.0 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 0.5))))
+    assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] > 0.2
+    fraction = Train(steps=100, lr=2.0, warmup=0.1, schedule="constant")
+    assert [learning_rate(fraction, step) for step in (10, 50, 99)] == [2.0, 2.0, 2.0]
+    assert learning_rate(Train(steps=3, lr=2.0, warmup=0), 0) == 2.0
+    assert learning_rate(train, 10, peak=0.5) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "world", "expected"),
+    [(8, None, 1, (8, 1)), (8, 2, 2, (2, 2)), (8, 99, 2, (4, 1))],
+)
+def test_batches_are_cut_for_workers_and_accumulation(batch, micro, world, expected) -> None:
+    train = Train(batch_size=batch, micro_batch_size=micro)
+    assert accumulation(train, world) == expected
+    config = deepspeed_config(train, world)
+    cut = config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
+    assert config["train_batch_size"] == cut * world
+
+
+def test_zeros_bucket_is_no_larger_than_what_is_trained() -> None:
+    def bucket(stage: int, trained: int | None) -> int | None:
+        config = deepspeed_config(Train(zero_stage=stage), 1, trained=trained)
+        return config["zero_optimization"].get("reduce_bucket_size")
+
+    assert [bucket(stage, 1000) for stage in (0, 1, 2, 3)] == [None, 1000, 1000, 1000]
+    assert bucket(1, 9_000_000_000) == 500_000_000 and bucket(1, None) is None
+
+
+@pytest.mark.parametrize(
+    ("micro", "world", "told"), [(None, 3, "resources.workers=3"), (3, 2, "micro_batch_size=3")]
+)
+def test_batches_that_do_not_divide_name_the_keys(micro, world, told) -> None:
+    with pytest.raises(ConfigError, match=told):
+        accumulation(Train(batch_size=8, micro_batch_size=micro), world)

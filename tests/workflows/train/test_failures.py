@@ -10,8 +10,8 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from smalti.errors import DataError
 from smalti.schema import Resources, Train
 from smalti.workflows.train.failures import cause_of, failed_workers
+from smalti.workflows.train.job import TrainingJob
 from smalti.workflows.train.launch import _trainer
-from smalti.workflows.train.loop import Job
 
 RESET = RuntimeError("Connection reset by peer\nand more\nGood luck")
 
@@ -27,7 +27,7 @@ def test_a_worker_that_died_is_named_before_those_that_lost_it() -> None:
 
 
 def test_no_failure_is_survived_where_none_is_allowed() -> None:
-    job = Job("x:Y", {}, Train(max_failures=0), 0, "/nowhere", 1, 0, channel=None)
+    job = TrainingJob("x:Y", {}, Train(max_failures=0), 0, "/nowhere", 1, 0, channel=None)
     failures = _trainer(job, Resources()).run_config.failure_config
     assert (failures.max_failures, failures.max_preemption_failures) == (0, -1)
 

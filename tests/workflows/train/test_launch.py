@@ -9,7 +9,7 @@ import pytest
 
 from smalti.schema import Resources, Train
 from smalti.workflows.train import launch
-from smalti.workflows.train.loop import Job
+from smalti.workflows.train.job import TrainingJob
 from smalti.workflows.train.tasks.encoder import EncoderTask
 
 
@@ -18,7 +18,7 @@ def test_the_controller_does_not_import_the_task(
     workers: int | tuple[int, int], tmp_path: Path
 ) -> None:
     """It would import transformers and DeepSpeed for nothing: four seconds for each training."""
-    job = Job(
+    job = TrainingJob(
         task=EncoderTask,
         settings={},
         train=Train(steps=1, batch_size=2),

@@ -2,7 +2,7 @@
 
 A run starts in about ten seconds.
 
-Covers: workflows/train/driver_channel.py, workflows/train/task.py.
+Covers: workflows/train/driver_channel.py, workflows/train/job.py, workflows/train/worker.py.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def test_steps_without_a_finite_loss_are_passed_over_and_too_many_end_the_run(
     """From step 8 on one of two workers meets NaN: two steps are passed over by both, the third
     ends the run.
     """
-    told = r"loss or the gradient of steps 8 to 10 of 24 is not a finite number .* train.max_skipped=2 "
+    told = r"loss or the gradient of steps 8 to 10 of 24 is not finite .* train.max_skipped=2 "
     with pytest.raises(TrainingError, match=told):
         toy.train(str(tmp_path), workers=2, settings={"nan_from": 7}, max_skipped=2)
     first, second = history(tmp_path)

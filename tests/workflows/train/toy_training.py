@@ -239,7 +239,7 @@ def train_in_turn(
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from smalti.workflows.train.driver_channel import DriverChannel
-    from smalti.workflows.train.loop import Job
+    from smalti.workflows.train.job import TrainingJob
 
     by_value()
     channel = ray.remote(num_cpus=0)(DriverChannel).remote()
@@ -247,7 +247,7 @@ def train_in_turn(
     for name, changes in variants.items():
         own = os.path.join(path, name)
         os.makedirs(own)
-        jobs[name] = Job(
+        jobs[name] = TrainingJob(
             sys.modules[Toy.__module__].Toy,
             {},
             TRAIN.model_copy(update=changes),

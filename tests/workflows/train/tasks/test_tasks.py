@@ -316,7 +316,7 @@ def fit(
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from smalti.workflows.train.driver_channel import DriverChannel
-    from smalti.workflows.train.loop import Job
+    from smalti.workflows.train.job import TrainingJob
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     channel = ray.remote(num_cpus=0)(DriverChannel).remote()
@@ -324,7 +324,7 @@ def fit(
     for name, (task, settings, train) in wanted.items():
         (out / name).mkdir(parents=True)
         resumed = name.endswith("-resumed")
-        made[name] = Job(
+        made[name] = TrainingJob(
             task, settings, train, 5, str(out / name), 1, 0, channel, resumable=resumed
         )
     trainer = TorchTrainer(
@@ -630,8 +630,8 @@ def test_a_stage_of_the_language_model_begins_at_its_step(place) -> None:
 
 
 def test_texts_come_by_their_share_and_are_read_as_images_are(place, tmp_path) -> None:
+    from smalti.workflows.train.batch_loader import BatchLoader
     from smalti.workflows.train.collectives import Collectives
-    from smalti.workflows.train.data import BatchLoader
     from smalti.workflows.train.task import Context
     from smalti.workflows.train.tasks.mllm import MllmTask
 
@@ -643,7 +643,7 @@ def test_texts_come_by_their_share_and_are_read_as_images_are(place, tmp_path) -
     task = MllmTask(**settings | {"section": settings["section"].model_copy(update=stages)})
     task.setup(Context(torch.device("cpu"), Collectives(), 5, train))
     source = task.source()
-    source.choose_window(train, print)
+    source.configure(train, print)
     assert [part.window_bytes for part in source.parts] == [5e8, 5e8]
     order = task.order(source)
     assert order.texts.window == order.rows.window == 1
