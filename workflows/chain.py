@@ -160,7 +160,7 @@ def stages_of(recipe: Recipe) -> list[str]:
 
 def baseline_recipe(recipe: Recipe, name: str) -> Recipe:
     """The recipe of a baseline: its overrides, in `<out>/baselines/<name>`, sharing equal stages."""
-    own: dict[str, Any] = {
+    own: dict[str, object] = {
         "name": f"{recipe.name}-{name}",
         "out": join(recipe.out, "baselines", name),
         "share": [recipe.out, *recipe.share],
@@ -189,11 +189,13 @@ def _run_baseline(recipe: Recipe, name: str, tracker: Tracker) -> None:
 
 def _stage(name: str) -> Stage:
     """The module of a stage."""
-    module: Any = importlib.import_module(MODULES[name])
-    return module
+    return _module(name)
 
 
 def _checked(name: str) -> CheckedStage:
     """The module of a stage with a check."""
-    module: Any = importlib.import_module(MODULES[name])
-    return module
+    return _module(name)
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(MODULES[name])

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import TypedDict
 
 import pyarrow as pa
 
@@ -19,7 +19,7 @@ from smalti.tokenizers.encoders import open_encoder
 from smalti.tracking import Tracker
 from smalti.workflows.cluster.session import ensure_ray
 from smalti.workflows.pipeline.pixels import load_pixels
-from smalti.workflows.pipeline.stage import StageRun, find_artifact, run_stage
+from smalti.workflows.pipeline.stage import Body, StageRun, find_artifact, run_stage
 from smalti.workflows.train.elastic import check_batch
 
 MODEL = "model"
@@ -83,7 +83,7 @@ def resolve(pretrained: str) -> str:
     return os.path.abspath(pretrained) if os.path.isdir(pretrained) else pretrained
 
 
-def _record(name: str) -> Any:
+def _record(name: str) -> Body:
     def body(run: StageRun) -> dict[str, int]:
         encoder = open_encoder(name, run.recipe.encoder.layer)
         rows, columns = encoder.grid
@@ -95,7 +95,7 @@ def _record(name: str) -> Any:
     return body
 
 
-def _train(section: EncoderTrain, corpus: Artifact) -> Any:
+def _train(section: EncoderTrain, corpus: Artifact) -> Body:
     def body(run: StageRun) -> dict[str, int]:
         from smalti.workflows.train.launch import fit
         from smalti.workflows.train.tasks.encoder import EncoderTask
@@ -117,7 +117,7 @@ def _train(section: EncoderTrain, corpus: Artifact) -> Any:
         scored = zero_shot(corpus, storage.join(run.path, MODEL), texts, recipe)
         if scored is not None:
             run.scores["zero_shot/accuracy"] = scored["value"]
-            run.scores |= {f"zero_shot/{key}": scored[key] for key in ("n", "classes")}
+            run.scores |= {"zero_shot/n": scored["n"], "zero_shot/classes": scored["classes"]}
             run.log(
                 f"zero-shot accuracy {scored['value']:.3f} on {scored['n']:,} held-out images, {scored['classes']} classes"
             )
@@ -165,9 +165,17 @@ def make_text_tokenizer(
         train_bpe(words, section.text_vocab_size).save_pretrained(folder)
 
 
+class ZeroShotAccuracy(TypedDict):
+    """Accuracy in [0, 1], the images it was counted on, and the classes."""
+
+    value: float
+    n: int
+    classes: int
+
+
 def zero_shot(
     corpus: Artifact, model: str, texts: Counter[tuple[str, str]], recipe: Recipe
-) -> dict[str, Any] | None:
+) -> ZeroShotAccuracy | None:
     """Accuracy of choosing a held-out image's label among all of them by the text embedding of each
     label's commonest training text: value, n, classes; None when fewer than two labels are held
     out with a known text.

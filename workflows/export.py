@@ -6,14 +6,13 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from smalti import storage
 from smalti.artifact import Artifact
 from smalti.schema import Recipe, result_settings
 from smalti.tracking import Tracker
 from smalti.workflows.bridge import copy_into
-from smalti.workflows.pipeline.stage import StageRun, find_artifact, run_stage
+from smalti.workflows.pipeline.stage import Body, StageRun, find_artifact, run_stage
 
 
 def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
@@ -28,7 +27,7 @@ def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
     return run_stage(recipe, "export", "export", config, parents, _body(parents), tracker=tracker)
 
 
-def _body(parents: dict[str, Artifact]) -> Any:
+def _body(parents: dict[str, Artifact]) -> Body:
     def body(run: StageRun) -> dict[str, int]:
         from smalti.mllm.build import load_unified
         from smalti.mllm.export import export

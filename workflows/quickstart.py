@@ -5,7 +5,7 @@ one's own pictures.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from operator import attrgetter
 
 from smalti.config import find_recipe, load_recipe, parse_override, with_overrides
 from smalti.errors import ConfigError, DataError
@@ -44,7 +44,7 @@ def run(out: str, images: str | None = None, overrides: Sequence[str] = ()) -> N
     run_recipe(recipe)
 
 
-def _corpus_of(images: str) -> dict[str, Any]:
+def _corpus_of(images: str) -> dict[str, object]:
     """Overrides that put a folder in the place of easy-vqa: a tenth is held out, and there are no
     questions.
     """
@@ -100,7 +100,4 @@ def _patches(recipe: Recipe) -> int:
 
 
 def _batch(recipe: Recipe, section: str) -> int:
-    value: Any = recipe
-    for key in section.split("."):
-        value = getattr(value, key)
-    return int(value.batch_size)
+    return int(attrgetter(f"{section}.batch_size")(recipe))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING
 
 from smalti.config import with_overrides
 from smalti.schema import EncoderTrain, Recipe
@@ -20,6 +20,9 @@ from smalti.workflows.systems import smoke_sizes
 from smalti.workflows.systems.base import System
 from smalti.workflows.systems.registry import system_of
 
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, PreTrainedTokenizerBase
+
 _NUM_PATCHES_A_SIDE = 4
 
 
@@ -28,7 +31,7 @@ def shrink(recipe: Recipe) -> Recipe:
     there.
     """
     out = recipe.out.rstrip("/") + "-smoke"
-    values: dict[str, Any] = {"out": out, "name": f"{recipe.name}-smoke", "share": []}
+    values: dict[str, object] = {"out": out, "name": f"{recipe.name}-smoke", "share": []}
     system = system_of(recipe)
     values |= (
         _data(recipe, system)
@@ -43,7 +46,7 @@ def shrink(recipe: Recipe) -> Recipe:
     return with_overrides(recipe, values)
 
 
-def _resources(recipe: Recipe) -> dict[str, Any]:
+def _resources(recipe: Recipe) -> dict[str, object]:
     """At most two workers.
 
     Where Ray sees a GPU, and the recipe does not keep to the CPU, the workers have as many as it
@@ -77,7 +80,7 @@ def _gpus_in_sight(recipe: Recipe) -> float:
     return torch.cuda.device_count()
 
 
-def _data(recipe: Recipe, system: System) -> dict[str, Any]:
+def _data(recipe: Recipe, system: System) -> dict[str, object]:
     clustering = {} if {"features", "codebook"} & {*system.ignores} else _clustering(recipe)
     return clustering | {
         "corpus.source": "generated:48",
@@ -96,7 +99,7 @@ def _data(recipe: Recipe, system: System) -> dict[str, Any]:
     }
 
 
-def _clustering(recipe: Recipe) -> dict[str, Any]:
+def _clustering(recipe: Recipe) -> dict[str, object]:
     return {
         "features.batch_size": 8,
         "features.source": None,
@@ -110,8 +113,8 @@ def _clustering(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _model(recipe: Recipe, system: System, out: str) -> dict[str, Any]:
-    values: dict[str, Any] = {
+def _model(recipe: Recipe, system: System, out: str) -> dict[str, object]:
+    values: dict[str, object] = {
         "mllm.max_length": 128,
         "mllm.loss_chunk": 64,
         "mllm.adapter_hidden": None,
@@ -169,7 +172,7 @@ def _tiny_diffuser(path: str) -> str:
         torch.manual_seed(0)
         text_encoder = CLIPTextModel(config)
         if find_spec("diffusers"):
-            _tiny_pipeline(text_encoder, tokenizer).save_pretrained(folder)
+            _save_tiny_pipeline(text_encoder, tokenizer, folder)
         else:
             text_encoder.save_pretrained(os.path.join(folder, "text_encoder"))
             tokenizer.save_pretrained(os.path.join(folder, "tokenizer"))
@@ -181,9 +184,11 @@ def _tiny_diffuser(path: str) -> str:
     return path
 
 
-def _tiny_pipeline(text_encoder: Any, tokenizer: Any) -> Any:
-    """A Stable Diffusion of 32 px on this text encoder."""
-    diffusers: Any = importlib.import_module("diffusers")
+def _save_tiny_pipeline(
+    text_encoder: CLIPTextModel, tokenizer: PreTrainedTokenizerBase, folder: str
+) -> None:
+    """Save a Stable Diffusion of 32 px on this text encoder."""
+    diffusers = importlib.import_module("diffusers")
     channels = {"block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
     unet = diffusers.UNet2DConditionModel(
         sample_size=16, cross_attention_dim=16, attention_head_dim=4, **channels,
@@ -195,10 +200,11 @@ def _tiny_pipeline(text_encoder: Any, tokenizer: Any) -> Any:
         latent_channels=4,
         **channels,
     )
-    return diffusers.StableDiffusionPipeline(
+    pipeline = diffusers.StableDiffusionPipeline(
         vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=diffusers.DDIMScheduler(clip_sample=False, steps_offset=1),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
+    pipeline.save_pretrained(folder)
 
 
 def _words() -> list[str]:

@@ -4,7 +4,8 @@ rides along.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -16,10 +17,13 @@ from smalti.schema import Recipe, result_settings
 from smalti.tracking import Tracker
 from smalti.workflows.cluster.devices import actor_device
 from smalti.workflows.cluster.session import ensure_ray
-from smalti.workflows.pipeline.pixels import block_bytes, load_pixels
+from smalti.workflows.pipeline.pixels import LoadedShard, block_bytes, load_pixels
 from smalti.workflows.pipeline.shards import refuse_foreign, run_shards, standing_for
-from smalti.workflows.pipeline.stage import StageRun, find_artifact, run_stage
+from smalti.workflows.pipeline.stage import Body, StageRun, find_artifact, run_stage
 from smalti.workflows.pipeline.timings import HERE, shard_progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CARRIED = ["image_id", "caption", "label", "qa"]
 
@@ -49,26 +53,25 @@ class EncodeShard:
     ) -> None:
         self.out, self.corpus, self.tokenizer_dir, self.recipe = out, corpus, tokenizer, recipe
         self.image_size = image_size
-        self.model: Any = None
+        self.encoder: Callable[[Tensor], Tensor] | None = None
 
-    def read(self, key: str) -> tuple[str, shards.Receipt | None, Any, Any]:
+    def read(self, key: str) -> shards.Receipt | LoadedShard:
         done = standing_for(self.out, self.corpus, key)
         if done is not None:
-            return key, done, None, None
-        return (
-            key,
-            None,
-            *load_pixels(self.corpus, key, self.image_size, self.recipe.corpus.max_pixels, CARRIED),
+            return done
+        max_pixels = self.recipe.corpus.max_pixels
+        return LoadedShard(
+            key, *load_pixels(self.corpus, key, self.image_size, max_pixels, CARRIED)
         )
 
-    def work(self, loaded: tuple[str, shards.Receipt | None, Any, Any]) -> shards.Receipt:
-        key, done, table, pixels = loaded
-        if done is not None:
-            return done
-        if self.model is None:
-            self.start()
+    def work(self, loaded: shards.Receipt | LoadedShard) -> shards.Receipt:
+        if isinstance(loaded, shards.Receipt):
+            return loaded
+        key, table, pixels = loaded
+        if self.encoder is None:
+            self.encoder = self.load()
         with HERE.part("model"):
-            codes = self.encode(pixels)
+            codes = self.encode(pixels, self.encoder)
         schema = shards.token_schema(codes.shape[1:])
         arrays = {name: table.column(name) for name in CARRIED} | {
             "codes": shards.list_column(codes)
@@ -78,8 +81,8 @@ class EncodeShard:
                 self.out, key, pa.table([arrays[name] for name in schema.names], schema)
             )
 
-    def start(self) -> None:
-        """Load the tokenizer onto the actor's device."""
+    def load(self) -> Callable[[Tensor], Tensor]:
+        """The tokenizer's `encode` on the actor's device."""
         from smalti.tokenizers.encoders import as_set
         from smalti.tokenizers.loading import load_tokenizer
 
@@ -87,11 +90,11 @@ class EncodeShard:
         with HERE.part("start"):
             tokenizer = load_tokenizer(self.tokenizer_dir).to(self.device)
         self.num_codes = tokenizer.num_codes
-        self.model = as_set(
+        return as_set(
             tokenizer.encode, self.device, self.recipe.tokens.precision, self.recipe.tokens.compile
         )
 
-    def encode(self, pixels: np.ndarray) -> np.ndarray:
+    def encode(self, pixels: np.ndarray, encoder: Callable[[Tensor], Tensor]) -> np.ndarray:
         """Codes of the images: int32 (images, …).
 
         Errors: DataError when the tokenizer gives a code out of its range.
@@ -103,7 +106,7 @@ class EncodeShard:
         size = self.recipe.tokens.batch_size
         with torch.inference_mode():
             codes = torch.cat(
-                list(on_host(self.model(part) for part in batches(pixels, size, self.device)))
+                list(on_host(encoder(part) for part in batches(pixels, size, self.device)))
             )
         low, high = int(codes.min()), int(codes.max())
         if low < 0 or high >= self.num_codes:
@@ -114,7 +117,7 @@ class EncodeShard:
         return codes.to(torch.int32).numpy()
 
 
-def _body(parents: dict[str, Artifact]) -> Any:
+def _body(parents: dict[str, Artifact]) -> Body:
     def body(run: StageRun) -> dict[str, int]:
         from smalti.tokenizers.loading import load_tokenizer
 

@@ -31,7 +31,7 @@ from smalti.workflows.codebook import cell_files, cell_ranges, passes, recall
 from smalti.workflows.codebook import duplicates as distinct
 from smalti.workflows.codebook.histogram import sizes_picture
 from smalti.workflows.codebook.passes import Chunk, PassStats, Tree, Vectors
-from smalti.workflows.pipeline.stage import StageRun, find_artifact, run_stage
+from smalti.workflows.pipeline.stage import Body, StageRun, find_artifact, run_stage
 
 COUNTS = "counts.safetensors"
 PICTURE = "sizes.png"
@@ -90,7 +90,7 @@ def _check_reach(section: CodebookSection, drawn: int) -> None:
         )
 
 
-def _body(features: Artifact) -> Any:
+def _body(features: Artifact) -> Body:
     def body(run: StageRun) -> dict[str, int]:
         section = run.recipe.codebook
         check(run.recipe)
@@ -108,8 +108,8 @@ def _body(features: Artifact) -> Any:
             )  # reads all held-out vectors: reports bad ones early
             tree, counts = _Build(run, parts, workers).tree()
             probes = recall.probes(run, drawn, tree, workers)
-            _score(run, {"train": parts, "val": held_out}, tree, workers, probes)
-        zeros = num_vectors - run.scores["vectors/train"]
+            counted = _score(run, {"train": parts, "val": held_out}, tree, workers, probes)
+        zeros = num_vectors - int(counted["train"].sum())
         if zeros:
             run.log(f"{zeros} training vectors are 0, which has no direction, and were left out")
         _save(run.path, tree, probes)
@@ -358,8 +358,8 @@ class _Build:
 
 def _score(
     run: StageRun, splits: dict[str, list[Chunk]], tree: Tree, workers: int, probes: Probes
-) -> None:
-    """Fill the stage's scores and write the counts: one pass over each split."""
+) -> dict[str, Tensor]:
+    """Fill the scores and write the vectors per code, by split: one pass over each."""
     counted: dict[str, Tensor] = {}
     for split, members in splits.items():
         if not members:
@@ -384,6 +384,7 @@ def _score(
         if not key.startswith(("vectors", "entropy"))
     }
     run.log(", ".join(f"{key} {value}" for key, value in shown.items()))
+    return counted
 
 
 def _save(path: str, tree: Tree, probes: Probes) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +32,7 @@ from smalti.workflows.evaluation.scores.measure_result import (
     PICTURES,
     MeasureResult,
     ResultRecord,
+    ScoreRecord,
     load_result,
     merge_baselines,
     save_result,
@@ -145,7 +146,7 @@ def add_missing(
     return updated
 
 
-def stage_config(recipe: Recipe) -> dict[str, Any]:
+def stage_config(recipe: Recipe) -> dict[str, object]:
     """What the scores depend on, beside the parents."""
     section = result_settings(recipe.evaluate)
     return section | {
@@ -162,11 +163,11 @@ def complete(recipe: Recipe, artifact: Artifact) -> Artifact:
     scores = merge_baselines(artifact.scores, baseline_scores(recipe))
     for name, goal in recipe.evaluate.goals.items():
         if name in scores:
-            scores[name] = scores[name] | {"goal": goal}
+            scores[name]["goal"] = goal
     return dataclasses.replace(artifact, scores=scores)
 
 
-def baseline_scores(recipe: Recipe) -> dict[str, dict[str, Any]]:
+def baseline_scores(recipe: Recipe) -> dict[str, dict[str, ScoreRecord]]:
     """Scores of each of the recipe's baselines that was evaluated, from
     `<out>/baselines/<name>/evaluate`.
     """
@@ -249,9 +250,9 @@ def _measurer(recipe: Recipe, job: EvaluationJob) -> Callable[[str, Measure], Re
         return Evaluator(job, cores()).measure
     import ray
 
-    actor_class: Any = ray.remote(Evaluator)
-    options = {"num_cpus": resources.cpus_per_worker, "num_gpus": min(1, resources.gpus_per_worker)}
-    actor = actor_class.options(**options).remote(job, resources.cpus_per_worker)
+    gpus = min(1, resources.gpus_per_worker)
+    actor_class = ray.remote(num_cpus=resources.cpus_per_worker, num_gpus=gpus)(Evaluator)
+    actor: Any = actor_class.remote(job, resources.cpus_per_worker)
 
     def take(name: str, measure: Measure) -> ResultRecord:
         try:
@@ -275,7 +276,7 @@ def _body(run: StageRun, parents: dict[str, Artifact]) -> dict[str, int]:
     storage.write_json(storage.join(run.path, "scores.json"), scores)
     storage.write_json(storage.join(run.path, "tables.json"), tables)
     run.scores |= scores
-    _track(run, tables)
+    _track(run, scores, tables)
     return {
         "scores": len(scores),
         "pictures": sum(len(result["pictures"]) for result in results.values()),
@@ -311,11 +312,11 @@ def _summary(result: ResultRecord) -> str:
     )
 
 
-def _track(run: StageRun, tables: dict[str, Any]) -> None:
+def _track(run: StageRun, taken: dict[str, ScoreRecord], tables: Mapping[str, Any]) -> None:
     """Scores with their baselines as metrics, and three sheets of pictures, in the stage's MLflow
     run.
     """
-    scores = merge_baselines(run.scores, baseline_scores(run.recipe))
+    scores = merge_baselines(taken, baseline_scores(run.recipe))
     metrics = {key: score["value"] for key, score in scores.items()}
     metrics |= {
         f"{key}/baseline/{name}": v

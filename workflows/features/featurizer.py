@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +14,7 @@ from smalti.schema import Recipe
 from smalti.tokenizers.encoders import VisionEncoder, open_encoder
 from smalti.workflows.cluster.devices import actor_device
 from smalti.workflows.encoder import encoder_path
-from smalti.workflows.pipeline.pixels import load_pixels
+from smalti.workflows.pipeline.pixels import LoadedShard, load_pixels
 from smalti.workflows.pipeline.shards import standing_for
 from smalti.workflows.pipeline.timings import HERE
 
@@ -40,23 +39,19 @@ class FeatureShard:
         self.image_size = image_size
         self.featurizer: Featurizer | None = None
 
-    def read(self, key: str) -> tuple[str, shards.Receipt | None, Any, Any]:
+    def read(self, key: str) -> shards.Receipt | LoadedShard:
         done = standing_for(self.out, self.corpus, key)
         if done is not None:
-            return key, done, None, None
-        section = self.recipe.corpus
-        return (
-            key,
-            None,
-            *load_pixels(self.corpus, key, self.image_size, section.max_pixels, ["image_id"]),
+            return done
+        max_pixels = self.recipe.corpus.max_pixels
+        return LoadedShard(
+            key, *load_pixels(self.corpus, key, self.image_size, max_pixels, ["image_id"])
         )
 
-    def work(
-        self, loaded: tuple[str, shards.Receipt | None, Any, Any]
-    ) -> tuple[shards.Receipt, int]:
-        key, done, table, pixels = loaded
-        if done is not None:
-            return done, shards.shard_rows(self.corpus, key)
+    def work(self, loaded: shards.Receipt | LoadedShard) -> tuple[shards.Receipt, int]:
+        if isinstance(loaded, shards.Receipt):
+            return loaded, shards.shard_rows(self.corpus, loaded.key)
+        key, table, pixels = loaded
         ids = table.column("image_id").to_pylist()
         if self.featurizer is None:
             self.featurizer = Featurizer(self.encoder_dir, self.recipe)

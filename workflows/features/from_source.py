@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -33,11 +33,19 @@ from smalti.workflows.sources.folder import ListedGroup
 from smalti.workflows.sources.network import reading
 
 LISTED = "listed"  # the listing of a folder, one file per group, until the stage is finished
-Note = dict[str, Any]
 GroupItem = tuple[int, Group, list[str]]  # number, group, and the existing shards of that number
 
 
-def source_config(recipe: Recipe) -> dict[str, Any]:
+class GroupRecord(TypedDict):
+    """`groups/<group>.json`: the group's hash, its images, rows by shard and losses by reason."""
+
+    group: str
+    images: int
+    shards: dict[str, int]
+    lost: dict[str, int]
+
+
+def source_config(recipe: Recipe) -> dict[str, object]:
     """Settings of the source and the split that the features depend on."""
     exclude = {"source", "val_source", "limit", "image_size"}
     return result_settings(recipe.corpus, exclude) | {
@@ -100,12 +108,12 @@ class FeatureGroup:
         number, group, standing = item
         return number, group.load() if isinstance(group, ListedGroup) else group, standing
 
-    def work(self, item: GroupItem) -> Note:
+    def work(self, item: GroupItem) -> GroupRecord:
         number, group, standing = item
         path = storage.join(self.out, "groups", f"{number:05d}.json")
         digest = hashlib.sha256(repr(group).encode()).hexdigest()
         if storage.exists(path):
-            note: Note = storage.read_json(path)
+            note: GroupRecord = storage.read_json(path)
             if note["group"] == digest:
                 HERE.count("kept")
                 return note

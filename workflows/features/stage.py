@@ -6,7 +6,6 @@ All patches are kept, or a seeded sample per image.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 from smalti import shards
 from smalti.artifact import Artifact
@@ -17,7 +16,7 @@ from smalti.workflows.features import from_source
 from smalti.workflows.features.featurizer import FeatureShard, open_parent
 from smalti.workflows.pipeline.pixels import block_bytes
 from smalti.workflows.pipeline.shards import refuse_foreign, run_shards
-from smalti.workflows.pipeline.stage import StageRun, find_artifact, run_stage
+from smalti.workflows.pipeline.stage import Body, StageRun, find_artifact, run_stage
 from smalti.workflows.pipeline.timings import shard_progress
 
 
@@ -38,14 +37,14 @@ def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
     parents = {"encoder": find_artifact(recipe, "encoder")}
     if recipe.features.source:
         config |= from_source.source_config(recipe)
-        body = partial(from_source.make, encoder=parents["encoder"])
+        body: Body = partial(from_source.make, encoder=parents["encoder"])
     else:
         parents = {"corpus": find_artifact(recipe, "corpus"), **parents}
         body = _body(parents)
     return run_stage(recipe, "features", "features", config, parents, body, tracker=tracker)
 
 
-def _body(parents: dict[str, Artifact]) -> Any:
+def _body(parents: dict[str, Artifact]) -> Body:
     def body(run: StageRun) -> dict[str, int]:
         recipe, corpus = run.recipe, parents["corpus"]
         encoder, model = open_parent(recipe, parents["encoder"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import pyarrow as pa
 
@@ -9,6 +11,14 @@ from smalti import images, shards
 from smalti.errors import DataError, ImageError
 from smalti.schema import Recipe
 from smalti.workflows.pipeline.timings import HERE
+
+
+class LoadedShard(NamedTuple):
+    """A corpus shard as a reader hands it to a model: some columns, and uint8 (rows, S, S, 3)."""
+
+    key: str
+    table: pa.Table
+    pixels: np.ndarray
 
 
 def load_pixels(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from smalti.errors import DataError
 from smalti.progress import log
@@ -41,12 +41,12 @@ T = TypeVar("T")
 
 def retry(
     call: Callable[..., T],
-    *args: Any,
+    *args: object,
     what: str,
     transient: Callable[[Exception], bool],
     pauses_s: Sequence[float],
     say: Callable[[str], None] = log,
-    **more: Any,
+    **more: object,
 ) -> T:
     """What `call(*args, **more)` returns, with one try more than there are pauses.
 
@@ -72,7 +72,7 @@ def retry(
     return call(*args, **more)
 
 
-def retry_storage(call: Callable[..., T], *args: Any, say: Callable[[str], None] = log) -> T:
+def retry_storage(call: Callable[..., T], *args: object, say: Callable[[str], None] = log) -> T:
     """What a function of `smalti.storage` returns, retried for about a minute while storage fails.
 
     Raises:

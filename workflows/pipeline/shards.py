@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import pickle
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import pyarrow as pa
 
@@ -29,36 +29,44 @@ from smalti.shards import Receipt, list_shards, read_shard, shard_path, shard_ro
 from smalti.workflows.cluster.session import want_gpus
 from smalti.workflows.pipeline.timings import HERE, Tally
 
+if TYPE_CHECKING:
+    from ray.data import ActorPoolStrategy, Dataset
+    from ray.data.dataset import MaterializedDataset
+
 Item = TypeVar("Item")
+Item_contra = TypeVar("Item_contra", contravariant=True)
+Loaded = TypeVar("Loaded")
+Result = TypeVar("Result")
+Result_co = TypeVar("Result_co", covariant=True)
 SHARDS_IN_FLIGHT = 2  # an actor finds its next shard waiting
 BLOCK_BYTES = (
     600_000_000  # 1,000 images of 384 px are 442 MB; three of each actor lie in the object store
 )
 
 
-class ShardWorker(Protocol):
+class ShardWorker(Protocol[Item_contra, Loaded, Result_co]):
     """Code that runs in an actor.
 
     `read` must not need what only `work` needs (the model): it may run in another process.
     """
 
-    def read(self, item: Any) -> Any:
+    def read(self, item: Item_contra, /) -> Loaded:
         """The decoded input of an item."""
 
-    def work(self, loaded: Any) -> Any:
+    def work(self, loaded: Loaded, /) -> Result_co:
         """Compute, write the output, and return a receipt."""
 
 
 def run_shards(
     items: Sequence[Item],
-    worker: type,
-    args: tuple[Any, ...],
+    worker: Callable[..., ShardWorker[Item, Loaded, Result]],
+    args: tuple[object, ...],
     resources: Resources,
     *,
     model: bool = True,
     tally: Tally | None = None,
     block_bytes: int = 0,
-) -> Iterator[Any]:
+) -> Iterator[Result]:
     """Yield each item's receipt, in the order of completion.
 
     A lost actor's shard is retried.
@@ -72,53 +80,16 @@ def run_shards(
         block_bytes: size of a loaded item; above `BLOCK_BYTES` the GPU actors read for themselves.
 
     Raises:
-        SmaltiError: of a worker, unchanged. Any other exception fails the run with the error that
+        SmaltiError: of a worker, unchanged. Another exception fails the run with the error that
             Ray reports.
         DataError: naming an item whose workers died `DEATHS` times.
     """
-    import ray.data
-    from ray.data import ActorPoolStrategy, DataContext
-
     if not items:
         return
-    DataContext.get_current().target_max_block_size = None  # a block is a shard: never split
     run = f"smalti/{uuid.uuid4().hex}"
-    tickets = [
-        Ticket(f"{run}/{number}", repr(item)[:NAME_LENGTH], DEATHS)
-        for number, item in enumerate(items)
-    ]
-    rows = [
-        {"head": pickle.dumps((ITEM, (ticket, item), {})), "array": b""}
-        for ticket, item in zip(tickets, items, strict=True)
-    ]
-    data: Any = ray.data.from_items(rows, override_num_blocks=len(rows))
-    gpus = resources.gpus_per_worker if model else 0
-    given: dict[str, Any] = {
-        "batch_size": 1,
-        "batch_format": "pyarrow",
-        "fn_constructor_args": (worker, args),
-    }
-    want_gpus(gpus)
-    apart = gpus > 0 and block_bytes <= BLOCK_BYTES
-    if gpus and not apart:
-        log(
-            f"a decoded shard is {block_bytes / 1e6:,.0f} MB, more than {BLOCK_BYTES / 1e6:,.0f} MB: the GPU actors decode "
-            "themselves. Lower corpus.shard_images to let separate readers decode ahead of them"
-        )
-    if apart:
-        readers = ActorPoolStrategy(
-            min_size=1, max_size=resources.readers, initial_size=resources.readers
-        )
-        data = data.map_batches(_Read, compute=readers, num_cpus=1, **given)
-    size = resources.actors if model else resources.readers
-    size = min(size, len(items))
-    pool = ActorPoolStrategy(
-        min_size=1, max_size=size, initial_size=size, max_tasks_in_flight_per_actor=SHARDS_IN_FLIGHT
-    )
-    cpus = resources.cpus_per_worker if model else 1
-    step = _Work if apart else _ReadAndWork
-    data = data.map_batches(step, compute=pool, num_cpus=cpus, num_gpus=gpus, **given)
+    data = _pipeline(_blocks(run, items), worker, args, resources, model, block_bytes)
     batches = iter(data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
+    assert isinstance(batches, Generator)
     try:
         for table in batches:
             _, result, noted = _unpack(table)
@@ -128,8 +99,72 @@ def run_shards(
                 raise result
             yield result
     finally:
-        batches.close()  # ends the actors, also where no more receipts are wanted: none writes behind the driver's back
+        batches.close()  # also ends the actors of an abandoned iteration: none may write later
         _forget(run)
+
+
+def _blocks(run: str, items: Sequence[object]) -> MaterializedDataset:
+    """A dataset of one row per item, each with its ticket."""
+    import ray.data
+    from ray.data import DataContext
+
+    DataContext.get_current().target_max_block_size = None  # a block is a shard: never split
+    tickets = [
+        Ticket(f"{run}/{number}", repr(item)[:NAME_LENGTH], DEATHS)
+        for number, item in enumerate(items)
+    ]
+    rows = [
+        {"head": pickle.dumps((ITEM, (ticket, item), {})), "array": b""}
+        for ticket, item in zip(tickets, items, strict=True)
+    ]
+    return ray.data.from_items(rows, override_num_blocks=len(rows))
+
+
+def _pipeline(
+    blocks: MaterializedDataset,
+    worker: Callable[..., ShardWorker[Item, Loaded, Result]],
+    args: tuple[object, ...],
+    resources: Resources,
+    model: bool,
+    block_bytes: int,
+) -> Dataset:
+    """The dataset of results: one pool of actors, or readers before GPU actors."""
+    from ray.data import ActorPoolStrategy
+
+    def map_blocks(
+        data: Dataset, step: type[_Caught], pool: ActorPoolStrategy, cpus: float, gpus: float
+    ) -> Dataset:
+        return data.map_batches(
+            step,
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=pool,
+            fn_constructor_args=(worker, args),
+            num_cpus=cpus,
+            num_gpus=gpus,
+        )
+
+    gpus = resources.gpus_per_worker if model else 0
+    want_gpus(gpus)
+    apart = gpus > 0 and block_bytes <= BLOCK_BYTES
+    if gpus and not apart:
+        log(
+            f"a decoded shard is {block_bytes / 1e6:,.0f} MB, more than {BLOCK_BYTES / 1e6:,.0f} "
+            "MB: the GPU actors decode themselves. Lower corpus.shard_images to let separate "
+            "readers decode ahead of them"
+        )
+    data: Dataset = blocks
+    if apart:
+        readers = ActorPoolStrategy(
+            min_size=1, max_size=resources.readers, initial_size=resources.readers
+        )
+        data = map_blocks(blocks, _Read, readers, 1, 0)
+    size = min(resources.actors if model else resources.readers, blocks.num_blocks())
+    pool = ActorPoolStrategy(
+        min_size=1, max_size=size, initial_size=size, max_tasks_in_flight_per_actor=SHARDS_IN_FLIGHT
+    )
+    cpus = resources.cpus_per_worker if model else 1
+    return map_blocks(data, _Work if apart else _ReadAndWork, pool, cpus, gpus)
 
 
 class Ticket(NamedTuple):
@@ -181,7 +216,7 @@ NAME_LENGTH = 300
 LARGE_BYTES = 2**20  # from this size on an array is not copied into the pickle
 
 
-def _pack(kind: str, value: Any, noted: dict[str, float]) -> pa.Table:
+def _pack(kind: str, value: object, noted: dict[str, float]) -> pa.Table:
     """A block of Ray Data: the pickle, and its first large array."""
     large: list[pa.Buffer] = []
 
@@ -211,15 +246,17 @@ def _unpack(table: pa.Table) -> tuple[str, Any, dict[str, float]]:
     return kind, value, noted
 
 
-class _Caught(Generic[Item]):
+class _Caught:
     """Base of the actors: returns a SmaltiError as the result, for the driver to raise."""
 
     gives = RESULT
 
-    def __init__(self, worker: type, args: tuple[Any, ...]) -> None:
+    def __init__(
+        self, worker: Callable[..., ShardWorker[object, object, object]], args: tuple[object, ...]
+    ) -> None:
         import ray
 
-        self.worker: ShardWorker = worker(*args)
+        self.worker = worker(*args)
         if ray.get_runtime_context().was_current_actor_reconstructed:
             HERE.count("restarts")
 
@@ -236,24 +273,24 @@ class _Caught(Generic[Item]):
             return _pack(RESULT, error, HERE.drain())
         return _pack(self.gives, result if self.gives == RESULT else (ticket, result), HERE.drain())
 
-    def step(self, value: Any) -> Any:
+    def step(self, value: object) -> object:
         raise NotImplementedError
 
 
-class _ReadAndWork(_Caught[Any]):
-    def step(self, value: Any) -> Any:
+class _ReadAndWork(_Caught):
+    def step(self, value: object) -> object:
         return self.worker.work(self.worker.read(value))
 
 
-class _Read(_Caught[Any]):
+class _Read(_Caught):
     gives = LOADED
 
-    def step(self, value: Any) -> Any:
+    def step(self, value: object) -> object:
         return self.worker.read(value)
 
 
-class _Work(_Caught[Any]):
-    def step(self, value: Any) -> Any:
+class _Work(_Caught):
+    def step(self, value: object) -> object:
         return self.worker.work(value)
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
+from typing import TYPE_CHECKING, Concatenate, ParamSpec
 
 from smalti import artifact, storage
 from smalti.artifact import Artifact, Workspace
@@ -60,7 +60,7 @@ class StageRun:
     tracker: Tracker
     resumed: bool
     fingerprint: str
-    scores: dict[str, Any] = field(default_factory=dict)
+    scores: dict[str, object] = field(default_factory=dict)
 
     def log(self, message: str) -> None:
         """Log one line, prefixed with the stage's name."""
@@ -130,7 +130,7 @@ def run_stage(
     recipe: Recipe,
     name: str,
     kind: str,
-    config: dict[str, Any],
+    config: Mapping[str, object],
     parents: Mapping[str, Artifact],
     body: Body,
     *,
@@ -202,7 +202,7 @@ def _note_shared(recipe: Recipe, name: str, found: Artifact) -> None:
 def _make(
     recipe: Recipe,
     name: str,
-    config: dict[str, Any],
+    config: Mapping[str, object],
     parents: Mapping[str, Artifact],
     place: Workspace,
     body: Body,

@@ -7,19 +7,46 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import TypedDict
 
 import smalti
 from smalti import storage
 from smalti.artifact import Artifact
 from smalti.config import dump
 from smalti.schema import Recipe
+from smalti.workflows.evaluation.scores.measure_result import ScoreRecord
+from smalti.workflows.evaluation.scores.tables import Tables
 from smalti.workflows.pipeline.stage import STAGES
-from smalti.workflows.report.machine import machine
+from smalti.workflows.report.machine import Machine, machine
 
 HISTORY = "history.jsonl"
 EVALUATION = ("evaluate", "evaluation")  # folder names of this and of earlier versions
 SCORE_KEYS = ("value", "n", "split", "higher_is_better", "baseline")
+
+
+HistoryRow = dict[str, float]
+"""A line of `history.jsonl`: the step, and metrics by name."""
+
+
+class StageRecord(TypedDict):
+    """A stage in report.json."""
+
+    name: str
+    seconds: float
+    artifact: str
+
+
+class ReportRecord(TypedDict):
+    """report.json."""
+
+    name: str
+    version: str
+    recipe: dict[str, object]
+    machine: Machine
+    started: str
+    seconds: float
+    stages: list[StageRecord]
+    scores: dict[str, dict[str, object]]
 
 
 @dataclass(frozen=True)
@@ -28,7 +55,7 @@ class Stage:
 
     name: str
     artifact: Artifact
-    history: list[dict[str, Any]] = field(default_factory=list)
+    history: list[HistoryRow] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -39,19 +66,19 @@ class Facts:
     """
 
     name: str
-    recipe: dict[str, Any]
-    machine: dict[str, Any]
+    recipe: dict[str, object]
+    machine: Machine
     started: str
     seconds: float
     stages: list[Stage]
     phases: list[Stage]
     baselines: list[Stage]
-    scores: dict[str, Any]
-    tables: dict[str, Any]
+    scores: dict[str, ScoreRecord]
+    tables: Tables
     evaluation: str | None  # the folder that holds pictures/
     mlflow_uri: str | None
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> ReportRecord:
         """report.json: only what was measured; no goals, no pictures."""
         return {
             "name": self.name,
@@ -69,7 +96,7 @@ class Facts:
                 for stage in [*self.stages, *self.baselines]
             ],
             "scores": {
-                key: {name: score[name] for name in SCORE_KEYS if name in score}
+                key: {name: value for name, value in score.items() if name in SCORE_KEYS}
                 for key, score in self.scores.items()
             },
         }
@@ -112,7 +139,7 @@ def gather(recipe: Recipe, artifacts: Sequence[Artifact], started: float | None 
     )
 
 
-def history(path: str) -> list[dict[str, Any]]:
+def history(path: str) -> list[HistoryRow]:
     """Rows of a training's `history.jsonl`; empty when the stage trained nothing.
 
     A torn last line is left out.
@@ -160,7 +187,7 @@ def _baseline_stages(recipe: Recipe) -> list[Stage]:
     return found
 
 
-def _tables(evaluation: Artifact | None) -> dict[str, Any]:
+def _tables(evaluation: Artifact | None) -> Tables:
     if evaluation is None:
         return {}
     place = storage.join(evaluation.path, "tables.json")

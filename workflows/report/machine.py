@@ -5,12 +5,26 @@ from __future__ import annotations
 import os
 import platform
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from smalti.artifact import package_versions
 
 
-def machine() -> dict[str, Any]:
+class Machine(TypedDict):
+    """The node that wrote the report.
+
+    `cores` and `memory_bytes` are what this process may use.
+    """
+
+    system: str
+    cpu: str
+    cores: int
+    memory_bytes: int
+    gpus: list[str]
+    versions: dict[str, str]
+
+
+def machine() -> Machine:
     """system, cpu, cores that this process may use, memory_bytes, gpus (names) and package
     versions.
     """

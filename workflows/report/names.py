@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
+
+from smalti.workflows.evaluation.scores.measure_result import ScoreRecord
 
 Kind = Literal["share", "dB", "plain", "nats"]
 
@@ -113,7 +116,7 @@ def name_of(key: str) -> Name:
     return NAMES.get(key) or Name(key, "", "plain")
 
 
-def ordered(scores: dict[str, Any]) -> list[str]:
+def ordered(scores: Iterable[str]) -> list[str]:
     """The keys as the reader sees them: those of `NAMES` in its order, then the others by the
     alphabet.
     """
@@ -140,7 +143,7 @@ def baseline_name(key: str) -> str:
     return BASELINES.get(key, key.replace("_", " "))
 
 
-def goal_met(score: dict[str, Any]) -> bool | None:
+def goal_met(score: ScoreRecord) -> bool | None:
     """Whether the score reaches its goal; None without one."""
     if "goal" not in score:
         return None

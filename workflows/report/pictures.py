@@ -71,8 +71,11 @@ def gallery(facts: Facts, pictures: Pictures) -> str:
 def codes(facts: Facts) -> str:
     """How often each code is used, by rank."""
     figures = []
-    for key, title in (("semantic_histogram", "semantic codes"), ("histogram", "all codes")):
-        found = facts.tables.get(key)
+    histograms = {
+        "semantic codes": facts.tables.get("semantic_histogram"),
+        "all codes": facts.tables.get("histogram"),
+    }
+    for title, found in histograms.items():
         if not found:
             continue
         chart = rank_chart(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from smalti.workflows.evaluation.scores.tables import ClassRow, Example
 from smalti.workflows.report.facts import Facts
 from smalti.workflows.report.markup import Pictures, clip, escape, figure, section, table
 from smalti.workflows.report.names import written
@@ -42,7 +41,7 @@ def questions(facts: Facts, pictures: Pictures) -> str:
     return section("questions", "Questions and answers", lead, body)
 
 
-def _breakdown(rows: list[dict[str, Any]], head: str) -> str:
+def _breakdown(rows: list[ClassRow], head: str) -> str:
     columns = [head, "n", "accuracy"] + (
         ["question only"] if rows and "question_only" in rows[0] else []
     )
@@ -59,7 +58,7 @@ def _breakdown(rows: list[dict[str, Any]], head: str) -> str:
     return table(columns, lines, range(1, len(columns)), "plain")
 
 
-def _example(line: dict[str, Any], pictures: Pictures) -> str:
+def _example(line: Example, pictures: Pictures) -> str:
     css, mark = ("right", "✓") if line["right"] else ("wrong", "✗")
     image = pictures.img(line["picture"], f"about which was asked: {line['question']}", "pixels")
     told = f'{escape(clip(line["question"]))}<span class="verdict {css}">{mark} {escape(clip(line["given"], 60)) or "(nothing)"}</span>'

@@ -4,12 +4,12 @@ MLflow.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeGuard
 
 import yaml
 
 from smalti.workflows.report.charts import line_chart
-from smalti.workflows.report.facts import Facts, Stage
+from smalti.workflows.report.facts import Facts, HistoryRow, Stage
 from smalti.workflows.report.markup import clip, escape, figure, section, table
 from smalti.workflows.report.names import duration
 
@@ -95,7 +95,7 @@ def curves(facts: Facts) -> str:
     return section("curves", "Training curves", lead, "".join(blocks))
 
 
-def _metrics(history: list[dict[str, Any]]) -> list[str]:
+def _metrics(history: list[HistoryRow]) -> list[str]:
     """The metrics worth a chart: at least two numbers, the losses and qualities first; at most
     `MOST_CURVES`.
     """
@@ -117,7 +117,7 @@ def _metrics(history: list[dict[str, Any]]) -> list[str]:
     return sorted(names, key=rank)[:MOST_CURVES]
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

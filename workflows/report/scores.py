@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from smalti.workflows.evaluation.scores.measure_result import ScoreRecord
 from smalti.workflows.report.facts import Facts
 from smalti.workflows.report.markup import escape, section, table
 from smalti.workflows.report.names import (
     HEADLINES,
+    Kind,
     baseline_name,
     goal_met,
     name_of,
@@ -66,7 +66,7 @@ def scores(facts: Facts) -> str:
     return section("scores", "Scores", lead, body)
 
 
-def _bar(score: dict[str, Any], kind: str) -> str:
+def _bar(score: ScoreRecord, kind: Kind) -> str:
     """A bar for a share in [0, 1], with a tick for each figure beside it."""
     if kind != "share":
         return ""
@@ -80,7 +80,7 @@ def _bar(score: dict[str, Any], kind: str) -> str:
     return f'<span class="bar"><span style="width:{percent(score["value"])}"></span>{ticks}</span>'
 
 
-def _goal(score: dict[str, Any], kind: Any) -> str:
+def _goal(score: ScoreRecord, kind: Kind) -> str:
     met = goal_met(score)
     if met is None:
         return ""

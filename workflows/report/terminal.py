@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
+from smalti.workflows.evaluation.scores.measure_result import ScoreRecord
 from smalti.workflows.report.names import baseline_name, goal_met, name_of, ordered, written
 
 
-def table(scores: Mapping[str, Any], goals: Mapping[str, float] | None = None) -> str:
+def table(scores: Mapping[str, ScoreRecord], goals: Mapping[str, float] | None = None) -> str:
     """An aligned table: score, value, what it was counted on, the baselines beside it, and its
     goal.
 
@@ -19,8 +19,10 @@ def table(scores: Mapping[str, Any], goals: Mapping[str, float] | None = None) -
         return "no scores: nothing was measured"
     goals = goals or {}
     rows = [("score", "value", "n", "beside it", "goal")]
-    for key in ordered(dict(scores)):
-        score = dict(scores[key]) | ({"goal": goals[key]} if key in goals else {})
+    for key in ordered(scores):
+        score: ScoreRecord = {**scores[key]}
+        if key in goals:
+            score["goal"] = goals[key]
         kind = name_of(key).kind
         beside = ", ".join(
             f"{baseline_name(k)} {written(v, kind)}" for k, v in score.get("baseline", {}).items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from smalti.artifact import Artifact
 from smalti.errors import ConfigError
@@ -46,7 +46,7 @@ class System(ABC):
         """Stages whose artifacts the tokenizer is made from."""
 
     @abstractmethod
-    def settings(self, recipe: Recipe) -> dict[str, Any]:
+    def settings(self, recipe: Recipe) -> dict[str, object]:
         """What of the recipe the tokenizer depends on, as JSON: its fingerprint."""
 
     @abstractmethod
@@ -54,7 +54,7 @@ class System(ABC):
         """Make the tokenizer in `run.path`; counts: `num_codes`, `tokens` (per image)."""
 
     @abstractmethod
-    def smoke(self, recipe: Recipe) -> dict[str, Any]:
+    def smoke(self, recipe: Recipe) -> dict[str, object]:
         """Overrides, by dotted key, that shrink the tokenizer to seconds."""
 
     @abstractmethod

@@ -5,7 +5,6 @@ decoder.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from smalti import storage
 from smalti.artifact import Artifact
@@ -56,12 +55,16 @@ class DualTokenSystem(System):
         check_layers(recipe)
         check_pixel_phase("tokenizer.dual", recipe.tokenizer.dual, recipe)
 
-    def settings(self, recipe: Recipe) -> dict[str, Any]:
+    def settings(self, recipe: Recipe) -> dict[str, object]:
         """The section `tokenizer.dual`, seed, layer and image size."""
         read = result_settings(recipe.tokenizer)
         section = {name: read[name] for name in ("encoder_precision",) if name in read}
         section["dual"] = result_settings(recipe.tokenizer.dual)
-        own = {"tokenizer": section, "system": recipe.system, "seed": recipe.seed}
+        own: dict[str, object] = {
+            "tokenizer": section,
+            "system": recipe.system,
+            "seed": recipe.seed,
+        }
         return own | {"layer": recipe.encoder.layer, "image_size": recipe.corpus.image_size}
 
     def build(self, run: StageRun, parents: Mapping[str, Artifact]) -> Mapping[str, int]:
@@ -71,10 +74,10 @@ class DualTokenSystem(System):
             dual = train(phases)
         return assemble(phases, dual)
 
-    def smoke(self, recipe: Recipe) -> dict[str, Any]:
+    def smoke(self, recipe: Recipe) -> dict[str, object]:
         """Tiny codebooks and decoder, few steps."""
         dual = recipe.tokenizer.dual
-        values: dict[str, Any] = {
+        values: dict[str, object] = {
             "encoder.layer": -2,
             "tokenizer.dual.codes": 16,
             "tokenizer.dual.dim": 8,
@@ -111,7 +114,8 @@ class DualTokenSystem(System):
         self, recipe: Recipe, encoder: VisionEncoder, trained: Mapping[str, Model]
     ) -> dict[str, InferenceCost]:
         """Tokens by the trained tower."""
-        dual: Any = trained["dual"].modules["model"]
+        dual = trained["dual"].modules["model"]
+        assert isinstance(dual, DualModel)
         return {
             "tokens": InferenceCost.of(
                 recipe.tokens, dual, [dual.vectors], [dual], encoder.image_size

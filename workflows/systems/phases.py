@@ -5,12 +5,19 @@ each phase.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from smalti import storage
 from smalti.artifact import Artifact
 from smalti.errors import ArtifactError, ConfigError
-from smalti.schema import DecoderStage, DualStage, Loss, PixelStage, Recipe, result_settings
+from smalti.schema import (
+    DecoderStage,
+    DualStage,
+    Loss,
+    PixelStage,
+    Recipe,
+    SemanticStage,
+    result_settings,
+)
 from smalti.tokenizers.encoders import open_encoder
 from smalti.workflows.encoder import encoder_path
 from smalti.workflows.pipeline.stage import StageRun, run_stage
@@ -18,6 +25,7 @@ from smalti.workflows.train.elastic import check_batch
 from smalti.workflows.train.task import Task
 
 PHASES = "tokenizer/phases"
+Phase = SemanticStage | PixelStage | DecoderStage | DualStage
 
 
 def check_loss(key: str, phase: PixelStage | DecoderStage | DualStage, image_size: int) -> None:
@@ -97,7 +105,7 @@ class Phases:
         self.grid, self.dim = encoder.grid, encoder.dim
         self.keys, self.sizes = shard_index(parents["corpus"].path, "train")
 
-    def images(self, needs_encoder: bool) -> dict[str, Any]:
+    def images(self, needs_encoder: bool) -> dict[str, object]:
         """Settings that every phase's task shares."""
         return {
             "corpus": self.parents["corpus"].path,
@@ -114,10 +122,10 @@ class Phases:
         self,
         name: str,
         task: type[Task],
-        settings: dict[str, Any],
-        stage: Any,
+        settings: dict[str, object],
+        stage: Phase,
         parents: Mapping[str, Artifact],
-        more: Mapping[str, Any],
+        more: Mapping[str, object],
     ) -> Artifact:
         """Train one phase as a stage of its own under `tokenizer/phases/<name>`; found where it
         stands already.

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from smalti import storage
 from smalti.artifact import Artifact
-from smalti.schema import DecoderStage, PixelStage, Recipe, result_settings
+from smalti.schema import DecoderStage, Loss, PixelStage, Recipe, result_settings
 from smalti.tokenizers.codebook import CENTROIDS
 from smalti.tokenizers.encoders import VisionEncoder, open_encoder
 from smalti.tokenizers.semhitok import PixelTokenizer, SemanticTokenizer, SemHiTok
@@ -19,7 +18,7 @@ from smalti.workflows.plan.inference_cost import InferenceCost
 from smalti.workflows.plan.models import Model, pixel_model, semantic_model
 from smalti.workflows.systems import smoke_sizes
 from smalti.workflows.systems.base import System
-from smalti.workflows.systems.phases import Phases, check_pixel_phase, placed
+from smalti.workflows.systems.phases import Phase, Phases, check_pixel_phase, placed
 from smalti.workflows.train.elastic import check_batch
 from smalti.workflows.train.task import Task
 from smalti.workflows.train.tasks.pixel import PixelTask
@@ -52,7 +51,7 @@ class SemHiTokSystem(System):
         if section.guidance:
             check_batch("tokenizer.semantic", section.semantic.train, recipe.resources)
 
-    def settings(self, recipe: Recipe) -> dict[str, Any]:
+    def settings(self, recipe: Recipe) -> dict[str, object]:
         """The section `tokenizer`, seed, codebook size, layer and image size."""
         section = result_settings(
             recipe.tokenizer, () if recipe.tokenizer.guidance else ("semantic",)
@@ -77,10 +76,10 @@ class SemHiTokSystem(System):
             )
         return phases.assemble(semantic, pixel, decoder)
 
-    def smoke(self, recipe: Recipe) -> dict[str, Any]:
+    def smoke(self, recipe: Recipe) -> dict[str, object]:
         """Tiny codebooks and vision transformers, few steps."""
         tokenizer = recipe.tokenizer
-        values: dict[str, Any] = {
+        values: dict[str, object] = {
             "tokenizer.semantic.dim": 8,
             "tokenizer.semantic.decoder_dim": 16,
             "tokenizer.semantic.decoder_heads": 2,
@@ -119,7 +118,8 @@ class SemHiTokSystem(System):
         self, recipe: Recipe, encoder: VisionEncoder, trained: Mapping[str, Model]
     ) -> dict[str, InferenceCost]:
         """Features by the encoder; tokens by the encoder (with guidance) and the pixel encoder."""
-        pixel: Any = trained["pixel"].modules["model"]
+        pixel = trained["pixel"].modules["model"]
+        assert isinstance(pixel, PixelTokenizer)
         guided: list[VisionEncoder] = [encoder] if recipe.tokenizer.guidance else []
         modules = nn.ModuleDict({"encoder": encoder, "pixel": pixel})
         kept = [
@@ -131,7 +131,7 @@ class SemHiTokSystem(System):
         found = {}
         if guided:
             found["features"] = InferenceCost.of(recipe.features, modules, guided, guided, size)
-        parts = [*guided, pixel.encode_vectors]
+        parts: list[Callable[[Tensor], Tensor]] = [*guided, pixel.encode_vectors]
         return found | {
             "tokens": InferenceCost.of(recipe.tokens, modules, parts, [*guided, *kept], size)
         }
@@ -185,7 +185,7 @@ class SemHiTokPhases(Phases):
         }
         return self._sized("decoder", PixelTask, settings, stage, parents)
 
-    def _pixel_settings(self, semantic: Artifact | None, loss: Any) -> dict[str, Any]:
+    def _pixel_settings(self, semantic: Artifact | None, loss: Loss) -> dict[str, object]:
         needs_encoder = semantic is not None or loss.perceptual.kind == "encoder"
         given = None
         if semantic is not None:
@@ -204,11 +204,11 @@ class SemHiTokPhases(Phases):
         self,
         name: str,
         task: type[Task],
-        settings: dict[str, Any],
-        stage: Any,
+        settings: dict[str, object],
+        stage: Phase,
         parents: Mapping[str, Artifact],
     ) -> Artifact:
-        more: dict[str, Any] = {"size": self.recipe.codebook.size}
+        more: dict[str, object] = {"size": self.recipe.codebook.size}
         if name == "decoder":
             more["pixel"] = result_settings(self.section.pixel, ("train", "loss"))
         return self.phase(name, task, settings, stage, parents, more)

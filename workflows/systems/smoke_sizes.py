@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from smalti.schema import Loss, Train
 from smalti.storage import exists
 
@@ -19,19 +17,19 @@ TRAIN = {
 VIT = {"dim": 16, "layers": 1, "heads": 2}
 
 
-def train(section: str, recipe_train: Train) -> dict[str, Any]:
+def train(section: str, recipe_train: Train) -> dict[str, object]:
     """Overrides of one training section: few steps, and accumulation where the recipe accumulates."""
-    values = {f"{section}.{key}": value for key, value in TRAIN.items()}
+    values: dict[str, object] = {f"{section}.{key}": value for key, value in TRAIN.items()}
     if recipe_train.micro_batch_size:
         values[f"{section}.micro_batch_size"] = 2
     return values
 
 
-def loss(section: str, wanted: Loss) -> dict[str, Any]:
+def loss(section: str, wanted: Loss) -> dict[str, object]:
     """A GAN that starts within the few steps; LPIPS without a weights file becomes the encoder's
     features.
     """
-    values: dict[str, Any] = {f"{section}.gan.channels": 8, f"{section}.gan.layers": 1}
+    values: dict[str, object] = {f"{section}.gan.channels": 8, f"{section}.gan.layers": 1}
     if wanted.gan.weight:
         values[f"{section}.gan.start_step"] = 1
     if wanted.perceptual.kind == "lpips" and not (
@@ -41,6 +39,6 @@ def loss(section: str, wanted: Loss) -> dict[str, Any]:
     return values
 
 
-def vit(section: str) -> dict[str, Any]:
+def vit(section: str) -> dict[str, object]:
     """Overrides of a vision transformer's sizes."""
     return {f"{section}.{key}": value for key, value in VIT.items()}

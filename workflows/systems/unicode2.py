@@ -5,7 +5,6 @@ trained.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 
@@ -43,14 +42,14 @@ class Unicode2System(System):
                 "(a trained codebook beside the frozen one) or single (the frozen one alone)."
             )
 
-    def settings(self, recipe: Recipe) -> dict[str, Any]:
+    def settings(self, recipe: Recipe) -> dict[str, object]:
         """Layer, image size, and whether codes are unit vectors."""
-        own = {
+        own: dict[str, object] = {
             "layer": recipe.encoder.layer,
             "image_size": recipe.corpus.image_size,
             "spherical": recipe.codebook.spherical,
         }
-        return {"system": recipe.system} | own
+        return {"system": recipe.system, **own}
 
     def build(self, run: StageRun, parents: Mapping[str, Artifact]) -> Mapping[str, int]:
         """Write the encoder and the codebook as one tokenizer."""
@@ -72,7 +71,7 @@ class Unicode2System(System):
         whole.save_pretrained(run.path)
         return {"num_codes": whole.num_codes, "tokens": whole.num_tokens}
 
-    def smoke(self, recipe: Recipe) -> dict[str, Any]:
+    def smoke(self, recipe: Recipe) -> dict[str, object]:
         """Nothing to shrink: no tokenizer is trained."""
         return {}
 

@@ -13,11 +13,11 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from smalti import storage
 from smalti.errors import ConfigError
@@ -28,6 +28,7 @@ from smalti.workflows.tracking.outbox import Outbox
 if TYPE_CHECKING:
     import numpy as np
     from mlflow import MlflowClient
+    from mlflow.entities import Metric
 
     from smalti.schema import Recipe
 
@@ -45,12 +46,12 @@ PATIENCE = {
 }  # the outbox tries again
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(config: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """Nested mappings as one level with dotted keys.
 
     Lists become JSON; an empty mapping is dropped.
     """
-    flat: dict[str, Any] = {}
+    flat: dict[str, object] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
@@ -121,7 +122,7 @@ class MLflowTracker:
         self._client = client or _client(uri)
         self._outbox = Outbox(uri, self._send_numbers, METRICS_A_BATCH)
 
-    def _send_numbers(self, numbers: list[Any]) -> None:
+    def _send_numbers(self, numbers: list[Metric]) -> None:
         self._client.log_batch(self._run_id, metrics=numbers)
 
     @classmethod
@@ -129,10 +130,10 @@ class MLflowTracker:
         """The same run in another process; its `finish` does not end the run."""
         return cls(uri, run_id, owner=False)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Callable[[str, str], MLflowTracker], tuple[str, str]]:
         return MLflowTracker.attach, (self.uri, self._run_id)
 
-    def params(self, values: Mapping[str, Any]) -> None:
+    def params(self, values: Mapping[str, object]) -> None:
         """Log nested settings with dotted keys.
 
         MLflow does not change the value of a logged parameter; a new value (a rerun may change
@@ -140,7 +141,7 @@ class MLflowTracker:
         """
         self._outbox.call(partial(self._params, dict(values)))
 
-    def _params(self, values: Mapping[str, Any]) -> None:
+    def _params(self, values: Mapping[str, object]) -> None:
         from mlflow.entities import Param
 
         known = self._client.get_run(self._run_id).data.params

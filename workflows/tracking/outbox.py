@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Generic, TypeVar
 
 from smalti.progress import log
 
@@ -22,7 +22,10 @@ PASSING = {
 }
 
 
-class Outbox:
+Number = TypeVar("Number")
+
+
+class Outbox(Generic[Number]):
     """Thread-safe queue of calls and numbers for the store `where`; never raises.
 
     `send_numbers` is called with lists of at most `batch` numbers. The queue is bounded: the oldest
@@ -30,11 +33,13 @@ class Outbox:
     and dropped.
     """
 
-    def __init__(self, where: str, send_numbers: Callable[[list[Any]], None], batch: int) -> None:
+    def __init__(
+        self, where: str, send_numbers: Callable[[list[Number]], None], batch: int
+    ) -> None:
         self.where, self.send_numbers, self.batch = where, send_numbers, batch
         self.dropped = 0
         self._calls: deque[Callable[[], None]] = deque()
-        self._numbers: deque[Any] = deque()
+        self._numbers: deque[Number] = deque()
         self._away_since: float | None = None
         self._tried = time.monotonic()
         self._lock = threading.RLock()
@@ -46,7 +51,7 @@ class Outbox:
             self._bound(self._calls, KEPT_CALLS)
             self.flush()
 
-    def add(self, numbers: list[Any], flush_after_s: float) -> None:
+    def add(self, numbers: list[Number], flush_after_s: float) -> None:
         """Queue numbers; send them once a batch is full or `flush_after_s` has passed."""
         with self._lock:
             self._numbers.extend(numbers)
@@ -103,7 +108,7 @@ class Outbox:
             self.dropped += 1
             log(f"MLflow at {self.where} refused an entry, which is dropped: {_first_line(error)}")
 
-    def _bound(self, kept: deque[Any], most: int) -> None:
+    def _bound(self, kept: deque[Number] | deque[Callable[[], None]], most: int) -> None:
         while len(kept) > most:
             kept.popleft()
             self.dropped += 1

@@ -9,6 +9,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from smalti.workflows.evaluation.scores.tables import ClassRow
+
 ARTICLES = {"a", "an", "the"}
 YES_NO = {"yes", "no"}
 
@@ -72,7 +74,7 @@ class QuestionOnly:
 
 def breakdown(
     keys: Sequence[str], hits: Sequence[bool], guesses: Sequence[bool] | None, most: int = 16
-) -> list[dict[str, object]]:
+) -> list[ClassRow]:
     """One row a key, most frequent first: `{"key", "n", "accuracy"}` and, with `guesses`,
     `question_only`.
 
@@ -91,7 +93,7 @@ def breakdown(
     table = []
     for key in order:
         chosen = rows[key]
-        row: dict[str, object] = {
+        row: ClassRow = {
             "key": key,
             "n": len(chosen),
             "accuracy": sum(hits[i] for i in chosen) / len(chosen),

@@ -18,6 +18,7 @@ from smalti.workflows.evaluation.scores.heldout import HeldOut, choose
 from smalti.workflows.evaluation.scores.measure_result import MeasureResult, Score
 from smalti.workflows.evaluation.scores.models import Models
 from smalti.workflows.evaluation.scores.patches import cut_patches, gallery
+from smalti.workflows.evaluation.scores.tables import Histogram
 
 HISTOGRAM_POINTS = 256
 
@@ -80,7 +81,7 @@ def count_scores(prefix: str, counts: np.ndarray) -> dict[str, Score]:
     }
 
 
-def histogram(counts: np.ndarray) -> dict[str, Any]:
+def histogram(counts: np.ndarray) -> Histogram:
     """Counts sorted downwards, thinned to at most `HISTOGRAM_POINTS` (rank, count) pairs, evenly in
     the logarithm of the rank; with how many codes were used at all.
     """

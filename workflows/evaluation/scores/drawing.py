@@ -20,6 +20,7 @@ from smalti.workflows.evaluation.scores.heldout import HeldOut, choose
 from smalti.workflows.evaluation.scores.measure_result import MeasureResult, Score, share
 from smalti.workflows.evaluation.scores.models import Models
 from smalti.workflows.evaluation.scores.pixels import thumbnail, to_model, to_uint8
+from smalti.workflows.evaluation.scores.tables import Drawing
 from smalti.workflows.evaluation.scores.zero_shot import ZeroShot, by_class, no_text_tower
 
 MOST_PROMPTS = 256
@@ -56,7 +57,7 @@ def measure_drawing(data: HeldOut, models: Models) -> MeasureResult:
     result = MeasureResult()
     verdicts = _judge(result, prompts, drawn_BCHW, data, models)
     bhwc = to_uint8(drawn_BCHW)
-    lines: list[dict[str, object]] = []
+    lines: list[Drawing] = []
     for index in np.linspace(0, len(prompts) - 1, min(SHOWN, len(prompts))).astype(int):
         name = f"drawing-{len(lines):02d}"
         result.pictures[name] = thumbnail(bhwc[index])

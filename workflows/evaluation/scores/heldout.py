@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -85,7 +85,22 @@ def choose(total: int, most: int, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).choice(total, size=most, replace=False))
 
 
-def texts_of(table: pa.Table) -> list[dict[str, Any]]:
+class Texts(TypedDict):
+    """The texts of an image."""
+
+    image_id: str
+    caption: str | None
+    label: str | None
+    qa: list[dict[str, str]]
+
+
+class TrainingTexts(Texts):
+    """The texts of a training image, and its shard."""
+
+    key: str
+
+
+def texts_of(table: pa.Table) -> list[Texts]:
     """Rows of caption, label and qa as Python values; a missing qa list is empty, an empty text is
     None.
     """
@@ -191,15 +206,13 @@ class HeldOut:
                     progress.update(len(batch))
 
     @cached_property
-    def training_texts(self) -> list[dict[str, Any]]:
+    def training_texts(self) -> list[TrainingTexts]:
         """caption, label and qa of the training rows (of at most `MOST_SHARDS` · 8 token shards)."""
         keys = spread(shards.list_shards(self.job.tokens, "train"), 8 * MOST_SHARDS)
         return [
-            {"key": key, "index": index, **text}
+            {"key": key, **text}
             for key in keys
-            for index, text in enumerate(
-                texts_of(shards.read_shard(self.job.tokens, key, columns=TEXT_COLUMNS))
-            )
+            for text in texts_of(shards.read_shard(self.job.tokens, key, columns=TEXT_COLUMNS))
         ]
 
     @cached_property

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, TypedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 from PIL import Image
@@ -28,6 +28,17 @@ NOT_OF_THE_CODES = {
 }
 
 
+class ScoreRecord(TypedDict):
+    """A score of report.json; `goal` where the recipe sets one."""
+
+    value: float
+    n: int
+    split: str
+    higher_is_better: bool
+    baseline: dict[str, float]
+    goal: NotRequired[float]
+
+
 @dataclass(frozen=True)
 class Score:
     """One number of report.json.
@@ -41,7 +52,7 @@ class Score:
     higher_is_better: bool = True
     baseline: dict[str, float] = field(default_factory=dict)
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> ScoreRecord:
         """The score as plain types.
 
         Raises:
@@ -53,8 +64,11 @@ class Score:
                     f"A measure returned a score that is not finite: {name} is {number} (n = {self.n}). "
                     "Check the losses of the trained models in history.jsonl for NaN or Inf."
                 )
-        return asdict(self) | {
+        return {
             "value": float(self.value),
+            "n": self.n,
+            "split": self.split,
+            "higher_is_better": self.higher_is_better,
             "baseline": {k: float(v) for k, v in self.baseline.items()},
         }
 
@@ -64,7 +78,7 @@ class MeasureResult:
     """Result of one measure; empty when there was nothing to measure (`skipped` then says why)."""
 
     scores: dict[str, Score] = field(default_factory=dict)
-    tables: dict[str, Any] = field(default_factory=dict)
+    tables: dict[str, object] = field(default_factory=dict)
     pictures: dict[str, np.ndarray] = field(
         default_factory=dict
     )  # file name without ending -> uint8 (H, W, 3)
@@ -75,7 +89,7 @@ class ResultRecord(TypedDict):
     """A finished result as JSON; `version` is that of the measure's definition."""
 
     version: int
-    scores: dict[str, dict[str, Any]]
+    scores: dict[str, ScoreRecord]
     tables: dict[str, Any]
     pictures: list[str]
     skipped: str | None
@@ -111,24 +125,24 @@ def png(hwc: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def share(hits: Any) -> float:
+def share(hits: Sequence[bool] | np.ndarray) -> float:
     """Mean of booleans; the caller makes sure that there is at least one."""
     return float(np.mean(np.asarray(hits, dtype=np.float64)))
 
 
 def merge_baselines(
-    scores: dict[str, Any], others: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any]:
+    scores: Mapping[str, ScoreRecord], others: Mapping[str, Mapping[str, ScoreRecord]]
+) -> dict[str, ScoreRecord]:
     """Scores as JSON with the values that other runs reached added under `baseline.<name of the
     run>`.
 
     A measure of the encoder or of the judge alone is left out where it is equal: the run shares
     them.
     """
-    merged = {}
+    merged: dict[str, ScoreRecord] = {}
     for key, score in scores.items():
         beside = {name: run[key]["value"] for name, run in others.items() if key in run}
         if key in NOT_OF_THE_CODES:
             beside = {name: value for name, value in beside.items() if value != score["value"]}
-        merged[key] = score | {"baseline": score.get("baseline", {}) | beside}
+        merged[key] = {**score, "baseline": score.get("baseline", {}) | beside}
     return merged

@@ -5,10 +5,10 @@ B images, T = h·w tokens, N = B·T patches.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from PIL import Image
+
+from smalti.workflows.evaluation.scores.tables import GalleryRow
 
 ROWS, PATCHES_A_ROW, PICTURE_SIDE = 12, 8, 96
 DIM = 0.35  # how much of its colour the surrounding of a patch keeps
@@ -31,7 +31,7 @@ def cut_patches(bhwc: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 
 def gallery(
     bhwc: np.ndarray, ids_BT: np.ndarray, grid: tuple[int, int], seed: int
-) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+) -> tuple[list[GalleryRow], dict[str, np.ndarray]]:
     """Rows of up to 8 patches that share a code, and their pictures.
 
     Half of the rows are the codes with the most detail (pixel variance), half are spread over the
@@ -44,7 +44,7 @@ def gallery(
     codes, counts = np.unique(flat_N, return_counts=True)
     detail = np.bincount(flat_N, weights=detail_N)[codes] / counts
     rng = np.random.default_rng(seed)
-    lines: list[dict[str, Any]] = []
+    lines: list[GalleryRow] = []
     pictures: dict[str, np.ndarray] = {}
     for code, count in _order(codes, counts, detail):
         places = rng.permutation(np.flatnonzero(flat_N == code))

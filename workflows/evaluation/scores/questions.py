@@ -16,6 +16,7 @@ from smalti.workflows.evaluation.scores.heldout import HeldOut, Question
 from smalti.workflows.evaluation.scores.measure_result import MeasureResult, Score, share
 from smalti.workflows.evaluation.scores.models import Models
 from smalti.workflows.evaluation.scores.pixels import thumbnail
+from smalti.workflows.evaluation.scores.tables import Example
 
 SHOWN_EACH = 12
 ANSWER_TOKENS = 16
@@ -73,7 +74,7 @@ def ask(questions: list[Question], models: Models) -> list[str]:
 
 def _examples(
     data: HeldOut, result: MeasureResult, given: list[str], hits: list[bool]
-) -> list[dict[str, object]]:
+) -> list[Example]:
     """Up to a dozen wrong and a dozen right answers, evenly over the sample, each about another
     image.
     """
@@ -89,12 +90,12 @@ def _examples(
             for place in np.linspace(0, len(places) - 1, min(SHOWN_EACH, len(places)))
         ]
     pixels = data.pixels([data.questions[index].row for index in chosen])
-    lines: list[dict[str, object]] = []
+    lines: list[Example] = []
     for number, (index, hwc) in enumerate(zip(chosen, pixels, strict=True)):
         name = f"question-{number:02d}"
         result.pictures[name] = thumbnail(hwc, 256)
         one = data.questions[index]
-        line = {
+        line: Example = {
             "picture": name,
             "question": one.question,
             "answer": one.answer,

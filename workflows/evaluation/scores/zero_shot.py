@@ -15,6 +15,7 @@ from smalti.workflows.evaluation.scores.heldout import HeldOut, HeldOutRow
 from smalti.workflows.evaluation.scores.measure_result import MeasureResult, Score, share
 from smalti.workflows.evaluation.scores.models import Models
 from smalti.workflows.evaluation.scores.pixels import to_model
+from smalti.workflows.evaluation.scores.tables import ClassRow, ZeroShotTable
 
 MOST_TEXTS_A_BATCH = 256
 
@@ -105,7 +106,7 @@ def measure_zero_shot(data: HeldOut, models: Models) -> MeasureResult:
     score = Score(
         share(hits), len(rows), baseline={"most_frequent": most_frequent_share(data, rows)}
     )
-    table = {
+    table: ZeroShotTable = {
         "classes": by_class(right, hits),
         "sentences": dict(list(data.zero_shot_sentences.items())[:200]),
     }
@@ -126,9 +127,9 @@ def most_frequent_share(data: HeldOut, rows: list[HeldOutRow]) -> float:
     return share([row.label == best for row in rows])
 
 
-def by_class(right: list[str], hits: list[bool]) -> list[dict[str, object]]:
+def by_class(right: list[str], hits: list[bool]) -> list[ClassRow]:
     """Accuracy of each class, the worst first; at most 200 rows."""
-    rows: list[dict[str, object]] = []
+    rows: list[ClassRow] = []
     for label in sorted(set(right)):
         chosen = [hit for hit, name in zip(hits, right, strict=True) if name == label]
         rows.append({"key": label, "n": len(chosen), "accuracy": share(chosen)})

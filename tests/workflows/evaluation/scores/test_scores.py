@@ -5,7 +5,7 @@ Covers: workflows/evaluation/scores/answers.py, workflows/evaluation/scores/code
 workflows/evaluation/scores/contact_sheet.py, workflows/evaluation/scores/drawing.py,
 workflows/evaluation/scores/heldout.py, workflows/evaluation/scores/judge.py,
 workflows/evaluation/scores/measure_result.py, workflows/evaluation/scores/patches.py,
-workflows/evaluation/scores/pixels.py.
+workflows/evaluation/scores/pixels.py, workflows/evaluation/scores/tables.py.
 """
 
 from __future__ import annotations
