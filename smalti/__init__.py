@@ -8,7 +8,7 @@ Hugging Face's package of that name from every process started at the root.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load_codebook", "load_tokenizer"]
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from smalti.api import load_codebook, load_tokenizer
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """`smalti.load_tokenizer` and `load_codebook`, loaded on first use: they need torch, and most
     of the base does not.
     """

@@ -5,7 +5,10 @@ Rooms above the base are imported on use only.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from smalti.tokenizers.code_index import CodeIndex
 
 
 def load_tokenizer(path: str) -> Any:
@@ -19,7 +22,7 @@ def load_tokenizer(path: str) -> Any:
     return load(path)
 
 
-def load_codebook(path: str) -> Any:
+def load_codebook(path: str) -> CodeIndex:
     """The codes of the codebook artifact at `path` (a folder or URL), on CPU, as a `CodeIndex` with
     its tree.
 

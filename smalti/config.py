@@ -35,7 +35,7 @@ def load_recipe(
     Values of overrides are YAML (`null`, `[1, 2]`, `1e-4`); where a key takes text, they are text
     as typed. A section that is null is created.
     """
-    data: dict[str, Any] = copy.deepcopy(dict(base or {}))
+    data: dict[str, object] = copy.deepcopy(dict(base or {}))
     origins: Origins = {}
     if path is not None:
         merged, found = _read_chain(path)
@@ -67,7 +67,7 @@ def dump(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(mode="json")
 
 
-def merge(under: Mapping[str, object], over: Mapping[str, object]) -> dict[str, Any]:
+def merge(under: Mapping[str, object], over: Mapping[str, object]) -> dict[str, object]:
     """`over` upon `under`: mappings merge key by key, everything else replaces."""
     merged = dict(under)
     for key, value in over.items():
@@ -79,7 +79,7 @@ def merge(under: Mapping[str, object], over: Mapping[str, object]) -> dict[str, 
     return merged
 
 
-def parse_override(text: str) -> tuple[str, Any]:
+def parse_override(text: str) -> tuple[str, object]:
     """`a.b=c` as (dotted key, value)."""
     key, equals, raw = text.partition("=")
     key = key.strip()
@@ -125,9 +125,9 @@ def find_recipe(path: str) -> str:
     raise ConfigError(f"no recipe exists at {path} ({hint})")
 
 
-def _read_chain(path: str) -> tuple[dict[str, Any], Origins]:
+def _read_chain(path: str) -> tuple[dict[str, object], Origins]:
     """The file and those it extends, merged, and which file each dotted key came from."""
-    chain: list[tuple[str, dict[str, Any]]] = []
+    chain: list[tuple[str, dict[str, object]]] = []
     seen: list[str] = []
     current: str | None = path
     while current is not None:
@@ -150,7 +150,7 @@ def _read_chain(path: str) -> tuple[dict[str, Any], Origins]:
                 f"{current}: extends: expected the path of one recipe, found {above!r}"
             )
         current = None if above is None else _beside(found, above)
-    merged: dict[str, Any] = {}
+    merged: dict[str, object] = {}
     origins: Origins = {}
     for name, data in reversed(chain):
         merged = merge(merged, data)
@@ -158,7 +158,7 @@ def _read_chain(path: str) -> tuple[dict[str, Any], Origins]:
     return merged, origins
 
 
-def _read(path: str) -> dict[str, Any]:
+def _read(path: str) -> dict[str, object]:
     try:
         raw = storage.read_bytes(path)
     except DataError as error:
@@ -202,7 +202,7 @@ def _dotted(data: Mapping[str, object], prefix: str = "") -> list[str]:
     return keys
 
 
-def _set(data: dict[str, Any], dotted: str, value: object, *, where: str) -> None:
+def _set(data: dict[str, object], dotted: str, value: object, *, where: str) -> None:
     """Set a dotted key in nested data; sections above it that are absent or null are created.
 
     A mapping merges into the existing value, an empty one replaces it: `baselines={}` removes all
@@ -225,7 +225,7 @@ def _set(data: dict[str, Any], dotted: str, value: object, *, where: str) -> Non
         node[last] = copy.deepcopy(value)
 
 
-def _validated(data: dict[str, Any], origins: Origins, where: str) -> Recipe:
+def _validated(data: dict[str, object], origins: Origins, where: str) -> Recipe:
     """`data` as a Recipe, baselines checked too; `ConfigError` with a line for each wrong key."""
     try:
         recipe = Recipe.model_validate(data)

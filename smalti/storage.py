@@ -334,7 +334,7 @@ def read_json(path: str) -> Any:
         ) from error
 
 
-def write_json(path: str, value: Any) -> None:
+def write_json(path: str, value: object) -> None:
     """Write a JSON value, indented, atomically; `ValueError` for NaN, which is not JSON."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     write_atomic(path, (text + "\n").encode())

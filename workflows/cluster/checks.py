@@ -16,10 +16,10 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from smalti import storage
 from smalti.errors import SmaltiError
@@ -209,7 +209,14 @@ def _forget(marks: str) -> None:
     storage.remove(marks)
 
 
-def _on_each(nodes: Iterable[str], function: Any, arguments: Any) -> dict[str, Any]:
+Result = TypeVar("Result")
+
+
+def _on_each(
+    nodes: Iterable[str],
+    function: Callable[..., Result],
+    arguments: Callable[[str], tuple[object, ...]],
+) -> dict[str, Result]:
     """Run `function(*arguments(node))` on each node; nodes that time out are left out."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import smalti
 from smalti.errors import ConfigError
@@ -111,7 +111,7 @@ def checkout_root() -> str | None:
     )
 
 
-def remote_env() -> dict[str, Any] | None:
+def remote_env() -> dict[str, str | list[str]] | None:
     """Ray's runtime environment with which workers import smalti.
 
     None inside a job, which has its working directory already.

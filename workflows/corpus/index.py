@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,8 @@ from smalti.workflows.pipeline.timings import HERE
 from smalti.workflows.sources import Group, Lost, Sample
 from smalti.workflows.sources.base import printable
 from smalti.workflows.sources.network import reading
+
+IndexRow = dict[str, object]  # a row of `INDEX`
 
 if TYPE_CHECKING:
     from smalti.workflows.pipeline.stage import StageRun
@@ -188,14 +190,14 @@ class IndexGroup:
             index = shards.shard_path(self.path, index_key(split, number))
             storage.write_atomic(index, memoryview(sink.getvalue()))
 
-    def rows(self, group: Group) -> Iterator[dict[str, Any]]:
+    def rows(self, group: Group) -> Iterator[IndexRow]:
         """The index rows of a group, in order."""
         for found in HERE.timed("read", group.samples()):
             with HERE.part("decode"):
                 row = self.row(found)
             yield row
 
-    def row(self, found: Sample | Lost) -> dict[str, Any]:
+    def row(self, found: Sample | Lost) -> IndexRow:
         """The index row of one sample, which is decoded fully to check it."""
         key = printable(found.key)
         if isinstance(found, Lost):
@@ -217,7 +219,7 @@ class IndexGroup:
         }
 
 
-def _chunks(rows: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+def _chunks(rows: Iterable[IndexRow], size: int) -> Iterator[list[IndexRow]]:
     rest = iter(rows)
     while chunk := list(islice(rest, size)):
         yield chunk

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any
 
 from smalti.schema import CorpusSection
 from smalti.workflows.corpus import dedup
 from smalti.workflows.corpus.dedup import FindDuplicates, GroupCounts, MarkGroups, Place
 from smalti.workflows.corpus.index import IndexGroup
 from smalti.workflows.corpus.layout import Plan, lay_out
-from smalti.workflows.pipeline.shards import run_shards
+from smalti.workflows.pipeline.shards import Item, Loaded, Result, ShardWorker, run_shards
 from smalti.workflows.pipeline.stage import StageRun
 from smalti.workflows.pipeline.timings import HERE, Tally, shown
 from smalti.workflows.sources import Group
@@ -23,11 +22,11 @@ INLINE_ROWS = 100_000  # up to so many are handled in this process: an actor tak
 def each(
     run: StageRun,
     tally: Tally,
-    items: Sequence[Any],
-    worker: type,
-    args: tuple[Any, ...],
+    items: Sequence[Item],
+    worker: Callable[..., ShardWorker[Item, Loaded, Result]],
+    args: tuple[object, ...],
     inline: bool = False,
-) -> Generator[Any, None, None]:
+) -> Generator[Result, None, None]:
     """Yield the result of each item, on Ray or (`inline`) in this process.
 
     What the workers counted is added to the tally before the result is yielded.

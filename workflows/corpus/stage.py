@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
 
 from smalti import shards, storage
 from smalti.artifact import Artifact
@@ -60,7 +59,7 @@ def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
     return made
 
 
-def stage_config(recipe: Recipe) -> dict[str, Any]:
+def stage_config(recipe: Recipe) -> dict[str, object]:
     """Settings that the corpus depends on.
 
     `image_size` is used only when shards are read, except by generated pictures.

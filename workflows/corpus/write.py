@@ -7,7 +7,6 @@ import lzma
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -163,7 +162,7 @@ class WriteShards:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.opened: tuple[Place, Any] | None = None  # the open group and its reader
+        self.opened: tuple[Place, ReadBytes] | None = None  # the open group and its reader
 
     def read(self, item: list[ShardItem]) -> list[ShardItem]:
         return item
@@ -277,7 +276,7 @@ class WriteShards:
                 raise self.other_bytes(f"{group.source}::{key}")
             yield Lost(key, "vanished", detail) if detail else data
 
-    def reader(self, place: Place, group: Group, stack: ExitStack) -> Any:
+    def reader(self, place: Place, group: Group, stack: ExitStack) -> ReadBytes:
         """The group's reader, opened if it is not the current one."""
         if self.opened is None or self.opened[0] != place:
             stack.close()

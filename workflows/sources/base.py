@@ -25,6 +25,7 @@ import fsspec
 import pyarrow as pa
 from fsspec.compression import compr
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractBufferedFile
 
 from smalti import storage
 from smalti.errors import DataError
@@ -32,6 +33,7 @@ from smalti.schema import CorpusSection
 from smalti.workflows.pipeline.timings import HERE
 from smalti.workflows.sources.network import (
     BUFFER_BYTES,
+    Files,
     RetryingFiles,
     RetryingStream,
     retry_network,
@@ -112,7 +114,7 @@ class Group(Protocol):
     def reader(self) -> AbstractContextManager[ReadBytes]: ...
 
 
-def clean_text(value: Any) -> str | None:
+def clean_text(value: object) -> str | None:
     """Text with single spaces; None for null, NaN or empty.
 
     Of a list (several captions) the first text; of a mapping its `text` or `caption`.
@@ -175,7 +177,7 @@ def read_pairs(record: Mapping[str, Any]) -> Pairs:
     Raises:
         ValueError: if the pairs have another form.
     """
-    found: list[tuple[Any, Any]] = []
+    found: list[tuple[object, object]] = []
     listed = record.get("qa")
     if isinstance(listed, str):
         listed = load_json(listed) if listed.strip() else []
@@ -220,7 +222,7 @@ def is_web(path: str) -> bool:
     return path.startswith(("http://", "https://"))
 
 
-def filesystem(path: str, pauses: Sequence[float] | None = None) -> tuple[Any, str]:
+def filesystem(path: str, pauses: Sequence[float] | None = None) -> tuple[Files, str]:
     """The fsspec file system of a path or URL, and the path in it.
 
     Calls over a network are retried (see `retry_network`).
@@ -262,7 +264,7 @@ def open_seekable(path: str, compression: str | None = None) -> Iterator[BinaryI
         yield cast(BinaryIO, stream)
 
 
-def _copy(fs: Any, path: str, copy: BinaryIO) -> None:
+def _copy(fs: Files, path: str, copy: BinaryIO) -> None:
     """Copy a whole file; overwrites what an earlier try copied."""
     copy.seek(0)
     copy.truncate()
@@ -271,13 +273,13 @@ def _copy(fs: Any, path: str, copy: BinaryIO) -> None:
     copy.seek(0)
 
 
-def read_file(fs: Any, path: str) -> bytes:
+def read_file(fs: Files, path: str) -> bytes:
     """Read a file's bytes."""
     check_ends(fs, path)
     return cast(bytes, fs.cat_file(path))
 
 
-def check_ends(fs: Any, path: str) -> None:
+def check_ends(fs: Files, path: str) -> None:
     """Raise PermissionError for a pipe or a device, which may have no end."""
     if isinstance(fs, LocalFileSystem) and fs.info(path)["type"] == "other":
         raise PermissionError(f"{path} is a pipe or a device")
@@ -297,7 +299,7 @@ def is_arrows(error: Exception) -> bool:
     return isinstance(error, pa.ArrowException) or (type(error) is OSError and error.errno is None)
 
 
-def _has_ranges(stream: Any) -> bool:
+def _has_ranges(stream: AbstractBufferedFile) -> bool:
     """Whether a server can send the last byte of a file alone."""
     try:
         stream.seek(max(0, stream.size - 1))

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
-from typing import Any, BinaryIO, TypeVar
+from typing import BinaryIO, TypeVar
 
 from smalti import storage
 from smalti.errors import DataError
@@ -36,7 +36,8 @@ from smalti.workflows.sources.base import (
 )
 from smalti.workflows.sources.listing import SideTables, each_file
 from smalti.workflows.sources.metadata import METADATA, Metadata, composed
-from smalti.workflows.sources.sorted_records import SortedRecords
+from smalti.workflows.sources.network import Files
+from smalti.workflows.sources.sorted_records import Record, SortedRecords
 
 T = TypeVar("T")
 TEXT_SUFFIXES = (".txt", ".caption")  # if both exist, .txt is used
@@ -93,7 +94,7 @@ class FolderGroup:
                 entry.path, (index, 0), data, caption or entry.label, entry.label, entry.qa
             )
 
-    def _text(self, fs: Any, path: str) -> str | None:
+    def _text(self, fs: Files, path: str) -> str | None:
         """The text of a file; None if a local file is over `max_bytes`."""
         if storage.is_local(self.root) and fs.size(path) > self.max_bytes:
             return None
@@ -211,7 +212,7 @@ class _Listing:
         for _, *record in ordered:
             yield _entry(record)
 
-    def _of_stem(self, records: Iterator[list[Any]]) -> Iterator[Entry]:
+    def _of_stem(self, records: Iterator[Record]) -> Iterator[Entry]:
         """Entries of a stem; further rows on an image add questions and fill empty texts."""
         text: str | None = None
         said: dict[
@@ -223,11 +224,11 @@ class _Listing:
                 text = record[0]
             elif kind == ROW:
                 number, path, where, caption, label, qa = record
-                old, *first = said.get(path, (Entry(path), number, where))
+                old, first, first_where = said.get(path, (Entry(path), number, where))
                 entry = Entry(
                     path, None, old.caption or caption, old.label or label, (*old.qa, *qa)
                 )
-                said[path] = entry, *first
+                said[path] = entry, first, first_where
             else:
                 path = composed(record[0])
                 there.add(path)
@@ -247,7 +248,7 @@ class _Listing:
         return " ".join(printable(_class_of(name)).replace("_", " ").split())
 
 
-def _entry(record: list[Any]) -> Entry:
+def _entry(record: Record) -> Entry:
     """An entry from its JSON record."""
     path, text, caption, label, qa = record
     return Entry(path, text, caption, label, tuple((question, answer) for question, answer in qa))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from smalti import storage
 from smalti.errors import DataError
@@ -91,7 +91,7 @@ class JsonLinesGroup:
 
             yield read
 
-    def _where(self, record: dict[str, Any]) -> str:
+    def _where(self, record: dict[str, object]) -> str:
         name = next((record[key] for key in (self.image, *IMAGE_NAMES) if record.get(key)), None)
         if not isinstance(name, str):
             raise ValueError(

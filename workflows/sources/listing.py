@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,6 +20,7 @@ from smalti.workflows.sources.base import (
     of_each,
     open_seekable,
 )
+from smalti.workflows.sources.network import Files
 
 STATISTICS = "_stats.json"
 
@@ -133,7 +133,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _walk_store(fs: Any, root: str, errors: list[OSError]) -> Iterator[str]:
+def _walk_store(fs: Files, root: str, errors: list[OSError]) -> Iterator[str]:
     root = root.rstrip("/")
     waiting = [root]
     while waiting:

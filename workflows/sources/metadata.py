@@ -8,10 +8,10 @@ import posixpath
 import shutil
 import tempfile
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, TextIO
+from typing import BinaryIO, TextIO
 
 from smalti.errors import DataError
 from smalti.schema import CorpusSection
@@ -90,7 +90,7 @@ class Metadata:
                 except (ValueError, TypeError, AttributeError, csv.Error) as error:
                     yield Lost(where, "bad_metadata", f"{type(error).__name__}: {error}")
 
-    def _table(self, name: str, text: TextIO) -> Iterator[tuple[int, dict[str, Any] | csv.Error]]:
+    def _table(self, name: str, text: TextIO) -> Iterator[tuple[int, dict[str, str] | csv.Error]]:
         """Yield (last line, row) of a CSV; for a malformed row, its error."""
         table = csv.DictReader(text, skipinitialspace=True, strict=True)
         try:
@@ -107,14 +107,14 @@ class Metadata:
         table.fieldnames = heads
         while True:
             try:
-                row: dict[str, Any] | csv.Error = next(table)
+                row: dict[str, str] | csv.Error = next(table)
             except StopIteration:
                 return
             except csv.Error as error:
                 row = error
             yield table.reader.line_num, row
 
-    def _said(self, folder: str, where: str, record: dict[str, Any]) -> Said:
+    def _said(self, folder: str, where: str, record: Mapping[str, object]) -> Said:
         self.columns |= {str(name) for name in record if name is not None}
         if not record["file_name"]:
             raise ValueError("file_name is empty")

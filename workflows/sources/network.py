@@ -11,10 +11,15 @@ import functools
 import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+
+from fsspec import AbstractFileSystem
 
 from smalti.errors import DataError
 from smalti.workflows.pipeline.retry import ANSWERS, brief, refused, retry
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 PAUSES_S = (1.0, 4.0, 10.0)  # before each further try
 BUFFER_BYTES = 1 << 16
@@ -50,9 +55,9 @@ def reading(source: str) -> Iterator[None]:
 def retry_network(
     place: str,
     call: Callable[..., T],
-    *args: Any,
+    *args: object,
     pauses: Sequence[float] | None = None,
-    **more: Any,
+    **more: object,
 ) -> T:
     """What `call(*args, **more)` returns, retried while `place` does not answer.
 
@@ -65,12 +70,10 @@ def retry_network(
     """
     try:
         return retry(
-            call,
-            *args,
+            functools.partial(call, *args, **more),
             what=f"reading {place}",
             transient=_may_pass,
             pauses_s=PAUSES_S if pauses is None else pauses,
-            **more,
         )
     except (*MISUSE, DataError, MemoryError):
         raise
@@ -112,7 +115,9 @@ def _is_answer(error: Exception) -> bool:
 class RetryingFiles:
     """A file system of fsspec whose calls are retried (`retry_network`)."""
 
-    def __init__(self, fs: Any, place: str, pauses: Sequence[float] | None = None) -> None:
+    def __init__(
+        self, fs: AbstractFileSystem, place: str, pauses: Sequence[float] | None = None
+    ) -> None:
         self._fs, self._place, self._pauses = fs, place, pauses
 
     def __getattr__(self, name: str) -> Any:
@@ -143,10 +148,13 @@ class RetryingFiles:
             return False
 
 
+Files = AbstractFileSystem | RetryingFiles
+
+
 class RetryingStream(io.RawIOBase):
     """A seekable stream over a network whose reads are retried."""
 
-    def __init__(self, stream: Any, place: str) -> None:
+    def __init__(self, stream: BinaryIO, place: str) -> None:
         self.stream, self.place = stream, place
 
     def readable(self) -> bool:
@@ -161,15 +169,16 @@ class RetryingStream(io.RawIOBase):
     def tell(self) -> int:
         return int(self.stream.tell())
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        view = memoryview(buffer)
         start = self.stream.tell()
 
         def read() -> bytes:
             self.stream.seek(start)
-            return bytes(self.stream.read(len(buffer)))
+            return bytes(self.stream.read(len(view)))
 
         data = retry_network(self.place, read)
-        buffer[: len(data)] = data
+        view[: len(data)] = data
         return len(data)
 
     def close(self) -> None:

@@ -14,6 +14,8 @@ from smalti.errors import DataError
 HELD = 100_000  # records in memory
 BLOCK_BYTES = 16_384  # read from each run at once while merging
 
+Record = list[Any]  # JSON
+
 
 class SortedRecords:
     """JSON records, added in any order and iterated sorted.
@@ -23,11 +25,11 @@ class SortedRecords:
     """
 
     def __init__(self) -> None:
-        self.held: list[list[Any]] = []
+        self.held: list[Record] = []
         self.file: IO[bytes] | None = None
         self.ends = [0]  # of the runs in the file
 
-    def add(self, record: list[Any]) -> None:
+    def add(self, record: Record) -> None:
         """Add a record.
 
         Raises:
@@ -51,12 +53,12 @@ class SortedRecords:
         self.ends.append(self.file.tell())
         self.held = []
 
-    def __iter__(self) -> Iterator[list[Any]]:
+    def __iter__(self) -> Iterator[Record]:
         self.held.sort()
         runs = [self._run(start, end) for start, end in zip(self.ends, self.ends[1:], strict=False)]
         yield from heapq.merge(*runs, self.held)
 
-    def _run(self, start: int, end: int) -> Iterator[list[Any]]:
+    def _run(self, start: int, end: int) -> Iterator[Record]:
         assert self.file is not None
         rest = b""
         while start < end:

@@ -42,7 +42,7 @@ class TailReader:
     KEPT = 4 * tarfile.RECORDSIZE
     EMPTY = 99
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: BinaryIO) -> None:
         self._take = getattr(stream, "read1", stream.read)
         self.tail, self.position = b"", 0
         self._error: Exception | None = None

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from fsspec.compression import available_compressions
 from fsspec.utils import infer_compression
@@ -177,7 +177,7 @@ class TarGroup:
             )
 
     def _sample(self, key: str, locator: Locator, data: bytes, members: _Members) -> Sample | Lost:
-        record: dict[str, Any] = {}
+        record: dict[str, object] = {}
         try:
             if "json" in members.texts:
                 loaded = load_json(members.texts["json"])
