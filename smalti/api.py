@@ -5,10 +5,7 @@ Rooms above the base are imported on use only.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from smalti.tokenizers.code_index import CodeIndex
+from typing import Any
 
 
 def load_tokenizer(path: str) -> Any:
@@ -22,7 +19,7 @@ def load_tokenizer(path: str) -> Any:
     return load(path)
 
 
-def load_codebook(path: str) -> CodeIndex:
+def load_codebook(path: str) -> Any:
     """The codes of the codebook artifact at `path` (a folder or URL), on CPU, as a `CodeIndex` with
     its tree.
 
