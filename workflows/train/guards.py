@@ -9,13 +9,14 @@ collective of their own.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from smalti.errors import TrainingError
 from smalti.workflows.train.collectives import Collectives
+from smalti.workflows.train.deepspeed_compat import Engine, is_replicated
 from smalti.workflows.train.task import Metrics
 
 if TYPE_CHECKING:
@@ -94,22 +95,19 @@ def checksum(tensor: Tensor) -> Tensor:
     return total
 
 
-def replicated(engines: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Buffers and weights by name that each worker holds whole, so that they can drift apart: all
-    of them below ZeRO-3, where no weight is cut; under it buffers (EMA codebooks) and the
-    weights that are too small to be.
+def replicated(engines: Mapping[str, Engine]) -> dict[str, Tensor]:
+    """Weights and buffers by name that every worker has whole, so that they can diverge.
+
+    Below ZeRO-3 these are all; under it buffers (EMA codebooks), and weights that are too small to
+    be partitioned.
     """
     found: dict[str, Tensor] = {}
     for name, engine in engines.items():
-        tensors: dict[str, Any] = dict(engine.module.named_parameters()) | dict(
-            engine.module.named_buffers()
-        )
-        whole = {
-            key: t for key, t in tensors.items() if t.numel() == getattr(t, "ds_numel", t.numel())
-        }
-        found |= {
-            f"{name}'s {key}": t for key, t in whole.items() if getattr(t, "ds_persist", True)
-        }
+        tensors: dict[str, Tensor] = dict(engine.module.named_parameters())
+        tensors |= dict(engine.module.named_buffers())
+        for key, tensor in tensors.items():
+            if is_replicated(tensor):
+                found[f"{name}'s {key}"] = tensor
     return found
 
 

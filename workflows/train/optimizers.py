@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from smalti.mllm.losses import LossHead
+from smalti.workflows.train.deepspeed_compat import full_shape
 
 if TYPE_CHECKING:
     from smalti.schema import Train
@@ -33,22 +34,21 @@ def build_optimizer(
         raise ValueError(f"{type(module).__name__} has no trainable parameter")
     hidden = hidden_matrices(module) if train.optimizer == "muon" else []
     taken = {id(p) for p in hidden}
-    others = [p for p in trained if axes(p) > 1 and id(p) not in taken]
+    others = [p for p in trained if len(full_shape(p)) > 1 and id(p) not in taken]
     groups = [
         {"params": hidden, "weight_decay": train.weight_decay, "muon": True},
         {"params": others, "weight_decay": train.weight_decay, "muon": False},
-        {"params": [p for p in trained if axes(p) <= 1], "weight_decay": 0.0, "muon": False},
+        {
+            "params": [p for p in trained if len(full_shape(p)) <= 1],
+            "weight_decay": 0.0,
+            "muon": False,
+        },
     ]
     part_of: Mapping[int, str] = getattr(module, "rate_parts", dict)()
     groups = [piece for group in groups for piece in by_part(group, part_of) if piece["params"]]
     if hidden:
         return MuonAdamW(groups, lr=lr, betas=train.betas, fused=True)
     return torch.optim.AdamW(groups, lr=lr, betas=train.betas, fused=True)
-
-
-def axes(parameter: torch.Tensor) -> int:
-    """How many axes a parameter has as a whole (under ZeRO-3 it may lie in parts already)."""
-    return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def by_part(group: dict[str, Any], part_of: Mapping[int, str]) -> list[dict[str, Any]]:

@@ -1,24 +1,22 @@
-"""ZeRO states of another number of workers: DeepSpeed's universal checkpoint, which holds each
-parameter whole.
+"""Engine states written by another number of workers, by DeepSpeed's universal checkpoint.
 
-Made once a machine, by the first of its workers; then each worker takes its part.
+A universal checkpoint has each parameter whole. The first worker of each node converts the
+checkpoint once; then each worker loads its part.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import glob
-import io
 import os
 import pickle
 import tempfile
-from typing import Any
 
 import torch
 
 from smalti.errors import TrainingError
+from smalti.workflows.train import deepspeed_compat
 from smalti.workflows.train.collectives import Collectives
+from smalti.workflows.train.deepspeed_compat import Engine
 from smalti.workflows.train.scratch import disk_is_full, shared_folder
 
 CONVERTED = "universal"
@@ -33,36 +31,47 @@ NO_FIT = (
 """What DeepSpeed raises for files that are not what it expects."""
 
 
-def load(engine: Any, folder: str, tag: str, collectives: Collectives, *, shown: str) -> None:
-    """Load `folder`/`tag`, a checkpoint of a ZeRO engine by another number of workers, which errors
-    name as `shown`; every worker calls it.
+def load(engine: Engine, folder: str, tag: str, collectives: Collectives, *, shown: str) -> None:
+    """Load a checkpoint that another number of workers wrote; every worker calls it.
+
+    Args:
+        engine: a ZeRO engine.
+        folder: local folder of the engine's states.
+        tag: name of the checkpoint in `folder`.
+        collectives: of the workers.
+        shown: name of the checkpoint in errors.
     """
-    convert = lambda made: _convert(os.path.join(folder, tag), os.path.join(made, CONVERTED), shown)  # noqa: E731
-    with shared_folder("universal", convert, collectives) as made:
-        optimizer = engine.optimizer.optimizer
-        groups = [
-            {key: value for key, value in group.items() if key != "params"}
-            for group in optimizer.param_groups
-        ]
-        engine._config.load_universal_checkpoint = True
-        try:
-            load_engine(engine, made, CONVERTED, shown=shown)
-        finally:
-            engine._config.load_universal_checkpoint = False
-        for group, own in zip(optimizer.param_groups, groups, strict=True):
-            group.update(own)  # DeepSpeed gives all groups the decay of the first
-        for state in optimizer.state.values():
-            state["step"] = state[
-                "step"
-            ].clone()  # one tensor for all of them would count several times a step
+
+    def convert(shared: str) -> None:
+        _convert(os.path.join(folder, tag), os.path.join(shared, CONVERTED), shown)
+
+    with shared_folder("universal", convert, collectives) as converted:
+        _load_universal(engine, converted, shown)
         _load_rest(engine, os.path.join(folder, tag))
 
 
-def load_engine(engine: Any, folder: str, tag: str, *, shown: str) -> None:
-    """Load `folder`/`tag` into an engine.
+def _load_universal(engine: Engine, converted: str, shown: str) -> None:
+    """Load a universal checkpoint; settings of groups and step counts stay apart."""
+    optimizer = deepspeed_compat.torch_optimizer(engine)
+    groups = [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in optimizer.param_groups
+    ]
+    with deepspeed_compat.universal_checkpoint(engine):
+        load_engine(engine, converted, CONVERTED, shown=shown)
+    for group, own in zip(optimizer.param_groups, groups, strict=True):
+        group.update(own)  # DeepSpeed gives all groups the weight decay of the first
+    for state in optimizer.state.values():
+        # One tensor for all of them would count several times per step.
+        state["step"] = state["step"].clone()
 
-    TrainingError, which names the checkpoint `shown`, when it does not fit or is not there; what a
-    collective raises, when another worker has died, stays what it is.
+
+def load_engine(engine: Engine, folder: str, tag: str, *, shown: str) -> None:
+    """Load the checkpoint `tag` in `folder` into an engine; errors name it `shown`.
+
+    Raises:
+        TrainingError: it does not fit, or does not exist.
+        Exception: what a collective raises when another worker has died.
     """
     try:
         loaded, _ = engine.load_checkpoint(folder, tag=tag)
@@ -71,52 +80,45 @@ def load_engine(engine: Any, folder: str, tag: str, *, shown: str) -> None:
         found = f"{type(error).__name__}: {error}"
     if found:
         raise TrainingError(
-            f"DeepSpeed could not load the checkpoint {shown} ({found}). Remove its step's folder to go on from the one before."
+            f"DeepSpeed could not load the checkpoint {shown} ({found}). Remove its step's folder to "
+            "resume from the one before."
         )
 
 
 def _convert(source: str, target: str, shown: str) -> None:
-    """DeepSpeed's own conversion, in this process: it is bound by reading and writing, and prints a
-    line a file.
-    """
-    from deepspeed.checkpoint import ds_to_universal
+    """Convert a checkpoint to a universal one.
 
-    asked = argparse.Namespace(
-        input_folder=source,
-        output_folder=target,
-        num_extract_workers=1,
-        num_merge_workers=1,
-        keep_temp_folder=False,
-        strict=True,
-        inject_missing_state=True,
-    )
-    quiet = io.StringIO()
+    Raises:
+        TrainingError: the disk is full, or DeepSpeed could not convert it.
+    """
     try:
-        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-            ds_to_universal.main(asked)
+        deepspeed_compat.convert_to_universal(source, target)
     except Exception as error:  # whatever its many steps raise
         if disk_is_full(error):
             raise TrainingError(
-                f"no room in {tempfile.gettempdir()} for a universal checkpoint ({str(error).splitlines()[0]}): at another number of "
-                "workers each machine needs room there for all weights and optimizer states in float32, twice (the first of "
-                "its workers converts them), and for the checkpoint itself when it comes from an object store. Free some "
-                "space, set TMPDIR to a larger disk, or start with the number of workers that wrote it."
+                f"no room in {tempfile.gettempdir()} for a universal checkpoint "
+                f"({str(error).splitlines()[0]}): with another number of workers than the one that "
+                "wrote the checkpoint, each node needs room there for all weights and optimizer "
+                "states in float32, twice (its first worker converts them), and for the checkpoint "
+                "itself when it comes from an object store. Free some space, set TMPDIR to a larger "
+                "disk, or start with the number of workers that wrote it."
             ) from error
         raise TrainingError(
-            f"DeepSpeed could not make a universal checkpoint of {shown} for another number of workers: "
-            f"{type(error).__name__}: {error}. Start with the number of workers that wrote it."
+            f"DeepSpeed could not make a universal checkpoint of {shown} for another number of "
+            f"workers: {type(error).__name__}: {error}. Start with the number of workers that wrote "
+            "it."
         ) from error
 
 
 @torch.no_grad()
-def _load_rest(engine: Any, folder: str) -> None:
-    """Buffers, which a universal checkpoint leaves out, and below ZeRO-3 the frozen parameters; the
-    same on every worker that wrote it, so the first file has them all.
+def _load_rest(engine: Engine, folder: str) -> None:
+    """Load what a universal checkpoint leaves out: buffers, and below ZeRO-3 frozen parameters.
+
+    They are the same on every worker that wrote the checkpoint, so the first file has them all.
     """
     first = sorted(glob.glob(os.path.join(folder, "*model_states.pt")))[0]
-    saved = torch.load(first, map_location="cpu", weights_only=False, mmap=True)[
-        "module"
-    ]  # our own, DeepSpeed's objects
+    # Our own file; it holds objects of DeepSpeed.
+    saved = torch.load(first, map_location="cpu", weights_only=False, mmap=True)["module"]
     module = engine.module
     rest: dict[str, torch.Tensor] = dict(module.named_buffers())
     if engine.zero_optimization_stage() < 3:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from smalti.workflows.cluster.gpu_specs import bf16_peak
 from smalti.workflows.train.collectives import Collectives
+from smalti.workflows.train.deepspeed_compat import full_numel, full_shape
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -35,9 +36,8 @@ def flops_a_token(
     skipped = set() if without is None else {id(p) for p in without.parameters()}
     total = 0.0
     for p in module.parameters():
-        if len(getattr(p, "ds_shape", p.shape)) > 1 and id(p) not in skipped:
-            count = getattr(p, "ds_numel", p.numel())  # a part of it under ZeRO-3
-            total += count * (2.0 + (2.0 + 2.0 * p.requires_grad) * backward)
+        if len(full_shape(p)) > 1 and id(p) not in skipped:
+            total += full_numel(p) * (2.0 + (2.0 + 2.0 * p.requires_grad) * backward)
     return total
 
 

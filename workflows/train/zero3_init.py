@@ -1,10 +1,9 @@
-"""Language models born in parts under ZeRO-3: no rank ever holds all rows of the vocabulary's
-matrices.
+"""Language models that are partitioned from the start (ZeRO-3).
 
-A published model is read by transformers' own ZeRO-3 loading (rank 0 reads, each rank keeps its
-part). Its embedding and head are then grown to the flat vocabulary range by range: every rank makes
-the same rows, from the same seeds, and keeps what falls into its part, so the rows do not depend on
-the number of workers.
+No rank ever has all rows of the vocabulary's matrices. transformers' own ZeRO-3 loading reads a
+published model: rank 0 reads, and each rank keeps its part. The embedding and the head are then
+extended to the flat vocabulary in ranges of rows: every rank draws the same rows from the same
+seeds and keeps those in its part, so the rows do not depend on the number of workers.
 
 Axes: V rows, n rows of a range, H width; P numbers of this rank's part.
 """
@@ -13,24 +12,43 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from smalti.mllm.rows import Rows, WholeRows
 from smalti.workflows.train.collectives import Collectives
+from smalti.workflows.train.deepspeed_compat import (
+    empty_partitioned,
+    full_numel,
+    full_shape,
+    partition_of,
+)
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    from smalti.workflows.train.engines import DeepSpeedConfig
 
 STEP = 4096
 """Rows of a range: what a rank holds at once beside its part."""
 
 
 @contextmanager
-def partitioned_loading(config: dict[str, Any], collectives: Collectives) -> Iterator[Partitioned]:
-    """Within, `from_pretrained` gives models in parts; what it yields makes and fills further
-    matrices in parts.
+def partitioned_loading(
+    config: DeepSpeedConfig, collectives: Collectives
+) -> Iterator[PartitionedMatrices]:
+    """Within, `from_pretrained` returns partitioned models.
 
-    config: DeepSpeed's, of stage 3. torch.distributed must be initialised.
+    torch.distributed must be initialised.
+
+    Args:
+        config: DeepSpeed's, of stage 3.
+        collectives: of the ranks that share the model.
+
+    Yields:
+        What creates and fills further partitioned matrices.
     """
     import deepspeed
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
@@ -38,40 +56,48 @@ def partitioned_loading(config: dict[str, Any], collectives: Collectives) -> Ite
     deepspeed.init_distributed(
         dist_backend=torch.distributed.get_backend(), dist_init_required=False
     )
-    kept = HfDeepSpeedConfig(config)  # transformers looks at it as long as it is held
+    active = HfDeepSpeedConfig(config)  # transformers uses it for as long as it is referenced
     try:
-        yield Partitioned(
-            deepspeed.zero.Init(config_dict_or_path=config, enabled=False), collectives
-        )
+        init = deepspeed.zero.Init(config_dict_or_path=config, enabled=False)
+        yield PartitionedMatrices(init, collectives)
     finally:
-        del kept
+        del active
         unset_hf_deepspeed_config()
 
 
-class PartRows:
-    """Rows of a parameter of which each rank holds a part: a run of its numbers, row after row."""
+class PartitionedRows:
+    """Rows of a partitioned matrix.
+
+    Each rank's part is a contiguous run of its numbers, in the order of the rows.
+    """
 
     step: int | None = STEP
 
-    def __init__(self, parameter: Any, collectives: Collectives, device: torch.device) -> None:
-        self.parameter, self.collectives, self.device = parameter, collectives, device
-        self.width = parameter.ds_shape[1]
-        self.part_P = parameter.ds_tensor
-        self.first = collectives.rank * self.part_P.ds_numel
+    def __init__(
+        self, parameter: Tensor, part_P: Tensor, collectives: Collectives, device: torch.device
+    ) -> None:
+        self.collectives = collectives
+        self.device = device
+        self.width = full_shape(parameter)[1]
+        self.part_P = part_P
+        self.size = full_numel(part_P)
+        self.first = collectives.rank * self.size
 
     def _overlap(self, start: int, stop: int) -> tuple[slice, slice]:
-        """Of rows start to stop, what this rank holds: places in its part, and in the range's
-        numbers.
+        """Numbers of rows start to stop that this rank has.
+
+        Returns:
+            Their places in its part, and in the range.
         """
         low = max(start * self.width, self.first)
-        high = max(low, min(stop * self.width, self.first + self.part_P.ds_numel))
-        return slice(low - self.first, high - self.first), slice(
-            low - start * self.width, high - start * self.width
-        )
+        high = max(low, min(stop * self.width, self.first + self.size))
+        own = slice(low - self.first, high - self.first)
+        there = slice(low - start * self.width, high - start * self.width)
+        return own, there
 
     @torch.no_grad()
     def read(self, start: int, stop: int) -> Tensor:
-        """Gathered from all ranks."""
+        """Rows gathered from all ranks: (n, H)."""
         own, there = self._overlap(start, stop)
         rows = torch.zeros((stop - start) * self.width, dtype=self.part_P.dtype, device=self.device)
         rows[there] = self.part_P[own].to(self.device)
@@ -83,48 +109,23 @@ class PartRows:
         self.part_P[own] = rows_nH.reshape(-1)[there].to(self.part_P)
 
 
-class Partitioned:
-    """Matrices in parts; see `smalti.mllm.rows.Matrices`.
+class PartitionedMatrices:
+    """Partitioned matrices; see `smalti.mllm.rows.Matrices`. Those that are whole stay so."""
 
-    One that is still whole is read as it is.
-    """
+    def __init__(self, init: Init, collectives: Collectives) -> None:
+        self.init = init
+        self.collectives = collectives
 
-    def __init__(self, init: Any, collectives: Collectives) -> None:
-        self.init, self.collectives = init, collectives
-
-    def rows(self, parameter: Any) -> Rows:
-        if not hasattr(parameter, "ds_tensor"):
+    def rows(self, parameter: Tensor) -> Rows:
+        part_P = partition_of(parameter)
+        if part_P is None:
             return WholeRows(parameter)
-        return PartRows(parameter, self.collectives, self.init.local_device)
+        return PartitionedRows(parameter, part_P, self.collectives, self.init.local_device)
 
-    def shape(self, parameter: Any) -> tuple[int, ...]:
-        return tuple(getattr(parameter, "ds_shape", parameter.shape))
+    def shape(self, parameter: Tensor) -> tuple[int, ...]:
+        return full_shape(parameter)
 
     def empty(self, like: nn.Parameter, total: int) -> nn.Parameter:
-        """This rank's part of a new matrix (zeros), as `zero.Init` would leave it, but the whole is
-        never laid out.
-        """
-        from deepspeed.runtime.zero.partition_parameters import (
-            PartitionedParamStatus,
-            ZeroParamStatus,
-        )
-
-        nothing = torch.zeros(1, dtype=like.dtype, device=self.init.local_device)
-        new: Any = nn.Parameter(
-            nothing.expand(total, self.shape(like)[1])
-        )  # a shape without storage
-        self.init._convert_to_deepspeed_param(new)
-        size, device = self.init._aligned_size(new), self.init.local_device
-        held = "cpu" if self.init.remote_device == "cpu" else device
-        part_P: Any = torch.zeros(
-            size // self.collectives.world_size, dtype=like.dtype, device=held
-        )
-        part_P.ds_numel, part_P.final_location, part_P.status = (
-            len(part_P),
-            None,
-            PartitionedParamStatus.AVAILABLE,
-        )
-        new.ds_tensor, new.ds_numel_aligned = part_P, size
-        new.data = torch.empty(0, dtype=like.dtype, device=device)
-        new.ds_status = ZeroParamStatus.NOT_AVAILABLE
-        return new
+        """This rank's part of a new matrix of zeros; the whole is never allocated."""
+        shape = (total, full_shape(like)[1])
+        return empty_partitioned(self.init, like.dtype, shape, self.collectives.world_size)
