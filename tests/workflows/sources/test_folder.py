@@ -1,6 +1,6 @@
 """Folders of images as people and programs leave them: captions, links, metadata, damage.
 
-Covers: workflows/sources/__init__.py, workflows/sources/sorted_records.py.
+Covers: workflows/sources/sorted_records.py.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """Layouts of published sets: img2dataset's three, Arrow and saved datasets, JSON lines, and servers
 of every kind.
+
+Covers: workflows/sources/arrow.py.
 """
 
 from __future__ import annotations
