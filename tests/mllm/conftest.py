@@ -6,18 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from smalti.mllm.adapters import DualAdapter
-from smalti.mllm.bpe import train_bpe
-from smalti.mllm.build import build_unified
-from smalti.mllm.model import UnifiedModel
-from smalti.mllm.prompts import TextEncoder
-from smalti.mllm.vocabulary import VisualVocabulary
 from smalti.schema import (
     EncoderTrain,
     LanguageModel,
@@ -27,10 +20,13 @@ from smalti.schema import (
     TokenizerSection,
     VitSize,
 )
-from smalti.tokenizers.encoders import VisionEncoder
-from smalti.tokenizers.loading import load_tokenizer
-from smalti.tokenizers.semhitok import PixelTokenizer, SemanticTokenizer, SemHiTok
-from smalti.tokenizers.siglip import build_siglip
+
+if TYPE_CHECKING:  # transformers: four seconds for a file of tests that needs none of it
+    from transformers import Qwen2ForCausalLM
+
+    from smalti.mllm.model import UnifiedModel
+    from smalti.mllm.prompts import TextEncoder
+    from smalti.mllm.vocabulary import VisualVocabulary
 
 TEXTS = ["a blue circle", "a red square", "is it red?", "what shape is it?", "yes", "no"] * 4
 NUM_CODES = 24
@@ -56,6 +52,8 @@ def make_lm(
     num_text: int, *, padding: int = 3, tied: bool = True, seed: int = 0
 ) -> Qwen2ForCausalLM:
     """A random Qwen2 with large enough weights that its outputs differ clearly."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
     config = Qwen2Config(
         vocab_size=num_text + padding, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=tied, initializer_range=0.2,
@@ -68,6 +66,11 @@ def make_lm(
 @pytest.fixture
 def make_tiny() -> Callable[..., Tiny]:
     """A factory of fresh models: `make_tiny(tied=…, padding=…, seed=…)`."""
+    from smalti.mllm.adapters import DualAdapter
+    from smalti.mllm.bpe import train_bpe
+    from smalti.mllm.model import UnifiedModel
+    from smalti.mllm.prompts import TextEncoder
+    from smalti.mllm.vocabulary import VisualVocabulary
 
     def make(seed: int = 0, **options: Any) -> Tiny:
         hf_tokenizer = train_bpe(TEXTS, 290)
@@ -95,6 +98,10 @@ def tiny(make_tiny: Callable[..., Tiny]) -> Tiny:
 @pytest.fixture(scope="session")
 def visual_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A real SemHiTok of 8 · 3 = 24 codes saved in a folder: 32 px, 4 x 4 patches, random weights."""
+    from smalti.tokenizers.encoders import VisionEncoder
+    from smalti.tokenizers.semhitok import PixelTokenizer, SemanticTokenizer, SemHiTok
+    from smalti.tokenizers.siglip import build_siglip
+
     torch.set_num_threads(1)
     tiny_vit = VitSize(dim=16, layers=1, heads=2, mlp_ratio=2)
     section = TokenizerSection(
@@ -123,6 +130,9 @@ def make_unified(visual_tokenizer_dir: str) -> Callable[..., tuple[UnifiedModel,
     """A unified model built as a recipe would, on that tokenizer: `make_unified(adapter=…)` →
     (model, hf_tokenizer).
     """
+    from smalti.mllm.bpe import train_bpe
+    from smalti.mllm.build import build_unified
+    from smalti.tokenizers.loading import load_tokenizer
 
     def make(**settings: Any) -> tuple[UnifiedModel, Any]:
         size = LanguageModel(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from torch import Tensor
 
 from smalti.schema import EncoderTrain, PixelStage, SemanticStage, TokenizerSection, VitSize
-from smalti.tokenizers.encoders import VisionEncoder
-from smalti.tokenizers.semhitok import PixelTokenizer, SemanticTokenizer, SemHiTok
-from smalti.tokenizers.siglip import build_siglip
+
+if TYPE_CHECKING:  # transformers: four seconds for a file of tests that needs none of it
+    from smalti.tokenizers.encoders import VisionEncoder
+    from smalti.tokenizers.semhitok import SemHiTok
 
 TINY = VitSize(dim=16, layers=1, heads=2, mlp_ratio=2)
 
@@ -30,6 +32,8 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def siglip_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A random SigLIP saved as an ordinary directory: 32 px, patch 8, width 24, two blocks."""
+    from smalti.tokenizers.siglip import build_siglip
+
     torch.manual_seed(7)
     config = EncoderTrain(
         patch_size=8, hidden_size=24, layers=2, heads=2, text_layers=1, text_length=6
@@ -42,6 +46,8 @@ def siglip_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def encoder(siglip_dir: str) -> VisionEncoder:
     """The vision tower of `siglip_dir`."""
+    from smalti.tokenizers.encoders import VisionEncoder
+
     return VisionEncoder.from_pretrained(siglip_dir)
 
 
@@ -66,6 +72,7 @@ def make_tokenizer(encoder: VisionEncoder) -> Callable[..., SemHiTok]:
     """A function (guidance=True, **pixel keys) → SemHiTok with 10 semantic codes x 3 (or 30 flat
     ones), random weights.
     """
+    from smalti.tokenizers.semhitok import PixelTokenizer, SemanticTokenizer, SemHiTok
 
     def make(guidance: bool = True, **pixel: object) -> SemHiTok:
         section = tiny_section(guidance, **pixel)
