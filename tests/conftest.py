@@ -23,11 +23,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 TESTS = Path(__file__).parent
 LONGEST = (
     "workflows/test_chain.py",
-    "workflows/train/tasks/test_tasks.py",
-    "workflows/pipeline/test_data_on_ray.py",
     "workflows/train/test_loop.py",
     "workflows/cluster/test_jobs.py",
+    "workflows/pipeline/test_data_on_ray.py",
+    "workflows/train/test_nodes.py",
+    "workflows/systems/test_smoke_sizes.py",
     "workflows/systems/test_fourth_system.py",
+    "workflows/train/tasks/test_tasks.py",
 )
 """Started first: two workers then end at about the same time."""
 

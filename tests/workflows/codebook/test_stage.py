@@ -5,12 +5,7 @@ Covers: tokenizers/codebook.py, workflows/codebook/recall.py.
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +30,7 @@ from smalti.workflows.codebook import stage as codebook
 from smalti.workflows.codebook.passes import Tree
 from smalti.workflows.pipeline.stage import StageRun, run_stage
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("on_ray")]
 
 SHARDS, ROWS, DIM = 10, 500, 8
 MOMENTS = (
@@ -94,12 +89,6 @@ def planted(out: Path, workers: int = 1, **section: Any) -> Recipe:
     return wanted
 
 
-@pytest.fixture(scope="module", autouse=True)
-def ray_here() -> Iterator[None]:
-    with ensure_ray(recipe(Path("unused"), workers=2)):
-        yield
-
-
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five chunks."""
@@ -113,33 +102,21 @@ def files(folder: str | Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
-def kill_when(wanted: Recipe, pattern: str) -> dict[Path, int]:
-    """Run the stage in a process of its own and SIGKILL it when the file stands; what stands then,
-    and since when.
-    """
-    import ray
-
-    work = Path(wanted.out) / "codebook" / "work"
-    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    process = subprocess.Popen(
-        [sys.executable, "-c", CHILD, wanted.model_dump_json()], env=environment
-    )
-    try:
-        deadline = time.monotonic() + 200
-        while not list(work.glob(pattern)):
-            assert process.poll() is None, f"it ended before {pattern} stood"
-            assert time.monotonic() < deadline, f"{pattern} did not come"
-            time.sleep(0.001)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+def kill_when(process: Any, work: Path, pattern: str) -> dict[Path, int]:
+    """SIGKILL the stage when a file matches: the files there are then, and their times."""
+    deadline = time.monotonic() + 200
+    while not list(work.glob(pattern)):
+        assert process.poll() is None, f"it ended before {pattern}: {process.text()}"
+        assert time.monotonic() < deadline, f"{pattern} did not come"
+        time.sleep(0.001)
+    process.kill()
     time.sleep(0.5)  # its tasks end with it
     return {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
 
 
 @pytest.mark.timeout(400)
 def test_a_kill_in_every_phase_ends_with_the_same_bytes_and_nothing_is_made_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    start: Any, as_driver: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(partial_sums, "RANGE_NUMBERS", 7 * DIM)
     monkeypatch.setattr(partial_sums, "FOLD", 2)
@@ -147,7 +124,8 @@ def test_a_kill_in_every_phase_ends_with_the_same_bytes_and_nothing_is_made_twic
     torn = planted(tmp_path / "torn")
     stood: dict[Path, int] = {}
     for pattern in MOMENTS:
-        stands = kill_when(torn, pattern)
+        process = start(["-c", CHILD, torn.model_dump_json()], as_driver)
+        stands = kill_when(process, Path(torn.out) / "codebook" / "work", pattern)
         assert all(stands[path] == since for path, since in stood.items() if path in stands), (
             pattern
         )

@@ -8,11 +8,8 @@ workflows/tokens.py.
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +38,12 @@ from smalti.workflows.pipeline.stage import StageRun, find_artifact, run_stage
 pytestmark = pytest.mark.ray
 
 IMAGES, SHARD, GRID, DIM = 120, 4, 4, 24
+CHILD = """
+import importlib, sys
+from smalti.schema import Recipe
+from smalti.workflows.chain import MODULES
+importlib.import_module(MODULES[sys.argv[1]]).run(Recipe.model_validate_json(sys.argv[2]))
+"""
 
 
 def recipe(out: Path, siglip: str = "", **sections: Any) -> Recipe:
@@ -127,33 +130,26 @@ def beside(base: Path, out: Path, siglip: str, **sections: Any) -> Recipe:
     return recipe(out, siglip, share=[str(base)], **sections)
 
 
-def kill_in_the_middle(stage: str, wanted: Recipe, watched: Path) -> None:
-    """Start a stage in a process of its own on this Ray, and SIGKILL it as soon as a shard stands
-    in `watched`.
-    """
-    import ray
-
-    code = (
-        "import importlib, sys\nfrom smalti.schema import Recipe\nfrom smalti.workflows.chain import MODULES\n"
-        f"importlib.import_module(MODULES['{stage}']).run(Recipe.model_validate_json(sys.argv[1]))\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, wanted.model_dump_json()],
-        env=os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        deadline = time.monotonic() + 200
-        while not list(watched.glob("*.parquet")):
-            assert process.poll() is None, process.stderr.read() if process.stderr else ""
-            assert time.monotonic() < deadline, "no shard came"
-            time.sleep(0.002)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+def kill_in_the_middle(process: Any, watched: Path) -> None:
+    """SIGKILL a stage as soon as a shard is in `watched`."""
+    deadline = time.monotonic() + 200
+    while not list(watched.glob("*.parquet")):
+        assert process.poll() is None, process.text()
+        assert time.monotonic() < deadline, "no shard came"
+        time.sleep(0.002)
+    process.kill()
     assert not (watched.parent / RECORD).exists(), "it was killed after the end"
     time.sleep(2.0)  # its actors end with it
+
+
+@pytest.fixture
+def begin(start: Any) -> Callable[[str, Recipe], Any]:
+    """`begin(stage, recipe)`: the stage in a process of its own, a driver of this Ray."""
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    environment = os.environ | {"RAY_ADDRESS": address, "RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}
+    return lambda stage, wanted: start(["-c", CHILD, stage, wanted.model_dump_json()], environment)
 
 
 # ---- the same bytes, whatever happens ------------------------------------------------------------
@@ -169,10 +165,10 @@ def test_duplicates_sorted_out_on_ray_come_to_the_same(
 
 
 def test_corpus_killed_and_started_again_with_more_readers_is_byte_equal(
-    base: Path, tmp_path: Path
+    base: Path, begin: Any, tmp_path: Path
 ) -> None:
     wanted = recipe(tmp_path, resources={"readers": 2})
-    kill_in_the_middle("corpus", wanted, tmp_path / "corpus" / "train")
+    kill_in_the_middle(begin("corpus", wanted), tmp_path / "corpus" / "train")
     made, whole = corpus.run(wanted), Artifact.load(str(base / "corpus"))
     assert files(made.path) == files(whole.path)
     assert (made.counts, made.fingerprint) == (whole.counts, whole.fingerprint)
@@ -180,12 +176,12 @@ def test_corpus_killed_and_started_again_with_more_readers_is_byte_equal(
 
 @pytest.mark.parametrize(("stage", "module"), [("features", features), ("tokens", tokens)])
 def test_a_shard_stage_killed_and_started_again_is_byte_equal(
-    base: Path, siglip: str, tmp_path: Path, stage: str, module: Any
+    base: Path, siglip: str, begin: Any, tmp_path: Path, stage: str, module: Any
 ) -> None:
     wanted = recipe(tmp_path, siglip, resources={"actors": 2})
     for name in ("corpus", "encoder", "tokenizer"):
         (tmp_path / name).symlink_to(base / name)
-    kill_in_the_middle(stage, wanted, tmp_path / stage / "train")
+    kill_in_the_middle(begin(stage, wanted), tmp_path / stage / "train")
     made, whole = module.run(wanted), Artifact.load(str(base / stage))
     assert files(made.path) == files(whole.path)
     assert (made.counts, made.fingerprint) == (whole.counts, whole.fingerprint)

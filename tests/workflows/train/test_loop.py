@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,10 +17,8 @@ import pytest
 import torch
 
 from smalti.errors import ConfigError, DataError, TrainingError
-from smalti.schema import Recipe, Resources
 
 TOY = Path(__file__).with_name("toy_training.py")
-ROOT = Path(__file__).resolve().parents[3]
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 
 
@@ -38,15 +33,7 @@ def toy():
 
 
 @pytest.fixture(scope="module")
-def session():
-    from smalti.workflows.cluster.session import ensure_ray
-
-    with ensure_ray(Recipe(resources=Resources(workers=2))):
-        yield
-
-
-@pytest.fixture(scope="module")
-def reference(session, toy, tmp_path_factory) -> Path:
+def reference(on_ray, toy, tmp_path_factory) -> Path:
     """One worker, no ZeRO: what the other ways of running must come to."""
     path = tmp_path_factory.mktemp("reference")
     assert toy.train(str(path)) == {"calls": 48.0}
@@ -92,7 +79,7 @@ WAYS = {
 
 
 @pytest.fixture(scope="module")
-def pair(session, toy, tmp_path_factory) -> tuple[Path, dict[str, dict[str, float]]]:
+def pair(on_ray, toy, tmp_path_factory) -> tuple[Path, dict[str, dict[str, float]]]:
     """Two workers, in each of `WAYS`: the folder, and the final numbers."""
     path = tmp_path_factory.mktemp("pair")
     return path, toy.train_in_turn(str(path), 2, WAYS)
@@ -131,14 +118,14 @@ def test_a_killed_worker_is_restarted_from_the_checkpoint(reference, toy, tmp_pa
 
 
 def test_a_broken_shard_is_one_clear_error_and_not_tried_over_and_over(
-    session, toy, tmp_path
+    on_ray, toy, tmp_path
 ) -> None:
     with pytest.raises(DataError, match="train/00001 is torn"):
         toy.train(str(tmp_path), workers=2, settings={"broken": True}, max_failures=0)
 
 
 def test_steps_without_a_finite_loss_are_passed_over_and_too_many_end_the_run(
-    session, toy, tmp_path
+    on_ray, toy, tmp_path
 ) -> None:
     """From step 8 on one of two workers meets NaN: two steps are passed over by both, the third
     ends the run.
@@ -159,33 +146,22 @@ def test_a_batch_that_workers_cannot_share_fails_before_anything_starts(toy, tmp
         toy.train(str(tmp_path), workers=2, batch_size=7)
 
 
-def test_a_killed_driver_goes_on_and_ends_with_the_same_model(session, toy, tmp_path) -> None:
-    """SIGKILL between checkpoints; the same command again.
-
-    In processes with a Ray of their own; dropout draws too.
-    """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": ""}
+def test_a_killed_driver_goes_on_and_ends_with_the_same_model(
+    on_ray, start, as_driver, toy, tmp_path
+) -> None:
+    """SIGKILL between checkpoints; the same command again. Dropout draws too."""
     broken, whole = tmp_path / "broken", tmp_path / "whole"
-
-    def command(slow_s: float) -> subprocess.Popen:
-        arguments = [sys.executable, str(TOY), str(broken), str(slow_s)]
-        return subprocess.Popen(
-            arguments, env=environment, stderr=subprocess.PIPE, start_new_session=True, text=True
-        )
-
-    killed = command(0.4)
+    killed = start([str(TOY), str(broken), "0.4"], as_driver)
     until = time.monotonic() + 120
     while not (broken / "checkpoints" / "step-000000008" / "manifest-00000.json").exists():
-        assert killed.poll() is None and time.monotonic() < until
+        assert killed.poll() is None and time.monotonic() < until, killed.text()
         time.sleep(0.1)
     time.sleep(1.0)
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
+    killed.kill()
     assert not (broken / "final.pt").exists()
-    again = command(0.0)
-    _, told = again.communicate(timeout=200)
-    assert again.returncode == 0, told
-    assert "going on after step" in told
+    again = start([str(TOY), str(broken), "0.0"], as_driver)
+    assert again.wait() == 0, again.text()
+    assert "going on after step" in again.text()
     toy.train(str(whole), settings={"dropout": 0.5})
     assert distance(broken, whole) == 0
     assert history(broken) == history(whole)

@@ -37,8 +37,6 @@ from smalti.schema import (
     MllmStage,
     Perceptual,
     PixelStage,
-    Recipe,
-    Resources,
     SemanticStage,
     TokenizerSection,
     Train,
@@ -341,12 +339,10 @@ def fit(
 
 
 @pytest.fixture(scope="module")
-def results(place, tmp_path_factory) -> dict[str, tuple[Path, dict[str, float]]]:
+def results(on_ray, place, tmp_path_factory) -> dict[str, tuple[Path, dict[str, float]]]:
     """Folders of the runs: `one` (one worker), `two` (two), and in `two` variants under ZeRO and
     bf16.
     """
-    from smalti.workflows.cluster.session import ensure_ray
-
     plain = jobs(place)
     more = dict(plain)
     task, settings, train = plain["flat"]
@@ -393,11 +389,10 @@ def results(place, tmp_path_factory) -> dict[str, tuple[Path, dict[str, float]]]
             }
         more[f"{name}-resumed"] = (task, settings, train.model_copy(update={"checkpoint_every": 3}))
     folder = tmp_path_factory.mktemp("runs")
-    with ensure_ray(Recipe(resources=Resources(workers=2))):
-        return {
-            "one": (folder / "one", fit(place, 1, plain, folder / "one")),
-            "two": (folder / "two", fit(place, 2, more, folder / "two")),
-        }
+    return {
+        "one": (folder / "one", fit(place, 1, plain, folder / "one")),
+        "two": (folder / "two", fit(place, 2, more, folder / "two")),
+    }
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
