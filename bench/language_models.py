@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from smalti.mllm.adapters import DualAdapter
-from smalti.mllm.model import UnifiedModel, fit_shapes
+from smalti.mllm.language_model import fit_shapes
+from smalti.mllm.model import UnifiedModel
 from smalti.mllm.vocabulary import DELIMITERS, VisualVocabulary
 from smalti.workflows.plan.configs import language_config
 

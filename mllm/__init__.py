@@ -1,3 +1,4 @@
-"""The unified language model in plain PyTorch: vocabulary, sequences, adapters, losses, generation,
-export.
+"""The unified language model in plain PyTorch.
+
+Vocabulary, sequences, adapters, losses, generation, export.
 """

@@ -1,8 +1,7 @@
-"""The mapping M_φ of UniCode²: from the vectors of an image's codes to the conditioning of a
-diffusion decoder (PAPERS §3).
+"""The mapping M_φ of UniCode²: code vectors → conditioning of a diffusion decoder (PAPERS §3).
 
 Axes: B images, T codes of an image, C width of a code vector, L places of a prompt, E width of its
-embedding, P of its pooled embedding, M prompts of all workers, V codes.
+embedding, P width of its pooled embedding, M prompts of all workers, V codes.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ SETTINGS, WEIGHTS, CODES = "bridge.json", "bridge.safetensors", "codes.safetenso
 
 
 class Shape(NamedTuple):
-    """Sizes of both sides: T codes of width C; L places of width E, and P (0: none)."""
+    """Sizes of both sides: T, C, L, E, and P (0: no pooled embedding)."""
 
     tokens: int
     code_width: int
@@ -37,29 +36,35 @@ class Shape(NamedTuple):
 
 
 class Conditioning(NamedTuple):
-    """What a diffusion decoder receives: prompt embeddings (B, L, E), and pooled ones (B, P) where
-    it wants them.
+    """The input of a diffusion decoder in place of a prompt.
+
+    Attributes:
+        sequence: prompt embeddings (B, L, E).
+        pooled: pooled embeddings (B, P), if the decoder takes them.
     """
 
     sequence: Tensor
     pooled: Tensor | None
 
     def shape(self, tokens: int, code_width: int) -> Shape:
-        """Sizes of a bridge to it from so many codes of this width."""
+        """Sizes of a bridge from T codes of width C to this conditioning."""
         length, width = self.sequence.shape[1:]
-        return Shape(
-            tokens, code_width, length, width, 0 if self.pooled is None else self.pooled.shape[-1]
-        )
+        pooled = 0 if self.pooled is None else self.pooled.shape[-1]
+        return Shape(tokens, code_width, length, width, pooled)
 
 
 class Bridge(nn.Module):
-    """A transformer over an image's code vectors and L (with a pooled embedding L + 1) learned
-    queries, whose outputs are mapped to the conditioning.
+    """A transformer over code vectors and learned queries.
+
+    The queries are L, or L + 1 with a pooled embedding; their outputs are mapped to the
+    conditioning.
     """
 
     def __init__(self, section: BridgeSection, shape: Shape) -> None:
         super().__init__()
-        self.section, self.shape, width = section, shape, section.width
+        self.section = section
+        self.shape = shape
+        width = section.width
         self.inward = nn.Linear(shape.code_width, width)
         self.places = nn.Parameter(0.02 * torch.randn(shape.tokens, width))
         self.queries = nn.Parameter(0.02 * torch.randn(shape.length + bool(shape.pooled), width))
@@ -68,21 +73,22 @@ class Bridge(nn.Module):
         self.pooled = nn.Linear(width, shape.pooled) if shape.pooled else None
 
     def forward(self, vectors_BTC: Tensor) -> Conditioning:
-        """Float32 whatever the precision of training."""
+        """Map code vectors to conditioning, float32 at any precision of training."""
         queries = self.queries.expand(len(vectors_BTC), -1, -1)
-        seen = self.inward(vectors_BTC)
-        found = self.body(torch.cat([queries.to(seen.dtype), seen + self.places], 1))[
-            :, : queries.shape[1]
-        ]
-        sequence = self.sequence(found[:, : self.shape.length]).float()
-        return Conditioning(
-            sequence, None if self.pooled is None else self.pooled(found[:, -1]).float()
-        )
+        inputs = self.inward(vectors_BTC)
+        outputs = self.body(torch.cat([queries.to(inputs.dtype), inputs + self.places], 1))
+        outputs = outputs[:, : queries.shape[1]]
+        sequence = self.sequence(outputs[:, : self.shape.length]).float()
+        if self.pooled is None:
+            return Conditioning(sequence, None)
+        return Conditioning(sequence, self.pooled(outputs[:, -1]).float())
 
 
 class BridgeLoss(nn.Module):
-    """A bridge with what it learns by: InfoNCE of each image's conditioning among the prompts of
-    all workers, and the squared error to its own prompt's.
+    """A bridge and its loss.
+
+    The loss is InfoNCE of each image's conditioning among the prompts of all workers, plus the
+    squared error to that of its own prompt.
     """
 
     def __init__(self, bridge: Bridge) -> None:
@@ -97,61 +103,79 @@ class BridgeLoss(nn.Module):
         gather: Callable[[Tensor], Tensor] | None = None,
         first: int = 0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean over the images of this worker, and its parts.
+        """Mean loss over the images of this worker, and metrics.
 
-        wanted: of the images' own prompts, frozen. prompts_BL: their token ids, by which equal
-        prompts are known. gather: rows of all workers in order; `first`: the place of this worker's
-        first row among them.
+        Args:
+            vectors_BTC: vectors of the images' codes.
+            wanted: conditioning of the images' own prompts, frozen.
+            prompts_BL: token ids of these prompts, to find equal prompts.
+            gather: maps this worker's rows to those of all workers, in order (default: one worker).
+            first: index of this worker's first row among all.
+
+        Returns:
+            The loss, and its parts `info_nce`, `squared_error` and `retrieval` (share of images
+            whose own prompt is the nearest), detached.
         """
-        found, section = self.bridge(vectors_BTC), self.bridge.section
+        found: Conditioning = self.bridge(vectors_BTC)
+        section = self.bridge.section
         every = gather or (lambda rows: rows)
         same_BM = (prompts_BL[:, None] == every(prompts_BL)[None]).all(-1)
+        pairs = [(found.sequence, wanted.sequence)]
+        if found.pooled is not None and wanted.pooled is not None:
+            pairs.append((found.pooled[:, None], wanted.pooled[:, None]))
         losses, errors, hits = [], [], []
-        for mine, own in zip(found, wanted, strict=True):
-            if mine is not None and own is not None:
-                mine, own = (x if x.ndim == 3 else x[:, None] for x in (mine, own))
-                loss, hit = info_nce(
-                    mine, every(own.contiguous()), same_BM, first, section.temperature
-                )
-                losses.append(loss)
-                hits.append(hit)
-                errors.append(F.mse_loss(mine, own))
-        nce, error = torch.stack(losses).mean(), torch.stack(errors).mean()
+        for found_BLE, wanted_BLE in pairs:
+            all_MLE = every(wanted_BLE.contiguous())
+            loss, hit = info_nce(found_BLE, all_MLE, same_BM, first, section.temperature)
+            losses.append(loss)
+            hits.append(hit)
+            errors.append(F.mse_loss(found_BLE, wanted_BLE))
+        nce = torch.stack(losses).mean()
+        error = torch.stack(errors).mean()
         total = nce + section.regression * error
-        told = {
+        metrics = {
             "loss": total,
             "info_nce": nce,
             "squared_error": error,
             "retrieval": torch.stack(hits).mean(),
         }
-        return total, {name: value.detach() for name, value in told.items()}
+        return total, {name: value.detach() for name, value in metrics.items()}
 
 
 def info_nce(
     found_BLE: Tensor, wanted_MLE: Tensor, same_BM: Tensor, first: int, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Cross entropy of each image's own prompt (row `first` + b) among all by cosine, a mean over
-    images and places; the share of images whose own is the nearest over all places.
+    """InfoNCE by cosine: cross entropy of each image's own prompt among all.
 
-    same_BM: prompts that are the image's own, word for word; the others among them than its own are
-    no negatives.
+    Args:
+        found_BLE: conditioning that the bridge gave.
+        wanted_MLE: that of all prompts; image b's own is row `first` + b.
+        same_BM: prompts with the same text as the image's own; they are no negatives.
+        first: see `wanted_MLE`.
+        temperature: divides the cosines.
+
+    Returns:
+        The mean over images and places, and the share of images whose own prompt is the nearest
+        over all places; both 0-d.
     """
-    found_BLE, wanted_MLE = (
-        F.normalize(found_BLE.float(), dim=-1),
-        F.normalize(wanted_MLE.float(), dim=-1),
-    )
+    found_BLE = F.normalize(found_BLE.float(), dim=-1)
+    wanted_MLE = F.normalize(wanted_MLE.float(), dim=-1)
     logits_LBM = torch.einsum("ble,mle->lbm", found_BLE, wanted_MLE) / temperature
     own_B = first + torch.arange(len(found_BLE), device=found_BLE.device)
-    left_out_BM = same_BM.clone()
-    left_out_BM[torch.arange(len(own_B), device=own_B.device), own_B] = False
-    logits_LBM = logits_LBM.masked_fill(left_out_BM, -torch.inf)
+    ignored_BM = same_BM.clone()
+    ignored_BM[torch.arange(len(own_B), device=own_B.device), own_B] = False
+    logits_LBM = logits_LBM.masked_fill(ignored_BM, -torch.inf)
     loss = F.cross_entropy(logits_LBM.flatten(0, 1), own_B.repeat(len(logits_LBM)))
     return loss, (logits_LBM.mean(0).argmax(-1) == own_B).float().mean()
 
 
 def save_bridge(folder: str, bridge: Bridge, state: dict[str, Tensor] | None = None) -> None:
-    """Write a bridge into a local folder beside its codes (`CODES`, which stand there); the
-    settings come last.
+    """Write a bridge into a local folder; the settings are written last.
+
+    Args:
+        folder: holds the code vectors (`CODES`) already.
+        bridge: the bridge.
+        state: its state dict (default: its own).
     """
     state = bridge.state_dict() if state is None else state
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
@@ -166,10 +190,13 @@ def save_bridge(folder: str, bridge: Bridge, state: dict[str, Tensor] | None = N
 
 
 def load_bridge(folder: str) -> tuple[Bridge, Tensor]:
-    """A saved bridge, frozen on the CPU, and the code vectors (V, C) that it reads, mapped from
-    their file.
+    """Load a bridge and the code vectors that it reads.
 
-    ArtifactError: not whole.
+    Returns:
+        The bridge, frozen, on the CPU; and the code vectors (V, C), memory-mapped.
+
+    Raises:
+        ArtifactError: if the folder is incomplete.
     """
     try:
         with open(os.path.join(folder, SETTINGS), encoding="utf-8") as file:
@@ -181,6 +208,6 @@ def load_bridge(folder: str) -> tuple[Bridge, Tensor]:
         codes_VC = load_file(os.path.join(folder, CODES))["codes"]
     except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
         raise ArtifactError(
-            f"{folder} holds no whole bridge ({error!r}). Run `smalti bridge RECIPE` again."
+            f"{folder} holds no complete bridge ({error!r}). Run `smalti bridge RECIPE` again."
         ) from error
     return bridge.requires_grad_(False).eval(), codes_VC

@@ -1,9 +1,11 @@
-"""A unified model from a recipe's `mllm` section, and its folder on disk.
+"""Build a unified model from a recipe's `mllm` section; save it to a folder and load it.
 
-The folder: the language model's `config.json` and `generation_config.json`, the extended Hugging
-Face tokenizer, `unified.safetensors` (language model without visual embedding rows, adapter, code
-vectors) and `unified.json` (how they fit together). It holds what further training needs; what
-everybody else loads is the export.
+The folder holds the language model's `config.json` and `generation_config.json`, the extended
+Hugging Face tokenizer, `unified.safetensors` (language model without visual embedding rows,
+adapter, code vectors) and `unified.json` (how they fit together). It holds what further training
+needs; for use, load the export.
+
+Axes: M sample vectors, C width of a code vector.
 """
 
 from __future__ import annotations
@@ -11,11 +13,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
@@ -23,95 +24,61 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    Qwen2Config,
-    Qwen2ForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 from transformers.initialization import no_init_weights
 
 from smalti.errors import ArtifactError, ConfigError, TrainingError
 from smalti.mllm.adapters import ADAPTERS, Adapter
+from smalti.mllm.base_lm import SMALL_HEAD_GAIN, load_language_model
 from smalti.mllm.depth import DepthModel
+from smalti.mllm.language_model import fit_shapes, input_embedding
 from smalti.mllm.lora import add_lora
-from smalti.mllm.model import UnifiedModel, fit_shapes
+from smalti.mllm.model import ModelSettings, UnifiedModel
 from smalti.mllm.row_lr_scaling import scale_old_rows_lr
 from smalti.mllm.rows import Matrices, WholeMatrices
+from smalti.mllm.visual_tokenizer import VisualTokenizer
 from smalti.mllm.vocabulary import VisualVocabulary
-from smalti.schema import DepthHeads, LanguageModel, MllmSection
-from smalti.tokenizers.encoders import quiet
+from smalti.schema import DepthHeads, MllmSection
 
 FORMAT = 1
 WEIGHTS, SETTINGS = "unified.safetensors", "unified.json"
 _CODES = "code_vectors"
-SMALL_EMBEDDING_GAIN, SMALL_BLOCK_GAIN, SMALL_HEAD_GAIN = 10.0, 0.1, 3.0
-"""Starting scales of a model from numbers, beside those of `initializer_range`: see
-`_from_numbers`, `start_visual`.
-"""
-UNREADABLE = (OSError, ValueError, RuntimeError, SafetensorError)
-"""What transformers raises for a folder without a whole model."""
-
-
-class VisualTokenizer(Protocol):
-    """What the language model's side needs of a visual tokenizer."""
-
-    @property
-    def num_codes(self) -> int: ...
-
-    @property
-    def code_shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def embed_splits(self) -> tuple[int, ...]: ...
-
-    def code_vectors(self) -> Tensor: ...
 
 
 def build_unified(
     section: MllmSection,
-    hf_tokenizer: Any,
+    hf_tokenizer: PreTrainedTokenizerBase,
     visual_tokenizer: VisualTokenizer,
     *,
     seed: int = 0,
     matrices: Matrices = WholeMatrices(),  # noqa: B008 (has no state)
     sample_MC: Tensor | None = None,
 ) -> UnifiedModel:
-    """A unified model in float32 on the CPU; `hf_tokenizer` is extended in place
-    (`VisualVocabulary.extend`).
+    """Build a unified model in float32 on the CPU.
 
-    A `DepthModel` where the tokenizer gives several codes a token; `sample_MC` then holds vectors
-    of real tokens, for the adapter's start.
+    Its language model comes from `section.pretrained`, or from the numbers of `section.config`. The
+    same seed gives the same weights; the caller's random state is not changed.
 
-    Its language model comes from `section.pretrained` or, when that is not set, from
-    `section.config`'s numbers. The same seed gives the same weights; the caller's random state is
-    left alone. matrices: how embedding and head lie.
+    Args:
+        section: the recipe's `mllm` section.
+        hf_tokenizer: extended in place (`VisualVocabulary.extend`).
+        visual_tokenizer: the tokenizer of the token shards.
+        seed: of the new weights.
+        matrices: how embedding and head are stored.
+        sample_MC: vectors of real tokens to fit the adapter of a `DepthModel` to.
+
+    Returns:
+        The model; a `DepthModel` if the tokenizer gives several codes per token.
+
+    Raises:
+        ConfigError: if the section does not fit the language model or this machine.
     """
+    codes_VC = visual_tokenizer.code_vectors()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        causal_lm = load_language_model(section, hf_tokenizer)
-        several = visual_tokenizer.code_shape
-        vocabulary = VisualVocabulary.extend(
-            hf_tokenizer, 1 if several else visual_tokenizer.num_codes
-        )
-        width = causal_lm.get_input_embeddings().embedding_dim
-        adapter = ADAPTERS[section.adapter](
-            visual_tokenizer.embed_splits, section.adapter_hidden or width, width
-        )
-        codes_VC = visual_tokenizer.code_vectors()
-        kind = (
-            partial(DepthModel, size=section.depth_heads, depth=several[-1])
-            if several
-            else UnifiedModel
-        )
-        model = kind(
-            causal_lm,
-            adapter,
-            codes_VC,
-            vocabulary,
-            image_loss_weight=section.image_loss_weight,
-            answer_loss_weight=section.answer_loss_weight,
-            loss_chunk=section.loss_chunk,
-            seed=seed,
-            matrices=matrices,
-        )
+        model = _new_model(section, hf_tokenizer, visual_tokenizer, codes_VC, seed, matrices)
         if section.lora:
             add_lora(model, section.lora)
     if section.attention == "flash":
@@ -125,118 +92,76 @@ def build_unified(
     return model
 
 
-def use_flash_attention(model: UnifiedModel) -> None:
-    """Let the language model attend through flash-attention.
+def _new_model(
+    section: MllmSection,
+    hf_tokenizer: PreTrainedTokenizerBase,
+    visual_tokenizer: VisualTokenizer,
+    codes_VC: Tensor,
+    seed: int,
+    matrices: Matrices,
+) -> UnifiedModel:
+    causal_lm = load_language_model(section, hf_tokenizer)
+    code_shape = visual_tokenizer.code_shape
+    num_visual = 1 if code_shape else visual_tokenizer.num_codes
+    vocabulary = VisualVocabulary.extend(hf_tokenizer, num_visual)
+    width = input_embedding(causal_lm).embedding_dim
+    adapter = ADAPTERS[section.adapter](
+        visual_tokenizer.embed_splits, section.adapter_hidden or width, width
+    )
+    settings: ModelSettings = {
+        "image_loss_weight": section.image_loss_weight,
+        "answer_loss_weight": section.answer_loss_weight,
+        "loss_chunk": section.loss_chunk,
+        "seed": seed,
+        "matrices": matrices,
+    }
+    if not code_shape:
+        return UnifiedModel(causal_lm, adapter, codes_VC, vocabulary, **settings)
+    return DepthModel(
+        causal_lm,
+        adapter,
+        codes_VC,
+        vocabulary,
+        size=section.depth_heads,
+        depth=code_shape[-1],
+        **settings,
+    )
 
-    ConfigError where it is not installed or there is no GPU.
+
+def use_flash_attention(model: UnifiedModel) -> None:
+    """Switch the language model to flash-attention.
+
+    Raises:
+        ConfigError: if it is not installed, or if there is no GPU.
     """
     try:
         model.lm.set_attn_implementation("flash_attention_2")
     except (ImportError, ValueError) as error:
-        told = str(error).splitlines()[0]
         raise ConfigError(
-            f"mllm.attention=flash cannot be had here: {told} Install flash-attn on a machine with a GPU, or set "
-            "mllm.attention=sdpa."
+            f"mllm.attention=flash is not available here: {str(error).splitlines()[0]} Install "
+            "flash-attn on a machine with a GPU, or set mllm.attention=sdpa."
         ) from error
     model.one_row = True
 
 
-def load_language_model(section: MllmSection, hf_tokenizer: Any) -> Any:
-    """The Hugging Face causal language model that a recipe names or describes, in float32, before
-    any visual token.
-    """
-    if section.pretrained and section.config:
-        raise ConfigError("mllm.pretrained and mllm.config are both set; keep one.")
-    if section.config:
-        return _from_numbers(_qwen2_config(section.config, section.max_length, hf_tokenizer))
-    if not section.pretrained:
-        raise ConfigError(
-            "Neither mllm.pretrained nor mllm.config is set: give a folder or hub name, or the sizes of a model."
-        )
-    try:
-        causal_lm, missing = load_causal_lm(section.pretrained, dtype=torch.float32)
-    except UNREADABLE as error:
-        raise ConfigError(
-            f"mllm.pretrained={section.pretrained!r} could not be loaded as a causal language model: {error}"
-        ) from error
-    if missing:
-        raise ConfigError(
-            f"mllm.pretrained={section.pretrained!r} lacks {len(missing)} weights of {type(causal_lm).__name__}, the first "
-            f"{missing[0]}; expected a whole causal language model. Copy it again."
-        )
-    return causal_lm
-
-
-def load_causal_lm(path_or_name: str, **options: Any) -> tuple[Any, list[str]]:
-    """A causal language model of a folder or hub name, and the weights that it lacks.
-
-    Errors: one of `UNREADABLE`.
-    """
-    kind: Any = AutoModelForCausalLM
-    with quiet():
-        causal_lm, report = kind.from_pretrained(path_or_name, output_loading_info=True, **options)
-    return causal_lm, sorted(report["missing_keys"])
-
-
-def load_text_tokenizer(pretrained: str) -> Any:
-    """The Hugging Face tokenizer of `mllm.pretrained`."""
-    try:
-        return AutoTokenizer.from_pretrained(pretrained)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"mllm.pretrained={pretrained!r} has no tokenizer that loads: {error}"
-        ) from error
-
-
-def _from_numbers(config: Qwen2Config) -> Qwen2ForCausalLM:
-    """A Qwen2 with random weights in which a token is, at first, passed on nearly as it is: wide
-    embeddings, and blocks that add little to them.
-
-    With a head that starts as the embedding does, repeating a code is there from the first step
-    (most patches of a plain ground repeat their neighbour) and need not be learned code by code.
-    """
-    causal_lm: Any = Qwen2ForCausalLM(config)
-    with torch.no_grad():
-        causal_lm.get_input_embeddings().weight.mul_(SMALL_EMBEDDING_GAIN)
-        for name, parameter in causal_lm.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                parameter.mul_(SMALL_BLOCK_GAIN)
-    return causal_lm
-
-
-def _qwen2_config(size: LanguageModel, max_length: int, hf_tokenizer: Any) -> Qwen2Config:
-    if size.hidden_size % size.heads or size.heads % size.kv_heads:
-        raise ConfigError(
-            f"mllm.config: hidden_size {size.hidden_size} must be a multiple of heads {size.heads}, and heads of kv_heads "
-            f"{size.kv_heads}."
-        )
-    return Qwen2Config(
-        vocab_size=len(hf_tokenizer),
-        hidden_size=size.hidden_size,
-        intermediate_size=size.intermediate_size,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        num_key_value_heads=size.kv_heads,
-        max_position_embeddings=max_length,
-        initializer_range=size.hidden_size
-        ** -0.5,  # outputs of unit scale; 0.02 is meant for widths of thousands.
-        # In a one-seed sketch it left the question-only plateau about 100 steps sooner than with
-        # 0.02
-        tie_word_embeddings=False,
-        use_sliding_window=False,
-        bos_token_id=hf_tokenizer.bos_token_id,
-        eos_token_id=hf_tokenizer.eos_token_id,
-        pad_token_id=hf_tokenizer.pad_token_id,
-    )
-
-
 def save_unified(
-    path: str, model: UnifiedModel, hf_tokenizer: Any, state: Mapping[str, Tensor] | None = None
+    path: str,
+    model: UnifiedModel,
+    hf_tokenizer: PreTrainedTokenizerBase,
+    state: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a unified model into the local folder `path`.
+    """Write a unified model into a local folder.
 
-    `state`: its whole state dict, where the model itself holds only a part (ZeRO-3). The settings
-    file comes last: a folder without it is half-written.
+    The settings file is written last: a folder without it is incomplete.
+
+    Args:
+        path: created if missing.
+        model: the model.
+        hf_tokenizer: its tokenizer.
+        state: the whole state dict, if the model itself holds only a part of it (ZeRO-3).
+
+    Raises:
+        TrainingError: if weights are missing from `state`.
     """
     os.makedirs(path, exist_ok=True)
     expected = model.state_dict()
@@ -244,7 +169,8 @@ def save_unified(
     missing = sorted(set(expected) - set(state))
     if missing:
         raise TrainingError(
-            f"{len(missing)} weights of the trained model are missing, such as {missing[0]}; nothing was saved."
+            f"{len(missing)} weights of the trained model are missing, such as {missing[0]}; "
+            "nothing was saved."
         )
     tensors = {name: state[name].detach().cpu().contiguous() for name in expected}
     if not model.adapter.own_codes:
@@ -253,7 +179,7 @@ def save_unified(
     model.lm.generation_config.save_pretrained(path)
     hf_tokenizer.save_pretrained(path)
     save_file(tensors, os.path.join(path, WEIGHTS), metadata={"format": "pt"})
-    settings: dict[str, Any] = {
+    settings: dict[str, object] = {
         "format": FORMAT,
         "adapter": next(name for name, kind in ADAPTERS.items() if type(model.adapter) is kind),
         "splits": list(model.adapter.splits),
@@ -268,9 +194,14 @@ def save_unified(
         json.dump(settings, file, indent=2)
 
 
-def load_unified(path: str) -> tuple[UnifiedModel, Any]:
-    """The unified model and its tokenizer from a folder that `save_unified` wrote: on the CPU, in
-    the saved dtype.
+def load_unified(path: str) -> tuple[UnifiedModel, PreTrainedTokenizerBase]:
+    """Load a unified model and its tokenizer, on the CPU, in the saved dtype.
+
+    Args:
+        path: a local folder that `save_unified` wrote.
+
+    Raises:
+        ArtifactError: if the folder is incomplete, of another format, or inconsistent.
     """
     settings = _read_settings(path)
     hf_tokenizer = AutoTokenizer.from_pretrained(path)
@@ -280,26 +211,14 @@ def load_unified(path: str) -> tuple[UnifiedModel, Any]:
         causal_lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
     causal_lm.generation_config = GenerationConfig.from_pretrained(path)
     fit_shapes(causal_lm, vocabulary)
-    width = causal_lm.get_input_embeddings().embedding_dim
-    adapter: Adapter = ADAPTERS[settings["adapter"]](
-        settings["splits"], settings["adapter_hidden"], width
+    adapter = ADAPTERS[settings["adapter"]](
+        settings["splits"], settings["adapter_hidden"], input_embedding(causal_lm).embedding_dim
     )
-    nothing = torch.empty(vocabulary.num_codes, 0)  # of an adapter that holds the vectors itself
-    kind: Any = (
-        partial(DepthModel, **depth_settings(settings["depth"]))
-        if "depth" in settings
-        else UnifiedModel
-    )
-    with torch.device("meta"):  # what is not there yet gets its weights below
-        model = kind(
-            causal_lm,
-            adapter,
-            nothing if adapter.own_codes else tensors.pop(_CODES),
-            vocabulary,
-            image_loss_weight=settings["image_loss_weight"],
-            answer_loss_weight=settings["answer_loss_weight"],
-            loss_chunk=settings["loss_chunk"],
-        )
+    if adapter.own_codes:
+        codes_VC = torch.empty(vocabulary.num_codes, 0)
+    else:
+        codes_VC = tensors.pop(_CODES)
+    model = _on_meta(settings, causal_lm, adapter, codes_VC, vocabulary)
     try:
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
@@ -309,9 +228,25 @@ def load_unified(path: str) -> tuple[UnifiedModel, Any]:
     return model.eval(), hf_tokenizer
 
 
-def depth_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a `DepthModel` that its folder keeps."""
-    return {"size": DepthHeads.model_validate(saved["size"]), "depth": int(saved["depth"])}
+def _on_meta(
+    settings: Mapping[str, Any],
+    causal_lm: PreTrainedModel,
+    adapter: Adapter,
+    codes_VC: Tensor,
+    vocabulary: VisualVocabulary,
+) -> UnifiedModel:
+    """The model of a folder; modules that are still missing are created on meta."""
+    more: ModelSettings = {
+        "image_loss_weight": settings["image_loss_weight"],
+        "answer_loss_weight": settings["answer_loss_weight"],
+        "loss_chunk": settings["loss_chunk"],
+    }
+    with torch.device("meta"):
+        if "depth" not in settings:
+            return UnifiedModel(causal_lm, adapter, codes_VC, vocabulary, **more)
+        size = DepthHeads.model_validate(settings["depth"]["size"])
+        depth = int(settings["depth"]["depth"])
+        return DepthModel(causal_lm, adapter, codes_VC, vocabulary, size=size, depth=depth, **more)
 
 
 def _read_settings(path: str) -> dict[str, Any]:
@@ -321,7 +256,7 @@ def _read_settings(path: str) -> dict[str, Any]:
             settings = json.load(stream)
     except (OSError, ValueError) as error:
         raise ArtifactError(
-            f"{path} holds no whole unified model ({error}). Run `smalti mllm RECIPE` first."
+            f"{path} holds no complete unified model ({error}). Run `smalti mllm RECIPE` first."
         ) from error
     if settings.get("format") != FORMAT:
         raise ArtifactError(
@@ -334,7 +269,7 @@ def _read_tensors(file: str) -> dict[str, Tensor]:
     try:
         with safe_open(file, framework="pt") as tensors:
             return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (not a dict)
-    except Exception as error:  # safetensors raises its own class, which is no OSError
+    except Exception as error:  # safetensors raises its own class, which is not an OSError
         raise ArtifactError(
             f"{file} is missing or torn ({error}). Train the model again."
         ) from error

@@ -1,5 +1,4 @@
-"""What makes decoding step by step cheap: a key–value cache laid out once, and linear layers for a
-few rows on a CPU.
+"""Faster decoding: a preallocated key–value cache, and linear layers for few rows on a CPU.
 
 Axes: R rows of the batch, L positions, H heads, D width of a head; M rows, N and K widths of a
 linear layer.
@@ -10,43 +9,44 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, StaticCache
+from transformers import Cache, PreTrainedConfig, StaticCache
 from transformers.cache_utils import CacheLayerMixin
 
 
 class ReservedLayer(CacheLayerMixin):
-    """Keys and values of one layer in room for `max_length` positions; attention sees a view of
-    those that are filled.
+    """Keys and values of one layer, preallocated for `max_length` positions.
 
-    A growing cache copies itself at every token; a static one is read to its end from the first
-    token on. This does neither.
+    Attention sees a view of the filled positions. A growing cache copies itself at every token, and
+    a static one is read to its end from the first token on; this one does neither.
     """
 
     is_sliding = False
 
     def __init__(self, max_length: int) -> None:
         super().__init__()
-        self.max_length, self.length = max_length, 0
+        self.max_length = max_length
+        self.length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         rows, heads, _, width = key_states.shape
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.dtype = key_states.dtype
+        self.device = key_states.device
         self.keys = key_states.new_empty((rows, heads, self.max_length, width))
         self.values = value_states.new_empty((rows, heads, self.max_length, value_states.shape[-1]))
         self.is_initialized = True
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Append keys and values (R, H, L, D); all that are held so far, as views."""
+        """Append keys and values (R, H, L, D); return views of all so far."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
-        start, self.length = self.length, self.length + key_states.shape[2]
+        start = self.length
+        self.length += key_states.shape[2]
         self.keys[:, :, start : self.length] = key_states
         self.values[:, :, start : self.length] = value_states
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
@@ -61,11 +61,14 @@ class ReservedLayer(CacheLayerMixin):
         return self.max_length
 
 
-def make_cache(config: Any, max_length: int, *, static: bool) -> Cache:
+def make_cache(config: PreTrainedConfig, max_length: int, *, static: bool) -> Cache:
     """An empty cache of a model for `max_length` positions.
 
-    `static`: transformers' own, whose shapes never change, which is what `torch.compile` and CUDA
-    graphs want.
+    Args:
+        config: the model's configuration.
+        max_length: number of positions.
+        static: transformers' own cache, whose shapes never change, as `torch.compile` and CUDA
+            graphs need.
     """
     if static:
         return StaticCache(config=config, max_cache_len=max_length)
@@ -74,14 +77,16 @@ def make_cache(config: Any, max_length: int, *, static: bool) -> Cache:
 
 
 FEW_ROWS = range(2, 5)
-"""Rows for which W xᵀ is the faster product on a CPU: 2.7 times at two rows, 1.5 at four; not at
-one, nor from eight on.
+"""Numbers of rows for which W xᵀ is faster on a CPU.
+
+It is 2.7 times as fast at two rows, 1.5 times at four; not at one, nor from eight on.
 """
 
 
 def few_row_linears(model: nn.Module, rows: int) -> list[nn.Linear]:
-    """The linear layers of a model for which `as_columns` pays: those of float32 on a CPU, for so
-    many rows; else none.
+    """The linear layers that `as_columns` speeds up for `rows` rows.
+
+    Those in float32 on a CPU, if `rows` is in `FEW_ROWS`.
     """
     if rows not in FEW_ROWS:
         return []
@@ -95,8 +100,9 @@ def few_row_linears(model: nn.Module, rows: int) -> list[nn.Linear]:
 
 @contextmanager
 def as_columns(layers: Sequence[nn.Linear]) -> Iterator[None]:
-    """Within, these layers compute (W xᵀ)ᵀ in place of x Wᵀ: the same numbers by another routine of
-    the matrix library.
+    """Context in which these layers compute (W xᵀ)ᵀ instead of x Wᵀ.
+
+    It is the same product by another routine of the matrix library.
     """
     for layer in layers:
         layer.forward = partial(_columns, layer)  # type: ignore[method-assign]

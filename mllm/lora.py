@@ -1,15 +1,12 @@
-"""Low-rank updates of a language model's linear layers (peft), and their way back into plain
-weights.
-"""
+"""Low-rank updates of a language model's linear layers (peft), and merging them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from smalti.errors import ConfigError
 from smalti.mllm.model import UnifiedModel
@@ -19,19 +16,21 @@ ADAPTER = "default"
 
 
 def require_peft() -> None:
-    """ConfigError where peft is not installed."""
+    """Raise ConfigError unless peft is installed."""
     if find_spec("peft") is None:
         raise ConfigError(
-            "mllm.lora needs the package peft. Run `pip install -e '.[lora]'`, or leave mllm.lora out."
+            "mllm.lora needs the package peft, which is not installed. Run `pip install -e "
+            "'.[lora]'`, or remove mllm.lora."
         )
 
 
 def add_lora(model: UnifiedModel, lora: Lora) -> None:
-    """Give the language model's target layers a low-rank update each, in place, and leave its own
-    weights untrained.
+    """Add a low-rank update to each target layer of the language model, in place.
 
-    Embedding, head and adapter stay trained. ConfigError: peft is missing, or no layer has one of
-    the target names.
+    The layers' own weights are frozen; embedding, head and adapter are still trained.
+
+    Raises:
+        ConfigError: if peft is missing, or if no layer has one of the target names.
     """
     require_peft()
     from peft import LoraConfig, inject_adapter_in_model
@@ -47,11 +46,11 @@ def add_lora(model: UnifiedModel, lora: Lora) -> None:
         inject_adapter_in_model(config, model.lm, adapter_name=ADAPTER)
     except ValueError as error:
         raise ConfigError(
-            f"mllm.lora.targets={list(lora.targets)}: no layer of {type(model.lm).__name__} has such a name ({error}). "
-            "Name linear layers of the model, such as q_proj and v_proj."
+            f"mllm.lora.targets={list(lora.targets)}: no layer of {type(model.lm).__name__} has "
+            f"such a name ({error}). Name linear layers of the model, such as q_proj and v_proj."
         ) from error
-    for matrix in (model.lm.get_input_embeddings(), model.lm.get_output_embeddings()):
-        matrix.requires_grad_(True)
+    model.embedding.requires_grad_(True)
+    model.head.requires_grad_(True)
     assert all(
         parameter.requires_grad == wanted[name]
         for name, parameter in model.adapter.named_parameters()
@@ -59,16 +58,21 @@ def add_lora(model: UnifiedModel, lora: Lora) -> None:
 
 
 def merge_lora(model: UnifiedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict (whole, by the model's names) with each update added to its layer, W + (alpha /
-    rank) · B A, under the plain model's names, as `without_lora` has them.
+    """Merge each update into its layer: W + (alpha / rank) · B A, summed in float32.
 
-    The sum is made in float32.
+    Args:
+        model: has the updates.
+        state: the model's whole state dict.
+
+    Returns:
+        A state dict with the names of the plain model, as within `without_lora`.
     """
     merged = dict(state)
     for name, layer in _layers(model):
-        low, high = (merged.pop(f"{name}.lora_{part}.{ADAPTER}.weight") for part in ("A", "B"))
+        low = merged.pop(f"{name}.lora_A.{ADAPTER}.weight")
+        high = merged.pop(f"{name}.lora_B.{ADAPTER}.weight")
         own = merged.pop(f"{name}.base_layer.weight")
-        delta = high.float() @ low.float() * layer.scaling[ADAPTER]
+        delta = high.float() @ low.float() * vars(layer)["scaling"][ADAPTER]
         merged[f"{name}.weight"] = (own.float() + delta.to(own.device)).to(own.dtype)
         if f"{name}.base_layer.bias" in merged:
             merged[f"{name}.bias"] = merged.pop(f"{name}.base_layer.bias")
@@ -77,10 +81,10 @@ def merge_lora(model: UnifiedModel, state: Mapping[str, Tensor]) -> dict[str, Te
 
 @contextmanager
 def without_lora(model: UnifiedModel) -> Iterator[None]:
-    """Within, `model` has its plain layers in place of those with updates."""
+    """Context in which `model` has its plain layers instead of those with updates."""
     layers = _layers(model)
     for name, layer in layers:
-        _put(model, name, layer.base_layer)
+        _put(model, name, layer.get_submodule("base_layer"))
     try:
         yield
     finally:
@@ -88,10 +92,11 @@ def without_lora(model: UnifiedModel) -> Iterator[None]:
             _put(model, name, layer)
 
 
-def _put(model: UnifiedModel, name: str, layer: Any) -> None:
+def _put(model: UnifiedModel, name: str, layer: nn.Module) -> None:
     above, _, own_name = name.rpartition(".")
     setattr(model.get_submodule(above), own_name, layer)
 
 
-def _layers(model: UnifiedModel) -> list[tuple[str, Any]]:
+def _layers(model: UnifiedModel) -> list[tuple[str, nn.Module]]:
+    """The layers that have updates, by name."""
     return [(name, module) for name, module in model.named_modules() if hasattr(module, "lora_A")]

@@ -1,6 +1,6 @@
 """Cross entropy over a large vocabulary that never holds all logits.
 
-Axes: N positions, D hidden width, V vocabulary.
+Axes: N positions, n positions of a chunk, D hidden width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,12 +13,16 @@ from torch import Tensor, nn
 
 IGNORE = -100
 PART = 1 << 26
-"""Numbers of a product that are there at once while it is added to a sum of another precision."""
+"""Most numbers of a product that exist at once while it is added to a sum of another dtype."""
 
 
 class ChunkedLoss(NamedTuple):
-    """`total` = Σ weights · loss, differentiable; the others, one a position (0 and False where
-    ignored), are not.
+    """The loss of a batch of positions.
+
+    Attributes:
+        total: Σ weights · loss, 0-d, differentiable.
+        losses_N: loss per position, 0 if ignored; not differentiable.
+        correct_N: whether the label has the highest logit, False if ignored.
     """
 
     total: Tensor
@@ -38,19 +42,28 @@ def chunked_cross_entropy(
     scaled: ScaledRows | None = None,
     kernel: bool | None = None,
 ) -> ChunkedLoss:
-    """Weighted sum of next-token losses, `chunk` positions at a time: at most chunk × V logits
-    exist at once.
+    """Weighted sum of next-token losses with at most chunk × V logits at once.
 
-    labels_N: int64, IGNORE (−100) where nothing is predicted; weights_N: one factor a position
-    (default 1). Losses are float32. The gradients of hidden, weight and bias are made in the
-    forward pass, while a chunk's logits are there (three products in all, as with full logits),
-    summed in float32 and returned in their tensors' own dtypes. So `backward` can run once only.
-    low_sums: the weight's gradient is summed in the weight's own dtype; for one in bf16 that is 2
-    bytes a number held instead of 6, and a rounding a chunk. scaled: the head is the weight with
-    its first rows times a factor. A label outside [0, V) raises IndexError.
+    Losses are float32. The gradients of hidden, weight and bias are computed in the forward pass,
+    while a chunk's logits exist (three products in all, as with full logits). They are summed in
+    float32 and returned in their tensors' own dtypes. So `backward` can run only once.
 
-    kernel: whether liger-kernel makes the losses and the gradient of a chunk's logits, in place of
-    them; None: on GPUs where it is installed.
+    Args:
+        hidden_ND: hidden states.
+        weight_VD: the head.
+        labels_N: int64, IGNORE (−100) where nothing is predicted.
+        chunk: positions per chunk, at least 1.
+        bias_V: the head's bias.
+        weights_N: one factor per position (default 1).
+        low_sums: sum the weight's gradient in the weight's own dtype. For bf16 that holds 2 bytes
+            per number instead of 6, and rounds once per chunk.
+        scaled: the head is the weight with its first rows multiplied by a factor.
+        kernel: whether liger-kernel computes the losses, and the gradient of a chunk's logits in
+            their place; None: on GPUs, if it is installed.
+
+    Raises:
+        ValueError: if `chunk` is below 1.
+        IndexError: if a label is outside [0, V).
     """
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, not {chunk}")
@@ -59,17 +72,18 @@ def chunked_cross_entropy(
         raise IndexError(f"a label lies outside [0, {weight_VD.shape[0]})")
     if weights_N is None:
         weights_N = torch.ones_like(labels_N, dtype=torch.float32)
-    settings = _Settings(
-        chunk, low_sums, scaled, has_kernel(hidden_ND) if kernel is None else kernel
-    )
+    if kernel is None:
+        kernel = has_kernel(hidden_ND)
+    settings = _Settings(chunk, low_sums, scaled, kernel)
     return ChunkedLoss(
         *_ChunkedCrossEntropy.apply(hidden_ND, weight_VD, bias_V, labels_N, weights_N, settings)
     )
 
 
 class ScaledRows(NamedTuple):
-    """The first `rows` of a matrix stand for `factor` times what they hold: what moves them moves
-    them so much less.
+    """The first `rows` of a matrix are multiplied by `factor` where they are used.
+
+    See `smalti.mllm.row_lr_scaling`.
     """
 
     rows: int
@@ -84,12 +98,11 @@ class _Settings(NamedTuple):
 
 
 class LossHead(nn.Linear):
-    """A language model's output head that can also compute its own loss: `head(hidden)` gives
-    logits as before.
+    """An output head that can also compute its own loss.
 
-    With labels the loss is made inside this module's forward, so whatever gathers a module's weight
-    around its forward and backward (DeepSpeed ZeRO-3, FSDP) has it in place, without this file
-    knowing of it.
+    `head(hidden)` gives logits. With labels, the loss is computed inside this module's forward, so
+    that what gathers a module's weight around its forward and backward (DeepSpeed ZeRO-3, FSDP) has
+    gathered it then.
     """
 
     scaled: ScaledRows | None = None
@@ -101,23 +114,25 @@ class LossHead(nn.Linear):
         weights_N: Tensor | None = None,
         chunk: int = 4096,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """Logits (…, V); or, with labels, the three parts of a ChunkedLoss as a plain tuple (input
-        then is (N, D)).
+        """Logits (…, V), or with labels the three parts of a `ChunkedLoss` as a plain tuple.
+
+        Args:
+            input: hidden states (…, D); with labels (N, D).
+            labels_N: see `chunked_cross_entropy`, as the others.
         """
         if labels_N is None:
-            assert self.scaled is None, "a head of scaled rows gives losses alone"
+            assert self.scaled is None, "a head of scaled rows gives losses only"
             return super().forward(input)
-        return tuple(
-            chunked_cross_entropy(
-                input,
-                self.weight,
-                labels_N,
-                chunk,
-                bias_V=self.bias,
-                weights_N=weights_N,
-                scaled=self.scaled,
-            )
-        )  # type: ignore[return-value]
+        found = chunked_cross_entropy(
+            input,
+            self.weight,
+            labels_N,
+            chunk,
+            bias_V=self.bias,
+            weights_N=weights_N,
+            scaled=self.scaled,
+        )
+        return found.total, found.losses_N, found.correct_N
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -150,18 +165,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             )
             if grad_nV is not None:
                 grads.add(rows, hidden_nD, matrix_VD, grad_nV)
-            del grad_nV  # or it stays until the next chunk's logits are made
+            del grad_nV  # otherwise it is held while the next chunk's logits are computed
         ctx.grads = grads
         ctx.mark_non_differentiable(losses_N, correct_N)
         return (losses_N * weights_N).sum(), losses_N, correct_N
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        if ctx.grads is None:
+    def backward(ctx: Any, grad_total: Tensor, *_: object) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grads: _Gradients | None = ctx.grads
+        if grads is None:
             raise RuntimeError(
-                "chunked_cross_entropy keeps its gradients for one backward pass; compute the loss again."
+                "chunked_cross_entropy keeps its gradients for one backward pass; compute the loss "
+                "again."
             )
-        grads, ctx.grads = ctx.grads, None
+        ctx.grads = None
         return (*grads.scaled(grad_total), None, None, None)
 
 
@@ -177,45 +194,47 @@ def _logits(
 def _by_torch(
     logits_nV: Tensor, labels_n: Tensor, weights_n: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Losses, whether the label is the best, and with weights the gradient of Σ weights · loss on
-    the logits, which float32 logits give their place to.
+    """Losses, whether the label is the best, and with weights the gradient on the logits.
+
+    The gradient is that of Σ weights · loss; it overwrites float32 logits.
     """
     logits_nV = logits_nV.to(_wide(logits_nV.dtype))
     target_n = logits_nV.gather(1, labels_n[:, None]).squeeze(1)
     top_n = logits_nV.amax(1)
     exps_nV = logits_nV.sub_(top_n[:, None]).exp_()
     sums_n = exps_nV.sum(1)
-    found = sums_n.log() + top_n - target_n, target_n >= top_n
+    losses_n = sums_n.log() + top_n - target_n
+    correct_n = target_n >= top_n
     if weights_n is None:
-        return *found, None
+        return losses_n, correct_n, None
     grad_nV = exps_nV.mul_((weights_n / sums_n)[:, None])
-    return *found, grad_nV.scatter_add_(1, labels_n[:, None], -weights_n[:, None])
+    grad_nV.scatter_add_(1, labels_n[:, None], -weights_n[:, None])
+    return losses_n, correct_n, grad_nV
 
 
 def _by_liger(
     logits_nV: Tensor, labels_n: Tensor, weights_n: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The same by liger-kernel's kernel: softmax minus one-hot is written over the logits, in their
-    dtype.
+    """As `_by_torch`, by the kernel of liger-kernel.
 
-    Of several best ones only the first counts as correct.
+    Softmax minus one-hot overwrites the logits, in their dtype. Of several best ids only the first
+    counts as correct.
     """
     from liger_kernel.ops.cross_entropy import cross_entropy_forward  # pyright: ignore[reportMissingImports]  # an extra
 
-    logits_nV.requires_grad_(weights_n is not None)  # how the kernel is told to make gradients
+    logits_nV.requires_grad_(weights_n is not None)  # asks the kernel for gradients
     losses_n, _, correct_n, _, grad_nV = cross_entropy_forward(
         logits_nV, labels_n, None, IGNORE, 0.0, 0.0, "none", None, False, True, False
     )
+    if weights_n is None:
+        return losses_n, correct_n.bool(), None
     grad_nV = grad_nV.detach()
-    return (
-        losses_n,
-        correct_n.bool(),
-        None if weights_n is None else grad_nV.mul_(weights_n[:, None].to(grad_nV.dtype)),
-    )
+    grad_nV.mul_(weights_n[:, None].to(grad_nV.dtype))
+    return losses_n, correct_n.bool(), grad_nV
 
 
 def has_kernel(hidden_ND: Tensor) -> bool:
-    """Whether liger-kernel can make the losses: on a GPU, and installed."""
+    """Whether liger-kernel can compute the losses: on a GPU, if installed."""
     return (
         hidden_ND.is_cuda
         and hidden_ND.dtype != torch.float64
@@ -224,8 +243,9 @@ def has_kernel(hidden_ND: Tensor) -> bool:
 
 
 def _product_dtype(hidden_ND: Tensor) -> torch.dtype:
-    """The hidden states' own, or autocast's: it casts what `@` is given, and nothing that is
-    computed in place.
+    """The dtype of the products: autocast's, or that of the hidden states.
+
+    Autocast casts the arguments of `@`, but nothing that is computed in place.
     """
     kind = hidden_ND.device.type
     if torch.is_autocast_enabled(kind) and hidden_ND.dtype != torch.float64:
@@ -234,13 +254,15 @@ def _product_dtype(hidden_ND: Tensor) -> torch.dtype:
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Float32, or the type itself where that is wider."""
+    """Float32, or the dtype itself if it is wider."""
     return torch.promote_types(dtype, torch.float32)
 
 
 class _Gradients:
-    """Float32 sums of the gradients that are wanted (the tensor's own dtype where that is float32
-    or wider; of the weight with `low_sums` too).
+    """Sums of the gradients that are needed.
+
+    In float32, or in the tensor's own dtype if that is wider; the weight's also in its own dtype
+    with `low_sums`.
     """
 
     def __init__(
@@ -251,21 +273,22 @@ class _Gradients:
         needed: tuple[bool, ...],
         settings: _Settings,
     ) -> None:
-        inputs, low, self.scaled_rows = (
-            (hidden_ND, weight_VD, bias_V),
-            settings.low_sums,
-            settings.scaled,
-        )
         self.wanted = any(needed)
-        self.dtypes = tuple(None if t is None else t.dtype for t in inputs)
-        self.sums = [
-            torch.zeros_like(t, dtype=t.dtype if low and t is weight_VD else _wide(t.dtype))
-            if want and t is not None
-            else None
-            for t, want in zip(inputs, needed, strict=True)
-        ]
+        self.scaled_rows = settings.scaled
+        self.inputs_dtypes: list[torch.dtype | None] = []
+        self.sums: list[Tensor | None] = []
+        for tensor, need in zip((hidden_ND, weight_VD, bias_V), needed, strict=True):
+            if tensor is None:
+                self.inputs_dtypes.append(None)
+                self.sums.append(None)
+                continue
+            own = settings.low_sums and tensor is weight_VD
+            dtype = tensor.dtype if own else _wide(tensor.dtype)
+            self.inputs_dtypes.append(tensor.dtype)
+            self.sums.append(torch.zeros_like(tensor, dtype=dtype) if need else None)
 
     def add(self, rows: Tensor, hidden_nD: Tensor, matrix_VD: Tensor, grad_nV: Tensor) -> None:
+        """Add the gradients of the chunk at positions `rows`, from those on its logits."""
         hidden_sum, weight_sum, bias_sum = self.sums
         if bias_sum is not None:
             bias_sum += grad_nV.sum(0, dtype=bias_sum.dtype)
@@ -274,18 +297,19 @@ class _Gradients:
         low_nV = grad_nV.to(hidden_nD.dtype)
         if hidden_sum is not None:
             hidden_sum[rows] = (low_nV @ matrix_VD).to(hidden_sum.dtype)
-        if weight_sum is not None:
-            if weight_sum.dtype == hidden_nD.dtype:
-                weight_sum.addmm_(low_nV.T, hidden_nD)
-            else:
-                step = max(1, PART // hidden_nD.shape[1])
-                for part_nv, sum_vD in zip(
-                    low_nV.split(step, dim=1), weight_sum.split(step), strict=True
-                ):
-                    sum_vD += part_nv.T @ hidden_nD
+        if weight_sum is None:
+            return
+        if weight_sum.dtype == hidden_nD.dtype:
+            weight_sum.addmm_(low_nV.T, hidden_nD)
+            return
+        step = max(1, PART // hidden_nD.shape[1])
+        slices = zip(low_nV.split(step, dim=1), weight_sum.split(step), strict=True)
+        for slice_nv, sum_vD in slices:
+            sum_vD += slice_nv.T @ hidden_nD
 
     def scaled(self, factor: Tensor) -> list[Tensor | None]:
-        out = []
-        for total, dtype in zip(self.sums, self.dtypes, strict=True):
+        """The gradients times a factor, in the dtypes of their tensors."""
+        out: list[Tensor | None] = []
+        for total, dtype in zip(self.sums, self.inputs_dtypes, strict=True):
             out.append(None if total is None else total.mul_(factor).to(dtype))
         return out

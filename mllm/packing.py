@@ -1,9 +1,10 @@
-"""Which sequences share a row of a batch: best fit into rows of about one length, made as narrow as
-they can be.
+"""Pack sequences into the rows of a batch.
 
-A row's sequences do not see each other (`smalti.mllm.model.visible_mask`) and each begins at
-position 0, so how they are packed changes the cost of a batch and nothing else: which samples a
-step holds stays the order's affair.
+Best fit into rows of about one length, which are then made as narrow as possible. The sequences of
+a row do not see each other (`visible_mask`), and each starts at position 0: so packing changes the
+cost of a batch and nothing else. Which samples a step has is up to the training order.
+
+Axes: B rows of the batch, L positions of a row.
 """
 
 from __future__ import annotations
@@ -11,39 +12,51 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 WIDEST = 1.5
-"""How many times `room` a row may be wide: positions begin anew with each sequence, so a wide row
-is no longer context.
+"""Widest row allowed, as a multiple of `room`.
+
+Positions restart with each sequence, so a wide row is no longer context.
 """
 
 
 def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Rows of about `room` places, each sequence in one of them, that together have as few places
-    as can be.
+    """Pack sequences into rows of about `room` places, with the least area.
 
-    A batch is as wide as its fullest row. So for each number of rows the narrowest width is sought
-    at which best fit gets by with it, and of those up to `WIDEST` times `room` (or the longest
-    sequence) the least area wins, then the narrowest: what would be a half-empty last row is spread
-    over all. Deterministic; no lengths, no rows.
+    A batch is as wide as its fullest row. For each number of rows, the narrowest width is searched
+    at which best fit needs no more rows. Among the widths of up to `WIDEST` times `room` (or the
+    longest sequence), the least area wins, then the narrowest: what would be a half-empty last row
+    is spread over all rows. The result is deterministic.
+
+    Args:
+        lengths: length of each sequence.
+        room: intended width of a row.
+
+    Returns:
+        The indices of the sequences in each row; no rows for no lengths.
     """
     if not lengths:
         return []
-    total, widest = sum(lengths), max(int(WIDEST * room), *lengths)
+    total = sum(lengths)
+    widest = max(int(WIDEST * room), *lengths)
     within = best_fit(lengths, max(room, *lengths))
     found = [(within, width_of(within, lengths))]
-    found += [
-        narrowest(lengths, num)
-        for num in range(max(1, -(-total // widest)), round(total / room) + 2)
-    ]
+    fewest = max(1, -(-total // widest))
+    most = round(total / room) + 1
+    found += [narrowest(lengths, num) for num in range(fewest, most + 1)]
     areas = [(len(rows) * width, width, rows) for rows, width in found if width <= widest]
     return min(areas, key=lambda one: one[:2])[2]
 
 
 def narrowest(lengths: Sequence[int], num: int) -> tuple[list[list[int]], int]:
-    """At most `num` rows by best fit, and the least width for which it needs no more (found by
-    bisection).
+    """At most `num` rows by best fit, and the least width that allows it.
+
+    The width is found by bisection.
     """
-    low, high = max(max(lengths), -(-sum(lengths) // num)), sum(lengths)
+    low = max(max(lengths), -(-sum(lengths) // num))
+    high = sum(lengths)
     rows = [list(range(len(lengths)))]
     while low < high:
         middle = (low + high) // 2
@@ -56,16 +69,18 @@ def narrowest(lengths: Sequence[int], num: int) -> tuple[list[list[int]], int]:
 
 
 def width_of(rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
-    """Places of the fullest row."""
+    """Number of places of the fullest row."""
     return max(sum(lengths[index] for index in row) for row in rows)
 
 
 def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Which sequences share a row of `room` places: the longest first, each into the fullest row
-    that it still fits.
+    """Pack sequences into rows of `room` places by best fit.
 
-    Every index stands in exactly one row; deterministic. A sequence that is longer than `room` gets
-    a row of its own.
+    The longest sequence comes first; each goes into the fullest row that has room for it. A
+    sequence longer than `room` gets a row of its own. The result is deterministic.
+
+    Returns:
+        The indices of the sequences in each row; every index is in exactly one row.
     """
     rows: list[list[int]] = []
     open_rows: list[tuple[int, int]] = []  # (places left, row), sorted
@@ -79,3 +94,21 @@ def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
             rows.append([index])
         insort(open_rows, (left - lengths[index], row))
     return rows
+
+
+def visible_mask(documents_BL: Tensor, segments_BL: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive attention mask of packed rows: (B, 1, L, L).
+
+    Attention is causal and stays within a document. There, segment k > 0 sees itself and the shared
+    segment 0, not the other segments. Document −1 is padding, which sees only itself: a row without
+    any key would be NaN.
+    """
+    length, device = segments_BL.shape[1], segments_BL.device
+    queries_BL1, keys_B1L = segments_BL[:, :, None], segments_BL[:, None, :]
+    seen_BLL = documents_BL[:, :, None] == documents_BL[:, None, :]
+    seen_BLL &= (documents_BL >= 0)[:, :, None]
+    seen_BLL &= (keys_B1L == queries_BL1) | (keys_B1L == 0)
+    seen_BLL &= torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    seen_BLL |= torch.eye(length, dtype=torch.bool, device=device)
+    mask_BLL = torch.zeros(seen_BLL.shape, dtype=dtype, device=device)
+    return mask_BLL.masked_fill_(~seen_BLL, torch.finfo(dtype).min)[:, None]

@@ -1,40 +1,45 @@
-"""The text around images, written once: training, generation and export all read it here.
+"""The text around images, for training, generation and export.
 
-    caption → image     [bos] caption <start_of_image> IMG… <end_of_image> eos      (no caption: the unconditional image)
-    image → caption     [bos] <und_start> IMG… <und_end> caption eos
-    image + questions   [bos] <und_start> IMG… <und_end> question ⏎ answer ⏎ question ⏎ answer ⏎ … eos
-    text                [bos] text eos
+    caption → image    [bos] caption <start_of_image> IMG… <end_of_image> eos
+    image → caption    [bos] <und_start> IMG… <und_end> caption eos
+    image + questions  [bos] <und_start> IMG… <und_end> question ⏎ answer ⏎ … eos
+    text               [bos] text eos
 
-bos is left out where the tokenizer has none (Qwen2.5). Each piece of text is tokenized by itself,
-so that a prompt has the same ids in training and at inference.
+Without a caption the image is unconditional; there may be any number of questions. bos is left out
+if the tokenizer has none (Qwen2.5). Each piece of text is tokenized by itself, so that a prompt has
+the same ids in training and at inference.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from smalti.mllm.vocabulary import VisualVocabulary
 
 UNCONDITIONAL = ""
-"""The prompt of an unconditional image, as in classifier-free guidance: no caption at all."""
+"""The prompt of an unconditional image (classifier-free guidance): no caption."""
 LINE_END = "\n"
-"""Stands after a question and after its answer."""
+"""Comes after a question and after its answer."""
 
 
 def clean(text: str | None) -> str:
-    """Text on one line: every run of white space becomes one space; None becomes the empty text."""
+    """The text on one line; None becomes the empty text.
+
+    Every run of white space becomes one space.
+    """
     return " ".join(text.split()) if text else ""
 
 
 class TextEncoder:
-    """Text to ids with one tokenizer, never yielding a special, added or visual token.
+    """Encodes text to ids, never to special, added or visual tokens.
 
-    Captions and questions come from strangers: one that contains `<IMG_3>` or `<|im_end|>`
-    literally must stay text, so such a piece is broken up by a space after its first character.
+    Captions and questions are untrusted: one that contains `<IMG_3>` or `<|im_end|>` literally must
+    stay text, so a space is inserted after the first character of such a piece.
     """
 
-    def __init__(self, hf_tokenizer: Any, vocabulary: VisualVocabulary) -> None:
+    def __init__(self, hf_tokenizer: PreTrainedTokenizerBase, vocabulary: VisualVocabulary) -> None:
         self.hf_tokenizer = hf_tokenizer
         self.vocabulary = vocabulary
         self.reserved = {int(i) for i in hf_tokenizer.added_tokens_decoder} | {
@@ -44,21 +49,19 @@ class TextEncoder:
         self._cached = lru_cache(maxsize=65_536)(self._encode)
 
     def __call__(self, text: str) -> list[int]:
-        """Ids of one piece of text (already on one line); a text without words gives []."""
+        """Ids of a text that is on one line; [] for an empty one."""
         return list(self._cached(text)) if text else []
 
     def caption_prompt(self, caption: str | None) -> list[int]:
-        """Ids up to and with `<start_of_image>`: what is given when an image is to be drawn."""
+        """The prompt that draws an image: ids up to and with `<start_of_image>`."""
         return [*self.begin(), *self(clean(caption)), self.vocabulary.boi]
 
     def question_prompt(self, question: str) -> list[int]:
-        """Ids of a question and its line end: what is given, after an image, when an answer is
-        wanted.
-        """
+        """The prompt, after an image, for an answer: the question and its line end."""
         return [*self(clean(question)), *self.line_end]
 
     def begin(self) -> list[int]:
-        """`[bos]`, or nothing where the tokenizer has no such token."""
+        """`[bos]`, or [] if the tokenizer has no such token."""
         return [] if self.vocabulary.bos is None else [self.vocabulary.bos]
 
     def _ids(self, text: str) -> list[int]:
@@ -68,10 +71,11 @@ class TextEncoder:
         ids = self._ids(text)
         while (hit := next((i for i in ids if i in self.reserved), None)) is not None:
             token = self.hf_tokenizer.convert_ids_to_tokens(hit)
+            assert isinstance(token, str)
             broken = text.replace(token, f"{token[:1]} {token[1:]}")
-            if (
-                broken == text or token in broken
-            ):  # not its own literal (an unknown character), or one that no space breaks
+            # not the token's text (an unknown character), or a space does not break it
+            if broken == text or token in broken:
                 return tuple(i for i in ids if i not in self.reserved)
-            text, ids = broken, self._ids(broken)
+            text = broken
+            ids = self._ids(broken)
         return tuple(ids)

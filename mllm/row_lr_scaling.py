@@ -27,11 +27,10 @@ def scale_old_rows_lr(model: UnifiedModel, factor: float) -> None:
     What the model computes stays the same, but its head then gives losses only, no logits. In a
     parallel run every rank calls it.
     """
-    embed, head = model.lm.get_input_embeddings(), model.lm.get_output_embeddings()
     scaled = ScaledRows(model.vocabulary.num_text, factor)
     model.old_rows = scaled
-    head.scaled = scaled
-    for matrix in (embed, head):
+    model.head.scaled = scaled
+    for matrix in (model.embedding, model.head):
         rows = model.matrices.rows(matrix.weight)
         for start, stop in ranges(0, model.vocabulary.num_text, rows.step):
             rows.write(start, rows.read(start, stop) / factor)
@@ -43,8 +42,7 @@ def plain_rows(model: UnifiedModel, state: Mapping[str, Tensor]) -> dict[str, Te
     if model.old_rows is None:
         return found
     count, factor = model.old_rows
-    embed, head = model.lm.get_input_embeddings(), model.lm.get_output_embeddings()
-    matrices = {id(embed.weight), id(head.weight)}
+    matrices = {id(model.embedding.weight), id(model.head.weight)}
     for name, parameter in model.named_parameters():
         if id(parameter) in matrices:
             found[name] = torch.cat([found[name][:count] * factor, found[name][count:]])

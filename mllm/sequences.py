@@ -1,65 +1,69 @@
-"""Rows of token shards and text to training sequences: ids, labels, and batches of them.
+"""Build training sequences and batches from rows of token shards and text.
 
-Axes: T codes of an image, L length of a sequence. The formats stand in `smalti.mllm.prompts`.
+The formats are described in `smalti.mllm.prompts`.
+
+Axes: B rows of a batch, T codes of an image, L length of a sequence or a row, N visual places.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from smalti.errors import ConfigError, VocabularyError
 from smalti.mllm.losses import IGNORE
-from smalti.mllm.packing import best_fit, pack
+from smalti.mllm.packing import best_fit, pack, width_of
 from smalti.mllm.prompts import TextEncoder, clean
+from smalti.mllm.token_sequence import KINDS, Kind, SequenceParts, TokenSequence
 from smalti.mllm.vocabulary import VisualVocabulary
 from smalti.schema import Mixture
 
-Kind = Literal["caption_to_image", "image_to_caption", "qa", "text"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 Row = Mapping[str, Any]
+"""A row of a token shard (`codes`, `caption`, `label`, `qa`) or of a text shard (`text`)."""
 
 
-@dataclass(frozen=True)
-class TokenSequence:
-    """One training sequence.
+class SequenceSettings(TypedDict, total=False):
+    """Optional arguments of a `SequenceBuilder`."""
 
-    `labels[i]` is `ids[i]` where that token is predicted (from what stands before), else IGNORE.
-    """
-
-    kind: Kind
-    ids: np.ndarray  # int64 (L,)
-    labels: np.ndarray  # int64 (L,)
-    answers: np.ndarray  # bool (L,): tokens of answers
-    segments: (
-        np.ndarray
-    )  # int64 (L,): 0 what all of the sequence sees, k > 0 what only the k-th segment sees
-    positions: np.ndarray  # int64 (L,): each segment goes on where the shared part ended
-    num_cut: int = 0  # text tokens left out so that the image fits max_length
-    codes: np.ndarray | None = (
-        None  # int64 (N, 2, R): of its visual places, where a place holds several
-    )
+    mixture: Mixture
+    uncond_probability: float
+    questions_per_image: int
+    max_length: int
+    dense: bool
+    dense_images: bool
+    isolate_questions: bool
 
 
 class SequenceBuilder:
     """Builds the sequences of one model; see `smalti.mllm.prompts` for the formats.
 
-    dense: every token is predicted (captions, questions and codes included), which is what teaches
-    a small model to look; else only what is asked for: the image of a caption, the caption of an
-    image, the answers. dense_images: of a dense sequence the codes of an image to be understood
-    too. isolate_questions: the questions of one sequence see the image and themselves, never each
-    other (an earlier answer gives the next one away), so that each is trained as it is asked:
-    alone.
+    Args:
+        hf_tokenizer: the model's tokenizer, extended by `VisualVocabulary.extend`.
+        vocabulary: layout of the flat vocabulary.
+        mixture: weights of the kinds of sequences.
+        uncond_probability: share of the drawn images that get no caption.
+        questions_per_image: most questions of one sequence.
+        max_length: most tokens of a sequence.
+        dense: predict every token (captions, questions and codes included), which is what teaches
+            a small model to use the image. Otherwise only the target: the image of a caption, the
+            caption of an image, the answers.
+        dense_images: in a dense sequence, also predict the codes of an image to be understood.
+        isolate_questions: the questions of one sequence see the image and themselves, never each
+            other (an earlier answer would give the next one away), so that each is trained as it is
+            used: alone.
+
+    Raises:
+        ConfigError: if every weight of the mixture is 0.
     """
 
     def __init__(
         self,
-        hf_tokenizer: Any,
+        hf_tokenizer: PreTrainedTokenizerBase,
         vocabulary: VisualVocabulary,
         *,
         mixture: Mixture = Mixture(),  # noqa: B008 (frozen)
@@ -76,16 +80,19 @@ class SequenceBuilder:
         self.uncond_probability = uncond_probability
         self.questions_per_image = questions_per_image
         self.max_length = max_length
-        self.dense, self.dense_images = dense, dense_images
+        self.dense = dense
+        self.dense_images = dense_images
         self.isolate_questions = isolate_questions
         if not any(getattr(mixture, kind) for kind in KINDS):
             raise ConfigError(
-                "Every weight of mllm.mixture is 0, so there is nothing to train on. Set one above 0."
+                "Every weight of mllm.mixture is 0, so there is nothing to train on. Set one above "
+                "0."
             )
 
     def kinds_for(self, row: Row) -> tuple[Kind, ...]:
-        """The kinds that this row can become: an image without any caption can still be drawn
-        unconditionally.
+        """The kinds of sequences that a row can become.
+
+        An image without a caption can be drawn unconditionally.
         """
         if row.get("codes") is None:
             return ("text",) if clean(row.get("text")) else ()
@@ -99,46 +106,54 @@ class SequenceBuilder:
     def sample_kind(
         self, row: Row, rng: np.random.Generator, mixture: Mixture | None = None
     ) -> Kind | None:
-        """One of the row's kinds by the weights of `mixture` (default: the builder's); None where
-        it wants none of them.
+        """Draw one of the row's kinds by the weights of the mixture.
+
+        Args:
+            row: a row of a token or text shard.
+            rng: source of the draw.
+            mixture: default: the builder's.
+
+        Returns:
+            The kind, or None if all of the row's kinds have weight 0.
         """
         mixture = mixture or self.mixture
         kinds = [kind for kind in self.kinds_for(row) if getattr(mixture, kind) > 0]
         if not kinds:
             return None
         weights = np.array([getattr(mixture, kind) for kind in kinds])
-        return kinds[
-            int(np.searchsorted(np.cumsum(weights), rng.random() * weights.sum(), side="right"))
-        ]
+        drawn = rng.random() * weights.sum()
+        return kinds[int(np.searchsorted(np.cumsum(weights), drawn, side="right"))]
 
     def build(self, kind: Kind, row: Row, rng: np.random.Generator) -> TokenSequence:
-        """The sequence of a row.
+        """Build the sequence of a row.
 
-        Images are never cut: one that does not fit raises ConfigError; text that does not is cut.
+        Text that does not fit `max_length` is cut; images are never cut. The same row and state of
+        `rng` give the same sequence.
 
-        The same row and state of `rng` give the same sequence. Codes beyond the vocabulary raise
-        VocabularyError.
+        Raises:
+            ConfigError: if the image does not fit.
+            VocabularyError: if a code is outside the vocabulary, or the row has no codes.
         """
         if kind == "text":
             return self._text(row)
         image = self._image(row)
         if kind == "caption_to_image":
-            return self._draw(
-                image, "" if rng.random() < self.uncond_probability else caption_of(row)
-            )
+            unconditional = rng.random() < self.uncond_probability
+            return self._draw(image, "" if unconditional else caption_of(row))
         if kind == "image_to_caption":
             return self._describe(image, caption_of(row))
         return self._ask(image, questions_of(row), rng)
 
     def _text(self, row: Row) -> TokenSequence:
-        parts = _Parts("text", self.max_length)
+        parts = SequenceParts("text", self.max_length)
         parts.add(self.text.begin())
         parts.add_cut(self.text(clean(row.get("text"))), room=1)
         parts.add([self.vocabulary.eos])
         return parts.sequence()
 
     def _draw(self, image: list[int], caption: str) -> TokenSequence:
-        vocabulary, parts = self.vocabulary, _Parts("caption_to_image", self.max_length)
+        vocabulary = self.vocabulary
+        parts = SequenceParts("caption_to_image", self.max_length)
         parts.add(self.text.begin(), predicted=self.dense)
         parts.add_cut(self.text(caption), room=len(image) + 3, predicted=self.dense)
         parts.add([vocabulary.boi], predicted=self.dense)
@@ -157,27 +172,24 @@ class SequenceBuilder:
         parts = self._seen("qa", image)
         chosen = rng.permutation(len(questions))[: self.questions_per_image]
         for nth, index in enumerate(chosen):
-            question, answer = (
-                self.text.question_prompt(questions[index][0]),
-                self.text(questions[index][1]),
-            )
-            length = len(question) + len(answer) + len(self.text.line_end)
+            question = self.text.question_prompt(questions[index][0])
+            answer = self.text(questions[index][1])
+            line_end = self.text.line_end
+            length = len(question) + len(answer) + len(line_end)
             if nth > 0 and parts.length + length + 1 > self.max_length:
                 parts.num_cut += length
                 continue
             if self.isolate_questions:
                 parts.begin_segment()
-            parts.add_cut(
-                question, room=len(answer) + len(self.text.line_end) + 1, predicted=self.dense
-            )
-            parts.add_cut(answer, room=len(self.text.line_end) + 1, answer=True)
-            parts.add_cut(self.text.line_end, room=1)
+            parts.add_cut(question, room=length - len(question) + 1, predicted=self.dense)
+            parts.add_cut(answer, room=len(line_end) + 1, answer=True)
+            parts.add_cut(line_end, room=1)
         parts.add([self.vocabulary.eos])
         return parts.sequence()
 
-    def _seen(self, kind: Kind, image: list[int]) -> _Parts:
-        """A sequence that begins with an image to be understood."""
-        parts = _Parts(kind, self.max_length)
+    def _seen(self, kind: Kind, image: list[int]) -> SequenceParts:
+        """A sequence that starts with an image to be understood."""
+        parts = SequenceParts(kind, self.max_length)
         parts.add(self.text.begin(), predicted=self.dense)
         parts.add([self.vocabulary.und_start], predicted=self.dense)
         parts.add(image, predicted=self.dense and self.dense_images)
@@ -187,82 +199,26 @@ class SequenceBuilder:
     def _image(self, row: Row) -> list[int]:
         codes = np.asarray(row["codes"]).reshape(-1)
         if len(codes) and (int(codes.min()) < 0 or int(codes.max()) >= self.vocabulary.num_codes):
-            self.vocabulary.check_codes(torch.from_numpy(codes.astype(np.int64)), _where(row))
+            self.vocabulary.check_codes(torch.from_numpy(codes.astype(np.int64)), source_of(row))
         if not len(codes):
-            raise VocabularyError(f"{_where(row)} holds no visual codes. Tokenize again.")
+            raise VocabularyError(f"{source_of(row)} holds no visual codes. Tokenize again.")
         needed = len(codes) + len(self.text.begin()) + 3
         if needed > self.max_length:
             raise ConfigError(
-                f"mllm.max_length={self.max_length} cannot hold an image of {len(codes)} codes with its delimiters, "
-                f"and images are never cut. Set mllm.max_length to at least {needed + 32} (room for text too)."
+                f"mllm.max_length={self.max_length} cannot hold an image of {len(codes)} codes "
+                "with its delimiters, and images are never cut. Set mllm.max_length to at least "
+                f"{needed + 32} (with room for text)."
             )
         return (codes.astype(np.int64) + self.vocabulary.first_visual).tolist()
 
 
-class _Parts:
-    """A sequence in the making."""
-
-    def __init__(self, kind: Kind, max_length: int) -> None:
-        self.kind, self.max_length = kind, max_length
-        self.ids: list[int] = []
-        self.labels: list[int] = []
-        self.answers: list[bool] = []
-        self.segments: list[int] = []
-        self.positions: list[int] = []
-        self.segment = self.next_position = self.shared_length = 0
-        self.num_cut = 0
-
-    def begin_segment(self) -> None:
-        """What follows sees the shared part (all before the first segment) and itself, not the
-        other segments.
-        """
-        if self.segment == 0:
-            self.shared_length = self.length
-        self.segment += 1
-        self.next_position = self.shared_length
-
-    @property
-    def length(self) -> int:
-        return len(self.ids)
-
-    def add(self, ids: Sequence[int], predicted: bool = True, answer: bool = False) -> None:
-        self.ids.extend(ids)
-        self.labels.extend(ids if predicted else [IGNORE] * len(ids))
-        self.answers.extend([answer] * len(ids))
-        self.segments.extend([self.segment] * len(ids))
-        self.positions.extend(range(self.next_position, self.next_position + len(ids)))
-        self.next_position += len(ids)
-
-    def add_cut(
-        self, ids: Sequence[int], room: int, predicted: bool = True, answer: bool = False
-    ) -> None:
-        """Add as much of `ids` as leaves `room` positions free."""
-        fits = max(0, self.max_length - self.length - room)
-        self.num_cut += max(0, len(ids) - fits)
-        self.add(ids[:fits], predicted, answer)
-
-    def sequence(self) -> TokenSequence:
-        for place in range(len(self.ids)):
-            if place == 0 or self.segments[place] > max(1, self.segments[place - 1]):
-                self.labels[place] = IGNORE  # the token before it is nothing that it follows
-        return TokenSequence(
-            self.kind,
-            np.array(self.ids, dtype=np.int64),
-            np.array(self.labels, dtype=np.int64),
-            np.array(self.answers, dtype=bool),
-            np.array(self.segments, dtype=np.int64),
-            np.array(self.positions, dtype=np.int64),
-            self.num_cut,
-        )
-
-
 def caption_of(row: Row) -> str:
-    """A row's caption, else its label, on one line; empty where it has neither."""
+    """A row's caption, else its label, on one line; empty without either."""
     return clean(row.get("caption")) or clean(row.get("label"))
 
 
 def questions_of(row: Row) -> list[tuple[str, str]]:
-    """A row's (question, answer) pairs that hold both."""
+    """A row's (question, answer) pairs, without those that lack one of the two."""
     pairs = ((clean(pair["question"]), clean(pair["answer"])) for pair in row.get("qa") or ())
     return [(question, answer) for question, answer in pairs if question and answer]
 
@@ -270,49 +226,33 @@ def questions_of(row: Row) -> list[tuple[str, str]]:
 def collate(
     sequences: Sequence[TokenSequence], pad: int, room: int | None = None
 ) -> dict[str, Tensor]:
-    """A batch for `UnifiedModel`, right-padded to (B, L): input_ids, labels, attention_mask int64,
-    answer_mask bool.
+    """A batch for `UnifiedModel`, padded on the right to (B, L).
 
-    Short sequences share a row, so B may be below their number. Rows are as long as the longest
-    sequence (`best_fit`), or with `room` about that long (`pack`). Where a row is shared or a
-    sequence has segments there are also position_ids, document_ids and segment_ids int64 (padding:
-    document −1); see `visible_mask`. Where visual places hold several codes there are `codes` int64
-    (N, 2, R), of all places of the batch in reading order.
+    Short sequences share a row, so B may be below their number.
+
+    Args:
+        sequences: at least one.
+        pad: padding token.
+        room: intended width of a row (`pack`); None: the longest sequence (`best_fit`).
+
+    Returns:
+        `input_ids`, `labels` and `attention_mask`, int64; `answer_mask`, bool. If a row is shared
+        or a sequence has segments, also `position_ids`, `document_ids` (−1 for padding) and
+        `segment_ids`, int64; see `visible_mask`. If visual places hold several codes, also `codes`
+        int64 (N, 2, R), of all places of the batch in reading order.
     """
     lengths = [len(sequence.ids) for sequence in sequences]
     rows = best_fit(lengths, max(lengths)) if room is None else pack(lengths, room)
-    longest = max(sum(lengths[member] for member in row) for row in rows)
-    fills = {
-        "input_ids": pad,
-        "labels": IGNORE,
-        "attention_mask": 0,
-        "position_ids": 0,
-        "segment_ids": 0,
-    }
-    batch = {
-        name: torch.full((len(rows), longest), fill, dtype=torch.int64)
-        for name, fill in fills.items()
-    }
-    batch["document_ids"] = torch.full((len(rows), longest), -1, dtype=torch.int64)
-    batch["answer_mask"] = torch.zeros((len(rows), longest), dtype=torch.bool)
+    batch = _empty_batch(len(rows), width_of(rows, lengths), pad)
+    codes: list[np.ndarray] = []
     for b, members in enumerate(rows):
         start = 0
-        for document, sequence in enumerate(sequences[member] for member in members):
-            place = (b, slice(start, start + len(sequence.ids)))
-            batch["input_ids"][place] = torch.from_numpy(sequence.ids)
-            batch["labels"][place] = torch.from_numpy(sequence.labels)
-            batch["answer_mask"][place] = torch.from_numpy(sequence.answers)
-            batch["position_ids"][place] = torch.from_numpy(sequence.positions)
-            batch["segment_ids"][place] = torch.from_numpy(sequence.segments)
-            batch["attention_mask"][place] = 1
-            batch["document_ids"][place] = document
+        for document, member in enumerate(members):
+            sequence = sequences[member]
+            _fill(batch, (b, slice(start, start + len(sequence.ids))), sequence, document)
             start += len(sequence.ids)
-    codes = [
-        found
-        for members in rows
-        for member in members
-        if (found := sequences[member].codes) is not None
-    ]
+            if sequence.codes is not None:
+                codes.append(sequence.codes)
     if codes:
         batch["codes"] = torch.from_numpy(np.concatenate(codes))
     if len(rows) == len(sequences) and not batch["segment_ids"].any():
@@ -321,5 +261,34 @@ def collate(
     return batch
 
 
-def _where(row: Row) -> str:
+def _empty_batch(num_rows: int, width: int, pad: int) -> dict[str, Tensor]:
+    fills = {
+        "input_ids": pad,
+        "labels": IGNORE,
+        "attention_mask": 0,
+        "position_ids": 0,
+        "segment_ids": 0,
+        "document_ids": -1,
+    }
+    shape = (num_rows, width)
+    batch = {name: torch.full(shape, fill, dtype=torch.int64) for name, fill in fills.items()}
+    batch["answer_mask"] = torch.zeros(shape, dtype=torch.bool)
+    return batch
+
+
+def _fill(
+    batch: dict[str, Tensor], place: tuple[int, slice], sequence: TokenSequence, document: int
+) -> None:
+    """Write a sequence into its place (row, columns) of a batch."""
+    batch["input_ids"][place] = torch.from_numpy(sequence.ids)
+    batch["labels"][place] = torch.from_numpy(sequence.labels)
+    batch["answer_mask"][place] = torch.from_numpy(sequence.answers)
+    batch["position_ids"][place] = torch.from_numpy(sequence.positions)
+    batch["segment_ids"][place] = torch.from_numpy(sequence.segments)
+    batch["attention_mask"][place] = 1
+    batch["document_ids"][place] = document
+
+
+def source_of(row: Row) -> str:
+    """The row as an error names it, at the start of a sentence."""
     return f"The token row of image {row['image_id']}" if row.get("image_id") else "A token row"

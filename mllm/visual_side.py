@@ -1,8 +1,7 @@
-"""What the export of a `DepthModel` holds beside its plain language model: adapter, heads and code
-vectors, and their way back.
+"""Save and load the visual side of an exported `DepthModel`: adapter, heads, code vectors.
 
 The language model's part is an ordinary Hugging Face folder; `visual_heads.safetensors` is read by
-this project alone.
+this project only.
 """
 
 from __future__ import annotations
@@ -15,10 +14,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import PreTrainedModel
 
 from smalti.errors import ArtifactError
 from smalti.mllm.adapters import ADAPTERS
 from smalti.mllm.depth import DepthModel
+from smalti.mllm.language_model import input_embedding, output_head
 from smalti.mllm.losses import LossHead
 from smalti.mllm.vocabulary import VisualVocabulary
 from smalti.schema import DepthHeads
@@ -27,8 +28,8 @@ WEIGHTS = "visual_heads.safetensors"
 _CODES = "code_vectors"
 
 
-def side_settings(model: DepthModel) -> dict[str, Any]:
-    """What `smalti.json` keeps of the visual side."""
+def side_settings(model: DepthModel) -> dict[str, object]:
+    """The settings of the visual side in `smalti.json`."""
     return {
         "adapter": next(name for name, kind in ADAPTERS.items() if type(model.adapter) is kind),
         "splits": list(model.adapter.splits),
@@ -39,33 +40,52 @@ def side_settings(model: DepthModel) -> dict[str, Any]:
 
 
 def save_side(model: DepthModel, out_dir: str, dtype: torch.dtype) -> int:
-    """Write the visual side into the local folder, its parameters in `dtype`; their number comes
-    back.
+    """Write the visual side into a local folder.
+
+    Args:
+        model: the model.
+        out_dir: an existing folder.
+        dtype: of the written parameters; buffers keep theirs, code vectors are float32.
+
+    Returns:
+        The number of parameters.
     """
     trained = {name for name, _ in model.named_parameters()}
-    own = {
-        name: tensor for name, tensor in model.state_dict().items() if not name.startswith("lm.")
-    }
-    tensors = {
-        n: t.detach().cpu().to(dtype if n in trained else t.dtype).contiguous()
-        for n, t in own.items()
-    }
+    count = 0
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name.startswith("lm."):
+            continue
+        if name in trained:
+            count += tensor.numel()
+            tensor = tensor.to(dtype)
+        tensors[name] = tensor.detach().cpu().contiguous()
     tensors[_CODES] = model.code_vectors_VC.detach().float().cpu().contiguous()
     save_file(tensors, os.path.join(out_dir, WEIGHTS), metadata={"format": "pt"})
-    return sum(tensor.numel() for name, tensor in own.items() if name in trained)
+    return count
 
 
 def load_side(
-    folder: str, causal_lm: Any, vocabulary: VisualVocabulary, settings: Mapping[str, Any]
+    folder: str,
+    causal_lm: PreTrainedModel,
+    vocabulary: VisualVocabulary,
+    settings: Mapping[str, Any],
 ) -> DepthModel:
-    """The model around an exported language model, which is taken over.
+    """Load a `DepthModel` from an export.
 
-    ArtifactError: missing or torn weights.
+    Args:
+        folder: a local folder that `save_side` wrote to.
+        causal_lm: the exported language model; changed and owned by the result.
+        vocabulary: layout of its tokenizer.
+        settings: as `side_settings` gave them.
+
+    Raises:
+        ArtifactError: if weights are missing or torn.
     """
     try:
         tensors = load_file(os.path.join(folder, WEIGHTS))
         cut_rows(causal_lm, vocabulary)
-        width = causal_lm.get_input_embeddings().embedding_dim
+        width = input_embedding(causal_lm).embedding_dim
         adapter = ADAPTERS[settings["adapter"]](
             settings["splits"], settings["adapter_hidden"], width
         )
@@ -84,13 +104,16 @@ def load_side(
     return model.eval()
 
 
-def cut_rows(causal_lm: Any, vocabulary: VisualVocabulary) -> None:
-    """Give a language model of the whole vocabulary the matrices of a unified one: embedding rows
-    up to the first visual token, and a head that can compute its loss.
+def cut_rows(causal_lm: PreTrainedModel, vocabulary: VisualVocabulary) -> None:
+    """Give an exported language model the matrices of a unified one, in place.
+
+    Embedding rows up to the first visual token, and a head that can compute its loss.
     """
-    embed, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
+    embed, head = input_embedding(causal_lm), output_head(causal_lm)
     embed.weight = nn.Parameter(embed.weight.detach()[: vocabulary.first_visual].clone())
-    embed.num_embeddings, embed.padding_idx = vocabulary.first_visual, None
+    embed.num_embeddings = vocabulary.first_visual
+    embed.padding_idx = None
     own = LossHead(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
-    own.weight, own.bias = head.weight, head.bias
+    own.weight = head.weight
+    own.bias = head.bias
     causal_lm.set_output_embeddings(own)

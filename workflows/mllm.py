@@ -172,8 +172,8 @@ def make_text_tokenizer(run: StageRun, tokens: str) -> None:
     """`<stage>/text_tokenizer`: the pretrained model's, or a BPE trained on the corpus's captions,
     questions and answers.
     """
+    from smalti.mllm.base_lm import load_text_tokenizer
     from smalti.mllm.bpe import train_bpe
-    from smalti.mllm.build import load_text_tokenizer
 
     section = run.recipe.mllm
     with storage.atomic_local_dir(storage.join(run.path, "text_tokenizer")) as folder:

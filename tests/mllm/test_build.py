@@ -1,4 +1,7 @@
-"""Building from a recipe's section, and the folder on disk."""
+"""Building from a recipe's section, and the folder on disk.
+
+Covers: mllm/base_lm.py, mllm/visual_tokenizer.py.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from smalti.errors import ArtifactError, ConfigError, TrainingError
+from smalti.mllm.base_lm import SMALL_HEAD_GAIN, load_language_model, load_text_tokenizer
 from smalti.mllm.bpe import train_bpe
-from smalti.mllm.build import (
-    SMALL_HEAD_GAIN,
-    build_unified,
-    load_language_model,
-    load_text_tokenizer,
-    load_unified,
-    save_unified,
-)
+from smalti.mllm.build import build_unified, load_unified, save_unified
 from smalti.schema import LanguageModel, MllmSection
 from smalti.tokenizers.loading import load_tokenizer
 
@@ -100,7 +97,7 @@ def test_from_a_published_folder_with_padding_and_a_tied_head(
     assert loaded.chat_template == "{{ messages }}"
 
 
-def test_a_torn_or_incomplete_language_model_is_told(tmp_path) -> None:
+def test_a_torn_or_incomplete_language_model_is_reported(tmp_path) -> None:
     section = MllmSection(pretrained=str(tmp_path))
     make_tiny_qwen2(tied=False).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"

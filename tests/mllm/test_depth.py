@@ -1,5 +1,6 @@
-"""Visual places of several codes: losses and drawing against a reference written out, sequences,
-files.
+"""Visual places of several codes: losses and drawing against a reference, sequences, files.
+
+Covers: mllm/depth_head.py.
 """
 
 from __future__ import annotations

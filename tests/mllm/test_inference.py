@@ -98,8 +98,8 @@ def test_torn_and_incomplete_weights_are_told(folder: str, tmp_path) -> None:
         VisualModel.from_pretrained(folder)
     for torn in (file.read_bytes()[:100], b""):
         file.write_bytes(torn)
-        with pytest.raises(ArtifactError, match="no whole language model"):
+        with pytest.raises(ArtifactError, match="no complete language model"):
             VisualModel.from_pretrained(folder)
     file.unlink()
-    with pytest.raises(ArtifactError, match="no whole language model"):
+    with pytest.raises(ArtifactError, match="no complete language model"):
         VisualModel.from_pretrained(folder)

@@ -153,7 +153,7 @@ def test_one_row_without_padding_gives_the_loss_of_packed_rows(tiny) -> None:
 
 
 def test_flash_attention_that_is_not_there_names_the_setting(make_unified) -> None:
-    with pytest.raises(ConfigError, match=r"mllm\.attention=flash cannot be had here"):
+    with pytest.raises(ConfigError, match=r"mllm\.attention=flash is not available here"):
         make_unified(attention="flash")
     with pytest.raises(ValueError, match="cannot keep the questions of one image apart"):
         MllmSection(attention="flash", questions_per_image=2)

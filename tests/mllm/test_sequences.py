@@ -1,4 +1,7 @@
-"""Sequences by construction: every id and label written down from the formats."""
+"""Sequences by construction: every id and label written down from the formats.
+
+Covers: mllm/token_sequence.py.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import torch
 
 from smalti.errors import ConfigError, VocabularyError
 from smalti.mllm.losses import IGNORE
-from smalti.mllm.model import visible_mask
+from smalti.mllm.packing import visible_mask
 from smalti.mllm.sequences import SequenceBuilder, caption_of, collate, questions_of
 from smalti.schema import Mixture
 

@@ -15,7 +15,7 @@ from torch import nn
 from smalti.mllm.adapters import ADAPTERS
 from smalti.mllm.depth import DepthModel
 from smalti.mllm.lora import add_lora
-from smalti.mllm.model import visible_mask
+from smalti.mllm.packing import visible_mask
 from smalti.schema import Recipe
 from smalti.tokenizers.dualtoken import BOOKS, DualModel
 from smalti.tokenizers.encoders import VisionEncoder

@@ -17,11 +17,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, SiglipVisionModel
 
 from smalti.mllm.adapters import ADAPTERS, fitting
+from smalti.mllm.base_lm import qwen2_config
 from smalti.mllm.bridge import Bridge, BridgeLoss
-from smalti.mllm.build import _qwen2_config
 from smalti.mllm.diffusion import PromptSide
+from smalti.mllm.language_model import fit_shapes
 from smalti.mllm.lora import add_lora
-from smalti.mllm.model import UnifiedModel, fit_shapes, visible_mask
+from smalti.mllm.model import UnifiedModel
+from smalti.mllm.packing import visible_mask
 from smalti.mllm.vocabulary import DELIMITERS, VisualVocabulary
 from smalti.schema import Loss, MllmSection, Recipe, Train
 from smalti.tokenizers.encoders import VisionEncoder
@@ -308,7 +310,7 @@ def language_of(section: MllmSection, num_codes: int) -> tuple[Any, VisualVocabu
     """
     if section.config is not None:
         tokens, origin = section.config.text_vocab_size, ""
-        config: Any = _qwen2_config(section.config, section.max_length, _Tokens(tokens))
+        config: Any = qwen2_config(section.config, section.max_length, _Tokens(tokens))
     else:
         config, tokens, origin = language_config(section.pretrained or "")
     first = tokens + len(DELIMITERS)
