@@ -1,12 +1,13 @@
-"""Stage `bridge`: token shards with captions, and the language model's codebook → the conditioning
-of a diffusion decoder.
+"""Stage `bridge`: train the mapping from codes to the conditioning of a diffusion decoder.
+
+It reads token shards with captions, and the codebook of the language model.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from typing import Any
+from typing import TYPE_CHECKING
 
 from smalti import shards, storage
 from smalti.artifact import Artifact
@@ -20,18 +21,25 @@ from smalti.workflows.pipeline.stage import StageRun, find_artifact, run_stage
 from smalti.workflows.systems.registry import system_of
 from smalti.workflows.train.elastic import check_batch
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
-    """The bridge artifact; see `smalti.mllm.bridge.load_bridge`.
+    """Train the bridge of a recipe.
 
-    Counts: pairs of an image with its caption, steps.
+    Returns:
+        The artifact; see `smalti.mllm.bridge.load_bridge`. Counts: pairs of an image with its
+        caption, steps.
 
-    Errors: ConfigError without `bridge.decoder` or for another system, DataError without a
-    captioned image.
+    Raises:
+        ConfigError: if `bridge.decoder` is not set, or for a system without a bridge.
+        DataError: if no image has a caption.
     """
     if recipe.bridge is None:
         raise ConfigError(
-            "bridge.decoder is not set: name a text-to-image pipeline of diffusers, a folder or hub name."
+            "bridge.decoder is not set. Set it to the folder or hub name of a text-to-image "
+            "pipeline of diffusers."
         )
     check(recipe)
     parents = {name: find_artifact(recipe, name) for name in ("tokenizer", "tokens", "mllm")}
@@ -39,55 +47,67 @@ def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
         "seed": recipe.seed,
         "decoder": resolve(recipe.bridge.decoder),
     }
-    return run_stage(recipe, "bridge", "bridge", config, parents, _body(parents), tracker=tracker)
+    return run_stage(
+        recipe,
+        "bridge",
+        "bridge",
+        config,
+        parents,
+        lambda stage: _body(stage, parents),
+        tracker=tracker,
+    )
 
 
 def check(recipe: Recipe) -> None:
-    """ConfigError: a system without a codebook of its own in the language model, or batches that
-    workers cannot share.
+    """Check the bridge section before the chain starts.
+
+    Raises:
+        ConfigError: if the language model has no codebook of its own, or if batches cannot be split
+            over the workers.
     """
     if recipe.bridge is None:
         return
     if not system_of(recipe).bridges or recipe.mllm.adapter != "cascade":
         raise ConfigError(
-            f"bridge.decoder={recipe.bridge.decoder} is set, but system={recipe.system} with mllm.adapter="
-            f"{recipe.mllm.adapter}: a bridge reads the trained codebook of system=unicode2, mllm.adapter=cascade. Remove "
-            "`bridge`."
+            f"bridge.decoder={recipe.bridge.decoder} is set, but system={recipe.system} with "
+            f"mllm.adapter={recipe.mllm.adapter}: a bridge reads the trained codebook of "
+            "system=unicode2, mllm.adapter=cascade. Remove `bridge`."
         )
     check_batch("bridge", recipe.bridge.train, recipe.resources, together="InfoNCE")
 
 
-def _body(parents: dict[str, Artifact]) -> Any:
-    def body(run: StageRun) -> dict[str, int]:
-        from smalti.mllm.bridge import CODES
-        from smalti.tokenizers.saved import read_config
-        from smalti.workflows.train.launch import fit
-        from smalti.workflows.train.tasks.bridge import BridgeTask
+def _body(run: StageRun, parents: dict[str, Artifact]) -> dict[str, int]:
+    from smalti.mllm.bridge import CODES
+    from smalti.tokenizers.saved import read_config
+    from smalti.workflows.train.launch import fit
+    from smalti.workflows.train.tasks.bridge import BridgeTask
 
-        section = run.recipe.bridge
-        assert section is not None
-        section = section.model_copy(update={"decoder": resolve(section.decoder)})
-        keys, sizes = captioned(parents["tokens"].path)
-        codes = storage.join(run.path, CODES)
-        if not storage.exists(codes):
-            tensor_files.write(codes, {"codes": trained_codes(parents["mllm"].path)})
-        settings = {
-            "section": section,
-            "tokens": parents["tokens"].path,
-            "keys": keys,
-            "sizes": sizes,
-            "num_tokens": math.prod(read_config(parents["tokenizer"].path)["grid"]),
-            "path": run.path,
-        }
-        with ensure_ray(run.recipe):
-            fit(BridgeTask, settings, section.train, run, seed=run.recipe.seed)
-        return {"pairs": sum(sizes), "steps": section.train.steps}
-
-    return body
+    section = run.recipe.bridge
+    assert section is not None
+    section = section.model_copy(update={"decoder": resolve(section.decoder)})
+    keys, sizes = captioned(parents["tokens"].path)
+    codes = storage.join(run.path, CODES)
+    if not storage.exists(codes):
+        tensor_files.write(codes, {"codes": trained_codes(parents["mllm"].path)})
+    settings = {
+        "section": section,
+        "tokens": parents["tokens"].path,
+        "keys": keys,
+        "sizes": sizes,
+        "num_tokens": math.prod(read_config(parents["tokenizer"].path)["grid"]),
+        "path": run.path,
+    }
+    with ensure_ray(run.recipe):
+        fit(BridgeTask, settings, section.train, run, seed=run.recipe.seed)
+    return {"pairs": sum(sizes), "steps": section.train.steps}
 
 
 def captioned(tokens: str) -> tuple[list[str], list[int]]:
-    """Training shards of tokens, and in each the rows with a caption. DataError: none at all."""
+    """Training shards of tokens, and the number of rows with a caption in each.
+
+    Raises:
+        DataError: if no image has a caption.
+    """
     from smalti.workflows.train.tasks.bridge import CAPTIONED
     from smalti.workflows.train.tasks.mllm import usable_rows
 
@@ -98,13 +118,14 @@ def captioned(tokens: str) -> tuple[list[str], list[int]]:
     ]
     if not sum(sizes):
         raise DataError(
-            f"No image of {tokens} has a caption, and a bridge learns from captions. Take `bridge` out."
+            f"No image of {tokens} has a caption, but a bridge is trained on captions. Remove "
+            "`bridge` from the recipe, or add captions to the corpus."
         )
     return keys, sizes
 
 
-def trained_codes(mllm: str) -> Any:
-    """The second codebook of the language model in an mllm artifact's folder: float32 (V, C)."""
+def trained_codes(mllm: str) -> Tensor:
+    """The language model's codebook, from an mllm artifact's folder: float32 (V, C)."""
     from safetensors import safe_open
 
     from smalti.mllm.build import WEIGHTS
@@ -117,7 +138,7 @@ def trained_codes(mllm: str) -> Any:
 
 
 def copy_into(bridge: str, folder: str) -> None:
-    """A bridge into the local folder `<folder>/bridge`, as `load_bridge` reads it."""
+    """Copy a bridge into the local folder `<folder>/bridge`, where `load_bridge` reads it."""
     from smalti.mllm.bridge import CODES, SETTINGS, WEIGHTS
 
     os.makedirs(os.path.join(folder, "bridge"), exist_ok=True)

@@ -52,7 +52,7 @@ def test_texts_are_read_from_every_format(tmp_path, ending) -> None:
     ("name", "content", "told"),
     [
         ("a.csv", "x", "expected a .txt"),
-        ("a.jsonl", '{"text": "x"}\nnope', "line 2 is no JSON"),
+        ("a.jsonl", '{"text": "x"}\nnope', "line 2 is not JSON"),
         ("a.jsonl", '{"txt": "x"}', 'no string field "text"'),
     ],
 )
@@ -89,9 +89,9 @@ def test_parts_that_leave_nothing_to_train_are_refused() -> None:
         check_parts(MllmSection(freeze=["new_rows", "adapter", "backbone"]))
     with pytest.raises(ConfigError, match=r"which mllm\.freeze names"):
         check_parts(MllmSection(lora=Lora(), freeze=["backbone"]))
-    asleep = MllmStage(from_step=4, freeze=["new_rows", "adapter"])
+    frozen = MllmStage(from_step=4, freeze=["new_rows", "adapter"])
     with pytest.raises(ConfigError, match="From step 4 on"):
-        check_parts(MllmSection(freeze=["backbone"], stages=[asleep], train=train))
+        check_parts(MllmSection(freeze=["backbone"], stages=[frozen], train=train))
     check_parts(
         MllmSection(lora=Lora(), freeze=["new_rows"], stages=[MllmStage(from_step=1)], train=train)
     )

@@ -143,12 +143,12 @@ def test_local_files_of_a_recipe_are_found_by_workers_that_stand_in_another_fold
     (tmp_path / "here" / "lpips.safetensors").write_bytes(b"")
     monkeypatch.chdir(tmp_path / "here")
     loss = placed(Loss(perceptual=Perceptual(kind="lpips", weights="lpips.safetensors")))
-    model = mllm.placed(MllmSection(pretrained="model"))
+    model = mllm.with_absolute_path(MllmSection(pretrained="model"))
     monkeypatch.chdir(tmp_path)
     assert loss.perceptual.weights and Path(loss.perceptual.weights).is_file()
     assert model.pretrained and Path(model.pretrained).is_dir()
     assert placed(Loss(perceptual=Perceptual(weights="s3://b/l"))).perceptual.weights == "s3://b/l"
     assert (
-        mllm.placed(MllmSection(pretrained="Qwen/Qwen2.5-7B-Instruct")).pretrained
+        mllm.with_absolute_path(MllmSection(pretrained="Qwen/Qwen2.5-7B-Instruct")).pretrained
         == "Qwen/Qwen2.5-7B-Instruct"
     )
