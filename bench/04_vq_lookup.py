@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bench.machine import machine
 from bench.turns import in_turns, peak_bytes
-from smalti.tokenizers.quantizers import nearest
+from smalti.tokenizers.flat_search import nearest
 
 NUM, CODES, DIM, TURNS, GOAL, GOAL_MEMORY = 8192, 16_384, 48, 7, 2.0, 1 / 16
 

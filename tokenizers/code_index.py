@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from smalti.tokenizers import quantizers
+from smalti.tokenizers import flat_search
 
 PAIRS = 1 << 24
 """(vector, cell) pairs that a tree search compares at once."""
@@ -133,9 +133,9 @@ class CodeIndex:
             (cell_of_K.diff() >= 0).all()
         )  # codes that lie in the order of their cells are not copied
         self._sorted = self.codes if in_place else self.codes[self._order]
-        self._half_norms = quantizers.squared_norms(self.codes) / 2
+        self._half_norms = flat_search.squared_norms(self.codes) / 2
         self._sorted_half_norms = self._half_norms[self._order]
-        self._cell_half_norms = quantizers.squared_norms(self.cells) / 2
+        self._cell_half_norms = flat_search.squared_norms(self.cells) / 2
         self._apart = torch.cdist(self.cells, self.cells) if len(self.cells) ** 2 <= APART else None
         self._starts = [0, *sizes_P[full].cumsum(0).tolist()]
         self._low: dict[torch.dtype, Tensor] = {}
@@ -154,14 +154,14 @@ class CodeIndex:
         Returns:
             Codes, int64 (N,), ties take the lowest; squared distances, float32 (N,).
         """
-        x_NC, block = x_NC.float(), min(len(self.codes), quantizers.CODE_BLOCK)
+        x_NC, block = x_NC.float(), min(len(self.codes), flat_search.CODE_BLOCK)
         ids_N, scores_N = _empty(x_NC)
         if dtype == torch.float32:
             for rows in _blocks(len(x_NC), block):
-                scores_N[rows], ids_N[rows] = quantizers.best_score(
+                scores_N[rows], ids_N[rows] = flat_search.best_score(
                     x_NC[rows], self.codes, self._half_norms
                 )
-            return ids_N, _distance(quantizers.squared_norms(x_NC), scores_N)
+            return ids_N, _distance(flat_search.squared_norms(x_NC), scores_N)
         if dtype not in self._low:
             self._low[dtype] = self.codes.to(dtype).contiguous()
         low_KC, low_NC, kernel = (
@@ -177,7 +177,7 @@ class CodeIndex:
             dots_NB = torch.einsum("nc,nbc->nb", x_NC[rows], self.codes[found_NB])
             scores_N[rows], place_N = (self._half_norms[found_NB] - dots_NB).min(-1)
             ids_N[rows] = found_NB.gather(1, place_N[:, None])[:, 0]
-        return ids_N, _distance(quantizers.squared_norms(x_NC), scores_N)
+        return ids_N, _distance(flat_search.squared_norms(x_NC), scores_N)
 
     def nearest(self, x_NC: Tensor) -> tuple[Tensor, Tensor]:
         """As `exact`, by the tree search that `probes` describe; exact without them."""
@@ -204,7 +204,7 @@ class CodeIndex:
             return self.exact(x_NC)
         x_NC, num = x_NC.float(), min(num_cells, len(self.cells))
         ids_N, scores_N = _empty(x_NC)
-        norms_N = quantizers.squared_norms(x_NC)
+        norms_N = flat_search.squared_norms(x_NC)
         for block in _blocks(len(x_NC), num, PAIRS):
             found = ids_N[block], scores_N[block]
             probed, planes, near_N = self._nearest_cell(x_NC[block], norms_N[block], num, *found)
@@ -236,10 +236,10 @@ class CodeIndex:
         ends = torch.bincount(cells, minlength=len(self.cells)).cumsum(0).tolist()
         for cell, (first, last) in enumerate(zip([0, *ends], ends, strict=False)):
             codes = slice(self._starts[cell], self._starts[cell + 1])
-            num_codes = min(codes.stop - codes.start, quantizers.CODE_BLOCK)
+            num_codes = min(codes.stop - codes.start, flat_search.CODE_BLOCK)
             for block in _blocks(last - first, max(num_codes, x_NC.shape[1])):
                 mine = rows[first:last][block]
-                score, local = quantizers.best_score(
+                score, local = flat_search.best_score(
                     x_NC[mine], self._sorted[codes], self._sorted_half_norms[codes]
                 )
                 found = self._order[codes][local]
@@ -261,7 +261,7 @@ class CodeIndex:
         for block in _blocks(len(x_NC) if num > 1 else 0, num, PAIRS):
             mine = x_NC[block]
             probed, planes, near_N = self._nearest_cell(
-                mine, quantizers.squared_norms(mine), num, *_empty(mine)
+                mine, flat_search.squared_norms(mine), num, *_empty(mine)
             )
             rank_N = (probed == home_N[block, None]).int().argmax(-1)
             cells_N[block] = rank_N + 1
@@ -340,7 +340,7 @@ def _blocks(num: int, width: int, most: int | None = None) -> list[slice]:
     """Slices of `num` rows of `width` numbers, at most `most` numbers each (default
     `SCRATCH_SCORES`).
     """
-    rows = max(1, (most or quantizers.SCRATCH_SCORES) // max(1, width))
+    rows = max(1, (most or flat_search.SCRATCH_SCORES) // max(1, width))
     return [slice(at, min(num, at + rows)) for at in range(0, num, rows)]
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from smalti.tokenizers.quantizers import search
+from smalti.tokenizers.flat_search import search
 
 Seeding = Literal["auto", "plusplus", "random"]
 """How centroids are seeded.

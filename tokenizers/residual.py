@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smalti.tokenizers.flat_search import nearest
 from smalti.tokenizers.kmeans import kmeans
 from smalti.tokenizers.quantizers import (
     VQ,
@@ -20,7 +21,6 @@ from smalti.tokenizers.quantizers import (
     EMAStats,
     Quantized,
     identity,
-    nearest,
     straight_through,
 )
 

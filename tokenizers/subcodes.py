@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smalti.tokenizers.flat_search import nearest
 from smalti.tokenizers.kmeans import kmeans
-from smalti.tokenizers.quantizers import nearest, straight_through
+from smalti.tokenizers.quantizers import straight_through
 
 SAMPLES_PER_ROW = 32
 """Most vectors per sub-code in its k-means."""

@@ -49,7 +49,8 @@ def read(path: str) -> dict[str, Tensor]:
 
     Not mapped: the file may be removed, on any file system, while they are held.
 
-    Errors: DataError, no such file, a torn one, or numbers of another kind.
+    Raises:
+        DataError: if the file is missing or truncated, or holds another dtype.
     """
     found: dict[str, Tensor] = {}
     try:
@@ -59,8 +60,8 @@ def read(path: str) -> dict[str, Tensor]:
                 raise ValueError(f"a header of {size} bytes")
             header = json.loads(file.read(size))
             header.pop("__metadata__", None)
-            for key, told in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-                found[key] = torch.empty(told["shape"], dtype=DTYPES[told["dtype"]])
+            for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                found[key] = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
                 left = _bytes_of(found[key])
                 while len(left):
                     got = file.readinto(left[:_READ])  # type: ignore[attr-defined]
@@ -69,7 +70,7 @@ def read(path: str) -> dict[str, Tensor]:
                     left = left[got:]
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise DataError(
-            f"{path} is no whole file of float64, int64 and float32 tensors ({error!r}): remove it and run the stage again"
+            f"{path} is not a complete file of float64, int64 and float32 tensors ({error!r}): remove it and run the stage again"
         ) from error
     return found
 

@@ -159,12 +159,12 @@ def _compiler() -> list[Check]:
     beside = Path(sys.executable).parent / "ninja"
     ninja = shutil.which("ninja") or (str(beside) if beside.exists() else None)
     found = {"g++": shutil.which("g++") or shutil.which("c++"), "ninja": ninja}
-    mends = {
+    fixes = {
         "g++": "training needs it: apt-get install g++",
         "ninja": "training needs it: pip install ninja",
     }
     return [
-        Check(n, "ok", path) if path else Check(n, "problem", "not found", mends[n])
+        Check(n, "ok", path) if path else Check(n, "problem", "not found", fixes[n])
         for n, path in found.items()
     ]
 

@@ -25,7 +25,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--images", metavar="N", type=float,
-        help="images of the corpus; default: those of the corpus where it stands, else what the longest stage sees once",
+        help="images of the corpus; default: those of the corpus where it exists, else what the longest stage sees once",
     )  # fmt: skip
     parser.add_argument(
         "--vectors", metavar="N", type=float,

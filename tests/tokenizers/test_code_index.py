@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from smalti.tokenizers import code_index, quantizers
+from smalti.tokenizers import code_index, flat_search
 from smalti.tokenizers.code_index import CodeIndex, Probes
 
 
@@ -63,15 +63,15 @@ def test_ties_take_the_lowest_code_also_across_cells() -> None:
 def test_no_matrix_of_scores_is_larger_than_the_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
     index, x = tree_index(), drawn(300, 8)
     wanted, sizes = index.exact(x)[0], []
-    inner = quantizers.best_score
+    inner = flat_search.best_score
 
     def watched(z: Tensor, codes: Tensor, half_norms: Tensor) -> tuple[Tensor, Tensor]:
-        sizes.append(len(z) * min(len(codes), quantizers.CODE_BLOCK))
+        sizes.append(len(z) * min(len(codes), flat_search.CODE_BLOCK))
         return inner(z, codes, half_norms)
 
-    monkeypatch.setattr(quantizers, "best_score", watched)
-    monkeypatch.setattr(quantizers, "SCRATCH_SCORES", 2048)
-    monkeypatch.setattr(quantizers, "CODE_BLOCK", 64)
+    monkeypatch.setattr(flat_search, "best_score", watched)
+    monkeypatch.setattr(flat_search, "SCRATCH_SCORES", 2048)
+    monkeypatch.setattr(flat_search, "CODE_BLOCK", 64)
     monkeypatch.setattr(code_index, "CANDIDATE_BLOCK", 64)
     assert torch.equal(index.exact(x)[0], wanted) and len(sizes) == -(-300 // 32)
     assert torch.equal(index.exact(x, torch.bfloat16)[0], wanted)
@@ -80,13 +80,13 @@ def test_no_matrix_of_scores_is_larger_than_the_scratch(monkeypatch: pytest.Monk
 
 
 def test_many_codes_leave_room_for_many_vectors_in_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, inner = [], quantizers.best_score
+    rows, inner = [], flat_search.best_score
 
     def watched(z: Tensor, codes: Tensor, half_norms: Tensor) -> tuple[Tensor, Tensor]:
         rows.append(len(z))
         return inner(z, codes, half_norms)
 
-    monkeypatch.setattr(quantizers, "best_score", watched)
+    monkeypatch.setattr(flat_search, "best_score", watched)
     CodeIndex(drawn(70_000, 2)).exact(drawn(1024, 2, seed=1))
     assert rows == [1024]
 
@@ -197,7 +197,7 @@ def test_codes_in_another_precision_are_made_once() -> None:
 KERNEL = """
 import sys
 import torch
-from smalti.tokenizers import code_index
+from smalti.tokenizers import code_index, flat_search
 sys.path.insert(0, "tests/tokenizers")
 from test_code_index import drawn
 code_index._has_kernel = lambda device, dtype: True
