@@ -13,10 +13,22 @@ from smalti.workflows.train.task import Batch, Row, Source
 
 
 class BatchLoader:
-    """This worker's micro batches, step after step, made by a thread ahead of the step.
+    """This worker's micro batches, which a thread makes ahead of the step.
 
-    `for step, batches in feed.steps(first, last)` gives a list of micro batches a step; `at(step)`
-    makes those of any step at once. An error while reading is raised to the loop, in its step.
+    `for step, batches in loader.steps(first, last)` yields the list of micro batches of each step;
+    `at(step)` makes those of any step at once. Errors of reading are raised in the loop, at their
+    step.
+
+    Args:
+        source: rows.
+        order: of the rows.
+        make_batch: the task's.
+        batch_size: samples per step, over all workers.
+        micro: samples per micro batch.
+        rank: of this worker.
+        world_size: number of workers.
+        threads: that read rows.
+        ahead: steps to make in advance.
     """
 
     def __init__(
@@ -32,13 +44,13 @@ class BatchLoader:
         threads: int = 1,
         ahead: int = 2,
     ) -> None:
-        self.source, self.order, self.make_batch = source, order, make_batch
-        self.batch_size, self.micro, self.rank, self.world_size = (
-            batch_size,
-            micro,
-            rank,
-            world_size,
-        )
+        self.source = source
+        self.order = order
+        self.make_batch = make_batch
+        self.batch_size = batch_size
+        self.micro = micro
+        self.rank = rank
+        self.world_size = world_size
         self.ahead = ahead
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read") if threads > 1 else None
         self._lock = threading.Lock()
@@ -52,33 +64,23 @@ class BatchLoader:
 
     def steps(self, first: int, last: int) -> Iterator[tuple[int, list[Batch]]]:
         """Steps `first` to `last` (exclusive), in order."""
-        ready: queue.Queue[tuple[int, list[Batch] | BaseException]] = queue.Queue(self.ahead)
+        ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(self.ahead)
         stop = threading.Event()
 
         def fill() -> None:
             for step in range(first, last):
                 try:
-                    if isinstance(self.source, ShardRows | Joined):
-                        self.source.prefetch(
-                            self.order.near(step, self.batch_size, self.rank, self.world_size)
-                        )
-                    made: list[Batch] | BaseException = self.at(step)
-                except BaseException as error:  # handed to the loop, which raises it
+                    made: list[Batch] | BaseException = self._prefetched(step)
+                except BaseException as error:  # raised in the loop
                     made = error
-                while not stop.is_set():
-                    try:
-                        ready.put((step, made), timeout=0.2)
-                        break
-                    except queue.Full:
-                        continue
-                if stop.is_set() or isinstance(made, BaseException):
+                if not _put(ready, made, stop) or isinstance(made, BaseException):
                     return
 
-        thread = threading.Thread(target=fill, name="feed", daemon=True)
+        thread = threading.Thread(target=fill, name="batches", daemon=True)
         thread.start()
         try:
-            for _ in range(first, last):
-                step, made = ready.get()
+            for step in range(first, last):
+                made = ready.get()
                 if isinstance(made, BaseException):
                     raise made
                 yield step, made
@@ -86,13 +88,16 @@ class BatchLoader:
             stop.set()
             thread.join()
 
+    def _prefetched(self, step: int) -> list[Batch]:
+        """Micro batches of a step, with its source prefetching the shards near it."""
+        if isinstance(self.source, ShardRows | Joined):
+            near = self.order.near(step, self.batch_size, self.rank, self.world_size)
+            self.source.prefetch(near)
+        return self.at(step)
+
     def _read(self, samples: Samples) -> list[Row]:
-        places = list(
-            zip(
-                *(a.tolist() for a in (samples.index, samples.epoch, samples.shard, samples.row)),
-                strict=True,
-            )
-        )
+        columns = (samples.index, samples.epoch, samples.shard, samples.row)
+        places = list(zip(*(column.tolist() for column in columns), strict=True))
 
         def read(place: tuple[int, int, int, int]) -> Row:
             index, epoch, shard, row = place
@@ -100,3 +105,18 @@ class BatchLoader:
             return Row(index, epoch, key, row, values)
 
         return list(self._pool.map(read, places) if self._pool else map(read, places))
+
+
+def _put(
+    ready: queue.Queue[list[Batch] | BaseException],
+    made: list[Batch] | BaseException,
+    stop: threading.Event,
+) -> bool:
+    """Put a step into the queue, waiting for room; False if the loop has stopped."""
+    while not stop.is_set():
+        try:
+            ready.put(made, timeout=0.2)
+            return True
+        except queue.Full:
+            continue
+    return False

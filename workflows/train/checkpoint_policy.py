@@ -1,7 +1,7 @@
 """When a run writes checkpoints, and which of them are kept.
 
-Decisions over plain values: no storage, no torch, no Ray. The loop asks when to write, `Checkpoints`
-asks what to keep; both do the work themselves.
+Decisions over plain values: no storage, no torch, no Ray. The loop asks when to write,
+`Checkpoints` asks what to keep; both do the work themselves.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class CheckpointPolicy:
         steps: steps of the run; a checkpoint follows the last one.
         every: steps between two checkpoints.
         keep: newest complete checkpoints to keep.
-        best: metric whose best checkpoint is kept too: NAME for the lowest, max:NAME for the highest.
+        best: metric whose best checkpoint is kept too: NAME for the lowest, max:NAME for the
+            highest.
         resumable: whether the run writes checkpoints at all.
         preemptible: nodes may be taken away with notice; a checkpoint follows each notice.
         elastic: more workers may join; a checkpoint is written for them when they are waiting.

@@ -1,9 +1,9 @@
 """Checkpoints of a training run: writing, sending to storage, choosing one, and loading it.
 
 A checkpoint is one folder per step: the engines' states, the task's state, and where the loop was.
-Each worker writes its files to its own disk and trains on while a thread sends them to storage, with
-a manifest last of all (see `manifests`). Incomplete checkpoints are skipped, and so are those with a
-file whose checksum has changed since it was written.
+Each worker writes its files to its own disk and trains on while a thread sends them to storage,
+with a manifest last of all (see `manifests`). Incomplete checkpoints are skipped, and so are those
+with a file whose checksum has changed since it was written.
 """
 
 from __future__ import annotations
@@ -154,8 +154,8 @@ class Checkpoints:
                 if not wrong:
                     return self._load_from(folder, chosen.path, engines, task)
             self.say(
-                f"skipping the checkpoint {chosen.path}: {wrong} is damaged (its checksum is not the "
-                "one it was written with)"
+                f"skipping the checkpoint {chosen.path}: {wrong} is damaged (its checksum is not "
+                "the one it was written with)"
             )
             damaged.append(chosen.path)
         return None
@@ -296,8 +296,8 @@ def _local_folder() -> Iterator[Scratch]:
         if disk_is_full(error):
             raise DataError(
                 f"cannot write a checkpoint to {tempfile.gettempdir()}: "
-                f"{str(error).splitlines()[0]}. Each worker needs room for its files there: free some "
-                "space, or set TMPDIR to a larger disk. Earlier checkpoints are unchanged."
+                f"{str(error).splitlines()[0]}. Each worker needs room for its files there: free "
+                "some space, or set TMPDIR to a larger disk. Earlier checkpoints are unchanged."
             ) from error
         raise
 
@@ -309,8 +309,8 @@ def fetched(
     """A local folder with the files of a checkpoint that this worker loads.
 
     A local checkpoint is used where it is. From an object store each worker fetches its own files
-    and those that worker 0 wrote for all; where another number of workers wrote it, the first worker
-    of each node fetches all files for all workers there.
+    and those that worker 0 wrote for all; where another number of workers wrote it, the first
+    worker of each node fetches all files for all workers there.
     """
     if storage.is_local(chosen.path):
         yield storage.local_path(chosen.path)

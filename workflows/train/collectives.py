@@ -1,5 +1,6 @@
-"""Collectives over the training workers, handed into plain PyTorch code; with one worker each is
-the identity.
+"""Collectives over the training workers, passed into plain PyTorch code.
+
+With one worker each is the identity.
 
 Legend: W workers, B rows.
 """
@@ -19,8 +20,9 @@ from torch import Tensor
 from smalti.errors import SmaltiError
 
 PATIENCE = timedelta(hours=12)
-"""How long workers wait for one another's reading and writing of storage; for all else, torch's
-half hour.
+"""How long workers wait for each other's reading and writing of storage.
+
+All other collectives have torch's timeout of half an hour.
 """
 
 T = TypeVar("T")
@@ -29,16 +31,18 @@ T = TypeVar("T")
 class Collectives:
     """Collectives of the default process group; tensors keep their device and dtype.
 
-    `rank` and `world_size` default to those of `torch.distributed`, or to one worker when it is not
-    initialised. Every worker makes one alike: the first of a process opens the group that waits for
-    storage.
+    `rank` and `world_size` are those of `torch.distributed`, or of one worker where it is not
+    initialised. Every worker creates one at the same time: the first of a process creates the group
+    that waits for storage.
     """
 
     def __init__(self) -> None:
         ready = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if ready else 0
         self.world_size = dist.get_world_size() if ready else 1
-        self._patient = patient_group(dist.group.WORLD) if self.world_size > 1 else None
+        self._patient: dist.ProcessGroup | None = None
+        if dist.group.WORLD is not None and self.world_size > 1:
+            self._patient = patient_group(dist.group.WORLD)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum over the workers, the same on all."""
@@ -70,7 +74,7 @@ class Collectives:
         dist.broadcast(copy, source)
         return copy
 
-    def broadcast_object(self, value: Any, device: torch.device) -> Any:
+    def broadcast_object(self, value: T, device: torch.device) -> T:
         """The first worker's value (anything that pickles), on every worker."""
         if self.world_size == 1:
             return value
@@ -78,30 +82,34 @@ class Collectives:
         dist.broadcast_object_list(box, device=device)
         return box[0]
 
-    def once_a_machine(self, work: Callable[[], T]) -> T:
-        """What `work()` returns on the first worker of this machine (it must pickle), on every
-        worker of it; what it raises anywhere, all workers raise.
+    def once_per_node(self, work: Callable[[], T]) -> T:
+        """Run `work` on the first worker of each node; every worker calls it.
 
-        The workers of a machine have successive ranks, as Ray and torchrun number them.
+        The workers of a node have consecutive ranks, as Ray and torchrun assign them.
+
+        Returns:
+            What `work()` returned on this node; it must pickle.
+
+        Raises:
+            Exception: what `work()` raised on any node, on all workers.
         """
         if self.world_size == 1:
             return work()
         local = int(os.environ.get("LOCAL_RANK", self.rank))
-        found: tuple[Any, Exception | None] = (None, None)
+        own: tuple[T | None, Exception | None] = (None, None)
         if local == 0:
             try:
-                found = (work(), None)
-            except Exception as error:  # raised below, by all
-                found = (
-                    None,
-                    error if isinstance(error, SmaltiError) else RuntimeError(f"{error!r}"),
-                )
-        told: list[Any] = [None] * self.world_size
-        dist.all_gather_object(told, found, group=self._patient)
-        for _, wrong in told:
+                own = (work(), None)
+            except SmaltiError as error:  # raised below, by all
+                own = (None, error)
+            except Exception as error:
+                own = (None, RuntimeError(f"{error!r}"))
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, own, group=self._patient)
+        for _, wrong in found:
             if wrong is not None:
                 raise wrong
-        return told[self.rank - local][0]
+        return found[self.rank - local][0]
 
     def barrier(self) -> None:
         """Wait for all workers."""
@@ -109,10 +117,9 @@ class Collectives:
             dist.barrier()
 
     def storage_barrier(self) -> None:
-        """Wait for all workers as long as `PATIENCE`, after what each or one of them read from
-        storage or wrote there.
+        """Wait for all workers up to `PATIENCE`, after some of them read or wrote storage.
 
-        One that died is seen at once all the same, by its closed connection and by Ray.
+        A worker that died is noticed at once all the same, by its closed connection and by Ray.
         """
         if self.world_size > 1:
             dist.barrier(group=self._patient)
@@ -120,7 +127,5 @@ class Collectives:
 
 @functools.cache
 def patient_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
-    """The group over all workers of `world` whose collectives wait as long as `PATIENCE`; every
-    worker calls it.
-    """
+    """The group over all workers whose collectives wait up to `PATIENCE`; every worker calls it."""
     return dist.new_group(backend="gloo", timeout=PATIENCE)

@@ -1,4 +1,4 @@
-"""Rows from shards with bounded memory, and batches made ahead of the step.
+"""Rows of shards, read with bounded memory.
 
 Legend: H, W image sides; T tokens.
 """
@@ -28,13 +28,23 @@ TABLE_CACHE_BYTES = 1 << 30
 PIXEL_CACHE_BYTES = 1 << 30
 FOOTER_THREADS = 16
 AHEAD_THREADS = 2
-IN_USE = 3  # shards that threads may be reading rows of at once
+IN_USE = 3
+"""Shards whose rows threads may be reading at once."""
+
+Prepared = Any
+"""What a source computes once per table; its subclass knows the type."""
+Values = Mapping[str, Any]
+"""A row, by column."""
 
 
 def shard_index(artifact_path: str, split: str) -> tuple[list[str], list[int]]:
-    """Keys of a split's shards and their rows, from the footers.
+    """Shards of a split, from their footers.
 
-    DataError when there is no row at all.
+    Returns:
+        Their keys, and their numbers of rows.
+
+    Raises:
+        DataError: the split has no rows.
     """
     keys = shards.list_shards(artifact_path, split)
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
@@ -42,7 +52,7 @@ def shard_index(artifact_path: str, split: str) -> tuple[list[str], list[int]]:
     if not sum(sizes):
         raise DataError(
             f"{artifact_path} holds no rows in its {split!r} split; training needs some. "
-            f"Look at its counts with `smalti show {artifact_path}`."
+            f"Check its counts with `smalti show {artifact_path}`."
         )
     return keys, sizes
 
@@ -50,8 +60,8 @@ def shard_index(artifact_path: str, split: str) -> tuple[list[str], list[int]]:
 class ShardRows:
     """Rows of the shards of one split.
 
-    Whole tables are kept: those near the step (`prefetch`) up to `window_bytes`, of the others the
-    last used up to `cache_bytes`.
+    Whole tables are kept in memory: those near the step (see `prefetch`) up to `window_bytes`, and
+    the most recently used others up to `cache_bytes`.
     """
 
     def __init__(
@@ -63,18 +73,21 @@ class ShardRows:
         *,
         cache_bytes: float = TABLE_CACHE_BYTES,
     ) -> None:
-        self.path, self.keys, self.sizes = artifact_path, list(keys), list(sizes)
+        self.path = artifact_path
+        self.keys = list(keys)
+        self.sizes = list(sizes)
         self.columns = list(columns) if columns is not None else None
-        self.cache_bytes = self.window_bytes = cache_bytes
+        self.cache_bytes = cache_bytes
+        self.window_bytes = cache_bytes
         self.disk: ShardCache | None = None
         self.say: Callable[[str], None] = log
         self.say_own: Callable[[str], None] = log
-        self._tables: OrderedDict[int, tuple[pa.Table, int, Any]] = OrderedDict()
+        self._tables: OrderedDict[int, tuple[pa.Table, int, Prepared]] = OrderedDict()
         self._bytes = 0
-        self._lock = threading.Lock()  # of the tables kept, never held while one is read
+        self._lock = threading.Lock()  # of the kept tables; not held while one is read
         self._reading: dict[int, threading.Lock] = {}
         self._near = PrefetchWindow(frozenset(), (), ())
-        self._short = False  # whether the window did not fit once
+        self._short = False  # whether the window has been too large for memory
         self._ahead: ThreadPoolExecutor | None = None
 
     def configure(
@@ -98,13 +111,14 @@ class ShardRows:
             self.cache_on_disk(train.cache_dir, train.cache_gb * 1e9)
 
     def cache_on_disk(self, folder: str, limit_bytes: float) -> None:
-        """Read the shards of a distant artifact through a local folder of at most `limit_bytes`."""
+        """Read the shards of a remote artifact through a local folder of at most `limit_bytes`."""
         if not storage.is_local(self.path):
             self.disk = ShardCache(folder, limit_bytes)
 
     def prefetch(self, near: PrefetchWindow) -> None:
-        """Keep what is near a step, and read what is still missing of it in threads; what those
-        meet, `table` raises.
+        """Keep the shards near a step, and read those that are missing in threads.
+
+        `table` raises the errors of reading them.
         """
         if near == self._near:
             return
@@ -120,8 +134,8 @@ class ShardRows:
         if near is self._near and (shard in near.around or self._bytes < self.window_bytes):
             self.table(shard)
 
-    def table(self, shard: int) -> tuple[pa.Table, Any]:
-        """A shard's table and what `prepare` made of it."""
+    def table(self, shard: int) -> tuple[pa.Table, Prepared]:
+        """A shard's table, and what `prepare` returned for it."""
         found = self._kept(shard)
         if found is not None:
             return found
@@ -134,7 +148,7 @@ class ShardRows:
                 self._keep(shard, *found)
         return found
 
-    def _kept(self, shard: int) -> tuple[pa.Table, Any] | None:
+    def _kept(self, shard: int) -> tuple[pa.Table, Prepared] | None:
         with self._lock:
             if shard not in self._tables:
                 return None
@@ -142,7 +156,7 @@ class ShardRows:
             table, _, prepared = self._tables[shard]
             return table, prepared
 
-    def _read_table(self, shard: int) -> tuple[pa.Table, Any]:
+    def _read_table(self, shard: int) -> tuple[pa.Table, Prepared]:
         read = shards.read_shard if self.disk is None else self.disk.read
         place = (self.path, self.keys[shard], self.columns)
         table = (
@@ -154,54 +168,62 @@ class ShardRows:
         found = self.rows_in(table, prepared)
         if found != self.sizes[shard]:
             raise DataError(
-                f"shard {self.keys[shard]} of {self.path} holds {found} rows to train on, but {self.sizes[shard]} "
-                "when training began: it was rewritten meanwhile. Run the same command again."
+                f"shard {self.keys[shard]} of {self.path} holds {found} rows to train on, but "
+                f"{self.sizes[shard]} when training began: it was rewritten meanwhile. Run the "
+                "same command again."
             )
         return table, prepared
 
-    def _keep(self, shard: int, table: pa.Table, prepared: Any) -> None:
-        """Keep a table, and let others go: first what is far from the step (least recently used
-        first), then what lies ahead, then of the window itself what was used just before:
-        batches go round it, so that is due last.
-
-        The latest few stay, which threads are still reading rows of.
-        """
+    def _keep(self, shard: int, table: pa.Table, prepared: Prepared) -> None:
+        """Keep a table, and drop others that no longer fit."""
         with self._lock:
             self._tables[shard] = (table, table.nbytes, prepared)
             self._bytes += table.nbytes
-            others = [kept for kept in self._tables if kept != shard]
-            ahead = set(self._near.next) - self._near.around
-            far = [kept for kept in others if kept not in self._near.around and kept not in ahead]
-            later = [kept for kept in reversed(others) if kept in ahead]
-            window = [kept for kept in reversed(others) if kept in self._near.around]
-            while far and self._bytes > self.cache_bytes:
-                self._let_go(far.pop(0))
-            while later and self._bytes > self.window_bytes:
-                self._let_go(later.pop(0))
-            short = bool(window) and shard in self._near.around and self._bytes > self.window_bytes
-            while len(window) > IN_USE and self._bytes > self.window_bytes:
-                self._let_go(window.pop(IN_USE))
-            told, self._short = self._short, self._short or short
-        if short and not told:
+            short = self._make_room(shard)
+            first_time = short and not self._short
+            self._short = self._short or short
+        if first_time:
             self.say(
-                f"the shards of {self.path} that a worker's batches lie in take more than train.data_gb="
-                f"{self.window_bytes / 1e9:g}, so they are read again and again: raise it, lower train.data_window, or "
-                "take more workers"
+                f"the shards of {self.path} that contain a worker's batches take more than "
+                f"train.data_gb={self.window_bytes / 1e9:g}, so they are read repeatedly: raise "
+                "it, lower train.data_window, or use more workers"
             )
 
-    def _let_go(self, shard: int) -> None:
+    def _make_room(self, shard: int) -> bool:
+        """Drop tables until the rest fits; True if even the step's window does not.
+
+        First those far from the step (least recently used first), then those of the next window,
+        then of the window itself the most recently used: batches go round it, so these are due
+        last. The latest `IN_USE` stay, since threads are still reading their rows.
+        """
+        near = self._near
+        others = [kept for kept in self._tables if kept != shard]
+        following = set(near.next) - near.around
+        far = [kept for kept in others if kept not in near.around and kept not in following]
+        later = [kept for kept in reversed(others) if kept in following]
+        window = [kept for kept in reversed(others) if kept in near.around]
+        while far and self._bytes > self.cache_bytes:
+            self._drop(far.pop(0))
+        while later and self._bytes > self.window_bytes:
+            self._drop(later.pop(0))
+        short = bool(window) and shard in near.around and self._bytes > self.window_bytes
+        while len(window) > IN_USE and self._bytes > self.window_bytes:
+            self._drop(window.pop(IN_USE))
+        return short
+
+    def _drop(self, shard: int) -> None:
         self._bytes -= self._tables.pop(shard)[1]
 
-    def prepare(self, table: pa.Table) -> Any:
-        """What is worth making once a table; kept with it."""
+    def prepare(self, table: pa.Table) -> Prepared:
+        """What to compute once per table; it is kept with the table."""
         return None
 
-    def rows_in(self, table: pa.Table, prepared: Any) -> int:
-        """Rows of a shard that are trained on."""
+    def rows_in(self, table: pa.Table, prepared: Prepared) -> int:
+        """Number of rows of a shard that are trained on."""
         return table.num_rows
 
-    def read(self, shard: int, row: int) -> tuple[str, Mapping[str, Any]]:
-        """The row as Python values."""
+    def read(self, shard: int, row: int) -> tuple[str, Values]:
+        """A shard's key, and one of its rows as Python values."""
         table, _ = self.table(shard)
         return self.keys[shard], {
             name: table.column(name)[row].as_py() for name in table.column_names
@@ -209,11 +231,10 @@ class ShardRows:
 
 
 class ImageRows(ShardRows):
-    """Rows of a corpus; `pixels` is uint8 (H, W, 3) after resize and centre crop, H = W =
-    `image_size`.
+    """Rows of a corpus, decoded.
 
-    Decoded pixels are kept when those of the whole split fit into `pixel_bytes`: then an epoch
-    decodes nothing.
+    `pixels` is uint8 (H, W, 3) after resize and centre crop, H = W = `image_size`. Decoded pixels
+    are kept if those of the whole split fit into `pixel_bytes`; then later epochs decode nothing.
     """
 
     def __init__(
@@ -228,17 +249,20 @@ class ImageRows(ShardRows):
         pixel_bytes: int = PIXEL_CACHE_BYTES,
     ) -> None:
         super().__init__(artifact_path, keys, sizes, ["image_id", "image", *text])
-        self.image_size, self.max_pixels = image_size, max_pixels
+        self.image_size = image_size
+        self.max_pixels = max_pixels
         keep = sum(sizes) * image_size * image_size * 3 <= pixel_bytes
-        self._pixels: dict[tuple[int, int], Mapping[str, Any]] | None = {} if keep else None
+        self._pixels: dict[tuple[int, int], Values] | None = {} if keep else None
 
     def prefetch(self, near: PrefetchWindow) -> None:
         if self._pixels is None or len(self._pixels) < sum(self.sizes):
             super().prefetch(near)
 
-    def read(self, shard: int, row: int) -> tuple[str, Mapping[str, Any]]:
-        """The row with `pixels` in place of `image`; DataError naming it when it does not decode
-        any more.
+    def read(self, shard: int, row: int) -> tuple[str, Values]:
+        """A row with `pixels` instead of `image`.
+
+        Raises:
+            DataError: the image does not decode.
         """
         if self._pixels is not None and (shard, row) in self._pixels:
             return self.keys[shard], self._pixels[shard, row]
@@ -250,8 +274,9 @@ class ImageRows(ShardRows):
             )
         except ImageError as error:
             raise DataError(
-                f"image {values['image_id']} in shard {key} of {self.path} does not decode ({error}), though the "
-                "corpus stage verified it: the shard was damaged. Remove that shard and run the corpus stage again."
+                f"image {values['image_id']} in shard {key} of {self.path} does not decode "
+                f"({error}), though the corpus stage verified it: the shard was damaged. Remove "
+                "that shard and run the corpus stage again."
             ) from error
         if self._pixels is not None:
             self._pixels[shard, row] = values
@@ -259,12 +284,12 @@ class ImageRows(ShardRows):
 
 
 class TokenRows(ShardRows):
-    """Rows of a token artifact; `codes` is int32 (T,), or of more axes as the tokenizer gives them."""
+    """Rows of a token artifact; `codes` is int32 (T,), or has the tokenizer's further axes."""
 
-    def prepare(self, table: pa.Table) -> Any:
+    def prepare(self, table: pa.Table) -> Prepared:
         return shards.codes(table)
 
-    def read(self, shard: int, row: int) -> tuple[str, Mapping[str, Any]]:
+    def read(self, shard: int, row: int) -> tuple[str, Values]:
         table, codes = self.table(shard)
         values = {
             name: table.column(name)[row].as_py() for name in table.column_names if name != "codes"
@@ -273,12 +298,14 @@ class TokenRows(ShardRows):
 
 
 class Joined:
-    """The rows of several sources as those of one: shards are numbered through."""
+    """The rows of several sources as one: their shards are numbered consecutively."""
 
-    def __init__(self, *parts: ShardRows) -> None:
-        self.parts = parts
-        self.sizes = [size for part in parts for size in part.sizes]
-        self.starts = [sum(len(part.sizes) for part in parts[:n]) for n in range(len(parts))]
+    def __init__(self, *sources: ShardRows) -> None:
+        self.sources = sources
+        self.sizes = [size for source in sources for size in source.sizes]
+        self.starts = [0]
+        for source in sources[:-1]:
+            self.starts.append(self.starts[-1] + len(source.sizes))
 
     def configure(
         self,
@@ -287,14 +314,14 @@ class Joined:
         say_own: Callable[[str], None] | None = None,
     ) -> None:
         """As `ShardRows.configure`; each source may hold as much."""
-        for part in self.parts:
-            part.configure(train, say, say_own)
+        for source in self.sources:
+            source.configure(train, say, say_own)
 
     def prefetch(self, near: PrefetchWindow) -> None:
-        """As `ShardRows.prefetch`, of each part what is its own."""
-        for part, start in zip(self.parts, self.starts, strict=True):
-            part.prefetch(near.shifted(range(start, start + len(part.sizes))))
+        """As `ShardRows.prefetch`, of each source its own shards."""
+        for source, start in zip(self.sources, self.starts, strict=True):
+            source.prefetch(near.shifted(range(start, start + len(source.sizes))))
 
-    def read(self, shard: int, row: int) -> tuple[str, Mapping[str, Any]]:
+    def read(self, shard: int, row: int) -> tuple[str, Values]:
         number = bisect_right(self.starts, shard) - 1
-        return self.parts[number].read(shard - self.starts[number], row)
+        return self.sources[number].read(shard - self.starts[number], row)

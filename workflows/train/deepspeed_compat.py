@@ -2,8 +2,8 @@
 
 DeepSpeed has no public call that returns the gradient's norm before a step, skips a step, resets
 the optimizer's states, or creates a partitioned parameter without its whole. What is used instead
-was read in the versions of `KNOWN`; `check_version` refuses others, and a test checks that the names
-exist.
+was read in the versions of `KNOWN`; `check_version` refuses others, and a test checks that the
+names exist.
 
 Axes: P numbers of this rank's part of a parameter.
 """

@@ -1,7 +1,7 @@
 """DeepSpeed engines: configuration, optimizer, learning rate, full weights.
 
-Torch alone decides the maths of a step: no DeepSpeed op is compiled, the optimizer is torch's AdamW,
-and collectives are torch.distributed's.
+Torch alone decides the maths of a step: no DeepSpeed op is compiled, the optimizer is torch's
+AdamW, and collectives are torch.distributed's.
 """
 
 from __future__ import annotations
@@ -67,15 +67,17 @@ def accumulation(train: Train, world_size: int) -> tuple[int, int]:
     """
     if train.batch_size % world_size:
         raise ConfigError(
-            f"train.batch_size={train.batch_size} does not divide among resources.workers={world_size}. "
-            f"Set train.batch_size to a multiple of {world_size}, or change resources.workers."
+            f"train.batch_size={train.batch_size} does not divide among "
+            f"resources.workers={world_size}. Set train.batch_size to a multiple of {world_size}, "
+            "or change resources.workers."
         )
     share = train.batch_size // world_size
     micro = min(train.micro_batch_size or share, share)
     if share % micro:
         raise ConfigError(
-            f"a worker's share of the batch is {share} samples ({train.batch_size} / {world_size}), which "
-            f"train.micro_batch_size={micro} does not divide. Set it to a divisor of {share}."
+            f"a worker's share of the batch is {share} samples ({train.batch_size} / "
+            f"{world_size}), which train.micro_batch_size={micro} does not divide. Set it to a "
+            f"divisor of {share}."
         )
     return micro, share // micro
 

@@ -1,4 +1,4 @@
-"""What went wrong in training workers, in words.
+"""Descriptions of why training workers failed.
 
 A light module: Ray Train's controller imports it too.
 """
@@ -9,20 +9,17 @@ from collections.abc import Mapping
 
 from smalti.errors import SmaltiError
 
-LINE = 200  # characters; Ray's advice about a dead worker is a page
-INNER = (
-    "_base_exc",
-    "health_check_failure",
-    "cause",
-    "__cause__",
-)  # where Ray's errors keep what they stand for
+LINE = 200
+"""Characters shown of a line: Ray's advice about a dead worker fills a page."""
+INNER = ("_base_exc", "health_check_failure", "cause", "__cause__")
+"""Attributes of Ray's errors that hold the error they wrap."""
 
 
 def failed_workers(failures: Mapping[int, BaseException]) -> str:
-    """Which workers failed and why, in a line; "" where it is an error that the user sees at the
-    end.
+    """A line about which workers failed and why.
 
-    One that died is named before those that lost their connection to it.
+    Workers that died are named instead of those that lost the connection to them. Errors that the
+    user sees at the end give "".
     """
     from ray.exceptions import ActorDiedError, ActorUnavailableError
 
@@ -40,7 +37,7 @@ def failed_workers(failures: Mapping[int, BaseException]) -> str:
 
 
 def brief(error: BaseException) -> str:
-    """An error in a line: its first and its last, of each so much as fits."""
+    """An error in one line: its first and its last line, each cut to `LINE`."""
     lines = f"{type(error).__name__}: {error}".strip().splitlines()
     ends = [lines[0]] if len(lines) == 1 else [lines[0], lines[-1].strip()]
     return " … ".join(end if len(end) <= LINE else f"{end[:LINE]}…" for end in ends)

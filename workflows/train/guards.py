@@ -1,9 +1,8 @@
-"""Guards of a training step: NaN or Inf in losses and gradients, and weights that differ between
-workers.
+"""Guards of a training step: losses and gradients that are not finite, workers that diverge.
 
-A step with a loss or a gradient that is not finite is skipped as a whole: no engine moves, on any
-worker. A loss that is not finite makes every gradient NaN, so that workers agree without a
-collective of their own.
+A step with NaN or Inf in a loss or a gradient is skipped as a whole: no engine is stepped, on any
+worker. A loss that is not finite makes every gradient NaN, so workers agree without a collective of
+their own.
 """
 
 from __future__ import annotations
@@ -22,53 +21,64 @@ from smalti.workflows.train.task import Metrics
 if TYPE_CHECKING:
     from smalti.schema import Train
 
-CHECKSUM_CHUNK = 1 << 22  # words of 4 bytes looked at in one go
+CHECKSUM_CHUNK = 1 << 22
+"""Words of 4 bytes that are summed at once."""
 
 
 class NotFiniteError(TrainingError):
-    """Too many steps in a row were passed over; all workers find out in the same step."""
+    """Too many steps in a row were skipped; all workers raise it in the same step."""
 
 
 class DriftError(TrainingError):
-    """What must be the same on every worker is not; all workers find out in the same step."""
+    """A tensor that must be the same on every worker is not; all raise it in the same step."""
 
 
 def poisoned(loss: Tensor) -> Tensor:
-    """The loss as it is, and NaN with NaN gradients where it is not finite (an infinite one may
-    have finite ones).
+    """The loss itself, or NaN with NaN gradients where it is not finite.
+
+    An infinite loss may have finite gradients.
     """
     finite = torch.isfinite(loss.detach())
     return loss * torch.where(finite, 1.0, float("nan")).to(loss.dtype)
 
 
 def not_finite(step: int, train: Train, rate: float, found: Sequence[Metrics]) -> NotFiniteError:
-    """The error that ends a run at `step` (from 0), after too many steps were passed over; `found`:
-    its last metrics.
+    """The error that ends a run after too many skipped steps.
+
+    Args:
+        step: the last of them, from 0.
+        train: the recipe's settings.
+        rate: learning rate of that step.
+        found: metrics of its micro batches on this worker.
     """
-    last, first = step + 1, step + 1 - train.max_skipped
+    last = step + 1
+    first = last - train.max_skipped
     which = f"step {last}" if first == last else f"steps {first} to {last}"
-    seen = [
-        f"{name} {float(value):.4g}"
-        for metrics in found
-        for name, value in metrics.items()
-        if name == "loss" and not isinstance(value, tuple)
-    ]
+    losses = [metrics["loss"] for metrics in found if "loss" in metrics]
+    shown = [f", loss {float(loss):.4g}" for loss in losses if not isinstance(loss, tuple)]
     return NotFiniteError(
-        f"the loss or the gradient of {which} of {train.steps} is not finite (batch of {train.batch_size}, rate "
-        f"{rate:.3g}, {train.precision}{', ' + seen[0] if seen else ''} on this worker), and train.max_skipped="
-        f"{train.max_skipped} in a row are passed over. Weights and checkpoints are from before it. Lower train.lr="
-        f"{train.lr:g}, lengthen train.warmup={train.warmup:g}, set train.clip, or use train.precision=fp32."
+        f"the loss or the gradient of {which} of {train.steps} is not finite (batch of "
+        f"{train.batch_size}, rate {rate:.3g}, {train.precision}{''.join(shown[:1])} on this "
+        f"worker), and at most train.max_skipped={train.max_skipped} steps in a row are skipped. "
+        f"Weights and checkpoints are from before it. Lower train.lr={train.lr:g}, lengthen "
+        f"train.warmup={train.warmup:g}, set train.clip, or use train.precision=fp32."
     )
 
 
 class SkipCount:
-    """Counts steps passed over: in all, and in a row up to `most`."""
+    """Counts skipped steps: in all, and in a row.
+
+    Args:
+        most: steps in a row that may be skipped.
+    """
 
     def __init__(self, most: int) -> None:
-        self.most, self.total, self.in_row = most, 0, 0
+        self.most = most
+        self.total = 0
+        self.in_row = 0
 
     def note(self, skipped: bool) -> bool:
-        """Count a step; True when too many in a row were passed over."""
+        """Count a step; True if too many in a row were skipped."""
         self.total += skipped
         self.in_row = self.in_row + 1 if skipped else 0
         return self.in_row > self.most
@@ -77,21 +87,23 @@ class SkipCount:
         return {"total": self.total, "in_row": self.in_row}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        self.total, self.in_row = state["total"], state["in_row"]
+        self.total = state["total"]
+        self.in_row = state["in_row"]
 
 
 def checksum(tensor: Tensor) -> Tensor:
     """A sum over a tensor's bytes and their places: int64 scalar on its device.
 
-    Tensors of other bytes share it with a chance of about 2⁻³¹; no float is rounded on the way.
+    Two different tensors share it with a probability of about 2⁻³¹. Nothing is rounded: it works on
+    bytes.
     """
     flat = tensor.detach().contiguous().flatten().view(torch.uint8)
     words = torch.nn.functional.pad(flat, (0, -len(flat) % 4)).view(torch.int32)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for start in range(0, len(words), CHECKSUM_CHUNK):
-        part = words[start : start + CHECKSUM_CHUNK].to(torch.int64)
-        places = torch.arange(start, start + len(part), device=tensor.device, dtype=torch.int64)
-        total += (part * (places * 2_654_435_761 + 1_013_904_223)).sum()  # wraps round at 64 bits
+        chunk = words[start : start + CHECKSUM_CHUNK].to(torch.int64)
+        places = torch.arange(start, start + len(chunk), device=tensor.device, dtype=torch.int64)
+        total += (chunk * (places * 2_654_435_761 + 1_013_904_223)).sum()  # wraps round at 64 bits
     return total
 
 
@@ -112,10 +124,15 @@ def replicated(engines: Mapping[str, Engine]) -> dict[str, Tensor]:
 
 
 def check_same(tensors: Mapping[str, Tensor], collectives: Collectives, step: int) -> None:
-    """DriftError on every worker, with the tensor's name and the ranks that stand alone, unless
-    each tensor has the same bytes on all workers.
+    """Check that each tensor has the same bytes on all workers.
 
-    Every worker calls it with the same names.
+    Args:
+        tensors: by name; every worker passes the same names.
+        collectives: of the workers.
+        step: steps done, for the error.
+
+    Raises:
+        DriftError: on every worker, with the tensor's name and the ranks that differ from most.
     """
     if collectives.world_size == 1 or not tensors:
         return
@@ -127,8 +144,9 @@ def check_same(tensors: Mapping[str, Tensor], collectives: Collectives, step: in
         common = max(sums_W, key=lambda value: (sums_W.count(value), -sums_W.index(value)))
         others = [rank for rank, value in enumerate(sums_W) if value != common]
         raise DriftError(
-            f"{name} must be the same on all {len(sums_W)} workers, and after step {step} it differs on rank(s) "
-            f"{', '.join(map(str, others))} from what rank {sums_W.index(common)} holds. A worker's memory or a "
-            "collective is at fault: look at the machines of these ranks. The same command goes on from the newest "
-            "checkpoint; if that is later than the drift, remove it first."
+            f"{name} must be the same on all {len(sums_W)} workers, and after step {step} it "
+            f"differs on rank(s) {', '.join(map(str, others))} from what rank "
+            f"{sums_W.index(common)} has. A worker's memory or a collective is at fault: check the "
+            "nodes of these ranks. Run the same command again to resume from the newest "
+            "checkpoint; if that is later than the divergence, remove it first."
         )

@@ -1,21 +1,19 @@
-"""The driver's side of a training run: starts Ray Train, shows progress, feeds the tracker, turns
-errors into one.
-"""
+"""The driver's side of a training run: start Ray Train, show progress, raise one error."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from smalti import storage
 from smalti.errors import SmaltiError, TrainingError
-from smalti.workflows.train.driver_channel import DriverChannel
-from smalti.workflows.train.elastic import elastic_trainer, fitting_workers, left_out
+from smalti.workflows.train.driver_channel import ChannelHandle, DriverChannel
+from smalti.workflows.train.elastic import elastic_trainer, fitting_workers, unused_workers
 from smalti.workflows.train.failures import brief, cause_of, failed_workers
 from smalti.workflows.train.job import TrainingJob
 from smalti.workflows.train.loop import CHECKPOINTS, DONE_FILE
@@ -23,34 +21,47 @@ from smalti.workflows.train.progress_monitor import ProgressMonitor
 from smalti.workflows.train.worker import train_worker
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from ray.train.v2._internal.execution.context import TrainRunContext
+    from ray.train.v2.torch.torch_trainer import TorchTrainer
 
     from smalti.schema import Resources, Train
     from smalti.workflows.pipeline.stage import StageRun
     from smalti.workflows.train.task import Task
 
-QUIET = {  # read by Ray Train in the driver and its workers
+QUIET = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # also how late the end of a run is noticed
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
 }
+"""Environment of Ray Train, in the driver and its workers."""
 WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
-ALONE = {
-    WATCHER: "0"
-}  # an actor that waits for a node's notice: of no use when it is the driver's own node
-ELASTIC = {
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60"
-}  # then look anew at how many there is room for
+ALONE = {WATCHER: "0"}
+"""On a single node the watcher could only wait for a notice of the driver's own node."""
+ELASTIC = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60"}
+"""With a range of workers: when to count again how many there is room for."""
 
 
 def fit(
-    task: type[Task], settings: Mapping[str, Any], train: Train, run: StageRun, *, seed: int
+    task: type[Task], settings: Mapping[str, object], train: Train, run: StageRun, *, seed: int
 ) -> dict[str, float]:
-    """Train a task, made with `settings` in each worker, and write its final model into `run.path`.
+    """Train a task and write its final model into `run.path`; Ray must be connected.
 
-    Returns the task's final numbers. A run that was broken off goes on from its newest checkpoint
-    in `<path>/checkpoints`; one that is finished returns at once. Errors: the worker's own
-    SmaltiError, else TrainingError with the first cause. Ray must be connected.
+    An interrupted run resumes from its newest checkpoint in `<path>/checkpoints`; one that is
+    finished returns at once.
+
+    Args:
+        task: created in each worker.
+        settings: keyword arguments of the task.
+        train: the recipe's settings of this training.
+        run: the stage.
+        seed: of the training.
+
+    Returns:
+        The task's final numbers.
+
+    Raises:
+        SmaltiError: the worker's own.
+        TrainingError: the first cause, if it is another.
     """
     done_file = storage.join(run.path, DONE_FILE)
     if not storage.exists(done_file):
@@ -63,27 +74,16 @@ def fit(
 
 
 def _run(
-    task: type[Task], settings: Mapping[str, Any], train: Train, run: StageRun, seed: int
+    task: type[Task], settings: Mapping[str, object], train: Train, run: StageRun, seed: int
 ) -> None:
     import ray
     from ray.train import TrainingFailedError
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     resources = run.recipe.resources
-    alone = (
-        len(ray.nodes()) == 1
-        and isinstance(resources.workers, int)
-        and not os.environ.get("RAY_ADDRESS")
-    )
-    environment = (
-        QUIET | ({} if isinstance(resources.workers, int) else ELASTIC) | (ALONE if alone else {})
-    )
-    if told := left_out(train, resources):
-        run.log(told)
-    here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    channel: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(
-        DriverChannel
-    ).remote()  # not on a machine that may go
+    environment = _environment_for(resources)
+    if line := unused_workers(train, resources):
+        run.log(line)
+    channel = _start_channel()
     job = TrainingJob(
         task=task,
         settings=dict(settings),
@@ -96,70 +96,89 @@ def _run(
         preemptible=os.environ.get(WATCHER, environment.get(WATCHER, "1")) != "0",
         elastic=not isinstance(resources.workers, int),
     )
-    watch = ProgressMonitor(channel, train, run)
+    monitor = ProgressMonitor(channel, train, run)
     try:
-        with _environment(environment), run.tracker.system_metrics(), watch, _interruptible():
-            result = _trainer(job, resources).fit()
+        with _environment(environment), run.tracker.system_metrics(), monitor, _interruptible():
+            result: Any = _trainer(job, resources).fit()
     except TrainingFailedError as error:
         raise _one_error(error, channel, run) from error
     finally:
-        ray.kill(channel)
+        ray.kill(channel)  # type: ignore[arg-type]
     fatal = result.return_value["fatal"] if result.return_value else None
     if fatal is not None:
         raise fatal
 
 
-def _trainer(job: TrainingJob, resources: Resources) -> Any:
-    """The Ray Train trainer.
+def _environment_for(resources: Resources) -> dict[str, str]:
+    """Environment of Ray Train for these resources and this cluster."""
+    import ray
 
-    It starts the workers and starts them again; what to go on from they find themselves.
+    if not isinstance(resources.workers, int):
+        return QUIET | ELASTIC
+    alone = len(ray.nodes()) == 1 and not os.environ.get("RAY_ADDRESS")
+    return QUIET | ALONE if alone else QUIET
+
+
+def _start_channel() -> ChannelHandle:
+    """A DriverChannel on the driver's node: others may be taken away."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    node_id = ray.get_runtime_context().get_node_id()
+    strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    channel: Any = ray.remote(DriverChannel)
+    return channel.options(num_cpus=0, scheduling_strategy=strategy).remote()
+
+
+def _trainer(job: TrainingJob, resources: Resources) -> TorchTrainer:
+    """The Ray Train trainer, which starts the workers and restarts them after failures.
+
+    The workers find the checkpoint to resume from themselves.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
-    from ray.train.torch import TorchConfig, TorchTrainer
+    import ray.train.torch
 
+    api: Any = ray.train  # typed as Ray Train v1, but v2 at run time
     channel = job.channel
 
-    class Tell(UserCallback):
-        """Says why workers start again."""
+    class ReportFailures(ray.train.UserCallback):
+        """Reports why workers restart."""
 
         def after_exception(
-            self, run_context: Any, worker_exceptions: dict[int, Exception]
+            self, run_context: TrainRunContext, worker_exceptions: dict[int, Exception]
         ) -> None:
             channel.failed.remote(failed_workers(worker_exceptions))
 
     use_gpu = job.gpus > 0
-    wanted: dict[str, float] = {"CPU": job.cpus} | ({"GPU": job.gpus} if use_gpu else {})
-    scaling: dict[str, Any] = {
-        "num_workers": resources.workers,
-        "use_gpu": use_gpu,
-        "resources_per_worker": wanted,
-    }
-    failures = {
-        "max_failures": job.train.max_failures,
-        "max_preemption_failures": job.train.max_preemptions,
-    }
-    failure: Any = FailureConfig
-    told: Any = [Tell()]
-    settings: dict[str, Any] = {
-        "train_loop_per_worker": partial(train_worker, job),
-        "torch_config": TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        "scaling_config": ScalingConfig(**scaling),
-        "run_config": RunConfig(
-            name=CHECKPOINTS,
-            storage_path=job.path,
-            failure_config=failure(**failures),
-            callbacks=told,
-        ),
-    }
+    per_worker: dict[str, float] = {"CPU": job.cpus}
+    if use_gpu:
+        per_worker["GPU"] = job.gpus
+    scaling = api.ScalingConfig(
+        num_workers=resources.workers, use_gpu=use_gpu, resources_per_worker=per_worker
+    )
+    failures = api.FailureConfig(
+        max_failures=job.train.max_failures, max_preemption_failures=job.train.max_preemptions
+    )
+    run_config = api.RunConfig(
+        name=CHECKPOINTS,
+        storage_path=job.path,
+        failure_config=failures,
+        callbacks=[ReportFailures()],
+    )
+    torch_config = api.torch.TorchConfig(backend="nccl" if use_gpu else "gloo")
+    work = partial(train_worker, job)
     if isinstance(resources.workers, int):
-        return TorchTrainer(**settings)
-    return elastic_trainer(fitting_workers(job.train, resources), job.channel, **settings)
+        return api.torch.TorchTrainer(
+            work, torch_config=torch_config, scaling_config=scaling, run_config=run_config
+        )
+    fitting = fitting_workers(job.train, resources)
+    return elastic_trainer(fitting, channel, work, torch_config, scaling, run_config)
 
 
 @contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Within, the environment has these values where the user set none; the next training may want
-    others.
+    """Within, the environment has these values where the user set none.
+
+    The next training may need others.
     """
     ours = {key: value for key, value in values.items() if key not in os.environ}
     os.environ.update(ours)
@@ -172,8 +191,9 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ctrl-C ends a training as it ends everything else, by KeyboardInterrupt: Ray Train's own
-    handler aborts the run by SystemExit, and would stay in place afterwards.
+    """Make Ctrl-C raise KeyboardInterrupt, as elsewhere.
+
+    Ray Train's own handler ends the run by SystemExit, and would stay in place afterwards.
     """
     main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGINT)
@@ -186,7 +206,7 @@ def _interruptible() -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
 
 
-def _one_error(error: Exception, channel: Any, run: StageRun) -> SmaltiError:
+def _one_error(error: Exception, channel: ChannelHandle, run: StageRun) -> SmaltiError:
     """The one error that the user should see, out of Ray's."""
     import ray
 
@@ -199,7 +219,9 @@ def _one_error(error: Exception, channel: Any, run: StageRun) -> SmaltiError:
             return cause
     first = causes[0] if causes else cause_of(getattr(error, "controller_failure", error))
     return TrainingError(
-        f"Training in {run.path} failed more often than it is started again (train.max_failures, max_preemptions): {brief(first)}\n"
-        f"Ray's logs of the workers lie under /tmp/ray/session_latest/logs on their machines. The same command goes on "
-        f"from the newest checkpoint in {storage.join(run.path, CHECKPOINTS)}."
+        f"Training in {run.path} failed more often than it is restarted (train.max_failures, "
+        f"max_preemptions): {brief(first)}\n"
+        "Ray's logs of the workers are under /tmp/ray/session_latest/logs on their nodes. Run the "
+        "same command again to resume from the newest checkpoint in "
+        f"{storage.join(run.path, CHECKPOINTS)}."
     )

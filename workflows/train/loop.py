@@ -1,7 +1,7 @@
 """The one training loop, as each Ray Train worker runs it.
 
-Everything that a step depends on is a function of (seed, step) or is in the checkpoint, so a resumed
-run takes the same steps as an uninterrupted one.
+Everything that a step depends on is a function of (seed, step) or is in the checkpoint, so a
+resumed run takes the same steps as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -309,9 +309,9 @@ class Loop:
         now = self.train.batch_size // self.accumulation
         if self.task.together and before not in (None, now):
             self._say(
-                f"{self.task.together} saw {before} samples at once before and sees {now} from here "
-                "on (train.batch_size / accumulation steps): the curve may jump. Train with the same "
-                "number of workers as before to avoid it."
+                f"{self.task.together} saw {before} samples at once before and sees {now} from "
+                "here on (train.batch_size / accumulation steps): the curve may jump. Train with "
+                "the same number of workers as before to avoid it."
             )
         return state["step"]
 

@@ -1,11 +1,10 @@
-"""What trades time for memory in a training run: offload, activations computed again, compiled
-blocks.
-"""
+"""Settings that trade time for memory: offload, activation checkpointing, compiled blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -17,34 +16,40 @@ if TYPE_CHECKING:
     from smalti.schema import Train
 
 
-def offload(train: Train, stage: int) -> dict[str, Any]:
-    """DeepSpeed's `zero_optimization` keys for `train.offload`: optimizer states, and under ZeRO-3
-    the weights too.
+def offload(train: Train, stage: int) -> dict[str, object]:
+    """DeepSpeed's `zero_optimization` keys for `train.offload`.
 
-    An engine without ZeRO (a GAN's discriminator) stays where it is. ConfigError: NVMe without a
-    GPU build.
+    Optimizer states are offloaded, and under ZeRO-3 the weights too. An engine without ZeRO (a
+    GAN's discriminator) keeps both on its device.
+
+    Raises:
+        ConfigError: NVMe without a CUDA device.
     """
     if train.offload == "none" or stage == 0:
         return {}
-    place: dict[str, Any] = {"device": train.offload}
+    place: dict[str, object] = {"device": train.offload}
     if train.offload == "nvme":
         if not torch.cuda.is_available():
             raise ConfigError(
-                "train.offload=nvme: no CUDA device is in sight, and DeepSpeed's asynchronous file access is built for GPU "
-                "machines. Set train.offload=cpu or none."
+                "train.offload=nvme: no CUDA device is visible, and DeepSpeed's asynchronous file "
+                "access is built for GPU nodes. Set train.offload=cpu or none."
             )
         place["nvme_path"] = train.offload_path
-    places = {"offload_optimizer": place | {"pin_memory": torch.cuda.is_available()}}
-    return places | (
-        {"offload_param": place | {"pin_memory": torch.cuda.is_available()}} if stage == 3 else {}
-    )
+    place["pin_memory"] = torch.cuda.is_available()
+    places: dict[str, object] = {"offload_optimizer": place}
+    if stage == 3:
+        places["offload_param"] = dict(place)
+    return places
 
 
 def spare_memory(module: nn.Module, train: Train) -> None:
-    """`train.activation_checkpointing` and `train.compile` on every transformer block, in place;
-    names of weights stay.
+    """Apply `train.activation_checkpointing` and `train.compile` to every transformer block.
+
+    In place; the names of weights do not change.
     """
-    for block in blocks_of(module) if train.activation_checkpointing or train.compile else ():
+    if not (train.activation_checkpointing or train.compile):
+        return
+    for block in blocks_of(module):
         if train.compile:
             block.compile(dynamic=True)
         if train.activation_checkpointing:
@@ -52,15 +57,16 @@ def spare_memory(module: nn.Module, train: Train) -> None:
 
 
 def recompute(block: nn.Module) -> None:
-    """Keep only the inputs of a block, and run it again on the way back (with the same random
-    numbers).
+    """Keep only the inputs of a block, and recompute it in the backward pass.
+
+    The recomputation draws the same random numbers.
     """
     forward = block.forward
+    checkpointed: Callable[..., object] = partial(checkpoint, forward, use_reentrant=False)
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if not (block.training and torch.is_grad_enabled()):
-            return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    def run(*args: object, **kwargs: object) -> object:
+        recomputes = block.training and torch.is_grad_enabled()
+        return checkpointed(*args, **kwargs) if recomputes else forward(*args, **kwargs)
 
     block.forward = run  # type: ignore[method-assign]
 
@@ -72,5 +78,5 @@ def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
     from smalti.tokenizers.vit import Block
 
     return (
-        part for part in module.modules() if isinstance(part, Block | GradientCheckpointingLayer)
+        layer for layer in module.modules() if isinstance(layer, Block | GradientCheckpointingLayer)
     )

@@ -1,4 +1,4 @@
-"""Means of what a training logs."""
+"""Means of the numbers that a training logs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from smalti.workflows.train.task import Metrics
 
 
 class MetricMeans:
-    """Means of named numbers over micro batches, steps and workers, kept on the device until they
-    are asked for.
+    """Means of named numbers over micro batches, steps and workers.
 
-    A number may come as (mean, count): then means are weighed by their counts, and one that counted
-    nothing is left out.
+    They are kept on the device until they are read. A number may be (mean, count): then means are
+    weighted by their counts, and one with a total count of 0 is left out.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -24,10 +23,12 @@ class MetricMeans:
         self.sums: dict[str, Tensor] = {}
 
     def add(self, metrics: Metrics, parts: int = 1) -> None:
-        """Add numbers; scalar tensors stay where they are.
+        """Add numbers; scalar tensors stay on their device.
 
-        `parts`: how often a step has such numbers, over all workers; so that every step weighs the
-        same, also when the number of workers changes on the way.
+        Args:
+            metrics: numbers by name.
+            parts: how often a step has such numbers, over all workers, so that every step has the
+                same weight even if the number of workers changes during the run.
         """
         for name, value in metrics.items():
             mean, weight = value if isinstance(value, tuple) else (value, 1.0 / parts)
@@ -37,7 +38,7 @@ class MetricMeans:
             self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
     def take(self, collectives: Collectives) -> dict[str, float]:
-        """Means over all workers since the last call; every worker must have added the same names."""
+        """Means over all workers since the last call; all must have added the same names."""
         if not self.sums:
             return {}
         totals = self.totals(collectives)
@@ -45,8 +46,9 @@ class MetricMeans:
         return {name: total / weight for name, (total, weight) in totals.items() if weight}
 
     def totals(self, collectives: Collectives) -> dict[str, list[float]]:
-        """[sum, weight] of each name over all workers since the last `take`: what a checkpoint
-        between two logs keeps.
+        """[sum, weight] of each name over all workers since the last `take`.
+
+        A checkpoint between two logs keeps them.
         """
         if not self.sums:
             return {}
@@ -55,7 +57,7 @@ class MetricMeans:
         return dict(zip(names, totals, strict=True))
 
     def restore(self, totals: Mapping[str, list[float]], rank: int) -> None:
-        """Go on from `totals`, which the first worker holds for all."""
+        """Continue from the `totals` of a checkpoint; the first worker holds them for all."""
         for name, pair in totals.items():
             kept = torch.tensor(pair, dtype=torch.float64, device=self.device)
             self.sums[name] = kept if rank == 0 else torch.zeros_like(kept)

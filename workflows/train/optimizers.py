@@ -1,21 +1,21 @@
-"""The optimizers a recipe can name: AdamW, and Muon for the weights of linear layers with AdamW for
-all else.
+"""The optimizers a recipe can name: AdamW, and Muon for the weights of linear layers.
 
 Muon (Jordan et al. 2024; update scale of arXiv 2502.16982, Eq. 4) replaces a matrix's momentum by
-its nearest semi-orthogonal matrix, so that every direction of a layer moves alike. Embeddings and
-output heads, whose rows are looked up one by one, and vectors (biases, norms, scales) are AdamW's.
+its nearest semi-orthogonal matrix, so that the update has the same size in every direction of a
+layer. Embeddings and output heads, whose rows are looked up one by one, and vectors (biases, norms,
+scales) are updated by AdamW.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from smalti.mllm.losses import LossHead
-from smalti.workflows.train.deepspeed_compat import full_shape
+from smalti.workflows.train.deepspeed_compat import ParamGroup, full_shape
 
 if TYPE_CHECKING:
     from smalti.schema import Train
@@ -24,10 +24,13 @@ if TYPE_CHECKING:
 def build_optimizer(
     module: nn.Module, train: Train, lr: float, device: torch.device
 ) -> torch.optim.Optimizer:
-    """`train.optimizer` over the trainable parameters; weight decay on matrices only (no biases,
-    norms or scales).
+    """`train.optimizer` over the trainable parameters of a module.
 
-    A module with `rate_parts` that names any gets groups of its own for each (`group["part"]`).
+    Weight decay applies to matrices only (no biases, norms or scales). A module whose `rate_parts`
+    names parts gets groups of its own for each of them (`group["part"]`).
+
+    Raises:
+        ValueError: the module has no trainable parameter.
     """
     trained = [p for p in module.parameters() if p.requires_grad]
     if not trained:
@@ -35,7 +38,7 @@ def build_optimizer(
     hidden = hidden_matrices(module) if train.optimizer == "muon" else []
     taken = {id(p) for p in hidden}
     others = [p for p in trained if len(full_shape(p)) > 1 and id(p) not in taken]
-    groups = [
+    groups: list[ParamGroup] = [
         {"params": hidden, "weight_decay": train.weight_decay, "muon": True},
         {"params": others, "weight_decay": train.weight_decay, "muon": False},
         {
@@ -45,28 +48,32 @@ def build_optimizer(
         },
     ]
     part_of: Mapping[int, str] = getattr(module, "rate_parts", dict)()
-    groups = [piece for group in groups for piece in by_part(group, part_of) if piece["params"]]
+    groups = [own for group in groups for own in by_part(group, part_of) if own["params"]]
     if hidden:
         return MuonAdamW(groups, lr=lr, betas=train.betas, fused=True)
     return torch.optim.AdamW(groups, lr=lr, betas=train.betas, fused=True)
 
 
-def by_part(group: dict[str, Any], part_of: Mapping[int, str]) -> list[dict[str, Any]]:
-    """A group cut by the parts of its parameters (`id` → part), in the order in which they are met;
-    no parts: the group.
+def by_part(group: ParamGroup, part_of: Mapping[int, str]) -> list[ParamGroup]:
+    """One group per part of the parameters in a group, in the order of their first parameters.
+
+    Args:
+        group: to divide.
+        part_of: part by `id` of a parameter; empty: the group stays whole.
     """
     if not part_of:
         return [group]
-    pieces: dict[str, dict[str, Any]] = {}
+    groups: dict[str, ParamGroup] = {}
     for parameter in group["params"]:
         part = part_of[id(parameter)]
-        pieces.setdefault(part, group | {"params": [], "part": part})["params"].append(parameter)
-    return list(pieces.values())
+        groups.setdefault(part, group | {"params": [], "part": part})["params"].append(parameter)
+    return list(groups.values())
 
 
-def hidden_matrices(module: nn.Module) -> list[torch.Tensor]:
-    """Trainable weights of linear layers, but for a vocabulary's head, whose rows are looked up one
-    by one.
+def hidden_matrices(module: nn.Module) -> list[Tensor]:
+    """Trainable weights of linear layers, except a vocabulary's head.
+
+    The head's rows are looked up one by one.
     """
     layers = [
         m for m in module.modules() if isinstance(m, nn.Linear) and not isinstance(m, LossHead)
@@ -75,11 +82,12 @@ def hidden_matrices(module: nn.Module) -> list[torch.Tensor]:
 
 
 class MuonAdamW(torch.optim.AdamW):
-    """AdamW whose groups with `muon` take Muon's step; one list of groups, one state, as DeepSpeed
-    wants it.
+    """AdamW whose groups with `muon` take Muon's step.
+
+    It has one list of groups and one state, as DeepSpeed requires.
     """
 
-    def __init__(self, params: Any, **defaults: Any) -> None:
+    def __init__(self, params: list[ParamGroup], **defaults: Any) -> None:
         super().__init__(params, **defaults)
         self._link()
 
@@ -92,17 +100,20 @@ class MuonAdamW(torch.optim.AdamW):
         for group in groups:
             for name, value in self.muon.defaults.items():
                 group.setdefault(name, value)
-        self.muon.param_groups, self.muon.state = groups, self.state
+        self.muon.param_groups = groups
+        self.muon.state = self.state
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """What `load_state_dict` ends in.
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """Called at the end of `load_state_dict`.
 
-        AdamW's own looks for its keys in every state, also in Muon's.
+        AdamW's own expects its keys in every state, also in Muon's.
         """
         torch.optim.Optimizer.__setstate__(self, state)
         self._link()
 
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None
+    ) -> float | None:
         every = self.param_groups
         self.param_groups = [group for group in every if not group["muon"]]
         try:

@@ -80,8 +80,8 @@ def load_engine(engine: Engine, folder: str, tag: str, *, shown: str) -> None:
         found = f"{type(error).__name__}: {error}"
     if found:
         raise TrainingError(
-            f"DeepSpeed could not load the checkpoint {shown} ({found}). Remove its step's folder to "
-            "resume from the one before."
+            f"DeepSpeed could not load the checkpoint {shown} ({found}). Remove its step's folder "
+            "to resume from the one before."
         )
 
 
@@ -100,13 +100,13 @@ def _convert(source: str, target: str, shown: str) -> None:
                 f"({str(error).splitlines()[0]}): with another number of workers than the one that "
                 "wrote the checkpoint, each node needs room there for all weights and optimizer "
                 "states in float32, twice (its first worker converts them), and for the checkpoint "
-                "itself when it comes from an object store. Free some space, set TMPDIR to a larger "
-                "disk, or start with the number of workers that wrote it."
+                "itself when it comes from an object store. Free some space, set TMPDIR to a "
+                "larger disk, or start with the number of workers that wrote it."
             ) from error
         raise TrainingError(
             f"DeepSpeed could not make a universal checkpoint of {shown} for another number of "
-            f"workers: {type(error).__name__}: {error}. Start with the number of workers that wrote "
-            "it."
+            f"workers: {type(error).__name__}: {error}. Start with the number of workers that "
+            "wrote it."
         ) from error
 
 

@@ -1,8 +1,7 @@
-"""Folders on a machine's own disk that hold files for a while, and go with the process that made
-them.
+"""Temporary folders on a node's own disk, which do not outlive the process that created them.
 
-A folder is locked as long as its process lives, in whatever container that is. One that a killed
-process left is not, and the next worker of that machine sweeps it away.
+A folder is locked for as long as its process runs, in whatever container that is. A folder that a
+killed process left is not locked, and the next worker on that node removes it.
 """
 
 from __future__ import annotations
@@ -22,11 +21,10 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Whether the disk is why a file could not be written; torch's writer of files says it in its
-    own way.
-    """
+    """Whether a file could not be written because the disk takes no more."""
     if isinstance(error, OSError):
         return error.errno in NO_ROOM
+    # torch's file writer raises its own error.
     return isinstance(error, RuntimeError) and "inline_container" in str(error)
 
 
@@ -34,15 +32,16 @@ class Scratch:
     """A new folder `path`, with `kind` in its name, until `remove()`."""
 
     def __init__(self, kind: str) -> None:
-        self.path, self._lock = "", -1
-        while not os.path.isdir(self.path):  # a sweep may come between making and locking
+        self.path = ""
+        self._lock = -1
+        while not os.path.isdir(self.path):  # another process may remove it before it is locked
             self.path = tempfile.mkdtemp(prefix=f"{PREFIX}{kind}-")
-            with suppress(OSError):  # a file system without locks: nothing is swept there either
+            with suppress(OSError):  # a file system without locks: `sweep` removes nothing there
                 self._lock = os.open(self.path, os.O_RDONLY)
                 fcntl.flock(self._lock, fcntl.LOCK_EX)
 
     def remove(self) -> None:
-        """Remove the folder with all that it holds."""
+        """Remove the folder and its content."""
         shutil.rmtree(self.path, ignore_errors=True)
         if self._lock >= 0:
             os.close(self._lock)
@@ -50,7 +49,7 @@ class Scratch:
 
 
 def sweep() -> None:
-    """Remove what processes left that were killed; what another user's left stays."""
+    """Remove folders that killed processes left, except those of other users."""
     place = tempfile.gettempdir()
     for name in os.listdir(place):
         if name.startswith(PREFIX):
@@ -71,19 +70,26 @@ def _remove_unheld(path: str) -> None:
 def shared_folder(
     kind: str, fill: Callable[[str], None], collectives: Collectives
 ) -> Iterator[str]:
-    """A folder that `fill(folder)` filled, once a machine, for all workers of that machine; each of
-    them calls it alike.
-    """
-    made: list[Scratch] = []
+    """A folder that is filled once per node, for all workers on it; every worker calls it.
 
-    def make() -> str:
-        made.append(Scratch(kind))
-        fill(made[0].path)
-        return made[0].path
+    Args:
+        kind: part of the folder's name.
+        fill: called with the folder's path on the first worker of each node.
+        collectives: of the workers.
+
+    Yields:
+        The path of this node's folder.
+    """
+    created: list[Scratch] = []
+
+    def create() -> str:
+        created.append(Scratch(kind))
+        fill(created[0].path)
+        return created[0].path
 
     try:
-        yield collectives.once_a_machine(make)
+        yield collectives.once_per_node(create)
         collectives.storage_barrier()
     finally:
-        for scratch in made:
+        for scratch in created:
             scratch.remove()

@@ -1,5 +1,6 @@
-"""What the training loop asks of a model: its trained modules, batches, losses, updates, pictures
-and final files.
+"""What the training loop needs of a model.
+
+Its trained modules, batches, losses, updates, pictures and final files.
 """
 
 from __future__ import annotations
@@ -17,41 +18,47 @@ from smalti.workflows.train.order import Order
 
 if TYPE_CHECKING:
     from smalti.schema import Train
+    from smalti.workflows.train.deepspeed_compat import Engine
 
+Values = Mapping[str, Any]
+"""What a source reads of a row, by column; the task knows the types."""
 Batch = dict[str, Any]
+"""A micro batch: tensors by name, and lists of what is no number."""
 Metrics = Mapping[str, Tensor | float | tuple[Tensor, Tensor]]
 """Numbers for the log; (mean, count) where the mean is over a count of its own, such as tokens."""
 
 
 def seed_of(*parts: int) -> int:
-    """A 63-bit seed from several numbers, the same on every machine."""
-    return int(
-        np.random.SeedSequence([part & (2**64 - 1) for part in parts]).generate_state(1, np.uint64)[
-            0
-        ]
-        >> 1
-    )
+    """A 63-bit seed from several numbers, the same on every node."""
+    sequence = np.random.SeedSequence([part & (2**64 - 1) for part in parts])
+    return int(sequence.generate_state(1, np.uint64)[0] >> 1)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One sample: its number in the run, its place, and what the source read of it (`values`)."""
+    """One sample.
+
+    Attributes:
+        index: its number in the run.
+        epoch: number of the epoch.
+        shard: key of its shard.
+        row: its place in the shard.
+        values: what the source read.
+    """
 
     index: int
     epoch: int
     shard: str
     row: int
-    values: Mapping[str, Any]
+    values: Values
 
     def random(self, seed: int) -> np.random.Generator:
-        """A generator that depends on (seed, sample number) alone, never on the worker that reads
-        the row.
-        """
+        """A generator that depends on (seed, sample number) alone, not on the worker."""
         return np.random.default_rng((seed, 3, self.index))
 
 
 class Source(Protocol):
-    """Rows on storage.
+    """Rows in storage.
 
     `sizes[s]` is the number of rows of shard s; `read` must be safe to call from threads.
     """
@@ -59,13 +66,20 @@ class Source(Protocol):
     @property
     def sizes(self) -> Sequence[int]: ...
 
-    def read(self, shard: int, row: int) -> tuple[str, Mapping[str, Any]]:
-        """(shard's key, what the row holds)."""
+    def read(self, shard: int, row: int) -> tuple[str, Values]:
+        """The key of a shard, and the content of one of its rows."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """Where a task runs. `seed` is the recipe's; `train` the settings of this run."""
+    """Where a task runs.
+
+    Attributes:
+        device: of this worker.
+        collectives: of all workers.
+        seed: the recipe's.
+        train: the settings of this run.
+    """
 
     device: torch.device
     collectives: Collectives
@@ -78,22 +92,22 @@ class Context:
 
 
 class StepReader(Protocol):
-    """Hands a task this worker's batches of any step, on its device: for an initialisation from
-    data.
-    """
+    """Reads this worker's batches of any step, on its device: for an initialisation from data."""
 
     def __call__(self, step: int) -> list[Batch]: ...
 
 
 class Task:
-    """Base of every task; made in each worker from plain settings, then `setup`, then the loop.
+    """Base of every task: created in each worker from plain settings, then `setup`, then the loop.
 
-    A task with several trained modules (a GAN) names each one: the loop makes an engine of each and
-    asks for the losses in that order. Frozen modules stay outside the engines: move them in
-    `setup`.
+    A task with several trained modules (a GAN) names each one: the loop creates an engine per
+    module and computes the losses in that order. Frozen modules stay outside the engines: move them
+    to the device in `setup`.
 
-    together: what of the losses sees a micro batch of all workers at once ("the contrastive loss"),
-    so that its value depends on how many samples that is; "" where all are sums over samples.
+    Attributes:
+        together: what of the losses sees a micro batch of all workers at once ("the contrastive
+            loss"), so that its value depends on the number of samples in it; "" where all losses
+            are sums over samples.
     """
 
     together = ""
@@ -107,7 +121,10 @@ class Task:
         return Order(source.sizes, self.context.seed, self.context.train.data_window)
 
     def setup(self, context: Context) -> None:
-        """Build modules (seeded: every rank alike) and move the frozen ones to `context.device`."""
+        """Build the modules, and move the frozen ones to `context.device`.
+
+        Every rank draws the same weights, from the seed.
+        """
         self.context = context
 
     def modules(self) -> dict[str, nn.Module]:
@@ -127,64 +144,82 @@ class Task:
         raise NotImplementedError
 
     def totals(self, batch: Batch) -> Tensor | None:
-        """Counts by which the losses of a step are divided, when they are not means over samples
-        (tokens, say).
+        """Counts that divide the losses of a step, where they are not means over samples (tokens).
 
-        Summed over micro batches and workers, and given to `loss` as a share: counts of the step
-        divided by the number of micro batches in it, so that a loss of `sum / share` averages to
-        the global mean.
+        They are summed over micro batches and workers, divided by the number of micro batches in
+        the step, and passed to `loss` as `share`: a loss of `sum / share` averages to the global
+        mean.
         """
         return None
 
-    def begin_step(self, step: int, engines: Mapping[str, Any], read: StepReader) -> None:
-        """Before the batch of a step; every rank calls it (an initialisation from data, say)."""
+    def begin_step(self, step: int, engines: Mapping[str, Engine], read: StepReader) -> None:
+        """Called before the batch of a step, on every rank: for an initialisation from data."""
 
     def loss(
-        self, name: str, engines: Mapping[str, Any], batch: Batch, step: int, share: Tensor | None
+        self,
+        name: str,
+        engines: Mapping[str, Engine],
+        batch: Batch,
+        step: int,
+        share: Tensor | None,
     ) -> tuple[Tensor, Metrics] | None:
-        """Loss of one engine on one micro batch, and numbers for the log; None: this engine rests
-        in this step.
+        """Loss of one engine on one micro batch, and numbers for the log.
+
+        None: this engine is not trained in this step.
         """
         raise NotImplementedError
 
-    def after_step(self, step: int, engines: Mapping[str, Any]) -> Metrics:
-        """After the optimizer's step (codebook statistics over all ranks); numbers for the log."""
+    def after_step(self, step: int, engines: Mapping[str, Engine]) -> Metrics:
+        """Called after the optimizer's step (codebook statistics over all ranks).
+
+        Returns:
+            Numbers for the log.
+        """
         return {}
 
     def skipped(self, step: int) -> None:
-        """In place of `after_step` when the step was passed over: forget what its forwards
-        gathered.
+        """Called instead of `after_step` when a step is skipped.
+
+        Discard what the step's forward passes gathered.
         """
 
     def amount(self, batch: Batch) -> tuple[str, float] | None:
-        """What the throughput of this task is told in beside samples, and how much of it a micro
-        batch of this worker holds: ("tokens", 4096.0), say.
+        """Unit of the throughput beside samples, and its count in a micro batch of this worker.
+
+        For example ("tokens", 4096.0); None: samples alone.
         """
         return None
 
     def flops_per_unit(self) -> float | None:
-        """Model FLOPs, forward and backward, of one unit of `amount` (of one sample, where that is
-        None), for the share of the devices' peak (MFU); None: not told.
+        """Model FLOPs, forward and backward, per unit of `amount`, or per sample without a unit.
+
+        They give the share of the devices' peak (MFU). None: it is not reported.
         """
         return None
 
-    def pictures(self, engines: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    def pictures(self, engines: Mapping[str, Engine]) -> dict[str, np.ndarray]:
         """HWC uint8 pictures by name.
 
-        Made on rank 0 alone (no collectives of one's own here); under ZeRO-3 on every rank, in
-        step: from the same inputs.
+        Rank 0 alone makes them, so call no collectives here. Under ZeRO-3 every rank makes them at
+        the same time, from the same inputs.
         """
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs and no engine holds."""
+        """What a resumed run needs beside the engines' states."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Load what `state_dict` returned."""
 
     def save(self, path: str, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
-        """Write the final model under `path` (rank 0 only) from each engine's whole state dict;
-        final numbers.
+        """Write the final model; rank 0 only.
+
+        Args:
+            path: folder of the model.
+            weights: whole state dict of each engine.
+
+        Returns:
+            Final numbers.
         """
         raise NotImplementedError

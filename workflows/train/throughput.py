@@ -1,6 +1,4 @@
-"""How fast a training runs, and where its time goes: the numbers of a logged step that no result
-depends on.
-"""
+"""How fast a training runs, and where its time goes."""
 
 from __future__ import annotations
 
@@ -17,8 +15,9 @@ from smalti.workflows.train.deepspeed_compat import full_numel, full_shape
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bf16 peak in FLOP/s; None for a CPU and for devices that
-    `smalti.workflows.cluster.gpu_specs` does not know.
+    """The device's dense bf16 peak in FLOP/s.
+
+    None for a CPU and for devices that `smalti.workflows.cluster.gpu_specs` does not list.
     """
     if device.type != "cuda":
         return None
@@ -28,10 +27,15 @@ def peak_flops(device: torch.device) -> float | None:
 def flops_a_token(
     module: nn.Module, *, without: nn.Module | None = None, backward: bool = True
 ) -> float:
-    """Model FLOPs of a token through the matrices of `module` (but for those of `without`): 2 a
-    weight forward, with `backward` 2 more, and 2 more where it is trained.
+    """Model FLOPs per token through the matrices of a module.
 
-    Attention's products of tokens with tokens are left out.
+    Per weight: 2 forward, with `backward` 2 more, and 2 more if it is trained. Attention's products
+    of tokens with tokens are left out.
+
+    Args:
+        module: the model.
+        without: a module in it whose matrices do not count.
+        backward: whether gradients are computed.
     """
     skipped = set() if without is None else {id(p) for p in without.parameters()}
     total = 0.0
@@ -42,7 +46,7 @@ def flops_a_token(
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """The most memory held so far, in GB: of the device where it is a GPU, else of this process."""
+    """Peak memory so far, in GB: of the device if it is a GPU, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -50,10 +54,17 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 class Throughput:
-    """Rates since the last `take`: samples/s, the task's own unit/s, MFU, the share of time that
-    the loop waited for data, and peak memory.
+    """Rates since the last `take`.
 
-    Counts are summed over the workers, the wait is their mean, the memory their largest.
+    Samples per second, the task's own unit per second, MFU, the share of time that the loop waited
+    for data, and peak memory. Counts are sums over the workers, the wait is their mean, the memory
+    their maximum.
+
+    Args:
+        device: of this worker.
+        batch_size: samples per step, over all workers.
+        flops_per_unit: as `Task.flops_per_unit`.
+        peak: FLOP/s of the device; default that of `peak_flops`.
     """
 
     def __init__(
@@ -63,16 +74,20 @@ class Throughput:
         flops_per_unit: float | None,
         peak: float | None = None,
     ) -> None:
-        self.device, self.batch_size = device, batch_size
-        self.flops, self.peak = flops_per_unit, peak or peak_flops(device)
+        self.device = device
+        self.batch_size = batch_size
+        self.flops = flops_per_unit
+        self.peak = peak or peak_flops(device)
         self._start()
 
     def _start(self) -> None:
-        self.began, self.steps, self.wait_s = time.monotonic(), 0, 0.0
+        self.began = time.monotonic()
+        self.steps = 0
+        self.wait_s = 0.0
         self.amounts: dict[str, float] = {}
 
     def step(self, wait_s: float, amounts: list[tuple[str, float] | None]) -> None:
-        """Count a step: seconds waited for its data, and what its micro batches held."""
+        """Count a step: seconds waited for its data, and the amounts in its micro batches."""
         self.steps += 1
         self.wait_s += wait_s
         for amount in amounts:

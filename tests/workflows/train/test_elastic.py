@@ -9,7 +9,7 @@ from smalti.schema import (
     Resources,
     Train,
 )
-from smalti.workflows.train.elastic import fitting_workers, left_out
+from smalti.workflows.train.elastic import fitting_workers, unused_workers
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,9 @@ from smalti.workflows.train.elastic import fitting_workers, left_out
 def test_the_numbers_of_workers_that_divide_a_batch(workers, changes, fitting, told) -> None:
     train, resources = Train(**{"batch_size": 8} | changes), Resources(workers=workers)
     assert fitting_workers(train, resources) == fitting
-    assert told in left_out(train, resources) if told else left_out(train, resources) == ""
+    assert (
+        told in unused_workers(train, resources) if told else unused_workers(train, resources) == ""
+    )
 
 
 def test_a_range_of_workers_that_divides_no_batch_is_refused() -> None:

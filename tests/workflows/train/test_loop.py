@@ -161,7 +161,7 @@ def test_a_killed_driver_goes_on_and_ends_with_the_same_model(
     assert not (broken / "final.pt").exists()
     again = start([str(TOY), str(broken), "0.0"], as_driver)
     assert again.wait() == 0, again.text()
-    assert "going on after step" in again.text()
+    assert "resuming after step" in again.text()
     toy.train(str(whole), settings={"dropout": 0.5})
     assert distance(broken, whole) == 0
     assert history(broken) == history(whole)

@@ -152,7 +152,7 @@ def test_a_node_that_goes_with_notice_costs_no_step(other, whole, toy, tmp_path)
     (saved,) = [line for line in run.lines if "saved at step" in line]
     step = int(saved.rsplit(" ", 1)[1])
     assert ready[0].startswith("2 worker(s)") and len(ready) == 2
-    assert ready[1].startswith("1 worker(s)") and ready[1].endswith(f"going on after step {step}")
+    assert ready[1].startswith("1 worker(s)") and ready[1].endswith(f"resuming after step {step}")
     assert_same(Path(run.path), whole())
 
 
@@ -169,7 +169,7 @@ def test_a_node_that_dies_without_notice_is_done_without(other, whole, toy, tmp_
         while len(list(saved.glob("manifest-*"))) < 2:
             time.sleep(0.1)
         other.all_processes["raylet"][0].process.kill()
-        while not any("start again" in line for line in run.lines):
+        while not any("restarting the workers" in line for line in run.lines):
             time.sleep(0.1)
         slowly.unlink()
 
@@ -180,7 +180,9 @@ def test_a_node_that_dies_without_notice_is_done_without(other, whole, toy, tmp_
     assert not failed and not thread.is_alive()
     ready = [line for line in run.lines if "worker(s) ready after" in line]
     assert ready[0].startswith("2 worker(s)") and len(ready) == 2
-    assert ready[1].startswith("1 worker(s)") and "going on after step " in ready[1]
-    assert any(line.startswith("worker(s) ") and "start again" in line for line in run.lines)
+    assert ready[1].startswith("1 worker(s)") and "resuming after step " in ready[1]
+    assert any(
+        line.startswith("worker(s) ") and "restarting the workers" in line for line in run.lines
+    )
     toy.check_record(record, LONG["steps"], 8)
     assert_same(Path(run.path), whole())
