@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from smalti.schema import Recipe
-from smalti.tokenizers.losses import discriminator_loss
 from smalti.workflows.plan.models import Model
 from smalti.workflows.systems.registry import system_of
 from smalti.workflows.train.optimizers import build_optimizer
@@ -51,83 +50,15 @@ def peak_of(call: Callable[[], None]) -> int:
 
 
 def real_step(model: Model, batch: int) -> Callable[[], None]:
-    """A micro batch of the stage with its own modules and real numbers, forward and backward, as
-    its task makes it.
-    """
-    modules, side = model.modules, model.pixels
-    criterion: Any = dict(modules.items()).get("criterion")
-    main, bf16 = modules["model"], model.train.precision == "bf16"
+    """A micro batch of the stage's task with real numbers, forward and backward."""
+    bf16 = model.train.precision == "bf16"
+    step = model.step(batch)
 
-    def autocast() -> Any:
-        return torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+    def run() -> None:
+        model.task.skipped(0)  # as a step ends
+        step(torch.Tensor.backward, lambda: torch.autocast("cpu", torch.bfloat16, enabled=bf16))
 
-    def encoder() -> Tensor:
-        with autocast():
-            return main(torch.rand(batch, 3, side, side), torch.arange(8 * batch).view(batch, 8))[0]
-
-    def semantic() -> Tensor:
-        with torch.no_grad():
-            features = modules["encoder"](torch.rand(batch, 3, side, side))
-        with autocast():
-            return main(features)[0]
-
-    def pixel() -> Tensor:
-        pixels = torch.rand(batch, 3, side, side)
-        with torch.no_grad():
-            ids = modules["semantic"].encode(modules["encoder"](pixels))  # type: ignore[operator]
-        with autocast():
-            out = main(pixels, ids)
-        more = (
-            out.vq_loss
-            if out.semantic_only is None
-            else out.vq_loss + criterion(out.semantic_only, pixels)[0]
-        )
-        return rebuilt(out.pixels, pixels, more)
-
-    def dual() -> Tensor:
-        pixels = torch.rand(batch, 3, side, side)
-        with torch.no_grad():
-            features = modules["encoder"](pixels)
-        with autocast():
-            out = main(pixels, features)
-        return rebuilt(out.pixels, pixels, out.semantic + out.commitment)
-
-    def rebuilt(made: Tensor, pixels: Tensor, more: Tensor) -> Tensor:
-        """The losses of rebuilt images and the model's own; with a discriminator they are backward
-        already.
-        """
-        critic = dict(modules.items()).get("discriminator")
-        loss = (
-            criterion(made, pixels, discriminator=critic, last_layer=main.last_layer, step=10**9)[0]
-            + more
-        )
-        if critic is None:
-            return loss
-        loss.backward()
-        with autocast():
-            return discriminator_loss(critic, made.detach(), pixels)[0]
-
-    def mllm() -> Tensor:
-        assert model.head is not None
-        ids = torch.randint(model.head.rows - 8, (batch, model.head.length))
-        if model.head.depths:  # every position a place
-            ids = torch.full_like(ids, int(main.vocabulary.first_visual))  # type: ignore[union-attr]
-        same = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
-        same |= {
-            name: torch.zeros_like(ids) for name in ("document_ids", "segment_ids", "position_ids")
-        }
-        if model.head.depths:
-            same["codes"] = torch.randint(
-                model.head.codes, (ids.numel(), 2, model.head.depths // 2)
-            )
-        main.loss_chunk = model.head.chunk  # type: ignore[assignment]
-        with autocast():
-            return main(same)[0]
-
-    loss = {"encoder": encoder, "semantic": semantic, "pixel": pixel, "dual": dual, "mllm": mllm}[
-        model.name
-    ]
-    return lambda: loss().backward()
+    return run
 
 
 def measure(recipe: Recipe, batch: int, turns: int = 0) -> dict[str, Measured]:

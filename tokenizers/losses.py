@@ -114,8 +114,13 @@ class EncoderPerceptual(nn.Module):
         ).mean(-1)
 
 
-def build_perceptual(config: Loss, encoder: nn.Module | None = None) -> nn.Module | None:
+def build_perceptual(
+    config: Loss, encoder: nn.Module | None = None, *, load: bool = True
+) -> nn.Module | None:
     """The perceptual distance of a recipe, or None if it is off.
+
+    Args:
+        load: False leaves LPIPS without its weights.
 
     Raises:
         ConfigError: if weights or the encoder are missing.
@@ -126,12 +131,14 @@ def build_perceptual(config: Loss, encoder: nn.Module | None = None) -> nn.Modul
         if encoder is None:
             raise ConfigError("loss.perceptual.kind=encoder needs the frozen encoder.")
         return EncoderPerceptual(encoder)
+    from smalti.tokenizers.lpips import LPIPS
+
+    if not load:
+        return LPIPS()
     if not config.perceptual.weights:
         raise ConfigError(
             "loss.perceptual.kind=lpips needs loss.perceptual.weights, a file made by lpips.convert."
         )
-    from smalti.tokenizers.lpips import LPIPS
-
     return LPIPS.from_file(config.perceptual.weights)
 
 

@@ -40,6 +40,13 @@ class PixelOutputs:
     semantic_only: Tensor | None
 
 
+def unit_scale(codes_KS: Tensor) -> float:
+    """Factor that gives codes a mean square of 1 per channel; 1 on meta, where they have no values."""
+    if codes_KS.is_meta:
+        return 1.0
+    return float(codes_KS.square().mean().clamp(min=1e-12).rsqrt())
+
+
 class PixelTokenizer(Float32Buffers):
     """Pixel encoder, pixel codebooks and pixel decoder, with frozen semantic codes.
 
@@ -72,7 +79,7 @@ class PixelTokenizer(Float32Buffers):
         if semantic_codes is not None:
             semantic_codes = semantic_codes.detach().float().clone()
             self.register_buffer("semantic_codes", semantic_codes, persistent=False)
-            self.semantic_scale = float(semantic_codes.square().mean().clamp(min=1e-12).rsqrt())
+            self.semantic_scale = unit_scale(semantic_codes)
             self.codebook = SubCodebooks(len(semantic_codes), stage.codes, stage.dim, stage.beta)
             if stage.semantic_only_decoder:
                 self.semantic_only_decoder = PixelDecoder(

@@ -26,6 +26,21 @@ def identity(x: Tensor) -> Tensor:
     return x
 
 
+def histogram(ids: Tensor, num_codes: int) -> Tensor:
+    """How often each code occurs: int64 (K,).
+
+    Unlike `torch.bincount` and `unique`, whose shapes depend on values: so no GPU waits, and a
+    planner can trace it on tensors without values.
+    """
+    ids_M = ids.flatten()
+    return ids_M.new_zeros(num_codes).index_add_(0, ids_M, torch.ones_like(ids_M))
+
+
+def presence(ids: Tensor, num_codes: int) -> Tensor:
+    """Which codes occur: float32 (K,), 1 or 0; its sum is the number of different codes."""
+    return torch.zeros(num_codes, device=ids.device).index_fill_(0, ids.flatten(), 1.0)
+
+
 @dataclass(frozen=True)
 class VQ:
     """Sizes and constants of a quantizer.
@@ -63,7 +78,7 @@ class EMAStats:
     def of(h_MD: Tensor, ids_M: Tensor, num_codes: int) -> EMAStats:
         """Statistics of vectors (M, D) and their codes, detached, without a one-hot matrix."""
         h_MD = h_MD.detach().float()
-        counts_K = torch.bincount(ids_M, minlength=num_codes).to(torch.float32)
+        counts_K = histogram(ids_M, num_codes).to(torch.float32)
         sums_KD = h_MD.new_zeros(num_codes, h_MD.shape[1]).index_add_(0, ids_M, h_MD)
         return EMAStats(counts_K, sums_KD, h_MD)
 

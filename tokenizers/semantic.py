@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from smalti.schema import SemanticStage
 from smalti.tokenizers.losses import distill_loss
-from smalti.tokenizers.quantizers import QUANTIZERS, VQ, AllReduce, EMAStats, Quantizer, identity
+from smalti.tokenizers.quantizers import (
+    QUANTIZERS,
+    VQ,
+    AllReduce,
+    EMAStats,
+    Quantizer,
+    identity,
+    presence,
+)
 from smalti.tokenizers.vit import Transformer, init_linear, sincos_positions
 
 
@@ -88,7 +96,7 @@ class SemanticTokenizer(nn.Module):
             "distill": distill.detach(),
             "vq": quantized.loss.detach(),
             "cosine": cosine,
-            "codes_in_batch": torch.tensor(float(len(quantized.ids.unique()))),
+            "codes_in_batch": presence(quantized.ids, self.num_codes).sum(),
         }
         return loss, metrics, quantized.stats
 

@@ -275,4 +275,4 @@ class RecipePlan:
 
 def _weights(model: Model) -> float:
     """Bytes of the weights that a stage leaves behind."""
-    return float(SINGLE * (model.parameters("model") + model.resting("model")))
+    return float(SINGLE * (model.parameters("model") + model.frozen_in("model")))

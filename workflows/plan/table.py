@@ -90,7 +90,7 @@ def _buffer_formula(plan: TrainPlan) -> str:
 
 def _traffic_formula(plan: TrainPlan) -> str:
     stage, model = plan.setting.zero, plan.model
-    held = model.parameters("model") + model.resting("model")
+    held = model.parameters("model") + model.frozen_in("model")
     twice = held > STAGE_3["stage3_max_live_parameters"]
     each = {
         0: "2·4·P",

@@ -1,38 +1,55 @@
-"""A training step on fake tensors: its FLOPs, and the bytes it holds, without computing anything.
+"""FLOPs and memory of a training step, traced without computing it.
 
-The step is the model's own code in its own precision, so the figures follow every change of a
-model.
+Weights are fake tensors, which have shapes and no values, and so is everything computed from them.
+What depends on the batch alone (token ids, masks) is small and is computed, so that the step can
+read it: the number of visual tokens, say, or which labels count.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from smalti.mllm.losses import LossHead
+from smalti.workflows.plan.flops import flops_of, precision_of
 from smalti.workflows.train.memory import blocks_of
 
 aten = torch.ops.aten
 PRECISIONS = ("bf16", "tf32", "fp32")
 
+Autocast = Callable[[], AbstractContextManager[object]]
+"""Opens the autocast of the stage's precision."""
+Backward = Callable[[Tensor], None]
+"""Runs the backward pass of a loss."""
+Step = Callable[[Backward, Autocast], None]
+"""One micro batch of a training step."""
+
 
 class Traced(NamedTuple):
-    """FLOPs of a step by precision (bf16; fp32; tf32: float32 convolutions, which cuDNN rounds);
-    bytes held when its first backward pass begins, and at most, besides parameters, buffers and
-    gradients.
+    """What one micro batch costs.
 
-    `bare_saved`, `bare_peak`: the same without copies of weights in another precision, which
-    autocast keeps. `calls`: operators called, views left out.
+    Memory leaves out parameters, buffers, their gradients, and all that the losses of output heads
+    hold: those work in chunks, so they do not grow with the batch as all else does (see
+    `models.Head`).
+
+    Attributes:
+        flops: by precision: bf16; fp32; tf32, the float32 convolutions, which cuDNN rounds.
+        saved: most bytes held when a backward pass begins.
+        peak: most bytes held at once.
+        bare_saved: `saved` without copies of weights in another precision, which autocast keeps.
+        bare_peak: `peak` without them.
+        calls: operators called, except views.
     """
 
     flops: dict[str, float]
@@ -43,40 +60,35 @@ class Traced(NamedTuple):
     calls: int
 
 
-Backward = Callable[[Tensor], None]
-"""Runs the backward pass of a loss."""
-Step = Callable[[Backward, Callable[[], AbstractContextManager[Any]]], None]
-"""One micro batch of a training step, given `backward` and what opens autocast."""
-
-
 def trace(modules: nn.Module, step: Step, *, bf16: bool) -> Traced:
-    """What `step` costs.
+    """Cost of `step`.
 
-    `modules` holds all parameters that it uses, on the meta device; their gradients are there from
-    the start, as in all but a step's first micro batch.
+    Args:
+        modules: all modules that the step uses, on the meta device; fake tensors replace their
+            weights. Gradients exist from the start, as in all but a step's first micro batch.
     """
-    with FakeTensorMode():
-        held = _materialise(modules)
-        with _Watch(held) as watch:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        counter = _Counter(_materialise(modules))
+        with counter, counter.without_heads(modules):
 
             def backward(loss: Tensor) -> None:
-                watch.saved, watch.bare_saved = (
-                    max(watch.saved, watch.live),
-                    max(watch.bare_saved, watch.bare),
-                )
+                counter.note_saved()
                 loss.backward()
 
             step(backward, lambda: torch.autocast("cpu", torch.bfloat16, enabled=bf16))
     return Traced(
-        watch.flops, watch.saved, watch.peak, watch.bare_saved, watch.bare_peak, watch.calls
+        counter.flops,
+        counter.saved,
+        counter.peak,
+        counter.bare_saved,
+        counter.bare_peak,
+        counter.calls,
     )
 
 
 @contextmanager
 def recomputing(module: nn.Module) -> Iterator[None]:
-    """Within, every transformer block keeps its inputs alone, as `train.activation_checkpointing`
-    has it.
-    """
+    """Let every transformer block keep its inputs alone, as with `train.activation_checkpointing`."""
     blocks = list(blocks_of(module))
     for block in blocks:
         again = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
@@ -88,15 +100,8 @@ def recomputing(module: nn.Module) -> Iterator[None]:
             del block.forward
 
 
-def fake(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A tensor without contents; within `trace`."""
-    return torch.empty(shape, dtype=dtype)
-
-
 def _materialise(modules: nn.Module) -> list[Tensor]:
-    """Put fake CPU tensors of the same shapes in place of parameters and buffers; all of them,
-    gradients too.
-    """
+    """Replace parameters and buffers by fake CPU tensors; all of these, and their gradients."""
     made: dict[int, Tensor] = {}
     held: list[Tensor] = []
 
@@ -121,80 +126,126 @@ def _materialise(modules: nn.Module) -> list[Tensor]:
     return held
 
 
-class _Watch(TorchDispatchMode):
-    """Counts FLOPs, and the bytes of storages that come and go."""
+class _Counter(TorchDispatchMode):
+    """Counts FLOPs, calls, and the bytes of all storages that exist at a time."""
 
     def __init__(self, held: list[Tensor]) -> None:
         super().__init__()
         self.flops = dict.fromkeys(PRECISIONS, 0.0)
-        self.live, self.peak, self.saved, self.calls = 0, 0, 0, 0
-        self.bare, self.bare_peak, self.bare_saved = 0, 0, 0
+        self.calls = 0
+        self.live = 0
+        self.peak = 0
+        self.saved = 0
+        self.bare = 0
+        self.bare_peak = 0
+        self.bare_saved = 0
+        self.in_head = False
         self.weights = {id(t.untyped_storage()) for t in held if isinstance(t, nn.Parameter)}
         self.held = held  # their storages live as long as they are known by id
         self.known = {id(t.untyped_storage()) for t in held}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    @contextmanager
+    def without_heads(self, modules: nn.Module) -> Iterator[None]:
+        """Leave the memory of output heads' losses out of the count."""
+
+        def enter(*_: object) -> None:
+            self.in_head = True
+
+        def leave(*_: object) -> None:
+            self.in_head = False
+
+        heads = [module for module in modules.modules() if isinstance(module, LossHead)]
+        hooks = [head.register_forward_pre_hook(enter) for head in heads]
+        hooks += [head.register_forward_hook(leave) for head in heads]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def note_saved(self) -> None:
+        """Here a backward pass begins."""
+        self.saved = max(self.saved, self.live)
+        self.bare_saved = max(self.bare_saved, self.bare)
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        self.calls += (
-            func.namespace == "aten" and not func.is_view
-        )  # fake tensors ask for their device by `prim`
-        count = _FLOPS.get(func._overloadpacket)
-        if count is not None:
-            self.flops[_precision(func, out)] += count(*args, **kwargs, out_val=out)
-        copy = func is aten._to_copy.default and id(args[0].untyped_storage()) in self.weights
+        out = _run(func, args, kwargs)
+        # fake tensors ask for their device by `prim`
+        self.calls += func.namespace == "aten" and not func.is_view
+        count = flops_of(func, args, kwargs, out)
+        if count:
+            self.flops[precision_of(func, out)] += count
+        copy = func is aten._to_copy.default and _storage_id(args[0]) in self.weights
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._note(tensor, copy)
         return out
 
     def _note(self, tensor: Tensor, copy: bool) -> None:
-        """Count the tensor's storage where it is new, until it goes."""
+        """Count the tensor's storage, if it is new, until it is freed."""
         storage = tensor.untyped_storage()
         key = id(storage)
         if key in self.known:
             return
-        size = int(storage.nbytes())
+        size = 0 if self.in_head else int(storage.nbytes())
         self.known.add(key)
-        weakref.finalize(storage, self._gone, key, size, copy).atexit = False
+        weakref.finalize(storage, self._freed, key, size, copy).atexit = False
         self._change(size, copy)
 
     def _change(self, size: int, copy: bool) -> None:
         self.live += size
         self.bare += 0 if copy else size
-        self.peak, self.bare_peak = max(self.peak, self.live), max(self.bare_peak, self.bare)
+        self.peak = max(self.peak, self.live)
+        self.bare_peak = max(self.bare_peak, self.bare)
 
-    def _gone(self, key: int, size: int, copy: bool) -> None:
+    def _freed(self, key: int, size: int, copy: bool) -> None:
         self.known.discard(key)
         self._change(-size, copy)
 
 
-def _precision(func: Any, out: Any) -> str:
-    first = next(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
-    if first.dtype == torch.bfloat16:
-        return "bf16"
-    return "tf32" if "convolution" in str(func) else "fp32"
+def _storage_id(value: object) -> int | None:
+    return id(value.untyped_storage()) if isinstance(value, Tensor) else None
 
 
-def _attention(
-    query: Tensor, key: Tensor, value: Tensor, *args: Any, out_val: Any = None, **kwargs: Any
-) -> int:
-    return sdpa_flop_count(query.shape, key.shape, value.shape)
+def _run(func: OpOverload, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+    """Call an operator: for real if all its tensors have values, else on fake ones."""
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    if tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors):
+        with unset_fake_temporarily():
+            return func(*args, **kwargs)
+    if func is aten.masked_select.default:
+        return _masked_select(*tensors)
+    if func.overloadpacket in _INDEXED:
+        args = (args[0], _positions(args[1]), *args[2:])
+    return func(*args, **kwargs)
 
 
-def _attention_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *args: Any,
-    out_val: Any = None,
-    **kwargs: Any,
-) -> int:
-    return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
+_INDEXED = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
+"""Operators whose second argument may hold masks: their outputs depend on how many are true."""
 
 
-_FLOPS: dict[Any, Callable[..., int]] = flop_registry | {
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-}
+def _positions(indices: object) -> list[Tensor | None]:
+    """Indices in which positions stand in for masks that have values."""
+    found: list[Tensor | None] = []
+    assert isinstance(indices, Sequence)
+    for index in indices:
+        if index is None or index.dtype != torch.bool or isinstance(index, FakeTensor):
+            found.append(index)
+            continue
+        with unset_fake_temporarily():
+            found += index.nonzero().unbind(1)
+    return found
+
+
+def _masked_select(values: Tensor, mask: Tensor) -> Tensor:
+    """As many elements as the mask, which has values, selects: masked_scatter's gradient."""
+    with unset_fake_temporarily():
+        count = int(mask.expand(torch.broadcast_shapes(values.shape, mask.shape)).sum())
+    return values.new_empty(count)

@@ -68,11 +68,11 @@ class Trial:
         self.model, self.fill, self.bf16 = model, fill, model.train.precision == "bf16"
         self.traces = self._traces()
 
-    def _step(self, num: int):
-        return lambda backward, autocast: self.model.step(num, backward, autocast)
-
     def _traces(self) -> list[Traced]:
-        return [trace(self.model.modules, self._step(num), bf16=self.bf16) for num in (1, 2)]
+        return [
+            trace(self.model.modules, self.model.step(num), bf16=self.bf16)
+            for num in self.model.traced_sizes
+        ]
 
     @cached_property
     def checkpointed(self) -> list[Traced]:
@@ -86,24 +86,20 @@ class Trial:
 
     def of(self, name: str, rows: int, checkpointing: bool) -> float:
         """A figure of `Traced` for a micro batch of so many rows: linear in them."""
-        one, two = (
+        few, more = (
             getattr(traced, name)
             for traced in (self.checkpointed if checkpointing else self.traces)
         )
-        return one + (two - one) * (rows - 1)
+        first, second = self.model.traced_sizes
+        return few + (more - few) / (second - first) * (rows - first)
 
     def flops(self, checkpointing: bool = False) -> dict[str, float]:
         """FLOPs of a row by precision, the head's among them."""
-        one, two = (
+        few, more = (
             traced.flops for traced in (self.checkpointed if checkpointing else self.traces)
         )
-        found = {name: max(two[name] - one[name], 0.0) for name in PRECISIONS}
-        head = self.model.head
-        if head is not None:
-            found["bf16" if self.bf16 else "fp32"] += (
-                (4.0 + 2 * head.trained) * head.length * head.passed * head.width
-            )
-        return found
+        first, second = self.model.traced_sizes
+        return {name: max(more[name] - few[name], 0.0) / (second - first) for name in PRECISIONS}
 
     def calls(self, checkpointing: bool = False) -> int:
         """Operators called in a micro batch, whatever its size."""
@@ -116,17 +112,17 @@ class Trial:
         for engine, stage in model.engines.items():
             own = setting.zero if engine == "model" else stage
             found["states"] += self.states(engine, own, setting.num, setting.offload)
-            found["frozen"] += self.resting(engine, own, setting)
+            found["frozen"] += self.frozen_in(engine, own, setting)
         found["buffers"] = self._buffers(train, setting)
         found |= self._passing(setting)
         return found
 
-    def resting(self, engine: str, stage: int, setting: Setting) -> float:
+    def frozen_in(self, engine: str, stage: int, setting: Setting) -> float:
         """Bytes on a GPU of an engine's weights that are not trained: ZeRO-3 shares them out, or
         away, too.
         """
         share = (0.0 if setting.offload else 1 / setting.num) if stage == 3 else 1.0
-        return SINGLE * self.model.resting(engine) * share
+        return SINGLE * self.model.frozen_in(engine) * share
 
     def states(self, engine: str, stage: int, num: int, offloaded: bool = False) -> float:
         """Bytes of an engine's parameters, gradients and moments on a GPU; Muon, which runs without
@@ -151,14 +147,14 @@ class Trial:
         ]
         size = float(sum(self.buckets(setting.zero)) * zero["reduce_bucket_size"])
         if setting.zero == 3:
-            held = self.model.parameters("model") + self.model.resting("model")
+            held = self.model.parameters("model") + self.model.frozen_in("model")
             live = min(held, zero["stage3_max_live_parameters"])
             size += SINGLE * max(live, self.model.largest)
         return size
 
     def buckets(self, stage: int) -> list[int]:
         """Bytes of a number in each bucket: of gradients that are sent in bf16, and of the others."""
-        trained, low = self.model.parameters("model"), self.model.low("model", trained=True)
+        trained, low = self.model.parameters("model"), self.model.sent_low("model", trained=True)
         return [HALF if stage == 3 else SINGLE] * (low > 0) + [SINGLE] * (trained > low)
 
     def _passing(self, setting: Setting) -> dict[str, float]:
@@ -293,12 +289,12 @@ class TrainPlan:
         """
         model = self.model
         weights = float(SINGLE * model.parameters(engine))
-        gradients = weights - HALF * model.low(engine, trained=True)
+        gradients = weights - HALF * model.sent_low(engine, trained=True)
         if stage == 0:
             return 2 * weights
         if stage < 3:
             return 2 * gradients * (micros if stage == 2 else 1) + weights
-        held = model.parameters(engine) + model.resting(engine)
+        held = model.parameters(engine) + model.frozen_in(engine)
         again = 1 - min(held, STAGE_3["stage3_max_live_parameters"]) / held
         weights, kept = _as_sent(model, engine)
         return (weights * (1 + again) + gradients) * micros + kept
@@ -337,7 +333,7 @@ class TrainPlan:
         """
         model, each = self.model, 16 if self.model.train.zero_stage else 12
         return float(
-            sum(model.parameters(e) * each + SINGLE * model.resting(e) for e in model.engines)
+            sum(model.parameters(e) * each + SINGLE * model.frozen_in(e) for e in model.engines)
         )
 
     def refusal(self) -> str | None:

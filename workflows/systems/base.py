@@ -12,14 +12,10 @@ from smalti.errors import ConfigError
 from smalti.schema import DepthHeads, Recipe, TokenizerSection
 from smalti.tokenizers.encoders import VisionEncoder
 from smalti.workflows.pipeline.stage import StageRun
+from smalti.workflows.plan.image_tasks import bridge_model, encoder_model
 from smalti.workflows.plan.inference_cost import InferenceCost
-from smalti.workflows.plan.models import (
-    Model,
-    bridge_model,
-    encoder_model,
-    encoder_of,
-    language_model,
-)
+from smalti.workflows.plan.language_tasks import language_model
+from smalti.workflows.plan.models import Model, encoder_of
 
 
 class System(ABC):
@@ -62,9 +58,7 @@ class System(ABC):
         """Codes of the vocabulary, and the widths of the parts of a code's vector."""
 
     @abstractmethod
-    def tokenizer_models(
-        self, recipe: Recipe, encoder: VisionEncoder, origin: str, gpu: bool
-    ) -> Iterator[Model]:
+    def tokenizer_models(self, recipe: Recipe, *, gpu: bool) -> Iterator[Model]:
         """The models that the stage `tokenizer` trains, in order, on the meta device."""
 
     @abstractmethod
@@ -107,10 +101,10 @@ class System(ABC):
         Raises:
             ConfigError: for an encoder or language model whose sizes are unknown.
         """
-        encoder, origin = encoder_of(recipe)
+        encoder, _ = encoder_of(recipe)
         if recipe.encoder.train is not None:
             yield encoder_model(recipe)
-        yield from self.tokenizer_models(recipe, encoder, origin, gpu)
+        yield from self.tokenizer_models(recipe, gpu=gpu)
         if recipe.mllm.pretrained or recipe.mllm.config:
             yield self.language_model(recipe, encoder)
         if recipe.bridge:

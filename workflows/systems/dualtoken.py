@@ -14,8 +14,9 @@ from smalti.tokenizers.dualtoken import BOOKS, DualModel, DualToken, semantic_de
 from smalti.tokenizers.encoders import VisionEncoder, open_encoder
 from smalti.workflows.cluster.session import ensure_ray
 from smalti.workflows.pipeline.stage import StageRun
-from smalti.workflows.plan.dualtoken import dual_model, places_model
+from smalti.workflows.plan.image_tasks import dual_model
 from smalti.workflows.plan.inference_cost import InferenceCost
+from smalti.workflows.plan.language_tasks import places_model
 from smalti.workflows.plan.models import Model, encoder_of
 from smalti.workflows.systems import smoke_sizes
 from smalti.workflows.systems.base import System
@@ -104,18 +105,17 @@ class DualTokenSystem(System):
         """The planned language model, with its depth heads."""
         return places_model(recipe)
 
-    def tokenizer_models(
-        self, recipe: Recipe, encoder: VisionEncoder, origin: str, gpu: bool
-    ) -> Iterator[Model]:
+    def tokenizer_models(self, recipe: Recipe, *, gpu: bool) -> Iterator[Model]:
         """The phase `dual`."""
-        yield dual_model(recipe, encoder, origin, gpu)
+        yield dual_model(recipe, gpu=gpu)
 
     def inference_costs(
         self, recipe: Recipe, encoder: VisionEncoder, trained: Mapping[str, Model]
     ) -> dict[str, InferenceCost]:
         """Tokens by the trained tower."""
-        dual = trained["dual"].modules["model"]
-        assert isinstance(dual, DualModel)
+        task = trained["dual"].task
+        assert isinstance(task, DualTask)
+        dual = task.model
         return {
             "tokens": InferenceCost.of(
                 recipe.tokens, dual, [dual.vectors], [dual], encoder.image_size

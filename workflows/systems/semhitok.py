@@ -14,8 +14,9 @@ from smalti.tokenizers.encoders import VisionEncoder, open_encoder
 from smalti.tokenizers.semhitok import PixelTokenizer, SemanticTokenizer, SemHiTok
 from smalti.workflows.cluster.session import ensure_ray
 from smalti.workflows.pipeline.stage import StageRun
+from smalti.workflows.plan.image_tasks import pixel_model, semantic_model
 from smalti.workflows.plan.inference_cost import InferenceCost
-from smalti.workflows.plan.models import Model, pixel_model, semantic_model
+from smalti.workflows.plan.models import Model
 from smalti.workflows.systems import smoke_sizes
 from smalti.workflows.systems.base import System
 from smalti.workflows.systems.phases import Phase, Phases, check_pixel_phase, placed
@@ -104,22 +105,21 @@ class SemHiTokSystem(System):
         semantic = (tokenizer.semantic.dim,) if tokenizer.guidance else ()
         return recipe.codebook.size * tokenizer.pixel.codes, (*semantic, tokenizer.pixel.dim)
 
-    def tokenizer_models(
-        self, recipe: Recipe, encoder: VisionEncoder, origin: str, gpu: bool
-    ) -> Iterator[Model]:
+    def tokenizer_models(self, recipe: Recipe, *, gpu: bool) -> Iterator[Model]:
         """The phases `semantic` (with guidance), `pixel` and `decoder` (if set)."""
         if recipe.tokenizer.guidance:
-            yield semantic_model(recipe, encoder, origin, gpu)
-        yield pixel_model(recipe, encoder, origin, gpu, decoder=False)
+            yield semantic_model(recipe, gpu=gpu)
+        yield pixel_model(recipe, decoder=False, gpu=gpu)
         if recipe.tokenizer.decoder is not None:
-            yield pixel_model(recipe, encoder, origin, gpu, decoder=True)
+            yield pixel_model(recipe, decoder=True, gpu=gpu)
 
     def inference_costs(
         self, recipe: Recipe, encoder: VisionEncoder, trained: Mapping[str, Model]
     ) -> dict[str, InferenceCost]:
         """Features by the encoder; tokens by the encoder (with guidance) and the pixel encoder."""
-        pixel = trained["pixel"].modules["model"]
-        assert isinstance(pixel, PixelTokenizer)
+        task = trained["pixel"].task
+        assert isinstance(task, PixelTask)
+        pixel = task.tokenizer
         guided: list[VisionEncoder] = [encoder] if recipe.tokenizer.guidance else []
         modules = nn.ModuleDict({"encoder": encoder, "pixel": pixel})
         kept = [

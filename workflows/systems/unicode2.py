@@ -79,9 +79,7 @@ class Unicode2System(System):
         """K codes, as wide as a feature."""
         return recipe.codebook.size, (encoder.dim,)
 
-    def tokenizer_models(
-        self, recipe: Recipe, encoder: VisionEncoder, origin: str, gpu: bool
-    ) -> Iterator[Model]:
+    def tokenizer_models(self, recipe: Recipe, *, gpu: bool) -> Iterator[Model]:
         """None."""
         yield from ()
 

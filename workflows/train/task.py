@@ -139,8 +139,20 @@ class Task:
         """ZeRO stage of an engine."""
         return self.context.train.zero_stage
 
+    def frozen_modules(self) -> dict[str, nn.Module]:
+        """Modules outside the engines that `loss` uses, by name."""
+        return {}
+
     def make_batch(self, rows: Sequence[Row]) -> Batch:
         """A micro batch on the CPU; called ahead of the step, in a thread of its own."""
+        raise NotImplementedError
+
+    def planned_batch(self, num: int) -> Batch:
+        """A micro batch of `num` samples as the planner traces it.
+
+        Shapes and dtypes are those of `make_batch`, sequences are as long as they can be; the
+        values mean nothing.
+        """
         raise NotImplementedError
 
     def totals(self, batch: Batch) -> Tensor | None:

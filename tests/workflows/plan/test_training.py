@@ -2,7 +2,8 @@
 estimators, and by hand.
 
 Covers: smalti/cli/plan.py, workflows/cluster/gpu_specs.py, workflows/plan/configs.py,
-workflows/plan/devices.py, workflows/plan/dualtoken.py, workflows/plan/inference_cost.py,
+workflows/plan/devices.py, workflows/plan/flops.py, workflows/plan/image_tasks.py,
+workflows/plan/inference_cost.py, workflows/plan/language_tasks.py,
 workflows/plan/models.py, workflows/plan/table.py, workflows/plan/trace.py,
 workflows/recipe_plan.py.
 """
@@ -26,6 +27,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 from smalti.cli import main
 from smalti.config import load_recipe
 from smalti.errors import ConfigError
+from smalti.mllm.losses import PART
 from smalti.schema import (
     FeaturesSection,
     LanguageModel,
@@ -37,13 +39,13 @@ from smalti.schema import (
 )
 from smalti.tokenizers.encoders import VisionEncoder
 from smalti.workflows.cluster.gpu_specs import bf16_peak
-from smalti.workflows.plan import models
+from smalti.workflows.plan import language_tasks
 from smalti.workflows.plan.base import Rates, gpu_rates
 from smalti.workflows.plan.configs import language_config, vision_config
 from smalti.workflows.plan.devices import shared_among
 from smalti.workflows.plan.inference_cost import InferenceCost
 from smalti.workflows.plan.models import Model
-from smalti.workflows.plan.trace import fake, trace
+from smalti.workflows.plan.trace import trace
 from smalti.workflows.plan.training import Setting, TrainPlan, Trial, states
 from smalti.workflows.systems.registry import system_of
 from smalti.workflows.train import engines
@@ -84,6 +86,9 @@ def test_memory_is_what_real_tensors_take(
 ) -> None:
     stays, passing, _ = measured[name]
     planned = trials[name].memory(Setting(1, BATCH, 0))
+    head = trials[name].model.head
+    if head is not None:  # a CPU adds bf16 to float32 by way of a float32 copy; a GPU makes none
+        passing -= 4 * min(head.rows * head.width, PART)
     assert planned["states"] + planned["frozen"] == pytest.approx(stays, rel=0.02)
     assert planned["activations"] + planned["logits"] == pytest.approx(passing, rel=0.15)
 
@@ -214,7 +219,7 @@ def language_model(freeze: Any = (), lora: Lora | None = None, **train: Any) -> 
         lora=lora,
     )
     recipe = load_recipe("semhitok-quickstart")
-    return models.language_model(
+    return language_tasks.language_model(
         section, recipe.codebook.size * recipe.tokenizer.pixel.codes, (8, 8)
     )
 
@@ -316,7 +321,7 @@ def test_parts_that_are_not_trained_have_no_states_and_no_gradients(
     train = {"steps": 9, "batch_size": 32, "micro_batch_size": 2}
     whole = language_model(**train)
     model = language_model(freeze=["new_rows", "backbone"], **train)
-    trained, resting = model.parameters("model"), model.resting("model")
+    trained, resting = model.parameters("model"), model.frozen_in("model")
     assert model.head is not None and whole.head is not None and not model.head.trained
     assert trained + resting == whole.parameters("model")
     assert trained == sum(
@@ -514,7 +519,7 @@ def test_memory_of_stages_that_train_nothing() -> None:
 
     def step(backward: Any, autocast: Any) -> None:
         with torch.no_grad():
-            encoder(fake(5, 3, 32, 32))
+            encoder(torch.empty(5, 3, 32, 32))
 
     assert look.memory == pytest.approx(weights + trace(modules, step, bf16=False).peak)
     box = Rates(

@@ -51,16 +51,21 @@ class BridgeTask(Task):
         return rows
 
     def setup(self, context: Context) -> None:
-        super().setup(context)
         with storage.local_copy(storage.join(self.path, CODES)) as file:
-            self.codes_VC = load_file(file)["codes"]  # mapped: the workers of a machine share it
-        self.text = PromptSide.from_pretrained(self.section.decoder).to(context.device)
+            codes_VC = load_file(file)["codes"]  # mapped: the workers of a machine share it
+        text = PromptSide.from_pretrained(self.section.decoder).to(context.device)
+        self.build(context, codes_VC, text, context.device)
+
+    def build(
+        self, context: Context, codes_VC: Tensor, text: PromptSide, device: torch.device
+    ) -> None:
+        """Build the bridge between code vectors and text encoders that lie on `device`."""
+        super().setup(context)
+        self.codes_VC, self.text = codes_VC, text
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(context.seed)
-            given = self.text(
-                {name: ids.to(context.device) for name, ids in self.text.tokenize([""]).items()}
-            )
-            self.bridge = Bridge(self.section, given.shape(self.num_tokens, self.codes_VC.shape[1]))
+            given = text({name: ids.to(device) for name, ids in text.tokenize([""]).items()})
+            self.bridge = Bridge(self.section, given.shape(self.num_tokens, codes_VC.shape[1]))
 
     def modules(self) -> dict[str, nn.Module]:
         return {"model": BridgeLoss(self.bridge)}
@@ -77,6 +82,16 @@ class BridgeTask(Task):
             "vectors": self.codes_VC[codes_BT],
             **{f"ids_{name}": ids_BL for name, ids_BL in ids.items()},
         }
+
+    def planned_batch(self, num: int) -> Batch:
+        ids = self.text.tokenize([""] * num)
+        return {
+            "vectors": torch.zeros(num, self.num_tokens, self.codes_VC.shape[1]),
+            **{f"ids_{name}": ids_BL for name, ids_BL in ids.items()},
+        }
+
+    def frozen_modules(self) -> dict[str, nn.Module]:
+        return {"text": self.text}
 
     def loss(
         self, name: str, engines: Mapping[str, Any], batch: Batch, step: int, share: Tensor | None

@@ -6,6 +6,7 @@ Axis letters: B images, N patches, C tower width, D code width, T vectors, H W p
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -17,11 +18,11 @@ from torch import Tensor, nn
 from smalti import storage
 from smalti.schema import DualStage, Loss
 from smalti.tokenizers.dualtoken import BOOKS, DualModel
-from smalti.tokenizers.encoders import open_encoder
+from smalti.tokenizers.encoders import VisionEncoder, open_encoder
 from smalti.tokenizers.quantizers import EMAStats
 from smalti.tokenizers.residual import SAMPLES_PER_CODE, ResidualQuantizer
 from smalti.workflows.train.task import Batch, Context, Metrics, StepReader
-from smalti.workflows.train.tasks.images import picture_grid, to_unit
+from smalti.workflows.train.tasks.images import chosen, picture_grid, to_unit
 from smalti.workflows.train.tasks.reconstruction import RebuildModule, RebuildTask
 from smalti.workflows.train.tasks.semantic import write_tensors
 from smalti.workflows.train.throughput import flops_a_token
@@ -75,13 +76,17 @@ class DualTask(RebuildTask):
         super().__init__(loss, **images_of)
         self.stage = stage
 
-    def setup(self, context: Context) -> None:
-        super().setup(context)
-        assert self.encoder_path is not None
-        self.model = DualModel(self.stage, open_encoder(self.encoder_path, self.layer))
-        self.setup_losses(context)
-        self.stats: list[tuple[EMAStats, EMAStats]] = []
-        self.used = torch.zeros(len(BOOKS), self.stage.codes, device=context.device)
+    def build(self, context: Context, encoder: VisionEncoder | None, *, load: bool = True) -> None:
+        super().build(context, encoder, load=load)
+        if load:
+            assert self.encoder_path is not None
+            trained = open_encoder(self.encoder_path, self.layer)
+        else:
+            assert encoder is not None
+            trained = copy.deepcopy(encoder)
+        self.model = DualModel(self.stage, trained)
+        self.setup_losses(context, load=load)
+        self.skipped(0)
 
     def main_module(self) -> DualModule:
         return DualModule(self.model)
@@ -136,7 +141,9 @@ class DualTask(RebuildTask):
         if name == "discriminator":
             return self.discriminator_loss(engines, batch, step)
         pixels, target = batch["pixels"], to_unit(batch["pixels"])
-        features = self.memory.get(batch["places"], lambda missing: self.features(pixels[missing]))
+        features = self.memory.get(
+            batch["places"], lambda missing: self.features(chosen(pixels, missing))
+        )
         rebuilt, semantic, commitment = engines[name](
             target, features, step >= self.stage.init_steps
         )
@@ -179,8 +186,8 @@ class DualTask(RebuildTask):
         return metrics
 
     def skipped(self, step: int) -> None:
-        self.stats = []
-        self.used.zero_()
+        self.stats: list[tuple[EMAStats, EMAStats]] = []
+        self.used = torch.zeros(len(BOOKS), self.stage.codes, device=self.context.device)
 
     def pictures(self, engines: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Held-out images: input | rebuilt from pixel codes."""

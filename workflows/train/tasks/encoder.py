@@ -103,7 +103,13 @@ class EncoderTask(Task):
         with storage.local_copy(storage.join(self.path, TEXT_TOKENIZER)) as folder:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
         pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        self.siglip = build_siglip(self.encoder, self.image_size, len(self.tokenizer), pad, eos)
+        self.build(context, len(self.tokenizer), pad, eos)
+
+    def build(self, context: Context, num_words: int, pad: int, eos: int) -> None:
+        """Build the model for a text tokenizer of `num_words` tokens."""
+        super().setup(context)
+        self.num_words = num_words
+        self.siglip = build_siglip(self.encoder, self.image_size, num_words, pad, eos)
         self.ids: dict[str, Tensor] = {}
 
     def modules(self) -> dict[str, nn.Module]:
@@ -118,6 +124,13 @@ class EncoderTask(Task):
             "pixels": torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(),
             "input_ids": torch.stack(ids),
         }
+
+    def planned_batch(self, num: int) -> Batch:
+        """All texts differ: the most that can be, as equal ones are encoded once."""
+        ids = torch.arange(num)[:, None].expand(num, self.encoder.text_length)
+        shape = (num, 3, self.image_size, self.image_size)
+        pixels = torch.randint(256, shape, dtype=torch.uint8)
+        return {"pixels": pixels, "input_ids": ids % self.num_words}
 
     def _ids(self, text: str) -> Tensor:
         if text not in self.ids:

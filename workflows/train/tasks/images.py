@@ -28,7 +28,7 @@ def stack_pixels(rows: Sequence[Row]) -> Tensor:
 
 def to_unit(pixels: Tensor) -> Tensor:
     """uint8 pixels as float32 in [-1, 1]."""
-    return pixels.float() / 127.5 - 1
+    return pixels / 127.5 - 1
 
 
 def to_bytes(images: Tensor) -> np.ndarray:
@@ -91,6 +91,11 @@ class RowMemory:
         for b, row in zip(missing, made, strict=True):
             self._kept[places[b]] = row
         return torch.stack([self._kept[place] for place in places])
+
+
+def chosen(pixels: Tensor, positions: list[int]) -> Tensor:
+    """Images at these positions of a batch, in order; no copy if these are all."""
+    return pixels if len(positions) == len(pixels) else pixels[positions]
 
 
 def places_of(rows: Sequence[Row]) -> list[tuple[str, int]]:

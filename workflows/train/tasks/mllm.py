@@ -111,10 +111,7 @@ class MllmTask(Task):
             self.hf_tokenizer = AutoTokenizer.from_pretrained(folder)
         visual = load_tokenizer(self.tokenizer_path)
         section = with_fitting_adapter(self.section, visual.embed_splits)
-        self.model = self._build(section, visual, context)
-        self.model.freeze(section.freeze)
-        if section.has_part_rates:
-            self.model.split_rates()
+        self.build(context, self._build(section, visual, context))
         kind: Any = SequenceBuilder
         if isinstance(self.model, DepthModel):
             kind = partial(PlaceBuilder, num_codes=visual.num_codes, code_shape=visual.code_shape)
@@ -129,6 +126,14 @@ class MllmTask(Task):
             dense_images=section.dense_images,
             isolate_questions=section.isolate_questions,
         )
+
+    def build(self, context: Context, model: UnifiedModel) -> None:
+        """Take the model, and freeze its parts."""
+        super().setup(context)
+        self.model = model
+        model.freeze(self.section.freeze)
+        if self.section.has_part_rates:
+            model.split_rates()
 
     def _build(self, section: MllmSection, visual: Any, context: Context) -> UnifiedModel:
         """The model, under ZeRO-3 in parts from the start."""
@@ -188,6 +193,27 @@ class MllmTask(Task):
             "answer_loss_weight": stage.answer_loss_weight,
         }
         return batch | {name: torch.tensor(value) for name, value in weights.items()}
+
+    def planned_batch(self, num: int) -> Batch:
+        """Rows of `max_length` visual tokens, the most that can be, with masks as packed rows have."""
+        shape = (num, self.section.max_length)
+        ids_BL = torch.full(shape, self.model.vocabulary.first_visual)
+        zeros_BL = torch.zeros(shape, dtype=torch.int64)
+        batch = {
+            "input_ids": ids_BL,
+            "labels": ids_BL,
+            "attention_mask": torch.ones_like(ids_BL),
+            "answer_mask": torch.zeros(shape, dtype=torch.bool),
+            "position_ids": torch.arange(shape[1]).repeat(num, 1),
+            "document_ids": zeros_BL,
+            "segment_ids": zeros_BL,
+            "image_loss_weight": torch.tensor(1.0),
+            "answer_loss_weight": torch.tensor(1.0),
+        }
+        if isinstance(self.model, DepthModel):
+            code_shape = (ids_BL.numel(), len(self.model.heads), self.model.depth)
+            batch["codes"] = torch.zeros(code_shape, dtype=torch.int64)
+        return batch
 
     def _sequence(self, row: Row, mixture: Mixture) -> TokenSequence:
         rng = row.random(self.context.seed)

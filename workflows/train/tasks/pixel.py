@@ -11,15 +11,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from smalti import storage
 from smalti.schema import Loss, PixelStage, SemanticStage, VitSize
+from smalti.tokenizers.encoders import VisionEncoder
+from smalti.tokenizers.quantizers import presence
 from smalti.tokenizers.semhitok import PixelTokenizer, SemanticTokenizer
 from smalti.tokenizers.subcodes import SAMPLES_PER_ROW
 from smalti.workflows.train.engines import set_parameter
 from smalti.workflows.train.task import Batch, Context, Metrics, StepReader
-from smalti.workflows.train.tasks.images import picture_grid, to_unit
+from smalti.workflows.train.tasks.images import chosen, picture_grid, to_unit
 from smalti.workflows.train.tasks.reconstruction import RebuildModule, RebuildTask
 from smalti.workflows.train.tasks.semantic import read_tensors, write_tensors
 
@@ -65,6 +67,8 @@ class PixelTask(RebuildTask):
     phase (for `decoder`).
     """
 
+    used: Tensor
+
     def __init__(
         self,
         stage: PixelStage,
@@ -80,24 +84,31 @@ class PixelTask(RebuildTask):
         self.stage, self.grid, self.num_codes = stage, grid, num_codes
         self.semantic_settings, self.decoder_size, self.start = semantic, decoder, start
 
-    def setup(self, context: Context) -> None:
-        super().setup(context)
+    def build(self, context: Context, encoder: VisionEncoder | None, *, load: bool = True) -> None:
+        super().build(context, encoder, load=load)
         self.semantic: SemanticTokenizer | None = None
         if self.semantic_settings is not None:
             stage, num_semantic, dim, path = self.semantic_settings
             self.semantic = SemanticTokenizer(dim, stage, num_semantic, self.grid)
-            self.semantic.load_state_dict(read_tensors(path))
-            self.semantic.to(context.device).eval().requires_grad_(False)
+            if load:
+                self.semantic.load_state_dict(read_tensors(path))
+                self.semantic.to(context.device)
+            self.semantic.eval().requires_grad_(False)
         codes = None if self.semantic is None else self.semantic.codes
         self.tokenizer = PixelTokenizer(
             self.stage, codes, self.image_size, self.grid, self.num_codes
         )
         if self.decoder_size is not None:
-            assert self.start is not None
-            self.tokenizer.load_state_dict(read_tensors(self.start))
+            if load:
+                assert self.start is not None
+                self.tokenizer.load_state_dict(read_tensors(self.start))
             self.tokenizer.replace_decoder(self.decoder_size)
-        self.setup_losses(context)
-        self.used = torch.zeros(self.num_codes, device=context.device)
+        self.setup_losses(context, load=load)
+        self.skipped(0)
+
+    def frozen_modules(self) -> dict[str, nn.Module]:
+        frozen = super().frozen_modules()
+        return frozen if self.semantic is None else frozen | {"semantic": self.semantic}
 
     def main_module(self) -> PixelModule:
         return PixelModule(self.tokenizer)
@@ -107,7 +118,7 @@ class PixelTask(RebuildTask):
         if self.semantic is None:
             return None
         pixels, semantic = batch["pixels"], self.semantic
-        compute = lambda missing: semantic.encode(self.features(pixels[missing])).int()  # noqa: E731
+        compute = lambda missing: semantic.encode(self.features(chosen(pixels, missing))).int()  # noqa: E731
         return self.memory.get(batch["places"], compute).long()
 
     @property
@@ -176,8 +187,9 @@ class PixelTask(RebuildTask):
             loss = loss + self.stage.vq_weight * vq
             metrics["vq"] = vq.detach()
             if codes is not None:
-                metrics["codes_in_batch"] = float(len(codes.unique()))
-                self.used[codes.flatten()] = 1.0
+                present = presence(codes, self.num_codes)
+                metrics["codes_in_batch"] = present.sum()
+                self.used = torch.maximum(self.used, present)
             if semantic_only is not None:
                 other, parts = self.criterion(semantic_only, target)
                 loss = loss + other
@@ -188,8 +200,8 @@ class PixelTask(RebuildTask):
         """Share of all codes that the batch of a logged step uses, over all workers; batches before
         it are left out.
         """
-        used = self.used.clone()
-        self.used.zero_()
+        used = self.used
+        self.skipped(step)
         if (
             step < self.quantize_from
             or self.decoder_size is not None
@@ -199,7 +211,7 @@ class PixelTask(RebuildTask):
         return {"codes_used": (self.context.collectives.all_reduce(used) > 0).double().mean()}
 
     def skipped(self, step: int) -> None:
-        self.used.zero_()
+        self.used = torch.zeros(self.num_codes, device=self.context.device)
 
     def pictures(self, engines: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Held-out images: input | rebuilt (| from semantic codes alone)."""

@@ -48,11 +48,12 @@ class RebuildTask(ImageTask):
         super().__init__(**images_of)
         self.loss_config = loss
 
-    def setup_losses(self, context: Context) -> None:
+    def setup_losses(self, context: Context, *, load: bool = True) -> None:
         """In `setup`, after the model is built: what images are compared by, and the discriminator."""
-        self.criterion = PixelLoss(
-            self.loss_config, build_perceptual(self.loss_config, self.encoder)
-        ).to(context.device)
+        perceptual = build_perceptual(self.loss_config, self.encoder, load=load)
+        self.criterion = PixelLoss(self.loss_config, perceptual)
+        if load:
+            self.criterion.to(context.device)
         gan = self.loss_config.gan
         if gan.adaptive and gan.weight and context.train.zero_stage == 3:
             raise ConfigError(
@@ -74,6 +75,9 @@ class RebuildTask(ImageTask):
             if self.discriminator is None
             else modules | {"discriminator": self.discriminator}
         )
+
+    def frozen_modules(self) -> dict[str, nn.Module]:
+        return super().frozen_modules() | {"criterion": self.criterion}
 
     def peak_lr(self, name: str) -> float:
         return self.loss_config.gan.lr if name == "discriminator" else super().peak_lr(name)

@@ -20,7 +20,7 @@ from smalti.tokenizers.quantizers import EMAStats
 from smalti.tokenizers.semhitok import SemanticTokenizer
 from smalti.workflows.train.data import ImageRows
 from smalti.workflows.train.task import Batch, Context, Metrics, Row, Source, Task
-from smalti.workflows.train.tasks.images import RowMemory, places_of, stack_pixels, to_unit
+from smalti.workflows.train.tasks.images import RowMemory, chosen, places_of, stack_pixels, to_unit
 from smalti.workflows.train.throughput import flops_a_token
 
 WEIGHTS = "semantic.safetensors"
@@ -57,18 +57,37 @@ class ImageTask(Task):
         )
 
     def setup(self, context: Context) -> None:
-        super().setup(context)
-        self.memory = RowMemory(sum(self.sizes))
-        self.encoder: VisionEncoder | None = None
+        encoder: VisionEncoder | None = None
         if self.encoder_path is not None:
-            self.encoder = open_encoder(self.encoder_path, self.layer).to(context.device)
-            self.encoder.bf16 = encodes_in_bf16(
+            encoder = open_encoder(self.encoder_path, self.layer).to(context.device)
+            encoder.bf16 = encodes_in_bf16(
                 self.encoder_precision, context.train, context.device.type == "cuda"
             )
+        self.build(context, encoder)
+
+    def build(self, context: Context, encoder: VisionEncoder | None, *, load: bool = True) -> None:
+        """Build all modules around the frozen encoder.
+
+        Args:
+            load: False leaves out all files of weights, as for a plan on the meta device.
+        """
+        super().setup(context)
+        self.memory = RowMemory(sum(self.sizes))
+        self.encoder = encoder
+
+    def frozen_modules(self) -> dict[str, nn.Module]:
+        return {} if self.encoder is None else {"encoder": self.encoder}
 
     def make_batch(self, rows: Sequence[Row]) -> Batch:
         """pixels uint8 (B, 3, H, W), and where the rows lie."""
         return {"pixels": stack_pixels(rows), "places": places_of(rows)}
+
+    def planned_batch(self, num: int) -> Batch:
+        shape = (num, 3, self.image_size, self.image_size)
+        return {
+            "pixels": torch.randint(256, shape, dtype=torch.uint8),
+            "places": [("planned", row) for row in range(num)],
+        }
 
     def features(self, pixels: Tensor) -> Tensor:
         """Patch features of uint8 pixels: float32 (B, N, C), no gradient."""
@@ -100,12 +119,12 @@ class SemanticTask(ImageTask):
             centroids,
         )
 
-    def setup(self, context: Context) -> None:
-        super().setup(context)
+    def build(self, context: Context, encoder: VisionEncoder | None, *, load: bool = True) -> None:
+        super().build(context, encoder, load=load)
         self.tokenizer = SemanticTokenizer(self.dim, self.stage, self.num_codes, self.grid)
-        self.tokenizer.init_from(read_centroids(self.centroids))
-        self.stats: list[EMAStats] = []
-        self.used = torch.zeros(self.num_codes, device=context.device)
+        if load:
+            self.tokenizer.init_from(read_centroids(self.centroids))
+        self.skipped(0)
 
     def modules(self) -> dict[str, nn.Module]:
         return {"model": self.tokenizer}
@@ -121,7 +140,9 @@ class SemanticTask(ImageTask):
         self, name: str, engines: Mapping[str, Any], batch: Batch, step: int, share: Tensor | None
     ) -> tuple[Tensor, Metrics] | None:
         pixels = batch["pixels"]
-        features = self.memory.get(batch["places"], lambda missing: self.features(pixels[missing]))
+        features = self.memory.get(
+            batch["places"], lambda missing: self.features(chosen(pixels, missing))
+        )
         loss, metrics, stats = engines[name](features)
         assert self.tokenizer.ids is not None
         self.used[self.tokenizer.ids.flatten()] = 1.0
@@ -145,8 +166,8 @@ class SemanticTask(ImageTask):
         return metrics
 
     def skipped(self, step: int) -> None:
-        self.stats = []
-        self.used.zero_()
+        self.stats: list[EMAStats] = []
+        self.used = torch.zeros(self.num_codes, device=self.context.device)
 
     def save(self, path: str, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
         """`semantic.safetensors`."""

@@ -68,9 +68,7 @@ class PatchVQSystem(System):
         side = recipe.corpus.image_size // GRID[0]
         return recipe.codebook.size, (3 * side * side,)
 
-    def tokenizer_models(
-        self, recipe: Recipe, encoder: VisionEncoder, origin: str, gpu: bool
-    ) -> Iterator[Model]:
+    def tokenizer_models(self, recipe: Recipe, *, gpu: bool) -> Iterator[Model]:
         """None."""
         yield from ()
 
