@@ -6,8 +6,10 @@ Axis letters: B samples, L positions.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import torch
 from torch import nn
@@ -18,6 +20,7 @@ from smalti.tokenizers.encoders import VisionEncoder
 from smalti.tokenizers.siglip import build_siglip
 from smalti.workflows.plan.configs import vision_config
 from smalti.workflows.plan.trace import Autocast, Backward, Step
+from smalti.workflows.train.deepspeed_compat import Engine
 from smalti.workflows.train.engines import SENT_LOW
 from smalti.workflows.train.optimizers import hidden_matrices
 from smalti.workflows.train.task import Task
@@ -60,7 +63,7 @@ class Head:
 
 
 class TracedEngine:
-    """A module under autocast, called as a task calls DeepSpeed's engine around it."""
+    """A module under autocast: of DeepSpeed's engine, what the losses of tasks use."""
 
     def __init__(self, module: nn.Module, autocast: Autocast) -> None:
         self.module, self.autocast = module, autocast
@@ -124,7 +127,9 @@ class Model:
         def run(backward: Backward, autocast: Autocast) -> None:
             engines = {name: TracedEngine(module, autocast) for name, module in trained.items()}
             for name in engines:
-                found = self.task.loss(name, engines, batch, LATE, share)
+                found = self.task.loss(
+                    name, cast(Mapping[str, Engine], engines), batch, LATE, share
+                )
                 if found is not None:
                     backward(found[0])
 

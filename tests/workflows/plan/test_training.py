@@ -2,8 +2,8 @@
 estimators, and by hand.
 
 Covers: smalti/cli/plan.py, workflows/cluster/gpu_specs.py, workflows/plan/configs.py,
-workflows/plan/devices.py, workflows/plan/flops.py, workflows/plan/image_tasks.py,
-workflows/plan/inference_cost.py, workflows/plan/language_tasks.py,
+workflows/plan/devices.py, workflows/plan/flops.py,
+workflows/plan/inference_cost.py,
 workflows/plan/models.py, workflows/plan/table.py, workflows/plan/trace.py,
 workflows/recipe_plan.py.
 """
