@@ -22,7 +22,7 @@ from bench.real_steps import measure
 from smalti.config import load_recipe
 from smalti.workflows.plan.base import cpu_rates
 from smalti.workflows.plan.measured import GOAL
-from smalti.workflows.plan.training import Setting, Trial
+from smalti.workflows.plan.trial import Setting, Trial
 from smalti.workflows.systems.registry import system_of
 
 BATCH, TURNS, WITHIN = 8, 3, 0.15

@@ -17,7 +17,8 @@ from smalti.config import load_recipe
 from smalti.schema import LanguageModel, MllmSection, Recipe, Train
 from smalti.workflows.plan.base import Rates
 from smalti.workflows.plan.models import Model
-from smalti.workflows.plan.training import TrainPlan, Trial
+from smalti.workflows.plan.training import TrainPlan
+from smalti.workflows.plan.trial import Trial
 from smalti.workflows.systems.registry import system_of
 from smalti.workflows.train import deepspeed_compat, engines, guards
 

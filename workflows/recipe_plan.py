@@ -20,7 +20,8 @@ from smalti.workflows.plan.inference_cost import InferenceCost
 from smalti.workflows.plan.measured import measurements
 from smalti.workflows.plan.models import Model, encoder_of
 from smalti.workflows.plan.table import lines
-from smalti.workflows.plan.training import TrainPlan, Trial
+from smalti.workflows.plan.training import TrainPlan
+from smalti.workflows.plan.trial import Trial
 from smalti.workflows.systems.registry import system_of
 
 ASSUMED_IMAGE_BYTES = 100_000  # an encoded image of the corpus

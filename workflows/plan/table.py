@@ -8,7 +8,8 @@ from smalti.mllm.losses import PART
 from smalti.workflows.plan.base import size_text, time_text
 from smalti.workflows.plan.models import Head
 from smalti.workflows.plan.trace import PRECISIONS
-from smalti.workflows.plan.training import HELD_BACK, STATES, TrainPlan
+from smalti.workflows.plan.training import HELD_BACK, TrainPlan
+from smalti.workflows.plan.trial import STATES
 from smalti.workflows.train.engines import REDUCE_BUCKET, STAGE_3
 
 
@@ -34,7 +35,7 @@ def lines(plan: TrainPlan, measured: Sequence[str] = ()) -> list[str]:
             ("logits", size_text(plan.memory["logits"]), f"{_sizes(head)}: {_head_formula(plan)}")
         )  # fmt: skip
     rows += [
-        ("memory a GPU", f"{size_text(total)} of {size_text(plan.room)}", f"{HELD_BACK:.0%} of {size_text(plan.rates.memory)} held back"),
+        ("memory a GPU", f"{size_text(total)} of {size_text(plan.usable)}", f"{HELD_BACK:.0%} of {size_text(plan.rates.memory)} held back"),
         ("main memory", f"{size_text(sum(plan.host(setting).values()))} a worker{_of_host(plan)}", "data_gb (texts as much again), batches ahead, offload" if head else "data_gb, batches ahead, offload"),
         ("traffic a step", f"{size_text(plan.traffic)} a GPU each way", _traffic_formula(plan)),
         ("steps", f"{train.steps:,} of {train.batch_size:,} samples", f"{plan.micros} micro batch(es) of {setting.micro} a GPU"),
@@ -65,7 +66,7 @@ def _away(plan: TrainPlan) -> str:
     if not plan.setting.offload:
         return ""
     where = "; the disk's room is not known" if plan.model.train.offload == "nvme" else ""
-    return f", offloaded {size_text(plan.away(plan.setting))} a worker{where}"
+    return f", offloaded {size_text(plan.offloaded(plan.setting))} a worker{where}"
 
 
 def _of_host(plan: TrainPlan) -> str:

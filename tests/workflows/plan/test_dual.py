@@ -19,7 +19,7 @@ from smalti.tokenizers.dualtoken import DualModel, DualToken
 from smalti.tokenizers.encoders import VisionEncoder
 from smalti.tokenizers.siglip import build_siglip
 from smalti.workflows.plan.base import gpu_rates
-from smalti.workflows.plan.training import Setting, Trial
+from smalti.workflows.plan.trial import Setting, Trial
 from smalti.workflows.recipe_plan import RecipePlan
 from smalti.workflows.systems.registry import system_of
 

@@ -16,7 +16,7 @@ from smalti.config import load_recipe
 from smalti.tokenizers.encoders import VisionEncoder
 from smalti.workflows.plan import image_tasks
 from smalti.workflows.plan.base import gpu_rates
-from smalti.workflows.plan.training import Trial
+from smalti.workflows.plan.trial import Trial
 from smalti.workflows.recipe_plan import RecipePlan
 from smalti.workflows.train.deepspeed_compat import Engine
 from smalti.workflows.train.task import Batch, Context, Metrics

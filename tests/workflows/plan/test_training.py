@@ -2,7 +2,8 @@
 estimators, and by hand.
 
 Covers: smalti/cli/plan.py, workflows/cluster/gpu_specs.py, workflows/plan/configs.py,
-workflows/plan/devices.py, workflows/plan/flops.py,
+workflows/plan/devices.py, workflows/plan/fixes.py,
+workflows/plan/flops.py, workflows/plan/trial.py,
 workflows/plan/inference_cost.py,
 workflows/plan/models.py, workflows/plan/table.py, workflows/plan/trace.py,
 workflows/recipe_plan.py.
@@ -46,7 +47,8 @@ from smalti.workflows.plan.devices import shared_among
 from smalti.workflows.plan.inference_cost import InferenceCost
 from smalti.workflows.plan.models import Model
 from smalti.workflows.plan.trace import trace
-from smalti.workflows.plan.training import Setting, TrainPlan, Trial, states
+from smalti.workflows.plan.training import TrainPlan
+from smalti.workflows.plan.trial import Setting, Trial, states
 from smalti.workflows.systems.registry import system_of
 from smalti.workflows.train import engines
 from smalti.workflows.train.memory import blocks_of, recompute
@@ -455,9 +457,9 @@ def test_what_is_offloaded_must_fit_into_main_memory() -> None:
     trial = Trial(language_model(steps=9, batch_size=32, zero_stage=3, offload="cpu", data_gb=1e-9))
     box = Rates("box", 1e12, 1e9, 16e9, "stated")
     plan = TrainPlan(trial, box, 4)
-    assert plan.away(plan.setting) == pytest.approx(20 * trial.model.parameters("model") / 4)
+    assert plan.offloaded(plan.setting) == pytest.approx(20 * trial.model.parameters("model") / 4)
     needed = sum(plan.host(plan.setting).values())
-    assert needed == plan.away(plan.setting) + 2 + 5 * 8 * 32 * 64, (
+    assert needed == plan.offloaded(plan.setting) + 2 + 5 * 8 * 32 * 64, (
         "two windows, and five batches of eight samples"
     )
     assert TrainPlan(trial, replace(box, host=needed / 0.6 + 1), 4).refusal() is None

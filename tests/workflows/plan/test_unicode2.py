@@ -9,7 +9,7 @@ from smalti.config import load_recipe
 from smalti.mllm.bpe import train_bpe
 from smalti.mllm.build import build_unified
 from smalti.workflows.plan.base import gpu_rates
-from smalti.workflows.plan.training import Setting, Trial
+from smalti.workflows.plan.trial import Setting, Trial
 from smalti.workflows.recipe_plan import RecipePlan
 from smalti.workflows.systems.registry import system_of
 
