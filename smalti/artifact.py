@@ -65,10 +65,12 @@ class Artifact:
             return found
         if storage.exists(storage.join(path, PARTIAL)):
             raise ArtifactError(
-                f"{path} is an incomplete artifact: run the command that started it again to finish it"
+                f"{path} is an incomplete artifact: run the command that started it again to "
+                "finish it"
             )
         raise ArtifactError(
-            f"there is no artifact at {path} (no {RECORD}): run the stage that writes it, or check the path"
+            f"there is no artifact at {path} (no {RECORD}): run the stage that writes it, or check "
+            "the path"
         )
 
     @classmethod
@@ -82,7 +84,8 @@ class Artifact:
         missing = names - record.keys()
         if missing:
             raise ArtifactError(
-                f"{record_path} lacks {', '.join(sorted(missing))}: remove {path} and run the stage again"
+                f"{record_path} lacks {', '.join(sorted(missing))}: remove {path} and run the "
+                "stage again"
             )
         return cls(path=path, **{name: record[name] for name in names})
 
@@ -281,7 +284,8 @@ def _conflict(
         shown.append(f"… and {len(lines) - len(shown)} more")
     listed = "\n  ".join(shown or ["the record was edited"])
     return ArtifactError(
-        f"{path} holds {what} made with other settings:\n  {listed}\nSet another `out`, restore these settings, or remove {path}."
+        f"{path} holds {what} made with other settings:\n  {listed}\nSet another `out`, restore "
+        f"these settings, or remove {path}."
     )
 
 
@@ -295,7 +299,8 @@ def _refuse_foreign(path: str) -> None:
     if names:
         some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
         raise ArtifactError(
-            f"{path} holds files that are no artifact ({some}): set another `out`, or move them away"
+            f"{path} holds files that are no artifact ({some}): set another `out`, or move them "
+            "away"
         )
 
 

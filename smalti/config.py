@@ -167,7 +167,8 @@ def _read(path: str) -> dict[str, object]:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"{path}: a recipe is UTF-8 text, and this file is not ({error.reason} at byte {error.start})"
+            f"{path}: a recipe is UTF-8 text, and this file is not ({error.reason} at byte "
+            f"{error.start})"
         ) from error
     data = recipe_yaml.parse(text, path)
     if data is None:

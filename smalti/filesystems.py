@@ -72,7 +72,8 @@ def remote(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     except (ImportError, ValueError) as error:
         scheme = path.partition("://")[0]
         raise DataError(
-            f"cannot reach {path}: {error}. Install the fsspec package for `{scheme}://`, or use another path"
+            f"cannot reach {path}: {error}. Install the fsspec package for `{scheme}://`, or use "
+            "another path"
         ) from error
     fs.invalidate_cache()  # another process may have written
     return fs, key

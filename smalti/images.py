@@ -255,7 +255,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return image if image.mode == "RGB" else image.convert("RGB")
     except _DECODER_ERRORS as error:
         raise ImageError(
-            f"mode {image.mode} of a {image.format} file cannot be converted to RGB{_because(error)}"
+            f"mode {image.mode} of a {image.format} file cannot be converted to "
+            f"RGB{_because(error)}"
         ) from error
 
 

@@ -232,7 +232,8 @@ def _matrix(table: pa.Table, name: str) -> np.ndarray:
     column = table.column(name)
     if column.null_count or not pa.types.is_fixed_size_list(column.type):
         raise DataError(
-            f"column {name!r} is {column.type} with {column.null_count} nulls, expected lists of one size without nulls"
+            f"column {name!r} is {column.type} with {column.null_count} nulls, expected lists of "
+            "one size without nulls"
         )
     width = column.type.list_size
     array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
@@ -294,5 +295,6 @@ def _unpack(table: pa.Table) -> pa.Table:
 
 def _damaged(path: str, error: Exception) -> DataError:
     return DataError(
-        f"{path} is not a complete Parquet file ({error}): remove it and run the stage that wrote it again"
+        f"{path} is not a complete Parquet file ({error}): remove it and run the stage that wrote "
+        "it again"
     )

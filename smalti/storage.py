@@ -330,7 +330,8 @@ def read_json(path: str) -> Any:
         return json.loads(read_bytes(path))
     except ValueError as error:
         raise DataError(
-            f"{path} is not valid JSON ({error}): it is damaged, or not a file of smalti; remove it and run again"
+            f"{path} is not valid JSON ({error}): it is damaged, or not a file of smalti; remove "
+            "it and run again"
         ) from error
 
 

@@ -106,7 +106,8 @@ def _check(recipe: Recipe, only: str | None) -> None:
     """Raise for what the recipe alone shows to be wrong, before hours of work."""
     if only in (None, "corpus") and not recipe.corpus.source:
         raise ConfigError(
-            "corpus.source is not set. Name a folder of images, WebDataset tars, Parquet files, or easy-vqa:train."
+            "corpus.source is not set. Name a folder of images, WebDataset tars, Parquet files, "
+            "or easy-vqa:train."
         )
     if only in CLUSTERING or only == "bridge":
         _check_has_stage(recipe, only)
@@ -123,12 +124,13 @@ def _check_has_stage(recipe: Recipe, only: str) -> None:
 
     if only == "bridge" and recipe.bridge is None:
         raise ConfigError(
-            "bridge.decoder is not set: name a text-to-image pipeline of diffusers, a folder or hub name, as in "
-            "bridge.decoder=stabilityai/stable-diffusion-xl-base-1.0."
+            "bridge.decoder is not set: name a text-to-image pipeline of diffusers, a folder or "
+            "hub name, as in bridge.decoder=stabilityai/stable-diffusion-xl-base-1.0."
         )
     if only in system_of(recipe).ignores:
         raise ConfigError(
-            f"system: {recipe.system} has no stage {only}: its chain is {' → '.join(stages_of(recipe))}."
+            f"system: {recipe.system} has no stage {only}: its chain is "
+            f"{' → '.join(stages_of(recipe))}."
         )
 
 
@@ -136,8 +138,9 @@ def _check_held_out(corpus: Artifact) -> None:
     """DataError if no image is held out: the evaluation would fail after all the training."""
     if not corpus.counts.get("val"):
         raise DataError(
-            f"{corpus.path} holds out no image, and the evaluation at the end needs some. Raise corpus.val_fraction or set "
-            f"corpus.val_source, and remove {corpus.path}; or run the stages one by one."
+            f"{corpus.path} holds out no image, and the evaluation at the end needs some. Raise "
+            f"corpus.val_fraction or set corpus.val_source, and remove {corpus.path}; or run the "
+            "stages one by one."
         )
 
 
@@ -179,7 +182,8 @@ def finish(recipe: Recipe, artifacts: list[Artifact], started: float) -> None:
 def _run_baseline(recipe: Recipe, name: str, tracker: Tracker) -> None:
     baseline = baseline_recipe(recipe, name)
     log(
-        f"baseline {name}: {', '.join(f'{k}={v}' for k, v in flatten(recipe.baselines[name]).items())}"
+        f"baseline {name}: "
+        f"{', '.join(f'{k}={v}' for k, v in flatten(recipe.baselines[name]).items())}"
     )
     with _run_of(tracker.child(f"baseline {name}")) as child:
         child.params(dump(baseline))

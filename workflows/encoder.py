@@ -61,8 +61,8 @@ def check(recipe: Recipe) -> None:
     """ConfigError when no encoder is named and none is to be trained."""
     if not recipe.encoder.pretrained and recipe.encoder.train is None:
         raise ConfigError(
-            "No encoder is set. Set encoder.pretrained to a SigLIP directory or hub name (google/siglip-base-patch16-256), "
-            "or encoder.train to train one on the corpus."
+            "No encoder is set. Set encoder.pretrained to a SigLIP directory or hub name "
+            "(google/siglip-base-patch16-256), or encoder.train to train one on the corpus."
         )
     if recipe.encoder.train is not None and not recipe.encoder.pretrained:
         check_batch(
@@ -119,7 +119,8 @@ def _train(section: EncoderTrain, corpus: Artifact) -> Body:
             run.scores["zero_shot/accuracy"] = scored["value"]
             run.scores |= {"zero_shot/n": scored["n"], "zero_shot/classes": scored["classes"]}
             run.log(
-                f"zero-shot accuracy {scored['value']:.3f} on {scored['n']:,} held-out images, {scored['classes']} classes"
+                f"zero-shot accuracy {scored['value']:.3f} on {scored['n']:,} held-out images, "
+                f"{scored['classes']} classes"
             )
         return {"pairs": sum(sizes), "steps": section.train.steps}
 
@@ -147,9 +148,10 @@ def captioned(corpus: Artifact) -> tuple[list[str], list[int], Counter[tuple[str
         texts.update(used)
     if not texts:
         raise DataError(
-            f"No training image of {corpus.path} has a caption or a label, and encoder.train learns from image-text pairs. "
-            "Give the images captions (a .txt beside each, metadata.jsonl) or folders as labels and remove that corpus, "
-            "or set encoder.pretrained."
+            f"No training image of {corpus.path} has a caption or a label, and encoder.train "
+            "learns from image-text pairs. Give the images captions (a .txt beside each, "
+            "metadata.jsonl) or folders as labels and remove that corpus, or set "
+            "encoder.pretrained."
         )
     return keys, sizes, texts
 

@@ -32,7 +32,8 @@ def run(out: str, images: str | None = None, overrides: Sequence[str] = ()) -> N
         raise ConfigError("--images and corpus.source= both name the images; keep one")
     log(f"smalti quickstart: {'easy-vqa' if images is None else images} → {recipe.out}")
     log(
-        "the chain: corpus → encoder → features → codebook → tokenizer → tokens → mllm → export → evaluation"
+        "the chain: corpus → encoder → features → codebook → tokenizer → tokens → mllm → export → "
+        "evaluation"
     )
     if images is not None:
         if not exists(images):
@@ -68,9 +69,9 @@ def _own_images(recipe: Recipe) -> Recipe:
     num_images = corpus.counts["train"]
     if num_images < MIN_IMAGES or not corpus.counts.get("val"):
         raise DataError(
-            f"{recipe.corpus.source} gave {num_images} training and {corpus.counts.get('val', 0)} held-out images; "
-            f"the quickstart needs at least {MIN_IMAGES} and 1. Add images and remove {corpus.path}, whose quarantine tells "
-            "what was left out."
+            f"{recipe.corpus.source} gave {num_images} training and {corpus.counts.get('val', 0)} "
+            f"held-out images; the quickstart needs at least {MIN_IMAGES} and 1. Add images and "
+            f"remove {corpus.path}, whose quarantine tells what was left out."
         )
     return fitted(recipe, num_images)
 

@@ -53,7 +53,8 @@ class RecipePlan:
         recipe = self.recipe
         if not recipe.encoder.pretrained and recipe.encoder.train is None:
             raise ConfigError(
-                "No encoder is set, and every size follows from it. Set encoder.pretrained or encoder.train."
+                "No encoder is set, and every size follows from it. Set encoder.pretrained or "
+                "encoder.train."
             )
         self.encoder, self.origin = encoder_of(recipe)
         self.system = system_of(recipe)
@@ -193,8 +194,9 @@ class RecipePlan:
             f"{name} {self.rates.training(name) / 1e12:.3g}" for name in ("bf16", "tf32", "fp32")
         )
         return (
-            f"\n  ASSUMED in training, TFLOP/s a GPU: {rates}; between GPUs {size_text(self.rates.inside)}/s within a "
-            f"node, {size_text(self.rates.network)}/s a node beyond"
+            f"\n  ASSUMED in training, TFLOP/s a GPU: {rates}; between GPUs "
+            f"{size_text(self.rates.inside)}/s within a node, {size_text(self.rates.network)}/s a "
+            "node beyond"
         )
 
     def _data_lines(self) -> list[str]:
@@ -202,8 +204,9 @@ class RecipePlan:
         for name, cost in self.inference.items():
             hours = self.data_hours[name]
             found.append(
-                f"  {name:<15} {time_text(hours)}, {hours * self.num:.3g} GPU-hours; {size_text(cost.memory)} a GPU "
-                f"for {cost.batch} images (4·F and what the pass holds)"
+                f"  {name:<15} {time_text(hours)}, {hours * self.num:.3g} GPU-hours; "
+                f"{size_text(cost.memory)} a GPU for {cost.batch} images (4·F and what the pass "
+                "holds)"
             )
             self._refuse(cost.refusal(name, self.rates))
         return found

@@ -111,8 +111,9 @@ class EncodeShard:
         low, high = int(codes.min()), int(codes.max())
         if low < 0 or high >= self.num_codes:
             raise DataError(
-                f"{self.tokenizer_dir} gave codes from {low} to {high}; expected 0 to {self.num_codes - 1}. "
-                "The tokenizer is damaged: remove its folder and run the stage `tokenizer` again."
+                f"{self.tokenizer_dir} gave codes from {low} to {high}; expected 0 to "
+                f"{self.num_codes - 1}. The tokenizer is damaged: remove its folder and run the "
+                "stage `tokenizer` again."
             )
         return codes.to(torch.int32).numpy()
 

@@ -25,8 +25,9 @@ def actor_device(resources: Resources) -> torch.device:
     if resources.gpus_per_worker and resources.device == "auto":
         if not torch.cuda.is_available():
             raise ConfigError(
-                f"resources.gpus_per_worker={resources.gpus_per_worker:g}, but torch {torch.__version__} sees no GPU on "
-                f"{socket.gethostname()}. Install a torch with CUDA and a driver there, set resources.gpus_per_worker=0, or "
+                f"resources.gpus_per_worker={resources.gpus_per_worker:g}, but torch "
+                f"{torch.__version__} sees no GPU on {socket.gethostname()}. Install a torch with "
+                "CUDA and a driver there, set resources.gpus_per_worker=0, or "
                 "resources.device=cpu to try the layout without GPUs."
             )
         return torch.device("cuda")

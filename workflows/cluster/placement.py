@@ -189,8 +189,9 @@ def unplaceable(recipe: Recipe, nodes: Nodes) -> list[str]:
             )
         elif need.gang and room < need.count:
             found.append(
-                f"{need.stages}: resources.{need.key}={need.count} need {asked} each, all at once, and the nodes have "
-                f"room for {room} ({nodes}). Set resources.{need.key}={room}, or add nodes."
+                f"{need.stages}: resources.{need.key}={need.count} need {asked} each, all at once, "
+                f"and the nodes have room for {room} ({nodes}). Set resources.{need.key}={room}, "
+                "or add nodes."
             )
     return found
 
@@ -213,7 +214,8 @@ def shortages(recipe: Recipe, nodes: Nodes) -> list[str]:
     wanted = resources.readers + resources.actors * resources.cpus_per_worker
     if resources.gpus_per_worker and cpus < wanted:
         found.append(
-            f"features, tokens: readers and actors need {wanted} CPU at once, and there are {cpus:g}; lower resources.readers"
+            f"features, tokens: readers and actors need {wanted} CPU at once, and there are "
+            f"{cpus:g}; lower resources.readers"
         )
     return found
 

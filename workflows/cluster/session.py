@@ -98,8 +98,8 @@ def want_gpus(gpus_a_worker: float) -> None:
         log(f"ray: {lack}: waiting for a node with GPUs")
         return
     raise ConfigError(
-        f"{lack} on this machine. Set it to 0, or RAY_ADDRESS to a cluster with GPUs; with resources.device=cpu features and "
-        "tokens run without."
+        f"{lack} on this machine. Set it to 0, or RAY_ADDRESS to a cluster with GPUs; with "
+        "resources.device=cpu features and tokens run without."
     )
 
 
@@ -160,7 +160,8 @@ def _start_local(recipe: Recipe) -> None:
                 PYTHONPATH=before
             )
     log(
-        f"ray: started on this machine with {max(cores, wanted)} CPUs; dashboard {context.dashboard_url or 'not available'}"
+        f"ray: started on this machine with {max(cores, wanted)} CPUs; dashboard "
+        f"{context.dashboard_url or 'not available'}"
     )
 
 

@@ -90,7 +90,8 @@ class Chunk:
                 torch.isfinite(x_NC.sum())
             ):  # one sum is enough: float16 values cannot overflow it
                 raise DataError(
-                    f"{self._not_finite()} holds NaN or Inf. Remove the features and compute them again."
+                    f"{self._not_finite()} holds NaN or Inf. Remove the features and compute them "
+                    "again."
                 )
             yield kmeans.on_sphere(x_NC.to(self.device)) if self.spherical else x_NC.to(self.device)
 
@@ -98,8 +99,9 @@ class Chunk:
         x_NC = shards.vectors(shards.read_shard(self.path, key, ["vector"]))
         if len(x_NC) != rows:
             raise DataError(
-                f"{shards.shard_path(self.path, key)} holds {len(x_NC)} vectors, where it held {rows} when this run began. "
-                "Let no other process write there, then run the same command again."
+                f"{shards.shard_path(self.path, key)} holds {len(x_NC)} vectors, where it held "
+                f"{rows} when this run began. Let no other process write there, then run the same "
+                "command again."
             )
         return x_NC
 
@@ -218,8 +220,9 @@ def chunks(path: str, split: str, target: int | None = None) -> list[Chunk]:
             continue
         if own != width:
             raise DataError(
-                f"{shards.shard_path(path, key)} holds vectors of {own} numbers, where the other shards of {path} hold "
-                f"{width}. Remove {path} and compute the features again with one encoder."
+                f"{shards.shard_path(path, key)} holds vectors of {own} numbers, where the other "
+                f"shards of {path} hold {width}. Remove {path} and compute the features again with "
+                "one encoder."
             )
         if sum(count for _, count in found[-1]) + rows > (target or CHUNK_VECTORS) and found[-1]:
             found.append([])

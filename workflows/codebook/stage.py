@@ -74,8 +74,8 @@ def check(recipe: Recipe) -> None:
     section = recipe.codebook
     if section.coarse > section.size and recipe.clusters:
         raise ConfigError(
-            f"codebook.coarse={section.coarse} cells for codebook.size={section.size} codes; every cell needs one. "
-            "Lower codebook.coarse."
+            f"codebook.coarse={section.coarse} cells for codebook.size={section.size} codes; every "
+            "cell needs one. Lower codebook.coarse."
         )
     if section.coarse > 1 and recipe.clusters:
         _check_reach(section, section.coarse * section.cell_vectors)
@@ -85,8 +85,10 @@ def _check_reach(section: CodebookSection, drawn: int) -> None:
     """Raise ConfigError if the cells' k-means see fewer vectors than codes."""
     if drawn < section.size:
         raise ConfigError(
-            f"codebook.size={section.size:,}, but with codebook.cell_vectors={section.cell_vectors:,} the k-means of all cells "
-            f"together see {drawn:,} vectors at most. Set a larger codebook.cell_vectors, or a smaller codebook.size."
+            f"codebook.size={section.size:,}, but with "
+            f"codebook.cell_vectors={section.cell_vectors:,} the k-means of all cells together see "
+            f"{drawn:,} vectors at most. Set a larger codebook.cell_vectors, or a smaller "
+            "codebook.size."
         )
 
 
@@ -98,8 +100,9 @@ def _body(features: Artifact) -> Body:
         num_vectors = sum(chunk.rows for chunk in parts)
         if num_vectors < section.size:
             raise DataError(
-                f"codebook.size={section.size}, but {features.path} holds only {num_vectors} training vectors. "
-                "Set a smaller codebook.size, more features.patches, or use more images."
+                f"codebook.size={section.size}, but {features.path} holds only {num_vectors} "
+                "training vectors. Set a smaller codebook.size, more features.patches, or use "
+                "more images."
             )
         workers = max(run.recipe.resources.readers, run.recipe.resources.actors)
         with ensure_ray(run.recipe):
@@ -143,8 +146,8 @@ def _chunks(recipe: Recipe, path: str) -> tuple[list[Chunk], list[Chunk]]:
     )
     if parts and held_out and parts[0].width != held_out[0].width:
         raise DataError(
-            f"{path}: train vectors have {parts[0].width} numbers, val vectors {held_out[0].width}. "
-            f"Remove {path} and compute the features again with one encoder."
+            f"{path}: train vectors have {parts[0].width} numbers, val vectors "
+            f"{held_out[0].width}. Remove {path} and compute the features again with one encoder."
         )
     return parts, held_out
 
@@ -193,7 +196,8 @@ class _Build:
                 )  # every run with these settings fails: free the folder for others
                 raise
         self.run.log(
-            f"{num} codes repeated another one or were not finite and {what}: there are {len(tree.codes)}"
+            f"{num} codes repeated another one or were not finite and {what}: there are "
+            f"{len(tree.codes)}"
         )
         storage.write_json(storage.join(self.work, DISTINCT), counts)
         self.keep("distinct", tree)
@@ -223,7 +227,8 @@ class _Build:
         if not held:
             storage.remove(self.work)
             raise DataError(
-                "All sampled vectors are 0, and codebook.spherical=true needs directions. Set it to false."
+                "All sampled vectors are 0, and codebook.spherical=true needs directions. Set it "
+                "to false."
             )
         codes_KC = kmeans.seed(
             x_NC, num, torch.Generator().manual_seed(self.seed), self.section.seeding
@@ -285,8 +290,8 @@ class _Build:
         sampled = sum(size > bound for size in sizes)
         if sampled:
             self.run.log(
-                f"{sampled} cells hold more than codebook.cell_vectors={bound:,} vectors: their codes are computed "
-                "from a sample of that size"
+                f"{sampled} cells hold more than codebook.cell_vectors={bound:,} vectors: their "
+                "codes are computed from a sample of that size"
             )
             try:
                 _check_reach(self.section, sum(most))

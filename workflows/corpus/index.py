@@ -145,8 +145,9 @@ def tell_second_images(run: StageRun, counts: Mapping[str, int]) -> None:
         for row in shards.read_shard(run.path, key).to_pylist():
             if row["reason"] == "second_image":
                 run.log(
-                    f"{number:,} images are left out because they share the key of another, such as {row['key']} in "
-                    f"{row['source']} ({row['detail']}): if each is a separate image, name them without further dots"
+                    f"{number:,} images are left out because they share the key of another, such "
+                    f"as {row['key']} in {row['source']} ({row['detail']}): if each is a separate "
+                    "image, name them without further dots"
                 )
                 return
 

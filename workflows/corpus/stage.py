@@ -137,7 +137,8 @@ def _tell_of_change(recipe: Recipe, made: Artifact) -> None:
         return
     if changed:
         log(
-            f"corpus: the source now lists other files than when the corpus was created; remove {made.path} to create it again"
+            "corpus: the source now lists other files than when the corpus was created; remove "
+            f"{made.path} to create it again"
         )
 
 
@@ -183,8 +184,9 @@ def _check(run: StageRun, counts: dict[str, int], written: Mapping[str, int]) ->
         ]
         examples = "; ".join(f"{row['key']}: {row['detail']}" for row in rows)
         raise DataError(
-            f"The corpus has 0 usable images of {counts['found']:,} found in {section.source} (unusable: {unusable})."
-            f" {examples + '. ' if examples else ''}See {run.path}/quarantine, or set corpus.source."
+            f"The corpus has 0 usable images of {counts['found']:,} found in {section.source} "
+            f"(unusable: {unusable}). {examples + '. ' if examples else ''}See "
+            f"{run.path}/quarantine, or set corpus.source."
         )
     if not counts["train"]:
         _clear(run.path)
@@ -197,5 +199,6 @@ def _check(run: StageRun, counts: dict[str, int], written: Mapping[str, int]) ->
     tell_second_images(run, counts)
     if counts["quarantined"]:
         run.log(
-            f"{counts['quarantined']:,} of {counts['found']:,} in quarantine ({unusable}); see {run.path}/quarantine"
+            f"{counts['quarantined']:,} of {counts['found']:,} in quarantine ({unusable}); see "
+            f"{run.path}/quarantine"
         )

@@ -127,9 +127,9 @@ class Featurizer:
         bad = ~np.isfinite(vectors_BNC).all(axis=(1, 2))
         if bad.any():
             raise DataError(
-                f"{where}: image {ids[int(bad.argmax())]} has features that are NaN, Inf or beyond float16 (65,504), as "
-                f"{int(bad.sum())} of the {len(ids)} images of its batch. Check the encoder {self.encoder_dir}, or choose "
-                "another encoder.layer."
+                f"{where}: image {ids[int(bad.argmax())]} has features that are NaN, Inf or beyond "
+                f"float16 (65,504), as {int(bad.sum())} of the {len(ids)} images of its batch. "
+                f"Check the encoder {self.encoder_dir}, or choose another encoder.layer."
             )
 
 
@@ -144,7 +144,7 @@ def open_parent(recipe: Recipe, encoder: Artifact) -> tuple[str, VisionEncoder]:
     total = model.grid[0] * model.grid[1]
     if recipe.features.patches != "all" and recipe.features.patches > total:
         raise ConfigError(
-            f"features.patches={recipe.features.patches}, but {path} gives {total} patches per image. "
-            f"Set features.patches to at most {total}, or to all."
+            f"features.patches={recipe.features.patches}, but {path} gives {total} patches per "
+            f"image. Set features.patches to at most {total}, or to all."
         )
     return path, model

@@ -87,8 +87,9 @@ def make(run: StageRun, encoder: Artifact) -> dict[str, int]:
             update(1, images=counts["images"], quarantined=counts["quarantined"])
     if not counts["train"]:
         raise DataError(
-            f"{recipe.features.source} has no image to train on ({counts['quarantined']:,} in quarantine, "
-            f"{counts['images']:,} held out). See {run.path}/quarantine, or set features.source."
+            f"{recipe.features.source} has no image to train on ({counts['quarantined']:,} in "
+            f"quarantine, {counts['images']:,} held out). See {run.path}/quarantine, or set "
+            "features.source."
         )
     tell_second_images(run, counts)
     storage.remove(storage.join(run.path, LISTED))
@@ -216,7 +217,8 @@ def _standing(path: str, num_groups: int) -> dict[int, list[str]]:
         (foreign if number is None else standing.setdefault(number, [])).append(key)
     if foreign:
         raise DataError(
-            f"{path} holds {len(foreign):,} shards that belong to no group of the source; the first is "
-            f"{shards.shard_path(path, foreign[0])}. Move them away, then run the same command to resume."
+            f"{path} holds {len(foreign):,} shards that belong to no group of the source; the "
+            f"first is {shards.shard_path(path, foreign[0])}. Move them away, then run the same "
+            "command to resume."
         )
     return standing

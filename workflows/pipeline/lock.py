@@ -62,11 +62,13 @@ def _take(name: str, path: str) -> int:
             holder = os.read(file, 1000).decode(errors="replace").strip() or "unknown"
             os.close(file)
             raise ArtifactError(
-                f"Another run is writing {path} (its process: {holder}). Wait for it, stop it, or set another `out`."
+                f"Another run is writing {path} (its process: {holder}). Wait for it, stop it, or "
+                "set another `out`."
             ) from error
         except OSError as error:
             log(
-                f"{path} cannot be locked on this file system ({error.strerror}): do not start a second run there"
+                f"{path} cannot be locked on this file system ({error.strerror}): do not start a "
+                "second run there"
             )
             return file
         with suppress(FileNotFoundError):

@@ -42,7 +42,8 @@ def load_pixels(
             except ImageError as error:
                 identity = table.column("image_id")[row].as_py()
                 raise DataError(
-                    f"{shards.shard_path(corpus, key)}: image {identity}: {error}. Create the corpus again."
+                    f"{shards.shard_path(corpus, key)}: image {identity}: {error}. Create the "
+                    "corpus again."
                 ) from error
     return table.drop_columns(["image"]), pixels
 

@@ -66,7 +66,8 @@ def retry(
             if not transient(error):
                 raise
             say(
-                f"{what} failed (try {number} of {len(pauses_s) + 1}), retrying in {pause_s:g} s: {brief(error)}"
+                f"{what} failed (try {number} of {len(pauses_s) + 1}), retrying in {pause_s:g} s: "
+                f"{brief(error)}"
             )
         time.sleep(pause_s)
     return call(*args, **more)

@@ -192,9 +192,10 @@ def _begun(ticket: Ticket, step: str) -> Iterator[None]:
     before = int(internal_kv._internal_kv_get(key) or 0)
     if before >= ticket.deaths:
         raise DataError(
-            f"{before} workers died on {ticket.item}: they crashed or ran out of memory. To save memory, lower "
-            "resources.actors, resources.readers or corpus.shard_images; remove a file that crashes its reader from the "
-            "source. Then run the same command to resume: finished shards are kept."
+            f"{before} workers died on {ticket.item}: they crashed or ran out of memory. To save "
+            "memory, lower resources.actors, resources.readers or corpus.shard_images; remove a "
+            "file that crashes its reader from the source. Then run the same command to resume: "
+            "finished shards are kept."
         )
     internal_kv._internal_kv_put(key, str(before + 1).encode())
     yield
@@ -352,5 +353,6 @@ def refuse_foreign(
     if foreign:
         raise DataError(
             f"{artifact_path} holds {len(foreign):,} shards that {whose}; the first is "
-            f"{shard_path(artifact_path, foreign[0])}. They are from another run: move them away, then run the same command to resume."
+            f"{shard_path(artifact_path, foreign[0])}. They are from another run: move them away, "
+            "then run the same command to resume."
         )

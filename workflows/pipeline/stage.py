@@ -100,8 +100,10 @@ def find_artifact(recipe: Recipe, name: str) -> Artifact:
     found = Artifact.find(noted["path"])
     if found is None or found.fingerprint != noted["fingerprint"]:
         raise ArtifactError(
-            f"The stage {name} of {recipe.out} used {noted['path']} (fingerprint {noted['fingerprint']}), which is "
-            f"{'missing' if found is None else 'a different artifact now'}. Run the stage {name} again."
+            f"The stage {name} of {recipe.out} used {noted['path']} (fingerprint "
+            f"{noted['fingerprint']}), which is "
+            f"{'missing' if found is None else 'a different artifact now'}. Run the stage {name} "
+            "again."
         )
     return found
 

@@ -26,7 +26,8 @@ NAMES: dict[str, Name] = {
     ),
     "drawing/accuracy": Name(
         "Drawing",
-        "Drawn images in which the judge, a classifier trained on real images alone, sees the whole label.",
+        "Drawn images in which the judge, a classifier trained on real images alone, sees the "
+        "whole label.",
     ),
     "drawing/zero_shot_accuracy": Name(
         "Drawing, by the encoder",

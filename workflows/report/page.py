@@ -64,8 +64,9 @@ def page(facts: Facts) -> str:
         '<meta name="color-scheme" content="light dark">'
         f"<title>{escape(facts.name)} · smalti</title><style>{css}</style></head><body>"
         f'{_header(facts)}<nav aria-label="Sections"><div>{links}</div></nav><main>{headlines(facts)}{body}</main>'
-        f"<footer>Made by smalti {escape(smalti.__version__)}. This page loads nothing from elsewhere; "
-        "<code>report.json</code> beside it holds the same figures.</footer></body></html>\n"
+        f"<footer>Made by smalti {escape(smalti.__version__)}. This page loads nothing from "
+        "elsewhere; <code>report.json</code> beside it holds the same "
+        "figures.</footer></body></html>\n"
     )
 
 

@@ -31,8 +31,9 @@ def reconstructions(facts: Facts, pictures: Pictures) -> str:
     lead = "Held-out images, turned into codes and back."
     if spread:
         lead += (
-            f" Over the whole sample, PSNR is {written(spread['p05'], 'dB')} at the 5th percentile, "
-            f"{written(spread['p50'], 'dB')} at the median and {written(spread['p95'], 'dB')} at the 95th."
+            f" Over the whole sample, PSNR is {written(spread['p05'], 'dB')} at the 5th "
+            f"percentile, {written(spread['p50'], 'dB')} at the median and "
+            f"{written(spread['p95'], 'dB')} at the 95th."
         )
     return section(
         "reconstructions",
@@ -56,9 +57,9 @@ def gallery(facts: Facts, pictures: Pictures) -> str:
         rows.append(figure(f'<div class="strip">{images}</div>', told, "row"))
     what = "semantic code" if facts.tables.get("gallery_of") == "semantic" else "code"
     lead = (
-        f"Each row is one {what}: the bright square is the patch that has it, the dimmed rim its surroundings; every patch "
-        "comes from another held-out image. Half of the rows are the codes with the most detail, half are spread from the "
-        "most used to the least used."
+        f"Each row is one {what}: the bright square is the patch that has it, the dimmed rim its "
+        "surroundings; every patch comes from another held-out image. Half of the rows are the "
+        "codes with the most detail, half are spread from the most used to the least used."
     )
     return section(
         "gallery",
@@ -82,8 +83,8 @@ def codes(facts: Facts) -> str:
             [(int(rank), int(count)) for rank, count in found["points"]], f"{title}: uses by rank"
         )
         told = (
-            f"<b>{title}</b> · {found['used']:,} of {found['codes']:,} used at least once in {found['tokens']:,} held-out "
-            "tokens; across: rank, up: uses (both logarithmic)"
+            f"<b>{title}</b> · {found['used']:,} of {found['codes']:,} used at least once in "
+            f"{found['tokens']:,} held-out tokens; across: rank, up: uses (both logarithmic)"
         )
         if found["tokens"] < found["codes"]:
             told += ". There are fewer tokens than codes, so not all of them could occur"
@@ -116,9 +117,10 @@ def drawings(facts: Facts, pictures: Pictures) -> str:
             figure(image, f"<b>“{escape(clip(line['prompt'], 90))}”</b>{verdicts}", "card small")
         )
     lead = (
-        "Drawn by the exported language model from the prompt under each image, with nothing picked out. ✓: the judge "
-        "sees the label that the prompt names; ✗: what it sees instead. <i>judge</i> is a classifier trained on real "
-        "images alone, <i>encoder</i> the frozen encoder's zero-shot classes."
+        "Drawn by the exported language model from the prompt under each image, with nothing "
+        "picked out. ✓: the judge sees the label that the prompt names; ✗: what it sees instead. "
+        "<i>judge</i> is a classifier trained on real images alone, <i>encoder</i> the frozen "
+        "encoder's zero-shot classes."
     )
     return section(
         "drawings",

@@ -35,8 +35,9 @@ def questions(facts: Facts, pictures: Pictures) -> str:
         else "<p>No right answer in the sample.</p>"
     )
     lead = (
-        "Held-out questions, answered by the exported model; right means the same words (case, punctuation and articles "
-        "aside). <i>Question only</i> gives the most frequent training answer of the same question without looking."
+        "Held-out questions, answered by the exported model; right means the same words (case, "
+        "punctuation and articles aside). <i>Question only</i> gives the most frequent training "
+        "answer of the same question without looking."
     )
     return section("questions", "Questions and answers", lead, body)
 

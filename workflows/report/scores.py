@@ -60,8 +60,9 @@ def scores(facts: Facts) -> str:
         )
         body += f'<p class="aside">Not measured: {escape(reasons)}.</p>'
     lead = (
-        "Measured on held-out data only, <i>n</i> being what was counted. A tick on a bar is a figure beside it: what "
-        "is reached without looking at the picture, by chance, or by the same chain with another vocabulary."
+        "Measured on held-out data only, <i>n</i> being what was counted. A tick on a bar is a "
+        "figure beside it: what is reached without looking at the picture, by chance, or by the "
+        "same chain with another vocabulary."
     )
     return section("scores", "Scores", lead, body)
 

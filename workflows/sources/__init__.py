@@ -62,7 +62,8 @@ def find_groups(
     """
     if not source:
         raise DataError(
-            "corpus.source is not set. Name a folder of images, WebDataset tars, Parquet files, or easy-vqa:train."
+            "corpus.source is not set. Name a folder of images, WebDataset tars, Parquet files, "
+            "or easy-vqa:train."
         )
     for one in [source] if isinstance(source, str) else source:
         with reading(one):
@@ -92,13 +93,14 @@ def detect(source: str) -> str:
         return "jsonl"
     if named(source).endswith((".jsonl.gz", ".ndjson.gz", ".jsonl.zst", ".ndjson.zst")):
         raise DataError(
-            f"corpus.source: {source} is compressed, which allows no random access to its lines. Unpack it."
+            f"corpus.source: {source} is compressed, which allows no random access to its lines. "
+            "Unpack it."
         )
     fs, inside = filesystem(source)
     if not fs.isdir(inside):
         raise DataError(
-            f"corpus.source: {source} is neither a folder nor a .tar, .parquet, .arrow or .jsonl file or pattern. "
-            "Check the path, or set corpus.format."
+            f"corpus.source: {source} is neither a folder nor a .tar, .parquet, .arrow or .jsonl "
+            "file or pattern. Check the path, or set corpus.format."
         )
     return _detect_folder(source)
 
@@ -122,6 +124,7 @@ def _detect_folder(source: str) -> str:
     found = [kind for kind, there in kinds.items() if there]
     if len(found) > 1:
         raise DataError(
-            f"corpus.source: {source} holds several kinds of data ({', '.join(found)}). Set corpus.format."
+            f"corpus.source: {source} holds several kinds of data ({', '.join(found)}). Set "
+            "corpus.format."
         )
     return found[0] if found else "folder"

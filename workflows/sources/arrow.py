@@ -147,8 +147,8 @@ def _listed(source: str, state: bytes) -> list[str]:
         return [posixpath.basename(one["filename"]) for one in load_json(state)["_data_files"]]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{source}/{STATE} does not list the dataset's files ({type(error).__name__}: {error}). Save the dataset "
-            f"again, or name its files: {source}/*.arrow."
+            f"{source}/{STATE} does not list the dataset's files ({type(error).__name__}: "
+            f"{error}). Save the dataset again, or name its files: {source}/*.arrow."
         ) from error
 
 

@@ -237,8 +237,8 @@ def filesystem(path: str, pauses: Sequence[float] | None = None) -> tuple[Files,
         fs, inside = fsspec.core.url_to_fs(path)
     except (ValueError, ImportError) as error:
         raise DataError(
-            f"{path} cannot be opened: {error}. Install the package that reads it (s3fs for s3://, gcsfs for gs://), or "
-            "name a local path."
+            f"{path} cannot be opened: {error}. Install the package that reads it (s3fs for s3://, "
+            "gcsfs for gs://), or name a local path."
         ) from error
     return (fs if storage.is_local(path) else RetryingFiles(fs, path, pauses)), inside
 

@@ -101,7 +101,8 @@ def easy_vqa_groups(source: str, section: CorpusSection, seed: int) -> list[Easy
         import easy_vqa
     except ImportError as error:
         raise DataError(
-            "corpus.source: the package easy-vqa is not installed. Run `pip install -e '.[quickstart]'` (or easy-vqa)."
+            "corpus.source: the package easy-vqa is not installed. Run `pip install -e "
+            "'.[quickstart]'` (or easy-vqa)."
         ) from error
     if split == "train":
         questions, paths = easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths()

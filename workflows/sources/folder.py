@@ -126,7 +126,8 @@ def folder_groups(source: str, section: CorpusSection, seed: int) -> Iterator[Fo
     fs, inside = filesystem(root)
     if not fs.isdir(inside):
         raise DataError(
-            f"corpus.source: {source} is not a folder. Name a folder of images, or set corpus.format."
+            f"corpus.source: {source} is not a folder. Name a folder of images, or set "
+            "corpus.format."
         )
     listing = _Listing(section, root)
     listing.list_files()

@@ -151,9 +151,9 @@ class Reach:
         self.unanswered += 1
         if self.unanswered >= OUT_OF_REACH:
             raise UnreachedError(
-                f"{self.source} names {self.unanswered} unreachable images in a row; the last is {place}. Check the network, "
-                "then run the same command to resume. If their hosts no longer exist, remove those lines or shuffle the "
-                "lines."
+                f"{self.source} names {self.unanswered} unreachable images in a row; the last is "
+                f"{place}. Check the network, then run the same command to resume. If their hosts "
+                "no longer exist, remove those lines or shuffle the lines."
             )
 
 

@@ -169,7 +169,8 @@ def find_files(source: str, accepts: Callable[[str], bool], kind: str) -> list[s
     ]
     if lost:
         raise DataError(
-            f"corpus.source: {source} cannot be read completely ({lost[0].detail}). Check its permissions, or name files."
+            f"corpus.source: {source} cannot be read completely ({lost[0].detail}). Check its "
+            "permissions, or name files."
         )
     if not paths:
         raise DataError(
@@ -194,7 +195,8 @@ def expand(pattern: str) -> list[str]:
         if not names:
             where = "" if path == pattern else f" (of {pattern})"
             raise DataError(
-                f"corpus.source: nothing found at {path}{where}. Check the path, and quote patterns."
+                f"corpus.source: nothing found at {path}{where}. Check the path, and quote "
+                "patterns."
             )
         found += names
     return found
@@ -243,6 +245,7 @@ def _braces(pattern: str) -> list[str]:
         middle = [str(n).zfill(len(first)) for n in range(int(first), int(last) + step, step)]
     else:
         raise DataError(
-            f"corpus.source: {{{body}}} in {pattern} is neither a range such as 00000..00012 nor a list a,b."
+            f"corpus.source: {{{body}}} in {pattern} is neither a range such as 00000..00012 nor a "
+            "list a,b."
         )
     return [pattern[:start] + part + tail for part in middle for tail in rest]

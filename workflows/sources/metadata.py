@@ -63,8 +63,8 @@ class Metadata:
             default = CorpusSection.model_fields[key].default
             if self.columns and name != default and name not in self.columns:
                 raise DataError(
-                    f"The metadata files of {self.root} have no column {name!r} (corpus.{key}); they have "
-                    f"{', '.join(sorted(self.columns))}."
+                    f"The metadata files of {self.root} have no column {name!r} (corpus.{key}); "
+                    f"they have {', '.join(sorted(self.columns))}."
                 )
 
     def read(self, name: str, stream: BinaryIO) -> Iterator[Said | Lost]:
@@ -97,12 +97,14 @@ class Metadata:
             heads = [head.strip() for head in table.fieldnames or []]
         except csv.Error as error:
             raise DataError(
-                f"{self.root}/{name}: its first line, the names of the columns, is not CSV: {error}."
+                f"{self.root}/{name}: its first line, the names of the columns, is not CSV: "
+                f"{error}."
             ) from error
         if "file_name" not in heads:
             raise DataError(
-                f"{self.root}/{name} has no column file_name; it has {', '.join(heads) or 'none at all'}. "
-                "Name the images there, with commas between the columns."
+                f"{self.root}/{name} has no column file_name; it has "
+                f"{', '.join(heads) or 'none at all'}. Name the images there, with commas between "
+                "the columns."
             )
         table.fieldnames = heads
         while True:

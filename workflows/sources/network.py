@@ -39,7 +39,8 @@ class UnreachedError(DataError):
 def unreadable(source: str, error: Exception) -> DataError:
     """The error of a source that the operating system does not read."""
     return DataError(
-        f"corpus.source: {source} cannot be read ({brief(error)}). Check its permissions and the device."
+        f"corpus.source: {source} cannot be read ({brief(error)}). Check its permissions and the "
+        "device."
     )
 
 
@@ -80,8 +81,8 @@ def retry_network(
     except Exception as error:
         if not _is_answer(error):
             raise UnreachedError(
-                f"{place} cannot be read: it does not answer ({brief(error)}). Check the network and the server, and run "
-                "the same command to resume."
+                f"{place} cannot be read: it does not answer ({brief(error)}). Check the network "
+                "and the server, and run the same command to resume."
             ) from error
         if isinstance(error, ANSWERS):
             raise

@@ -255,8 +255,8 @@ def image_column(schema: pa.Schema, name: str) -> str:
 def check_image(path: str, schema: pa.Schema, name: str) -> None:
     if name not in schema.names:
         raise DataError(
-            f"{path} has no column {name!r} with images; its columns are {', '.join(schema.names)}. "
-            "Set corpus.image_column to one of them."
+            f"{path} has no column {name!r} with images; its columns are "
+            f"{', '.join(schema.names)}. Set corpus.image_column to one of them."
         )
     _check_single(path, schema, name)
     kind = schema.field(name).type
@@ -267,15 +267,17 @@ def check_image(path: str, schema: pa.Schema, name: str) -> None:
     )
     if not any(test(inner) for test in BYTES):
         raise DataError(
-            f"{path}: column {name!r} is {kind}; expected encoded image bytes (binary) or a struct {{bytes, path}}. "
-            f"The columns are {', '.join(f'{field.name}: {field.type}' for field in schema)}."
+            f"{path}: column {name!r} is {kind}; expected encoded image bytes (binary) or a struct "
+            f"{{bytes, path}}. The columns are "
+            f"{', '.join(f'{field.name}: {field.type}' for field in schema)}."
         )
 
 
 def _check_single(path: str, schema: pa.Schema, name: str) -> None:
     if (number := schema.names.count(name)) > 1:
         raise DataError(
-            f"{path} has {number} columns {name!r}. Write the file again with one, or name another column."
+            f"{path} has {number} columns {name!r}. Write the file again with one, or name another "
+            "column."
         )
 
 
@@ -288,7 +290,8 @@ def pick_column(
         return name
     if name != default:
         raise DataError(
-            f"{path} has no column {name!r} (corpus.{key}); its columns are {', '.join(schema.names)}."
+            f"{path} has no column {name!r} (corpus.{key}); its columns are "
+            f"{', '.join(schema.names)}."
         )
     return next((other for other in others if other in schema.names), None)
 
@@ -306,7 +309,8 @@ def class_names(path: str, schema: pa.Schema, label: str | None) -> tuple[str, .
         feature = load_json(raw).get("info", {}).get("features", {}).get(label)
     except (ValueError, AttributeError) as error:
         raise DataError(
-            f"{path}: the metadata `huggingface` of its schema cannot be read ({type(error).__name__}: {error}), and it "
-            f"names the classes of the column {label!r}. Write the file again, or without that metadata."
+            f"{path}: the metadata `huggingface` of its schema cannot be read "
+            f"({type(error).__name__}: {error}), and it names the classes of the column {label!r}. "
+            "Write the file again, or without that metadata."
         ) from error
     return tuple(feature.get("names") or ()) if isinstance(feature, dict) else ()

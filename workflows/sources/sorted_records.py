@@ -47,8 +47,8 @@ class SortedRecords:
             self.file.flush()
         except OSError as error:
             raise DataError(
-                f"The listing of a folder cannot be sorted in {tempfile.gettempdir()}: {error}. Free some space there, or "
-                "set TMPDIR to another folder."
+                f"The listing of a folder cannot be sorted in {tempfile.gettempdir()}: {error}. "
+                "Free some space there, or set TMPDIR to another folder."
             ) from error
         self.ends.append(self.file.tell())
         self.held = []

@@ -290,7 +290,8 @@ def compression_of(path: str) -> str | None:
     name = named(path)
     if name.endswith((".zst", ".tzst")) and "zstd" not in available_compressions():
         raise DataError(
-            f"corpus.source: reading {path} needs the package zstandard. Run `pip install zstandard`."
+            f"corpus.source: reading {path} needs the package zstandard. Run `pip install "
+            "zstandard`."
         )
     return SHORT.get(name[name.rfind(".") :]) or infer_compression(name)
 

@@ -80,8 +80,8 @@ class System(ABC):
         self.refuse_foreign(recipe)
         if self.codes_per_token(recipe) == 1 and recipe.mllm.depth_heads != DepthHeads():
             raise ConfigError(
-                f"The recipe sets mllm.depth_heads, which system: {self.name} does not read: its visual tokens have one "
-                "code each. Remove it."
+                f"The recipe sets mllm.depth_heads, which system: {self.name} does not read: its "
+                "visual tokens have one code each. Remove it."
             )
 
     def codes_per_token(self, recipe: Recipe) -> int:
@@ -124,6 +124,7 @@ class System(ABC):
             if attrgetter(key)(recipe) != attrgetter(key)(plain):
                 read = ", ".join(f"tokenizer.{name}" for name in self.reads) or "nothing"
                 raise ConfigError(
-                    f"The recipe sets {key}, which system: {self.name} does not read; of the tokenizer it reads {read}. "
-                    f"Remove {key}, or set the system that it belongs to."
+                    f"The recipe sets {key}, which system: {self.name} does not read; of the "
+                    f"tokenizer it reads {read}. Remove {key}, or set the system that it belongs "
+                    "to."
                 )

@@ -44,8 +44,9 @@ class DualTokenSystem(System):
         super().check(recipe)
         if recipe.mllm.adapter == "cascade":
             raise ConfigError(
-                "mllm.adapter=cascade trains a second codebook of one code per token, but a token of dualtoken has several. "
-                "Set mllm.adapter=single (one MLP over both parts of a token) or dual (one for each)."
+                "mllm.adapter=cascade trains a second codebook of one code per token, but a token "
+                "of dualtoken has several. Set mllm.adapter=single (one MLP over both parts of a "
+                "token) or dual (one for each)."
             )
         size = recipe.mllm.config
         if size and size.hidden_size % recipe.mllm.depth_heads.heads:

@@ -45,21 +45,25 @@ def check_loss(key: str, phase: PixelStage | DecoderStage | DualStage, image_siz
             )
         if not storage.exists(perceptual.weights):
             raise ArtifactError(
-                f"{where}={perceptual.weights} does not exist. `make setup` fetches LPIPS-VGG16 weights into .data/, which "
-                "a Ray job does not carry along: on a cluster set a URL or a path that all machines see."
+                f"{where}={perceptual.weights} does not exist. `make setup` fetches LPIPS-VGG16 "
+                "weights into .data/, which a Ray job does not carry along: on a cluster set a "
+                "URL or a path that all machines see."
             )
         if image_size < MIN_SIZE:
             raise ConfigError(
-                f"{key}.loss.perceptual.kind=lpips needs images of at least {MIN_SIZE} px, but corpus.image_size={image_size}."
+                f"{key}.loss.perceptual.kind=lpips needs images of at least {MIN_SIZE} px, but "
+                f"corpus.image_size={image_size}."
             )
     if gan.weight and image_size < smallest_image(gan.layers):
         raise ConfigError(
-            f"{key}.loss.gan.layers={gan.layers} needs images of at least {smallest_image(gan.layers)} px, but "
-            f"corpus.image_size={image_size}. Set fewer layers."
+            f"{key}.loss.gan.layers={gan.layers} needs images of at least "
+            f"{smallest_image(gan.layers)} px, but corpus.image_size={image_size}. Set fewer "
+            "layers."
         )
     if gan.weight and gan.adaptive and phase.train.zero_stage == 3:
         raise ConfigError(
-            f"{key}.loss.gan.adaptive reads the decoder's last weight whole: set {key}.train.zero_stage below 3."
+            f"{key}.loss.gan.adaptive reads the decoder's last weight whole: set "
+            f"{key}.train.zero_stage below 3."
         )
 
 
@@ -99,8 +103,9 @@ class Phases:
         encoder = open_encoder(self.encoder, self.recipe.encoder.layer)
         if encoder.image_size != self.recipe.corpus.image_size:
             raise ConfigError(
-                f"corpus.image_size={self.recipe.corpus.image_size}, but the encoder {self.encoder} reads "
-                f"{encoder.image_size} px. Set corpus.image_size={encoder.image_size}."
+                f"corpus.image_size={self.recipe.corpus.image_size}, but the encoder "
+                f"{self.encoder} reads {encoder.image_size} px. Set "
+                f"corpus.image_size={encoder.image_size}."
             )
         self.grid, self.dim = encoder.grid, encoder.dim
         self.keys, self.sizes = shard_index(parents["corpus"].path, "train")

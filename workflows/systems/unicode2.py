@@ -38,8 +38,9 @@ class Unicode2System(System):
         super().check(recipe)
         if recipe.mllm.adapter == "dual":
             raise ConfigError(
-                "mllm.adapter=dual needs code vectors of two parts, but a code of unicode2 has one. Set mllm.adapter=cascade "
-                "(a trained codebook beside the frozen one) or single (the frozen one alone)."
+                "mllm.adapter=dual needs code vectors of two parts, but a code of unicode2 has "
+                "one. Set mllm.adapter=cascade (a trained codebook beside the frozen one) or "
+                "single (the frozen one alone)."
             )
 
     def settings(self, recipe: Recipe) -> dict[str, object]:
@@ -57,15 +58,15 @@ class Unicode2System(System):
         encoder = open_encoder(path, recipe.encoder.layer)
         if encoder.image_size != recipe.corpus.image_size:
             raise ConfigError(
-                f"corpus.image_size={recipe.corpus.image_size}, but the encoder {path} reads {encoder.image_size} px. Set "
-                f"corpus.image_size={encoder.image_size}."
+                f"corpus.image_size={recipe.corpus.image_size}, but the encoder {path} reads "
+                f"{encoder.image_size} px. Set corpus.image_size={encoder.image_size}."
             )
         index = load_index(parents["codebook"].path)
         bad = sum(int((~torch.isfinite(part.sum(-1))).sum()) for part in index.codes.split(1 << 16))
         if bad:
             raise DataError(
-                f"{bad} of {len(index.codes)} codes of {parents['codebook'].path} are NaN or Inf. Remove it and run the stage "
-                "`codebook` again."
+                f"{bad} of {len(index.codes)} codes of {parents['codebook'].path} are NaN or Inf. "
+                "Remove it and run the stage `codebook` again."
             )
         whole = Unicode2(encoder, index, spherical=recipe.codebook.spherical)
         whole.save_pretrained(run.path)

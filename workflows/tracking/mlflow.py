@@ -79,8 +79,9 @@ def open_tracker(recipe: Recipe) -> Tracker:
     if uri is None:
         if not storage.is_local(out):
             raise ConfigError(
-                f"tracking.uri is not set, and its default, a sqlite file in the output folder, cannot lie in {out}. "
-                "Set tracking.uri to a server, to sqlite:///<a local file>, or to off."
+                "tracking.uri is not set, and its default, a sqlite file in the output folder, "
+                f"cannot lie in {out}. Set tracking.uri to a server, to sqlite:///<a local file>, "
+                "or to off."
             )
         storage.make_dirs(out)
         uri = f"sqlite:///{out}/mlflow.db"
@@ -99,7 +100,8 @@ def open_tracker(recipe: Recipe) -> Tracker:
         raise
     except Exception as error:  # mlflow lets SQLAlchemy's, requests' and its own errors through
         raise ConfigError(
-            f"The MLflow store {uri} cannot be used: {error}. Set tracking.uri to a store that answers, or to off."
+            f"The MLflow store {uri} cannot be used: {error}. Set tracking.uri to a store that "
+            "answers, or to off."
         ) from error
     tracker = MLflowTracker(uri, run_id, client=client)
     tracker.params(recipe.model_dump(mode="json"))
@@ -223,7 +225,8 @@ class MLflowTracker:
             return self._child(name)
         except Exception as error:  # mlflow lets SQLAlchemy's, requests' and its own errors through
             log(
-                f"{name}: not tracked, as MLflow at {self.uri} does not answer: {str(error).strip().splitlines()[0]}"
+                f"{name}: not tracked, as MLflow at {self.uri} does not answer: "
+                f"{str(error).strip().splitlines()[0]}"
             )
             return NullTracker()
 
@@ -245,8 +248,9 @@ class MLflowTracker:
             self._outbox.call(partial(self._client.set_terminated, self._run_id, status))
         if not self._outbox.flush(now=True):
             log(
-                f"MLflow at {self.uri} does not answer; its run {self._run_id} lacks {self._outbox.left()}. Nothing else "
-                "is lost: the metrics of a training are in its history.jsonl, those of a stage in its artifact.json."
+                f"MLflow at {self.uri} does not answer; its run {self._run_id} lacks "
+                f"{self._outbox.left()}. Nothing else is lost: the metrics of a training are in "
+                "its history.jsonl, those of a stage in its artifact.json."
             )
 
 
@@ -301,7 +305,7 @@ def _experiment(client: MlflowClient, uri: str, name: str) -> str:
                 raise
     if known.lifecycle_stage != "active":
         raise ConfigError(
-            f"The MLflow experiment {name!r} in {uri} is deleted. "
-            "Restore it with `mlflow experiments restore`, or set tracking.experiment to another name."
+            f"The MLflow experiment {name!r} in {uri} is deleted. Restore it with `mlflow "
+            "experiments restore`, or set tracking.experiment to another name."
         )
     return known.experiment_id

@@ -117,7 +117,8 @@ class Outbox(Generic[Number]):
         if self._away_since is None:
             self._away_since = time.monotonic()
             log(
-                f"MLflow at {self.where} does not answer; entries are kept until it does: {_first_line(error)}"
+                f"MLflow at {self.where} does not answer; entries are kept until it does: "
+                f"{_first_line(error)}"
             )
 
     def _back(self) -> None:
@@ -125,7 +126,8 @@ class Outbox(Generic[Number]):
             away_s, self._away_since = time.monotonic() - self._away_since, None
             lost = f"; {self.dropped:,} entries did not fit and are lost" if self.dropped else ""
             log(
-                f"MLflow at {self.where} answers again after {away_s:.0f} s; the kept entries are sent{lost}"
+                f"MLflow at {self.where} answers again after {away_s:.0f} s; the kept entries are "
+                f"sent{lost}"
             )
 
 

@@ -127,8 +127,9 @@ class HeldOut:
         rows = [row for key in keys for row in self._rows_of(key)]
         if not rows:
             raise DataError(
-                f"{self.job.tokens} holds no row of the split `val`, so there is nothing to measure on. "
-                "Raise corpus.val_fraction, or set corpus.val_source, and run the chain again."
+                f"{self.job.tokens} holds no row of the split `val`, so there is nothing to "
+                "measure on. Raise corpus.val_fraction, or set corpus.val_source, and run the "
+                "chain again."
             )
         return rows
 
@@ -179,8 +180,9 @@ class HeldOut:
                 index = by_id.get(rows[place].image_id)
                 if index is None:
                     raise DataError(
-                        f"{self.job.tokens} has image {rows[place].image_id} in shard {key}, {self.job.corpus} has not. "
-                        "The tokens were made from another corpus: make them again."
+                        f"{self.job.tokens} has image {rows[place].image_id} in shard {key}, "
+                        f"{self.job.corpus} has not. The tokens were made from another corpus: "
+                        "make them again."
                     )
                 out[place] = to_pixels(
                     table["image"][index].as_py(), size, max_pixels=self.job.max_pixels

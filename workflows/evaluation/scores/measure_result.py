@@ -61,8 +61,9 @@ class Score:
         for name, number in {"the value": self.value, **self.baseline}.items():
             if not math.isfinite(number):
                 raise DataError(
-                    f"A measure returned a score that is not finite: {name} is {number} (n = {self.n}). "
-                    "Check the losses of the trained models in history.jsonl for NaN or Inf."
+                    f"A measure returned a score that is not finite: {name} is {number} (n = "
+                    f"{self.n}). Check the losses of the trained models in history.jsonl for NaN "
+                    "or Inf."
                 )
         return {
             "value": float(self.value),
