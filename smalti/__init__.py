@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> object:
-    """`smalti.load_tokenizer` and `load_codebook`, loaded on first use: they need torch, and most
-    of the base does not.
-    """
+    """Load `smalti.load_tokenizer` and `load_codebook` on first use: they need torch."""
     if name in ("load_codebook", "load_tokenizer"):
         from smalti import api
 

@@ -1,6 +1,6 @@
-"""What `import smalti` offers to other people's Python.
+"""Functions that `import smalti` offers.
 
-Rooms above the base are imported on use only.
+Rooms above the base are imported on first use.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from typing import Any
 
 
 def load_tokenizer(path: str) -> Any:
-    """The visual tokenizer saved at `path` (a folder or URL; any system), on CPU, in eval mode.
+    """Load the tokenizer in a folder or URL, on CPU, in eval mode.
 
     It offers `encode(pixels)`, `decode(codes)`, `embed(codes)`, `num_codes`, `grid` and
-    `save_pretrained(path)`. Raises `ArtifactError` when no tokenizer stands there.
+    `save_pretrained(path)`.
+
+    Raises:
+        ArtifactError: if there is no tokenizer.
     """
     from smalti.tokenizers.loading import load_tokenizer as load
 
@@ -20,12 +23,13 @@ def load_tokenizer(path: str) -> Any:
 
 
 def load_codebook(path: str) -> Any:
-    """The codes of the codebook artifact at `path` (a folder or URL), on CPU, as a `CodeIndex` with
-    its tree.
+    """Load the codes of a codebook artifact, on CPU, as a `CodeIndex`.
 
-    `nearest(x)` searches as much of the tree as the stage found to reach `codebook.recall`
-    (`probes`), `exact(x)` all codes: both give the codes of vectors (N, C), int64 (N,), and their
-    squared distances. Raises `ArtifactError` when no codebook stands there.
+    `nearest(x)` searches as much of the tree as `codebook.recall` needs (`probes`), `exact(x)` all
+    codes. Both return the codes of vectors (N, C), int64 (N,), and their squared distances.
+
+    Raises:
+        ArtifactError: if there is no codebook.
     """
     from smalti.artifact import Artifact
     from smalti.tokenizers.codebook import load_index

@@ -57,8 +57,10 @@ class Artifact:
 
     @classmethod
     def load(cls, path: str) -> Artifact:
-        """The finished artifact at `path`; `ArtifactError` if there is none, or its record is
-        damaged.
+        """The finished artifact at `path`.
+
+        Raises:
+            ArtifactError: if there is none, or its record is damaged.
         """
         found = cls.find(path)
         if found is not None:
@@ -75,7 +77,11 @@ class Artifact:
 
     @classmethod
     def find(cls, path: str) -> Artifact | None:
-        """The finished artifact at `path`, or None; `ArtifactError` if its record is damaged."""
+        """The finished artifact at `path`, or None.
+
+        Raises:
+            ArtifactError: if its record is damaged.
+        """
         record_path = storage.join(path, RECORD)
         if not storage.exists(record_path):
             return None
@@ -114,7 +120,7 @@ class Workspace:
     earlier_s: float = 0.0
 
     def beat(self, seconds: float) -> None:
-        """Record the seconds of this try so far, so that an interrupted try counts too."""
+        """Record the seconds of this try, in case it is interrupted."""
         storage.write_json(
             storage.join(self.path, PARTIAL), self._partial(self.earlier_s + seconds)
         )
@@ -147,8 +153,9 @@ class Workspace:
         return artifact
 
     def abandon(self) -> None:
-        """Remove the partial record if there is no other file, so that the next try may have
-        another config.
+        """Remove the partial record if there is no other file.
+
+        The next try may then have another config.
         """
         if storage.list_names(self.path) == [PARTIAL]:
             storage.remove(storage.join(self.path, PARTIAL))
@@ -174,7 +181,7 @@ def fingerprint(kind: str, config: Mapping[str, object], parents: Mapping[str, A
 def begin(
     path: str, kind: str, config: Mapping[str, object], parents: Mapping[str, Artifact]
 ) -> Artifact | Workspace:
-    """The finished artifact at `path` if its fingerprint is equal, else a `Workspace` to write it.
+    """The finished artifact at `path`, or a `Workspace` to write it.
 
     Raises:
         ArtifactError: if `path` holds another artifact, finished or incomplete, or files that are
@@ -242,8 +249,9 @@ def package_versions() -> dict[str, str]:
 def differences(
     there: Mapping[str, object], here: Mapping[str, object], prefix: str = ""
 ) -> list[str]:
-    """Dotted keys whose values differ, as `key: <there> there, <here> here`, with `absent` for
-    none.
+    """Lines for the dotted keys whose values differ.
+
+    `key: <there> there, <here> here`, with `absent` for a missing value.
     """
     lines = []
     for key in sorted(there.keys() | here.keys()):
@@ -270,7 +278,7 @@ def _short(value: object) -> str:
 def _conflict(
     path: str, what: str, there: Mapping[str, Any], here: Mapping[str, Any]
 ) -> ArtifactError:
-    """The error for a record that differs from the expected one, with the differences."""
+    """The error for a record that differs, with the differences."""
     keys = ("config", "parents")
     lines = (
         [f"kind: {there.get('kind')} there, {here['kind']} here"]
@@ -290,7 +298,7 @@ def _conflict(
 
 
 def _refuse_foreign(path: str) -> None:
-    """Refuse to write into a folder with files that are no artifact: they may be data of the user."""
+    """Refuse a folder with files that are no artifact: they may be the user's."""
     if storage.exists(path) and not storage.is_dir(path):
         raise ArtifactError(
             f"{path} is a file, expected a folder: set another `out`, or move the file"

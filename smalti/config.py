@@ -1,8 +1,8 @@
-"""Recipes: YAML files and `a.b=c` overrides into one checked `Recipe`, or one `ConfigError` that
-names every wrong key.
+"""Recipes: YAML files and `a.b=c` overrides, checked as one `Recipe`.
 
-The order, later over earlier: `base`, the files of the `extends:` chain, the recipe itself, the
-overrides. Sections merge key by key; lists and plain values replace.
+A `ConfigError` names every wrong key. The order, later over earlier: `base`, the files of the
+`extends:` chain, the recipe itself, the overrides. Sections merge key by key; lists and plain
+values replace.
 """
 
 from __future__ import annotations
@@ -29,11 +29,17 @@ Origins = dict[str, str]
 def load_recipe(
     path: str | None, overrides: Sequence[str] = (), *, base: Mapping[str, object] | None = None
 ) -> Recipe:
-    """The recipe of a YAML file (None: defaults alone) with `a.b=c` overrides, checked as a whole.
+    """Load a YAML recipe with `a.b=c` overrides.
 
-    `path` is a file, a URL, or the name of a recipe that comes with smalti (`semhitok-quickstart`).
     Values of overrides are YAML (`null`, `[1, 2]`, `1e-4`); where a key takes text, they are text
     as typed. A section that is null is created.
+
+    Args:
+        path: a file, a URL, or the name of a shipped recipe (`semhitok-quickstart`); None for the
+            defaults.
+
+    Raises:
+        ConfigError: naming every wrong key.
     """
     data: dict[str, object] = copy.deepcopy(dict(base or {}))
     origins: Origins = {}
@@ -51,8 +57,9 @@ def load_recipe(
 def with_overrides(
     recipe: Recipe, overrides: Mapping[str, object], *, where: str = "override"
 ) -> Recipe:
-    """A copy of `recipe` with dotted keys set; a mapping given for a section is merged into it,
-    `{}` empties it.
+    """A copy of `recipe` with dotted keys set.
+
+    A mapping given for a section is merged into it; `{}` empties it.
     """
     data = dump(recipe)
     origins: Origins = {}
@@ -98,15 +105,17 @@ def parse_override(text: str) -> tuple[str, object]:
 
 
 def recipes_folder() -> Path:
-    """The recipes that come with smalti: `recipes/` of the checkout, or of the installed package."""
+    """Folder of the shipped recipes, in the checkout or the installed package."""
     package = Path(smalti.__file__).resolve().parent
     inside = package / "recipes"
     return inside if inside.is_dir() else package.parent / "recipes"
 
 
 def find_recipe(path: str) -> str:
-    """`path` itself if it exists, else the recipe of that name that comes with smalti;
-    `ConfigError` when neither.
+    """`path` if it exists, else the shipped recipe of that name.
+
+    Raises:
+        ConfigError: if there is neither.
     """
     if storage.exists(path):
         if storage.is_dir(path):
@@ -126,7 +135,7 @@ def find_recipe(path: str) -> str:
 
 
 def _read_chain(path: str) -> tuple[dict[str, object], Origins]:
-    """The file and those it extends, merged, and which file each dotted key came from."""
+    """A file merged with those it extends, and the file of each dotted key."""
     chain: list[tuple[str, dict[str, object]]] = []
     seen: list[str] = []
     current: str | None = path
@@ -179,8 +188,9 @@ def _read(path: str) -> dict[str, object]:
 
 
 def _beside(path: str, above: str) -> str:
-    """`above` as written in the file `path`: relative to it, unless absolute, a URL, or the name of
-    a shipped recipe.
+    """`above` relative to the file `path` that extends it.
+
+    An absolute path, a URL or the name of a shipped recipe is returned unchanged.
     """
     if not storage.is_local(above) or os.path.isabs(storage.local_path(above)):
         return above
@@ -204,7 +214,7 @@ def _dotted(data: Mapping[str, object], prefix: str = "") -> list[str]:
 
 
 def _set(data: dict[str, object], dotted: str, value: object, *, where: str) -> None:
-    """Set a dotted key in nested data; sections above it that are absent or null are created.
+    """Set a dotted key in nested data; missing sections are created.
 
     A mapping merges into the existing value, an empty one replaces it: `baselines={}` removes all
     baselines.
@@ -227,7 +237,7 @@ def _set(data: dict[str, object], dotted: str, value: object, *, where: str) -> 
 
 
 def _validated(data: dict[str, object], origins: Origins, where: str) -> Recipe:
-    """`data` as a Recipe, baselines checked too; `ConfigError` with a line for each wrong key."""
+    """`data` as a Recipe; `ConfigError` with a line per wrong key."""
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
@@ -251,7 +261,7 @@ def _check_baseline(
 
 
 def _problems(error: ValidationError, origins: Origins, where: str) -> list[str]:
-    """One line a wrong key (a union reports each of its branches), in the order found."""
+    """One line per wrong key, in order (a union reports each of its branches)."""
     lines: dict[str, str] = {}
     for item in error.errors(include_url=False):
         key, text = _SCHEMA.explain(item)

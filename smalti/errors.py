@@ -25,7 +25,7 @@ class DataError(SmaltiError):
 
 
 class ImageError(SmaltiError):
-    """One image cannot be used; `reason` is a short name of why, such as `truncated`."""
+    """One image cannot be used; `reason` is a short name, such as `truncated`."""
 
     def __init__(self, message: str, reason: str = "undecodable") -> None:
         super().__init__(message, reason)

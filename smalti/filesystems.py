@@ -55,9 +55,7 @@ def explained(action: str, path: str) -> Iterator[None]:
 
 
 def _code(error: OSError) -> int:
-    """The errno of an error; clients of object stores leave it out, and only the class says what
-    happened.
-    """
+    """The errno of an error, or one that fits its class."""
     if error.errno is not None:
         return error.errno
     if isinstance(error, FileNotFoundError):
@@ -66,7 +64,7 @@ def _code(error: OSError) -> int:
 
 
 def remote(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a URL and the key in it, without cached listings."""
+    """The file system of a URL without cached listings, and the key in it."""
     try:
         fs, key = url_to_fs(path)
     except (ImportError, ValueError) as error:

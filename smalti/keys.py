@@ -21,8 +21,9 @@ class Schema:
         self.keys = list(_walk(model))
 
     def unknown(self, dotted: str) -> str | None:
-        """None when `dotted` names a key or a section (or lies in a free mapping); else the
-        complaint.
+        """An error text if `dotted` is no key; None if it is.
+
+        A section and what lies in a free mapping are keys.
         """
         model: type[BaseModel] | None = self.model
         parts = dotted.split(".")
@@ -54,8 +55,9 @@ class Schema:
         ]
 
     def _nearest(self, dotted: str, section: str) -> list[str]:
-        """The likeliest keys meant: the wrong part corrected, the key under another section, the
-        most alike in all.
+        """The most similar keys.
+
+        The wrong part corrected, the key in another section, or the most similar of all.
         """
         prefix = f"{section}." if section else ""
         wrong, _, rest = dotted[len(prefix) :].partition(".")
@@ -68,17 +70,18 @@ class Schema:
         if elsewhere or not names:
             return elsewhere[:3]
         leaf = dotted.rsplit(".", 1)[-1]
-        alike = difflib.get_close_matches(dotted, self.keys, 3, 0.75)
-        alike = [
+        similar = difflib.get_close_matches(dotted, self.keys, 3, 0.75)
+        similar = [
             key
-            for key in alike
+            for key in similar
             if difflib.SequenceMatcher(None, key.rsplit(".", 1)[-1], leaf).ratio() >= 0.6
         ]
-        return alike[:1] or [key for key in self.keys if key.rsplit(".", 1)[-1] == leaf][:3]
+        return similar[:1] or [key for key in self.keys if key.rsplit(".", 1)[-1] == leaf][:3]
 
     def takes_raw_text(self, dotted: str) -> bool:
-        """True when the key takes text (or a list) and neither numbers nor switches: `name=007`
-        means the text `007`.
+        """Whether the key takes text and neither numbers nor switches.
+
+        `name=007` means the text `007`.
         """
         field = self._field(dotted)
         if field is None:
@@ -96,14 +99,12 @@ class Schema:
         )
 
     def takes(self, dotted: str, kind: object) -> bool:
-        """True when the key may be of a kind, such as `list`, or null (`NoneType`)."""
+        """Whether the key may be of a kind, such as `list` or null (`NoneType`)."""
         field = self._field(dotted)
         return field is not None and _has(field.annotation, kind)
 
     def explain(self, error: ErrorDetails) -> tuple[str, str]:
-        """(dotted key, text) of one pydantic error; tags that unions put into its place are left
-        out.
-        """
+        """(dotted key, text) of a pydantic error, without the tags of unions."""
         key, section, annotation, metadata = self._resolve(error["loc"])
         if error["type"] == "extra_forbidden":
             return key, self.complaint(key, section)
@@ -119,9 +120,7 @@ class Schema:
         return whole, f"{whole}: expected {expected}, found {_found(error['input'])}{place}"
 
     def _resolve(self, loc: tuple[int | str, ...]) -> tuple[str, str, object, list[object]]:
-        """Dotted key, its section, its annotation and constraints, from pydantic's place of an
-        error.
-        """
+        """Dotted key, section, annotation and constraints of a pydantic location."""
         model: type[BaseModel] | None = self.model
         key, section, annotation, metadata, free = "", "", None, [], False
         for part in loc:

@@ -1,9 +1,8 @@
-"""YAML as recipes use it: the core schema of YAML 1.2, duplicate keys refused, errors with file and
-line.
+"""YAML of recipes: the core schema of YAML 1.2.
 
-Unlike YAML 1.1 (PyYAML's default), `1e-4` is a number, `off`, `no` and `on` are text, `12:30` and
-`2024-01-01` are text and `010` is text (a leading zero is kept). `64_000_000` is a number, as in
-Python.
+Duplicate keys are refused, and errors name file and line. Unlike in YAML 1.1 (PyYAML's default),
+`1e-4` is a number, `off`, `no` and `on` are text, `12:30` and `2024-01-01` are text and `010` is
+text (a leading zero is kept). `64_000_000` is a number, as in Python.
 """
 
 from __future__ import annotations
@@ -75,8 +74,10 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _float)
 
 
 def parse(text: str, where: str) -> Any:
-    """The value of a YAML text; `ConfigError` beginning with `where` (and the line) when it is not
-    YAML.
+    """The value of a YAML text.
+
+    Raises:
+        ConfigError: beginning with `where` (and the line), if the text is not YAML.
     """
     try:
         return yaml.load(text, Loader=_Loader)

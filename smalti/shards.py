@@ -154,7 +154,7 @@ def read_shard(artifact_path: str, key: str, columns: Sequence[str] | None = Non
 
 
 def shard_rows(artifact_path: str, key: str) -> int:
-    """Number of rows, from the footer; `DataError` if the shard is missing or damaged."""
+    """Number of rows, from the footer; `DataError` if it cannot be read."""
     with _opened(shard_path(artifact_path, key)) as parquet:
         return int(parquet.metadata.num_rows)
 
@@ -184,7 +184,7 @@ def vector_shape(artifact_path: str, key: str) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[pq.ParquetFile]:
-    """An open Parquet file, memory-mapped if it is local; its errors are raised as `DataError`."""
+    """Open a Parquet file, memory-mapped if local; errors become `DataError`."""
     with storage.open_read(path) as file:
         try:
             source = pa.memory_map(storage.local_path(path)) if storage.is_local(path) else file

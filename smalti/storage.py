@@ -36,7 +36,7 @@ def exists(path: str) -> bool:
 
 
 def is_dir(path: str) -> bool:
-    """True when a folder exists at `path`; on an object store, when a name begins with `path/`."""
+    """Whether a folder exists at `path`; in an object store, a name below it."""
     if is_local(path):
         return os.path.isdir(local_path(path))
     with explained("read", path):
@@ -239,7 +239,10 @@ def atomic_file(path: str) -> Iterator[str]:
 
 
 def put_file(local: str, path: str) -> None:
-    """Move or copy the file `local` to `path`, atomically; `local` may be gone afterwards."""
+    """Move or copy the file `local` to `path`, atomically.
+
+    `local` may no longer exist afterwards.
+    """
     with explained("write", path):
         if not is_local(path):
             fs, key = remote(path)
@@ -342,7 +345,7 @@ def write_json(path: str, value: object) -> None:
 
 
 def _swap_in(temp: str, local: str) -> None:
-    """Rename the folder `temp` to `local`; an existing one is moved aside first, removed after."""
+    """Rename the folder `temp` to `local`, replacing an existing one."""
     if not os.path.lexists(local):
         os.rename(temp, local)
         return

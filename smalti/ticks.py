@@ -35,7 +35,7 @@ def _multiples(step: float, low: float, high: float) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """At most six round numbers between `low` and `high` (both above 0) for a logarithmic axis."""
+    """At most six round ticks of a logarithmic axis; `low` and `high` above 0."""
     first = math.floor(math.log10(low))
     last = math.ceil(math.log10(high))
     for factors in ((1,), (1, 3), (1, 2, 5)):
@@ -57,7 +57,7 @@ def tick_text(value: float, digits: int = 3) -> str:
 
 
 def tick_texts(values: Sequence[float]) -> list[str]:
-    """The values as text, with as many digits as it takes to tell them apart."""
+    """The values as text, with enough digits to distinguish them."""
     for digits in range(3, 8):
         texts = [tick_text(value, digits) for value in values]
         if len(set(texts)) == len(set(values)):

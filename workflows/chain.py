@@ -1,9 +1,8 @@
-"""The chain of stages: corpus → encoder → features → codebook → tokenizer → tokens → mllm → (bridge
-→) export → evaluate.
+"""The chain of stages, from the corpus to the evaluation.
 
 `run_recipe` runs all of it, or one stage. A stage whose artifact is finished with the same
 fingerprint is skipped. Baselines of the recipe run before the evaluation, which shows their scores
-beside the recipe's own.
+as baselines.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ CLUSTERING = ("features", "codebook")
 
 
 class Stage(Protocol):
-    """What the module of a stage offers."""
+    """Interface of a stage's module."""
 
     def run(self, recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
         """Make the stage's artifact, or find it finished."""
@@ -103,7 +102,7 @@ def _run_all(recipe: Recipe, names: list[str], tracker: Tracker) -> list[Artifac
 
 
 def _check(recipe: Recipe, only: str | None) -> None:
-    """Raise for what the recipe alone shows to be wrong, before hours of work."""
+    """Raise for what the recipe alone shows to be wrong."""
     if only in (None, "corpus") and not recipe.corpus.source:
         raise ConfigError(
             "corpus.source is not set. Name a folder of images, WebDataset tars, Parquet files, "
@@ -138,7 +137,7 @@ def _check_held_out(corpus: Artifact) -> None:
     """DataError if no image is held out: the evaluation would fail after all the training."""
     if not corpus.counts.get("val"):
         raise DataError(
-            f"{corpus.path} holds out no image, and the evaluation at the end needs some. Raise "
+            f"{corpus.path} holds out no image, and the evaluation needs some. Raise "
             f"corpus.val_fraction or set corpus.val_source, and remove {corpus.path}; or run the "
             "stages one by one."
         )
@@ -162,7 +161,10 @@ def stages_of(recipe: Recipe) -> list[str]:
 
 
 def baseline_recipe(recipe: Recipe, name: str) -> Recipe:
-    """The recipe of a baseline: its overrides, in `<out>/baselines/<name>`, sharing equal stages."""
+    """The recipe of a baseline, in `<out>/baselines/<name>`.
+
+    Stages that its overrides do not change are shared with the recipe.
+    """
     own: dict[str, object] = {
         "name": f"{recipe.name}-{name}",
         "out": join(recipe.out, "baselines", name),

@@ -1,5 +1,6 @@
-"""Stage `encoder`: the frozen text-aligned encoder, named (`encoder.pretrained`) or trained here
-(`encoder.train`).
+"""Stage `encoder`: the frozen text-aligned encoder.
+
+It is named (`encoder.pretrained`) or trained here (`encoder.train`).
 """
 
 from __future__ import annotations
@@ -31,11 +32,13 @@ ZERO_SHOT_BATCH = 64
 def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
     """The encoder artifact.
 
-    `pretrained`: a record of the resolved path or name, no copy. `train`: `model/`, an ordinary
-    Hugging Face SiglipModel directory, with `zero_shot/accuracy` on held-out images among its
-    scores.
+    With `pretrained`, a record of the resolved path or name, no copy. With `train`, an ordinary
+    Hugging Face SiglipModel directory `model/`; its scores hold `zero_shot/accuracy` on held-out
+    images.
 
-    Errors: ConfigError when neither is set; ArtifactError when the pretrained one cannot be loaded.
+    Raises:
+        ConfigError: if neither is set.
+        ArtifactError: if the pretrained encoder cannot be loaded.
     """
     check(recipe)
     section = recipe.encoder
@@ -58,7 +61,7 @@ def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
 
 
 def check(recipe: Recipe) -> None:
-    """ConfigError when no encoder is named and none is to be trained."""
+    """Raise ConfigError if no encoder is named and none is to be trained."""
     if not recipe.encoder.pretrained and recipe.encoder.train is None:
         raise ConfigError(
             "No encoder is set. Set encoder.pretrained to a SigLIP directory or hub name "
@@ -79,7 +82,7 @@ def encoder_path(artifact: Artifact) -> str:
 
 
 def resolve(pretrained: str) -> str:
-    """A local directory as an absolute path; a URL or hub name as it is."""
+    """A local directory as an absolute path; a URL or hub name unchanged."""
     return os.path.abspath(pretrained) if os.path.isdir(pretrained) else pretrained
 
 
@@ -128,8 +131,10 @@ def _train(section: EncoderTrain, corpus: Artifact) -> Body:
 
 
 def captioned(corpus: Artifact) -> tuple[list[str], list[int], Counter[tuple[str, str]]]:
-    """Shards of the training split, their rows with a text, and how often each (text, label) pair
-    occurs.
+    """Training shards, their rows with a text, and counts of (text, label) pairs.
+
+    Raises:
+        DataError: if no image has a text.
     """
     from smalti.workflows.train.tasks.encoder import text_of
 
@@ -168,7 +173,7 @@ def make_text_tokenizer(
 
 
 class ZeroShotAccuracy(TypedDict):
-    """Accuracy in [0, 1], the images it was counted on, and the classes."""
+    """Accuracy in [0, 1], its sample size, and the number of classes."""
 
     value: float
     n: int
@@ -178,9 +183,10 @@ class ZeroShotAccuracy(TypedDict):
 def zero_shot(
     corpus: Artifact, model: str, texts: Counter[tuple[str, str]], recipe: Recipe
 ) -> ZeroShotAccuracy | None:
-    """Accuracy of choosing a held-out image's label among all of them by the text embedding of each
-    label's commonest training text: value, n, classes; None when fewer than two labels are held
-    out with a known text.
+    """Zero-shot accuracy on held-out images.
+
+    A label is represented by the embedding of its most frequent training text. None if fewer than two
+    labels with a known text are held out.
     """
     import torch
 
@@ -219,7 +225,7 @@ def zero_shot(
 
 
 def prompts_of(texts: Counter[tuple[str, str]]) -> dict[str, str]:
-    """label → the text most often seen with it in training (ties: the first in order)."""
+    """The most frequent training text of each label; ties take the first in order."""
     best: dict[str, tuple[int, str]] = {}
     for (text, label), count in sorted(texts.items()):
         if label and count > best.get(label, (0, ""))[0]:

@@ -16,8 +16,9 @@ from smalti.workflows.pipeline.stage import Body, StageRun, find_artifact, run_s
 
 
 def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
-    """The export artifact: loads with AutoModelForCausalLM and AutoTokenizer where smalti is not
-    installed.
+    """The export artifact, which loads where smalti is not installed.
+
+    It loads with AutoModelForCausalLM and AutoTokenizer.
 
     Counts: parameters, embedding rows, codes.
     """
@@ -46,8 +47,9 @@ def _body(parents: dict[str, Artifact]) -> Body:
 
 @contextmanager
 def local_dir(path: str) -> Iterator[str]:
-    """A local folder whose files end in `path`: that folder itself, or a temporary one that is
-    uploaded at the end.
+    """A local folder to fill, whose files end in `path`.
+
+    That folder itself, or a temporary one that is uploaded at the end.
     """
     if storage.is_local(path):
         yield storage.local_path(path)

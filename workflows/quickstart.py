@@ -1,5 +1,6 @@
-"""`smalti quickstart`: the whole chain, small, on this machine; on easy-vqa, or on a folder of
-one's own pictures.
+"""`smalti quickstart`: the whole chain, small, on this machine.
+
+It runs on easy-vqa, or on a folder of one's own images.
 """
 
 from __future__ import annotations
@@ -22,9 +23,13 @@ VECTORS_A_CODE = 16
 def run(out: str, images: str | None = None, overrides: Sequence[str] = ()) -> None:
     """Train a tokenizer and a language model, score them, and write `<out>/report.html`.
 
-    `images`: a folder (captions in `.txt` files beside the pictures, or class folders) instead of
-    easy-vqa. Errors: ConfigError when it does not exist, DataError when fewer than 16 of its images
-    can be used.
+    Args:
+        images: a folder (captions in `.txt` files beside the pictures, or class folders) instead of
+            easy-vqa.
+
+    Raises:
+        ConfigError: if the folder does not exist.
+        DataError: if fewer than 16 of its images can be used.
     """
     recipe = load_recipe(find_recipe(RECIPE), [f"out={out}", *overrides])
     given = {parse_override(text)[0] for text in overrides}
@@ -46,8 +51,9 @@ def run(out: str, images: str | None = None, overrides: Sequence[str] = ()) -> N
 
 
 def _corpus_of(images: str) -> dict[str, object]:
-    """Overrides that put a folder in the place of easy-vqa: a tenth is held out, and there are no
-    questions.
+    """Overrides that replace easy-vqa by a folder.
+
+    A tenth of the images is held out; there are no questions.
     """
     return {
         "name": "quickstart-own-images",
@@ -57,27 +63,28 @@ def _corpus_of(images: str) -> dict[str, object]:
         "corpus.val_fraction": 0.1,
         "corpus.shard_images": 250,
         "baselines": {},
-        "evaluate.goals": {},  # they were set for easy-vqa
+        "evaluate.goals": {},  # those of the recipe are for easy-vqa
     }
 
 
 def _own_images(recipe: Recipe) -> Recipe:
-    """Sizes that fit what the folder holds: codes by the number of patches, batches by the number
-    of images.
-    """
+    """The recipe with sizes that fit the images of the folder."""
     corpus = run_recipe(recipe, only="corpus")[0]
     num_images = corpus.counts["train"]
     if num_images < MIN_IMAGES or not corpus.counts.get("val"):
         raise DataError(
             f"{recipe.corpus.source} gave {num_images} training and {corpus.counts.get('val', 0)} "
             f"held-out images; the quickstart needs at least {MIN_IMAGES} and 1. Add images and "
-            f"remove {corpus.path}, whose quarantine tells what was left out."
+            f"remove {corpus.path}, whose quarantine lists what was left out."
         )
     return fitted(recipe, num_images)
 
 
 def fitted(recipe: Recipe, num_images: int) -> Recipe:
-    """The recipe with codes and batches for so few images; batches go evenly among the workers."""
+    """The recipe with fewer codes and smaller batches for few images.
+
+    Batches divide evenly among the workers.
+    """
     size = recipe.codebook.size
     while size > 16 and size * VECTORS_A_CODE > num_images * _patches(recipe):
         size //= 2

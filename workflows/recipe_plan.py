@@ -1,6 +1,4 @@
-"""The plan of a whole recipe: its data stages, its codebook, every stage that trains, and what all
-of it stores.
-"""
+"""The plan of a whole recipe: data stages, codebook, training, and storage."""
 
 from __future__ import annotations
 
@@ -25,19 +23,22 @@ from smalti.workflows.plan.trial import Trial
 from smalti.workflows.systems.registry import system_of
 
 ASSUMED_IMAGE_BYTES = 100_000  # an encoded image of the corpus
-ASSUMED_TEXT = 64  # tokens of text beside an image
+ASSUMED_TEXT = 64  # tokens of text per image
 CODE_BYTES, HALF, SINGLE = 4, 2, 4
 
 
 @dataclass
 class RecipePlan:
-    """What a recipe costs on `given` devices at these rates; None: as many as `resources.workers`
-    lets train.
+    """What a recipe costs on `given` devices at these rates.
 
-    ConfigError: a batch that so many cannot share.
+    Attributes:
+        given: number of devices; default: as many as `resources.workers` allows to train.
+        vectors, width: of the codebook, if features do not follow from the recipe.
+        length: mean tokens per sequence of the language model.
+        refusals: what cannot fit; filled by `lines`.
 
-    vectors, width: of the codebook, where features do not follow from the recipe. length: mean
-    tokens of a sequence of the language model. `refusals` is filled by `lines`.
+    Raises:
+        ConfigError: for a batch that the devices cannot share.
     """
 
     recipe: Recipe
@@ -64,8 +65,9 @@ class RecipePlan:
         self.images = self.images or self._images()
 
     def _images(self) -> int:
-        """Those of the corpus that stands, else what the longest stage over images sees once (that
-        over tokens, where none is over images).
+        """Images of the corpus, if it exists.
+
+        Otherwise as many as the longest stage over images sees once (over tokens if there is none).
         """
         if self.corpus is not None and self.corpus.counts.get("images"):
             return self.corpus.counts["images"]
@@ -74,23 +76,23 @@ class RecipePlan:
 
     @property
     def featured(self) -> int:
-        """Images whose features are made: of a source of their own as many as `vectors` say."""
+        """Images whose features are computed; with a source, as many as `vectors` gives."""
         given = self.vectors if self.recipe.features.source else None
         return max(1, given // self.kept) if given else self.images
 
     @property
     def patches(self) -> int:
-        """Of an image: tokens too."""
+        """Patches per image, and tokens."""
         return math.prod(self.encoder.grid)
 
     @property
     def codes_a_token(self) -> int:
-        """Numbers that stand for a token."""
+        """Codes per token."""
         return self.system.codes_per_token(self.recipe)
 
     @property
     def kept(self) -> int:
-        """Patches of an image among the features."""
+        """Patches per image among the features."""
         patches = self.recipe.features.patches
         return self.patches if patches == "all" else min(patches, self.patches)
 
@@ -109,8 +111,9 @@ class RecipePlan:
 
     @property
     def mean_length(self) -> int:
-        """Tokens of a sequence: as given; else packed ones are an image and a short text, others as
-        long as can be.
+        """Tokens per sequence, as given or assumed.
+
+        Assumed: packed ones are an image and a short text, others as long as allowed.
         """
         longest = self.recipe.mllm.max_length
         likely = self.patches + ASSUMED_TEXT if self.recipe.mllm.packing else longest
@@ -118,7 +121,7 @@ class RecipePlan:
 
     @cached_property
     def codebook(self) -> Plan | None:
-        """k-means over the features; None where the system has none."""
+        """k-means over the features; None if the system has none."""
         if not self.recipe.clusters:
             return None
         features = Artifact.find(stage_path(self.recipe, "features"))
@@ -147,41 +150,42 @@ class RecipePlan:
             name = plan.model.name
             yield from ["", *lines(plan, [known[name]] if name in known else [])]
             if plan.model.head:
-                yield f"  {'':<15} {self._length_told()}"
-                yield from (f"  {'':<15} {told}" for told in self._parts_told(plan.model))
+                yield f"  {'':<15} {self._length_line()}"
+                yield from (f"  {'':<15} {line}" for line in self._part_lines(plan.model))
             self._refuse(plan.refusal())
         yield from ["", *self._storage_lines(), "", self._total()]
 
-    def _length_told(self) -> str:
+    def _length_line(self) -> str:
         mean, longest = self.mean_length, self.recipe.mllm.max_length
         if mean == longest:
             return (
-                f"hours are an upper bound: every sequence taken as {longest:,} tokens (--length)"
+                f"hours are an upper bound: every sequence counted as {longest:,} tokens (--length)"
             )
         assumed = "" if self.length else ", ASSUMED (--length)"
         packed = "packed into rows of" if self.recipe.mllm.packing else "for hours; memory at"
-        return f"sequences of {mean:,} tokens in the mean{assumed}, {packed} {longest:,}"
+        return f"sequences of {mean:,} tokens on average{assumed}, {packed} {longest:,}"
 
-    def _parts_told(self, model: Model) -> Iterator[str]:
-        """What learns when, where a stage lets parts rest: they keep their states, and a step costs
-        the same.
+    def _part_lines(self, model: Model) -> Iterator[str]:
+        """Lines on which parts train when, if a stage freezes some.
+
+        Frozen parts keep their optimizer states, and a step costs the same.
         """
         section, modules = self.recipe.mllm, model.modules["model"]
         part_of: dict[int, str] = modules.parts()  # type: ignore[operator]
-        awake: dict[int, tuple[str, ...]] = {}
+        trained_from: dict[int, tuple[str, ...]] = {}
         for start in sorted({0, *(stage.from_step for stage in section.stages)}):
             parts: tuple[str, ...] = tuple(
                 part for part, rate in section.rates_at(start).items() if rate
             )
-            if parts not in list(awake.values())[-1:]:
-                awake[start] = parts
-        if len(awake) == 1:
+            if parts not in list(trained_from.values())[-1:]:
+                trained_from[start] = parts
+        if len(trained_from) == 1:
             return
         for (start, parts), stop in zip(
-            awake.items(), [*list(awake)[1:], section.train.steps], strict=True
+            trained_from.items(), [*list(trained_from)[1:], section.train.steps], strict=True
         ):
             count = sum(p.numel() for p in modules.parameters() if part_of[id(p)] in parts)
-            yield f"steps {start:,} to {stop:,}: {count / 1e9:.3g}B parameters learn ({', '.join(parts)})"
+            yield f"steps {start:,} to {stop:,}: {count / 1e9:.3g}B parameters train ({', '.join(parts)})"
 
     def _refuse(self, refusal: str | None) -> None:
         if refusal is not None:
@@ -194,18 +198,18 @@ class RecipePlan:
             f"{name} {self.rates.training(name) / 1e12:.3g}" for name in ("bf16", "tf32", "fp32")
         )
         return (
-            f"\n  ASSUMED in training, TFLOP/s a GPU: {rates}; between GPUs "
-            f"{size_text(self.rates.inside)}/s within a node, {size_text(self.rates.network)}/s a "
-            "node beyond"
+            f"\n  ASSUMED in training, TFLOP/s per GPU: {rates}; between GPUs "
+            f"{size_text(self.rates.inside)}/s within a node, {size_text(self.rates.network)}/s "
+            "per node between nodes"
         )
 
     def _data_lines(self) -> list[str]:
-        found = ["features and tokens: one look at every image, decoding left out"]
+        found = ["features and tokens: every image once, without decoding"]
         for name, cost in self.inference.items():
             hours = self.data_hours[name]
             found.append(
                 f"  {name:<15} {time_text(hours)}, {hours * self.num:.3g} GPU-hours; "
-                f"{size_text(cost.memory)} a GPU for {cost.batch} images (4·F and what the pass "
+                f"{size_text(cost.memory)} per GPU for {cost.batch} images (4·F and what the pass "
                 "holds)"
             )
             self._refuse(cost.refusal(name, self.rates))
@@ -213,7 +217,7 @@ class RecipePlan:
 
     @cached_property
     def inference(self) -> dict[str, InferenceCost]:
-        """Cost of an image in the stages `features` and `tokens`, which train nothing."""
+        """Cost per image of the stages `features` and `tokens`, which train nothing."""
         trained = {model.name: model for model in self.models}
         return self.system.inference_costs(self.recipe, self.encoder, trained)
 
@@ -237,12 +241,14 @@ class RecipePlan:
             (
                 "corpus",
                 float(images * ASSUMED_IMAGE_BYTES),
-                f"{ASSUMED_IMAGE_BYTES:,} bytes an image, ASSUMED",
+                f"{ASSUMED_IMAGE_BYTES:,} bytes per image, ASSUMED",
             )
         ]
         if recipe.clusters:
             size = float(HALF * self.featured * self.kept * self.encoder.dim)
-            found.append(("features", size, f"2·{self.kept} patches·{self.encoder.dim:,} an image"))
+            found.append(
+                ("features", size, f"2·{self.kept} patches·{self.encoder.dim:,} per image")
+            )
             cells = size if recipe.codebook.coarse > 1 else 0.0
             found.append(
                 (
@@ -252,7 +258,7 @@ class RecipePlan:
                 )
             )
         codes = self.patches * self.codes_a_token
-        found.append(("tokens", float(CODE_BYTES * images * codes), f"4·{codes} an image"))
+        found.append(("tokens", float(CODE_BYTES * images * codes), f"4·{codes} per image"))
         for plan in self.trained:
             keep, name = plan.model.train.keep + 1, plan.model.name
             found.append(
@@ -274,9 +280,9 @@ class RecipePlan:
     def _total(self) -> str:
         hours = sum(plan.hours for plan in self.trained) + sum(self.data_hours.values())
         hours += self.codebook.seconds / 3600 if self.codebook else 0.0
-        return f"in all {time_text(hours)}, {hours * self.num:.4g} GPU-hours (corpus, export and evaluation left out)"
+        return f"total: {time_text(hours)}, {hours * self.num:.4g} GPU-hours (corpus, export and evaluation not counted)"
 
 
 def _weights(model: Model) -> float:
-    """Bytes of the weights that a stage leaves behind."""
+    """Bytes of the weights of a stage's final model."""
     return float(SINGLE * (model.parameters("model") + model.frozen_in("model")))

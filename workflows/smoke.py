@@ -27,8 +27,9 @@ _NUM_PATCHES_A_SIDE = 4
 
 
 def shrink(recipe: Recipe) -> Recipe:
-    """The same recipe at toy size, in `<out>-smoke`; makes the tiny stand-ins for pretrained models
-    there.
+    """The recipe at toy size, in `<out>-smoke`.
+
+    Creates the tiny models that replace pretrained ones.
     """
     out = recipe.out.rstrip("/") + "-smoke"
     values: dict[str, object] = {"out": out, "name": f"{recipe.name}-smoke", "share": []}
@@ -69,11 +70,11 @@ def _resources(recipe: Recipe) -> dict[str, object]:
 
 
 def _gpus_in_sight(recipe: Recipe) -> float:
-    """GPUs of the cluster that this process belongs to, else of this machine."""
+    """GPUs of the connected cluster, else of this machine."""
     if os.environ.get("RAY_ADDRESS"):
         import ray
 
-        with ensure_ray(recipe, placed=False):  # only a look: what runs is smaller
+        with ensure_ray(recipe, placed=False):  # to count the GPUs: what runs is smaller
             return ray.cluster_resources().get("GPU", 0)
     import torch
 
@@ -151,8 +152,9 @@ def _model(recipe: Recipe, system: System, out: str) -> dict[str, object]:
 
 
 def _tiny_diffuser(path: str) -> str:
-    """A random Stable Diffusion at `path`: its text encoder of width 16; the whole pipeline where
-    diffusers is installed.
+    """A random Stable Diffusion with a text encoder of width 16 at `path`.
+
+    The whole pipeline if diffusers is installed.
     """
     if exists(join(path, "model_index.json")):
         return path
@@ -247,8 +249,9 @@ def _tiny_siglip(path: str, layers: int) -> str:
 
 
 def _tiny_qwen2(path: str) -> str:
-    """A random Qwen2 with its tokenizer at `path`: width 32, 2 layers, tied head as in the small
-    Qwen2.5 models.
+    """A random Qwen2 with its tokenizer at `path`.
+
+    Width 32, 2 layers, and a tied head as in the small Qwen2.5 models.
     """
     if exists(join(path, "config.json")):
         return path

@@ -1,5 +1,6 @@
-"""Stage `tokens`: corpus shards → shards of visual codes, under the same names, with the text that
-rides along.
+"""Stage `tokens`: corpus shards to shards of visual codes.
+
+Shards keep their names, and rows their texts.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
 
 
 class EncodeShard:
-    """Actor: one corpus shard in, one token shard on disk out; returns its receipt."""
+    """Actor: writes the token shard of a corpus shard; returns its receipt."""
 
     def __init__(
         self, out: str, corpus: str, tokenizer: str, recipe: Recipe, image_size: int
@@ -97,7 +98,8 @@ class EncodeShard:
     def encode(self, pixels: np.ndarray, encoder: Callable[[Tensor], Tensor]) -> np.ndarray:
         """Codes of the images: int32 (images, …).
 
-        Errors: DataError when the tokenizer gives a code out of its range.
+        Raises:
+            DataError: if the tokenizer returns a code out of its range.
         """
         import torch
 

@@ -1,8 +1,7 @@
-"""Stage `evaluate`: every measure on the held-out split, its scores, tables and pictures for the
-report.
+"""Stage `evaluate`: measures the held-out split and writes scores, tables and pictures.
 
-Each measure has a result file of its own: an interrupted evaluation resumes with the measures that
-are missing, and a finished one takes those that were added since. Without GPUs it runs in this
+Each measure has a result file of its own: an interrupted evaluation resumes with the missing
+measures, and a finished one takes those that were added since. Without GPUs it runs in this
 process; with `resources.gpus_per_worker` in one Ray actor that holds a GPU.
 """
 
@@ -54,8 +53,9 @@ FORMAT = 2  # increase when every measure changes: finished evaluations are then
 
 @dataclass(frozen=True)
 class Measure:
-    """A measure of `MEASURES`; it returns a `skipped` result with the reason where it does not
-    apply.
+    """A measure of `MEASURES`.
+
+    If it does not apply, its result is `skipped` with the reason.
 
     Attributes:
         compute: takes it on the held-out rows with the models.
@@ -84,9 +84,8 @@ def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
 
     Returns:
         The artifact. Its `scores` hold, for each measure taken, `value`, `n`, `split`,
-        `higher_is_better` and
-        `baseline`, with the present scores of the recipe's baselines added, and `goal` where the
-        recipe has one.
+        `higher_is_better` and `baseline`, with the present scores of the recipe's baselines added,
+        and `goal` where the recipe has one.
 
     Raises:
         ArtifactError: if a stage before it is missing.
@@ -109,7 +108,7 @@ def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
 
 
 def missing_measures(artifact: Artifact) -> list[str]:
-    """Measures that the evaluation lacks, has in another version, or has not entered in its record."""
+    """Measures that the evaluation lacks or has in another version."""
     missing = []
     for name, measure in MEASURES.items():
         result = load_result(artifact.path, name)
@@ -125,7 +124,7 @@ def missing_measures(artifact: Artifact) -> list[str]:
 def add_missing(
     recipe: Recipe, artifact: Artifact, parents: dict[str, Artifact], tracker: Tracker | None = None
 ) -> Artifact:
-    """Take the measures that a finished evaluation lacks, and write its record with all scores."""
+    """Take the measures that a finished evaluation lacks, and update its record."""
     parent = open_tracker(recipe) if tracker is None else tracker
     child = parent.child(STAGE)
     started = time.monotonic()
@@ -147,7 +146,7 @@ def add_missing(
 
 
 def stage_config(recipe: Recipe) -> dict[str, object]:
-    """What the scores depend on, beside the parents."""
+    """Settings that the scores depend on."""
     section = result_settings(recipe.evaluate)
     return section | {
         "seed": recipe.seed,
@@ -157,9 +156,7 @@ def stage_config(recipe: Recipe) -> dict[str, object]:
 
 
 def complete(recipe: Recipe, artifact: Artifact) -> Artifact:
-    """The evaluation with what other places know: `baseline.<name>` of the baseline runs, and the
-    recipe's goals.
-    """
+    """The evaluation with the scores of baseline runs, and the recipe's goals."""
     scores = merge_baselines(artifact.scores, baseline_scores(recipe))
     for name, goal in recipe.evaluate.goals.items():
         if name in scores:
@@ -168,9 +165,7 @@ def complete(recipe: Recipe, artifact: Artifact) -> Artifact:
 
 
 def baseline_scores(recipe: Recipe) -> dict[str, dict[str, ScoreRecord]]:
-    """Scores of each of the recipe's baselines that was evaluated, from
-    `<out>/baselines/<name>/evaluate`.
-    """
+    """Scores of the evaluated baselines, from `<out>/baselines/<name>/evaluate`."""
     found = {}
     for name in recipe.baselines:
         for folder in (STAGE, OLD_STAGE):
@@ -182,7 +177,7 @@ def baseline_scores(recipe: Recipe) -> dict[str, dict[str, ScoreRecord]]:
 
 
 def job_of(recipe: Recipe, parents: dict[str, Artifact], path: str) -> EvaluationJob:
-    """The job of a recipe: places, sizes and the device."""
+    """The inputs of a recipe's evaluation."""
     from smalti.tokenizers.saved import read_config
     from smalti.workflows.encoder import encoder_path
 
@@ -214,8 +209,9 @@ def cores() -> int:
 
 
 class Evaluator:
-    """Takes measures one after the other, with the models and rows that they share; also the Ray
-    actor's body.
+    """Takes measures in turn, with shared models and rows.
+
+    It also runs as a Ray actor.
     """
 
     def __init__(self, job: EvaluationJob, threads: int) -> None:
@@ -244,7 +240,7 @@ def _torch_threads(count: int) -> Iterator[None]:
 
 
 def _measurer(recipe: Recipe, job: EvaluationJob) -> Callable[[str, Measure], ResultRecord]:
-    """A function that takes measures: in this process, or in an actor with a GPU."""
+    """A function that takes measures here, or in an actor with a GPU."""
     resources = recipe.resources
     if not resources.gpus_per_worker:
         return Evaluator(job, cores()).measure
@@ -284,7 +280,7 @@ def _body(run: StageRun, parents: dict[str, Artifact]) -> dict[str, int]:
 
 
 def _take_missing(run: StageRun, job: EvaluationJob) -> dict[str, ResultRecord]:
-    """The result of every measure, in the order of `MEASURES`; finished ones are reused."""
+    """Every result, in the order of `MEASURES`; finished ones are reused."""
     results: dict[str, ResultRecord] = {}
     for name, measure in MEASURES.items():
         result = load_result(run.path, name)
@@ -313,9 +309,7 @@ def _summary(result: ResultRecord) -> str:
 
 
 def _track(run: StageRun, taken: dict[str, ScoreRecord], tables: Mapping[str, Any]) -> None:
-    """Scores with their baselines as metrics, and three sheets of pictures, in the stage's MLflow
-    run.
-    """
+    """Log scores, baselines and three sheets of pictures to MLflow."""
     scores = merge_baselines(taken, baseline_scores(run.recipe))
     metrics = {key: score["value"] for key, score in scores.items()}
     metrics |= {

@@ -123,7 +123,11 @@ class Featurizer:
         return np.stack([choose_patches(one, self.recipe.seed, wanted, total) for one in ids])
 
     def check(self, vectors_BNC: np.ndarray, ids: list[str], where: str) -> None:
-        """Raise DataError naming the first image with a feature not finite in float16."""
+        """Check that the features are finite in float16.
+
+        Raises:
+            DataError: naming the first image of which they are not.
+        """
         bad = ~np.isfinite(vectors_BNC).all(axis=(1, 2))
         if bad.any():
             raise DataError(

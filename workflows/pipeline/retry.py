@@ -1,7 +1,7 @@
-"""Retries of what storage, a network or a server may do right a moment later.
+"""Retries of calls to storage, a network or a server.
 
-Only errors that may pass are retried; each try that fails is logged. An error that stays (a missing
-file, a permission, a full disk, damaged content) is raised at once.
+Only transient errors are retried; each failed try is logged. A permanent error (a missing file, a
+permission, a full disk, damaged content) is raised at once.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def retry(
     say: Callable[[str], None] = log,
     **more: object,
 ) -> T:
-    """What `call(*args, **more)` returns, with one try more than there are pauses.
+    """Return `call(*args, **more)`, tried once more than there are pauses.
 
     Args:
-        what: what is tried, in log lines: `reading s3://bucket/x`.
+        what: what is tried, for log lines: `reading s3://bucket/x`.
         transient: whether an error may pass; others are raised at once.
         pauses_s: seconds before each further try.
         say: where each failed try is logged.
@@ -74,7 +74,7 @@ def retry(
 
 
 def retry_storage(call: Callable[..., T], *args: object, say: Callable[[str], None] = log) -> T:
-    """What a function of `smalti.storage` returns, retried for about a minute while storage fails.
+    """Call a function of `smalti.storage`, retried for about a minute.
 
     Raises:
         DataError: of the last try.
@@ -84,17 +84,17 @@ def retry_storage(call: Callable[..., T], *args: object, say: Callable[[str], No
 
 
 def is_transient(error: Exception) -> bool:
-    """Whether an error of `smalti.storage` may pass: a DataError whose cause is not one that stays."""
+    """Whether an error of `smalti.storage` may pass: a DataError with such a cause."""
     if not isinstance(error, DataError):
         return False
     causes = [cause for cause in chain_of(error) if cause is not error]
     if not causes:
-        return False  # our own finding about the data
+        return False  # a check of ours on the data
     return not any(_is_permanent(cause) for cause in causes)
 
 
 def _is_permanent(cause: BaseException) -> bool:
-    """Whether a later try meets the same error."""
+    """Whether a further try would raise the same error."""
     if isinstance(cause, (*ANSWERS, ValueError, TypeError, KeyError, AttributeError)) or refused(
         cause
     ):
@@ -106,8 +106,9 @@ def _is_permanent(cause: BaseException) -> bool:
 
 
 def refused(error: BaseException | None) -> bool | None:
-    """Whether the HTTP status of an error is permanent (4xx but for `LATER`); None without a
-    status.
+    """Whether the HTTP status of an error is permanent: 4xx except `LATER`.
+
+    None without a status.
     """
     status = getattr(error, "status", None)  # aiohttp's
     return 400 <= status < 500 and status not in LATER if isinstance(status, int) else None

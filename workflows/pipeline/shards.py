@@ -38,7 +38,7 @@ Item_contra = TypeVar("Item_contra", contravariant=True)
 Loaded = TypeVar("Loaded")
 Result = TypeVar("Result")
 Result_co = TypeVar("Result_co", covariant=True)
-SHARDS_IN_FLIGHT = 2  # an actor finds its next shard waiting
+SHARDS_IN_FLIGHT = 2  # the next shard of an actor is loaded meanwhile
 BLOCK_BYTES = (
     600_000_000  # 1,000 images of 384 px are 442 MB; three of each actor lie in the object store
 )
@@ -170,8 +170,10 @@ def _pipeline(
 class Ticket(NamedTuple):
     """An item's identity in the pipeline.
 
-    `key`: in Ray's internal store, where the number of attempts is counted. `item`: its description
-    in errors. `deaths`: how many of its workers may die.
+    Attributes:
+        key: in Ray's internal store, where attempts are counted.
+        item: its description in errors.
+        deaths: how many of its workers may die.
     """
 
     key: str
@@ -298,10 +300,10 @@ class _Work(_Caught):
 def standing(artifact_path: str, key: str, columns: Sequence[str] = ()) -> Receipt | None:
     """Receipt of a finished shard, if it exists.
 
+    Writes are atomic, so that a shard can only be damaged later; a damaged one is removed.
+
     Returns:
-        None if the shard is missing, damaged or lacks `columns`; a damaged one is removed. (Writes
-        are atomic, so that a
-        shard is damaged only later.)
+        None if the shard is missing, damaged or lacks `columns`.
     """
     path = shard_path(artifact_path, key)
     if not storage.exists(path):
@@ -317,7 +319,7 @@ def standing(artifact_path: str, key: str, columns: Sequence[str] = ()) -> Recei
 
 
 def standing_for(artifact_path: str, corpus_path: str, key: str) -> Receipt | None:
-    """Receipt of a finished shard with exactly the images of corpus shard `key`, in order.
+    """Receipt of a finished shard with exactly the images of a corpus shard.
 
     A shard of other images (a corpus recreated from changed files has the same fingerprint) or
     without readable ids is removed, so that it is computed again.

@@ -242,7 +242,7 @@ def _make(
 
 @contextmanager
 def _beating(place: Workspace, started: float) -> Iterator[None]:
-    """Record the elapsed time every 30 seconds, so that a kill does not lose it."""
+    """Record the elapsed time every 30 seconds, in case the process is killed."""
     stop = threading.Event()
 
     def beat() -> None:
@@ -271,7 +271,7 @@ def _tags(run: StageRun, parents: Mapping[str, Artifact]) -> dict[str, str]:
 
 
 def _finish_failed(tracker: Tracker, name: str) -> None:
-    """Mark the run FAILED; log if the store does not answer, without hiding the first error."""
+    """Mark the run FAILED; errors of the store are only logged."""
     try:
         tracker.finish("FAILED")
     except Exception as error:

@@ -91,7 +91,7 @@ class Tally:
             name: round(value, 3) for name, value in parts.items() if value is not None
         } | counts
 
-    def told(self) -> list[str]:
+    def lines(self) -> list[str]:
         """Log lines: the share of each part, the slowest part, and the counts."""
         parts = {name: self.noted.get(f"seconds/{name}", 0.0) for name in PARTS}
         total, lines = sum(parts.values()), []
@@ -103,8 +103,8 @@ class Tally:
             lines.append(f"{shares} of {total:.1f} worker seconds: {order[0]} is the slowest part")
         again = [f"{number:,} {COUNTS[name]}" for name, number in self.counted().items()]
         left = [
-            f"{int(self.noted[name]):,} {told}"
-            for one, told in LEFT_OUT.items()
+            f"{int(self.noted[name]):,} {text}"
+            for one, text in LEFT_OUT.items()
             if (name := f"left_out/{one}") in self.noted
         ]
         return [*lines, *([", ".join(again)] if again else []), *left]
@@ -121,7 +121,7 @@ def tallied(run: StageRun) -> Iterator[Tally]:
     """
     tally = Tally()
     yield tally
-    for line in tally.told():
+    for line in tally.lines():
         run.log(line)
     run.scores |= tally.scores()
 

@@ -1,4 +1,4 @@
-"""The report of a run: one page that opens from disk, one JSON file, and a table for the terminal."""
+"""The report of a run: an HTML page, a JSON file, and a table for the terminal."""
 
 from __future__ import annotations
 

@@ -15,11 +15,17 @@ from smalti.workflows.report.page import page
 def build(
     recipe: Recipe, artifacts: Sequence[Artifact], out: str, *, started: float | None = None
 ) -> tuple[str, str]:
-    """Write both reports into the folder or URL `out`; returns the paths (html, json).
+    """Write report.html and report.json into the folder or URL `out`.
 
-    `artifacts`: the stages that ran or stood, the evaluation with its completed scores
-    (`evaluate.run` returns it so). Parts that a run does not have (no questions, no model) are left
-    out of the page.
+    Sections of what a run does not have (no questions, no model) are left out of the page.
+
+    Args:
+        artifacts: those of the recipe's stages, in order; the evaluation with its completed scores
+            (`evaluate.run` returns it so).
+        started: when the command began, in seconds since the epoch.
+
+    Returns:
+        The paths of the HTML and of the JSON file.
     """
     facts = gather(recipe, artifacts, started)
     place = storage.absolute(out)

@@ -32,7 +32,7 @@ def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
 
 @dataclass(frozen=True)
 class YRange:
-    """What the vertical axis covers, and a note where it is not simply all values."""
+    """Range of the vertical axis, and a note if it leaves values out."""
 
     low: float
     high: float
@@ -79,7 +79,10 @@ def _share(values: Sequence[float], low: float, high: float) -> float:
 
 
 def line_chart(points: Sequence[Point], title: str, x_name: str = "step") -> str:
-    """A curve with axes. Points that are not finite are left out, and the title says how many."""
+    """A curve with axes.
+
+    Points that are not finite are left out; the title says how many.
+    """
     finite = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
     if not finite:
         return ""
@@ -102,7 +105,10 @@ def line_chart(points: Sequence[Point], title: str, x_name: str = "step") -> str
 
 
 def rank_chart(points: Sequence[tuple[int, int]], title: str) -> str:
-    """Counts over rank, both logarithmic, as a filled curve; codes that never occur are not drawn."""
+    """Counts over rank, both logarithmic, as a filled curve.
+
+    Codes that never occur are not drawn.
+    """
     shown = [(float(rank), float(count)) for rank, count in points if count > 0]
     if not shown:
         return ""
@@ -135,9 +141,7 @@ class _Frame:
         return HEIGHT - BOTTOM - _position(value, self.ys, self.log_y) * (HEIGHT - TOP - BOTTOM)
 
     def axes(self, x_ticks: Sequence[float], y_ticks: Sequence[float], note: str = "") -> str:
-        """Horizontal grid lines with their numbers, numbers under the x axis, and a note at the top
-        right.
-        """
+        """Horizontal grid lines, numbers at both axes, and a note at the top right."""
         parts = []
         for tick, text in zip(y_ticks, tick_texts(y_ticks), strict=True):
             y = self.y(tick)

@@ -1,4 +1,7 @@
-"""Everything a report tells, gathered from the artifacts; what is missing stays out."""
+"""What a report shows, gathered from the artifacts.
+
+Missing parts are left out.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,7 @@ class ReportRecord(TypedDict):
 
 @dataclass(frozen=True)
 class Stage:
-    """A finished stage, a phase of one, or a stage of a baseline run."""
+    """A finished stage, or a phase of one."""
 
     name: str
     artifact: Artifact
@@ -105,11 +108,13 @@ class Facts:
 def gather(recipe: Recipe, artifacts: Sequence[Artifact], started: float | None = None) -> Facts:
     """Facts of a run.
 
-    `artifacts` are its stages in order; a stage's name is the last part of its path.
+    Args:
+        artifacts: those of its stages, in order; a stage's name is the last part of its path.
+        started: when the command began, in seconds since the epoch.
 
-    `started` (seconds since the epoch) is when the command began. `seconds` is the work of every
-    stage, or the wall time of the command where that is longer (start-up counts); a run that was
-    broken off and gone on with counts its stages.
+    Returns:
+        The facts. `seconds` is the sum over all stages, or the wall-clock time of the command if
+        that is longer (start-up counts); of a resumed run, the sum over its stages.
     """
     stages = [
         Stage(_last(artifact.path), artifact, history(artifact.path)) for artifact in artifacts
@@ -140,9 +145,9 @@ def gather(recipe: Recipe, artifacts: Sequence[Artifact], started: float | None 
 
 
 def history(path: str) -> list[HistoryRow]:
-    """Rows of a training's `history.jsonl`; empty when the stage trained nothing.
+    """Rows of a training's `history.jsonl`; empty if the stage trains nothing.
 
-    A torn last line is left out.
+    A truncated last line is left out.
     """
     place = storage.join(path, HISTORY)
     if not storage.exists(place):
@@ -173,9 +178,7 @@ def _phases(path: str) -> list[Stage]:
 
 
 def _baseline_stages(recipe: Recipe) -> list[Stage]:
-    """Stages that the baseline runs made themselves (what they share with the recipe is not
-    theirs).
-    """
+    """Stages that the baseline runs computed, without those they share with the recipe."""
     found = []
     for name in recipe.baselines:
         for stage in (*STAGES[:-1], *EVALUATION):
@@ -195,8 +198,9 @@ def _tables(evaluation: Artifact | None) -> Tables:
 
 
 def _started(stages: Sequence[Stage], started: float | None) -> str:
-    """ISO time (UTC) of the command's start; before it, where stages stood already, that of the
-    first one's.
+    """Start of the run as ISO time (UTC).
+
+    The command's start, or that of the first stage if it was finished before.
     """
     times = [started] if started else []
     for stage in stages:

@@ -1,4 +1,4 @@
-"""What the report says about the machine it was made on."""
+"""Description of the machine that wrote the report."""
 
 from __future__ import annotations
 
@@ -25,9 +25,7 @@ class Machine(TypedDict):
 
 
 def machine() -> Machine:
-    """system, cpu, cores that this process may use, memory_bytes, gpus (names) and package
-    versions.
-    """
+    """The CPU, memory, GPUs and package versions of this process."""
     import torch
 
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
@@ -44,7 +42,7 @@ def machine() -> Machine:
 
 
 def cpu_name() -> str:
-    """The processor's own name where the system tells it, else its architecture."""
+    """Name of the processor if the system reports it, else its architecture."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text(errors="replace").splitlines():

@@ -1,6 +1,6 @@
 """Small pieces of HTML.
 
-Everything that comes from data passes `escape`: captions and labels are strangers' text.
+All text from data passes `escape`: captions and labels are untrusted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Pictures:
         self.folder = storage.join(evaluation, "pictures") if evaluation else None
 
     def img(self, name: str, alt: str, css: str = "") -> str:
-        """The picture as a data URI; an empty string when its file is gone."""
+        """The picture as a data URI; an empty string if its file is missing."""
         place = storage.join(self.folder, f"{name}.png") if self.folder else ""
         if not place or not storage.exists(place):
             return ""
@@ -35,9 +35,7 @@ def clip(text: str, most: int = 120) -> str:
 
 
 def section(key: str, title: str, lead: str, body: str) -> str:
-    """A section with an anchor, a heading and a sentence about what is seen; empty when there is no
-    body.
-    """
+    """A section with an anchor, a heading and a lead sentence; empty without a body."""
     if not body:
         return ""
     return f'<section id="{key}"><h2>{escape(title)}</h2><p class="lead">{lead}</p>{body}</section>'
@@ -51,8 +49,10 @@ def figure(inner: str, caption: str, css: str = "") -> str:
 def table(
     head: Sequence[str], rows: Iterable[Sequence[str]], numeric: Sequence[int] = (), css: str = ""
 ) -> str:
-    """A table of HTML cells in a box that scrolls by itself on a narrow screen; `numeric` columns
-    stand right.
+    """A table of HTML cells, which scrolls on a narrow screen.
+
+    Args:
+        numeric: columns that are aligned to the right.
     """
 
     def cell(tag: str, column: int, text: str) -> str:

@@ -1,4 +1,4 @@
-"""What each score is called for a reader, and how its number is written."""
+"""Title, meaning and number format of each score."""
 
 from __future__ import annotations
 
@@ -22,20 +22,18 @@ class Name:
 
 NAMES: dict[str, Name] = {
     "qa/accuracy": Name(
-        "Question answering", "Held-out questions about held-out images answered exactly right."
+        "Question answering", "Held-out questions about held-out images, answered exactly right."
     ),
     "drawing/accuracy": Name(
         "Drawing",
-        "Drawn images in which the judge, a classifier trained on real images alone, sees the "
-        "whole label.",
+        "Drawn images whose whole label the judge recognises; it is a classifier trained on real "
+        "images only.",
     ),
     "drawing/zero_shot_accuracy": Name(
         "Drawing, by the encoder",
-        "Drawn images in which the encoder's zero-shot classes see the whole label.",
+        "Drawn images whose whole label the encoder's zero-shot classes recognise.",
     ),
-    "drawing/judge_accuracy": Name(
-        "The judge itself", "The judge on real held-out images: what its verdicts are worth."
-    ),
+    "drawing/judge_accuracy": Name("Judge", "Accuracy of the judge on real held-out images."),
     "zero_shot/accuracy": Name(
         "Encoder, zero-shot", "Held-out images whose label's sentence is nearest in the encoder."
     ),
@@ -66,20 +64,20 @@ NAMES: dict[str, Name] = {
         "Code usage", "Codes that occur at least once; n is the number of tokens counted."
     ),
     "codes/perplexity": Name(
-        "Code perplexity", "As many evenly used codes would be as diverse.", "plain"
+        "Code perplexity", "Number of evenly used codes with the same entropy.", "plain"
     ),
     "codes/entropy": Name("Code entropy", "Entropy of the codes over held-out tokens.", "nats"),
     "codes/vrr": Name(
-        "Patch likeness (VRR)",
-        "Variance that a code explains of its patches; unbiased, beside a shuffle.",
+        "Variance explained (VRR)",
+        "Variance of the patches that their codes explain; unbiased, with shuffled codes as baseline.",
     ),
     "codes/semantic_usage": Name("Semantic code usage", "Semantic codes that occur at least once."),
     "codes/semantic_perplexity": Name(
-        "Semantic perplexity", "As many evenly used semantic codes.", "plain"
+        "Semantic perplexity", "The same for the semantic codes.", "plain"
     ),
     "codes/semantic_entropy": Name("Semantic entropy", "Entropy of the semantic codes.", "nats"),
     "codes/semantic_vrr": Name(
-        "Patch likeness, semantic", "The same for patches that share a semantic code."
+        "Variance explained, semantic", "The same for patches that share a semantic code."
     ),
     "retrieval/t2i_r1": Name(
         "Caption → image", "Captions whose nearest image is their own (recall at 1)."
@@ -113,13 +111,14 @@ BASELINES = {
 
 
 def name_of(key: str) -> Name:
-    """The name of a score; one that this table does not know goes by its key."""
+    """The name of a score; its key if `NAMES` has none."""
     return NAMES.get(key) or Name(key, "", "plain")
 
 
 def ordered(scores: Iterable[str]) -> list[str]:
-    """The keys as the reader sees them: those of `NAMES` in its order, then the others by the
-    alphabet.
+    """The keys in the order of the report.
+
+    Those of `NAMES` in its order, then the others in alphabetical order.
     """
     return sorted(scores, key=lambda key: (ORDER.index(key) if key in NAMES else len(ORDER), key))
 

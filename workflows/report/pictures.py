@@ -20,15 +20,15 @@ def reconstructions(facts: Facts, pictures: Pictures) -> str:
             f"<span>{pictures.img(line[kind], COLUMNS[kind], 'pixels')}<small>{COLUMNS[kind]}</small></span>"
             for kind in kinds
         )
-        told = f"PSNR {written(line['psnr'], 'dB')}"
+        caption = f"PSNR {written(line['psnr'], 'dB')}"
         if "psnr_semantic_only" in line:
-            told += f", semantic only {written(line['psnr_semantic_only'], 'dB')}"
+            caption += f", semantic only {written(line['psnr_semantic_only'], 'dB')}"
         title = f"<b>{escape(clip(line['caption'], 80))}</b> · " if line.get("caption") else ""
         figures.append(
-            figure(f'<div class="triple n{len(kinds)}">{images}</div>', title + told, "card")
+            figure(f'<div class="triple n{len(kinds)}">{images}</div>', title + caption, "card")
         )
     spread = facts.tables.get("psnr")
-    lead = "Held-out images, turned into codes and back."
+    lead = "Held-out images, encoded to codes and decoded."
     if spread:
         lead += (
             f" Over the whole sample, PSNR is {written(spread['p05'], 'dB')} at the 5th "
@@ -51,13 +51,13 @@ def gallery(facts: Facts, pictures: Pictures) -> str:
             pictures.img(name, f"a patch of code {line['code']}", "pixels patch")
             for name in line["pictures"]
         )
-        told = (
+        caption = (
             f"<b>code {line['code']}</b> · {line['patches']:,} patches in {line['images']:,} images"
         )
-        rows.append(figure(f'<div class="strip">{images}</div>', told, "row"))
+        rows.append(figure(f'<div class="strip">{images}</div>', caption, "row"))
     what = "semantic code" if facts.tables.get("gallery_of") == "semantic" else "code"
     lead = (
-        f"Each row is one {what}: the bright square is the patch that has it, the dimmed rim its "
+        f"Each row is one {what}: the bright square is the patch, the dimmed rim its "
         "surroundings; every patch comes from another held-out image. Half of the rows are the "
         "codes with the most detail, half are spread from the most used to the least used."
     )
@@ -82,14 +82,14 @@ def codes(facts: Facts) -> str:
         chart = rank_chart(
             [(int(rank), int(count)) for rank, count in found["points"]], f"{title}: uses by rank"
         )
-        told = (
+        caption = (
             f"<b>{title}</b> · {found['used']:,} of {found['codes']:,} used at least once in "
             f"{found['tokens']:,} held-out tokens; across: rank, up: uses (both logarithmic)"
         )
         if found["tokens"] < found["codes"]:
-            told += ". There are fewer tokens than codes, so not all of them could occur"
-        figures.append(figure(chart, told, "card chart"))
-    lead = "Codes sorted by how often they occur. A line that falls off early means that many codes lie idle."
+            caption += ". There are fewer tokens than codes, so not all of them could occur"
+        figures.append(figure(chart, caption, "card chart"))
+    lead = "Codes sorted by how often they occur. A line that ends early means that many codes are not used."
     return section(
         "codes",
         "Code usage",
@@ -107,19 +107,19 @@ def drawings(facts: Facts, pictures: Pictures) -> str:
             if line["label"] is None:
                 continue
             right = seen == line["label"]
-            told = JUDGES.get(judge, judge)
+            name = JUDGES.get(judge, judge)
             mark = "✓" if right else f"✗ {escape(clip(seen, 40))}"
             verdicts += (
-                f'<span class="verdict {"right" if right else "wrong"}">{told} {mark}</span>'
+                f'<span class="verdict {"right" if right else "wrong"}">{name} {mark}</span>'
             )
         image = pictures.img(line["picture"], f"drawn from: {line['prompt']}", "pixels")
         figures.append(
             figure(image, f"<b>“{escape(clip(line['prompt'], 90))}”</b>{verdicts}", "card small")
         )
     lead = (
-        "Drawn by the exported language model from the prompt under each image, with nothing "
-        "picked out. ✓: the judge sees the label that the prompt names; ✗: what it sees instead. "
-        "<i>judge</i> is a classifier trained on real images alone, <i>encoder</i> the frozen "
+        "Drawn by the exported language model from the prompt under each image, not "
+        "selected. ✓: the judge recognises the label that the prompt names; ✗: its answer. "
+        "<i>judge</i> is a classifier trained on real images only, <i>encoder</i> the frozen "
         "encoder's zero-shot classes."
     )
     return section(

@@ -15,7 +15,7 @@ HEADS = {
 
 
 def questions(facts: Facts, pictures: Pictures) -> str:
-    """Accuracy by kind of question, then wrong and right answers with their images."""
+    """Accuracy by kind of question, and examples with their images."""
     found = facts.tables.get("questions")
     if not found:
         return ""
@@ -36,8 +36,8 @@ def questions(facts: Facts, pictures: Pictures) -> str:
     )
     lead = (
         "Held-out questions, answered by the exported model; right means the same words (case, "
-        "punctuation and articles aside). <i>Question only</i> gives the most frequent training "
-        "answer of the same question without looking."
+        "punctuation and articles are ignored). <i>Question only</i> gives the most frequent training "
+        "answer to the same question, without the image."
     )
     return section("questions", "Questions and answers", lead, body)
 
@@ -61,11 +61,11 @@ def _breakdown(rows: list[ClassRow], head: str) -> str:
 
 def _example(line: Example, pictures: Pictures) -> str:
     css, mark = ("right", "✓") if line["right"] else ("wrong", "✗")
-    image = pictures.img(line["picture"], f"about which was asked: {line['question']}", "pixels")
-    told = f'{escape(clip(line["question"]))}<span class="verdict {css}">{mark} {escape(clip(line["given"], 60)) or "(nothing)"}</span>'
+    image = pictures.img(line["picture"], f"question: {line['question']}", "pixels")
+    caption = f'{escape(clip(line["question"]))}<span class="verdict {css}">{mark} {escape(clip(line["given"], 60)) or "(nothing)"}</span>'
     if not line["right"]:
-        told += f'<span class="note">right: {escape(clip(line["answer"], 60))}</span>'
-    return figure(image, told, "card small")
+        caption += f'<span class="note">right: {escape(clip(line["answer"], 60))}</span>'
+    return figure(image, caption, "card small")
 
 
 def zero_shot(facts: Facts) -> str:

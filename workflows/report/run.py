@@ -1,6 +1,4 @@
-"""Sections about the run: stages and their time, training curves, corpus, recipe, fingerprints,
-MLflow.
-"""
+"""Sections about the run: stages, curves, corpus, recipe, artifacts, MLflow."""
 
 from __future__ import annotations
 
@@ -31,7 +29,7 @@ TOLD_COUNTS = 4
 
 
 def stages(facts: Facts) -> str:
-    """The stages with bars as long as their time; the tokenizer's phases are part of its time."""
+    """The stages with bars for their time, the tokenizer's phases below it."""
     longest = (
         max([stage.artifact.seconds for stage in [*facts.stages, *facts.baselines]], default=0.0)
         or 1.0
@@ -96,8 +94,9 @@ def curves(facts: Facts) -> str:
 
 
 def _metrics(history: list[HistoryRow]) -> list[str]:
-    """The metrics worth a chart: at least two numbers, the losses and qualities first; at most
-    `MOST_CURVES`.
+    """The metrics that get a chart, losses and qualities first.
+
+    Each has at least two numbers; at most `MOST_CURVES` are returned.
     """
     seen: dict[str, int] = {}
     for row in history:
@@ -122,7 +121,7 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 
 def corpus(facts: Facts) -> str:
-    """What came in, what was kept, and why the rest was not."""
+    """Images read, kept and left out, with the reasons."""
     stage = next((stage for stage in facts.stages if stage.name == "corpus"), None)
     if stage is None:
         return ""
@@ -154,7 +153,7 @@ def recipe(facts: Facts) -> str:
     text = yaml.safe_dump(facts.recipe, sort_keys=False, allow_unicode=True, width=100)
     body = f"<details><summary>Every key of the recipe</summary><pre>{escape(text)}</pre></details>"
     return section(
-        "recipe", "Recipe", "With these settings the same command makes the same artifacts.", body
+        "recipe", "Recipe", "With these settings the same command creates the same artifacts.", body
     )
 
 
@@ -175,7 +174,7 @@ def fingerprints(facts: Facts) -> str:
     body = table(["artifact", "fingerprint", "code", "place"], rows, css="plain prints")
     body += f'<p class="aside">{escape(versions)}</p>' if rows else ""
     lead = (
-        "A fingerprint covers an artifact's settings and those of everything that it was made from."
+        "A fingerprint covers an artifact's settings and those of all artifacts that it depends on."
     )
     return section("artifacts", "Artifacts", lead, body)
 

@@ -17,35 +17,35 @@ from smalti.workflows.report.names import (
 
 
 def headlines(facts: Facts) -> str:
-    """Up to four tiles with the figures that matter most, each with what it is compared to."""
+    """Up to four tiles with the main scores and their baselines."""
     tiles = []
     for key in [key for key in HEADLINES if key in facts.scores][:4]:
         score, name = facts.scores[key], name_of(key)
-        beside = "".join(
+        baselines = "".join(
             f"<li>{escape(baseline_name(k))} <b>{written(v, name.kind)}</b></li>"
             for k, v in score["baseline"].items()
         )
         tiles.append(
             f'<div class="tile"><h3>{escape(name.title)}</h3><p class="big">{written(score["value"], name.kind)}</p>'
-            f"{_goal(score, name.kind)}<ul>{beside}</ul></div>"
+            f"{_goal(score, name.kind)}<ul>{baselines}</ul></div>"
         )
     return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
 
 
 def scores(facts: Facts) -> str:
-    """Every score with what it was counted on, the figures beside it and its goal."""
+    """Every score with its sample size, its baselines and its goal."""
     rows = []
     for key in ordered(facts.scores):
         score, name = facts.scores[key], name_of(key)
-        beside = "".join(
+        baselines = "".join(
             f'<span class="beside">{escape(baseline_name(k))} <b>{written(v, name.kind)}</b></span>'
             for k, v in score["baseline"].items()
         )
         title = f'<span class="score">{escape(name.title)}</span><code>{escape(key)}</code>'
         title += f'<span class="note">{escape(name.meaning)}</span>' if name.meaning else ""
         value = f"<b>{written(score['value'], name.kind)}</b>{_bar(score, name.kind)}"
-        rows.append([title, value, beside, f"{score['n']:,}", _goal(score, name.kind)])
-    head = ["measure", "value", "beside it", "n", "goal"]
+        rows.append([title, value, baselines, f"{score['n']:,}", _goal(score, name.kind)])
+    head = ["measure", "value", "baselines", "n", "goal"]
     used = [column for column in range(len(head)) if column < 2 or any(row[column] for row in rows)]
     body = table(
         [head[i] for i in used],
@@ -60,15 +60,14 @@ def scores(facts: Facts) -> str:
         )
         body += f'<p class="aside">Not measured: {escape(reasons)}.</p>'
     lead = (
-        "Measured on held-out data only, <i>n</i> being what was counted. A tick on a bar is a "
-        "figure beside it: what is reached without looking at the picture, by chance, or by the "
-        "same chain with another vocabulary."
+        "Measured on held-out data only; <i>n</i> is the sample size. A tick on a bar is a "
+        "baseline: an answer without the image, chance, or the same chain with another vocabulary."
     )
     return section("scores", "Scores", lead, body)
 
 
 def _bar(score: ScoreRecord, kind: Kind) -> str:
-    """A bar for a share in [0, 1], with a tick for each figure beside it."""
+    """A bar for a share in [0, 1], with a tick for each baseline."""
     if kind != "share":
         return ""
 

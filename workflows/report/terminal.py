@@ -9,22 +9,24 @@ from smalti.workflows.report.names import baseline_name, goal_met, name_of, orde
 
 
 def table(scores: Mapping[str, ScoreRecord], goals: Mapping[str, float] | None = None) -> str:
-    """An aligned table: score, value, what it was counted on, the baselines beside it, and its
-    goal.
+    """An aligned table: score, value, sample size, baselines and goal.
 
-    `goals` (score -> value) adds to the `goal` entries that the scores may carry. Without scores:
-    one line saying so.
+    Args:
+        goals: goals by score, beside those that the scores carry.
+
+    Returns:
+        The table; without scores, one line that says so.
     """
     if not scores:
         return "no scores: nothing was measured"
     goals = goals or {}
-    rows = [("score", "value", "n", "beside it", "goal")]
+    rows = [("score", "value", "n", "baselines", "goal")]
     for key in ordered(scores):
         score: ScoreRecord = {**scores[key]}
         if key in goals:
             score["goal"] = goals[key]
         kind = name_of(key).kind
-        beside = ", ".join(
+        baselines = ", ".join(
             f"{baseline_name(k)} {written(v, kind)}" for k, v in score.get("baseline", {}).items()
         )
         met = goal_met(score)
@@ -33,7 +35,7 @@ def table(scores: Mapping[str, ScoreRecord], goals: Mapping[str, float] | None =
             if met is None
             else f"{written(score['goal'], kind)} {'reached' if met else 'NOT reached'}"
         )
-        rows.append((key, written(score["value"], kind), f"{score['n']:,}", beside, goal))
+        rows.append((key, written(score["value"], kind), f"{score['n']:,}", baselines, goal))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     used = [column for column, name in enumerate(rows[0]) if any(row[column] for row in rows[1:])]
     lines = [

@@ -1,1 +1,1 @@
-"""How each system makes its tokenizer: one file a system, and what they share."""
+"""The systems: one file each, and what they share."""

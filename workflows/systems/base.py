@@ -1,4 +1,4 @@
-"""What the chain asks of a system: one `System` object each, in `registry.SYSTEMS`."""
+"""The interface of a system; `registry.SYSTEMS` holds one object of each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from smalti.workflows.plan.models import Model, encoder_of
 
 
 class System(ABC):
-    """A way from images to codes, and all that the chain has to know of it.
+    """A way from images to codes.
+
+    Everything that depends on the system is a method here; no other code asks which system it is.
 
     Attributes:
         name: `system` in a recipe.
@@ -39,15 +41,19 @@ class System(ABC):
 
     @abstractmethod
     def parents(self, recipe: Recipe) -> tuple[str, ...]:
-        """Stages whose artifacts the tokenizer is made from."""
+        """Stages whose artifacts the tokenizer is built from."""
 
     @abstractmethod
     def settings(self, recipe: Recipe) -> dict[str, object]:
-        """What of the recipe the tokenizer depends on, as JSON: its fingerprint."""
+        """The settings of the tokenizer's fingerprint, as JSON."""
 
     @abstractmethod
     def build(self, run: StageRun, parents: Mapping[str, Artifact]) -> Mapping[str, int]:
-        """Make the tokenizer in `run.path`; counts: `num_codes`, `tokens` (per image)."""
+        """Write the tokenizer to `run.path`.
+
+        Returns:
+            The counts `num_codes` and `tokens` (per image).
+        """
 
     @abstractmethod
     def smoke(self, recipe: Recipe) -> dict[str, object]:
@@ -55,23 +61,27 @@ class System(ABC):
 
     @abstractmethod
     def code_vectors(self, recipe: Recipe, encoder: VisionEncoder) -> tuple[int, tuple[int, ...]]:
-        """Codes of the vocabulary, and the widths of the parts of a code's vector."""
+        """Size of the visual vocabulary, and the widths of a code's vector.
+
+        A vector may have several parts, such as a semantic and a pixel part.
+        """
 
     @abstractmethod
     def tokenizer_models(self, recipe: Recipe, *, gpu: bool) -> Iterator[Model]:
-        """The models that the stage `tokenizer` trains, in order, on the meta device."""
+        """The models of the stage `tokenizer`, in order, on the meta device."""
 
     @abstractmethod
     def inference_costs(
         self, recipe: Recipe, encoder: VisionEncoder, trained: Mapping[str, Model]
     ) -> dict[str, InferenceCost]:
-        """Cost of an image in the stages `features` (if any) and `tokens`.
+        """Cost per image of the stages `features` (if any) and `tokens`.
 
-        `trained`: the planned models by name.
+        Args:
+            trained: the planned models by name.
         """
 
     def check(self, recipe: Recipe) -> None:
-        """Check what the recipe alone shows, before the first stage.
+        """Check the recipe alone, before the first stage.
 
         Raises:
             ConfigError: for keys that this system does not read, or settings that cannot work.
@@ -85,7 +95,7 @@ class System(ABC):
             )
 
     def codes_per_token(self, recipe: Recipe) -> int:
-        """Codes of one visual token."""
+        """Number of codes per visual token."""
         return 1
 
     def language_model(self, recipe: Recipe, encoder: VisionEncoder) -> Model:
@@ -93,10 +103,10 @@ class System(ABC):
         return language_model(recipe.mllm, *self.code_vectors(recipe, encoder))
 
     def planned_models(self, recipe: Recipe, *, gpu: bool = False) -> Iterator[Model]:
-        """Every model that the recipe trains, in the order of the chain, on the meta device.
+        """Every model that the recipe trains, in order, on the meta device.
 
         Args:
-            gpu: as it runs on GPUs.
+            gpu: whether they train on GPUs.
 
         Raises:
             ConfigError: for an encoder or language model whose sizes are unknown.

@@ -1,5 +1,6 @@
-"""DualToken's tokenizer in its one phase, `dual`: the tower that trains, two codebooks and the
-decoder.
+"""DualToken's tokenizer, trained in one phase, `dual`.
+
+The phase trains the tower, two codebooks and the decoder.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from smalti.workflows.train.tasks.semantic import read_tensors
 
 
 class DualTokenSystem(System):
-    """DualToken: residual codes of shallow and of deep layers of one trained tower, in one phase."""
+    """DualToken: residual codes of shallow and deep layers of one trained tower."""
 
     name = "dualtoken"
     reads = ("dual", "encoder_precision")
@@ -38,9 +39,7 @@ class DualTokenSystem(System):
         return ("corpus", "encoder")
 
     def check(self, recipe: Recipe) -> None:
-        """Also: layers that the encoder has, batches that workers can share, losses that can be
-        computed.
-        """
+        """Also check the layers, the batches of workers, and the losses."""
         super().check(recipe)
         if recipe.mllm.adapter == "cascade":
             raise ConfigError(
@@ -70,7 +69,7 @@ class DualTokenSystem(System):
         return own | {"layer": recipe.encoder.layer, "image_size": recipe.corpus.image_size}
 
     def build(self, run: StageRun, parents: Mapping[str, Artifact]) -> Mapping[str, int]:
-        """Train the phase `dual`, and write the DualToken that it makes."""
+        """Train the phase `dual` and write the DualToken."""
         phases = Phases(run, parents)
         with ensure_ray(run.recipe):
             dual = train(phases)
@@ -99,7 +98,7 @@ class DualTokenSystem(System):
         return len(BOOKS) * recipe.tokenizer.dual.depth
 
     def code_vectors(self, recipe: Recipe, encoder: VisionEncoder) -> tuple[int, tuple[int, ...]]:
-        """One visual token in the vocabulary; vectors of a pixel and a semantic part."""
+        """One visual token; vectors of a pixel and a semantic part."""
         return 1, (recipe.tokenizer.dual.dim,) * len(BOOKS)
 
     def language_model(self, recipe: Recipe, encoder: VisionEncoder) -> Model:
@@ -125,8 +124,12 @@ class DualTokenSystem(System):
 
 
 def check_layers(recipe: Recipe) -> None:
-    """ConfigError where `encoder.layer` or the pixel layers do not fit the encoder, as far as it
-    can be known by now.
+    """Check `encoder.layer` and the pixel layers against the encoder.
+
+    An encoder that cannot be read yet is checked by the phase.
+
+    Raises:
+        ConfigError: for a layer that the encoder lacks.
     """
     if recipe.encoder.pretrained or recipe.encoder.train:
         try:
@@ -134,7 +137,7 @@ def check_layers(recipe: Recipe) -> None:
         except ConfigError as error:
             if "encoder.layer" in str(error):
                 raise
-            return  # no config of it can be had here: the phase looks again
+            return  # its config cannot be read yet: the phase checks again
         semantic_depth(recipe.tokenizer.dual, encoder)
 
 

@@ -1,6 +1,4 @@
-"""What the phases of every system share: the encoder and images that they train on, and a stage for
-each phase.
-"""
+"""The phases of a tokenizer: their encoder, their images, and a stage each."""
 
 from __future__ import annotations
 
@@ -29,9 +27,14 @@ Phase = SemanticStage | PixelStage | DecoderStage | DualStage
 
 
 def check_loss(key: str, phase: PixelStage | DecoderStage | DualStage, image_size: int) -> None:
-    """ConfigError, with the phase's key: LPIPS or a GAN that cannot see such images.
+    """Check that LPIPS and the GAN can work on images of this size.
 
-    ArtifactError: no weights there.
+    Args:
+        key: the phase's section, for errors.
+
+    Raises:
+        ConfigError: if they cannot.
+        ArtifactError: if the LPIPS weights are missing.
     """
     from smalti.tokenizers.lpips import MIN_SIZE
     from smalti.tokenizers.patchgan import smallest_image
@@ -46,7 +49,7 @@ def check_loss(key: str, phase: PixelStage | DecoderStage | DualStage, image_siz
         if not storage.exists(perceptual.weights):
             raise ArtifactError(
                 f"{where}={perceptual.weights} does not exist. `make setup` fetches LPIPS-VGG16 "
-                "weights into .data/, which a Ray job does not carry along: on a cluster set a "
+                "weights into .data/, which a Ray job does not include: on a cluster set a "
                 "URL or a path that all machines see."
             )
         if image_size < MIN_SIZE:
@@ -62,7 +65,7 @@ def check_loss(key: str, phase: PixelStage | DecoderStage | DualStage, image_siz
         )
     if gan.weight and gan.adaptive and phase.train.zero_stage == 3:
         raise ConfigError(
-            f"{key}.loss.gan.adaptive reads the decoder's last weight whole: set "
+            f"{key}.loss.gan.adaptive reads the decoder's whole last weight: set "
             f"{key}.train.zero_stage below 3."
         )
 
@@ -70,7 +73,11 @@ def check_loss(key: str, phase: PixelStage | DecoderStage | DualStage, image_siz
 def check_pixel_phase(
     key: str, phase: PixelStage | DecoderStage | DualStage, recipe: Recipe
 ) -> None:
-    """Check batch and losses of a phase that reconstructs pixels; `key` is its section in errors."""
+    """Check batch and losses of a phase that reconstructs pixels.
+
+    Args:
+        key: the phase's section, for errors.
+    """
     gan = phase.loss.gan
     together = "the adaptive weight of loss.gan" if gan.adaptive and gan.weight else ""
     check_batch(key, phase.train, recipe.resources, together=together)
@@ -78,8 +85,9 @@ def check_pixel_phase(
 
 
 def placed(loss: Loss) -> Loss:
-    """The loss as workers can use it: they stand in other folders, so local LPIPS weights go by
-    their absolute path.
+    """The loss with the absolute path of local LPIPS weights.
+
+    Workers run in other folders.
     """
     perceptual = loss.perceptual
     if not perceptual.weights:
@@ -91,7 +99,9 @@ def placed(loss: Loss) -> Loss:
 class Phases:
     """The phases of one tokenizer.
 
-    `grid`, `dim`: patches and width of the encoder; `keys`, `sizes`: training shards.
+    Attributes:
+        grid, dim: patches and width of the encoder.
+        keys, sizes: training shards and their rows.
     """
 
     def __init__(self, run: StageRun, parents: Mapping[str, Artifact]) -> None:
@@ -111,7 +121,7 @@ class Phases:
         self.keys, self.sizes = shard_index(parents["corpus"].path, "train")
 
     def images(self, needs_encoder: bool) -> dict[str, object]:
-        """Settings that every phase's task shares."""
+        """Settings that the tasks of all phases share."""
         return {
             "corpus": self.parents["corpus"].path,
             "keys": self.keys,
@@ -132,11 +142,12 @@ class Phases:
         parents: Mapping[str, Artifact],
         more: Mapping[str, object],
     ) -> Artifact:
-        """Train one phase as a stage of its own under `tokenizer/phases/<name>`; found where it
-        stands already.
+        """Train one phase as the stage `tokenizer/phases/<name>`, or find it finished.
 
-        settings: of the task. stage: the phase's section, with `train`. more: what its result
-        depends on beside section, parents, seed, layer and image size.
+        Args:
+            settings: of the task.
+            stage: the phase's section.
+            more: what the result depends on beside section, parents, seed, layer and image size.
         """
         from smalti.workflows.train.launch import fit
 

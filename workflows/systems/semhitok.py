@@ -1,4 +1,7 @@
-"""SemHiTok's tokenizer in its phases, semantic → pixel → decoder, each an artifact of its own."""
+"""SemHiTok's tokenizer, trained in the phases semantic, pixel and decoder.
+
+Each phase has an artifact of its own.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,10 @@ class SemHiTokSystem(System):
     reads = ("guidance", "encoder_precision", "semantic", "pixel", "decoder")
 
     def parents(self, recipe: Recipe) -> tuple[str, ...]:
-        """The corpus and the encoder, whose grid it uses; with guidance the codebook too."""
+        """The corpus and the encoder, and with guidance the codebook.
+
+        Without guidance only the encoder's grid is used.
+        """
         return (
             ("corpus", "encoder", "codebook")
             if recipe.tokenizer.guidance
@@ -41,7 +47,7 @@ class SemHiTokSystem(System):
         )
 
     def check(self, recipe: Recipe) -> None:
-        """Also: batches that workers can share, losses that can be computed."""
+        """Also check the batches of workers and the losses."""
         super().check(recipe)
         section = recipe.tokenizer
         trained: dict[str, PixelStage | DecoderStage] = {"pixel": section.pixel}
@@ -65,7 +71,7 @@ class SemHiTokSystem(System):
         return {"tokenizer": section, "system": recipe.system, "seed": recipe.seed} | size
 
     def build(self, run: StageRun, parents: Mapping[str, Artifact]) -> Mapping[str, int]:
-        """Train the phases, and write the SemHiTok that they make."""
+        """Train the phases and write the SemHiTok."""
         phases = SemHiTokPhases(run, parents)
         with ensure_ray(run.recipe):
             semantic = phases.semantic() if run.recipe.tokenizer.guidance else None
@@ -100,7 +106,10 @@ class SemHiTokSystem(System):
         return values
 
     def code_vectors(self, recipe: Recipe, encoder: VisionEncoder) -> tuple[int, tuple[int, ...]]:
-        """K·m codes of a semantic and a pixel part; without guidance the pixel part alone."""
+        """K·m codes of a semantic and a pixel part.
+
+        Without guidance, the pixel part alone.
+        """
         tokenizer = recipe.tokenizer
         semantic = (tokenizer.semantic.dim,) if tokenizer.guidance else ()
         return recipe.codebook.size * tokenizer.pixel.codes, (*semantic, tokenizer.pixel.dim)
@@ -116,7 +125,10 @@ class SemHiTokSystem(System):
     def inference_costs(
         self, recipe: Recipe, encoder: VisionEncoder, trained: Mapping[str, Model]
     ) -> dict[str, InferenceCost]:
-        """Features by the encoder; tokens by the encoder (with guidance) and the pixel encoder."""
+        """Features by the encoder, tokens by encoder and pixel encoder.
+
+        Without guidance there are no features, and the pixel encoder works alone.
+        """
         task = trained["pixel"].task
         assert isinstance(task, PixelTask)
         pixel = task.tokenizer
@@ -138,7 +150,7 @@ class SemHiTokSystem(System):
 
 
 class SemHiTokPhases(Phases):
-    """The phases of one SemHiTok; each returns its artifact, found or made."""
+    """The phases of one SemHiTok; each returns its artifact."""
 
     def __init__(self, run: StageRun, parents: Mapping[str, Artifact]) -> None:
         super().__init__(run, parents)
@@ -216,7 +228,7 @@ class SemHiTokPhases(Phases):
     def assemble(
         self, semantic: Artifact | None, pixel: Artifact, decoder: Artifact | None
     ) -> dict[str, int]:
-        """Put the phases together as one SemHiTok and write it at the root of the artifact."""
+        """Write the SemHiTok made of the phases to the root of the artifact."""
 
         encoder = (
             None if semantic is None else open_encoder(self.encoder, self.recipe.encoder.layer)

@@ -1,4 +1,4 @@
-"""Overrides of `--smoke` that systems share: training, losses, vision transformers."""
+"""Overrides of `--smoke` that systems share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ VIT = {"dim": 16, "layers": 1, "heads": 2}
 
 
 def train(section: str, recipe_train: Train) -> dict[str, object]:
-    """Overrides of one training section: few steps, and accumulation where the recipe accumulates."""
+    """Overrides of a training section: few steps.
+
+    A recipe with gradient accumulation keeps it.
+    """
     values: dict[str, object] = {f"{section}.{key}": value for key, value in TRAIN.items()}
     if recipe_train.micro_batch_size:
         values[f"{section}.micro_batch_size"] = 2
@@ -26,8 +29,9 @@ def train(section: str, recipe_train: Train) -> dict[str, object]:
 
 
 def loss(section: str, wanted: Loss) -> dict[str, object]:
-    """A GAN that starts within the few steps; LPIPS without a weights file becomes the encoder's
-    features.
+    """Overrides of a loss: a GAN that starts within the few steps.
+
+    LPIPS without a weights file becomes the encoder's features.
     """
     values: dict[str, object] = {f"{section}.gan.channels": 8, f"{section}.gan.layers": 1}
     if wanted.gan.weight:

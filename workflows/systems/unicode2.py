@@ -1,5 +1,6 @@
-"""UniCode²'s tokenizer: the frozen encoder and the clustered codebook put together; nothing is
-trained.
+"""UniCode²'s tokenizer: the frozen encoder and the clustered codebook.
+
+Nothing is trained.
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ from smalti.workflows.systems.base import System
 
 
 class Unicode2System(System):
-    """UniCode²: the frozen encoder and a large clustered codebook; nothing is trained."""
+    """UniCode²: the frozen encoder and a large clustered codebook."""
 
     name = "unicode2"
     reads = ()
     bridges = True
 
     def parents(self, recipe: Recipe) -> tuple[str, ...]:
-        """The frozen encoder and the codes."""
+        """The frozen encoder and the codebook."""
         return ("encoder", "codebook")
 
     def check(self, recipe: Recipe) -> None:
-        """Also: an adapter for code vectors of one part."""
+        """Also check that the adapter takes code vectors of one part."""
         super().check(recipe)
         if recipe.mllm.adapter == "dual":
             raise ConfigError(
@@ -73,7 +74,7 @@ class Unicode2System(System):
         return {"num_codes": whole.num_codes, "tokens": whole.num_tokens}
 
     def smoke(self, recipe: Recipe) -> dict[str, object]:
-        """Nothing to shrink: no tokenizer is trained."""
+        """Empty: no tokenizer is trained."""
         return {}
 
     def code_vectors(self, recipe: Recipe, encoder: VisionEncoder) -> tuple[int, tuple[int, ...]]:
@@ -87,5 +88,5 @@ class Unicode2System(System):
     def inference_costs(
         self, recipe: Recipe, encoder: VisionEncoder, trained: Mapping[str, Model]
     ) -> dict[str, InferenceCost]:
-        """Features by the encoder; tokens by the encoder and the search among the codes."""
+        """Features by the encoder; tokens also by the search for codes."""
         return search_costs(recipe, encoder)

@@ -1,1 +1,1 @@
-"""MLflow runs, and an outbox for entries that the server does not accept yet."""
+"""MLflow runs, and a buffer for when the server does not answer."""

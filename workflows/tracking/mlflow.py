@@ -43,7 +43,7 @@ PARENT_TAG = "mlflow.parentRunId"
 PATIENCE = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
-}  # the outbox tries again
+}  # the outbox retries
 
 
 def flatten(config: Mapping[str, object], prefix: str = "") -> dict[str, object]:
@@ -129,7 +129,7 @@ class MLflowTracker:
 
     @classmethod
     def attach(cls, uri: str, run_id: str) -> MLflowTracker:
-        """The same run in another process; its `finish` does not end the run."""
+        """The same run in another process, which does not end it."""
         return cls(uri, run_id, owner=False)
 
     def __reduce__(self) -> tuple[Callable[[str, str], MLflowTracker], tuple[str, str]]:
@@ -160,7 +160,10 @@ class MLflowTracker:
         )
 
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
-        """Buffer numbers; sent in batches, at the latest by the first call after 5 seconds."""
+        """Buffer metrics.
+
+        They are sent once a batch is full, or by the first call after 5 seconds.
+        """
         from mlflow.entities import Metric
 
         now_ms = int(time.time() * 1000)
@@ -172,7 +175,7 @@ class MLflowTracker:
         self._outbox.flush(now=True)
 
     def image(self, key: str, pixels: np.ndarray, step: int | None = None) -> None:
-        """Log a picture, uint8 (H, W, 3), as a point of the series `key`."""
+        """Log a picture, uint8 (H, W, 3), to the series `key`."""
         log_image = self._client.log_image
         self._outbox.call(
             partial(log_image, self._run_id, pixels, key=key, step=step or 0, synchronous=True)
@@ -243,7 +246,7 @@ class MLflowTracker:
         return MLflowTracker(self.uri, run.info.run_id, client=self._client)
 
     def finish(self, status: Status = "FINISHED") -> None:
-        """Send the buffer and end the run; log what could not be sent."""
+        """Send the buffer and end the run; log what was not sent."""
         if self.owner:
             self._outbox.call(partial(self._client.set_terminated, self._run_id, status))
         if not self._outbox.flush(now=True):

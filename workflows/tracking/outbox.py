@@ -52,7 +52,7 @@ class Outbox(Generic[Number]):
             self.flush()
 
     def add(self, numbers: list[Number], flush_after_s: float) -> None:
-        """Queue numbers; send them once a batch is full or `flush_after_s` has passed."""
+        """Queue numbers; send a full batch, or all after `flush_after_s`."""
         with self._lock:
             self._numbers.extend(numbers)
             self._bound(self._numbers, KEPT_NUMBERS)
@@ -82,9 +82,7 @@ class Outbox(Generic[Number]):
                     self._attempt(self._calls[0])
                     self._calls.popleft()
             except Exception as error:
-                self._calls.rotate(
-                    -1
-                )  # one that fails for reasons of its own is not for ever in front of the others
+                self._calls.rotate(-1)  # an entry that always fails does not block the others
                 self._away(error)
                 return False
             finally:

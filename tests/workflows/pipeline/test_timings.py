@@ -25,14 +25,14 @@ def test_parts_are_timed_and_the_slowest_is_named(monkeypatch: pytest.MonkeyPatc
     ):
         with tally.part(name):
             now[0] += seconds
-    assert tally.told() == [
+    assert tally.lines() == [
         "model 71 %, decode 20 %, read 6 %, write 3 % of 10.0 worker seconds: model is the slowest part"
     ]
     assert tally.scores()["seconds/model"] == pytest.approx(7.1)
     assert "seconds/start" not in tally.scores()
     assert tally.drain()["seconds/read"] == pytest.approx(0.6)
     assert tally.drain() == {}
-    assert tally.told() == []
+    assert tally.lines() == []
 
 
 def test_what_was_done_again_stands_in_the_record(

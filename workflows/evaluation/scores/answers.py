@@ -16,12 +16,12 @@ YES_NO = {"yes", "no"}
 
 
 def normalise(text: str) -> str:
-    """Lower case, no punctuation at the edges of words, no articles, single spaces: what exact
-    match compares.
+    """A text as exact match compares it.
 
-    `A teal  Circle.` -> `teal circle`. Signs inside a word stay (`3.5`, `t-shirt`). When nothing but articles or
-    punctuation is there, the stripped lower-case text stays, so that no two different answers
-    become equal to nothing.
+    Lower case, single spaces, no articles, no punctuation at the edges of words: `A teal  Circle.`
+    becomes `teal circle`. Signs inside a word are kept (`3.5`, `t-shirt`). If only articles or
+    punctuation are left, the stripped lower-case text is returned, so that different answers stay
+    different.
     """
     words = [re.sub(r"^[^\w+\-]+|[^\w%]+$", "", word) for word in text.lower().split()]
     kept = [word for word in words if word and word not in ARTICLES]
@@ -48,10 +48,10 @@ def opening(question: str) -> str:
 
 @dataclass
 class QuestionOnly:
-    """Answers with the most frequent training answer of the same question text; unseen texts get
-    the overall one.
+    """Answers a question with its most frequent training answer.
 
-    Texts are compared after `normalise`; ties take the answer that comes first in the alphabet.
+    Texts that training lacks get the most frequent answer of all. Texts are compared after
+    `normalise`; ties take the first answer in alphabetical order.
     """
 
     by_question: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
@@ -75,10 +75,10 @@ class QuestionOnly:
 def breakdown(
     keys: Sequence[str], hits: Sequence[bool], guesses: Sequence[bool] | None, most: int = 16
 ) -> list[ClassRow]:
-    """One row a key, most frequent first: `{"key", "n", "accuracy"}` and, with `guesses`,
-    `question_only`.
+    """Accuracy by key, the most frequent first.
 
-    Keys beyond the `most` frequent ones are summed up in a last row `all others`.
+    With `guesses`, the rows also hold `question_only`. Keys beyond the `most` frequent ones are
+    summed up in a last row `all others`.
     """
     frequent = [
         key for key, _ in sorted(Counter(keys).items(), key=lambda item: (-item[1], item[0]))

@@ -1,9 +1,8 @@
-"""The codes themselves: how many are used, how evenly, and how alike the patches of one code are
-(VRR).
+"""Code usage, perplexity, entropy, and variance explained (VRR).
 
-Usage, perplexity and entropy are counted over all tokens of the held-out rows, `n` being the number
-of tokens: a usage below one means little when there are fewer tokens than codes, which the table
-`codes` therefore states. N patches, T tokens of an image.
+Usage, perplexity and entropy are counted over all tokens of the held-out rows; `n` is the number of
+tokens. With fewer tokens than codes, usage is below one in any case; the table `codes` says so. N
+patches, T tokens per image.
 """
 
 from __future__ import annotations
@@ -24,9 +23,10 @@ HISTOGRAM_POINTS = 256
 
 
 def measure_codes(data: HeldOut, models: Models) -> MeasureResult:
-    """Usage, perplexity, entropy (nats) and VRR of the flat codes and, with guidance, of the
-    semantic codes; of DualToken's pixel and semantic codes, of all depths together, VRR by the
-    first.
+    """Usage, perplexity, entropy (nats) and VRR of the codes.
+
+    With guidance, also of the semantic codes. Of DualToken, of its pixel and its semantic codes:
+    the codes of all depths are counted together, and VRR uses the first.
     """
     tokenizer = models.tokenizer
     codes_NT = np.stack([row.codes for row in data.rows])
@@ -53,8 +53,11 @@ def measure_codes(data: HeldOut, models: Models) -> MeasureResult:
 
 
 def levels_of(tokenizer: Any, codes: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
-    """By the prefix of their scores: the code of each token (N, T), all codes that are counted, and
-    how many there are.
+    """Codes to measure, by the prefix of their scores.
+
+    Returns:
+        For each prefix: the code of each token (N, T), all codes that are counted, and the size of
+        the codebook.
     """
     if (
         tokenizer.code_shape
@@ -72,7 +75,11 @@ def levels_of(tokenizer: Any, codes: np.ndarray) -> dict[str, tuple[np.ndarray, 
 
 
 def count_scores(prefix: str, counts: np.ndarray) -> dict[str, Score]:
-    """usage in [0, 1], perplexity in [1, K] and entropy in nats of int64 counts (K,)."""
+    """Usage in [0, 1], perplexity in [1, K] and entropy in nats.
+
+    Args:
+        counts: int64 (K,).
+    """
     counts_K, total = torch.from_numpy(counts), int(counts.sum())
     return {
         f"codes/{prefix}usage": Score(usage(counts_K), total),
@@ -82,8 +89,9 @@ def count_scores(prefix: str, counts: np.ndarray) -> dict[str, Score]:
 
 
 def histogram(counts: np.ndarray) -> Histogram:
-    """Counts sorted downwards, thinned to at most `HISTOGRAM_POINTS` (rank, count) pairs, evenly in
-    the logarithm of the rank; with how many codes were used at all.
+    """Counts in descending order, as (rank, count) points.
+
+    At most `HISTOGRAM_POINTS` of them, evenly spaced in the logarithm of the rank.
     """
     ordered = np.sort(counts)[::-1]
     ranks = np.unique(
@@ -98,8 +106,9 @@ def histogram(counts: np.ndarray) -> Histogram:
 
 
 def _vrr_score(patches_NHWC: np.ndarray, ids_N: np.ndarray, seed: int) -> Score | None:
-    """VRR beside that of shuffled ids; None where it is undefined: no code has two patches, or all
-    patches are alike.
+    """VRR, with that of shuffled ids as baseline.
+
+    None if it is undefined: no code has two patches, or all patches are equal.
     """
     if np.bincount(ids_N).max() < 2 or not (patches_NHWC != patches_NHWC[0]).any():
         return None

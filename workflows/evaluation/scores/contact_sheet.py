@@ -1,4 +1,4 @@
-"""Many small pictures on one sheet, for a tracker that takes one image at a time."""
+"""Many small pictures on one sheet."""
 
 from __future__ import annotations
 

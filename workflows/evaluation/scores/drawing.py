@@ -1,9 +1,8 @@
-"""Images drawn from text, judged by two classifiers: one trained on real images alone, and the
-encoder's zero-shot.
+"""Images drawn from text, judged by two classifiers.
 
-Beside the drawing's accuracy stands what the judge makes of *reconstructed* held-out images: a
-drawing passes through the same decoder, so this is about the most that a perfect language model
-could reach.
+One is trained on real images only, the other is the encoder's zero-shot. The baseline
+`reconstructed` is the judge's accuracy on reconstructed held-out images: a drawing passes through
+the same decoder, so this is about the most that a perfect language model could reach.
 """
 
 from __future__ import annotations
@@ -31,15 +30,17 @@ DRAWN_AT_ONCE = 64  # fixed: the seeds of a drawing follow from its place among 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, and the label that its drawing should get (None: nothing to judge it by)."""
+    """A prompt, and the label that its drawing should show, if known."""
 
     text: str
     label: str | None
 
 
 def measure_drawing(data: HeldOut, models: Models) -> MeasureResult:
-    """drawing/accuracy, drawing/zero_shot_accuracy, drawing/judge_accuracy (the judge on real
-    held-out images), and a gallery; without labels the gallery alone.
+    """Share of drawings whose label the judges recognise, and a gallery.
+
+    The scores are drawing/accuracy, drawing/zero_shot_accuracy and drawing/judge_accuracy (of the
+    judge on real held-out images). Without labels there is only the gallery.
     """
     settings = data.job.evaluate
     if data.job.export is None:
@@ -69,8 +70,10 @@ def measure_drawing(data: HeldOut, models: Models) -> MeasureResult:
 
 
 def prompts_of(data: HeldOut) -> list[Prompt]:
-    """evaluate.prompts with the label each one names; else the sentence of each label (a seeded
-    choice of 256 when there are more); else a few held-out captions.
+    """Prompts to draw.
+
+    `evaluate.prompts`, each with the label that it names; otherwise the sentence of each label (a
+    seeded choice of 256 if there are more); otherwise a few held-out captions.
     """
     if data.job.evaluate.prompts:
         return [Prompt(text, named_label(text, data.labels)) for text in data.job.evaluate.prompts]
@@ -86,14 +89,14 @@ def prompts_of(data: HeldOut) -> list[Prompt]:
 
 
 def named_label(text: str, labels: list[str]) -> str | None:
-    """The longest label whose words stand together in the text."""
+    """The longest label whose words occur together in the text."""
     padded = f" {normalise(text)} "
     found = [label for label in labels if f" {normalise(label.replace('_', ' '))} " in padded]
     return max(found, key=lambda label: (len(label), label)) if found else None
 
 
 def draw(prompts: list[Prompt], data: HeldOut, models: Models) -> Tensor:
-    """Drawn images, float (n, 3, S, S) in [-1, 1] on the CPU."""
+    """Drawn images: float (n, 3, S, S) in [-1, 1] on the CPU."""
     settings, drawn = data.job.evaluate, []
     sampling = settings.sampling.model_dump()
     with Progress(len(prompts), "drawings", "evaluate: drawing") as progress:
@@ -112,7 +115,7 @@ def draw(prompts: list[Prompt], data: HeldOut, models: Models) -> Tensor:
 def _judge(
     result: MeasureResult, prompts: list[Prompt], drawn_BCHW: Tensor, data: HeldOut, models: Models
 ) -> dict[str, list[str]]:
-    """Add the scores; what each judge sees in each drawing."""
+    """Add the scores; returns the answer of each judge for each drawing."""
     places = [place for place, prompt in enumerate(prompts) if prompt.label is not None]
     if not places:
         return {}
@@ -139,7 +142,11 @@ def _judge(
 
 
 def _judge_on_held_out(data: HeldOut, models: Models) -> tuple[float | None, float | None, int]:
-    """The judge's accuracy on held-out images, on their reconstructions, and how many there were."""
+    """The judge's accuracy on held-out images.
+
+    Returns:
+        The accuracy on the images, on their reconstructions, and the number of images.
+    """
     known = set(data.labels)
     rows = [row for row in data.images if row.label in known]
     if not rows:
@@ -149,7 +156,7 @@ def _judge_on_held_out(data: HeldOut, models: Models) -> tuple[float | None, flo
     for batch, bhwc in data.batches(rows, "judge on held-out images"):
         right = [row.label for row in batch]
         seen = [(real, to_model(bhwc))]
-        if models.no_decoder is None:  # a diffusion decoder takes seconds a picture
+        if models.no_decoder is None:  # a diffusion decoder takes seconds per picture
             seen.append(
                 (
                     rebuilt,

@@ -1,5 +1,4 @@
-"""The rows that are measured: seeded samples of the held-out split, with their codes, texts and
-pixels.
+"""Seeded samples of the held-out split, with codes, texts and pixels.
 
 Samples are drawn from at most `MOST_SHARDS` shards, chosen evenly over the split, so that an
 evaluation of fifty million images reads as little as one of a few thousand. The same seed gives the
@@ -30,7 +29,7 @@ TEXT_COLUMNS = ["image_id", "caption", "label", "qa"]
 
 @dataclass(frozen=True)
 class EvaluationJob:
-    """Everything an evaluation depends on; plain values, so that it travels to another machine."""
+    """Inputs of an evaluation, as plain values that pickle."""
 
     path: str  # of the evaluation's artifact
     corpus: str
@@ -49,7 +48,7 @@ class EvaluationJob:
 
 @dataclass(frozen=True)
 class HeldOutRow:
-    """One held-out image: where it lies, its codes int32 (T,) or (T, 2, R) and its texts."""
+    """One held-out image: its position, codes int32 (T,) or (T, 2, R), and texts."""
 
     image_id: str
     key: str  # of the shard
@@ -62,7 +61,7 @@ class HeldOutRow:
 
 @dataclass(frozen=True)
 class Question:
-    """One held-out question; `row` says which image it is about."""
+    """One held-out question, and the row of its image."""
 
     row: HeldOutRow
     question: str
@@ -77,8 +76,9 @@ def spread(keys: Sequence[str], most: int = MOST_SHARDS) -> list[str]:
 
 
 def choose(total: int, most: int, seed: int) -> np.ndarray:
-    """At most `most` of the numbers 0 … total−1, drawn without replacement, ascending; the same for
-    the same seed.
+    """At most `most` of the numbers 0 … total − 1, in ascending order.
+
+    Drawn without replacement; the same seed gives the same numbers.
     """
     if total <= most:
         return np.arange(total)
@@ -101,8 +101,9 @@ class TrainingTexts(Texts):
 
 
 def texts_of(table: pa.Table) -> list[Texts]:
-    """Rows of caption, label and qa as Python values; a missing qa list is empty, an empty text is
-    None.
+    """Texts of each row.
+
+    A missing qa list becomes empty, an empty text None.
     """
     rows = table.select(TEXT_COLUMNS).to_pylist()
     for row in rows:
@@ -112,7 +113,7 @@ def texts_of(table: pa.Table) -> list[Texts]:
 
 
 class HeldOut:
-    """The held-out rows of a job and, for what must be learned from it, the training split."""
+    """The held-out rows of a job, and its training split."""
 
     def __init__(self, job: EvaluationJob) -> None:
         self.job = job
@@ -121,7 +122,8 @@ class HeldOut:
     def rows(self) -> list[HeldOutRow]:
         """Every row of the chosen held-out token shards, in the order of the shards.
 
-        Errors: DataError when empty.
+        Raises:
+            DataError: if there is none.
         """
         keys = spread(shards.list_shards(self.job.tokens, "val"))
         rows = [row for key in keys for row in self._rows_of(key)]
@@ -165,8 +167,10 @@ class HeldOut:
         return [everything[index] for index in chosen]
 
     def pixels(self, rows: Sequence[HeldOutRow]) -> np.ndarray:
-        """uint8 (B, size, size, 3): the images of the rows, read from the corpus and checked by
-        image_id.
+        """The images of the rows: uint8 (B, size, size, 3).
+
+        Raises:
+            DataError: if the corpus lacks the image of a row.
         """
         size = self.job.image_size
         out = np.empty((len(rows), size, size, 3), dtype=np.uint8)
@@ -180,9 +184,9 @@ class HeldOut:
                 index = by_id.get(rows[place].image_id)
                 if index is None:
                     raise DataError(
-                        f"{self.job.tokens} has image {rows[place].image_id} in shard {key}, "
-                        f"{self.job.corpus} has not. The tokens were made from another corpus: "
-                        "make them again."
+                        f"{self.job.tokens} has image {rows[place].image_id} in shard {key}, but "
+                        f"{self.job.corpus} lacks it: the tokens are of another corpus. Remove "
+                        f"{self.job.tokens} and run the stage `tokens` again."
                     )
                 out[place] = to_pixels(
                     table["image"][index].as_py(), size, max_pixels=self.job.max_pixels
@@ -192,10 +196,12 @@ class HeldOut:
     def batches(
         self, rows: Sequence[HeldOutRow], what: str
     ) -> Iterator[tuple[list[HeldOutRow], np.ndarray]]:
-        """The rows in batches of `evaluate.batch_size`, each with its pixels; progress is shown as
-        `what`.
+        """Yield the rows in batches of `evaluate.batch_size`, with their pixels.
 
-        Rows lie in the order of shards, so a shard's bytes are read once for all of its batches.
+        Rows are in the order of shards, so that each shard is read once.
+
+        Args:
+            what: label of the progress bar.
         """
         size = self.job.evaluate.batch_size
         with Progress(len(rows), "images", f"evaluate: {what}") as progress:
@@ -209,7 +215,10 @@ class HeldOut:
 
     @cached_property
     def training_texts(self) -> list[TrainingTexts]:
-        """caption, label and qa of the training rows (of at most `MOST_SHARDS` · 8 token shards)."""
+        """Texts of the training rows.
+
+        At most `MOST_SHARDS` · 8 token shards are read.
+        """
         keys = spread(shards.list_shards(self.job.tokens, "train"), 8 * MOST_SHARDS)
         return [
             {"key": key, **text}
@@ -219,20 +228,17 @@ class HeldOut:
 
     @cached_property
     def labels(self) -> list[str]:
-        """The classes: labels that the training split has, sorted; empty when there are fewer than
-        two.
-        """
+        """The sorted labels of the training split; empty if there are fewer than two."""
         seen = sorted({text["label"] for text in self.training_texts if text["label"]})
         return seen if len(seen) > 1 else []
 
     @cached_property
     def captions_of_labels(self) -> dict[str, str]:
-        """The sentence that stands for each label: its most frequent training caption where that
-        caption covers at least half of the label's captioned rows (made captions), else `a photo
-        of a <label>` (people's captions).
+        """A sentence for each label.
 
-        A label without a single caption stands for itself: that is the text that models here are
-        trained with.
+        Its most frequent training caption, if that covers at least half of the label's captioned
+        rows (generated captions); otherwise `a photo of a <label>` (captions by people). A label
+        without captions is its own sentence, as in training.
         """
         counts: dict[str, Counter[str]] = {label: Counter() for label in self.labels}
         for text in self.training_texts:
@@ -245,8 +251,10 @@ class HeldOut:
 
     @cached_property
     def zero_shot_sentences(self) -> dict[str, str]:
-        """The same for the encoder; one from elsewhere gets `a photo of a <label>` for a label
-        without captions.
+        """A sentence for each label, for the encoder.
+
+        For an encoder that was not trained here, a label without captions becomes `a photo of a
+        <label>`.
         """
         if self.job.own_encoder:
             return self.captions_of_labels
@@ -256,7 +264,11 @@ class HeldOut:
         }
 
     def labelled_training_pixels(self, most: int, size: int) -> tuple[np.ndarray, list[str]]:
-        """uint8 (n, size, size, 3) and labels of a seeded sample of the labelled training images."""
+        """A seeded sample of labelled training images.
+
+        Returns:
+            uint8 (n, size, size, 3), and their labels.
+        """
         known = [text for text in self.training_texts if text["label"] in set(self.labels)]
         chosen = [known[index] for index in choose(len(known), most, self.job.seed + 2)]
         pixels, labels = [], []

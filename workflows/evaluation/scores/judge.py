@@ -21,13 +21,17 @@ from smalti.workflows.evaluation.scores.pixels import to_model
 
 BATCH = 64
 EPOCHS = 5
-STEPS_OF_SMALL_SETS, EPOCHS_OF_SMALL_SETS = 300, 40  # few images: more epochs, up to so many steps
+STEPS_OF_SMALL_SETS, EPOCHS_OF_SMALL_SETS = (
+    300,
+    40,
+)  # few images: more epochs, up to this many steps
 NOISE, SHIFT = 0.06, 4  # drawn images are never as clean and as centred as real ones
 
 
 class Judge(nn.Module):
-    """Logits (B, L) of float pixels (B, 3, S, S) in [-1, 1]; other sizes are resized to S by
-    averaging.
+    """Classifier of float pixels (B, 3, S, S) in [-1, 1]: logits (B, L).
+
+    Images of other sizes are resized to S by averaging.
     """
 
     def __init__(self, labels: Sequence[str], size: int, width: int = 32) -> None:
@@ -76,11 +80,11 @@ class Judge(nn.Module):
 def train_judge(
     bhwc: np.ndarray, labels: Sequence[str], *, seed: int, device: str = "cpu"
 ) -> Judge:
-    """Train on uint8 (n, S, S, 3) with a label each: AdamW, one cosine; `training_steps(n)` steps
-    of `BATCH` images.
+    """Train a judge on uint8 (n, S, S, 3) with a label each.
 
-    Shift and noise keep it from leaning on details that no drawing has. The result depends on the
-    images and the seed; the caller's random state is left as it was.
+    AdamW with one cosine, `training_steps(n)` steps of `BATCH` images. Shifts and noise keep it
+    from using details that no drawing has. The result depends on the images and the seed; the
+    caller's random state does not change.
     """
     classes = sorted(set(labels))
     with torch.random.fork_rng(devices=[]):
@@ -109,8 +113,9 @@ def train_judge(
 
 
 def training_steps(num_images: int) -> int:
-    """Five epochs; for small sets up to forty, but no more than 300 steps of them (a few hundred
-    images: seconds).
+    """Steps for so many images: five epochs.
+
+    For small sets up to forty epochs, but at most 300 steps.
     """
     batches = num_images / BATCH
     return math.ceil(
@@ -119,7 +124,7 @@ def training_steps(num_images: int) -> int:
 
 
 def _augment(pixels_BCHW: Tensor, generator: torch.Generator) -> Tensor:
-    """A random shift of the batch (edges repeated) and Gaussian noise of a random strength."""
+    """Shift the batch at random (edges repeated) and add Gaussian noise."""
     dy, dx = torch.randint(0, 2 * SHIFT + 1, (2,), generator=generator).tolist()
     height, width = pixels_BCHW.shape[2:]
     shifted = F.pad(pixels_BCHW, (SHIFT,) * 4, mode="replicate")[

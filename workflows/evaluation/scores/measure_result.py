@@ -76,7 +76,10 @@ class Score:
 
 @dataclass
 class MeasureResult:
-    """Result of one measure; empty when there was nothing to measure (`skipped` then says why)."""
+    """Result of one measure.
+
+    If there was nothing to measure, it is empty and `skipped` says why.
+    """
 
     scores: dict[str, Score] = field(default_factory=dict)
     tables: dict[str, object] = field(default_factory=dict)
@@ -97,7 +100,10 @@ class ResultRecord(TypedDict):
 
 
 def save_result(path: str, name: str, result: MeasureResult, version: int = 1) -> ResultRecord:
-    """Write the pictures, then the JSON, so that a JSON file means a complete result."""
+    """Write the pictures, then the JSON.
+
+    A JSON file thus means a complete result.
+    """
     storage.make_dirs(storage.join(path, RESULTS))
     storage.make_dirs(storage.join(path, PICTURES))
     for key, hwc in result.pictures.items():
@@ -127,18 +133,16 @@ def png(hwc: np.ndarray) -> bytes:
 
 
 def share(hits: Sequence[bool] | np.ndarray) -> float:
-    """Mean of booleans; the caller makes sure that there is at least one."""
+    """Mean of booleans, of which there must be at least one."""
     return float(np.mean(np.asarray(hits, dtype=np.float64)))
 
 
 def merge_baselines(
     scores: Mapping[str, ScoreRecord], others: Mapping[str, Mapping[str, ScoreRecord]]
 ) -> dict[str, ScoreRecord]:
-    """Scores as JSON with the values that other runs reached added under `baseline.<name of the
-    run>`.
+    """Scores with those of other runs added as `baseline.<name of the run>`.
 
-    A measure of the encoder or of the judge alone is left out where it is equal: the run shares
-    them.
+    An equal score of the encoder or of the judge alone is left out: the runs share these models.
     """
     merged: dict[str, ScoreRecord] = {}
     for key, score in scores.items():

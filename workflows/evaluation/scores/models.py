@@ -1,4 +1,7 @@
-"""The models of an evaluation, each loaded when it is first needed. B images, T tokens."""
+"""The models of an evaluation, each loaded on first use.
+
+B images, T tokens.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +39,9 @@ class Models:
 
     @property
     def code_embedder(self) -> Callable[[Tensor], Tensor] | None:
-        """Image embeddings (B, E) of codes, for a tokenizer that keeps them: DualToken, through its
-        semantic codes.
+        """Function from codes to image embeddings (B, E), if the tokenizer has one.
+
+        DualToken has: through its semantic codes.
         """
         return getattr(self.tokenizer, "pooled", None)
 
@@ -59,26 +63,28 @@ class Models:
 
     @cached_property
     def judge(self) -> Judge:
-        """A classifier of the corpus's labels, trained here on real training images alone."""
+        """A classifier of the corpus's labels, trained here on real training images."""
         size = min(JUDGE_SIZE, self.job.image_size)
         pixels, labels = self.data.labelled_training_pixels(JUDGE_IMAGES, size)
         return train_judge(pixels, labels, seed=self.job.seed, device=self.job.device)
 
     @property
     def no_decoder(self) -> str | None:
-        """Why codes cannot be turned into pixels; None where they can."""
+        """Why codes cannot be decoded to pixels; None if they can."""
         return None if getattr(self.tokenizer, "has_decoder", True) else self.tokenizer.no_decoder
 
     @property
     def cannot_draw(self) -> str | None:
-        """Why codes cannot be turned into pictures, by a diffusion decoder either; None where they
-        can.
+        """Why codes cannot become pictures; None if they can.
+
+        They can if the tokenizer has a decoder, or the export a diffusion decoder.
         """
         return self.no_decoder and self.language.cannot_draw
 
     def decode(self, codes_BT: Tensor) -> Tensor:
-        """Pixels of codes, by the tokenizer or by the export's diffusion decoder: float (B, 3, S,
-        S) in [-1, 1].
+        """Pixels of codes: float (B, 3, S, S) in [-1, 1].
+
+        By the tokenizer, or else by the export's diffusion decoder.
         """
         if self.no_decoder is None:
             return self.tokenizer.decode(codes_BT)

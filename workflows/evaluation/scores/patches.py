@@ -11,14 +11,14 @@ from PIL import Image
 from smalti.workflows.evaluation.scores.tables import GalleryRow
 
 ROWS, PATCHES_A_ROW, PICTURE_SIDE = 12, 8, 96
-DIM = 0.35  # how much of its colour the surrounding of a patch keeps
+DIM = 0.35  # contrast of the surroundings of a patch
 
 
 def cut_patches(bhwc: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """uint8 (B, H, W, 3) as (B·h·w, H // h, W // w, 3), token order (row by row).
+    """Patches of uint8 (B, H, W, 3): (B·h·w, H // h, W // w, 3).
 
-    A remainder that the grid does not cover (384 px, patch 14) is left out at the right and at the
-    bottom.
+    In token order (row by row). A remainder that the grid does not cover (384 px, patch 14) is left
+    out at the right and at the bottom.
     """
     batch, height, width, channels = bhwc.shape
     rows, columns = grid
@@ -35,8 +35,8 @@ def gallery(
     """Rows of up to 8 patches that share a code, and their pictures.
 
     Half of the rows are the codes with the most detail (pixel variance), half are spread over the
-    codes by how often they are used; the patches of a row come from different images. A code needs
-    patches from at least three images.
+    codes by frequency; the patches of a row come from different images. A code needs patches from
+    at least three images.
     """
     flat_N = ids_BT.reshape(-1)
     detail_N = cut_patches(bhwc, grid).reshape(len(flat_N), -1).astype(np.float32).std(axis=1)
@@ -67,8 +67,9 @@ def gallery(
 
 
 def _order(codes: np.ndarray, counts: np.ndarray, detail: np.ndarray) -> list[tuple[int, int]]:
-    """(code, patches) in the order in which rows are tried: detailed and spread ones in turn, each
-    once.
+    """(code, patches) in the order in which rows are tried.
+
+    Detailed and spread codes in turn, each once.
     """
     usable = np.flatnonzero(counts >= 3)
     detailed = usable[np.argsort(-detail[usable], kind="stable")]
@@ -85,8 +86,9 @@ def _order(codes: np.ndarray, counts: np.ndarray, detail: np.ndarray) -> list[tu
 
 
 def in_context(hwc: np.ndarray, grid: tuple[int, int], token: int) -> np.ndarray:
-    """The patch of a token with as much again around it, dimmed; enlarged with hard pixel edges to
-    about 96 px.
+    """The patch of a token with its surroundings, which are dimmed.
+
+    Enlarged to about 96 px with hard pixel edges.
     """
     tall, wide = hwc.shape[0] // grid[0], hwc.shape[1] // grid[1]
     top, left = (token // grid[1]) * tall, (token % grid[1]) * wide

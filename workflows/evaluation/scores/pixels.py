@@ -21,13 +21,13 @@ def to_model(bhwc_uint8: np.ndarray) -> Tensor:
 
 
 def to_uint8(pixels_BCHW: Tensor) -> np.ndarray:
-    """Float (B, 3, H, W) in [-1, 1] as uint8 (B, H, W, 3); values outside are clipped."""
+    """Float (B, 3, H, W) in [-1, 1], clipped, as uint8 (B, H, W, 3)."""
     scaled = pixels_BCHW.detach().float().clamp(-1, 1).add(1).mul(127.5).round()
     return scaled.permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()
 
 
 def thumbnail(hwc: np.ndarray, longest: int = LONGEST_SIDE) -> np.ndarray:
-    """The picture, made smaller when a side is longer than `longest` pixels; never larger."""
+    """The picture, at most `longest` pixels per side; never enlarged."""
     from PIL import Image
 
     if max(hwc.shape[:2]) <= longest:

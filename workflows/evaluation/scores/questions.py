@@ -1,4 +1,4 @@
-"""Visual question answering by exact match, beside the answer that never looks at the picture."""
+"""Visual question answering by exact match, with an answer without the image."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ ANSWER_TOKENS = 16
 
 
 def measure_questions(data: HeldOut, models: Models) -> MeasureResult:
-    """Share of held-out questions whose normalised answer is exactly right, with tables by kind,
-    opening and answer.
+    """Share of held-out questions answered exactly right.
+
+    With tables by kind of answer, first words of the question, and answer.
     """
     if data.job.export is None:
         return MeasureResult(skipped="no exported language model")
@@ -56,7 +57,10 @@ def measure_questions(data: HeldOut, models: Models) -> MeasureResult:
 
 
 def ask(questions: list[Question], models: Models) -> list[str]:
-    """The model's answers, in the order of the questions; those of like length are asked together."""
+    """The model's answers, in the order of the questions.
+
+    Questions of similar length form a batch.
+    """
     size = models.job.evaluate.batch_size
     order = sorted(range(len(questions)), key=lambda index: (len(questions[index].question), index))
     answers = [""] * len(questions)
@@ -75,8 +79,9 @@ def ask(questions: list[Question], models: Models) -> list[str]:
 def _examples(
     data: HeldOut, result: MeasureResult, given: list[str], hits: list[bool]
 ) -> list[Example]:
-    """Up to a dozen wrong and a dozen right answers, evenly over the sample, each about another
-    image.
+    """Up to a dozen wrong and a dozen right answers.
+
+    Evenly over the sample, each about another image.
     """
     chosen: list[int] = []
     for wanted in (False, True):

@@ -15,13 +15,14 @@ from smalti.workflows.evaluation.scores.models import Models
 from smalti.workflows.evaluation.scores.pixels import thumbnail, to_model, to_uint8
 
 SHOWN = 16
-MOST_DB = 100.0  # of one image: an exact copy would be infinite, and so would the mean
+MOST_DB = 100.0  # per image: an exact copy would be infinite, and so would the mean
 
 
 @torch.inference_mode()
 def measure_reconstruction(data: HeldOut, models: Models) -> MeasureResult:
-    """PSNR (dB) and SSIM, mean over images, of the decoder on all codes and, where it was trained,
-    of the decoder that sees the semantic codes alone; their difference as
+    """PSNR (dB) and SSIM of decoded images, mean over images.
+
+    If a decoder for the semantic codes alone was trained, also of that one, and the difference as
     `reconstruction/psnr_over_semantic_only`.
     """
     if models.no_decoder:
@@ -80,7 +81,7 @@ def _keep(
     found: dict[str, list[float]],
     size: int,
 ) -> dict[str, object]:
-    """Keep the pictures of one image for the report; its line of the table."""
+    """Keep an image's pictures for the report; returns its row of the table."""
     line: dict[str, object] = {"image_id": row.image_id, "caption": row.caption or row.label}
     for kind, bhwc in pictures.items():
         name = f"reconstruction-{number:02d}-{kind}"
@@ -93,7 +94,7 @@ def _keep(
 
 
 def _spread_rows(rows: list[HeldOutRow], most: int) -> list[HeldOutRow]:
-    """Rows evenly over the sample, so that the grid shows more than one source or class."""
+    """Rows evenly over the sample, to show more than one source or class."""
     return [rows[int(place)] for place in np.linspace(0, len(rows) - 1, min(most, len(rows)))]
 
 

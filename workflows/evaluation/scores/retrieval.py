@@ -1,4 +1,4 @@
-"""Retrieval with the encoder's pooled embeddings: image → caption and caption → image, recall at 1."""
+"""Retrieval between images and captions by the encoder: recall at 1."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from smalti.workflows.evaluation.scores.models import Models
 from smalti.workflows.evaluation.scores.pixels import to_model
 from smalti.workflows.evaluation.scores.zero_shot import embed_texts, fit, no_text_tower
 
-LEAST_DISTINCT = 0.9  # share of captions that stand with one image only
+LEAST_DISTINCT = 0.9  # share of captions that are of one image only
 
 
 @torch.no_grad()
 def measure_retrieval(data: HeldOut, models: Models) -> MeasureResult:
-    """R@1 both ways over the sample's captioned images, chance beside it.
+    """R@1 both ways over the sample's captioned images, with chance as baseline.
 
-    Taken only where nine in ten captions are distinct: with a handful of sentences for a thousand
-    images a caption has no image of its own to find, and the figure would say nothing. Equal
-    captions count as right for each other. With DualToken also through its semantic codes.
+    Taken only if nine in ten captions are distinct: with a few sentences for a thousand images, a
+    caption has no image of its own. Equal captions count as right for each other. With DualToken
+    also through its semantic codes.
     """
     rows = [row for row in data.images if row.caption]
     captions = [row.caption or "" for row in rows]
@@ -66,8 +66,9 @@ def measure_retrieval(data: HeldOut, models: Models) -> MeasureResult:
 
 
 def recalls(images_BE: Tensor, texts_CE: Tensor, owner_B: Tensor) -> dict[str, float]:
-    """Recall at 1 of each way: images whose nearest text is theirs, texts whose nearest image is
-    one of theirs.
+    """Recall at 1 of each direction.
+
+    Images whose nearest text is theirs, and texts whose nearest image is one of theirs.
     """
     scores_BC = (F.normalize(images_BE, dim=-1) @ texts_CE.T).cpu()
     i2t = (scores_BC.argmax(1) == owner_B).float().mean()

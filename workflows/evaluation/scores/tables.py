@@ -6,7 +6,7 @@ from typing import Any, NotRequired, TypedDict
 
 
 class ClassRow(TypedDict):
-    """Accuracy of one class, of one kind of question, or of one answer."""
+    """Accuracy of one label, kind of question, or answer."""
 
     key: str
     n: int
@@ -52,7 +52,7 @@ class Histogram(TypedDict):
 
 
 class ZeroShotTable(TypedDict):
-    """Accuracy by label, and the sentence that stands for each label."""
+    """Accuracy by label, and the sentence of each label."""
 
     classes: list[ClassRow]
     sentences: dict[str, str]

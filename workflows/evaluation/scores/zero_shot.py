@@ -1,4 +1,4 @@
-"""The encoder's own classes: which label's sentence is nearest to an image.
+"""Zero-shot classes of the encoder: the label with the nearest sentence.
 
 B images, L labels, E embedding width.
 """
@@ -23,7 +23,8 @@ MOST_TEXTS_A_BATCH = 256
 class ZeroShot:
     """The encoder as a classifier of the corpus's labels.
 
-    ArtifactError when the encoder has no text tower.
+    Raises:
+        ArtifactError: if the encoder has no text tower.
     """
 
     def __init__(self, models: Models) -> None:
@@ -34,7 +35,7 @@ class ZeroShot:
 
     @torch.no_grad()
     def classify(self, pixels_BCHW: Tensor) -> list[str]:
-        """The label whose sentence is nearest to each image, float (B, 3, S, S) in [-1, 1]."""
+        """The label with the nearest sentence, of float (B, 3, S, S) in [-1, 1]."""
         return self.nearest(self.encoder.pooled(fit(pixels_BCHW, self.encoder.image_size)))
 
     def nearest(self, images_BE: Tensor) -> list[str]:
@@ -67,7 +68,7 @@ def fit(pixels_BCHW: Tensor, size: int) -> Tensor:
 
 
 def no_text_tower(models: Models) -> str | None:
-    """Why the encoder cannot read text; None when it can."""
+    """Why the encoder cannot read text; None if it can."""
     try:
         models.encoder.prompt_embeddings(["a"])
     except ArtifactError as error:
@@ -76,8 +77,7 @@ def no_text_tower(models: Models) -> str | None:
 
 
 def measure_zero_shot(data: HeldOut, models: Models) -> MeasureResult:
-    """Share of held-out images with a label whose own sentence is the nearest; chance stands beside
-    it.
+    """Share of labelled held-out images whose nearest sentence is their label's.
 
     With DualToken also through its semantic codes, by the trained tower's last layers and the
     encoder's texts.
@@ -120,7 +120,7 @@ def measure_zero_shot(data: HeldOut, models: Models) -> MeasureResult:
 
 
 def most_frequent_share(data: HeldOut, rows: list[HeldOutRow]) -> float:
-    """How often the most frequent label of the training split is right on the rows."""
+    """Accuracy of the most frequent training label on the rows."""
     labels = [text["label"] for text in data.training_texts if text["label"]]
     names, counts = np.unique(labels, return_counts=True)
     best = names[counts.argmax()]
