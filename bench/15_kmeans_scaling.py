@@ -27,7 +27,8 @@ from smalti.schema import Recipe
 from smalti.tokenizers import kmeans
 from smalti.workflows.cluster.session import ensure_ray
 from smalti.workflows.codebook import passes
-from smalti.workflows.codebook.passes import Chunk, Tree
+from smalti.workflows.codebook.passes import Chunk
+from smalti.workflows.codebook.tree import Tree
 from smalti.workflows.pipeline.stage import run_stage
 
 DIM, CODES, CELLS, CHUNKS, GOAL = 256, 4_096, 64, 16, 1.7

@@ -190,16 +190,12 @@ def begin(
     plain = _plain(config)
     parent_prints = {name: artifact.fingerprint for name, artifact in parents.items()}
     wanted = _digest(kind, plain, parent_prints)
+    here = {"kind": kind, "config": plain, "parents": parent_prints}
     finished = Artifact.find(path)
     if finished is not None:
         if finished.fingerprint != wanted:
             there = {"kind": finished.kind, "config": finished.config, "parents": finished.parents}
-            raise _conflict(
-                path,
-                "a finished artifact",
-                there,
-                {"kind": kind, "config": plain, "parents": parent_prints},
-            )
+            raise _conflict(path, "a finished artifact", there, here)
         storage.remove(storage.join(path, PARTIAL))
         return finished
     workspace = Workspace(path, kind, plain, parent_prints, wanted, resumed=False)
@@ -207,12 +203,7 @@ def begin(
     if storage.exists(partial_path):
         partial = _read_record(partial_path)
         if partial.get("fingerprint") != wanted:
-            raise _conflict(
-                path,
-                "an incomplete artifact",
-                partial,
-                {"kind": kind, "config": plain, "parents": parent_prints},
-            )
+            raise _conflict(path, "an incomplete artifact", partial, here)
         workspace.resumed = True
         workspace.earlier_s = float(partial.get("seconds", 0.0))
     else:

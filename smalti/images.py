@@ -125,7 +125,9 @@ def _open(data: bytes, max_pixels: int, min_size: int) -> Image.Image:
 
 def _check_segments(data: bytes) -> None:
     """Refuse a JPEG with too many header segments: Pillow joins EXIF segments in quadratic time."""
-    place, num, every = 2, 0, 0
+    place = 2
+    num = 0
+    every = 0
     while (
         data[:2] == b"\xff\xd8"
         and data[place : place + 1] == b"\xff"

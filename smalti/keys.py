@@ -122,18 +122,26 @@ class Schema:
     def _resolve(self, loc: tuple[int | str, ...]) -> tuple[str, str, object, list[object]]:
         """Dotted key, section, annotation and constraints of a pydantic location."""
         model: type[BaseModel] | None = self.model
-        key, section, annotation, metadata, free = "", "", None, [], False
+        key = ""
+        section = ""
+        annotation = None
+        metadata = []
+        free = False
         for part in loc:
             name = str(part)
             if model is not None and name in model.model_fields:
                 field = model.model_fields[name]
                 key = f"{key}.{name}" if key else name
-                annotation, metadata = field.annotation, list(field.metadata)
-                section, model, free = key, section_of(annotation), _has(annotation, dict)
+                annotation = field.annotation
+                metadata = list(field.metadata)
+                section = key
+                model = section_of(annotation)
+                free = _has(annotation, dict)
             elif isinstance(part, int):
                 key += f"[{part}]"
             elif model is not None and part == loc[-1]:
-                section, key = key, f"{key}.{name}" if key else name
+                section = key
+                key = f"{key}.{name}" if key else name
             elif free:
                 key += f".{name}"
         return key, section if section != key else key.rpartition(".")[0], annotation, metadata

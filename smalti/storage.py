@@ -25,6 +25,8 @@ from smalti.paths import is_temporary as is_temporary
 from smalti.paths import join as join
 from smalti.paths import parent as parent
 
+CHANGE_TAGS = ("ETag", "etag", "md5Hash", "LastModified", "mtime", "updated", "created")
+
 
 def exists(path: str) -> bool:
     """True when a file or a folder exists at `path`."""
@@ -131,11 +133,8 @@ def stamp(path: str) -> str:
             return f"{found.st_size} {found.st_mtime_ns}"
         fs, key = remote(path)
         info = fs.info(key)
-        known = [
-            info.get(name)
-            for name in ("ETag", "etag", "md5Hash", "LastModified", "mtime", "updated", "created")
-        ]
-        return " ".join(str(value) for value in [info["size"], *known] if value is not None)
+        known = [info["size"], *(info.get(name) for name in CHANGE_TAGS)]
+        return " ".join(str(value) for value in known if value is not None)
 
 
 def sizes_bytes(directory: str) -> dict[str, int]:
@@ -146,18 +145,15 @@ def sizes_bytes(directory: str) -> dict[str, int]:
     with explained("list", directory):
         if is_local(directory):
             root = local_path(directory)
-            files = [
-                os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names
-            ]
+            files = [os.path.join(top, name) for top, _, names in os.walk(root) for name in names]
             found = {
                 os.path.relpath(file, root).replace(os.sep, "/"): os.path.getsize(file)
                 for file in files
             }
         else:
             fs, key = remote(directory)
-            found = {
-                name: int(str(info["size"])) for name, (_, info) in files_below(fs, key).items()
-            }
+            below = files_below(fs, key).items()
+            found = {name: int(str(info["size"])) for name, (_, info) in below}
     return {name: size for name, size in found.items() if not name.endswith(TEMP_SUFFIX)}
 
 
@@ -239,10 +235,7 @@ def atomic_file(path: str) -> Iterator[str]:
 
 
 def put_file(local: str, path: str) -> None:
-    """Move or copy the file `local` to `path`, atomically.
-
-    `local` may no longer exist afterwards.
-    """
+    """Move or copy the file `local`, which may then be gone, to `path`, atomically."""
     with explained("write", path):
         if not is_local(path):
             fs, key = remote(path)

@@ -138,7 +138,9 @@ def captioned(corpus: Artifact) -> tuple[list[str], list[int], Counter[tuple[str
     """
     from smalti.workflows.train.tasks.encoder import text_of
 
-    keys, sizes, texts = [], [], Counter[tuple[str, str]]()
+    keys = []
+    sizes = []
+    texts = Counter[tuple[str, str]]()
     for key, table in _tables(corpus, "train", ["caption", "label"]):
         pairs = list(
             zip(table.column("caption").to_pylist(), table.column("label").to_pylist(), strict=True)
@@ -220,7 +222,8 @@ def zero_shot(
                 for i, label in zip(found, wanted, strict=True)
                 if label in prompts
             ]
-            right, seen = right + sum(hits), seen + len(hits)
+            right += sum(hits)
+            seen += len(hits)
     return {"value": right / seen, "n": seen, "classes": len(labels)} if seen else None
 
 

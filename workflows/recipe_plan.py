@@ -156,7 +156,8 @@ class RecipePlan:
         yield from ["", *self._storage_lines(), "", self._total()]
 
     def _length_line(self) -> str:
-        mean, longest = self.mean_length, self.recipe.mllm.max_length
+        mean = self.mean_length
+        longest = self.recipe.mllm.max_length
         if mean == longest:
             return (
                 f"hours are an upper bound: every sequence counted as {longest:,} tokens (--length)"
@@ -170,7 +171,8 @@ class RecipePlan:
 
         Frozen parts keep their optimizer states, and a step costs the same.
         """
-        section, modules = self.recipe.mllm, model.modules["model"]
+        section = self.recipe.mllm
+        modules = model.modules["model"]
         part_of: dict[int, str] = modules.parts()  # type: ignore[operator]
         trained_from: dict[int, tuple[str, ...]] = {}
         for start in sorted({0, *(stage.from_step for stage in section.stages)}):
@@ -236,7 +238,8 @@ class RecipePlan:
     @cached_property
     def stored(self) -> list[tuple[str, float, str]]:
         """(what, bytes, formula)."""
-        recipe, images = self.recipe, self.images
+        recipe = self.recipe
+        images = self.images
         found = [
             (
                 "corpus",
@@ -260,7 +263,8 @@ class RecipePlan:
         codes = self.patches * self.codes_a_token
         found.append(("tokens", float(CODE_BYTES * images * codes), f"4·{codes} per image"))
         for plan in self.trained:
-            keep, name = plan.model.train.keep + 1, plan.model.name
+            keep = plan.model.train.keep + 1
+            name = plan.model.name
             found.append(
                 (
                     f"{name}: checkpoints",

@@ -55,7 +55,8 @@ def _resources(recipe: Recipe) -> dict[str, object]:
     CUDA and nccl are tried wherever they can be.
     """
     wanted = recipe.resources.gpus_per_worker or float(recipe.resources.device == "auto")
-    workers, gpus = min(recipe.resources.max_workers, 2), wanted
+    workers = min(recipe.resources.max_workers, 2)
+    gpus = wanted
     if gpus:
         seen = _gpus_in_sight(recipe)
         gpus = min(gpus, seen)

@@ -18,10 +18,11 @@ from smalti.schema import Recipe, result_settings
 from smalti.tracking import Tracker
 from smalti.workflows.cluster.devices import actor_device
 from smalti.workflows.cluster.session import ensure_ray
+from smalti.workflows.pipeline.finished_shards import matching_receipt, refuse_foreign
 from smalti.workflows.pipeline.pixels import LoadedShard, block_bytes, load_pixels
-from smalti.workflows.pipeline.shards import refuse_foreign, run_shards, standing_for
+from smalti.workflows.pipeline.shards import run_shards
 from smalti.workflows.pipeline.stage import Body, StageRun, find_artifact, run_stage
-from smalti.workflows.pipeline.timings import HERE, shard_progress
+from smalti.workflows.pipeline.timings import PROCESS_TALLY, shard_progress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,12 +53,15 @@ class EncodeShard:
     def __init__(
         self, out: str, corpus: str, tokenizer: str, recipe: Recipe, image_size: int
     ) -> None:
-        self.out, self.corpus, self.tokenizer_dir, self.recipe = out, corpus, tokenizer, recipe
+        self.out = out
+        self.corpus = corpus
+        self.tokenizer_dir = tokenizer
+        self.recipe = recipe
         self.image_size = image_size
         self.encoder: Callable[[Tensor], Tensor] | None = None
 
     def read(self, key: str) -> shards.Receipt | LoadedShard:
-        done = standing_for(self.out, self.corpus, key)
+        done = matching_receipt(self.out, self.corpus, key)
         if done is not None:
             return done
         max_pixels = self.recipe.corpus.max_pixels
@@ -71,13 +75,13 @@ class EncodeShard:
         key, table, pixels = loaded
         if self.encoder is None:
             self.encoder = self.load()
-        with HERE.part("model"):
+        with PROCESS_TALLY.part("model"):
             codes = self.encode(pixels, self.encoder)
         schema = shards.token_schema(codes.shape[1:])
         arrays = {name: table.column(name) for name in CARRIED} | {
             "codes": shards.list_column(codes)
         }
-        with HERE.part("write"):
+        with PROCESS_TALLY.part("write"):
             return shards.write_shard(
                 self.out, key, pa.table([arrays[name] for name in schema.names], schema)
             )
@@ -88,7 +92,7 @@ class EncodeShard:
         from smalti.tokenizers.loading import load_tokenizer
 
         self.device = actor_device(self.recipe.resources)
-        with HERE.part("start"):
+        with PROCESS_TALLY.part("start"):
             tokenizer = load_tokenizer(self.tokenizer_dir).to(self.device)
         self.num_codes = tokenizer.num_codes
         return as_set(
@@ -124,7 +128,9 @@ def _body(parents: dict[str, Artifact]) -> Body:
     def body(run: StageRun) -> dict[str, int]:
         from smalti.tokenizers.loading import load_tokenizer
 
-        recipe, corpus, tokenizer = run.recipe, parents["corpus"], parents["tokenizer"].path
+        recipe = run.recipe
+        corpus = parents["corpus"]
+        tokenizer = parents["tokenizer"].path
         model = load_tokenizer(tokenizer)
         args = (run.path, corpus.path, tokenizer, recipe, model.image_size)
         counts = {"images": 0, "train": 0, "val": 0, "num_codes": model.num_codes}

@@ -23,7 +23,7 @@ import pytest
 from smalti.workflows.cluster.session import QUIET, quiet_ray_data
 from smalti.workflows.corpus import scan
 from smalti.workflows.corpus import stage as corpus
-from smalti.workflows.pipeline.timings import HERE
+from smalti.workflows.pipeline.timings import PROCESS_TALLY
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -59,7 +59,7 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> None:
         made = worker(*args)
         for item in items:
             result = made.work(made.read(item))
-            tally.add(HERE.drain())
+            tally.add(PROCESS_TALLY.drain())
             yield result
 
     monkeypatch.setattr(scan, "run_shards", here)

@@ -58,12 +58,14 @@ class Nodes(NamedTuple):
 
     def room(self, bundle: Bundle) -> int:
         """How many such bundles fit, adding the largest nodes first."""
-        room, left = sum(room_for(bundle, node) * node.count for node in self.up), self.most
+        room = sum(room_for(bundle, node) * node.count for node in self.up)
+        left = self.most
         for each, count in sorted(
             ((room_for(bundle, node), node.count) for node in self.to_come), reverse=True
         ):
             came = min(count, left)
-            room, left = room + each * int(came), left - came
+            room += each * int(came)
+            left -= came
         return room
 
     def __str__(self) -> str:
@@ -141,14 +143,14 @@ def _kinds() -> tuple[list[Node], float]:
     """
     path = Path(BOOTSTRAP).expanduser()
     if GROUPS in os.environ:
-        kinds, most = json.loads(os.environ[GROUPS]), math.inf
+        kinds = json.loads(os.environ[GROUPS])
+        most = math.inf
     elif path.is_file():
         config = yaml.safe_load(path.read_text())
-        types, head = config["available_node_types"], config["head_node_type"]
-        kinds, most = (
-            {name: kind for name, kind in types.items() if name != head},
-            config.get("max_workers", 2),
-        )
+        types = config["available_node_types"]
+        head = config["head_node_type"]
+        kinds = {name: kind for name, kind in types.items() if name != head}
+        most = config.get("max_workers", 2)
     else:
         return [], math.inf
     return [

@@ -22,7 +22,8 @@ from smalti import storage
 from smalti.errors import DataError
 from smalti.tokenizers import kmeans
 from smalti.workflows.codebook import passes
-from smalti.workflows.codebook.passes import Chunk, in_order
+from smalti.workflows.codebook.passes import Chunk
+from smalti.workflows.codebook.tasks import in_order
 
 WRITTEN_ROWS = 8_192  # of a cell file, sorted at once
 
@@ -66,8 +67,8 @@ def write_cells(parts: Sequence[Chunk], cells_PC: Tensor, folder: str, workers: 
     """
     import ray
 
-    standing = set(storage.list_names(folder, ".npy"))
-    missing = [chunk for chunk in parts if f"{cell_file('', chunk)}.npy" not in standing]
+    existing = set(storage.list_names(folder, ".npy"))
+    missing = [chunk for chunk in parts if f"{cell_file('', chunk)}.npy" not in existing]
     if missing:
         shared = ray.put(cells_PC)
         for _ in in_order(
@@ -83,10 +84,8 @@ def _chunk_cells(chunk: Chunk, cells_PC: Tensor, folder: str) -> None:
     """Task of `write_cells`."""
     name = cell_file(folder, chunk)
     cells_PC = cells_PC.to(chunk.device)
-    rows_NC, ids_N = (
-        np.empty((chunk.rows, chunk.width), np.float16),
-        torch.empty(chunk.rows, dtype=torch.int64),
-    )
+    rows_NC = np.empty((chunk.rows, chunk.width), np.float16)
+    ids_N = torch.empty(chunk.rows, dtype=torch.int64)
     held = 0
     for x_NC in replace(chunk, spherical=False).vectors():
         if chunk.spherical:
@@ -121,11 +120,13 @@ def read_cells(names: Sequence[str], first: int, last: int, settings: CellSettin
     vectors = [
         np.empty((min(size, settings.bound), settings.width), np.float32) for size in sizes.tolist()
     ]
-    before, held = np.zeros(len(sizes), np.int64), [0] * len(sizes)
+    before = np.zeros(len(sizes), np.int64)
+    held = [0] * len(sizes)
     for name, own in zip(names, starts, strict=True):
         rows = read_rows(name, int(own[0]), int(own[-1]), settings.width)
         for cell, (low, high) in enumerate(zip(own[:-1] - own[0], own[1:] - own[0], strict=True)):
-            piece, at = rows[low:high], before[cell]
+            piece = rows[low:high]
+            at = before[cell]
             if cell in drawn:
                 inside = drawn[cell][
                     np.searchsorted(drawn[cell], at) : np.searchsorted(drawn[cell], at + high - low)
@@ -169,7 +170,8 @@ def fine(
         low, high = first + missing[0], first + missing[-1] + 1
         vectors = read_cells(names, low, high, settings)
         for i in missing:
-            x_NC, vectors[first + i - low] = vectors[first + i - low], torch.empty(0)
+            x_NC = vectors[first + i - low]
+            vectors[first + i - low] = torch.empty(0)
             codes_KC = cell_codes(x_NC, shares[i], first + i, settings)
             storage.write_atomic(codes_file(folder, first + i), _npy(codes_KC.numpy()))
     return sum(shares)
@@ -245,7 +247,8 @@ def _npy(array: np.ndarray) -> bytes:
 
 def load_codes(folder: str, shares: Sequence[int], width: int) -> Tensor:
     """The codes of all cells in order: float32 (sum, C)."""
-    codes_KC, start = torch.empty(sum(shares), width), 0
+    codes_KC = torch.empty(sum(shares), width)
+    start = 0
     for cell, num in enumerate(shares):
         if num:
             codes_KC[start : start + num] = torch.from_numpy(_load(codes_file(folder, cell)))

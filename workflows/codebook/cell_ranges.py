@@ -19,7 +19,7 @@ from smalti.workflows.codebook.passes import Chunk
 
 
 @dataclass(frozen=True)
-class Piece:
+class CellChunk:
     """Ranges of cell files, (name, first row, end) each; see `passes.Vectors`."""
 
     spans: tuple[tuple[str, int, int], ...]
@@ -55,17 +55,15 @@ class Piece:
         return cell_files.read_rows(name, first, end, self.width)
 
 
-def pieces(parts: Sequence[Chunk], starts_FP: np.ndarray, folder: str) -> list[Piece]:
+def cell_chunks(parts: Sequence[Chunk], starts_FP: np.ndarray, folder: str) -> list[CellChunk]:
     """All vectors in the cell files, in pieces about as large as a chunk.
 
     A larger cell is cut into several pieces, of some files each. See `cell_files.write_cells`.
     """
-    kind, most, names = (
-        parts[0],
-        passes.CHUNK_VECTORS,
-        [cell_files.cell_file(folder, chunk) for chunk in parts],
-    )
-    found: list[Piece] = []
+    kind = parts[0]
+    most = passes.CHUNK_VECTORS
+    names = [cell_files.cell_file(folder, chunk) for chunk in parts]
+    found: list[CellChunk] = []
     for first, last in runs(np.diff(starts_FP.sum(0, dtype=np.int64)).tolist(), most):
         spans = list(
             zip(names, starts_FP[:, first].tolist(), starts_FP[:, last].tolist(), strict=True)
@@ -73,7 +71,7 @@ def pieces(parts: Sequence[Chunk], starts_FP: np.ndarray, folder: str) -> list[P
         for low, high in runs([end - start for _, start, end in spans], most):
             kept = tuple(span for span in spans[low:high] if span[2] > span[1])
             if kept:
-                found.append(Piece(kept, kind.width, kind.spherical, kind.gpus, kind.device))
+                found.append(CellChunk(kept, kind.width, kind.spherical, kind.gpus, kind.device))
     return found
 
 
@@ -83,10 +81,13 @@ def runs(sizes: Sequence[int], most: int) -> list[tuple[int, int]]:
     Returns:
         (first, end) of each run.
     """
-    found, first, held = [], 0, 0
+    found = []
+    first = 0
+    held = 0
     for place, size in enumerate(sizes):
         if place > first and held + size > most:
             found.append((first, place))
-            first, held = place, 0
+            first = place
+            held = 0
         held += size
     return [*found, (first, len(sizes))] if len(sizes) else found

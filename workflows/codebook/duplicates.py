@@ -14,7 +14,9 @@ from torch import Tensor
 from smalti.errors import DataError
 from smalti.tokenizers import kmeans
 from smalti.tokenizers.code_index import CodeIndex
-from smalti.workflows.codebook.passes import POLISH, Chunk, Tree, in_order, placed
+from smalti.workflows.codebook.passes import POLISH, Chunk
+from smalti.workflows.codebook.tasks import in_order
+from smalti.workflows.codebook.tree import Tree, placed
 
 ROWS = 4_096  # of the codes, moved at once
 NAME = "V16"  # of a vector: see `kmeans.row_names`
@@ -76,27 +78,26 @@ class _Far:
 
     def __init__(self, num: int) -> None:
         self.num = num
-        self.chunks, self.rows = np.empty(0, np.int64), np.empty(0, np.int64)
-        self.distances, self.names = np.empty(0, np.float32), np.empty(0, NAME)
+        self.chunks = np.empty(0, np.int64)
+        self.rows = np.empty(0, np.int64)
+        self.distances = np.empty(0, np.float32)
+        self.names = np.empty(0, NAME)
 
     def add(self, number: int, distances: np.ndarray, names: np.ndarray, rows: np.ndarray) -> None:
         """Add the vectors of a chunk; at equal distance the earlier ones come first."""
-        distances, names = (
-            np.concatenate([self.distances, distances]),
-            np.concatenate([self.names, names]),
-        )
-        known, kept = set[bytes](), list[int]()
+        distances = np.concatenate([self.distances, distances])
+        names = np.concatenate([self.names, names])
+        known = set[bytes]()
+        kept = list[int]()
         for place in np.argsort(-distances, kind="stable").tolist():
             name = names[place].tobytes()
             if len(kept) < self.num and name not in known:
                 known.add(name)
                 kept.append(place)
         self.chunks = np.concatenate([self.chunks, np.full(len(rows), number)])[kept]
-        self.rows, self.distances, self.names = (
-            np.concatenate([self.rows, rows])[kept],
-            distances[kept],
-            names[kept],
-        )
+        self.rows = np.concatenate([self.rows, rows])[kept]
+        self.distances = distances[kept]
+        self.names = names[kept]
 
 
 def _items(parts: Sequence[Chunk], tree: Tree, num: int) -> list[tuple[object, ...]]:
@@ -114,8 +115,10 @@ def _chunk_far(
 
     They are distinct and not codes themselves.
     """
-    tree, names = Tree.of_shared(shared, chunk.device), set(known.tolist())
-    far, start = _Far(num), 0
+    tree = Tree.of_shared(shared, chunk.device)
+    names = set(known.tolist())
+    far = _Far(num)
+    start = 0
     with torch.device(chunk.device):
         index = CodeIndex(tree.codes, tree.cells, tree.cell_of)
         for x_NC in chunk.vectors():
@@ -130,7 +133,8 @@ def _chunk_far(
 
 def _chunk_rows(chunk: Chunk, rows: np.ndarray) -> Tensor:
     """Task of `replaced`: some vectors of a chunk, float32 (n, C)."""
-    found_NC, start = torch.empty(len(rows), chunk.width), 0
+    found_NC = torch.empty(len(rows), chunk.width)
+    start = 0
     for x_NC in chunk.vectors():
         mine = (rows >= start) & (rows < start + len(x_NC))
         found_NC[torch.from_numpy(mine)] = x_NC[torch.from_numpy(rows[mine] - start)]

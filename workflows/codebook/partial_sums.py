@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from smalti.tokenizers import kmeans
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
 
 RANGE_NUMBERS = 1 << 25  # numbers in a range of codes: 268 MB of sums
 MOVED_NUMBERS = 1 << 21  # of a range, yielded at once
@@ -72,13 +75,14 @@ class RangeSums:
     """
 
     def __init__(self, num: int, width: int) -> None:
-        self.width, self.step = width, max(1, RANGE_NUMBERS // max(1, width))
+        self.width = width
+        self.step = max(1, RANGE_NUMBERS // max(1, width))
         self.bounds = [(low, min(num, low + self.step)) for low in range(0, num, self.step)]
-        self.totals: list[Any] = [None] * len(self.bounds)
-        self.waiting: list[list[Any]] = [[] for _ in self.bounds]
+        self.totals: list[ObjectRef | None] = [None] * len(self.bounds)
+        self.waiting: list[list[ObjectRef]] = [[] for _ in self.bounds]
         self.rows = [0] * len(self.bounds)
 
-    def add(self, references: Sequence[Any], used: Sequence[int]) -> None:
+    def add(self, references: Sequence[ObjectRef], used: Sequence[int]) -> None:
         """Add the next chunk's parts, one per range.
 
         Args:
@@ -100,7 +104,8 @@ class RangeSums:
             ray.wait([total], fetch_local=False)
         remote = ray.remote(num_cpus=1)(_add_up)
         self.totals[place] = remote.remote(total, high - low, self.width, *self.waiting[place])
-        self.waiting[place], self.rows[place] = [], 0
+        self.waiting[place] = []
+        self.rows[place] = 0
 
     def ranges(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield (codes, float64 (codes, C)) of the ranges with vectors, in order."""
@@ -111,9 +116,11 @@ class RangeSums:
                 self._fold(place)
         step = max(1, MOVED_NUMBERS // max(1, self.width))
         for place, (low, high) in enumerate(self.bounds):
-            if self.totals[place] is None:
+            total = self.totals[place]
+            if total is None:
                 continue
-            sums_KC = mapped(ray.get(self.totals[place]))
+            sums_KC = mapped(ray.get(total))
+            del total
             self.totals[place] = None
             for start in range(low, high, step):
                 rows = slice(start, min(high, start + step))

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -22,10 +22,12 @@ import torch
 from torch import Tensor
 
 from smalti import shards
-from smalti.errors import DataError, SmaltiError
+from smalti.errors import DataError
 from smalti.tokenizers import kmeans
 from smalti.tokenizers.code_index import CodeIndex, Probes
-from smalti.workflows.codebook.partial_sums import RangeSums, UsedSums, mapped
+from smalti.workflows.codebook.partial_sums import RangeSums, UsedSums
+from smalti.workflows.codebook.tasks import in_order
+from smalti.workflows.codebook.tree import SharedTree, Tree, placed
 
 CHUNK_VECTORS = 262_144  # per task: lost if the task is
 SAMPLE_CHUNK_VECTORS = 16_384  # per task of the first level, whose sample is small
@@ -34,9 +36,9 @@ PROBES = 4  # cells searched per vector while codes still move
 POLISH = Probes(PROBES, 1.0, math.nan)
 FAR_A_CHUNK = 256  # candidates for codes without a vector
 FAR_KEPT = 16_384  # of all chunks
-MOVED_NUMBERS = 1 << 23  # of the codes, moved at once
-COLUMNS = 16  # moved at once, if more numbers than those
 READ_THREADS = 16
+ChunkResult = tuple[Tensor, float, Tensor, Tensor]
+"""Counts, sum of distances, far vectors and their distances."""
 
 
 class Vectors(Protocol):
@@ -116,56 +118,21 @@ def in_blocks(arrays: Iterable[np.ndarray], rows: int, width: int) -> Iterator[T
 
     The last block may be smaller.
     """
-    held, left = 0, rows
+    held = 0
+    left = rows
     block_NC = np.empty((min(left, BLOCK_VECTORS), width), np.float32)
     for array in arrays:
         start = 0
         while start < len(array):
             part = array[start : start + len(block_NC) - held]
             block_NC[held : held + len(part)] = part
-            start, held = start + len(part), held + len(part)
+            start += len(part)
+            held += len(part)
             if held == len(block_NC):
                 left -= held
                 yield torch.from_numpy(block_NC)
-                held, block_NC = 0, np.empty((min(left, BLOCK_VECTORS), width), np.float32)
-
-
-@dataclass(frozen=True)
-class Tree:
-    """Cells float32 (P, C), codes float32 (K, C), and the cell of each code int64 (K,).
-
-    With one cell, a flat codebook.
-    """
-
-    cells: Tensor
-    codes: Tensor
-    cell_of: Tensor
-
-    def with_codes(self, codes_KC: Tensor) -> Tree:
-        return replace(self, codes=codes_KC)
-
-    def in_cell_order(self) -> Tree:
-        """The tree with its codes in the order of their cells, as the search needs them.
-
-        They are moved in place.
-        """
-        order = torch.argsort(self.cell_of, stable=True)
-        step = max(COLUMNS, MOVED_NUMBERS // max(1, len(order)))
-        for columns in range(0, self.codes.shape[1], step):
-            part = slice(columns, columns + step)
-            self.codes[:, part] = self.codes[order, part]
-        return replace(self, cell_of=self.cell_of[order])
-
-    def shared(self) -> Any:
-        """A Ray reference for tasks; one copy per node. See `of_shared`."""
-        import ray
-
-        return ray.put((self.cells.numpy(), self.codes.numpy(), self.cell_of.numpy()))
-
-    @classmethod
-    def of_shared(cls, arrays: tuple[np.ndarray, ...], device: str) -> Tree:
-        """The tree in a task; do not write to it."""
-        return cls(*(mapped(array).to(device) for array in arrays))
+                held = 0
+                block_NC = np.empty((min(left, BLOCK_VECTORS), width), np.float32)
 
 
 @dataclass
@@ -230,39 +197,6 @@ def chunks(path: str, split: str, target: int | None = None) -> list[Chunk]:
     return [Chunk(path, tuple(parts), width) for parts in found if parts]
 
 
-def in_order(
-    task: Callable[..., Any],
-    items: Sequence[tuple[Any, ...]],
-    workers: int,
-    gpus: float = 0,
-    left: int = 0,
-) -> Iterator[Any]:
-    """Run `task(*item)` as Ray tasks; yield the results in the order of the items.
-
-    Args:
-        workers: tasks at once.
-        left: if set, a task yields 1 + left objects: the first is fetched, the others are yielded
-            as references.
-
-    Raises:
-        SmaltiError: of a task, unchanged.
-    """
-    import ray
-    from ray.exceptions import RayTaskError
-
-    remote = ray.remote(num_cpus=1, num_gpus=gpus, num_returns=1 + left)(task)
-    waiting: list[Any] = []
-    for number in range(len(items)):
-        while len(waiting) < min(len(items), number + workers):
-            waiting.append(remote.remote(*items[len(waiting)]))
-        mine = waiting[number]
-        try:
-            yield (ray.get(mine[0]), *mine[1:]) if left else ray.get(mine)
-        except RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, SmaltiError) else error) from None
-        waiting[number] = None
-
-
 def full_pass(
     parts: Sequence[Vectors],
     tree: Tree,
@@ -295,8 +229,8 @@ def full_pass(
     return total
 
 
-def _chunk_pass(chunk: Vectors, shared: tuple[np.ndarray, ...], probes: Probes) -> tuple[Any, ...]:
-    """Task of `full_pass`: (counts, sum of distances, far vectors, their distances)."""
+def _chunk_pass(chunk: Vectors, shared: SharedTree, probes: Probes) -> ChunkResult:
+    """Task of `full_pass`."""
     tree = Tree.of_shared(shared, chunk.device)
     with torch.device(chunk.device):
         return _chunk_stats(chunk, tree, probes, None)
@@ -304,10 +238,10 @@ def _chunk_pass(chunk: Vectors, shared: tuple[np.ndarray, ...], probes: Probes) 
 
 def _chunk_sums(
     chunk: Vectors,
-    shared: tuple[np.ndarray, ...],
+    shared: SharedTree,
     probes: Probes,
     bounds: Sequence[tuple[int, int]],
-) -> Iterator[Any]:
+) -> Iterator[object]:
     """Task of `full_pass`: the result of `_chunk_pass` and the codes per range.
 
     Then each range's part is yielded.
@@ -321,13 +255,13 @@ def _chunk_sums(
         yield sums.part(low, high)
 
 
-def _chunk_stats(
-    chunk: Vectors, tree: Tree, probes: Probes, sums: UsedSums | None
-) -> tuple[Any, ...]:
+def _chunk_stats(chunk: Vectors, tree: Tree, probes: Probes, sums: UsedSums | None) -> ChunkResult:
     num, width = tree.codes.shape
     index = CodeIndex(tree.codes, tree.cells, tree.cell_of)
     counts_K = torch.zeros(num, dtype=torch.int64)
-    distance_sum, far_NC, far_N = 0.0, torch.empty(0, width), torch.empty(0)
+    distance_sum = 0.0
+    far_NC = torch.empty(0, width)
+    far_N = torch.empty(0)
     for x_NC in chunk.vectors():
         ids_N, distance_N = index.tree(x_NC, probes.cells, probes.reach)
         if sums is not None:
@@ -361,13 +295,6 @@ def lloyd(parts: Sequence[Vectors], tree: Tree, workers: int) -> tuple[Tree, Pas
     return placed(tree), stats, len(places)
 
 
-def placed(tree: Tree) -> Tree:
-    """The tree with every code in its nearest cell, in the order of the cells."""
-    if len(tree.cells) == 1:
-        return tree
-    return replace(tree, cell_of=kmeans.assign(tree.codes, tree.cells)[0]).in_cell_order()
-
-
 def sample(parts: Sequence[Chunk], num: int, seed: int, workers: int, folder: str) -> list[Chunk]:
     """Write a seeded sample of about `num` vectors to `folder`. One pass.
 
@@ -376,14 +303,16 @@ def sample(parts: Sequence[Chunk], num: int, seed: int, workers: int, folder: st
     Returns:
         The sample in chunks.
     """
-    rows, kind = [chunk.rows for chunk in parts], parts[0]
-    total, standing = sum(rows), set(shards.list_shards(folder, "train"))
+    rows = [chunk.rows for chunk in parts]
+    kind = parts[0]
+    total = sum(rows)
+    existing = set(shards.list_shards(folder, "train"))
     quotas = rows if num >= total else kmeans.allocate(max(num, len(rows)), rows)
     items = [
         (chunk, quota, seed, shards.shard_key("train", number), folder)
         for number, (chunk, quota) in enumerate(zip(parts, quotas, strict=True))
     ]
-    missing = [item for item in items if item[3] not in standing]
+    missing = [item for item in items if item[3] not in existing]
     for _ in in_order(_chunk_sample, missing, workers) if missing else ():
         pass
     made = chunks(folder, "train", SAMPLE_CHUNK_VECTORS)
@@ -394,7 +323,8 @@ def _chunk_sample(chunk: Chunk, quota: int, seed: int, key: str, folder: str) ->
     """Task of `sample`."""
     number = int(key.rpartition("/")[2])
     chosen = np.sort(np.random.default_rng([abs(seed), number]).permutation(chunk.rows)[:quota])
-    taken, start = [], 0
+    taken = []
+    start = 0
     for x_NC in replace(chunk.on_cpu(), spherical=False).vectors():
         mine = chosen[(chosen >= start) & (chosen < start + len(x_NC))] - start
         drawn = x_NC.numpy()[mine].astype(np.float16)  # exact: they are stored as float16

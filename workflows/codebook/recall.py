@@ -13,7 +13,9 @@ from torch import Tensor
 
 from smalti import storage
 from smalti.tokenizers.code_index import CodeIndex, Probes
-from smalti.workflows.codebook.passes import Chunk, Tree, in_order, sample
+from smalti.workflows.codebook.passes import Chunk, sample
+from smalti.workflows.codebook.tasks import in_order
+from smalti.workflows.codebook.tree import Tree
 from smalti.workflows.pipeline.stage import StageRun
 
 VECTORS, MOST_VECTORS = 4_096, 32_768  # sampled; each is compared with all K codes
@@ -37,7 +39,9 @@ def draw(
     """
     if storage.exists(_noted(run)):
         return [], []
-    section, seed, folder = run.recipe.codebook, run.recipe.seed, storage.join(work(run), "recall")
+    section = run.recipe.codebook
+    seed = run.recipe.seed
+    folder = storage.join(work(run), "recall")
     wanted = num_vectors(section.recall)
     first = (
         sample(held_out, wanted, seed, workers, storage.join(folder, "held_out"))
@@ -58,7 +62,8 @@ def probes(
 
     It is logged, added to the scores and saved.
     """
-    wanted, num = run.recipe.codebook.recall, len(tree.cell_of.unique())
+    wanted = run.recipe.codebook.recall
+    num = len(tree.cell_of.unique())
     if len(tree.cells) == 1:
         return Probes(1, 1.0, 1.0)
     if not storage.exists(_noted(run)):
@@ -69,10 +74,8 @@ def probes(
         )
         storage.remove(storage.join(work(run), "recall"))
     noted = storage.read_json(_noted(run))
-    seen, counts = (
-        Probes(*noted["probes"]),
-        {name: noted[name] for name in ("held-out", "training")},
-    )
+    seen = Probes(*noted["probes"])
+    counts = {name: noted[name] for name in ("held-out", "training")}
     whose = " and ".join(f"{count:,} {name}" for name, count in counts.items() if count)
     message = f"{seen.recall:.2%} of {whose} vectors find their nearest code in at most {seen.cells} of {num} cells"
     run.log(
@@ -88,7 +91,8 @@ def _noted(run: StageRun) -> str:
 
 def probes_for(drawn: Sequence[Chunk], tree: Tree, recall: float, workers: int) -> Probes:
     """The smallest search that reaches a recall@1 on these vectors."""
-    shared, step = tree.shared(), -(-sum(chunk.rows for chunk in drawn) // TASK_VECTORS)
+    shared = tree.shared()
+    step = -(-sum(chunk.rows for chunk in drawn) // TASK_VECTORS)
     items = [
         (chunk, shared, first, step) for chunk in drawn for first in range(min(step, chunk.rows))
     ]

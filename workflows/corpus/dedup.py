@@ -23,9 +23,9 @@ import pyarrow as pa
 from smalti import shards, storage
 from smalti.shards import QA
 from smalti.workflows.corpus.index import PREFIXES, halves, ids_path, index_key, read_ids
-from smalti.workflows.pipeline.timings import HERE
+from smalti.workflows.pipeline.timings import PROCESS_TALLY
 
-LOST, TRAIN, VAL, DUPLICATE, MERGED = range(5)  # marks of a row
+UNUSABLE, TRAIN, VAL, DUPLICATE, MERGED = range(5)  # marks of a row
 IDS_A_BUCKET = 500_000
 GROUPS_A_SPAN = 64  # groups marked by one task, which opens each bucket's file once
 COPIES = pa.schema(
@@ -77,13 +77,14 @@ class FindDuplicates:
     """Actor: writes the copies within a range of ids; returns how many."""
 
     def __init__(self, path: str, places: list[Place]) -> None:
-        self.path, self.places = path, places
+        self.path = path
+        self.places = places
 
     def read(self, item: tuple[int, int]) -> tuple[int, int]:
         return item
 
     def work(self, item: tuple[int, int]) -> int:
-        with HERE.part("match"):
+        with PROCESS_TALLY.part("match"):
             return self.find(item)
 
     def find(self, item: tuple[int, int]) -> int:
@@ -160,13 +161,16 @@ class MarkGroups:
     def __init__(
         self, path: str, places: list[Place], ranges: list[tuple[int, int]], fraction: float | None
     ) -> None:
-        self.path, self.places, self.ranges, self.fraction = path, places, ranges, fraction
+        self.path = path
+        self.places = places
+        self.ranges = ranges
+        self.fraction = fraction
 
     def read(self, item: tuple[int, int]) -> tuple[int, int]:
         return item
 
     def work(self, item: tuple[int, int]) -> list[tuple[int, GroupCounts]]:
-        with HERE.part("match"):
+        with PROCESS_TALLY.part("match"):
             copies, gifts = (self.gather(name, *item) for name in ("copies", "gifts"))
             return [
                 (number, self.mark(number, _of(copies, number), _of(gifts, number)))
@@ -188,11 +192,12 @@ class MarkGroups:
             self.path, index_key(place.split, place.number), ["image_id", "reason"]
         )
         usable = index.column("reason").is_null().to_numpy()
-        marks = np.full(len(index), LOST, np.int8)
+        marks = np.full(len(index), UNUSABLE, np.int8)
         marks[usable] = self.splits(
             place, index.column("image_id").filter(pa.array(usable)).to_pylist()
         )
-        rows, merged = copies.column("row").to_numpy(), copies.column("merged").to_numpy()
+        rows = copies.column("row").to_numpy()
+        merged = copies.column("merged").to_numpy()
         marks[rows] = np.where(merged, MERGED, DUPLICATE)
         first = _scatter(len(index), rows, copies.column("first"))
         qa = _scatter(len(index), gifts.column("row").to_numpy(), gifts.column("qa"))

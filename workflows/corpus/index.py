@@ -21,9 +21,9 @@ from smalti import images, shards, storage
 from smalti.errors import ImageError
 from smalti.schema import CorpusSection
 from smalti.shards import QA
-from smalti.workflows.pipeline.shards import standing
-from smalti.workflows.pipeline.timings import HERE
-from smalti.workflows.sources import Group, Lost, Sample
+from smalti.workflows.pipeline.finished_shards import finished_receipt
+from smalti.workflows.pipeline.timings import PROCESS_TALLY
+from smalti.workflows.sources import Group, Sample, Unusable
 from smalti.workflows.sources.base import printable
 from smalti.workflows.sources.network import reading
 
@@ -156,7 +156,8 @@ class IndexGroup:
     """Actor: writes a group's index and ids; returns (group, rows, unusable rows)."""
 
     def __init__(self, path: str, section: CorpusSection) -> None:
-        self.path, self.section = path, section
+        self.path = path
+        self.section = section
 
     def read(self, item: tuple[str, int, Group]) -> tuple[str, int, Group]:
         return item
@@ -164,8 +165,8 @@ class IndexGroup:
     def work(self, item: tuple[str, int, Group]) -> tuple[int, int, int]:
         split, number, group = item
         key = index_key(split, number)
-        if standing(self.path, key) is not None:
-            HERE.count("kept")
+        if finished_receipt(self.path, key) is not None:
+            PROCESS_TALLY.count("kept")
         else:
             with reading(group.source):
                 self.write(split, number, group)
@@ -181,27 +182,27 @@ class IndexGroup:
             sink, INDEX, compression="zstd", use_compliant_nested_type=False
         ) as writer:
             for rows in _chunks(self.rows(group), INDEX_ROWS):
-                with HERE.part("write"):
+                with PROCESS_TALLY.part("write"):
                     table = pa.Table.from_pylist(rows, INDEX)
                     writer.write_table(table, row_group_size=INDEX_ROWS)
                     ids.append(ids_of(table, count))
                 count += len(rows)
-        with HERE.part("write"):
+        with PROCESS_TALLY.part("write"):
             write_ids(ids_path(self.path, split, number), ids)
             index = shards.shard_path(self.path, index_key(split, number))
             storage.write_atomic(index, memoryview(sink.getvalue()))
 
     def rows(self, group: Group) -> Iterator[IndexRow]:
         """The index rows of a group, in order."""
-        for found in HERE.timed("read", group.samples()):
-            with HERE.part("decode"):
+        for found in PROCESS_TALLY.timed("read", group.samples()):
+            with PROCESS_TALLY.part("decode"):
                 row = self.row(found)
             yield row
 
-    def row(self, found: Sample | Lost) -> IndexRow:
+    def row(self, found: Sample | Unusable) -> IndexRow:
         """The index row of one sample, which is decoded fully to check it."""
         key = printable(found.key)
-        if isinstance(found, Lost):
+        if isinstance(found, Unusable):
             return {"key": key, "reason": found.reason, "detail": printable(found.detail)}
         try:
             width, height = look(found, self.section)

@@ -16,8 +16,8 @@ import numpy as np
 from smalti import shards
 from smalti.workflows.corpus.dedup import (
     DUPLICATE,
-    LOST,
     TRAIN,
+    UNUSABLE,
     VAL,
     GroupCounts,
     Place,
@@ -26,8 +26,8 @@ from smalti.workflows.corpus.dedup import (
 )
 from smalti.workflows.corpus.index import index_key
 
-MARK_OF = {"train": (TRAIN,), "val": (VAL,), "quarantine": (LOST, DUPLICATE)}
-Part = tuple[int, int, int]  # place, and the range of its rows of a kind: first and end
+MARK_OF = {"train": (TRAIN,), "val": (VAL,), "quarantine": (UNUSABLE, DUPLICATE)}
+RowRange = tuple[int, int, int]  # place, and the range of its rows of a kind: first and end
 
 
 def is_held_out(identity: str, fraction: float) -> bool:
@@ -36,10 +36,10 @@ def is_held_out(identity: str, fraction: float) -> bool:
 
 
 @dataclass
-class Plan:
+class Layout:
     """How many rows of each group go to `train`, `val` and `quarantine`, in order."""
 
-    parts: dict[str, list[Part]] = field(default_factory=lambda: {name: [] for name in MARK_OF})
+    parts: dict[str, list[RowRange]] = field(default_factory=lambda: {name: [] for name in MARK_OF})
     reasons: Counter[str] = field(default_factory=Counter)
     over_limit: int = 0
     merged: int = 0
@@ -66,18 +66,22 @@ class Plan:
             if count
         }
 
-    def pieces(self, name: str, size: int) -> Iterator[tuple[str, list[Part]]]:
+    def shard_parts(self, name: str, size: int) -> Iterator[tuple[str, list[RowRange]]]:
         """(key, parts) of each shard of a split or of `quarantine`, of `size` rows."""
-        number, room = 0, size
-        parts: list[Part] = []
+        number = 0
+        room = size
+        parts: list[RowRange] = []
         for place, start, end in self.parts[name]:
             while start < end:
                 taken = min(room, end - start)
                 parts.append((place, start, start + taken))
-                start, room = start + taken, room - taken
+                start += taken
+                room -= taken
                 if not room:
                     yield shards.shard_key(name, number), parts
-                    number, room, parts = number + 1, size, []
+                    number += 1
+                    room = size
+                    parts = []
         if parts:
             yield shards.shard_key(name, number), parts
 
@@ -88,7 +92,7 @@ def lay_out(
     marked: Sequence[GroupCounts],
     limit: int | None,
     by_hash: bool,
-) -> Plan:
+) -> Layout:
     """The plan for the counts of the groups.
 
     Reading stops when every split that a source feeds has `limit` images; the marks of the group
@@ -97,7 +101,7 @@ def lay_out(
     Args:
         by_hash: whether the source of `train` also feeds the held-out split.
     """
-    plan = Plan()
+    plan = Layout()
     full = {"train": 0, "val": 0}
     for number, (place, counts) in enumerate(zip(places, marked, strict=True)):
         fed = ("train", "val") if by_hash else (place.split,)

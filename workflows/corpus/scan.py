@@ -10,10 +10,10 @@ from smalti.schema import CorpusSection
 from smalti.workflows.corpus import dedup
 from smalti.workflows.corpus.dedup import FindDuplicates, GroupCounts, MarkGroups, Place
 from smalti.workflows.corpus.index import IndexGroup
-from smalti.workflows.corpus.layout import Plan, lay_out
+from smalti.workflows.corpus.layout import Layout, lay_out
 from smalti.workflows.pipeline.shards import Item, Loaded, Result, ShardWorker, run_shards
 from smalti.workflows.pipeline.stage import StageRun
-from smalti.workflows.pipeline.timings import HERE, Tally, shown
+from smalti.workflows.pipeline.timings import PROCESS_TALLY, Tally, shown
 from smalti.workflows.sources import Group
 
 INLINE_ROWS = 100_000  # up to so many are handled in this process: an actor takes longer to start
@@ -37,13 +37,13 @@ def each(
     here = worker(*args)
     for item in items:
         result = here.work(here.read(item))
-        tally.add(HERE.drain())
+        tally.add(PROCESS_TALLY.drain())
         yield result
 
 
 def look_and_plan(
     run: StageRun, tally: Tally, groups: Mapping[str, Sequence[Group]]
-) -> tuple[list[Place], Plan]:
+) -> tuple[list[Place], Layout]:
     """Check the images and plan the shards.
 
     Returns:
@@ -110,7 +110,8 @@ class _Looking:
             with closing(each(self.run, self.tally, items, IndexGroup, args)) as looked:
                 for number, rows, lost in looked:
                     self.done[split, number] = _Found(rows, rows - lost)
-                    self.images, self.unusable = self.images + rows, self.unusable + lost
+                    self.images += rows
+                    self.unusable += lost
                     self.update(1, images=self.images, unusable=self.unusable)
                     if need is not None and self.first_with(split, need) is not None:
                         break
@@ -127,7 +128,7 @@ class _Looking:
 
 
 def _enough(
-    plan: Plan,
+    plan: Layout,
     groups: Mapping[str, Sequence[Group]],
     first: Mapping[str, int],
     section: CorpusSection,
@@ -141,7 +142,7 @@ def _enough(
     return True
 
 
-def _plan(run: StageRun, tally: Tally, places: list[Place], rows: int) -> Plan:
+def _plan(run: StageRun, tally: Tally, places: list[Place], rows: int) -> Layout:
     """Find the duplicates among the groups, and plan the shards."""
     section = run.recipe.corpus
     by_hash = not section.val_source

@@ -24,7 +24,7 @@ from smalti.workflows.corpus.index import tell_second_images
 from smalti.workflows.corpus.scan import look_and_plan
 from smalti.workflows.corpus.write import GONE, LISTING, counted, write_shards
 from smalti.workflows.pipeline.stage import StageRun, run_stage, stage_path
-from smalti.workflows.pipeline.timings import HERE, tallied
+from smalti.workflows.pipeline.timings import PROCESS_TALLY, tallied
 from smalti.workflows.sources import Group, find_groups, listed
 
 WORK = (
@@ -82,9 +82,9 @@ def sources_of(recipe: Recipe) -> list[str]:
 def _body(run: StageRun) -> dict[str, int]:
     with tallied(run) as tally:
         with tally.part("list"):
-            HERE.drain()  # drops what an earlier run in this process counted
+            PROCESS_TALLY.drain()  # drops what an earlier run in this process counted
             groups, listing = _groups(run.recipe, storage.join(run.path, LISTED))
-            tally.add(HERE.drain())
+            tally.add(PROCESS_TALLY.drain())
             _same_listing(run, listing)
         with ensure_ray(run.recipe):
             places, plan = look_and_plan(run, tally, groups)
@@ -102,7 +102,8 @@ def _groups(
     The digest covers file names and metadata, not the files' bytes. Long records are written to
     `folder`; without one only the digest is returned.
     """
-    section, digest = recipe.corpus, hashlib.sha256()
+    section = recipe.corpus
+    digest = hashlib.sha256()
     sources = {"val": section.val_source} if section.val_source else {}
     groups: dict[str, list[Group]] = {}
     for split, source in {**sources, "train": section.source}.items():

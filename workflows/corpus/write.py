@@ -17,12 +17,12 @@ from smalti.errors import DataError
 from smalti.shards import CORPUS, QUARANTINE, Receipt
 from smalti.workflows.corpus.dedup import Place, marks_key
 from smalti.workflows.corpus.index import image_id, read_rows
-from smalti.workflows.corpus.layout import Part, Plan, rows_of
+from smalti.workflows.corpus.layout import Layout, RowRange, rows_of
 from smalti.workflows.corpus.scan import each
-from smalti.workflows.pipeline.shards import refuse_foreign, standing
+from smalti.workflows.pipeline.finished_shards import finished_receipt, refuse_foreign
 from smalti.workflows.pipeline.stage import StageRun
-from smalti.workflows.pipeline.timings import HERE, Tally, shown
-from smalti.workflows.sources import Group, Lost
+from smalti.workflows.pipeline.timings import PROCESS_TALLY, Tally, shown
+from smalti.workflows.sources import Group, Unusable
 from smalti.workflows.sources.base import ReadBytes, is_arrows, is_of_file
 from smalti.workflows.sources.jsonl import JsonLinesGroup, Reach
 from smalti.workflows.sources.network import UnreachedError, reading
@@ -51,7 +51,7 @@ def write_shards(
     tally: Tally,
     groups: Mapping[str, Sequence[Group]],
     places: list[Place],
-    plan: Plan,
+    plan: Layout,
 ) -> tuple[dict[str, int], int]:
     """Write the missing shards of the plan, and the quarantine.
 
@@ -61,7 +61,7 @@ def write_shards(
     Raises:
         DataError: if the folder holds shards that are not in the plan.
     """
-    lost = list(plan.pieces("quarantine", QUARANTINE_ROWS))
+    lost = list(plan.shard_parts("quarantine", QUARANTINE_ROWS))
     for _ in each(
         run, tally, lost, WriteQuarantine, (run.path, places), inline=len(lost) <= INLINE_PIECES
     ):
@@ -80,12 +80,13 @@ def write_shards(
     return rows, bare
 
 
-def counted(path: str, plan: Plan) -> dict[str, int]:
+def counted(path: str, plan: Layout) -> dict[str, int]:
     """The plan's counts, less the images that vanished between the passes.
 
     Those are written as a further quarantine shard.
     """
-    counts, tables = plan.counts(), []
+    counts = plan.counts()
+    tables = []
     for split in shards.SPLITS:
         for key in shards.list_shards(path, f"{GONE}/{split}"):
             tables.append(shards.read_shard(path, key))
@@ -95,13 +96,13 @@ def counted(path: str, plan: Plan) -> dict[str, int]:
         lost = pa.concat_tables(tables)
         counts["quarantined"] += len(lost)
         counts["quarantined/vanished"] = len(lost)
-        number = sum(1 for _ in plan.pieces("quarantine", QUARANTINE_ROWS))
+        number = sum(1 for _ in plan.shard_parts("quarantine", QUARANTINE_ROWS))
         shards.write_shard(path, shards.shard_key("quarantine", number), lost)
     return counts
 
 
 def shard_items(
-    groups: Mapping[str, Sequence[Group]], places: Sequence[Place], plan: Plan, size: int
+    groups: Mapping[str, Sequence[Group]], places: Sequence[Place], plan: Layout, size: int
 ) -> Iterator[list[ShardItem]]:
     """Shards that one call writes.
 
@@ -110,7 +111,7 @@ def shard_items(
     """
     for split in shards.SPLITS:
         item: list[ShardItem] = []
-        for key, parts in plan.pieces(split, size):
+        for key, parts in plan.shard_parts(split, size):
             where = [places[place] for place, _, _ in parts]
             named = [
                 (one, groups[one.split][one.number], rows)
@@ -128,14 +129,15 @@ class WriteQuarantine:
     """Actor: writes a quarantine shard of unusable rows; returns its receipt."""
 
     def __init__(self, path: str, places: list[Place]) -> None:
-        self.path, self.places = path, places
+        self.path = path
+        self.places = places
 
-    def read(self, item: tuple[str, list[Part]]) -> tuple[str, list[Part]]:
+    def read(self, item: tuple[str, list[RowRange]]) -> tuple[str, list[RowRange]]:
         return item
 
-    def work(self, item: tuple[str, list[Part]]) -> Receipt:
+    def work(self, item: tuple[str, list[RowRange]]) -> Receipt:
         key, parts = item
-        with HERE.part("write"):
+        with PROCESS_TALLY.part("write"):
             return shards.write_shard(
                 self.path, key, pa.concat_tables([self.table(*part) for part in parts])
             )
@@ -179,18 +181,18 @@ class WriteShards:
 
         Readers are opened on `stack`; the last stays open for the next shard.
         """
-        done = standing(self.path, key, ["image_id", "caption"])
+        done = finished_receipt(self.path, key, ["image_id", "caption"])
         if done is not None:
-            HERE.count("kept")
+            PROCESS_TALLY.count("kept")
             return done, shards.read_shard(self.path, key, ["caption"])["caption"].null_count
         split = key.partition("/")[0]
         gone: list[dict[str, str]] = []
-        with HERE.part("read"):
+        with PROCESS_TALLY.part("read"):
             tables = [
                 self.table(place, group, rows_of(self.path, place, split, start, end), stack, gone)
                 for place, group, (start, end) in parts
             ]
-        with HERE.part("write"):
+        with PROCESS_TALLY.part("write"):
             if gone:  # before the shard: if the shard exists, so does this
                 shards.write_shard(
                     self.path, f"{GONE}/{key}", pa.Table.from_pylist(gone, QUARANTINE)
@@ -231,33 +233,29 @@ class WriteShards:
                     raise self.other_bytes(group.source) from error
                 raise
         there = pa.array(
-            [row for row, one in enumerate(found) if not isinstance(one, Lost)], pa.int64()
+            [row for row, one in enumerate(found) if not isinstance(one, Unusable)], pa.int64()
         )
         for one in found:
-            if isinstance(one, Lost):
-                gone.append(
-                    {
-                        "source": group.source,
-                        "key": one.key,
-                        "reason": one.reason,
-                        "detail": one.detail,
-                    }
-                )
-        index, marks = index.take(there), marks.take(there)
+            if isinstance(one, Unusable):
+                row = {"source": group.source, "key": one.key}
+                gone.append(row | {"reason": one.reason, "detail": one.detail})
+        index = index.take(there)
+        marks = marks.take(there)
         named = [f"{group.source}::{key}" for key in index.column("key").to_pylist()]
-        data = [one for one in found if not isinstance(one, Lost)]
+        data = [one for one in found if not isinstance(one, Unusable)]
         arrays = {"image": shards.bytes_column(data), "source": pa.array(named, pa.string())}
         arrays["qa"] = pc.coalesce(marks["qa"], index["qa"])
         return pa.table(
             [arrays[name] if name in arrays else index[name] for name in CORPUS.names], CORPUS
         )
 
-    def fetch(self, group: Group, read: ReadBytes, index: pa.Table) -> Iterator[bytes | Lost]:
+    def fetch(self, group: Group, read: ReadBytes, index: pa.Table) -> Iterator[bytes | Unusable]:
         """Yield the bytes of each row.
 
         If each image is a file of its own, a changed one is dropped alone.
         """
-        apart, reach = isinstance(group, JsonLinesGroup), Reach(group.source)
+        apart = isinstance(group, JsonLinesGroup)
+        reach = Reach(group.source)
         columns = [
             index.column(name).to_pylist() for name in ("key", "start", "extent", "image_id")
         ]
@@ -274,7 +272,7 @@ class WriteShards:
                 detail = f"it no longer exists: {error}"
             if detail and not apart:
                 raise self.other_bytes(f"{group.source}::{key}")
-            yield Lost(key, "vanished", detail) if detail else data
+            yield Unusable(key, "vanished", detail) if detail else data
 
     def reader(self, place: Place, group: Group, stack: ExitStack) -> ReadBytes:
         """The group's reader, opened if it is not the current one."""

@@ -14,9 +14,9 @@ from smalti.schema import Recipe
 from smalti.tokenizers.encoders import VisionEncoder, open_encoder
 from smalti.workflows.cluster.devices import actor_device
 from smalti.workflows.encoder import encoder_path
+from smalti.workflows.pipeline.finished_shards import matching_receipt
 from smalti.workflows.pipeline.pixels import LoadedShard, load_pixels
-from smalti.workflows.pipeline.shards import standing_for
-from smalti.workflows.pipeline.timings import HERE
+from smalti.workflows.pipeline.timings import PROCESS_TALLY
 
 
 def choose_patches(identity: str, seed: int, num: int, total: int) -> np.ndarray:
@@ -35,12 +35,15 @@ class FeatureShard:
     def __init__(
         self, out: str, corpus: str, encoder: str, recipe: Recipe, image_size: int
     ) -> None:
-        self.out, self.corpus, self.encoder_dir, self.recipe = out, corpus, encoder, recipe
+        self.out = out
+        self.corpus = corpus
+        self.encoder_dir = encoder
+        self.recipe = recipe
         self.image_size = image_size
         self.featurizer: Featurizer | None = None
 
     def read(self, key: str) -> shards.Receipt | LoadedShard:
-        done = standing_for(self.out, self.corpus, key)
+        done = matching_receipt(self.out, self.corpus, key)
         if done is not None:
             return done
         max_pixels = self.recipe.corpus.max_pixels
@@ -56,7 +59,7 @@ class FeatureShard:
         if self.featurizer is None:
             self.featurizer = Featurizer(self.encoder_dir, self.recipe)
         rows = self.featurizer.rows(pixels, ids, shards.shard_path(self.corpus, key))
-        with HERE.part("write"):
+        with PROCESS_TALLY.part("write"):
             return shards.write_shard(self.out, key, rows), len(ids)
 
 
@@ -66,9 +69,10 @@ class Featurizer:
     def __init__(self, encoder_dir: str, recipe: Recipe) -> None:
         from smalti.tokenizers.encoders import as_set
 
-        self.encoder_dir, self.recipe = encoder_dir, recipe
+        self.encoder_dir = encoder_dir
+        self.recipe = recipe
         self.device = actor_device(recipe.resources)
-        with HERE.part("start"):
+        with PROCESS_TALLY.part("start"):
             encoder = open_encoder(encoder_dir, recipe.encoder.layer).to(self.device)
         self.dim: int = encoder.dim
         self.encode = as_set(
@@ -91,13 +95,16 @@ class Featurizer:
 
         from smalti.tokenizers.encoders import batches, on_host
 
-        size, parts, chosen = self.recipe.features.batch_size, [], []
-        with HERE.part("model"), torch.inference_mode():
+        size = self.recipe.features.batch_size
+        parts = []
+        chosen = []
+        with PROCESS_TALLY.part("model"), torch.inference_mode():
             results = on_host(
                 self.encode(part).half() for part in batches(pixels, size, self.device)
             )
             for start, result in zip(range(0, len(ids), size), results, strict=True):
-                names, vectors_BNC = ids[start : start + size], result.numpy()
+                names = ids[start : start + size]
+                vectors_BNC = result.numpy()
                 self.check(vectors_BNC, names, where)
                 chosen_BM = self.choose(names, vectors_BNC.shape[1])
                 parts.append(np.take_along_axis(vectors_BNC, chosen_BM[:, :, None], axis=1))

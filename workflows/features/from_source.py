@@ -26,8 +26,8 @@ from smalti.workflows.corpus.layout import is_held_out
 from smalti.workflows.features.featurizer import Featurizer, open_parent
 from smalti.workflows.pipeline.shards import run_shards
 from smalti.workflows.pipeline.stage import StageRun
-from smalti.workflows.pipeline.timings import HERE, shard_progress
-from smalti.workflows.sources import Group, Lost, Sample, find_groups, listed
+from smalti.workflows.pipeline.timings import PROCESS_TALLY, shard_progress
+from smalti.workflows.sources import Group, Sample, Unusable, find_groups, listed
 from smalti.workflows.sources.base import printable
 from smalti.workflows.sources.folder import ListedGroup
 from smalti.workflows.sources.network import reading
@@ -71,12 +71,13 @@ def make(run: StageRun, encoder: Artifact) -> dict[str, int]:
             find_groups(recipe.features.source, recipe.corpus, recipe.seed)
         )
     ]
-    standing = _standing(run.path, len(groups))
+    existing = _existing_shards(run.path, len(groups))
     counts = Counter({"images": 0, "vectors": 0, "train": 0, "val": 0, "quarantined": 0})
-    args, dim = (run.path, path, recipe, model.image_size), model.dim
+    args = (run.path, path, recipe, model.image_size)
+    dim = model.dim
     del model
     with ensure_ray(recipe), shard_progress(run, len(groups), "groups") as (tally, update):
-        items = [(number, group, standing.get(number, [])) for number, group in enumerate(groups)]
+        items = [(number, group, existing.get(number, [])) for number, group in enumerate(groups)]
         for note in run_shards(items, FeatureGroup, args, recipe.resources, tally=tally):
             counts.update({"images": note["images"], "quarantined": sum(note["lost"].values())})
             for key, rows in note["shards"].items():
@@ -101,25 +102,28 @@ class FeatureGroup:
     """Actor: writes a group's feature shards and quarantine; returns its record."""
 
     def __init__(self, out: str, encoder: str, recipe: Recipe, image_size: int) -> None:
-        self.out, self.encoder_dir, self.recipe, self.image_size = out, encoder, recipe, image_size
+        self.out = out
+        self.encoder_dir = encoder
+        self.recipe = recipe
+        self.image_size = image_size
         self.featurizer: Featurizer | None = None
 
     def read(self, item: GroupItem) -> GroupItem:
         """Load the group's listing; `work` reads its images in blocks."""
-        number, group, standing = item
-        return number, group.load() if isinstance(group, ListedGroup) else group, standing
+        number, group, existing = item
+        return number, group.load() if isinstance(group, ListedGroup) else group, existing
 
     def work(self, item: GroupItem) -> GroupRecord:
-        number, group, standing = item
+        number, group, existing = item
         path = storage.join(self.out, "groups", f"{number:05d}.json")
         digest = hashlib.sha256(repr(group).encode()).hexdigest()
         if storage.exists(path):
             note: GroupRecord = storage.read_json(path)
             if note["group"] == digest:
-                HERE.count("kept")
+                PROCESS_TALLY.count("kept")
                 return note
-            HERE.count("remade")
-        self.forget(number, standing, path)
+            PROCESS_TALLY.count("remade")
+        self.forget(number, existing, path)
         note = {"group": digest, "images": 0, "shards": {}, "lost": {}}
         lost: list[dict[str, str]] = []
         with reading(group.source):
@@ -136,9 +140,9 @@ class FeatureGroup:
         storage.write_json(path, note)
         return note
 
-    def forget(self, number: int, standing: list[str], path: str) -> None:
+    def forget(self, number: int, existing: list[str], path: str) -> None:
         """Remove the files of this number, of another group or of an interrupted run."""
-        for key in standing:
+        for key in existing:
             storage.remove(shards.shard_path(self.out, key))
         storage.remove(shards.shard_path(self.out, shards.shard_key("quarantine", number)))
         storage.remove(path)
@@ -151,10 +155,10 @@ class FeatureGroup:
         The others are added to `lost`.
         """
         block: list[tuple[str, np.ndarray]] = []
-        for found in HERE.timed("read", group.samples()):
-            with HERE.part("decode"):
+        for found in PROCESS_TALLY.timed("read", group.samples()):
+            with PROCESS_TALLY.part("decode"):
                 one = self.decode(found)
-            if isinstance(one, Lost):
+            if isinstance(one, Unusable):
                 row = {"source": group.source, "key": printable(one.key), "reason": one.reason}
                 lost.append(row | {"detail": printable(one.detail)})
                 continue
@@ -165,9 +169,9 @@ class FeatureGroup:
         if block:
             yield block
 
-    def decode(self, found: Sample | Lost) -> tuple[str, np.ndarray] | Lost:
+    def decode(self, found: Sample | Unusable) -> tuple[str, np.ndarray] | Unusable:
         section = self.recipe.corpus
-        if isinstance(found, Lost):
+        if isinstance(found, Unusable):
             return found
         try:
             check_file(found, section) if section.max_aspect is None else look(found, section)
@@ -178,7 +182,7 @@ class FeatureGroup:
                 min_size=section.min_size,
             )
         except ImageError as error:
-            return Lost(found.key, error.reason, str(error))
+            return Unusable(found.key, error.reason, str(error))
         return image_id(found.data), pixels
 
     def write(self, name: str, block: list[tuple[str, np.ndarray]], where: str) -> dict[str, int]:
@@ -196,29 +200,29 @@ class FeatureGroup:
                 continue
             pixels = np.stack([pixels for _, pixels in part])
             rows = self.featurizer.rows(pixels, [identity for identity, _ in part], where)
-            with HERE.part("write"):
+            with PROCESS_TALLY.part("write"):
                 written[f"{split}/{name}"] = shards.write_shard(
                     self.out, f"{split}/{name}", rows
                 ).rows
         return written
 
 
-def _standing(path: str, num_groups: int) -> dict[int, list[str]]:
+def _existing_shards(path: str, num_groups: int) -> dict[int, list[str]]:
     """Existing shards by the number of their group.
 
     Raises:
         DataError: if a shard belongs to no group of the source.
     """
     numbers = {f"{number:05d}": number for number in range(num_groups)}
-    standing: dict[int, list[str]] = {}
+    existing: dict[int, list[str]] = {}
     foreign: list[str] = []
     for key in shards.list_shards(path):
         number = numbers.get(key.split("/")[1].partition("-")[0])
-        (foreign if number is None else standing.setdefault(number, [])).append(key)
+        (foreign if number is None else existing.setdefault(number, [])).append(key)
     if foreign:
         raise DataError(
             f"{path} holds {len(foreign):,} shards that belong to no group of the source; the "
             f"first is {shards.shard_path(path, foreign[0])}. Move them away, then run the same "
             "command to resume."
         )
-    return standing
+    return existing

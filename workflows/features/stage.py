@@ -14,8 +14,9 @@ from smalti.tracking import Tracker
 from smalti.workflows.cluster.session import ensure_ray
 from smalti.workflows.features import from_source
 from smalti.workflows.features.featurizer import FeatureShard, open_parent
+from smalti.workflows.pipeline.finished_shards import refuse_foreign
 from smalti.workflows.pipeline.pixels import block_bytes
-from smalti.workflows.pipeline.shards import refuse_foreign, run_shards
+from smalti.workflows.pipeline.shards import run_shards
 from smalti.workflows.pipeline.stage import Body, StageRun, find_artifact, run_stage
 from smalti.workflows.pipeline.timings import shard_progress
 
@@ -46,7 +47,8 @@ def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
 
 def _body(parents: dict[str, Artifact]) -> Body:
     def body(run: StageRun) -> dict[str, int]:
-        recipe, corpus = run.recipe, parents["corpus"]
+        recipe = run.recipe
+        corpus = parents["corpus"]
         encoder, model = open_parent(recipe, parents["encoder"])
         keys = shards.list_shards(corpus.path)
         refuse_foreign(run.path, keys)

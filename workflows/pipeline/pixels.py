@@ -10,7 +10,7 @@ import pyarrow as pa
 from smalti import images, shards
 from smalti.errors import DataError, ImageError
 from smalti.schema import Recipe
-from smalti.workflows.pipeline.timings import HERE
+from smalti.workflows.pipeline.timings import PROCESS_TALLY
 
 
 class LoadedShard(NamedTuple):
@@ -32,10 +32,10 @@ def load_pixels(
     Raises:
         DataError: if an image can no longer be decoded.
     """
-    with HERE.part("read"):
+    with PROCESS_TALLY.part("read"):
         table = shards.read_shard(corpus, key, [*columns, "image"])
     pixels = np.empty((table.num_rows, size, size, 3), np.uint8)
-    with HERE.part("decode"):
+    with PROCESS_TALLY.part("decode"):
         for row, data in enumerate(table.column("image")):
             try:
                 pixels[row] = images.to_pixels(data.as_py(), size, max_pixels=max_pixels)

@@ -21,13 +21,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import pyarrow as pa
 
-from smalti import storage
 from smalti.errors import DataError, SmaltiError
 from smalti.progress import log
 from smalti.schema import Resources
-from smalti.shards import Receipt, list_shards, read_shard, shard_path, shard_rows
 from smalti.workflows.cluster.session import want_gpus
-from smalti.workflows.pipeline.timings import HERE, Tally
+from smalti.workflows.pipeline.timings import PROCESS_TALLY, Tally
 
 if TYPE_CHECKING:
     from ray.data import ActorPoolStrategy, Dataset
@@ -261,20 +259,22 @@ class _Caught:
 
         self.worker = worker(*args)
         if ray.get_runtime_context().was_current_actor_reconstructed:
-            HERE.count("restarts")
+            PROCESS_TALLY.count("restarts")
 
     def __call__(self, block: pa.Table) -> pa.Table:
         kind, value, noted = _unpack(block)
         if kind == RESULT:  # a reader's error
             return block
-        HERE.add(noted)
+        PROCESS_TALLY.add(noted)
         ticket, value = value
         try:
             with _begun(ticket, type(self).__name__):
                 result = self.step(value)
         except SmaltiError as error:
-            return _pack(RESULT, error, HERE.drain())
-        return _pack(self.gives, result if self.gives == RESULT else (ticket, result), HERE.drain())
+            return _pack(RESULT, error, PROCESS_TALLY.drain())
+        return _pack(
+            self.gives, result if self.gives == RESULT else (ticket, result), PROCESS_TALLY.drain()
+        )
 
     def step(self, value: object) -> object:
         raise NotImplementedError
@@ -295,66 +295,3 @@ class _Read(_Caught):
 class _Work(_Caught):
     def step(self, value: object) -> object:
         return self.worker.work(value)
-
-
-def standing(artifact_path: str, key: str, columns: Sequence[str] = ()) -> Receipt | None:
-    """Receipt of a finished shard, if it exists.
-
-    Writes are atomic, so that a shard can only be damaged later; a damaged one is removed.
-
-    Returns:
-        None if the shard is missing, damaged or lacks `columns`.
-    """
-    path = shard_path(artifact_path, key)
-    if not storage.exists(path):
-        return None
-    try:
-        if columns:
-            read_shard(artifact_path, key, columns)
-        return Receipt(key, shard_rows(artifact_path, key), storage.size_bytes(path))
-    except DataError:
-        storage.remove(path)
-        HERE.count("remade")
-        return None
-
-
-def standing_for(artifact_path: str, corpus_path: str, key: str) -> Receipt | None:
-    """Receipt of a finished shard with exactly the images of a corpus shard.
-
-    A shard of other images (a corpus recreated from changed files has the same fingerprint) or
-    without readable ids is removed, so that it is computed again.
-
-    Raises:
-        DataError: if the corpus shard cannot be read.
-    """
-    receipt = standing(artifact_path, key)
-    if receipt is None:
-        return None
-    wanted = read_shard(corpus_path, key, ["image_id"]).column("image_id").to_pylist()
-    try:
-        found = read_shard(artifact_path, key, ["image_id"]).column("image_id").unique().to_pylist()
-    except DataError:
-        found = None
-    if found == wanted:
-        HERE.count("kept")
-        return receipt
-    storage.remove(shard_path(artifact_path, key))
-    HERE.count("remade")
-    return None
-
-
-def refuse_foreign(
-    artifact_path: str, keys: Sequence[str], whose: str = "are not in the corpus"
-) -> None:
-    """Refuse an artifact that holds shards other than `keys`.
-
-    Raises:
-        DataError: naming the first of them; the next stage would read them too.
-    """
-    foreign = sorted(set(list_shards(artifact_path)) - set(keys))
-    if foreign:
-        raise DataError(
-            f"{artifact_path} holds {len(foreign):,} shards that {whose}; the first is "
-            f"{shard_path(artifact_path, foreign[0])}. They are from another run: move them away, "
-            "then run the same command to resume."
-        )

@@ -154,7 +154,7 @@ def run_stage(
     """
     path = stage_path(recipe, name)
     wanted = artifact.fingerprint(kind, config, parents)
-    done = _standing(recipe, name, path, wanted)
+    done = _find_shared(recipe, name, path, wanted)
     if done is None:
         place = artifact.begin(path, kind, config, parents)
         if isinstance(place, Artifact):
@@ -180,7 +180,7 @@ def run_stage(
     return result
 
 
-def _standing(recipe: Recipe, name: str, path: str, wanted: str) -> Artifact | None:
+def _find_shared(recipe: Recipe, name: str, path: str, wanted: str) -> Artifact | None:
     """A finished artifact of this fingerprint from the `share` folders.
 
     None if the stage's own folder holds a finished artifact.

@@ -1,6 +1,6 @@
 """Seconds by part of the work, and counts, of the shard pipeline.
 
-A worker calls `with HERE.part("decode"):` and `HERE.count("kept")`; its actor sends the sums with
+A worker calls `with PROCESS_TALLY.part("decode"):` and `PROCESS_TALLY.count("kept")`; its actor sends the sums with
 each receipt, and the driver adds them up. Seconds are summed over all actors, and over the driver
 where it lists a source.
 """
@@ -69,7 +69,8 @@ class Tally:
 
     def drain(self) -> dict[str, float]:
         """The sums since the last call; resets them."""
-        noted, self.noted = self.noted, {}
+        noted = self.noted
+        self.noted = {}
         return noted
 
     def counted(self) -> dict[str, int]:
@@ -94,7 +95,8 @@ class Tally:
     def lines(self) -> list[str]:
         """Log lines: the share of each part, the slowest part, and the counts."""
         parts = {name: self.noted.get(f"seconds/{name}", 0.0) for name in PARTS}
-        total, lines = sum(parts.values()), []
+        total = sum(parts.values())
+        lines = []
         if total > 0:
             order = sorted(
                 (name for name in PARTS if parts[name] > 0), key=lambda name: -parts[name]
@@ -110,7 +112,7 @@ class Tally:
         return [*lines, *([", ".join(again)] if again else []), *left]
 
 
-HERE = Tally()  # of this process
+PROCESS_TALLY = Tally()  # of this process
 
 
 @contextmanager
@@ -136,15 +138,20 @@ def shown(
     retries; where the units are groups, pass `images` (the total so far) to show their rate.
     """
     with run.progress(total, unit) as bar:
-        kept, seen, stood, started = tally.counted().get("kept", 0), 0, 0, time.monotonic()
+        kept = tally.counted().get("kept", 0)
+        seen = 0
+        stood = 0
+        started = time.monotonic()
 
         def update(units: int, **info: float) -> None:
             nonlocal kept, seen, stood
-            found, images = tally.counted(), int(info.get("images", 0))
+            found = tally.counted()
+            images = int(info.get("images", 0))
             if found.get("kept", 0) > kept:
                 kept = found["kept"]
                 bar.stood(units)
-                units, stood = 0, stood + images - seen
+                units = 0
+                stood = stood + images - seen
             seen = images
             elapsed_s = time.monotonic() - started
             if images > stood and elapsed_s > 0:

@@ -8,7 +8,7 @@ import math
 
 from smalti.schema import CodebookSection
 from smalti.workflows.codebook import partial_sums, passes, recall
-from smalti.workflows.codebook.stage import FINE_VECTORS, SAMPLE_A_CELL, SAMPLE_MIN, SEEDS_A_CODE
+from smalti.workflows.codebook.build import FINE_VECTORS, SAMPLE_A_CELL, SAMPLE_MIN, SEEDS_A_CODE
 from smalti.workflows.plan.base import Phase, Plan, Rates
 
 HALF, SINGLE, DOUBLE = 2, 4, 8  # bytes

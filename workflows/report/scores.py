@@ -20,7 +20,8 @@ def headlines(facts: Facts) -> str:
     """Up to four tiles with the main scores and their baselines."""
     tiles = []
     for key in [key for key in HEADLINES if key in facts.scores][:4]:
-        score, name = facts.scores[key], name_of(key)
+        score = facts.scores[key]
+        name = name_of(key)
         baselines = "".join(
             f"<li>{escape(baseline_name(k))} <b>{written(v, name.kind)}</b></li>"
             for k, v in score["baseline"].items()
@@ -36,7 +37,8 @@ def scores(facts: Facts) -> str:
     """Every score with its sample size, its baselines and its goal."""
     rows = []
     for key in ordered(facts.scores):
-        score, name = facts.scores[key], name_of(key)
+        score = facts.scores[key]
+        name = name_of(key)
         baselines = "".join(
             f'<span class="beside">{escape(baseline_name(k))} <b>{written(v, name.kind)}</b></span>'
             for k, v in score["baseline"].items()

@@ -12,9 +12,9 @@ from smalti.workflows.sources.base import (
     IMAGE_SUFFIXES,
     Group,
     Locator,
-    Lost,
     Pairs,
     Sample,
+    Unusable,
     filesystem,
     named,
     suffix,
@@ -32,9 +32,9 @@ __all__ = [
     "SOURCES",
     "Group",
     "Locator",
-    "Lost",
     "Pairs",
     "Sample",
+    "Unusable",
     "detect",
     "find_groups",
     "listed",
@@ -110,10 +110,8 @@ def _detect_folder(source: str) -> str:
 
     The tables that img2dataset writes beside its tars or folders are not counted as data.
     """
-    tables, kinds = (
-        SideTables(source),
-        {"folder": False, "parquet": False, "webdataset": False, "arrow": False},
-    )
+    tables = SideTables(source)
+    kinds = {"folder": False, "parquet": False, "webdataset": False, "arrow": False}
     for name in each_file(source, []):
         tables.meet(name)
         kinds["folder"] |= suffix(name) in IMAGE_SUFFIXES

@@ -20,9 +20,9 @@ from smalti.workflows.sources.base import (
     CAPTION_NAMES,
     DEFAULT_CAPTION,
     DEFAULT_LABEL,
-    Lost,
     ReadBytes,
     Sample,
+    Unusable,
     filesystem,
     is_arrows,
     load_json,
@@ -48,9 +48,9 @@ STATE, SPLITS = "state.json", "dataset_dict.json"
 class ArrowGroup(ParquetGroup):
     """One Arrow file (IPC stream or file format); `row_groups` is not used."""
 
-    def samples(self) -> Iterator[Sample | Lost]:
+    def samples(self) -> Iterator[Sample | Unusable]:
         if self.torn is not None:
-            yield Lost("", "torn_file", self.torn)
+            yield Unusable("", "torn_file", self.torn)
             return
         columns = [
             name for name in (self.image, self.caption, self.label, *self.pairs) if name is not None
@@ -65,7 +65,9 @@ class ArrowGroup(ParquetGroup):
         except (pa.ArrowException, OSError) as error:
             if not is_arrows(error):
                 raise
-            yield Lost(str(row), "torn_file", f"the file breaks off, rows may be missing: {error}")
+            yield Unusable(
+                str(row), "torn_file", f"the file breaks off, rows may be missing: {error}"
+            )
 
     @contextmanager
     def reader(self) -> Iterator[ReadBytes]:
@@ -127,9 +129,11 @@ def _files(source: str) -> list[str]:
                 str(name)
                 for name in load_json(fs.cat_file(posixpath.join(inside, SPLITS)))["splits"]
             ]
-            names, one = ", ".join(splits), splits[0]
+            names = ", ".join(splits)
+            one = splits[0]
         except (ValueError, KeyError, TypeError, IndexError):
-            names, one = f"that {SPLITS} should name but does not", "train"
+            names = f"that {SPLITS} should name but does not"
+            one = "train"
         raise DataError(
             f"corpus.source: {source} holds the splits {names}. Name one: {source}/{one}."
         )

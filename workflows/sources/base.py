@@ -1,7 +1,7 @@
 """Interface of all sources: groups, which are the units of reading.
 
 A group is a small, picklable record. `samples` reads it once, in order, and yields each image
-exactly once: as a `Sample`, or as a `Lost` if it cannot be used. `reader` reads the bytes of a
+exactly once: as a `Sample`, or as a `Unusable` if it cannot be used. `reader` reads the bytes of a
 sample again by its locator, so that shards can be written once duplicates and the split are known,
 without holding the images in between.
 """
@@ -30,7 +30,7 @@ from fsspec.spec import AbstractBufferedFile
 from smalti import storage
 from smalti.errors import DataError
 from smalti.schema import CorpusSection
-from smalti.workflows.pipeline.timings import HERE
+from smalti.workflows.pipeline.timings import PROCESS_TALLY
 from smalti.workflows.sources.network import (
     BUFFER_BYTES,
     Files,
@@ -88,7 +88,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Lost:
+class Unusable:
     """An entry (of one image, or an unknown number) that cannot be used."""
 
     key: str
@@ -109,7 +109,7 @@ class Group(Protocol):
     @property
     def in_order(self) -> bool: ...
 
-    def samples(self) -> Iterator[Sample | Lost]: ...
+    def samples(self) -> Iterator[Sample | Unusable]: ...
 
     def reader(self) -> AbstractContextManager[ReadBytes]: ...
 
@@ -196,7 +196,7 @@ def read_pairs(record: Mapping[str, Any]) -> Pairs:
             found.append((question, answer))
     pairs = [(clean_text(question), clean_text(answer)) for question, answer in found]
     whole = tuple((question, answer) for question, answer in pairs if question and answer)
-    HERE.count("half_pairs", len(pairs) - len(whole))
+    PROCESS_TALLY.count("half_pairs", len(pairs) - len(whole))
     return whole
 
 
@@ -314,9 +314,9 @@ def _has_ranges(stream: AbstractBufferedFile) -> bool:
     return True
 
 
-def too_large(key: str, size: int, limit: int) -> Lost:
-    """A `Lost` for a file over the size limit; its bytes are not read."""
-    return Lost(key, "too_large", f"{size:,} bytes, and corpus.max_bytes is {limit:,}")
+def too_large(key: str, size: int, limit: int) -> Unusable:
+    """A `Unusable` for a file over the size limit; its bytes are not read."""
+    return Unusable(key, "too_large", f"{size:,} bytes, and corpus.max_bytes is {limit:,}")
 
 
 def of_each(function: Callable[[str], T], paths: Sequence[str]) -> list[T]:

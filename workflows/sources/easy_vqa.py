@@ -36,7 +36,8 @@ def derive(pairs: Iterable[tuple[str, str]]) -> tuple[str | None, str | None]:
         if answer in ("yes", "no"):
             holds = (answer == "yes") != ("no" in words or "not" in words)
         else:
-            named, holds = named | {answer}, True
+            named = named | {answer}
+            holds = True
         for possible in (colors, shapes):
             for word in named & (set(COLORS) if possible is colors else set(SHAPES)):
                 possible.intersection_update({word}) if holds else possible.discard(word)

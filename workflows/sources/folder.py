@@ -20,10 +20,10 @@ from smalti.workflows.sources.base import (
     IMAGE_SUFFIXES,
     Group,
     Locator,
-    Lost,
     Pairs,
     ReadBytes,
     Sample,
+    Unusable,
     check_ends,
     clean_text,
     filesystem,
@@ -61,7 +61,7 @@ class FolderGroup:
 
     root: str
     entries: tuple[Entry, ...]
-    lost: tuple[Lost, ...] = ()
+    lost: tuple[Unusable, ...] = ()
     max_bytes: int = 200_000_000
 
     @property
@@ -72,7 +72,7 @@ class FolderGroup:
     def source(self) -> str:
         return self.root
 
-    def samples(self) -> Iterator[Sample | Lost]:
+    def samples(self) -> Iterator[Sample | Unusable]:
         yield from self.lost
         fs, inside = filesystem(self.root)
         for index, entry in enumerate(self.entries):
@@ -88,7 +88,7 @@ class FolderGroup:
             except OSError as error:
                 if not is_of_file(error):
                     raise
-                yield Lost(entry.path, "unreadable", f"{type(error).__name__}: {error}")
+                yield Unusable(entry.path, "unreadable", f"{type(error).__name__}: {error}")
                 continue
             yield Sample(
                 entry.path, (index, 0), data, caption or entry.label, entry.label, entry.qa
@@ -138,7 +138,7 @@ def folder_groups(source: str, section: CorpusSection, seed: int) -> Iterator[Fo
     listing.said.check()
     for entries in batched(listing.entries(), section.shard_images):
         yield FolderGroup(root, entries, (), section.max_bytes)
-    for lost in batched((Lost(*record[2:]) for record in listing.lost), section.shard_images):
+    for lost in batched((Unusable(*record[2:]) for record in listing.lost), section.shard_images):
         yield FolderGroup(root, (), lost)
 
 
@@ -153,16 +153,20 @@ class _Listing:
     """
 
     def __init__(self, section: CorpusSection, root: str) -> None:
-        self.root, self.said, self.rows = root, Metadata(section, root), 0
-        self.by_stem, self.lost = SortedRecords(), SortedRecords()
+        self.root = root
+        self.said = Metadata(section, root)
+        self.rows = 0
+        self.by_stem = SortedRecords()
+        self.lost = SortedRecords()
         self.metadata: list[str] = []
-        self.tables, self.side = SideTables(root), set[str]()
+        self.tables = SideTables(root)
+        self.side = set[str]()
         self.classes: set[str] = set()  # two at most
         self.bare = False  # whether an image lies in no subfolder
 
     def list_files(self) -> None:
         """Add the names of all files."""
-        lost: list[Lost] = []
+        lost: list[Unusable] = []
         for name in each_file(self.root, lost):
             kind = suffix(name)
             self.tables.meet(name)
@@ -192,7 +196,7 @@ class _Listing:
         """Add the rows of one metadata file."""
         for row in self.said.read(name, stream):
             self.rows += 1
-            if isinstance(row, Lost):
+            if isinstance(row, Unusable):
                 self.lost.add([BAD_ROW, self.rows, row.key, row.reason, row.detail])
             else:
                 stem = row.path[: -len(suffix(row.path))] if suffix(row.path) else row.path
@@ -276,10 +280,11 @@ class ListedGroup:
 
     def load(self) -> FolderGroup:
         record = storage.read_json(self.listing)
-        entries, lost = map(_entry, record["entries"]), (Lost(*one) for one in record["lost"])
+        entries = map(_entry, record["entries"])
+        lost = (Unusable(*one) for one in record["lost"])
         return FolderGroup(record["root"], tuple(entries), tuple(lost), record["max_bytes"])
 
-    def samples(self) -> Iterator[Sample | Lost]:
+    def samples(self) -> Iterator[Sample | Unusable]:
         return self.load().samples()
 
     def reader(self) -> AbstractContextManager[ReadBytes]:

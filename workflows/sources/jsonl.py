@@ -15,9 +15,9 @@ from smalti.errors import DataError
 from smalti.schema import CorpusSection
 from smalti.workflows.sources.base import (
     Locator,
-    Lost,
     ReadBytes,
     Sample,
+    Unusable,
     bare,
     caption_names,
     clean_text,
@@ -63,7 +63,7 @@ class JsonLinesGroup:
     def source(self) -> str:
         return self.path
 
-    def samples(self) -> Iterator[Sample | Lost]:
+    def samples(self) -> Iterator[Sample | Unusable]:
         """Yield the images.
 
         Raises:
@@ -72,11 +72,13 @@ class JsonLinesGroup:
         reach = Reach(self.path)
         with open_seekable(self.path) as stream:
             stream.seek(self.start)
-            number, position = self.first, self.start
+            number = self.first
+            position = self.start
             while position < self.end and (line := stream.readline()):
                 if line.strip():
                     yield self._sample(str(number), (position, len(line)), line, reach)
-                number, position = number + 1, position + len(line)
+                number += 1
+                position += len(line)
 
     @contextmanager
     def reader(self) -> Iterator[ReadBytes]:
@@ -103,14 +105,15 @@ class JsonLinesGroup:
             else storage.join(storage.parent(bare(self.path)), name)
         )
 
-    def _sample(self, key: str, locator: Locator, line: bytes, reach: Reach) -> Sample | Lost:
+    def _sample(self, key: str, locator: Locator, line: bytes, reach: Reach) -> Sample | Unusable:
         try:
             record = load_json(_text(line))
             if not isinstance(record, dict):
                 raise ValueError("it is not a JSON object")
-            place, qa = self._where(record), read_pairs(record)
+            place = self._where(record)
+            qa = read_pairs(record)
         except (ValueError, TypeError) as error:
-            return Lost(key, "bad_metadata", f"line {key}: {error}")
+            return Unusable(key, "bad_metadata", f"line {key}: {error}")
         try:
             fs, inside = filesystem(place, PAUSES_S)
             size = fs.size(inside)
@@ -120,14 +123,14 @@ class JsonLinesGroup:
             reach.met()
         except UnreachedError as error:
             reach.missed(place)
-            return Lost(key, "unreachable", str(error))
+            return Unusable(key, "unreachable", str(error))
         except FileNotFoundError:
             reach.met()
-            return Lost(key, "missing", f"line {key} names {place}, which does not exist")
+            return Unusable(key, "missing", f"line {key} names {place}, which does not exist")
         except (OSError, ValueError, DataError) as error:
             if isinstance(error, OSError) and not is_of_file(error):
                 raise
-            return Lost(key, "unreadable", f"{place}: {type(error).__name__}: {error}")
+            return Unusable(key, "unreadable", f"{place}: {type(error).__name__}: {error}")
         caption = clean_text([record.get(name) for name in caption_names(self.caption)])
         return Sample(key, locator, data, caption, clean_text(record.get(self.label)), qa)
 
@@ -136,7 +139,8 @@ class Reach:
     """Counts consecutive unreachable images."""
 
     def __init__(self, source: str) -> None:
-        self.source, self.unanswered = source, 0
+        self.source = source
+        self.unanswered = 0
 
     def met(self) -> None:
         """Reset the count: a server answered."""

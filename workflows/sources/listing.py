@@ -13,7 +13,7 @@ from smalti import storage
 from smalti.errors import DataError
 from smalti.workflows.sources.base import (
     IMG2DATASET,
-    Lost,
+    Unusable,
     filesystem,
     is_arrows,
     is_web,
@@ -84,7 +84,7 @@ class SideTables:
             return True
 
 
-def each_file(root: str, lost: list[Lost]) -> Iterator[str]:
+def each_file(root: str, lost: list[Unusable]) -> Iterator[str]:
     """Yield relative paths of the files below a folder, without hidden ones.
 
     Folders that cannot be read are added to `lost`. On a local disk links to folders are followed;
@@ -100,7 +100,7 @@ def each_file(root: str, lost: list[Lost]) -> Iterator[str]:
     yield from (name for name in names if not is_hidden(name))
     for error in errors:
         where = os.path.relpath(str(error.filename), inside) if error.filename else ""
-        lost.append(Lost(where, "unreadable", str(error)))
+        lost.append(Unusable(where, "unreadable", str(error)))
 
 
 def _walk(root: str, errors: list[OSError]) -> Iterator[str]:
@@ -163,7 +163,7 @@ def find_files(source: str, accepts: Callable[[str], bool], kind: str) -> list[s
     fs, inside = filesystem(source)
     if not fs.isdir(inside):
         return expand(source)
-    lost: list[Lost] = []
+    lost: list[Unusable] = []
     paths = [
         storage.join(source, name) for name in sorted(filter(accepts, each_file(source, lost)))
     ]
@@ -226,7 +226,9 @@ def _braces(pattern: str) -> list[str]:
     start = pattern.find("{")
     if start < 0:
         return [pattern]
-    end, commas, depth = start, [start], 0
+    end = start
+    commas = [start]
+    depth = 0
     for end in range(start, len(pattern)):
         depth += (pattern[end] == "{") - (pattern[end] == "}")
         if pattern[end] == "," and depth == 1:
@@ -235,7 +237,8 @@ def _braces(pattern: str) -> list[str]:
             break
     else:
         return [pattern]
-    body, rest = pattern[start + 1 : end], _braces(pattern[end + 1 :])
+    body = pattern[start + 1 : end]
+    rest = _braces(pattern[end + 1 :])
     first, dots, last = body.partition("..")
     if len(commas) > 1:
         parts = [pattern[one + 1 : two] for one, two in pairwise([*commas, end])]

@@ -16,8 +16,8 @@ from typing import BinaryIO, TextIO
 from smalti.errors import DataError
 from smalti.schema import CorpusSection
 from smalti.workflows.sources.base import (
-    Lost,
     Pairs,
+    Unusable,
     caption_names,
     clean_text,
     load_json,
@@ -67,7 +67,7 @@ class Metadata:
                     f"they have {', '.join(sorted(self.columns))}."
                 )
 
-    def read(self, name: str, stream: BinaryIO) -> Iterator[Said | Lost]:
+    def read(self, name: str, stream: BinaryIO) -> Iterator[Said | Unusable]:
         """Yield the rows of one file, in order.
 
         Each `file_name` is relative to the metadata file's folder.
@@ -86,9 +86,9 @@ class Metadata:
                         raise row
                     yield self._said(folder, where, load_json(row) if isinstance(row, str) else row)
                 except KeyError as error:
-                    yield Lost(where, "bad_metadata", f"the row has no {error}")
+                    yield Unusable(where, "bad_metadata", f"the row has no {error}")
                 except (ValueError, TypeError, AttributeError, csv.Error) as error:
-                    yield Lost(where, "bad_metadata", f"{type(error).__name__}: {error}")
+                    yield Unusable(where, "bad_metadata", f"{type(error).__name__}: {error}")
 
     def _table(self, name: str, text: TextIO) -> Iterator[tuple[int, dict[str, str] | csv.Error]]:
         """Yield (last line, row) of a CSV; for a malformed row, its error."""

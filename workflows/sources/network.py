@@ -119,7 +119,9 @@ class RetryingFiles:
     def __init__(
         self, fs: AbstractFileSystem, place: str, pauses: Sequence[float] | None = None
     ) -> None:
-        self._fs, self._place, self._pauses = fs, place, pauses
+        self._fs = fs
+        self._place = place
+        self._pauses = pauses
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._fs, name)
@@ -156,7 +158,8 @@ class RetryingStream(io.RawIOBase):
     """A seekable stream over a network whose reads are retried."""
 
     def __init__(self, stream: BinaryIO, place: str) -> None:
-        self.stream, self.place = stream, place
+        self.stream = stream
+        self.place = place
 
     def readable(self) -> bool:
         return True

@@ -22,9 +22,9 @@ from smalti.workflows.sources.base import (
     DEFAULT_LABEL,
     IMG2DATASET,
     Locator,
-    Lost,
     ReadBytes,
     Sample,
+    Unusable,
     clean_text,
     is_arrows,
     load_json,
@@ -74,9 +74,9 @@ class ParquetGroup:
     def source(self) -> str:
         return self.path
 
-    def samples(self) -> Iterator[Sample | Lost]:
+    def samples(self) -> Iterator[Sample | Unusable]:
         if self.torn is not None:
-            yield Lost("", "torn_file", self.torn)
+            yield Unusable("", "torn_file", self.torn)
             return
         columns = [
             name for name in (self.image, self.caption, self.label, *self.pairs) if name is not None
@@ -95,7 +95,7 @@ class ParquetGroup:
                     if not is_arrows(error):
                         raise
                     for left in range(row, file.metadata.row_group(number).num_rows):
-                        yield Lost(
+                        yield Unusable(
                             f"{number}:{left}",
                             "torn_file",
                             f"row group {number} cannot be read: {error}",
@@ -112,19 +112,19 @@ class ParquetGroup:
 
     def _sample(
         self, key: str, locator: Locator, record: dict[str, Any] | Exception
-    ) -> Sample | Lost:
+    ) -> Sample | Unusable:
         if isinstance(record, Exception):
             what = (
                 "a text is not UTF-8"
                 if isinstance(record, UnicodeDecodeError)
                 else "a value cannot be read"
             )
-            return Lost(key, "bad_metadata", f"{what}: {record}")
+            return Unusable(key, "bad_metadata", f"{what}: {record}")
         image = record[self.image]
         data = image.get("bytes") if isinstance(image, dict) else image
         if data is None:
             path = image.get("path") if isinstance(image, dict) else None
-            return Lost(
+            return Unusable(
                 key,
                 "no_image",
                 f"the row holds no bytes{f', only the path {path}' if path else ''}",
@@ -132,7 +132,7 @@ class ParquetGroup:
         try:
             qa = read_pairs({name: record[name] for name in self.pairs})
         except (ValueError, TypeError) as error:
-            return Lost(key, "bad_metadata", str(error))
+            return Unusable(key, "bad_metadata", str(error))
         label = record[self.label] if self.label else None
         if self.names and isinstance(label, int):
             label = (
@@ -150,7 +150,9 @@ class Batches:
 
     def __init__(self, batches: Callable[[int], Iterator[pa.RecordBatch]]) -> None:
         self.batches = batches
-        self.part, self.start, self.held = -1, 0, pa.array([])
+        self.part = -1
+        self.start = 0
+        self.held = pa.array([])
         self.rest: Iterator[pa.RecordBatch] = iter(())
 
     def value(self, locator: Locator) -> bytes:
@@ -212,10 +214,8 @@ def is_parquet(path: str) -> bool:
 def _file_groups(path: str, section: CorpusSection) -> list[ParquetGroup]:
     try:
         with _open(path) as file:
-            schema, sizes = (
-                file.schema_arrow,
-                [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)],
-            )
+            schema = file.schema_arrow
+            sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
     except (pa.ArrowException, OSError) as error:
         if not is_arrows(error):
             raise
@@ -240,7 +240,8 @@ def _file_groups(path: str, section: CorpusSection) -> list[ParquetGroup]:
         if rows >= section.shard_images or number == len(sizes) - 1:
             names = class_names(path, schema, label)
             groups.append(ParquetGroup(path, tuple(numbers), image, caption, label, pairs, names))
-            numbers, rows = [], 0
+            numbers = []
+            rows = 0
     return groups
 
 

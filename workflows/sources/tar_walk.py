@@ -44,7 +44,8 @@ class TailReader:
 
     def __init__(self, stream: BinaryIO) -> None:
         self._take = getattr(stream, "read1", stream.read)
-        self.tail, self.position = b"", 0
+        self.tail = b""
+        self.position = 0
         self._error: Exception | None = None
         self._empty = 0  # reads that returned nothing
 
@@ -105,7 +106,8 @@ class TarWalk:
     """
 
     def __init__(self, stream: TailReader, max_bytes: int) -> None:
-        self.stream, self.max_bytes = stream, max_bytes
+        self.stream = stream
+        self.max_bytes = max_bytes
         self.torn: str | None = None
         self.torn_member: str | None = None
 
@@ -141,7 +143,8 @@ class TarWalk:
                         self.torn = "more follows after the archive's end marker, and is not read"
                         break
         except (*BROKEN, *BAD_HEADER) as error:
-            self.torn, self.torn_member = f"the archive breaks off: {error}", name
+            self.torn = f"the archive breaks off: {error}"
+            self.torn_member = name
             return
         if len(end) < BLOCK or any(end):
             self.torn = (

@@ -19,14 +19,14 @@ from fsspec.utils import infer_compression
 
 from smalti.errors import DataError
 from smalti.schema import CorpusSection
-from smalti.workflows.pipeline.timings import HERE
+from smalti.workflows.pipeline.timings import PROCESS_TALLY
 from smalti.workflows.sources.base import (
     DEFAULT_CAPTION,
     IMAGE_SUFFIXES,
     Locator,
-    Lost,
     ReadBytes,
     Sample,
+    Unusable,
     caption_names,
     clean_text,
     load_json,
@@ -105,7 +105,7 @@ class TarGroup:
     def source(self) -> str:
         return self.path
 
-    def samples(self) -> Iterator[Sample | Lost]:
+    def samples(self) -> Iterator[Sample | Unusable]:
         waiting: OrderedDict[str, _Members] = OrderedDict()
         held = 0  # bytes
         far = _Far(self)
@@ -133,7 +133,7 @@ class TarGroup:
         for key, members in waiting.items():
             yield from self._samples(key, members, far)
         if walk.torn is not None:
-            yield Lost(walk.torn_member or "", "truncated_tar", walk.torn)
+            yield Unusable(walk.torn_member or "", "truncated_tar", walk.torn)
 
     @contextmanager
     def reader(self) -> Iterator[ReadBytes]:
@@ -150,7 +150,7 @@ class TarGroup:
         with open_seekable(self.path, compression_of(self.path)) as stream:
             yield stream
 
-    def _samples(self, key: str, members: _Members, far: _Far) -> Iterator[Sample | Lost]:
+    def _samples(self, key: str, members: _Members, far: _Far) -> Iterator[Sample | Unusable]:
         """Yield the sample of a key, or why there is none.
 
         Of several images the first with the fewest dots in its extension is used. One with more
@@ -161,7 +161,7 @@ class TarGroup:
             if members.large or (members.texts and far.has_image(key)):
                 return  # counted already, or with its image
             there = sorted(members.others.union(members.texts))
-            yield Lost(
+            yield Unusable(
                 key,
                 "no_image",
                 f"members: {', '.join(name or 'one without extension' for name in there)}",
@@ -170,13 +170,15 @@ class TarGroup:
         name, _, locator, data = members.image
         yield self._sample(key, locator, data, members)
         for other in members.more:
-            yield Lost(
+            yield Unusable(
                 other,
                 "second_image",
                 f"it has the key of {name}: a key ends at the first dot of the name",
             )
 
-    def _sample(self, key: str, locator: Locator, data: bytes, members: _Members) -> Sample | Lost:
+    def _sample(
+        self, key: str, locator: Locator, data: bytes, members: _Members
+    ) -> Sample | Unusable:
         record: dict[str, object] = {}
         try:
             if "json" in members.texts:
@@ -184,7 +186,7 @@ class TarGroup:
                 record = loaded if isinstance(loaded, dict) else {}
             qa = read_pairs(record)
         except (ValueError, TypeError) as error:
-            return Lost(key, "bad_metadata", f"{key}.json: {error}")
+            return Unusable(key, "bad_metadata", f"{key}.json: {error}")
         texts = [members.texts.get(name) for name in ("txt", "caption", "text")]
         said = [record.get(name) for name in caption_names(self.caption_column)]
         caption = clean_text(
@@ -234,7 +236,7 @@ class _Far:
         If the image was yielded before the headers were read, the texts are too late: they are
         counted.
         """
-        HERE.count("late_texts", int(-1 < self.images.get(key, -1) <= self.given_before))
+        PROCESS_TALLY.count("late_texts", int(-1 < self.images.get(key, -1) <= self.given_before))
         return key in self.images
 
     def _scan(self) -> None:

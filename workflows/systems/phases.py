@@ -39,7 +39,8 @@ def check_loss(key: str, phase: PixelStage | DecoderStage | DualStage, image_siz
     from smalti.tokenizers.lpips import MIN_SIZE
     from smalti.tokenizers.patchgan import smallest_image
 
-    perceptual, gan = phase.loss.perceptual, phase.loss.gan
+    perceptual = phase.loss.perceptual
+    gan = phase.loss.gan
     if perceptual.kind == "lpips" and perceptual.weight:
         where = f"{key}.loss.perceptual.weights"
         if not perceptual.weights:
@@ -107,7 +108,9 @@ class Phases:
     def __init__(self, run: StageRun, parents: Mapping[str, Artifact]) -> None:
         from smalti.workflows.train.data import shard_index
 
-        self.run, self.recipe, self.parents = run, run.recipe, dict(parents)
+        self.run = run
+        self.recipe = run.recipe
+        self.parents = dict(parents)
         self.section = run.recipe.tokenizer
         self.encoder = encoder_path(parents["encoder"])
         encoder = open_encoder(self.encoder, self.recipe.encoder.layer)
@@ -117,7 +120,8 @@ class Phases:
                 f"{self.encoder} reads {encoder.image_size} px. Set "
                 f"corpus.image_size={encoder.image_size}."
             )
-        self.grid, self.dim = encoder.grid, encoder.dim
+        self.grid = encoder.grid
+        self.dim = encoder.dim
         self.keys, self.sizes = shard_index(parents["corpus"].path, "train")
 
     def images(self, needs_encoder: bool) -> dict[str, object]:

@@ -55,7 +55,8 @@ class Unicode2System(System):
 
     def build(self, run: StageRun, parents: Mapping[str, Artifact]) -> Mapping[str, int]:
         """Write the encoder and the codebook as one tokenizer."""
-        recipe, path = run.recipe, encoder_path(parents["encoder"])
+        recipe = run.recipe
+        path = encoder_path(parents["encoder"])
         encoder = open_encoder(path, recipe.encoder.layer)
         if encoder.image_size != recipe.corpus.image_size:
             raise ConfigError(

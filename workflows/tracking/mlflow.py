@@ -120,7 +120,10 @@ class MLflowTracker:
     def __init__(
         self, uri: str, run_id: str, *, client: MlflowClient | None = None, owner: bool = True
     ) -> None:
-        self.uri, self.run_id, self._run_id, self.owner = uri, run_id, run_id, owner
+        self.uri = uri
+        self.run_id = run_id
+        self._run_id = run_id
+        self.owner = owner
         self._client = client or _client(uri)
         self._outbox = Outbox(uri, self._send_numbers, METRICS_A_BATCH)
 

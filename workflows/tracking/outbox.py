@@ -36,7 +36,9 @@ class Outbox(Generic[Number]):
     def __init__(
         self, where: str, send_numbers: Callable[[list[Number]], None], batch: int
     ) -> None:
-        self.where, self.send_numbers, self.batch = where, send_numbers, batch
+        self.where = where
+        self.send_numbers = send_numbers
+        self.batch = batch
         self.dropped = 0
         self._calls: deque[Callable[[], None]] = deque()
         self._numbers: deque[Number] = deque()
@@ -121,7 +123,8 @@ class Outbox(Generic[Number]):
 
     def _back(self) -> None:
         if self._away_since is not None:
-            away_s, self._away_since = time.monotonic() - self._away_since, None
+            away_s = time.monotonic() - self._away_since
+            self._away_since = None
             lost = f"; {self.dropped:,} entries did not fit and are lost" if self.dropped else ""
             log(
                 f"MLflow at {self.where} answers again after {away_s:.0f} s; the kept entries are "

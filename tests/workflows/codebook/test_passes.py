@@ -2,6 +2,7 @@
 a chunk.
 
 Covers: workflows/codebook/cell_files.py, workflows/codebook/cell_ranges.py,
+workflows/codebook/tasks.py, workflows/codebook/tree.py,
 workflows/codebook/duplicates.py, workflows/codebook/partial_sums.py.
 """
 
@@ -23,7 +24,8 @@ from smalti.tokenizers import kmeans, tensor_files
 from smalti.workflows.codebook import cell_files, cell_ranges, partial_sums, passes
 from smalti.workflows.codebook import duplicates as distinct
 from smalti.workflows.codebook import stage as codebook
-from smalti.workflows.codebook.passes import Tree
+from smalti.workflows.codebook import tree as tree_module
+from smalti.workflows.codebook.tree import Tree, placed
 
 DIM = 8
 
@@ -64,8 +66,8 @@ def test_the_sums_of_a_chunk_are_those_of_a_loop_in_a_row_a_code_that_occurs() -
 def test_codes_put_in_the_order_of_their_cells_keep_their_cells(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(passes, "COLUMNS", 3)
-    monkeypatch.setattr(passes, "MOVED_NUMBERS", 0)
+    monkeypatch.setattr(tree_module, "COLUMNS", 3)
+    monkeypatch.setattr(tree_module, "MOVED_NUMBERS", 0)
     codes_KC, cell_of_K = torch.randn(20, DIM), torch.randint(4, (20,))
     tree = Tree(torch.randn(4, DIM), codes_KC.clone(), cell_of_K).in_cell_order()
     order = torch.argsort(cell_of_K, stable=True)
@@ -77,7 +79,7 @@ def test_a_cell_larger_than_a_chunk_is_cut_between_files(monkeypatch: pytest.Mon
     monkeypatch.setattr(passes, "CHUNK_VECTORS", 1_000)
     parts = [passes.Chunk("", ((f"train/{number:05d}", 600),), DIM) for number in range(3)]
     starts_FP = np.array([[0, 50, 600, 600], [0, 0, 550, 600], [0, 100, 600, 600]], np.int32)
-    spans = [piece.spans for piece in cell_ranges.pieces(parts, starts_FP, "f")]
+    spans = [piece.spans for piece in cell_ranges.cell_chunks(parts, starts_FP, "f")]
     a, b, c = (f"f/train-{number:05d}" for number in range(3))
     assert spans == [
         ((a, 0, 50), (c, 0, 100)),
@@ -90,7 +92,7 @@ def test_a_cell_larger_than_a_chunk_is_cut_between_files(monkeypatch: pytest.Mon
 
 def test_no_second_matrix_of_codes_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Peak memory of what the driver does with its codes, in multiples of these."""
-    monkeypatch.setattr(passes, "MOVED_NUMBERS", 1 << 18)
+    monkeypatch.setattr(tree_module, "MOVED_NUMBERS", 1 << 18)
     codes_KC = torch.randn(100_000, 160)  # 64 MB
     tree, path = (
         Tree(codes_KC[:8].clone(), codes_KC, torch.zeros(100_000, dtype=torch.int64)),
@@ -104,7 +106,7 @@ def test_no_second_matrix_of_codes_is_held(tmp_path: Path, monkeypatch: pytest.M
     assert peak(lambda: tensor_files.write(path, {"codes": codes_KC})) < 0.3
     assert peak(lambda: tensor_files.read(path)) < 1.3
     assert peak(lambda: distinct.unusable(codes_KC)) < 0.6, "names of the codes"
-    assert peak(lambda: passes.placed(tree)) < 0.6, "scores of a block"
+    assert peak(lambda: placed(tree)) < 0.6, "scores of a block"
     assert peak(lambda: distinct.without(tree, bad_K)) < 0.3
     assert peak(lambda: kmeans.assign(codes_KC, codes_KC[:8])) < 0.3
 

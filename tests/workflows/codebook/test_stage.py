@@ -1,6 +1,6 @@
 """The stage codebook on 5,000 planted vectors: SIGKILL at every phase, bad shards, its settings.
 
-Covers: tokenizers/codebook.py, workflows/codebook/recall.py.
+Covers: workflows/codebook/build.py, tokenizers/codebook.py, workflows/codebook/recall.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from smalti.workflows.cluster.session import ensure_ray
 from smalti.workflows.codebook import cell_files, cell_ranges, partial_sums, passes, recall
 from smalti.workflows.codebook import duplicates as distinct
 from smalti.workflows.codebook import stage as codebook
-from smalti.workflows.codebook.passes import Tree
+from smalti.workflows.codebook.build import CodebookBuild
+from smalti.workflows.codebook.tree import Tree, placed
 from smalti.workflows.pipeline.stage import StageRun, run_stage
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("on_ray")]
@@ -169,11 +170,11 @@ def test_pieces_of_the_cell_files_hold_every_vector_once_and_meet_fewer_codes(
     x_NC = torch.cat([x_NC for chunk in parts for x_NC in chunk.vectors()])
     cells_PC, codes_KC = x_NC[:40], x_NC[1000:1200]
     starts_FP = cell_files.write_cells(parts, cells_PC, str(tmp_path / "cells"), 2)
-    pieces = cell_ranges.pieces(parts, starts_FP, str(tmp_path / "cells"))
+    pieces = cell_ranges.cell_chunks(parts, starts_FP, str(tmp_path / "cells"))
     seen_NC = torch.cat([block for piece in pieces for block in piece.vectors()])
     assert sorted(map(tuple, seen_NC.tolist())) == sorted(map(tuple, x_NC.tolist()))
     assert max(piece.rows for piece in pieces) <= 1000
-    tree = passes.placed(Tree(cells_PC, codes_KC, torch.zeros(200, dtype=torch.int64)))
+    tree = placed(Tree(cells_PC, codes_KC, torch.zeros(200, dtype=torch.int64)))
     arrays, bounds = (tree.cells.numpy(), tree.codes.numpy(), tree.cell_of.numpy()), [(0, 200)]
     met = [
         sum(next(passes._chunk_sums(part, arrays, passes.POLISH, bounds))[1][0] for part in side)
@@ -297,7 +298,7 @@ def test_codes_that_must_move_go_to_the_farthest_distinct_vectors_and_this_is_do
     )
     assert not distinct.unusable(made.codes).any()
     with ensure_ray(wanted):
-        build = codebook._Build(
+        build = CodebookBuild(
             StageRun("codebook", str(tmp_path / "codebook"), wanted, NullTracker(), False, ""),
             parts,
             2,
@@ -332,7 +333,7 @@ def test_a_cell_without_codes_is_not_among_all_that_are_needed(
     parts = passes.chunks(str(tmp_path / "features"), "train")
     x_NC = next(parts[0].vectors())
     cells_PC = torch.cat([x_NC[:2], torch.full((1, DIM), 99.0)])
-    tree = passes.placed(Tree(cells_PC, x_NC[100:120].clone(), torch.zeros(20, dtype=torch.int64)))
+    tree = placed(Tree(cells_PC, x_NC[100:120].clone(), torch.zeros(20, dtype=torch.int64)))
     assert recall.probes(run, recall.draw(run, parts, [], 2), tree, 2).cells == 2
     told = "of 500 training vectors find their nearest code in at most 2 of 2 cells: codebook.recall=1.0 needs all of them"
     assert told in capfd.readouterr().err

@@ -93,7 +93,7 @@ def test_the_first_of_equal_images_stays(
     for place, numbers in drawn.items():
         for row, (number, mark) in enumerate(zip(numbers, made[place], strict=True)):
             if number < 0:
-                assert mark["mark"] == dedup.LOST
+                assert mark["mark"] == dedup.UNUSABLE
             elif number in seen:
                 assert (mark["mark"], mark["first"]) == (DUPLICATE, seen[number])
             else:

@@ -33,7 +33,7 @@ from smalti.workflows.features import from_source
 from smalti.workflows.features import stage as features
 from smalti.workflows.features.featurizer import choose_patches
 from smalti.workflows.features.from_source import FeatureGroup
-from smalti.workflows.sources import Lost, Sample
+from smalti.workflows.sources import Sample, Unusable
 from smalti.workflows.sources.generated import draw
 
 GOOD, PATCHES = 11, 3
@@ -236,4 +236,4 @@ def test_the_filters_of_the_corpus_hold_for_a_source_too(
     for given, wanted in ((section, reason), ({}, None)):
         worker = FeatureGroup("out", "encoder", Recipe.model_validate({"corpus": given}), 16)
         one = worker.decode(found)
-        assert (one.reason if isinstance(one, Lost) else None) == wanted
+        assert (one.reason if isinstance(one, Unusable) else None) == wanted

@@ -9,22 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
-from smalti import shards
 from smalti.errors import ConfigError, DataError, ImageError
 from smalti.schema import Resources
 from smalti.workflows.cluster.session import quiet_ray_data
 from smalti.workflows.pipeline import shards as shard_pipeline
-from smalti.workflows.pipeline.shards import (
-    _pack,
-    _unpack,
-    refuse_foreign,
-    run_shards,
-    standing,
-    standing_for,
-)
+from smalti.workflows.pipeline.shards import _pack, _unpack, run_shards
 from smalti.workflows.pipeline.timings import Tally
 
 pytestmark = pytest.mark.ray
@@ -137,43 +128,3 @@ def test_a_large_array_travels_beside_the_pickle() -> None:
 
 def test_nothing_to_do_starts_nothing() -> None:
     assert list(run_shards([], worker_class(), (0,), Resources())) == []
-
-
-def test_standing_shards_and_torn_ones(tmp_path: Path) -> None:
-    assert standing(str(tmp_path), "train/00000") is None
-    receipt = shards.write_shard(str(tmp_path), "train/00000", pa.table({"a": [1, 2]}))
-    assert standing(str(tmp_path), "train/00000") == receipt
-    path = tmp_path / "train" / "00000.parquet"
-    path.write_bytes(path.read_bytes()[:20])
-    assert standing(str(tmp_path), "train/00000") is None
-    assert not path.exists()
-    with pytest.raises(DataError):
-        shards.shard_rows(str(tmp_path), "train/00000")
-
-
-def test_a_shard_of_other_images_is_made_again(tmp_path: Path) -> None:
-    corpus, out, key = str(tmp_path / "corpus"), str(tmp_path / "out"), "train/00000"
-    shards.write_shard(corpus, key, pa.table({"image_id": ["a", "b"]}))
-    receipt = shards.write_shard(out, key, pa.table({"image_id": ["a", "a", "b", "b"]}))
-    assert standing_for(out, corpus, key) == receipt
-    for other in (
-        {"image_id": ["b", "a"]},
-        {"image_id": ["a"]},
-        {"image_id": ["a", "b", "c"]},
-        {"what": [1, 2]},
-    ):
-        shards.write_shard(out, key, pa.table(other))
-        assert standing_for(out, corpus, key) is None
-        assert not (tmp_path / "out" / "train" / "00000.parquet").exists()
-    assert standing_for(out, corpus, key) is None
-
-
-def test_shards_that_the_corpus_has_not_are_refused(tmp_path: Path) -> None:
-    refuse_foreign(str(tmp_path), ["train/00000"])
-    shards.write_shard(str(tmp_path), "train/00000", pa.table({"a": [1]}))
-    (tmp_path / "train" / "00001.parquet.tmp").write_bytes(b"half")
-    refuse_foreign(str(tmp_path), ["train/00000", "train/00001"])
-    with pytest.raises(
-        DataError, match=r"1 shards that are not in the corpus.*train/00000\.parquet"
-    ):
-        refuse_foreign(str(tmp_path), ["train/00001"])

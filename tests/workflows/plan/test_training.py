@@ -610,7 +610,7 @@ def test_the_command_prints_every_stage_and_refuses_what_cannot_fit(
     ]
     assert main([*asked, "mllm.train.batch_size=65536", "mllm.train.micro_batch_size=32768"]) == 1
     seen = capsys.readouterr()
-    assert re.search(r"features +.* GPU-hours; .* a GPU for \d+ images", seen.out)
+    assert re.search(r"features +.* GPU-hours; .* per GPU for \d+ images", seen.out)
     for part in (
         "encoder:",
         "semantic:",

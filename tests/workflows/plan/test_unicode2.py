@@ -79,7 +79,7 @@ def test_the_whole_plan_of_a_small_recipe() -> None:
     told = "\n".join(plan.lines())
     assert not plan.refusals
     adapter = K * WIDTH + WIDTH * 32 + 32 + 32 * 32 + 32
-    assert f"steps 0 to 300: {adapter / 1e9:.3g}B parameters learn (adapter)" in told
+    assert f"steps 0 to 300: {adapter / 1e9:.3g}B parameters train (adapter)" in told
     assert "steps 300 to 1,000:" in told and "codebook: N = 1,600 vectors" in told
     large = RecipePlan(
         small("codebook.size=20000", "codebook.coarse=100"), gpu_rates("h100"), 8

@@ -17,7 +17,7 @@ from PIL import Image
 
 from smalti.errors import DataError
 from smalti.schema import CorpusSection
-from smalti.workflows.sources import Lost, Sample, find_groups, listed, sorted_records
+from smalti.workflows.sources import Sample, Unusable, find_groups, listed, sorted_records
 
 
 def picture(number: int) -> bytes:
@@ -26,14 +26,14 @@ def picture(number: int) -> bytes:
     return stream.getvalue()
 
 
-def collect(source: Path, **section: str) -> tuple[list[Sample], list[Lost]]:
+def collect(source: Path, **section: str) -> tuple[list[Sample], list[Unusable]]:
     found = [
         one
         for group in find_groups(str(source), CorpusSection(**section), 0)
         for one in group.samples()
     ]
     return [one for one in found if isinstance(one, Sample)], [
-        one for one in found if isinstance(one, Lost)
+        one for one in found if isinstance(one, Unusable)
     ]
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from smalti.errors import DataError
 from smalti.schema import CorpusSection
-from smalti.workflows.sources import Lost, Sample, detect, find_groups
+from smalti.workflows.sources import Sample, Unusable, detect, find_groups
 
 
 def picture(number: int) -> bytes:
@@ -29,17 +29,17 @@ def picture(number: int) -> bytes:
     return stream.getvalue()
 
 
-def collect(source: str, **section: object) -> tuple[list[Sample], list[Lost]]:
+def collect(source: str, **section: object) -> tuple[list[Sample], list[Unusable]]:
     """Everything a source gives; each sample's bytes are read again and must be the same."""
     samples: list[Sample] = []
-    lost: list[Lost] = []
+    lost: list[Unusable] = []
     for group in find_groups(source, CorpusSection.model_validate(section), 0):
         found = list(group.samples())
         mine = [one for one in found if isinstance(one, Sample)]
         with group.reader() as read:
             assert all(read(one.locator) == one.data for one in mine)
         samples += mine
-        lost += [one for one in found if isinstance(one, Lost)]
+        lost += [one for one in found if isinstance(one, Unusable)]
     return samples, lost
 
 

@@ -26,7 +26,7 @@ from smalti.errors import DataError
 from smalti.schema import CorpusSection, Recipe
 from smalti.workflows.corpus import stage as corpus
 from smalti.workflows.corpus import write as corpus_write
-from smalti.workflows.sources import Lost, Sample, detect, find_groups, jsonl, network
+from smalti.workflows.sources import Sample, Unusable, detect, find_groups, jsonl, network
 from smalti.workflows.sources.webdataset import compression_of
 
 
@@ -112,7 +112,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     Shaky.every, Shaky.store = 0, {}
 
 
-def collect(source: str) -> tuple[list[bytes], list[Lost]]:
+def collect(source: str) -> tuple[list[bytes], list[Unusable]]:
     samples, lost = [], []
     for group in find_groups(source, CorpusSection(), 0):
         for one in group.samples():

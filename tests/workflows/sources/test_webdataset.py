@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from smalti.schema import CorpusSection
-from smalti.workflows.pipeline.timings import HERE
+from smalti.workflows.pipeline.timings import PROCESS_TALLY
 from smalti.workflows.sources import webdataset
 from smalti.workflows.sources.webdataset import WINDOW, split_name
 from tests.workflows.sources.written import collect, picture, write_tar
@@ -91,11 +91,11 @@ def test_tar_texts_too_far_behind_an_image_with_others_are_counted(tmp_path: Pat
         for kind, data in (("png", picture(n)), ("txt", b"near"))
     ]
     labels = [(f"{n}.cls", b"7") for n in range(number)]
-    HERE.drain()
+    PROCESS_TALLY.drain()
     samples, lost = collect(str(write_tar(tmp_path / "x.tar", near + labels)))
     late = [one.label for one in samples].count(None)
     assert len(samples) == number and not lost and late >= 10
-    assert HERE.drain()["left_out/late_texts"] == late
+    assert PROCESS_TALLY.drain()["left_out/late_texts"] == late
 
 
 def test_tar_members_that_wait_are_bounded_in_bytes(

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from smalti.schema import CorpusSection
-from smalti.workflows.sources import Lost, Sample, find_groups
+from smalti.workflows.sources import Sample, Unusable, find_groups
 
 SECTION = CorpusSection()
 
@@ -24,7 +24,7 @@ def picture(number: int, kind: str = "PNG") -> bytes:
 
 def collect(
     source: str | list[str], section: CorpusSection = SECTION
-) -> tuple[list[Sample], list[Lost]]:
+) -> tuple[list[Sample], list[Unusable]]:
     """Everything a source gives; each sample's bytes are read again by its locator and must be the
     same.
     """
@@ -38,7 +38,7 @@ def collect(
                 for one in reversed(mine):
                     assert read(one.locator) == one.data
         samples += mine
-        lost += [one for one in found if isinstance(one, Lost)]
+        lost += [one for one in found if isinstance(one, Unusable)]
     return samples, lost
 
 

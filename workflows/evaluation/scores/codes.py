@@ -80,7 +80,8 @@ def count_scores(prefix: str, counts: np.ndarray) -> dict[str, Score]:
     Args:
         counts: int64 (K,).
     """
-    counts_K, total = torch.from_numpy(counts), int(counts.sum())
+    counts_K = torch.from_numpy(counts)
+    total = int(counts.sum())
     return {
         f"codes/{prefix}usage": Score(usage(counts_K), total),
         f"codes/{prefix}perplexity": Score(perplexity(counts_K), total),

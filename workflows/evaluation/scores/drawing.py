@@ -97,7 +97,8 @@ def named_label(text: str, labels: list[str]) -> str | None:
 
 def draw(prompts: list[Prompt], data: HeldOut, models: Models) -> Tensor:
     """Drawn images: float (n, 3, S, S) in [-1, 1] on the CPU."""
-    settings, drawn = data.job.evaluate, []
+    settings = data.job.evaluate
+    drawn = []
     sampling = settings.sampling.model_dump()
     with Progress(len(prompts), "drawings", "evaluate: drawing") as progress:
         for start in range(0, len(prompts), DRAWN_AT_ONCE):

@@ -36,7 +36,8 @@ class Judge(nn.Module):
 
     def __init__(self, labels: Sequence[str], size: int, width: int = 32) -> None:
         super().__init__()
-        self.labels, self.size = list(labels), size
+        self.labels = list(labels)
+        self.size = size
         words = [
             [(place, word) for place, word in enumerate(label.split())] for label in self.labels
         ]

@@ -28,7 +28,8 @@ class Models:
     """Lazily loaded models on the job's device."""
 
     def __init__(self, data: HeldOut) -> None:
-        self.data, self.job = data, data.job
+        self.data = data
+        self.job = data.job
 
     @cached_property
     def tokenizer(self) -> Any:

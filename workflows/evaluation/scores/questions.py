@@ -85,7 +85,8 @@ def _examples(
     """
     chosen: list[int] = []
     for wanted in (False, True):
-        places, seen = [], set()
+        places = []
+        seen = set()
         for index, hit in enumerate(hits):
             if hit == wanted and data.questions[index].row.image_id not in seen:
                 seen.add(data.questions[index].row.image_id)

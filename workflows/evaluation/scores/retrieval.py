@@ -36,7 +36,8 @@ def measure_retrieval(data: HeldOut, models: Models) -> MeasureResult:
         return MeasureResult(skipped=why)
     texts_CE = embed_texts(models, texts)
     owner_B = torch.tensor([texts.index(caption) for caption in captions])
-    chunks, coded = [], []
+    chunks = []
+    coded = []
     for batch, bhwc in data.batches(rows, "retrieval"):
         chunks.append(
             models.encoder.pooled(
@@ -49,10 +50,8 @@ def measure_retrieval(data: HeldOut, models: Models) -> MeasureResult:
             )
     result = MeasureResult()
     plain = recalls(torch.cat(chunks), texts_CE, owner_B)
-    counts, chances = (
-        {"i2t": len(rows), "t2i": len(texts)},
-        {"i2t": 1 / len(texts), "t2i": 1 / len(rows)},
-    )
+    counts = {"i2t": len(rows), "t2i": len(texts)}
+    chances = {"i2t": 1 / len(texts), "t2i": 1 / len(rows)}
     for way, value in plain.items():
         result.scores[f"retrieval/{way}_r1"] = Score(
             value, counts[way], baseline={"chance": chances[way]}
