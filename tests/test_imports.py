@@ -24,7 +24,7 @@ ROOMS = (
 )  # each may import itself and those after it
 INSIDE = (  # rooms and files of workflows/: each may import itself and those before it
     "tracking", "cluster", "pipeline", "sources", "corpus", "train", "encoder", "features", "codebook", "plan",
-    "evaluation", "report", "systems", "tokenizer", "tokens", "mllm", "bridge", "export", "recipe_plan", "chain",
+    "systems", "evaluation", "report", "tokenizer", "tokens", "mllm", "bridge", "export", "recipe_plan", "chain",
     "quickstart", "smoke",
 )  # fmt: skip
 ONLY_ABOVE = {

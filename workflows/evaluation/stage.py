@@ -10,12 +10,10 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from smalti import storage
 from smalti.artifact import Artifact
@@ -24,11 +22,9 @@ from smalti.schema import Recipe, result_settings
 from smalti.tokenizers.encoders import quiet
 from smalti.tracking import Tracker
 from smalti.workflows.evaluation.scores.codes import measure_codes
-from smalti.workflows.evaluation.scores.contact_sheet import contact_sheet
 from smalti.workflows.evaluation.scores.drawing import measure_drawing
 from smalti.workflows.evaluation.scores.heldout import EvaluationJob, HeldOut
 from smalti.workflows.evaluation.scores.measure_result import (
-    PICTURES,
     MeasureResult,
     ResultRecord,
     ScoreRecord,
@@ -41,8 +37,10 @@ from smalti.workflows.evaluation.scores.questions import measure_questions
 from smalti.workflows.evaluation.scores.reconstruction import measure_reconstruction
 from smalti.workflows.evaluation.scores.retrieval import measure_retrieval
 from smalti.workflows.evaluation.scores.zero_shot import measure_zero_shot
+from smalti.workflows.evaluation.tracking import track
 from smalti.workflows.pipeline.lock import holding
 from smalti.workflows.pipeline.stage import StageRun, find_artifact, run_stage, stage_path
+from smalti.workflows.systems.registry import system_of
 from smalti.workflows.tracking.mlflow import open_tracker
 
 STAGE = "evaluate"
@@ -272,7 +270,7 @@ def _body(run: StageRun, parents: dict[str, Artifact]) -> dict[str, int]:
     storage.write_json(storage.join(run.path, "scores.json"), scores)
     storage.write_json(storage.join(run.path, "tables.json"), tables)
     run.scores |= scores
-    _track(run, scores, tables)
+    track(run, merge_baselines(scores, baseline_scores(run.recipe)), tables)
     return {
         "scores": len(scores),
         "pictures": sum(len(result["pictures"]) for result in results.values()),
@@ -289,6 +287,12 @@ def _take_missing(run: StageRun, job: EvaluationJob) -> dict[str, ResultRecord]:
     if results:
         run.log(f"reusing finished measures: {', '.join(results)}")
     missing = [name for name in MEASURES if name not in results]
+    for name, reason in system_of(run.recipe).unmeasured.items():
+        if name in missing:
+            missing.remove(name)
+            skipped = MeasureResult(skipped=reason)
+            results[name] = save_result(run.path, name, skipped, MEASURES[name].version)
+            run.log(f"{name}: {_summary(results[name])}")
     take = _measurer(run.recipe, job) if missing else None
     for name in missing:
         assert take is not None
@@ -306,41 +310,3 @@ def _summary(result: ResultRecord) -> str:
         ", ".join(f"{key} {score['value']:.4g}" for key, score in result["scores"].items())
         or "pictures only"
     )
-
-
-def _track(run: StageRun, taken: dict[str, ScoreRecord], tables: Mapping[str, Any]) -> None:
-    """Log scores, baselines and three sheets of pictures to MLflow."""
-    scores = merge_baselines(taken, baseline_scores(run.recipe))
-    metrics = {key: score["value"] for key, score in scores.items()}
-    metrics |= {
-        f"{key}/baseline/{name}": v
-        for key, score in scores.items()
-        for name, v in score["baseline"].items()
-    }
-    run.tracker.metrics(metrics)
-    grid = tables.get("grid", [])
-    rows = {
-        "reconstructions": [
-            [line[kind] for kind in ("input", "semantic", "decoded") if kind in line]
-            for line in grid
-        ],
-        "drawings": _in_rows([line["picture"] for line in tables.get("drawings", [])], 8),
-        "gallery": [line["pictures"] for line in tables.get("gallery", [])],
-    }
-    for key, names in rows.items():
-        if names:
-            run.tracker.image(
-                key, contact_sheet([[_picture(run.path, name) for name in row] for row in names])
-            )
-
-
-def _in_rows(names: list[str], width: int) -> list[list[str]]:
-    return [names[start : start + width] for start in range(0, len(names), width)]
-
-
-def _picture(path: str, name: str) -> np.ndarray:
-    """A picture of the evaluation, uint8 (H, W, 3)."""
-    from PIL import Image
-
-    with storage.open_read(storage.join(path, PICTURES, f"{name}.png")) as file:
-        return np.asarray(Image.open(file).convert("RGB"))

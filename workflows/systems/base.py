@@ -31,6 +31,7 @@ class System(ABC):
             `workflows/smoke.py`.
         bridges: whether its language model has trained codes of its own, which a diffusion decoder
             can draw from.
+        unmeasured: measures that do not apply to its tokenizers, with the reason.
     """
 
     name: ClassVar[str]
@@ -38,6 +39,7 @@ class System(ABC):
     ignores: ClassVar[Sequence[str]] = ()
     smoke_layers: ClassVar[int | None] = None
     bridges: ClassVar[bool] = False
+    unmeasured: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
     def parents(self, recipe: Recipe) -> tuple[str, ...]:

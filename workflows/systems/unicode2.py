@@ -6,6 +6,7 @@ Nothing is trained.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import ClassVar
 
 import torch
 
@@ -14,7 +15,7 @@ from smalti.errors import ConfigError, DataError
 from smalti.schema import Recipe
 from smalti.tokenizers.codebook import load_index
 from smalti.tokenizers.encoders import VisionEncoder, open_encoder
-from smalti.tokenizers.unicode2 import Unicode2
+from smalti.tokenizers.unicode2 import NO_DECODER, Unicode2
 from smalti.workflows.encoder import encoder_path
 from smalti.workflows.pipeline.stage import StageRun
 from smalti.workflows.plan.inference_cost import InferenceCost
@@ -29,6 +30,7 @@ class Unicode2System(System):
     name = "unicode2"
     reads = ()
     bridges = True
+    unmeasured: ClassVar[Mapping[str, str]] = {"reconstruction": NO_DECODER}
 
     def parents(self, recipe: Recipe) -> tuple[str, ...]:
         """The frozen encoder and the codebook."""

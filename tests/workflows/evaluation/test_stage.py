@@ -1,4 +1,7 @@
-"""The stage on tiny models: every measure, resume, skip, and measures added later."""
+"""The stage on tiny models: every measure, resume, skip, and measures added later.
+
+Covers: workflows/evaluation/tracking.py.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +28,13 @@ from smalti.schema import (
     TokenizerSection,
     VitSize,
 )
+from smalti.tokenizers.unicode2 import NO_DECODER
+from smalti.tracking import NullTracker
 from smalti.workflows.evaluation import stage as evaluate
 from smalti.workflows.evaluation.scores.heldout import HeldOut
 from smalti.workflows.evaluation.scores.measure_result import MeasureResult, Score
 from smalti.workflows.evaluation.scores.models import Models
+from smalti.workflows.pipeline.stage import StageRun
 from tests.workflows.evaluation.planted_world import COLORS, GRID, SIZE, TRAIN, VAL, write_split
 
 
@@ -250,6 +256,22 @@ def test_a_record_that_lacks_scores_of_finished_measures_is_completed(
     dataclasses.replace(Artifact.load(evaluated.path), scores=without).save()
     assert evaluate.run(chain).scores.keys() >= evaluated.scores.keys()
     assert evaluated.scores.keys() <= Artifact.load(evaluated.path).scores.keys()
+
+
+def test_what_does_not_apply_to_the_system_is_skipped_with_its_reason(
+    planted: tuple[HeldOut, Models], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def untouched(data: HeldOut, models: Models) -> MeasureResult:
+        raise AssertionError("asked for pixels")
+
+    monkeypatch.setattr(evaluate, "MEASURES", {"reconstruction": evaluate.Measure(untouched, 3)})
+    run = StageRun(
+        "evaluate", str(tmp_path), Recipe(system="unicode2"), NullTracker(), False, "0" * 16
+    )
+    for _ in range(2):  # computed, then found finished
+        result = evaluate._take_missing(run, planted[0].job)["reconstruction"]
+        assert result["skipped"] == NO_DECODER and result["version"] == 3
+        assert not result["scores"] and not result["pictures"]
 
 
 def test_a_missing_stage_is_named(chain: Recipe, tmp_path: Path) -> None:

@@ -25,8 +25,6 @@ def measure_reconstruction(data: HeldOut, models: Models) -> MeasureResult:
     If a decoder for the semantic codes alone was trained, also of that one, and the difference as
     `reconstruction/psnr_over_semantic_only`.
     """
-    if models.no_decoder:
-        return MeasureResult(skipped=models.no_decoder)
     tokenizer = models.tokenizer
     semantic = tokenizer.has_semantic_only
     found: dict[str, list[float]] = {
