@@ -1,4 +1,4 @@
-"""`smalti plan`: what the stages of a recipe would cost at another size, on other machines."""
+"""`smalti plan`: what a recipe costs on given machines."""
 
 from __future__ import annotations
 
@@ -29,22 +29,23 @@ def options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--vectors", metavar="N", type=float,
-        help="feature vectors of the codebook; default: of the recipe's features where they stand, else images x patches",
+        help="feature vectors of the codebook; default: those of existing features, else images x patches",
     )  # fmt: skip
     parser.add_argument(
-        "--width", metavar="C", type=int, help="numbers a vector; default: likewise"
+        "--width", metavar="C", type=int, help="numbers per vector; default: likewise"
     )
     parser.add_argument(
         "--length", metavar="L", type=int,
-        help="mean tokens of a sequence of the language model; default: an image and 64 tokens where they are packed, else mllm.max_length",
+        help="mean tokens of a sequence of the language model; default: an image and 64 tokens if sequences are packed, else mllm.max_length",
     )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the plan.
 
-    ConfigError (exit 2): what cannot be planned; SmaltiError (exit 1): what cannot fit, and the
-    fix.
+    Raises:
+        ConfigError: for what cannot be planned (exit 2).
+        SmaltiError: for what cannot fit, with the fix (exit 1).
     """
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     wrong = [
@@ -54,9 +55,8 @@ def run(arguments: argparse.Namespace) -> None:
     ]
     if wrong:
         raise ConfigError(f"{', '.join(wrong)}: expected a number of at least 1")
-    os.environ.setdefault(
-        "DS_ACCELERATOR", "cpu"
-    )  # nothing is computed: DeepSpeed need not look for a device
+    # nothing is computed, so DeepSpeed need not look for a device
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from smalti.workflows.plan.base import cpu_rates, gpu_rates
     from smalti.workflows.recipe_plan import RecipePlan
 

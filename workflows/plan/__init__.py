@@ -1,3 +1,1 @@
-"""What a recipe would cost at another size and on other machines, before it runs; its formulas
-printed.
-"""
+"""Plans: what a recipe costs on given machines, before it runs."""

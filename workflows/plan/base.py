@@ -19,7 +19,7 @@ from smalti.workflows.cluster.gpu_specs import GPUS
 from smalti.workflows.codebook.passes import Chunk
 
 ASSUMED_FRACTION = 0.45  # of the float32 peak: k-means and tree search compute in float32
-ASSUMED_READ = 1e9  # bytes a second and GPU from the store
+ASSUMED_READ = 1e9  # bytes per second and GPU from the store
 ASSUMED_TRAINING = 0.40  # of the peaks in training
 ASSUMED_CALL_S = 5e-6  # until an operator is started on a GPU: what bounds small models
 GPUS_A_NODE = 8
@@ -28,12 +28,20 @@ MEASURE_S = 0.5
 
 @dataclass(frozen=True)
 class Rates:
-    """What one device does in a second, and where the figures come from.
+    """What one device does per second.
 
-    `peaks`: FLOP/s in training by precision, where they are not `flops`; `inside` and `network`:
-    bytes a second within a node and of a node (0: not counted); `call_s`: seconds until an operator
-    is started; `host`: bytes of main memory for each device (0: not known); `note`: what to know
-    before renting one.
+    Attributes:
+        device: its name.
+        flops: FLOP/s of k-means and tree search.
+        read: bytes per second from the store.
+        memory: bytes of the device.
+        origin: where the figures come from.
+        peaks: FLOP/s of training by precision, if not `flops`.
+        inside: bytes per second between devices of a node; 0 is not counted.
+        network: bytes per second between nodes; 0 is not counted.
+        call_s: seconds until an operator is started.
+        host: bytes of main memory for each device; 0 is unknown.
+        note: what to know before renting one.
     """
 
     device: str
@@ -53,15 +61,23 @@ class Rates:
         return self.peaks.get(precision, self.flops)
 
     def wire(self, num: int) -> float:
-        """Bytes a second at which `num` devices pass data around a ring: the slowest link counts."""
+        """Bytes per second of the slowest link in a ring of `num` devices."""
         rate = self.inside if num <= GPUS_A_NODE else self.network
         return rate or float("inf")
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Part of a stage: FLOPs, bytes read and written, how many devices can share it (0: all), and
-    bytes of sums that pass through Ray's object store.
+    """A part of a stage.
+
+    Attributes:
+        name: of the phase.
+        formula: of its FLOPs, or what it reads.
+        flops: of all devices.
+        read: bytes from the store.
+        written: bytes to the store.
+        devices: how many can share it; 0 is all.
+        moved: bytes of sums that pass through Ray's object store.
     """
 
     name: str
@@ -73,9 +89,7 @@ class Phase:
     moved: float = 0.0
 
     def seconds(self, rates: Rates, num: int) -> tuple[float, str]:
-        """Seconds on `num` devices, and what bounds them (`FLOPs` or `bytes`): reading overlaps
-        with computing.
-        """
+        """Seconds on `num` devices, and what bounds them: `FLOPs` or `bytes`, which overlap."""
         shared = min(num, self.devices) if self.devices else num
         compute = self.flops / (rates.flops * shared)
         transfer = (self.read + self.written + self.moved) / (rates.read * shared)
@@ -86,7 +100,12 @@ class Phase:
 class Plan:
     """The phases of a stage on `num` devices.
 
-    `memory` holds (who, bytes, formula, fix) of the largest needs.
+    Attributes:
+        title: first line of the text.
+        phases: in order.
+        memory: (who, bytes, formula, fix) of the largest needs.
+        rates: of the devices.
+        num: devices.
     """
 
     title: str
@@ -100,7 +119,7 @@ class Plan:
         return sum(phase.seconds(self.rates, self.num)[0] for phase in self.phases)
 
     def refusal(self) -> str | None:
-        """Why it cannot fit, and the fix; None when every process has the memory that it needs."""
+        """Why it cannot fit, and the fix; None if every process has enough memory."""
         for who, size, formula, fix in self.memory:
             if size > self.rates.memory:
                 return (
@@ -110,7 +129,7 @@ class Plan:
         return None
 
     def lines(self) -> list[str]:
-        """The plan as text, a line each."""
+        """The plan as text."""
         found = [self.title, ""]
         found.append(
             f"  {'phase':<14}{'read':>10}{'written':>10}{'sums':>10}{'FLOPs':>10}{'hours':>9}  bound by"
@@ -165,7 +184,11 @@ def time_text(hours: float) -> str:
 
 
 def gpu_rates(name: str) -> Rates:
-    """Assumed rates of a GPU. ConfigError: one that is not in the list."""
+    """Assumed rates of a GPU.
+
+    Raises:
+        ConfigError: for a GPU that is not in the list.
+    """
     name = name.lower()
     if name not in GPUS:
         raise ConfigError(
@@ -183,11 +206,10 @@ def gpu_rates(name: str) -> Rates:
 
 
 def cpu_rates(width: int) -> Rates:
-    """Rates of one core of this machine, measured now in about two seconds: nearest-code search,
-    and a shard read.
+    """Rates of one core of this machine, measured in about two seconds.
 
-    CPU-seconds count, so that other work on the machine does not. A shard is read warm, as a pass
-    over features does it.
+    FLOP/s of nearest-code search, bytes per second of a cached shard. CPU-seconds count, so that
+    other work does not.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

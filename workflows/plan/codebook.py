@@ -1,5 +1,6 @@
-"""The cost of the stage `codebook`: passes over N vectors of C numbers, for K codes in P cells (see
-`clustering`).
+"""The cost of the stage `codebook`: k-means in passes over the features.
+
+N vectors of C numbers, K codes in P cells, S vectors of a sample.
 """
 
 from __future__ import annotations
@@ -12,19 +13,23 @@ from smalti.workflows.codebook.build import FINE_VECTORS, SAMPLE_A_CELL, SAMPLE_
 from smalti.workflows.plan.base import Phase, Plan, Rates
 
 HALF, SINGLE, DOUBLE = 2, 4, 8  # bytes
-ASSUMED_MET = 5  # times the codes of its own cells: those that the vectors of a piece meet (3.3 to 5.2 were seen)
+ASSUMED_MET = 5  # times the codes of its own cells: those that the vectors of cells read together meet (3.3 to 5.2 were measured)
 BESIDE = 0.1e9  # bytes of the blocks in which the driver moves codes
-NAMES = 160  # bytes of a code's name while codes that repeat are looked for
+NAMES = 160  # bytes of a code's name in the search for repeated codes
 
 
 def plan_codebook(
     section: CodebookSection, vectors: int, width: int, rates: Rates, num: int
 ) -> Plan:
-    """Phases and memory of k-means of `vectors` × `width` float16 features by `section`, on `num`
-    devices.
+    """Phases and memory of k-means over float16 features.
 
     Cells are taken to be of one size; with shares in proportion to sizes the second level costs
-    P·Σ(n_p/N)² times as much. The plan is not checked: see `Plan.check`.
+    P·Σ(n_p/N)² times as much.
+
+    Args:
+        vectors: N.
+        width: C.
+        num: devices.
     """
     two_level = section.coarse > 1
     phases = (_two_level if two_level else _flat)(section, vectors, width)
@@ -55,8 +60,9 @@ def plan_codebook(
 
 
 def cells_seen(section: CodebookSection) -> float:
-    """Cells whose codes a vector is compared with at `codebook.recall`, ASSUMED: 4 at 0.99, twice
-    as many for a tenth of the misses.
+    """Cells whose codes a vector is compared with at `codebook.recall`.
+
+    ASSUMED: 4 at 0.99, twice as many for a tenth of the misses.
     """
     missed = max(1 - section.recall, 1e-9)
     return min(section.coarse, max(1.0, 4 * 2 ** math.log10(0.01 / missed)))
@@ -89,15 +95,16 @@ def _two_level(section: CodebookSection, vectors: int, width: int) -> list[Phase
 
 
 def _sums(section: CodebookSection, vectors: int, width: int) -> float:
-    """Bytes of the sums that the tasks of a Lloyd pass hand on: a row of float64 a code that a
-    chunk or piece meets.
+    """Bytes of the sums that the tasks of a Lloyd pass return.
+
+    One row of float64 per code that a chunk, or a group of cells, meets.
     """
     num, chunk = section.size, min(vectors, passes.CHUNK_VECTORS)
     met = num * -math.expm1(-chunk / num)  # of equally frequent codes
     tasks = -(-vectors // chunk)
     if section.coarse > 1:
         cell = vectors / section.coarse
-        together = max(1, chunk // max(1, round(cell)))  # cells of a piece
+        together = max(1, chunk // max(1, round(cell)))  # cells read together
         met = min(met, ASSUMED_MET * together * num / section.coarse)
         tasks = max(section.coarse // together, math.ceil(vectors / chunk))
     return float(DOUBLE * width * met * tasks)
@@ -125,8 +132,9 @@ def _sample(section: CodebookSection, vectors: int) -> int:
 def _memory(
     section: CodebookSection, vectors: int, width: int
 ) -> list[tuple[str, float, str, str]]:
-    """(who, bytes, formula, fix) of the largest needs of the driver and of a task, beside what
-    Python and torch take.
+    """(who, bytes, formula, fix) of the largest needs of the driver and of a task.
+
+    Without what Python and torch take.
     """
     chunk, block = min(vectors, passes.CHUNK_VECTORS), min(vectors, passes.BLOCK_VECTORS)
     codes, far = float(SINGLE * section.size * width), float(3 * SINGLE * passes.FAR_KEPT * width)

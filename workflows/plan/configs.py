@@ -1,9 +1,8 @@
-"""Configs of models that a recipe names: of a folder or what was loaded from the hub before, of a
-table of well-known public models, else of the hub.
+"""Configs of the models that a recipe names.
 
-The table holds what these models' own config.json files say (vision side of SigLIP and SigLIP 2,
-Qwen2.5); what is made of it says so. So known models can be planned at once where there is no
-network.
+They come from a folder or the hub's cache, else from a table of public models, else from the hub.
+The table repeats these models' own config.json files (vision side of SigLIP and SigLIP 2, Qwen2.5),
+so that known models can be planned without a network; a plan that uses it says so.
 """
 
 from __future__ import annotations
@@ -11,9 +10,10 @@ from __future__ import annotations
 import os
 import re
 from functools import cache
-from typing import Any
+from typing import cast
 
 from transformers import AutoConfig, AutoTokenizer, Qwen2Config, SiglipVisionConfig
+from transformers.configuration_utils import PreTrainedConfig
 
 from smalti import storage
 from smalti.errors import ConfigError
@@ -38,17 +38,18 @@ SIGLIP = {  # width, MLP width, layers, heads
 TABLE = "sizes from smalti's table of public models"
 
 
-def vision_config(name: str) -> tuple[Any, str]:
-    """(config of the vision tower, where it comes from) of a SigLIP.
+def vision_config(name: str) -> tuple[SiglipVisionConfig, str]:
+    """Config of a SigLIP's vision tower, and where it comes from.
 
-    ConfigError: neither found nor known.
+    Raises:
+        ConfigError: for a model that is neither found nor known.
     """
     match = re.fullmatch(
         r"google/siglip2?-(base|large|so400m|giant-opt)-patch(\d+)-(\d+)(-i18n)?", name
     )
     found, why = _own_config(name, ask_hub=match is None)
     if found is not None:
-        return getattr(found, "vision_config", found), why
+        return cast(SiglipVisionConfig, getattr(found, "vision_config", found)), why
     if match is None:
         raise _unknown("encoder.pretrained", name, why, "google/siglip-so400m-patch14-384")
     width, hidden, layers, heads = SIGLIP[match[1]]
@@ -59,11 +60,13 @@ def vision_config(name: str) -> tuple[Any, str]:
     return config, f"{name}: {TABLE}"
 
 
-def language_config(name: str) -> tuple[Any, int, str]:
-    """(config, tokens of its text tokenizer, where both come from) of a causal language model.
+def language_config(name: str) -> tuple[PreTrainedConfig, int, str]:
+    """Config of a causal language model, tokens of its text tokenizer, and where both come from.
 
-    The rows of the embedding stand for the tokens where the table does not say better. ConfigError
-    as above.
+    The tokens are the rows of the embedding, unless the table knows better.
+
+    Raises:
+        ConfigError: for a model that is neither found nor known.
     """
     match = re.fullmatch(r"Qwen/Qwen2\.5-(?:Coder-|Math-)?([\d.]+B)(-Instruct)?", name)
     sizes = QWEN25.get(match[1]) if match else None
@@ -82,9 +85,10 @@ def language_config(name: str) -> tuple[Any, int, str]:
 
 
 @cache
-def _own_config(name: str, ask_hub: bool) -> tuple[Any, str]:
-    """(config, origin) of a folder, a URL, the local cache, or the hub; (None, the reason) where it
-    cannot be had.
+def _own_config(name: str, ask_hub: bool) -> tuple[PreTrainedConfig | None, str]:
+    """Config and origin, from a folder, a URL, the local cache, or the hub.
+
+    (None, the reason): there is none.
     """
     try:
         if not storage.is_local(name):  # its config alone, not the weights beside it
@@ -102,7 +106,7 @@ def _own_config(name: str, ask_hub: bool) -> tuple[Any, str]:
 
 
 def _text_tokens(name: str) -> int | None:
-    """Tokens of the text tokenizer in a local folder; None where there is none."""
+    """Tokens of the text tokenizer in a local folder; None if there is none."""
     if not os.path.isdir(storage.local_path(name)):
         return None
     try:

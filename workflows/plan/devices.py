@@ -1,4 +1,4 @@
-"""How many devices share the work: a number that every stage's batch divides among."""
+"""How many devices share the work, so that each gets an equal part of every batch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from smalti.workflows.train.engines import accumulation
 
 
 def shared_among(models: Sequence[Model], resources: Resources, given: int | None) -> int:
-    """The number of devices: as given (`--gpus`), else the largest of `resources.workers` that can
-    share every batch.
+    """The number of devices.
 
-    ConfigError: a batch that they cannot share; it names the stages, and numbers that all can
-    share.
+    Args:
+        given: `--gpus`; None: the largest of `resources.workers` that can share every batch.
+
+    Raises:
+        ConfigError: for a batch that they cannot share; it names the stages, and numbers that can.
     """
     if given is None:
         allowed = range(resources.max_workers, resources.min_workers - 1, -1)
@@ -25,7 +27,9 @@ def shared_among(models: Sequence[Model], resources: Resources, given: int | Non
     stuck = cannot_share(models, num)
     if stuck:
         key = "resources.workers" if given is None else "--gpus"
-        told = ", ".join(f"{m.section}.batch_size={m.train.batch_size}{_micro(m)}" for m in stuck)
+        batches = ", ".join(
+            f"{m.section}.batch_size={m.train.batch_size}{_micro(m)}" for m in stuck
+        )
         most = max(model.train.batch_size for model in models)
         fitting = [n for n in range(1, most + 1) if not cannot_share(models, n)]
         near = [
@@ -33,14 +37,14 @@ def shared_among(models: Sequence[Model], resources: Resources, given: int | Non
             for n in (*[n for n in fitting if n < num][-1:], *[n for n in fitting if n > num][:1])
         ]
         raise ConfigError(
-            f"{key}={num}: {told} cannot be shared evenly by {num} devices. Set {key} to {' or '.join(near)}, or "
+            f"{key}={num}: {batches} cannot be shared evenly by {num} devices. Set {key} to {' or '.join(near)}, or "
             f"{'each of these batch sizes' if len(stuck) > 1 else stuck[0].section + '.batch_size'} to a multiple of {num}."
         )
     return num
 
 
 def cannot_share(models: Sequence[Model], num: int) -> list[Model]:
-    """Models whose batch so many devices cannot share."""
+    """Models whose batch `num` devices cannot share."""
     found = []
     for model in models:
         try:

@@ -1,24 +1,28 @@
-"""Stages that run models over every image once and train nothing: FLOPs of an image, and memory of
-a batch.
-"""
+"""Cost of the stages that run models over every image once, and train nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from smalti.schema import FeaturesSection, TokensSection
 from smalti.workflows.plan.base import Rates, size_text
-from smalti.workflows.plan.trace import trace
+from smalti.workflows.plan.trace import Autocast, Backward, Step, trace
 from smalti.workflows.plan.training import HELD_BACK
 
 
 class InferenceCost(NamedTuple):
-    """FLOPs of an image by precision; bytes of weights, of a batch of one image, and of each
-    further one.
+    """Cost of an image, and of a batch.
+
+    Attributes:
+        flops: per image, by precision.
+        batch: images per batch.
+        weights: bytes of the models on the device.
+        first: bytes of a batch of one image.
+        further: bytes of each further image.
     """
 
     flops: dict[str, float]
@@ -32,17 +36,22 @@ class InferenceCost(NamedTuple):
         cls,
         section: FeaturesSection | TokensSection,
         modules: nn.Module,
-        parts: Sequence[Callable[[Any], Any]],
+        parts: Sequence[Callable[[Tensor], object]],
         kept: Sequence[nn.Module],
         size: int,
     ) -> InferenceCost:
-        """`parts` one after the other on images of `size` pixels as the section has it.
+        """Trace functions of images, in the section's precision.
 
-        `modules` holds what they use (on meta), `kept` what lies on the device.
+        Args:
+            section: the stage's section of the recipe.
+            modules: all modules that the functions use, on the meta device.
+            parts: functions of images, called one after the other.
+            kept: modules that are on the device.
+            size: side of the images.
         """
 
-        def step(num: int) -> Any:
-            def run(backward: Any, autocast: Any) -> None:
+        def step(num: int) -> Step:
+            def run(backward: Backward, autocast: Autocast) -> None:
                 with torch.no_grad(), autocast():
                     for part in parts:
                         part(torch.empty(num, 3, size, size))
@@ -67,8 +76,9 @@ class InferenceCost(NamedTuple):
         return self.weights + self.first + self.further * (self.batch - 1)
 
     def refusal(self, stage: str, rates: Rates) -> str | None:
-        """Why a batch does not fit on a GPU, and the largest that does; None when it fits, or there
-        is no GPU.
+        """Why a batch does not fit on a GPU, and the largest that does.
+
+        None: it fits, or there is no GPU.
         """
         room = rates.memory * (1 - HELD_BACK)
         if not rates.peaks or self.memory <= room:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.configuration_utils import PreTrainedConfig
 
 from smalti.mllm.adapters import ADAPTERS, Adapter, fitting
 from smalti.mllm.base_lm import qwen2_config
@@ -46,7 +47,7 @@ def language_of(section: MllmSection, num_codes: int) -> tuple[Any, VisualVocabu
     """
     if section.config is not None:
         tokens, origin = section.config.text_vocab_size, ""
-        config: Any = qwen2_config(section.config, section.max_length, _Tokens(tokens))
+        config: PreTrainedConfig = qwen2_config(section.config, section.max_length, _Tokens(tokens))
     else:
         config, tokens, origin = language_config(section.pretrained or "")
     first = tokens + len(DELIMITERS)

@@ -1,6 +1,4 @@
-"""What benchmarks measured of stages, beside what was planned for them: the newest entry of
-`bench/results`.
-"""
+"""Measured memory and time of stages, as ratios to their plans, from `bench/results`."""
 
 from __future__ import annotations
 
@@ -14,11 +12,10 @@ GOAL = 16  # bench/16_plan.py
 
 
 def measurements(folder: Path = RESULTS) -> dict[str, str]:
-    """Stage → how the measured memory and time of a small model of its kind stood to the plan;
-    empty without results.
+    """The newest ratios of each stage, as text; empty without results.
 
     Results are what `python -m bench` writes; the entry of goal 16 holds {"stages": {name:
-    {"memory", "seconds"}}}.
+    {"memory", "seconds"}}}, ratios of a small model of the stage.
     """
     found: dict[str, str] = {}
     for path in sorted(folder.glob("*.json")) if folder.is_dir() else []:
@@ -30,5 +27,5 @@ def measurements(folder: Path = RESULTS) -> dict[str, str]:
 
 
 def _text(ratios: dict[str, float], where: str) -> str:
-    told = [f"{what} {ratio:.2f}" for what, ratio in ratios.items()]
-    return f"{' and '.join(told)} times the plan ({where})"
+    parts = [f"{what} {ratio:.2f}" for what, ratio in ratios.items()]
+    return f"{' and '.join(parts)} times the plan ({where})"

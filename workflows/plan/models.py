@@ -31,11 +31,16 @@ LATE = sys.maxsize
 
 @dataclass(frozen=True)
 class Head:
-    """An output head whose loss is made in chunks of positions: rows, width, positions of a sample,
-    chunk; `trained`: whether its weight is.
+    """Sizes of an output head whose loss works in chunks of positions.
 
-    `depths` classifiers of `codes` rows each stand beside it for visual places, one after the
-    other.
+    Attributes:
+        rows: of its matrix, one per token.
+        width: of its input.
+        length: positions of a sample.
+        chunk: positions of a chunk.
+        trained: whether its weight is.
+        depths: classifiers of visual places beside it, which run one after the other.
+        codes: rows of each classifier.
     """
 
     rows: int
@@ -50,11 +55,6 @@ class Head:
     def every(self) -> int:
         """Rows of all matrices."""
         return self.rows + self.depths * self.codes
-
-    @property
-    def passed(self) -> int:
-        """Rows that a position passes at most: those for text, or those for a place."""
-        return max(self.rows, self.depths * self.codes)
 
     @property
     def at_once(self) -> int:

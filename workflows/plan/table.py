@@ -1,4 +1,4 @@
-"""The plan of a trained stage as text: a line a figure, its formula beside it."""
+"""The plan of a trained stage as text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from smalti.workflows.train.engines import REDUCE_BUCKET, STAGE_3
 
 
 def lines(plan: TrainPlan, measured: Sequence[str] = ()) -> list[str]:
-    """The plan as text, a line a figure, its formula beside it."""
+    """The plan as text: one line per figure, with its formula."""
     model, setting, train = plan.model, plan.setting, plan.model.train
     trained = {engine: model.parameters(engine) for engine in model.engines}
     head, total = model.head, sum(plan.memory.values())
@@ -28,7 +28,7 @@ def lines(plan: TrainPlan, measured: Sequence[str] = ()) -> list[str]:
         ("states a GPU", f"ZeRO {each}", "0: 16·P; 1: 8·P + 12·P/N; 2: 4·P + 16·P/N; 3: 20·P/N"),
         ("", f"the recipe has ZeRO-{setting.zero}: {size_text(plan.memory['states'])}, frozen {size_text(plan.memory['frozen'])}{_away(plan)}", "4·F"),
         ("ZeRO's buffers", size_text(plan.memory["buffers"]), _buffer_formula(plan)),
-        ("activations", f"{size_text(plan.memory['activations'])} of {plan.trial.rows(setting.micro)} {'rows' if model.packed else 'samples'}", "traced through the model's own step"),
+        ("activations", f"{size_text(plan.memory['activations'])} of {plan.trial.rows(setting.micro)} {'rows' if model.packed else 'samples'}", "traced through the task's own step"),
     ]  # fmt: skip
     if head is not None:
         rows.append(
@@ -38,8 +38,8 @@ def lines(plan: TrainPlan, measured: Sequence[str] = ()) -> list[str]:
         ("memory a GPU", f"{size_text(total)} of {size_text(plan.usable)}", f"{HELD_BACK:.0%} of {size_text(plan.rates.memory)} held back"),
         ("main memory", f"{size_text(sum(plan.host(setting).values()))} a worker{_of_host(plan)}", "data_gb (texts as much again), batches ahead, offload" if head else "data_gb, batches ahead, offload"),
         ("traffic a step", f"{size_text(plan.traffic)} a GPU each way", _traffic_formula(plan)),
-        ("steps", f"{train.steps:,} of {train.batch_size:,} samples", f"{plan.micros} micro batch(es) of {setting.micro} a GPU"),
-        (f"FLOPs a {'row' if model.packed else 'sample'}", shares, "counted in the trace" + (", the head 6·L·V·H" if head else "")),
+        ("steps", f"{train.steps:,} of {train.batch_size:,} samples", f"{plan.micros} micro batch(es) of {setting.micro} per GPU"),
+        (f"FLOPs a {'row' if model.packed else 'sample'}", shares, "counted in the trace"),
         ("a checkpoint", size_text(plan.checkpoint), "16·P under ZeRO, else 12·P"),
         ("time", f"{time_text(plan.hours)}, {plan.hours * plan.num:.3g} GPU-hours", f"bound by {bound}{_left_out(plan)}"),
     ]  # fmt: skip

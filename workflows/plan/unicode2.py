@@ -1,6 +1,4 @@
-"""What UniCode² adds to a plan: its stages over images, which train nothing and search a large
-codebook.
-"""
+"""UniCode²'s stages over images: they train nothing, and search a large codebook."""
 
 from __future__ import annotations
 
@@ -18,8 +16,9 @@ SINGLE = 4  # bytes
 
 
 def search_costs(recipe: Recipe, encoder: VisionEncoder) -> dict[str, InferenceCost]:
-    """The encoder over images, and the encoder with the search of the codes, which lie on the
-    device in float32.
+    """Cost of the encoder, and of the encoder with the search of the codes.
+
+    The codes are on the device in float32.
     """
     modules = nn.ModuleDict({"encoder": encoder})
     found = {
