@@ -150,8 +150,8 @@ class RecipePlan:
             name = plan.model.name
             yield from ["", *lines(plan, [known[name]] if name in known else [])]
             if plan.model.head:
-                yield f"  {'':<15} {self._length_line()}"
-                yield from (f"  {'':<15} {line}" for line in self._part_lines(plan.model))
+                yield f"  {'':<16} {self._length_line()}"
+                yield from (f"  {'':<16} {line}" for line in self._part_lines(plan.model))
             self._refuse(plan.refusal())
         yield from ["", *self._storage_lines(), "", self._total()]
 
@@ -210,7 +210,7 @@ class RecipePlan:
         for name, cost in self.inference.items():
             hours = self.data_hours[name]
             found.append(
-                f"  {name:<15} {time_text(hours)}, {hours * self.num:.3g} GPU-hours; "
+                f"  {name:<16} {time_text(hours)}, {hours * self.num:.3g} GPU-hours; "
                 f"{size_text(cost.memory)} per GPU for {cost.batch} images (4·F and what the pass "
                 "holds)"
             )

@@ -15,28 +15,33 @@ def options(parser: argparse.ArgumentParser) -> None:
     recipe_options(parser, smoke=False)
     parser.add_argument(
         "--gpus", metavar="N", type=int,
-        help="devices that share the work (default: the most of resources.workers that can share every batch)",
+        help="devices that share the work (default: the most of resources.workers that can share "
+        "every batch)",
     )  # fmt: skip
     parser.add_argument(
         "--gpu",
         metavar="NAME",
         default="cpu",
-        help="a100, h100, h200 or v100 at assumed rates; cpu: cores as fast as this machine's, measured now (default)",
+        help="a100, h100, h200 or v100 at assumed rates; cpu: cores as fast as this machine's, "
+        "measured now (default)",
     )
     parser.add_argument(
         "--images", metavar="N", type=float,
-        help="images of the corpus; default: those of the corpus where it exists, else what the longest stage sees once",
+        help="images of the corpus; default: those of an existing corpus, else what the longest "
+        "stage reads once",
     )  # fmt: skip
     parser.add_argument(
         "--vectors", metavar="N", type=float,
-        help="feature vectors of the codebook; default: those of existing features, else images x patches",
+        help="feature vectors of the codebook; default: those of existing features, else images x "
+        "patches",
     )  # fmt: skip
     parser.add_argument(
         "--width", metavar="C", type=int, help="numbers per vector; default: likewise"
     )
     parser.add_argument(
         "--length", metavar="L", type=int,
-        help="mean tokens of a sequence of the language model; default: an image and 64 tokens if sequences are packed, else mllm.max_length",
+        help="mean tokens of a sequence of the language model; default: an image and 64 tokens if "
+        "sequences are packed, else mllm.max_length",
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -96,6 +97,22 @@ class Phase:
         return max(compute, transfer), "FLOPs" if compute >= transfer else "bytes"
 
 
+class Need(NamedTuple):
+    """Memory that a process needs.
+
+    Attributes:
+        who: the process, and when.
+        size: bytes.
+        formula: of the bytes.
+        fix: how to need less.
+    """
+
+    who: str
+    size: float
+    formula: str
+    fix: str
+
+
 @dataclass(frozen=True)
 class Plan:
     """The phases of a stage on `num` devices.
@@ -103,64 +120,64 @@ class Plan:
     Attributes:
         title: first line of the text.
         phases: in order.
-        memory: (who, bytes, formula, fix) of the largest needs.
+        memory: the largest needs.
         rates: of the devices.
         num: devices.
     """
 
     title: str
     phases: Sequence[Phase]
-    memory: Sequence[tuple[str, float, str, str]]
+    memory: Sequence[Need]
     rates: Rates
     num: int
 
     @property
     def seconds(self) -> float:
+        """Seconds of all phases."""
         return sum(phase.seconds(self.rates, self.num)[0] for phase in self.phases)
 
     def refusal(self) -> str | None:
         """Why it cannot fit, and the fix; None if every process has enough memory."""
+        rates = self.rates
         for who, size, formula, fix in self.memory:
-            if size > self.rates.memory:
+            if size > rates.memory:
                 return (
-                    f"{self.title}: {who} needs {size / 1e9:,.1f} GB ({formula}), and {self.rates.device} has "
-                    f"{self.rates.memory / 1e9:,.1f} GB. {fix}"
+                    f"{self.title}: {who} needs {size / 1e9:,.1f} GB ({formula}), and "
+                    f"{rates.device} has {rates.memory / 1e9:,.1f} GB. {fix}"
                 )
         return None
 
     def lines(self) -> list[str]:
         """The plan as text."""
-        found = [self.title, ""]
-        found.append(
-            f"  {'phase':<14}{'read':>10}{'written':>10}{'sums':>10}{'FLOPs':>10}{'hours':>9}  bound by"
-        )
+        columns = f"{'read':>10}{'written':>10}{'sums':>10}{'FLOPs':>10}{'hours':>9}"
+        found = [self.title, "", f"  {'phase':<14}{columns}  bound by"]
         for phase in self.phases:
             seconds, bound = phase.seconds(self.rates, self.num)
-            sizes = "".join(
-                f"{size_text(size):>10}" for size in (phase.read, phase.written, phase.moved)
-            )
-            found.append(
-                f"  {phase.name:<14}{sizes}{phase.flops:>10.2g}{seconds / 3600:>9.3g}  {bound}; {phase.formula}"
-            )
-        sums = [
-            sum(getattr(phase, name) for phase in self.phases)
-            for name in ("read", "written", "moved")
-        ]
-        flops = sum(phase.flops for phase in self.phases)
-        total = (
-            "".join(f"{size_text(size):>10}" for size in sums)
-            + f"{flops:>10.2g}{self.seconds / 3600:>9.3g}"
+            row = _row(phase.name, phase.read, phase.written, phase.moved, phase.flops, seconds)
+            found.append(f"{row}  {bound}; {phase.formula}")
+        total = _row(
+            "total",
+            sum(phase.read for phase in self.phases),
+            sum(phase.written for phase in self.phases),
+            sum(phase.moved for phase in self.phases),
+            sum(phase.flops for phase in self.phases),
+            self.seconds,
         )
-        found += [f"  {'total':<14}{total}", ""]
-        found += [
-            f"  memory of {who}: {size_text(size)} ({formula})"
-            for who, size, formula, _ in self.memory
-        ]
+        found += [total, ""]
+        for need in self.memory:
+            found.append(f"  memory of {need.who}: {size_text(need.size)} ({need.formula})")
+        rates = self.rates
         found.append(
-            f"  {self.num} x {self.rates.device}, each {self.rates.flops:.3g} FLOP/s and {size_text(self.rates.read)}/s: "
-            f"{self.rates.origin}"
+            f"  {self.num} x {rates.device}, each {rates.flops:.3g} FLOP/s and "
+            f"{size_text(rates.read)}/s: {rates.origin}"
         )
         return found
+
+
+def _row(name: str, read: float, written: float, moved: float, flops: float, seconds: float) -> str:
+    """A row of a plan's table."""
+    sizes = "".join(f"{size_text(size):>10}" for size in (read, written, moved))
+    return f"  {name:<14}{sizes}{flops:>10.2g}{seconds / 3600:>9.3g}"
 
 
 def size_text(size: float) -> str:
@@ -192,12 +209,13 @@ def gpu_rates(name: str) -> Rates:
     name = name.lower()
     if name not in GPUS:
         raise ConfigError(
-            f"--gpu {name} is not known; there are {', '.join(GPUS)} and cpu (measured on this machine)"
+            f"--gpu {name} is not known; there are {', '.join(GPUS)} and cpu "
+            "(measured on this machine)"
         )
     gpu = GPUS[name]
     origin = (
-        f"ASSUMED, {ASSUMED_FRACTION:.0%} of the float32 peak {gpu.fp32 / 1e12:g} TFLOP/s for k-means and "
-        f"{ASSUMED_READ / 1e9:g} GB/s of the store"
+        f"ASSUMED, {ASSUMED_FRACTION:.0%} of the float32 peak {gpu.fp32 / 1e12:g} TFLOP/s "
+        f"for k-means and {ASSUMED_READ / 1e9:g} GB/s of the store"
     )
     peaks = {key: ASSUMED_TRAINING * getattr(gpu, key) for key in ("bf16", "tf32", "fp32")}
     flops = ASSUMED_FRACTION * gpu.fp32

@@ -10,10 +10,11 @@ import math
 from smalti.schema import CodebookSection
 from smalti.workflows.codebook import partial_sums, passes, recall
 from smalti.workflows.codebook.build import FINE_VECTORS, SAMPLE_A_CELL, SAMPLE_MIN, SEEDS_A_CODE
-from smalti.workflows.plan.base import Phase, Plan, Rates
+from smalti.workflows.plan.base import Need, Phase, Plan, Rates
 
 HALF, SINGLE, DOUBLE = 2, 4, 8  # bytes
-ASSUMED_MET = 5  # times the codes of its own cells: those that the vectors of cells read together meet (3.3 to 5.2 were measured)
+ASSUMED_MET = 5
+"""Codes that the vectors of some cells meet, by the codes of these cells; 3.3 to 5.2 were measured."""
 BESIDE = 0.1e9  # bytes of the blocks in which the driver moves codes
 NAMES = 160  # bytes of a code's name in the search for repeated codes
 
@@ -55,7 +56,10 @@ def plan_codebook(
             2.0 * vectors * (cells + seen * section.size / cells) * width,
         )
     phases.append(Phase("scores", formula, flops, data))
-    title = f"codebook: N = {vectors:,} vectors x C = {width:,} -> K = {section.size:,} codes in P = {cells:,} cells"
+    title = (
+        f"codebook: N = {vectors:,} vectors x C = {width:,} -> "
+        f"K = {section.size:,} codes in P = {cells:,} cells"
+    )
     return Plan(title, phases, _memory(section, vectors, width), rates, num)
 
 
@@ -129,67 +133,64 @@ def _sample(section: CodebookSection, vectors: int) -> int:
     return min(wanted, vectors)
 
 
-def _memory(
-    section: CodebookSection, vectors: int, width: int
-) -> list[tuple[str, float, str, str]]:
-    """(who, bytes, formula, fix) of the largest needs of the driver and of a task.
+def _memory(section: CodebookSection, vectors: int, width: int) -> list[Need]:
+    """The largest needs of the driver and of a task, without what Python and torch take."""
+    seeds = section.coarse if section.coarse > 1 else section.size
+    sample = Need(
+        "the driver in the sample",
+        float(SINGLE * (_sample(section, vectors) + seeds) * width),
+        "4·(S + seeds)·C",
+        "Set codebook.sample lower.",
+    )
+    needs = [*_pass_needs(section, vectors, width), sample]
+    return needs + _cell_needs(section, vectors, width) if section.coarse > 1 else needs
 
-    Without what Python and torch take.
-    """
-    chunk, block = min(vectors, passes.CHUNK_VECTORS), min(vectors, passes.BLOCK_VECTORS)
-    codes, far = float(SINGLE * section.size * width), float(3 * SINGLE * passes.FAR_KEPT * width)
-    rows = (
-        min(section.size, max(1, partial_sums.RANGE_NUMBERS // width))
-        if section.polish or section.coarse == 1
-        else 0
-    )
-    met = min(section.size, chunk) if rows else 0
-    sample, seeds = (
-        _sample(section, vectors),
-        section.coarse if section.coarse > 1 else section.size,
-    )
-    shard, smaller = (
-        "Use smaller shards.",
-        "Set a smaller codebook.size, or features of fewer numbers.",
-    )
-    read = float(
-        (HALF * chunk + 2 * SINGLE * block) * width
-    )  # shards, no larger than a chunk; a block of them, and the next
-    needs = [
-        (
-            "the driver in a pass",
-            codes + max(float(DOUBLE * rows * width) + far, float(NAMES * section.size)) + BESIDE,
-            "4·K·C"
-            + " and a range of sums" * bool(rows)
-            + f" and 12·{passes.FAR_KEPT:,}·C of far vectors and 0.1 GB",
-            smaller,
-        ),
-        (
-            "a task in a pass",
-            codes + read + float(DOUBLE * (met + rows) * width),
-            f"4·K·C + 2·{chunk:,}·C + 8·{block:,}·C" + f" + 8·({met:,} + {rows:,})·C" * bool(rows),
-            smaller,
-        ),
-        (
-            "the driver in the sample",
-            float(SINGLE * (sample + seeds) * width),
-            "4·(S + seeds)·C",
-            "Set codebook.sample lower.",
-        ),
+
+def _pass_needs(section: CodebookSection, vectors: int, width: int) -> list[Need]:
+    """Needs of a pass over all vectors, which may sum those of each code."""
+    chunk = min(vectors, passes.CHUNK_VECTORS)
+    codes = float(SINGLE * section.size * width)
+    rows = met = 0  # of sums: held by the driver, met by a task
+    if section.polish or section.coarse == 1:
+        rows = min(section.size, max(1, partial_sums.RANGE_NUMBERS // width))
+        met = min(section.size, chunk)
+    far = float(3 * SINGLE * passes.FAR_KEPT * width)
+    driver = codes + max(float(DOUBLE * rows * width) + far, float(NAMES * section.size)) + BESIDE
+    task = codes + _read(vectors, width) + float(DOUBLE * (met + rows) * width)
+    range_text = " and a range of sums" if rows else ""
+    sums_text = f" + 8·({met:,} + {rows:,})·C" if rows else ""
+    far_text = f" and 12·{passes.FAR_KEPT:,}·C of far vectors and 0.1 GB"
+    block = min(vectors, passes.BLOCK_VECTORS)
+    task_text = f"4·K·C + 2·{chunk:,}·C + 8·{block:,}·C{sums_text}"
+    fix = "Set a smaller codebook.size, or features of fewer numbers."
+    return [
+        Need("the driver in a pass", driver, f"4·K·C{range_text}{far_text}", fix),
+        Need("a task in a pass", task, task_text, fix),
     ]
-    if section.coarse > 1:
-        whole = vectors / section.coarse
-        cell = min(whole, section.cell_vectors)
-        together = max(1.0, FINE_VECTORS // whole) * cell * (2 if section.spherical else 1)
-        size = SINGLE * together * width + DOUBLE * section.size / section.coarse * width
-        fix = "Set codebook.coarse higher, or codebook.cell_vectors lower."
-        needs += [
-            (
-                "a task in the sorting",
-                read + HALF * chunk * width,
-                f"(2 + 2)·{chunk:,}·C + 8·{block:,}·C",
-                shard,
-            ),
-            ("a task in a cell", size, "4·n·C + 8·(K/P)·C, n vectors of cells read together", fix),
-        ]
-    return needs
+
+
+def _cell_needs(section: CodebookSection, vectors: int, width: int) -> list[Need]:
+    """Needs of the second level: sorting vectors into cells, and k-means in cells."""
+    chunk, block = min(vectors, passes.CHUNK_VECTORS), min(vectors, passes.BLOCK_VECTORS)
+    whole = vectors / section.coarse
+    cell = min(whole, section.cell_vectors)
+    together = max(1.0, FINE_VECTORS // whole) * cell * (2 if section.spherical else 1)
+    sorting = Need(
+        "a task in the sorting",
+        _read(vectors, width) + HALF * chunk * width,
+        f"(2 + 2)·{chunk:,}·C + 8·{block:,}·C",
+        "Use smaller shards.",
+    )
+    codes = Need(
+        "a task in a cell",
+        SINGLE * together * width + DOUBLE * section.size / section.coarse * width,
+        "4·n·C + 8·(K/P)·C, n vectors of cells read together",
+        "Set codebook.coarse higher, or codebook.cell_vectors lower.",
+    )
+    return [sorting, codes]
+
+
+def _read(vectors: int, width: int) -> float:
+    """Bytes of shards, no larger than a chunk, and of two blocks: one in use, and the next."""
+    chunk, block = min(vectors, passes.CHUNK_VECTORS), min(vectors, passes.BLOCK_VECTORS)
+    return float((HALF * chunk + 2 * SINGLE * block) * width)

@@ -54,9 +54,13 @@ def vision_config(name: str) -> tuple[SiglipVisionConfig, str]:
         raise _unknown("encoder.pretrained", name, why, "google/siglip-so400m-patch14-384")
     width, hidden, layers, heads = SIGLIP[match[1]]
     config = SiglipVisionConfig(
-        hidden_size=width, intermediate_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-        patch_size=int(match[2]), image_size=int(match[3]),
-    )  # fmt: skip
+        hidden_size=width,
+        intermediate_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        patch_size=int(match[2]),
+        image_size=int(match[3]),
+    )
     return config, f"{name}: {TABLE}"
 
 
@@ -78,9 +82,15 @@ def language_config(name: str) -> tuple[PreTrainedConfig, int, str]:
         raise _unknown("mllm.pretrained", name, why, "Qwen/Qwen2.5-7B-Instruct")
     width, hidden, layers, heads, kv_heads, rows, tied = sizes
     config = Qwen2Config(
-        hidden_size=width, intermediate_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, vocab_size=rows, tie_word_embeddings=tied, use_sliding_window=False,
-    )  # fmt: skip
+        hidden_size=width,
+        intermediate_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=rows,
+        tie_word_embeddings=tied,
+        use_sliding_window=False,
+    )
     return config, QWEN25_TOKENS, f"{name}: {TABLE}"
 
 
@@ -119,6 +129,7 @@ def _text_tokens(name: str) -> int | None:
 def _unknown(key: str, name: str, why: str, example: str) -> ConfigError:
     where = "that folder" if os.path.isdir(name) else "the hub"
     return ConfigError(
-        f"{key}={name}: its config cannot be read from {where} ({why}), and it is none of the public models whose sizes "
-        f"are known here, such as {example}. Give a local folder with its config.json."
+        f"{key}={name}: its config cannot be read from {where} ({why}), and it is none of the "
+        f"public models whose sizes are known here, such as {example}. Give a local folder with "
+        "its config.json."
     )

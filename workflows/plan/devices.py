@@ -36,9 +36,10 @@ def shared_among(models: Sequence[Model], resources: Resources, given: int | Non
             str(n)
             for n in (*[n for n in fitting if n < num][-1:], *[n for n in fitting if n > num][:1])
         ]
+        which = f"{stuck[0].section}.batch_size" if len(stuck) == 1 else "each of these batch sizes"
         raise ConfigError(
-            f"{key}={num}: {batches} cannot be shared evenly by {num} devices. Set {key} to {' or '.join(near)}, or "
-            f"{'each of these batch sizes' if len(stuck) > 1 else stuck[0].section + '.batch_size'} to a multiple of {num}."
+            f"{key}={num}: {batches} cannot be shared evenly by {num} devices. "
+            f"Set {key} to {' or '.join(near)}, or {which} to a multiple of {num}."
         )
     return num
 

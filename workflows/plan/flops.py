@@ -45,4 +45,4 @@ _FLOPS: dict[Any, Callable[..., int]] = flop_registry | {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
-"""By operator: torch's own counts, and what it lacks: a product added in place, attention on CPUs."""
+"""By operator: torch's own counts, and those of an in-place product and of attention on CPUs."""

@@ -86,6 +86,6 @@ class InferenceCost(NamedTuple):
         most = int((room - self.weights - self.first) / self.further) + 1
         fix = f"Set {stage}.batch_size={most}." if most > 0 else "Not one image fits."
         return (
-            f"{stage} needs {size_text(self.memory)} on each {rates.device} for {self.batch} images, of "
-            f"{size_text(rates.memory)} ({size_text(room)} to plan with). {fix}"
+            f"{stage} needs {size_text(self.memory)} on each {rates.device} for {self.batch} images, "
+            f"of {size_text(rates.memory)} ({size_text(room)} to plan with). {fix}"
         )

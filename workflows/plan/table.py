@@ -12,41 +12,60 @@ from smalti.workflows.plan.training import HELD_BACK, TrainPlan
 from smalti.workflows.plan.trial import STATES
 from smalti.workflows.train.engines import REDUCE_BUCKET, STAGE_3
 
+STATES_FORMULA = "0: 16·P; 1: 8·P + 12·P/N; 2: 4·P + 16·P/N; 3: 20·P/N"
+Row = tuple[str, str, str]
+"""A figure's name, its value, and its formula."""
+
 
 def lines(plan: TrainPlan, measured: Sequence[str] = ()) -> list[str]:
     """The plan as text: one line per figure, with its formula."""
-    model, setting, train = plan.model, plan.setting, plan.model.train
-    trained = {engine: model.parameters(engine) for engine in model.engines}
-    head, total = model.head, sum(plan.memory.values())
+    rows = [*_memory_rows(plan), *_step_rows(plan)]
+    found = [f"{plan.model.name}: {plan.model.what}"]
+    found += [f"  {name:<16} {value:<58} {formula}".rstrip() for name, value, formula in rows]
+    return found + [f"  {'measured':<16} {text}" for text in measured]
+
+
+def _memory_rows(plan: TrainPlan) -> list[Row]:
+    model, setting, memory = plan.model, plan.setting, plan.memory
+    trained = sum(model.parameters(engine) for engine in model.engines)
     each = " · ".join(f"{stage}: {size_text(plan.states(stage))}" for stage in STATES)
-    bound = plan.step_seconds[1]
-    shares = " + ".join(
-        f"{plan.row_flops[name]:.3g} {name}" for name in PRECISIONS if plan.row_flops[name]
-    )
+    states, frozen = size_text(memory["states"]), size_text(memory["frozen"])
+    own = f"the recipe has ZeRO-{setting.zero}: {states}, frozen {frozen}{_offloaded(plan)}"
+    samples = f"{plan.trial.rows(setting.micro)} {'rows' if model.packed else 'samples'}"
+    activations = f"{size_text(memory['activations'])} of {samples}"
     rows = [
-        ("parameters", f"{_count(model.parameters())}, trained {_count(sum(trained.values()))}", "F + P"),
-        ("states a GPU", f"ZeRO {each}", "0: 16·P; 1: 8·P + 12·P/N; 2: 4·P + 16·P/N; 3: 20·P/N"),
-        ("", f"the recipe has ZeRO-{setting.zero}: {size_text(plan.memory['states'])}, frozen {size_text(plan.memory['frozen'])}{_away(plan)}", "4·F"),
-        ("ZeRO's buffers", size_text(plan.memory["buffers"]), _buffer_formula(plan)),
-        ("activations", f"{size_text(plan.memory['activations'])} of {plan.trial.rows(setting.micro)} {'rows' if model.packed else 'samples'}", "traced through the task's own step"),
-    ]  # fmt: skip
-    if head is not None:
-        rows.append(
-            ("logits", size_text(plan.memory["logits"]), f"{_sizes(head)}: {_head_formula(plan)}")
-        )  # fmt: skip
-    rows += [
-        ("memory a GPU", f"{size_text(total)} of {size_text(plan.usable)}", f"{HELD_BACK:.0%} of {size_text(plan.rates.memory)} held back"),
-        ("main memory", f"{size_text(sum(plan.host(setting).values()))} a worker{_of_host(plan)}", "data_gb (texts as much again), batches ahead, offload" if head else "data_gb, batches ahead, offload"),
-        ("traffic a step", f"{size_text(plan.traffic)} a GPU each way", _traffic_formula(plan)),
-        ("steps", f"{train.steps:,} of {train.batch_size:,} samples", f"{plan.micros} micro batch(es) of {setting.micro} per GPU"),
-        (f"FLOPs a {'row' if model.packed else 'sample'}", shares, "counted in the trace"),
-        ("a checkpoint", size_text(plan.checkpoint), "16·P under ZeRO, else 12·P"),
-        ("time", f"{time_text(plan.hours)}, {plan.hours * plan.num:.3g} GPU-hours", f"bound by {bound}{_left_out(plan)}"),
-    ]  # fmt: skip
-    found = [f"{model.name}: {model.what}"]
-    found += [f"  {name:<15} {value:<58} {formula}".rstrip() for name, value, formula in rows]
-    found += [f"  {'measured':<15} {text}" for text in measured]
-    return found
+        ("parameters", f"{_count(model.parameters())}, trained {_count(trained)}", "F + P"),
+        ("states per GPU", f"ZeRO {each}", STATES_FORMULA),
+        ("", own, "4·F"),
+        ("ZeRO's buffers", size_text(memory["buffers"]), _buffer_formula(plan)),
+        ("activations", activations, "traced through the task's own step"),
+    ]
+    if model.head:
+        formula = f"{_sizes(model.head)}: {_head_formula(plan)}"
+        rows.append(("logits", size_text(memory["logits"]), formula))
+    total = f"{size_text(sum(memory.values()))} of {size_text(plan.usable)}"
+    held_back = f"{HELD_BACK:.0%} of {size_text(plan.rates.memory)} held back"
+    host = f"{size_text(sum(plan.host(setting).values()))} per worker{_of_host(plan)}"
+    shards = "data_gb (texts as much again)" if model.head else "data_gb"
+    return [
+        *rows,
+        ("memory per GPU", total, held_back),
+        ("main memory", host, f"{shards}, batches ahead, offload"),
+    ]
+
+
+def _step_rows(plan: TrainPlan) -> list[Row]:
+    model, train, flops = plan.model, plan.model.train, plan.row_flops
+    shares = " + ".join(f"{flops[name]:.3g} {name}" for name in PRECISIONS if flops[name])
+    micros = f"{plan.micros} micro batch(es) of {plan.setting.micro} per GPU"
+    hours = f"{time_text(plan.hours)}, {plan.hours * plan.num:.3g} GPU-hours"
+    return [
+        ("traffic per step", f"{size_text(plan.traffic)} per GPU each way", _traffic_formula(plan)),
+        ("steps", f"{train.steps:,} of {train.batch_size:,} samples", micros),
+        (f"FLOPs per {'row' if model.packed else 'sample'}", shares, "counted in the trace"),
+        ("checkpoint", size_text(plan.checkpoint), "16·P under ZeRO, else 12·P"),
+        ("time", hours, f"bound by {plan.step_seconds[1]}{_left_out(plan)}"),
+    ]
 
 
 def _sizes(head: Head) -> str:
@@ -61,12 +80,12 @@ def _head_formula(plan: TrainPlan) -> str:
     return f"{4 * trained + 2 * bf16}·V·H{part} + {8 if bf16 else 4}·chunk·V + 4·L·H"
 
 
-def _away(plan: TrainPlan) -> str:
+def _offloaded(plan: TrainPlan) -> str:
     """What `train.offload` puts into main memory, or on NVMe."""
     if not plan.setting.offload:
         return ""
-    where = "; the disk's room is not known" if plan.model.train.offload == "nvme" else ""
-    return f", offloaded {size_text(plan.offloaded(plan.setting))} a worker{where}"
+    where = "; the disk's size is unknown" if plan.model.train.offload == "nvme" else ""
+    return f", offloaded {size_text(plan.offloaded(plan.setting))} per worker{where}"
 
 
 def _of_host(plan: TrainPlan) -> str:
@@ -83,10 +102,11 @@ def _buffer_formula(plan: TrainPlan) -> str:
     stage = plan.setting.zero
     if stage == 0:
         return "none without ZeRO"
-    bucket = f"({' + '.join(map(str, plan.trial.buckets(stage)))})·min(P, {REDUCE_BUCKET:,}) (reduce_bucket_size)"
-    return bucket + (
-        f" + 4·min(P + F, {STAGE_3['stage3_max_live_parameters']:,}) gathered" if stage == 3 else ""
-    )
+    each = " + ".join(map(str, plan.trial.buckets(stage)))
+    bucket = f"({each})·min(P, {REDUCE_BUCKET:,}) (reduce_bucket_size)"
+    if stage < 3:
+        return bucket
+    return f"{bucket} + 4·min(P + F, {STAGE_3['stage3_max_live_parameters']:,}) gathered"
 
 
 def _traffic_formula(plan: TrainPlan) -> str:
@@ -96,8 +116,8 @@ def _traffic_formula(plan: TrainPlan) -> str:
     each = {
         0: "2·4·P",
         1: "2·G + 4·P",
-        2: "2·G a micro batch + 4·P",
-        3: f"{'2 x weights less what stays' if twice else 'weights'} + G, a micro batch",
+        2: "2·G per micro batch + 4·P",
+        3: f"{'2 x weights less what stays' if twice else 'weights'} + G, per micro batch",
     }[stage]
     widths = "2 bytes a number of linear layers, 4 of others" if plan.trial.bf16 else "4·P"
     return f"({each})·(N − 1)/N" + (f"; gradients G: {widths}" if stage else "")

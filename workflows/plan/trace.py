@@ -88,7 +88,7 @@ def trace(modules: nn.Module, step: Step, *, bf16: bool) -> Traced:
 
 @contextmanager
 def recomputing(module: nn.Module) -> Iterator[None]:
-    """Let every transformer block keep its inputs alone, as with `train.activation_checkpointing`."""
+    """Let transformer blocks keep their inputs only, as `train.activation_checkpointing` does."""
     blocks = list(blocks_of(module))
     for block in blocks:
         again = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)

@@ -14,9 +14,7 @@ from smalti.workflows.train.engines import SENT_LOW, STAGE_3, accumulation
 
 HELD_BACK = 0.08  # of a GPU's memory, ASSUMED: CUDA's context, NCCL, fragmentation
 HOST_SHARE = 0.6  # of main memory, ASSUMED: Ray's object store takes 30 %, processes the rest
-BATCHES = (
-    5  # of a worker's share: two ready, one in preparation (as rows and as a batch), one in use
-)
+BATCHES = 5  # of a worker: two ready, one in preparation (as rows and as a batch), one in use
 TOKEN = 64  # bytes per position in a batch of sequences: ids, labels, places, int64 each
 
 

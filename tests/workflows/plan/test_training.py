@@ -617,7 +617,7 @@ def test_the_command_prints_every_stage_and_refuses_what_cannot_fit(
         "pixel:",
         "mllm:",
         "storage:",
-        "states a GPU",
+        "states per GPU",
         "GPU-hours",
         "ASSUMED",
     ):
