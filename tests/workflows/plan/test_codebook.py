@@ -1,21 +1,14 @@
-"""The plan of the stage codebook, and the table of phases.
-
-Covers: workflows/plan/base.py, workflows/plan/measured.py.
-"""
+"""The plan of the stage codebook, by hand."""
 
 from __future__ import annotations
 
-import json
 import re
-from pathlib import Path
 
 import pytest
 
-from smalti.errors import ConfigError
 from smalti.schema import CodebookSection
-from smalti.workflows.plan.base import Rates, cpu_rates, gpu_rates
+from smalti.workflows.plan.base import Rates
 from smalti.workflows.plan.codebook import plan_codebook
-from smalti.workflows.plan.measured import measurements
 
 RATES = Rates("box", flops=1e12, read=1e9, memory=16e9, origin="stated")
 N, C = 150_000_000, 1152
@@ -74,26 +67,3 @@ def test_what_cannot_fit_is_refused_with_the_mend() -> None:
     assert (
         plan_codebook(CodebookSection(size=4_000, coarse=1_000), N, C, small, 8).refusal() is None
     )
-
-
-def test_rates_say_where_they_come_from() -> None:
-    assert "ASSUMED" in gpu_rates("h100").origin
-    assert gpu_rates("h100").flops == pytest.approx(0.45 * 67e12), "float32"
-    with pytest.raises(
-        ConfigError, match="--gpu h1000 is not known; there are a100, h100, h200, v100 and cpu"
-    ):
-        gpu_rates("h1000")
-    measured = cpu_rates(64)
-    assert measured.origin.startswith("measured")
-    assert measured.flops > 1e8
-    assert measured.read > 1e6
-
-
-def test_the_newest_measurement_stands_beside_the_plan(tmp_path: Path) -> None:
-    entry = {"goal": 16, "machine": "box", "stages": {"mllm": {"memory": 1.0, "seconds": 1.31}}}
-    (tmp_path / "2026-01-01-box.json").write_text(json.dumps([{"goal": 8}, entry]))
-    entry["stages"] = {"mllm": {"memory": 1.02, "seconds": 1.4}}
-    (tmp_path / "2026-01-02-box.json").write_text(json.dumps([entry]))
-    told = "memory 1.02 and seconds 1.40 times the plan (small model, 2026-01-02, box)"
-    assert measurements(tmp_path) == {"mllm": told}
-    assert measurements(tmp_path / "none") == {}
