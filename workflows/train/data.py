@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from smalti.progress import log
 from smalti.workflows.pipeline.retry import retry_storage
 from smalti.workflows.train.order import PrefetchWindow
 from smalti.workflows.train.shard_cache import ShardCache
+from smalti.workflows.train.task import Values
 
 if TYPE_CHECKING:
     from smalti.schema import Train
@@ -33,8 +34,6 @@ IN_USE = 3
 
 Prepared = Any
 """What a source computes once per table; its subclass knows the type."""
-Values = Mapping[str, Any]
-"""A row, by column."""
 
 
 def shard_index(artifact_path: str, split: str) -> tuple[list[str], list[int]]:

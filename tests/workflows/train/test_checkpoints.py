@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from smalti import storage
@@ -18,6 +20,7 @@ from smalti.workflows.train.manifests import (
     newest_complete,
     step_folder,
 )
+from smalti.workflows.train.scratch import Scratch
 
 
 def plant(place: str, step: int, *, score: float | None = None, world_size: int = 2) -> str:
@@ -115,3 +118,29 @@ def test_storage_that_fails_for_a_moment_is_tried_again(monkeypatch) -> None:
     with pytest.raises(DataError, match="not now"):
         retries.retry_storage(flaky, 99)
     assert len(calls) == (len(retries.STORAGE_PAUSES_S) + 1)
+
+
+def test_retries_of_sending_are_logged_by_the_worker_that_sends(
+    place, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(retries.time, "sleep", lambda seconds: None)
+    put = storage.put_file
+    failures = [True]
+
+    def sometimes(source: str, target: str) -> None:
+        if failures and failures.pop():
+            raise DataError("cannot write") from ConnectionResetError()
+        put(source, target)
+
+    monkeypatch.setattr(storage, "put_file", sometimes)
+    for_all: list[str] = []
+    own: list[str] = []
+    written = Checkpoints(
+        place, Collectives(), CheckpointPolicy(), say=for_all.append, say_own=own.append
+    )
+    scratch = Scratch("checkpoint")
+    (tmp_path / os.path.basename(scratch.path) / "task.pt").write_bytes(b"task")
+    written._send(scratch, storage.join(place, step_folder(5)), None)
+    assert isinstance(inspect_checkpoint(storage.join(place, step_folder(5))), CompleteCheckpoint)
+    assert not for_all and len(own) == 1 and "try 1 of 6" in own[0]

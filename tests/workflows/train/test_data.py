@@ -52,11 +52,12 @@ def an_epoch(
     place: Path, rank: int, world_size: int, window: int = 4, **memory: float
 ) -> tuple[Counted, list[int], list[str]]:
     """The source after a worker's epoch (12 shards of 20 rows), the rows that it
-    took in the epoch, and lines said."""
+    took in the epoch, and lines logged."""
     keys, sizes = shards.list_shards(str(place), "train"), [20] * 12
-    rows, told = Counted(str(place), keys, sizes, cache_bytes=memory.get("cache_bytes", 0)), []
+    rows = Counted(str(place), keys, sizes, cache_bytes=memory.get("cache_bytes", 0))
+    lines: list[str] = []
     rows.count = Counter()
-    rows.configure(Train(data_gb=memory.get("data_gb", 1)), told.append)
+    rows.configure(Train(data_gb=memory.get("data_gb", 1)), lines.append)
     order = Order(sizes, 0, window)
     taken: list[int] = []
     feed = BatchLoader(rows, order, lambda found: {"n": [row.values["n"] for row in found]}, batch_size=20, micro=20, rank=rank,
@@ -66,14 +67,14 @@ def an_epoch(
         assert len(rows._tables) <= 2 * window, step
     assert rows._ahead is not None
     rows._ahead.shutdown()
-    return rows, taken, told
+    return rows, taken, lines
 
 
 def test_each_shard_is_read_once_an_epoch_and_the_next_window_before_its_first_step(
     tmp_path,
 ) -> None:
     write(tmp_path, [20] * 12)
-    rows, taken, told = an_epoch(tmp_path, 0, 1)
+    rows, taken, lines = an_epoch(tmp_path, 0, 1)
     following = (
         Order([20] * 12, 0, 4).near(12, 20, 0, 1).own
     )  # of the next epoch, which is looked ahead to
@@ -81,7 +82,7 @@ def test_each_shard_is_read_once_an_epoch_and_the_next_window_before_its_first_s
     assert set(following) <= set(rows._tables) and len(following) == 4
     assert (
         sorted(taken) == [100 * shard + row for shard in range(12) for row in range(20)]
-        and not told
+        and not lines
     )
     for rank in range(2):
         half, _, _ = an_epoch(tmp_path, rank, 2)
@@ -91,15 +92,15 @@ def test_each_shard_is_read_once_an_epoch_and_the_next_window_before_its_first_s
         assert max(half.count.values()) <= 2
 
 
-def test_a_window_that_does_not_fit_is_told_once_and_part_of_it_stays(tmp_path) -> None:
+def test_a_window_that_does_not_fit_is_reported_once_and_part_of_it_stays(tmp_path) -> None:
     """Room for eight of the window's twelve shards: the rows are right, about four are not read
-    again in a step (the least recently used, let go first, would all be), and a line says why.
+    again in a step (the least recently used, dropped first, would all be), and a line reports it.
     """
     write(tmp_path, [20] * 12)
-    rows, taken, told = an_epoch(tmp_path, 0, 1, window=12, data_gb=1.7e-4)
+    rows, taken, lines = an_epoch(tmp_path, 0, 1, window=12, data_gb=1.7e-4)
     assert sorted(taken) == [100 * shard + row for shard in range(12) for row in range(20)]
     assert 12 < rows.count.total() < 100, "120 shards are touched"
-    assert len(told) == 1 and "take more than train.data_gb=0.00017" in told[0]
+    assert len(lines) == 1 and "take more than train.data_gb=0.00017" in lines[0]
 
 
 def test_a_shard_that_changed_meanwhile_is_an_error(tmp_path) -> None:

@@ -13,7 +13,7 @@ from smalti.workflows.train.elastic import fitting_workers, unused_workers
 
 
 @pytest.mark.parametrize(
-    ("workers", "changes", "fitting", "told"),
+    ("workers", "changes", "fitting", "line"),
     [
         (2, {}, [2], ""),
         ((1, 4), {}, [1, 2, 4], "among 3 workers"),
@@ -22,11 +22,11 @@ from smalti.workflows.train.elastic import fitting_workers, unused_workers
         ((1, 4), {"batch_size": 12, "micro_batch_size": 4}, [1, 3, 4], "among 2 workers"),
     ],
 )
-def test_the_numbers_of_workers_that_divide_a_batch(workers, changes, fitting, told) -> None:
+def test_the_numbers_of_workers_that_divide_a_batch(workers, changes, fitting, line) -> None:
     train, resources = Train(**{"batch_size": 8} | changes), Resources(workers=workers)
     assert fitting_workers(train, resources) == fitting
     assert (
-        told in unused_workers(train, resources) if told else unused_workers(train, resources) == ""
+        line in unused_workers(train, resources) if line else unused_workers(train, resources) == ""
     )
 
 

@@ -1,6 +1,4 @@
-"""A parameter set anew under every ZeRO stage: before the first step, in the middle, and right
-after a checkpoint.
-"""
+"""Settings of engines, and parameters and moments that are set, under every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -67,7 +65,7 @@ class Codes:
         return torch.randn(self.num_codes, 6, generator=torch.Generator().manual_seed(0))
 
 
-def rest_and_wake() -> dict[int, list[dict[str, set[str]]]]:
+def frozen_and_trained() -> dict[int, list[dict[str, set[str]]]]:
     """ZeRO stage → for each of four steps by the rates of a staged schedule, how far each part
     moved: "still", "moved".
 
@@ -132,9 +130,9 @@ def rest_and_wake() -> dict[int, list[dict[str, set[str]]]]:
     return moves
 
 
-def rates_of_waking() -> dict[int, list[float]]:
-    """ZeRO stage → how far a part with the rate 0.01 moves in each of four steps after it rested
-    for thirty.
+def steps_after_freezing() -> dict[int, list[float]]:
+    """ZeRO stage → how far a part with the rate 0.01 moves in each of four steps after it was
+    frozen for thirty.
     """
     from smalti.schema import Train
     from smalti.workflows.train import engines
@@ -165,16 +163,16 @@ def rates_of_waking() -> dict[int, list[float]]:
         )
         found[stage] = []
         for step in range(34):
-            rests = step < 30
-            engines.set_factors(engine, {"first": 0.0 if rests else 1.0, "second": 1.0})
+            frozen = step < 30
+            engines.set_factors(engine, {"first": 0.0 if frozen else 1.0, "second": 1.0})
             engines.set_learning_rate(engine, 0.01)
             if step == 30:
                 engines.forget_moments(engine, ["first"])
             before = (
-                None if rests else engines.full_weights(engine, on_this_rank=True)["first.weight"]
+                None if frozen else engines.full_weights(engine, on_this_rank=True)["first.weight"]
             )
             inputs = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
-            loss = engine(0 * inputs if rests else inputs).square().mean()
+            loss = engine(0 * inputs if frozen else inputs).square().mean()
             engine.backward(loss)
             engine.step()
             if before is not None:
@@ -229,7 +227,7 @@ def found(ranks, tmp_path_factory) -> dict[str, dict[int, torch.Tensor]]:
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("place", PLACES)
-def test_a_set_parameter_goes_on_alike_under_every_zero_stage(
+def test_a_set_parameter_trains_equally_under_every_zero_stage(
     found, place: str, stage: int
 ) -> None:
     torch.testing.assert_close(found[place][stage], found[place][0], rtol=1e-5, atol=1e-6)
@@ -244,12 +242,12 @@ def test_a_set_parameter_has_its_value_and_no_moments(found) -> None:
     torch.testing.assert_close(found[PLACES[1]][0], found[PLACES[2]][0])
 
 
-def test_parts_rest_and_wake_by_the_schedule_under_every_zero_stage(ranks) -> None:
-    """Two steps of the adapter alone, then all; a resting part does not even decay, and a
+def test_parts_are_frozen_and_trained_by_the_schedule_under_every_zero_stage(ranks) -> None:
+    """Two steps of the adapter alone, then all; a frozen part does not even decay, and a
     checkpoint keeps the groups.
     """
     still, moved = {"still"}, {"moved"}
-    for stage, steps in ranks(rest_and_wake, 1)[0].items():
+    for stage, steps in ranks(frozen_and_trained, 1)[0].items():
         for number, parts in enumerate(steps):
             expected = moved if number >= 2 else still
             assert parts == {"adapter": moved, "backbone": expected, "new_rows": expected}, (
@@ -258,11 +256,11 @@ def test_parts_rest_and_wake_by_the_schedule_under_every_zero_stage(ranks) -> No
             )
 
 
-def test_a_part_that_wakes_begins_with_steps_of_the_rate_under_every_zero_stage(ranks) -> None:
+def test_a_part_that_was_frozen_starts_with_steps_of_the_rate_under_every_zero_stage(ranks) -> None:
     """Its count of steps is not that of the run: with moments of 0 and a count of 30 Adam's steps
     are up to several times the rate.
     """
-    for stage, moved in ranks(rates_of_waking, 1)[0].items():
+    for stage, moved in ranks(steps_after_freezing, 1)[0].items():
         assert moved[0] == pytest.approx(0.01, rel=1e-2), stage
         assert max(moved) < 0.0101, stage
 
@@ -307,8 +305,8 @@ def test_zeros_bucket_is_no_larger_than_what_is_trained() -> None:
 
 
 @pytest.mark.parametrize(
-    ("micro", "world", "told"), [(None, 3, "resources.workers=3"), (3, 2, "micro_batch_size=3")]
+    ("micro", "world", "named"), [(None, 3, "resources.workers=3"), (3, 2, "micro_batch_size=3")]
 )
-def test_batches_that_do_not_divide_name_the_keys(micro, world, told) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_batches_that_do_not_divide_name_the_keys(micro, world, named) -> None:
+    with pytest.raises(ConfigError, match=named):
         accumulation(Train(batch_size=8, micro_batch_size=micro), world)

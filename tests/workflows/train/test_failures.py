@@ -1,6 +1,4 @@
-"""The line about workers that failed: who died comes before who lost the connection, and no error
-twice.
-"""
+"""The line about failed workers, and errors that are not reported twice."""
 
 from __future__ import annotations
 
@@ -18,8 +16,8 @@ RESET = RuntimeError("Connection reset by peer\nand more\nGood luck")
 
 def test_a_worker_that_died_is_named_before_those_that_lost_it() -> None:
     gone = WorkerHealthCheckFailedError("A worker health check failed.", ActorDiedError())
-    told = failed_workers({0: RESET, 2: gone})
-    assert told.startswith("worker(s) 2 died: ActorDiedError: ")
+    line = failed_workers({0: RESET, 2: gone})
+    assert line.startswith("worker(s) 2 died: ActorDiedError: ")
     assert failed_workers({1: RESET, 0: RESET}) == (
         "worker(s) 0, 1 failed: RuntimeError: Connection reset by peer … Good luck"
     )
@@ -32,7 +30,7 @@ def test_no_failure_is_survived_where_none_is_allowed() -> None:
     assert (failures.max_failures, failures.max_preemption_failures) == (0, -1)
 
 
-def test_what_the_user_sees_at_the_end_is_not_told_before() -> None:
+def test_what_the_user_sees_at_the_end_is_not_reported_before() -> None:
     wrapped = RayTaskError("work", "remote traceback", DataError("shard 3 is torn"))
     assert isinstance(cause_of(wrapped), DataError)
     assert failed_workers({0: wrapped, 1: RESET}) == ""

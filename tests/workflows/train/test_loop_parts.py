@@ -1,6 +1,6 @@
 """Logging and resuming of the loop, without Ray.
 
-Covers: workflows/train/loop.py, workflows/train/guards.py.
+Covers: workflows/train/loop.py.
 """
 
 from __future__ import annotations
@@ -77,3 +77,15 @@ def test_another_number_of_samples_at_once_is_reported_when_the_run_resumes() ->
     assert [line.split(" (")[0] for line in lines] == [
         "the contrastive loss saw 4 samples at once before and sees 8 from here on"
     ]
+
+
+def test_a_line_for_all_is_logged_once_and_a_workers_own_names_its_rank() -> None:
+    lines: list[str] = []
+    say = SimpleNamespace(remote=lines.append)
+    for rank in range(2):
+        loop = Loop.__new__(Loop)  # only what logging needs
+        loop.job = SimpleNamespace(channel=SimpleNamespace(say=say))
+        loop.rank = rank
+        loop._say("for all")
+        loop._say_own("put_file failed")
+    assert lines == ["for all", "worker 0: put_file failed", "worker 1: put_file failed"]

@@ -46,10 +46,10 @@ def test_a_torn_checkpoint_is_skipped_with_a_line(place, harm: str) -> None:
     file = storage.join(path, "model/engine/rank1.pt")
     if harm == "missing":
         storage.remove(file)
-        told = "model/engine/rank1.pt is missing"
+        wrong = "model/engine/rank1.pt is missing"
     elif harm == "truncated":
         storage.write_atomic(file, b"mod")
-        told = "model/engine/rank1.pt has 3 of 27 bytes"
+        wrong = "model/engine/rank1.pt has 3 of 27 bytes"
     elif harm in ("torn manifest", "other manifest"):
         left = (
             b'{"world_si'
@@ -57,16 +57,16 @@ def test_a_torn_checkpoint_is_skipped_with_a_line(place, harm: str) -> None:
             else b'{"world_sizd": 2, "score": null, "files": {}}'
         )
         storage.write_atomic(storage.join(path, "manifest-00001.json"), left)
-        told = "manifest-00001.json is damaged"
+        wrong = "manifest-00001.json is damaged"
     else:
         ranks = [1] if harm == "manifest" else [0, 1]
         for rank in ranks:
             storage.remove(storage.join(path, manifest_name(rank)))
-        told = f"{manifest_name(ranks[0])} is missing"
+        wrong = f"{manifest_name(ranks[0])} is missing"
     lines: list[str] = []
     found = newest_complete(place, lines.append)
     assert found is not None and found.step == 5
-    assert lines == [f"skipping the incomplete checkpoint {path}: {told}"]
+    assert lines == [f"skipping the incomplete checkpoint {path}: {wrong}"]
 
 
 def test_a_manifest_that_disappears_after_the_listing_is_reported_as_missing(

@@ -34,5 +34,5 @@ def test_flops_of_a_token_are_those_of_the_matrices_it_passes() -> None:
     assert flops_a_token(model, without=model[1], backward=False) == 2 * (8 * 16 + 16 * 4)
     of_samples = Throughput(torch.device("cpu"), 4, flops_per_unit=1e3, peak=1e6)
     of_samples.step(0.0, [None])
-    told = of_samples.take(Collectives())
-    assert told["mfu"] == pytest.approx(told["samples_per_s"] * 1e3 / 1e6)
+    found = of_samples.take(Collectives())
+    assert found["mfu"] == pytest.approx(found["samples_per_s"] * 1e3 / 1e6)

@@ -1,5 +1,6 @@
-"""A language model born in parts under ZeRO-3 on two workers: the rows of one built whole, in
-bounded memory.
+"""A language model partitioned from the start under ZeRO-3 on two workers.
+
+Its rows are those of a model that is built whole, and no worker allocates the whole head.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ class Largest(TorchDispatchMode):
 
 
 def build(folder: Path) -> None:
-    """One worker: the model in parts, what it holds, the largest tensor made for it, and its whole
-    weights after a step.
+    """One worker: the partitioned model, what it has, the largest tensor created for it, and its
+    whole weights after a step.
     """
     import torch.distributed as dist
 
@@ -93,8 +94,8 @@ def build(folder: Path) -> None:
     engine.backward(engine(batch(model, 1))[0])
     engine.step()
     after = engines.full_weights(engine, on_this_rank=rank == 0)
-    told = {"held": held, "head": list(head.ds_shape), "largest": largest.size}
-    (folder / f"told{rank}.json").write_text(json.dumps(told))
+    found = {"held": held, "head": list(head.ds_shape), "largest": largest.size}
+    (folder / f"found{rank}.json").write_text(json.dumps(found))
     if start is not None and after is not None:
         save_file({name: t.contiguous() for name, t in start.items()}, folder / "start.safetensors")
         save_file({name: t.contiguous() for name, t in after.items()}, folder / "after.safetensors")
@@ -117,7 +118,7 @@ def folder(ranks, tmp_path_factory) -> Path:
     return root
 
 
-def test_rows_made_in_parts_and_their_first_step_are_those_of_a_whole_model(folder: Path) -> None:
+def test_partitioned_rows_and_their_first_step_are_those_of_a_whole_model(folder: Path) -> None:
     from smalti.mllm.build import build_unified
     from smalti.workflows.train.optimizers import build_optimizer
 
@@ -144,11 +145,11 @@ def test_rows_made_in_parts_and_their_first_step_are_those_of_a_whole_model(fold
         assert not torch.equal(after[name], found[name])
 
 
-def test_a_worker_holds_its_part_and_never_the_whole_head(folder: Path) -> None:
-    told = [json.loads((folder / f"told{rank}.json").read_text()) for rank in range(2)]
-    rows, width = told[0]["head"]
+def test_a_worker_has_its_part_and_never_the_whole_head(folder: Path) -> None:
+    found = [json.loads((folder / f"found{rank}.json").read_text()) for rank in range(2)]
+    rows, width = found[0]["head"]
     assert rows > CODES and width == WIDTH
-    for worker in told:
+    for worker in found:
         assert worker["held"]["lm.lm_head.weight"] == -(-rows * width // 2)
         assert worker["held"]["adapter.codes.weight"] == CODES * 6 // 2, "the second codebook too"
         assert worker["largest"] == 4 * worker["held"]["lm.lm_head.weight"]
