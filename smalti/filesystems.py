@@ -50,7 +50,10 @@ def explained(action: str, path: str) -> Iterator[None]:
     except Exception as error:
         if is_local(path):
             raise
-        text = f"cannot {action} {path}: {type(error).__name__}: {error}. Check the URL, the credentials and the network"
+        text = (
+            f"cannot {action} {path}: {type(error).__name__}: {error}. Check the URL, the "
+            "credentials and the network"
+        )
         raise DataError(text) from error
 
 

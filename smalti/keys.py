@@ -186,7 +186,10 @@ def _describe_one(kind: object) -> str:
     if origin is list:
         return f"a list of {describe(get_args(kind)[0]).removeprefix('a ').removeprefix('an ')}"
     if origin is tuple:
-        return f"a list of {len(get_args(kind))} ({', '.join(describe(item) for item in get_args(kind))})"
+        return (
+            f"a list of {len(get_args(kind))} "
+            f"({', '.join(describe(item) for item in get_args(kind))})"
+        )
     if origin is dict:
         return "keys with values"
     if isinstance(kind, type) and issubclass(kind, BaseModel):
@@ -222,7 +225,10 @@ def _found(value: object) -> str:
         return "true" if value else "false"
     kinds = {str: "text", list: "a list", tuple: "a list", int: "an integer", float: "a number"}
     text = repr(value)
-    return f"{text if len(text) <= 60 else text[:57] + '…'} ({kinds.get(type(value), type(value).__name__)})"
+    return (
+        f"{text if len(text) <= 60 else text[:57] + '…'} "
+        f"({kinds.get(type(value), type(value).__name__)})"
+    )
 
 
 def _walk(model: type[BaseModel], prefix: str = "") -> list[str]:

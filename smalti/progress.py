@@ -48,9 +48,8 @@ class Progress:
         total: units to expect; None: unknown.
         unit: name of what is counted, in the plural.
         label: start of the line.
-        done: units of an earlier process (a resumed stage): counted, but not in the rate. Those
-            found later are counted by
-            `stood`.
+        done: units of an earlier process (a resumed stage): counted, but not in the rate.
+            `skip` counts those that are found later.
     """
 
     def __init__(
@@ -88,7 +87,7 @@ class Progress:
         with self._lock:
             self._show(time.monotonic(), last=True, failed=kind is not None)
 
-    def stood(self, n: int) -> None:
+    def skip(self, n: int) -> None:
         """Count `n` units of an earlier process."""
         with self._lock:
             self._before += n

@@ -132,7 +132,10 @@ class RecipePlan:
 
     def lines(self) -> Iterator[str]:
         """The plan as text, stage by stage; `refusals` names what cannot fit."""
-        yield f"{self.recipe.name} on {self.num} x {self.rates.device}: {self.images:,} images of {self.patches} patches"
+        yield (
+            f"{self.recipe.name} on {self.num} x {self.rates.device}: "
+            f"{self.images:,} images of {self.patches} patches"
+        )
         yield f"  {self.rates.origin}{self._training_rates()}"
         if self.rates.note:
             yield f"  {self.rates.note}"
@@ -187,7 +190,10 @@ class RecipePlan:
             trained_from.items(), [*list(trained_from)[1:], section.train.steps], strict=True
         ):
             count = sum(p.numel() for p in modules.parameters() if part_of[id(p)] in parts)
-            yield f"steps {start:,} to {stop:,}: {count / 1e9:.3g}B parameters train ({', '.join(parts)})"
+            yield (
+                f"steps {start:,} to {stop:,}: {count / 1e9:.3g}B parameters train "
+                f"({', '.join(parts)})"
+            )
 
     def _refuse(self, refusal: str | None) -> None:
         if refusal is not None:
@@ -284,7 +290,10 @@ class RecipePlan:
     def _total(self) -> str:
         hours = sum(plan.hours for plan in self.trained) + sum(self.data_hours.values())
         hours += self.codebook.seconds / 3600 if self.codebook else 0.0
-        return f"total: {time_text(hours)}, {hours * self.num:.4g} GPU-hours (corpus, export and evaluation not counted)"
+        return (
+            f"total: {time_text(hours)}, {hours * self.num:.4g} GPU-hours (corpus, export and "
+            "evaluation not counted)"
+        )
 
 
 def _weights(model: Model) -> float:

@@ -167,10 +167,16 @@ def _tiny_diffuser(path: str) -> str:
     tokenizer = train_bpe(_words(), 300)
     tokenizer.model_max_length = 12
     config = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=12, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=12,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    )
     with torch.random.fork_rng(), atomic_local_dir(path) as folder:
         torch.manual_seed(0)
         text_encoder = CLIPTextModel(config)
@@ -194,9 +200,13 @@ def _save_tiny_pipeline(
     diffusers = importlib.import_module("diffusers")
     channels = {"block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
     unet = diffusers.UNet2DConditionModel(
-        sample_size=16, cross_attention_dim=16, attention_head_dim=4, **channels,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )  # fmt: skip
+        sample_size=16,
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        **channels,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
     vae = diffusers.AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -204,9 +214,15 @@ def _save_tiny_pipeline(
         **channels,
     )
     pipeline = diffusers.StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=diffusers.DDIMScheduler(clip_sample=False, steps_offset=1),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=diffusers.DDIMScheduler(clip_sample=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipeline.save_pretrained(folder)
 
 
@@ -226,7 +242,10 @@ def _some_text(path: str) -> str:
 
 
 def _tiny_siglip(path: str, layers: int) -> str:
-    """A random SigLIP with its tokenizer at `path`: 32 px, 4 x 4 patches, width 16, so many blocks."""
+    """A random SigLIP with its tokenizer at `path`.
+
+    32 px, 4 x 4 patches, width 16, `layers` blocks.
+    """
     if exists(join(path, "config.json")):
         return path
     import torch

@@ -25,7 +25,10 @@ class Gpu:
     note: str = ""
 
 
-VOLTA = "torch of requirements.lock is built for CUDA 13, which does not run on Volta: install a build for CUDA 12.6 there"
+VOLTA = (
+    "torch of requirements.lock is built for CUDA 13, which does not run on Volta: install a "
+    "build for CUDA 12.6 there"
+)
 GPUS = {  # SXM modules; machines p4de, p5, p5en, p3dn
     "a100": Gpu(312e12, 156e12, 19.5e12, 85.0e9, 300e9, 50e9, 144e9),
     "h100": Gpu(989e12, 495e12, 67e12, 85.0e9, 450e9, 400e9, 256e9),

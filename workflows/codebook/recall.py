@@ -77,7 +77,10 @@ def probes(
     seen = Probes(*noted["probes"])
     counts = {name: noted[name] for name in ("held-out", "training")}
     whose = " and ".join(f"{count:,} {name}" for name, count in counts.items() if count)
-    message = f"{seen.recall:.2%} of {whose} vectors find their nearest code in at most {seen.cells} of {num} cells"
+    message = (
+        f"{seen.recall:.2%} of {whose} vectors find their nearest code in at most {seen.cells} "
+        f"of {num} cells"
+    )
     run.log(
         message if seen.cells < num else f"{message}: codebook.recall={wanted} needs all of them"
     )

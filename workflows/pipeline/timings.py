@@ -140,22 +140,22 @@ def shown(
     with run.progress(total, unit) as bar:
         kept = tally.counted().get("kept", 0)
         seen = 0
-        stood = 0
+        kept_images = 0
         started = time.monotonic()
 
         def update(units: int, **info: float) -> None:
-            nonlocal kept, seen, stood
+            nonlocal kept, seen, kept_images
             found = tally.counted()
             images = int(info.get("images", 0))
             if found.get("kept", 0) > kept:
                 kept = found["kept"]
-                bar.stood(units)
+                bar.skip(units)
                 units = 0
-                stood = stood + images - seen
+                kept_images += images - seen
             seen = images
             elapsed_s = time.monotonic() - started
-            if images > stood and elapsed_s > 0:
-                info["images/s"] = (images - stood) / elapsed_s
+            if images > kept_images and elapsed_s > 0:
+                info["images/s"] = (images - kept_images) / elapsed_s
             bar.update(units, **info, **found)
 
         yield update

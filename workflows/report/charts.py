@@ -93,13 +93,19 @@ def line_chart(points: Sequence[Point], title: str, x_name: str = "step") -> str
     xs = (shown[0][0], shown[-1][0])
     frame = _Frame((min(xs), max(xs)), (axis.low, axis.high), log_y=axis.log)
     path = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in shown)
-    label = f"{title}: {tick_text(finite[0][1])} at {x_name} {finite[0][0]:g}, {tick_text(finite[-1][1])} at {finite[-1][0]:g}"
+    label = (
+        f"{title}: {tick_text(finite[0][1])} at {x_name} {finite[0][0]:g}, "
+        f"{tick_text(finite[-1][1])} at {finite[-1][0]:g}"
+    )
     if axis.note:
         label += f"; {axis.note}"
     if lost:
         label += f"; {lost} points were not finite"
     body = f'<polyline class="curve" points="{path}"/>'
-    body += f'<circle class="dot" cx="{frame.x(shown[-1][0]):.1f}" cy="{frame.y(shown[-1][1]):.1f}" r="2.6"/>'
+    body += (
+        f'<circle class="dot" cx="{frame.x(shown[-1][0]):.1f}" cy="{frame.y(shown[-1][1]):.1f}" '
+        'r="2.6"/>'
+    )
     y_ticks = log_ticks(axis.low, axis.high) if axis.log else nice_ticks(axis.low, axis.high)
     return _svg(label, frame.axes(nice_ticks(*frame.xs, least_step=1.0), y_ticks, axis.note) + body)
 
@@ -146,15 +152,18 @@ class _Frame:
         for tick, text in zip(y_ticks, tick_texts(y_ticks), strict=True):
             y = self.y(tick)
             parts.append(
-                f'<line class="rule" x1="{LEFT}" x2="{self.width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+                f'<line class="rule" x1="{LEFT}" x2="{self.width - RIGHT}" y1="{y:.1f}" '
+                f'y2="{y:.1f}"/>'
             )
             parts.append(
-                f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{text}</text>'
+                f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" '
+                f'text-anchor="end">{text}</text>'
             )
         for tick, text in zip(x_ticks, tick_texts(x_ticks), strict=True):
             x = min(self.x(tick), self.width - RIGHT - 6)
             parts.append(
-                f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 7}" text-anchor="middle">{text}</text>'
+                f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 7}" '
+                f'text-anchor="middle">{text}</text>'
             )
         if note:
             x = self.width - RIGHT
@@ -176,4 +185,7 @@ def _position(value: float, span: Point, log: bool) -> float:
 
 def _svg(title: str, body: str, width: int = WIDTH) -> str:
     text = escape(title)
-    return f'<svg viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{text}"><title>{text}</title>{body}</svg>'
+    return (
+        f'<svg viewBox="0 0 {width} {HEIGHT}" role="img" '
+        f'aria-label="{text}"><title>{text}</title>{body}</svg>'
+    )

@@ -26,7 +26,10 @@ class Pictures:
         if not place or not storage.exists(place):
             return ""
         data = base64.b64encode(storage.read_bytes(place)).decode()
-        return f'<img class="{css}" alt="{escape(alt)}" src="data:image/png;base64,{data}" loading="lazy">'
+        return (
+            f'<img class="{css}" alt="{escape(alt)}" src="data:image/png;base64,{data}" '
+            'loading="lazy">'
+        )
 
 
 def clip(text: str, most: int = 120) -> str:
@@ -65,4 +68,7 @@ def table(
     if not lines:
         return ""
     header = "<tr>" + "".join(cell("th", i, text) for i, text in enumerate(head)) + "</tr>"
-    return f'<div class="scroll"><table class="{css}"><thead>{header}</thead><tbody>{"".join(lines)}</tbody></table></div>'
+    return (
+        '<div class="scroll"><table '
+        f'class="{css}"><thead>{header}</thead><tbody>{"".join(lines)}</tbody></table></div>'
+    )

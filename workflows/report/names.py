@@ -69,7 +69,8 @@ NAMES: dict[str, Name] = {
     "codes/entropy": Name("Code entropy", "Entropy of the codes over held-out tokens.", "nats"),
     "codes/vrr": Name(
         "Variance explained (VRR)",
-        "Variance of the patches that their codes explain; unbiased, with shuffled codes as baseline.",
+        "Variance of the patches that their codes explain; unbiased, with shuffled codes as "
+        "baseline.",
     ),
     "codes/semantic_usage": Name("Semantic code usage", "Semantic codes that occur at least once."),
     "codes/semantic_perplexity": Name(

@@ -63,7 +63,8 @@ def page(facts: Facts) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
         f"<title>{escape(facts.name)} · smalti</title><style>{css}</style></head><body>"
-        f'{_header(facts)}<nav aria-label="Sections"><div>{links}</div></nav><main>{headlines(facts)}{body}</main>'
+        f"{_header(facts)}<nav "
+        f'aria-label="Sections"><div>{links}</div></nav><main>{headlines(facts)}{body}</main>'
         f"<footer>Made by smalti {escape(smalti.__version__)}. This page loads nothing from "
         "elsewhere; <code>report.json</code> beside it holds the same "
         "figures.</footer></body></html>\n"
@@ -78,8 +79,10 @@ def _header(facts: Facts) -> str:
     tiles = "".join(f'<i style="--d:{index}"></i>' for index in range(12))
     return (
         f'<header><div class="wrap"><div class="mark" aria-hidden="true">{tiles}</div>'
-        f'<p class="kind">{escape(str(facts.recipe.get("system", "")))} · smalti {escape(smalti.__version__)}</p>'
+        f'<p class="kind">{escape(str(facts.recipe.get("system", "")))} · smalti '
+        f"{escape(smalti.__version__)}</p>"
         f"<h1>{escape(facts.name)}</h1>"
-        f"<p>{escape(facts.started.replace('T', ' ').replace('+00:00', ' UTC'))} · {duration(facts.seconds)}"
+        f"<p>{escape(facts.started.replace('T', ' ').replace('+00:00', ' UTC'))} · "
+        f"{duration(facts.seconds)}"
         f" · {escape(where)}</p></div></header>"
     )

@@ -17,7 +17,8 @@ def reconstructions(facts: Facts, pictures: Pictures) -> str:
     for line in facts.tables.get("grid", []):
         kinds = [kind for kind in COLUMNS if kind in line]
         images = "".join(
-            f"<span>{pictures.img(line[kind], COLUMNS[kind], 'pixels')}<small>{COLUMNS[kind]}</small></span>"
+            f"<span>{pictures.img(line[kind], COLUMNS[kind], 'pixels')}"
+            f"<small>{COLUMNS[kind]}</small></span>"
             for kind in kinds
         )
         caption = f"PSNR {written(line['psnr'], 'dB')}"
@@ -89,7 +90,10 @@ def codes(facts: Facts) -> str:
         if found["tokens"] < found["codes"]:
             caption += ". There are fewer tokens than codes, so not all of them could occur"
         figures.append(figure(chart, caption, "card chart"))
-    lead = "Codes sorted by how often they occur. A line that ends early means that many codes are not used."
+    lead = (
+        "Codes sorted by how often they occur. A line that ends early means that many codes are "
+        "not used."
+    )
     return section(
         "codes",
         "Code usage",

@@ -36,7 +36,8 @@ def questions(facts: Facts, pictures: Pictures) -> str:
     )
     lead = (
         "Held-out questions, answered by the exported model; right means the same words (case, "
-        "punctuation and articles are ignored). <i>Question only</i> gives the most frequent training "
+        "punctuation and articles are ignored). <i>Question only</i> gives the most frequent "
+        "training "
         "answer to the same question, without the image."
     )
     return section("questions", "Questions and answers", lead, body)
@@ -62,7 +63,10 @@ def _breakdown(rows: list[ClassRow], head: str) -> str:
 def _example(line: Example, pictures: Pictures) -> str:
     css, mark = ("right", "✓") if line["right"] else ("wrong", "✗")
     image = pictures.img(line["picture"], f"question: {line['question']}", "pixels")
-    caption = f'{escape(clip(line["question"]))}<span class="verdict {css}">{mark} {escape(clip(line["given"], 60)) or "(nothing)"}</span>'
+    caption = (
+        f'{escape(clip(line["question"]))}<span class="verdict {css}">{mark} '
+        f"{escape(clip(line['given'], 60)) or '(nothing)'}</span>"
+    )
     if not line["right"]:
         caption += f'<span class="note">right: {escape(clip(line["answer"], 60))}</span>'
     return figure(image, caption, "card small")
@@ -83,7 +87,10 @@ def zero_shot(facts: Facts) -> str:
     lead = "Accuracy of each label, the worst first."
     if sentences:
         label, sentence = next(iter(sentences.items()))
-        lead += f" The encoder compares an image with a sentence for each label, such as “{escape(sentence)}” for {escape(label)}."
+        lead += (
+            " The encoder compares an image with a sentence for each label, such as "
+            f"“{escape(sentence)}” for {escape(label)}."
+        )
     if not body:
         return ""
     return section(

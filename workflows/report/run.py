@@ -144,7 +144,10 @@ def corpus(facts: Facts) -> str:
         ]
         body += table(["left out because", "images"], lines, (1,), "plain")
     source = stage.artifact.config.get("source")
-    lead = f"Read from <code>{escape(clip(str(source), 200))}</code>. What could not be used lies in <code>quarantine/</code>, with its reason."
+    lead = (
+        f"Read from <code>{escape(clip(str(source), 200))}</code>. What could not be used lies "
+        "in <code>quarantine/</code>, with its reason."
+    )
     return section("corpus", "Corpus", lead, f'<div class="grid third tables">{body}</div>')
 
 
@@ -187,6 +190,12 @@ def mlflow(facts: Facts) -> str:
     if uri.startswith(("http", "databricks")):
         body = f"<p>The run is on the tracking server <code>{escape(uri)}</code>.</p>"
     else:
-        body = f"<pre>mlflow ui --backend-store-uri {escape(uri)}</pre><p>Then open the address that it prints.</p>"
-    lead = "Parameters, metrics, pictures and fingerprints are also in MLflow: one run for the recipe, a child run for each stage."
+        body = (
+            f"<pre>mlflow ui --backend-store-uri {escape(uri)}</pre><p>Then open the address "
+            "that it prints.</p>"
+        )
+    lead = (
+        "Parameters, metrics, pictures and fingerprints are also in MLflow: one run for the "
+        "recipe, a child run for each stage."
+    )
     return section("mlflow", "MLflow", lead, body)

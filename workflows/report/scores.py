@@ -27,7 +27,8 @@ def headlines(facts: Facts) -> str:
             for k, v in score["baseline"].items()
         )
         tiles.append(
-            f'<div class="tile"><h3>{escape(name.title)}</h3><p class="big">{written(score["value"], name.kind)}</p>'
+            f'<div class="tile"><h3>{escape(name.title)}</h3><p '
+            f'class="big">{written(score["value"], name.kind)}</p>'
             f"{_goal(score, name.kind)}<ul>{baselines}</ul></div>"
         )
     return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""

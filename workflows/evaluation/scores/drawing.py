@@ -52,7 +52,10 @@ def measure_drawing(data: HeldOut, models: Models) -> MeasureResult:
     prompts = [prompt for prompt in prompts_of(data) for _ in range(settings.drawings)]
     if not prompts:
         return MeasureResult(
-            skipped="no prompt to draw: the corpus has neither labels nor captions, and evaluate.prompts is not set"
+            skipped=(
+                "no prompt to draw: the corpus has neither labels nor captions, and "
+                "evaluate.prompts is not set"
+            )
         )
     drawn_BCHW = draw(prompts, data, models)
     result = MeasureResult()

@@ -114,7 +114,7 @@ def train_judge(
 
 
 def training_steps(num_images: int) -> int:
-    """Steps for so many images: five epochs.
+    """Training steps for `num_images` images: five epochs.
 
     For small sets up to forty epochs, but at most 300 steps.
     """

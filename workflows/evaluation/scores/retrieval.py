@@ -29,7 +29,10 @@ def measure_retrieval(data: HeldOut, models: Models) -> MeasureResult:
     texts = sorted(set(captions))
     if len(rows) < 2 or len(texts) < LEAST_DISTINCT * len(rows):
         return MeasureResult(
-            skipped=f"{len(texts)} distinct captions for {len(rows)} captioned images: no image has its own"
+            skipped=(
+                f"{len(texts)} distinct captions for {len(rows)} captioned images: no image has "
+                "its own"
+            )
         )
     why = no_text_tower(models)
     if why:
