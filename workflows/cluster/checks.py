@@ -53,7 +53,7 @@ class NodeFacts:
     wrote: str
 
 
-def look(node: str, gpus_ray: float, marks: str, folders: Sequence[str]) -> NodeFacts:
+def node_facts(node: str, gpus_ray: float, marks: str, folders: Sequence[str]) -> NodeFacts:
     """Facts of this node; also writes a mark named after it into `marks`."""
     try:
         storage.write_atomic(storage.join(marks, node), socket.gethostname().encode())
@@ -142,7 +142,7 @@ def survey(
     marks = storage.join(out, f"{MARKS}-{uuid.uuid4().hex[:8]}")
     marks = marks if not storage.is_local(marks) else os.path.abspath(storage.local_path(marks))
     gpus = {node["NodeID"]: node["Resources"].get("GPU", 0.0) for node in nodes}
-    facts = _on_each(gpus, look, lambda node: (node, gpus[node], marks, (out, *folders)))
+    facts = _on_each(gpus, node_facts, lambda node: (node, gpus[node], marks, (out, *folders)))
     answered = {fact.node for fact in facts.values()}
     wrote = {fact.node for fact in facts.values() if not fact.wrote}
     try:

@@ -98,7 +98,7 @@ def read_rows(
     return table.take(pa.array(within))
 
 
-def look(found: Sample, section: CorpusSection) -> tuple[int, int]:
+def check_image(found: Sample, section: CorpusSection) -> tuple[int, int]:
     """Decode an image fully and check it against the section.
 
     Returns:
@@ -134,7 +134,7 @@ def check_file(found: Sample, section: CorpusSection) -> None:
         raise ImageError("it has no caption, and corpus.require_caption is set", "no_caption")
 
 
-def tell_second_images(run: StageRun, counts: Mapping[str, int]) -> None:
+def log_second_images(run: StageRun, counts: Mapping[str, int]) -> None:
     """Log how many images share the key of another, with an example.
 
     Dots in the names of a tar can give many images one key.
@@ -205,7 +205,7 @@ class IndexGroup:
         if isinstance(found, Unusable):
             return {"key": key, "reason": found.reason, "detail": printable(found.detail)}
         try:
-            width, height = look(found, self.section)
+            width, height = check_image(found, self.section)
         except ImageError as error:
             return {"key": key, "reason": error.reason, "detail": str(error)}
         return {

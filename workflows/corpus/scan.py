@@ -41,7 +41,7 @@ def each(
         yield result
 
 
-def look_and_plan(
+def check_and_plan(
     run: StageRun, tally: Tally, groups: Mapping[str, Sequence[Group]]
 ) -> tuple[list[Place], Layout]:
     """Check the images and plan the shards.
@@ -54,16 +54,19 @@ def look_and_plan(
     run.log(f"checking every image: {total:,} groups of input")
     need = section.limit
     with shown(run, tally, total, "groups") as update:
-        looking = _Looking(run, tally, update)
+        checking = _Checking(run, tally, update)
         while True:
-            first = {split: looking.at(split, members, need) for split, members in groups.items()}
+            first = {split: checking.at(split, members, need) for split, members in groups.items()}
             places = [
                 Place(split, n, groups[split][n].source)
                 for split, count in first.items()
                 for n in range(count)
             ]
             plan = _plan(
-                run, tally, places, sum(looking.done[one.split, one.number].found for one in places)
+                run,
+                tally,
+                places,
+                sum(checking.done[one.split, one.number].found for one in places),
             )
             if need is None or _enough(plan, groups, first, section):
                 return places, plan
@@ -79,7 +82,7 @@ class _Found:
 
 
 @dataclass
-class _Looking:
+class _Checking:
     """Results of the groups read so far, by (split, group). `need` only grows."""
 
     run: StageRun
@@ -107,8 +110,8 @@ class _Looking:
         ]
         if need is None or self.first_with(split, need) is None:
             args = (self.run.path, self.run.recipe.corpus)
-            with closing(each(self.run, self.tally, items, IndexGroup, args)) as looked:
-                for number, rows, lost in looked:
+            with closing(each(self.run, self.tally, items, IndexGroup, args)) as checked:
+                for number, rows, lost in checked:
                     self.done[split, number] = _Found(rows, rows - lost)
                     self.images += rows
                     self.unusable += lost

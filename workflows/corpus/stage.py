@@ -20,8 +20,8 @@ from smalti.progress import log
 from smalti.schema import Recipe, result_settings
 from smalti.tracking import Tracker
 from smalti.workflows.cluster.session import ensure_ray
-from smalti.workflows.corpus.index import tell_second_images
-from smalti.workflows.corpus.scan import look_and_plan
+from smalti.workflows.corpus.index import log_second_images
+from smalti.workflows.corpus.scan import check_and_plan
 from smalti.workflows.corpus.write import GONE, LISTING, counted, write_shards
 from smalti.workflows.pipeline.stage import StageRun, run_stage, stage_path
 from smalti.workflows.pipeline.timings import PROCESS_TALLY, tallied
@@ -35,7 +35,7 @@ WORK = (
     "marks",
     GONE,
 )  # folders that are removed from the finished artifact
-LISTED_AGAIN = 1_000_000
+MAX_RELISTED = 1_000_000
 LISTED = "listed"  # another: the listing of a folder, one file per group; written by each run
 
 
@@ -55,7 +55,7 @@ def run(recipe: Recipe, tracker: Tracker | None = None) -> Artifact:
         for name in set(storage.list_names(path)).intersection({*WORK, LISTED}):
             storage.remove(storage.join(path, name))
     if stood:
-        _tell_of_change(recipe, made)
+        _log_change(recipe, made)
     return made
 
 
@@ -87,7 +87,7 @@ def _body(run: StageRun) -> dict[str, int]:
             tally.add(PROCESS_TALLY.drain())
             _same_listing(run, listing)
         with ensure_ray(run.recipe):
-            places, plan = look_and_plan(run, tally, groups)
+            places, plan = check_and_plan(run, tally, groups)
             written, bare = write_shards(run, tally, groups, places, plan)
     counts = counted(run.path, plan) | ({"without_caption": bare} if bare else {})
     _check(run, counts, written)
@@ -120,14 +120,14 @@ def _groups(
     return groups, {"listing": digest.hexdigest()}
 
 
-def _tell_of_change(recipe: Recipe, made: Artifact) -> None:
+def _log_change(recipe: Recipe, made: Artifact) -> None:
     """Log if the source lists other files than when a finished corpus was created.
 
     The fingerprint covers only settings. Checked where it is cheap: on local disks and up to
-    `LISTED_AGAIN` images. A missing source is not a change.
+    `MAX_RELISTED` images. A missing source is not a change.
     """
     path = storage.join(made.path, LISTING)
-    cheap = made.counts["found"] <= LISTED_AGAIN and all(
+    cheap = made.counts["found"] <= MAX_RELISTED and all(
         storage.is_local(name) for name in sources_of(recipe)
     )
     if not cheap or not storage.exists(path):
@@ -197,7 +197,7 @@ def _check(run: StageRun, counts: dict[str, int], written: Mapping[str, int]) ->
         raise DataError(f"No image is left to train on: all {counts['val']:,} are held out. {fix}.")
     if not counts["val"] and (section.val_source or section.val_fraction):
         run.log("no image is held out: raise corpus.val_fraction, or set corpus.val_source")
-    tell_second_images(run, counts)
+    log_second_images(run, counts)
     if counts["quarantined"]:
         run.log(
             f"{counts['quarantined']:,} of {counts['found']:,} in quarantine ({unusable}); see "

@@ -21,7 +21,7 @@ from smalti.artifact import Artifact
 from smalti.errors import DataError, ImageError
 from smalti.schema import Recipe, result_settings
 from smalti.workflows.cluster.session import ensure_ray
-from smalti.workflows.corpus.index import check_file, image_id, look, tell_second_images
+from smalti.workflows.corpus.index import check_file, check_image, image_id, log_second_images
 from smalti.workflows.corpus.layout import is_held_out
 from smalti.workflows.features.featurizer import Featurizer, open_parent
 from smalti.workflows.pipeline.shards import run_shards
@@ -92,7 +92,7 @@ def make(run: StageRun, encoder: Artifact) -> dict[str, int]:
             f"quarantine, {counts['images']:,} held out). See {run.path}/quarantine, or set "
             "features.source."
         )
-    tell_second_images(run, counts)
+    log_second_images(run, counts)
     storage.remove(storage.join(run.path, LISTED))
     found = counts["images"] + counts["quarantined"]
     return {**counts, "dim": dim, "groups": len(groups), "found": found}
@@ -174,7 +174,9 @@ class FeatureGroup:
         if isinstance(found, Unusable):
             return found
         try:
-            check_file(found, section) if section.max_aspect is None else look(found, section)
+            check_file(found, section) if section.max_aspect is None else check_image(
+                found, section
+            )
             pixels = images.to_pixels(
                 found.data,
                 self.image_size,

@@ -281,14 +281,14 @@ def test_a_shard_that_is_not_of_the_corpus_is_refused(
     wanted = recipe(
         tmp_path, "generated:8", image_size=16, val_fraction=0.0, shard_images=4, limit=6
     )
-    real = corpus.look_and_plan
+    real = corpus.check_and_plan
 
     def plants(run: Any, *rest: Any) -> Any:
         shards.write_shard(run.path, "train/00007", pa.table({"a": [1]}))
         return real(run, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(corpus, "look_and_plan", plants)
+        patch.setattr(corpus, "check_and_plan", plants)
         with pytest.raises(DataError, match=r"1 shards that .*train/00007\.parquet"):
             corpus.run(wanted)
     folder = tmp_path / "corpus" / "train"
@@ -402,7 +402,7 @@ def test_a_file_that_is_replaced_between_the_passes_is_told(
 
     for replace in (lambda: write(2), lambda: path.write_bytes(bytes(3000))):
         write(6)
-        planned = corpus.look_and_plan
+        planned = corpus.check_and_plan
 
         def plans(*parts: Any, planned: Any = planned, replace: Any = replace) -> Any:
             found = planned(*parts)
@@ -410,7 +410,7 @@ def test_a_file_that_is_replaced_between_the_passes_is_told(
             return found
 
         with monkeypatch.context() as patch:
-            patch.setattr(corpus, "look_and_plan", plans)
+            patch.setattr(corpus, "check_and_plan", plans)
             with pytest.raises(DataError, match="has changed while the corpus was created"):
                 corpus.run(recipe(tmp_path / "out", str(path), val_fraction=0.0))
     write(4)
@@ -506,7 +506,7 @@ def test_a_finished_corpus_whose_source_changed_is_told_of(
     assert corpus.run(wanted) == made
     assert f"{told} than when the corpus was created; remove {made.path}" in capsys.readouterr().err
     with monkeypatch.context() as patch:
-        patch.setattr(corpus, "LISTED_AGAIN", 0)
+        patch.setattr(corpus, "MAX_RELISTED", 0)
         assert corpus.run(wanted) == made and told not in capsys.readouterr().err, (
             "a listing that would be dear"
         )
