@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from smalti.schema import Recipe
@@ -61,6 +61,15 @@ def real_step(model: Model, batch: int) -> Callable[[], None]:
     return run
 
 
+def fill(model: Model) -> nn.ModuleDict:
+    """The model's modules, moved to the CPU with random numbers."""
+    modules = model.modules.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in [*modules.parameters(), *modules.buffers()]:
+            tensor.normal_(0, 0.02) if tensor.is_floating_point() else tensor.zero_()
+    return modules
+
+
 def measure(recipe: Recipe, batch: int, turns: int = 0) -> dict[str, Measured]:
     """Every stage of the recipe that trains, on this CPU, with random weights; `turns` more micro
     batches are timed.
@@ -68,10 +77,7 @@ def measure(recipe: Recipe, batch: int, turns: int = 0) -> dict[str, Measured]:
     found = {}
     torch.manual_seed(0)
     for model in system_of(recipe).planned_models(recipe):
-        modules = model.modules.to_empty(device="cpu")
-        with torch.no_grad():
-            for tensor in [*modules.parameters(), *modules.buffers()]:
-                tensor.normal_(0, 0.02) if tensor.is_floating_point() else tensor.zero_()
+        modules = fill(model)
         step = real_step(model, batch)
         optimizers = [
             build_optimizer(modules[name], model.train, 1e-4, torch.device("cpu"))

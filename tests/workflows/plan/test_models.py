@@ -1,6 +1,6 @@
 """The planner traces the steps of the training tasks themselves.
 
-Covers: workflows/plan/image_tasks.py, workflows/plan/language_tasks.py.
+Covers: workflows/plan/language_tasks.py.
 """
 
 from __future__ import annotations
