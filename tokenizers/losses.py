@@ -210,7 +210,7 @@ class PixelLoss(nn.Module):
 
 
 def discriminator_loss(
-    discriminator: nn.Module, rebuilt_BCHW: Tensor, target_BCHW: Tensor
+    discriminator: Callable[[Tensor], Tensor], rebuilt_BCHW: Tensor, target_BCHW: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Hinge loss of the discriminator on detached images, and its metrics."""
     rebuilt = rebuilt_BCHW.detach()

@@ -15,8 +15,9 @@ from smalti.workflows.train.task import Context
 from smalti.workflows.train.tasks.bridge import BridgeTask
 from smalti.workflows.train.tasks.dual import DualTask
 from smalti.workflows.train.tasks.encoder import EncoderTask
+from smalti.workflows.train.tasks.images import ImageTask, encodes_in_bf16
 from smalti.workflows.train.tasks.pixel import PixelTask
-from smalti.workflows.train.tasks.semantic import ImageTask, SemanticTask, encodes_in_bf16
+from smalti.workflows.train.tasks.semantic import SemanticTask
 
 MANY = 1 << 40
 """Rows of a corpus whose features do not fit into a task's memory of them."""

@@ -1,1 +1,1 @@
-"""One file for each training task."""
+"""The training tasks, one file each."""

@@ -1,5 +1,6 @@
-"""Training UniCode²'s bridge on token shards with captions: codes → the conditioning of a diffusion
-decoder.
+"""Train UniCode²'s bridge on token shards with captions.
+
+The bridge maps codes to the conditioning of a diffusion decoder.
 
 Axes as in `smalti.mllm.bridge`.
 """
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,12 +24,22 @@ from smalti.schema import BridgeSection, Mixture
 from smalti.workflows.train.task import Batch, Context, Metrics, Row, Source, Task
 from smalti.workflows.train.tasks.mllm import UsableRows
 
+if TYPE_CHECKING:
+    from smalti.workflows.train.deepspeed_compat import Engine
+
 CAPTIONED = Mixture(caption_to_image=0.0, image_to_caption=1.0, qa=0.0)
 
 
 class BridgeTask(Task):
-    """A bridge beside frozen text encoders. tokens, keys, sizes: token shards and their captioned
-    rows. path: the stage's folder, where the driver put the code vectors.
+    """Trains a bridge to the conditioning that frozen text encoders give.
+
+    Args:
+        section: the recipe's `bridge` section.
+        tokens: folder of the token shards.
+        keys: its training shards.
+        sizes: their numbers of rows with a caption.
+        num_tokens: T.
+        path: the stage's folder, with the code vectors.
     """
 
     together = "InfoNCE"
@@ -42,8 +53,12 @@ class BridgeTask(Task):
         num_tokens: int,
         path: str,
     ) -> None:
-        self.section, self.path, self.num_tokens = section, path, num_tokens
-        self.tokens, self.keys, self.sizes = tokens, keys, sizes
+        self.section = section
+        self.tokens = tokens
+        self.keys = keys
+        self.sizes = sizes
+        self.num_tokens = num_tokens
+        self.path = path
 
     def source(self) -> Source:
         rows = UsableRows(self.tokens, self.keys, self.sizes)
@@ -52,7 +67,7 @@ class BridgeTask(Task):
 
     def setup(self, context: Context) -> None:
         with storage.local_copy(storage.join(self.path, CODES)) as file:
-            codes_VC = load_file(file)["codes"]  # mapped: the workers of a machine share it
+            codes_VC = load_file(file)["codes"]  # mapped: the workers of a node share it
         text = PromptSide.from_pretrained(self.section.decoder).to(context.device)
         self.build(context, codes_VC, text, context.device)
 
@@ -71,9 +86,7 @@ class BridgeTask(Task):
         return {"model": BridgeLoss(self.bridge)}
 
     def make_batch(self, rows: Sequence[Row]) -> Batch:
-        """vectors float32 (B, T, C); token ids of the captions, int64 (B, L), for each text
-        encoder.
-        """
+        """`vectors` float32 (B, T, C); `ids_NAME` int64 (B, L) of the captions per text encoder."""
         codes_BT = torch.from_numpy(
             np.stack([row.values["codes"] for row in rows]).astype(np.int64)
         )
@@ -94,7 +107,12 @@ class BridgeTask(Task):
         return {"text": self.text}
 
     def loss(
-        self, name: str, engines: Mapping[str, Any], batch: Batch, step: int, share: Tensor | None
+        self,
+        name: str,
+        engines: Mapping[str, Engine],
+        batch: Batch,
+        step: int,
+        share: Tensor | None,
     ) -> tuple[Tensor, Metrics] | None:
         ids = {
             key.removeprefix("ids_"): value
@@ -109,7 +127,8 @@ class BridgeTask(Task):
         )
 
     def save(self, path: str, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
-        """`bridge.safetensors` and `bridge.json` beside the code vectors, as
+        """Write `bridge.safetensors` and `bridge.json` beside the code vectors.
+
         `smalti.mllm.bridge.load_bridge` reads them.
         """
         state = {name.removeprefix("bridge."): tensor for name, tensor in weights["model"].items()}

@@ -1,5 +1,4 @@
-"""Training DualToken: one tower, two residual codebooks and a pixel decoder at once (arXiv
-2503.14324).
+"""Train DualToken: one tower, two residual codebooks and a pixel decoder (arXiv 2503.14324).
 
 Axis letters: B images, N patches, C tower width, D code width, T vectors, H W pixels.
 """
@@ -9,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import torch
@@ -22,18 +21,27 @@ from smalti.tokenizers.encoders import VisionEncoder, open_encoder
 from smalti.tokenizers.quantizers import EMAStats
 from smalti.tokenizers.residual import SAMPLES_PER_CODE, ResidualQuantizer
 from smalti.workflows.train.task import Batch, Context, Metrics, StepReader
-from smalti.workflows.train.tasks.images import chosen, picture_grid, to_unit
-from smalti.workflows.train.tasks.reconstruction import RebuildModule, RebuildTask
+from smalti.workflows.train.tasks.images import ImageSettings, chosen, picture_grid, to_unit
+from smalti.workflows.train.tasks.reconstruction import ReconstructionModule, ReconstructionTask
 from smalti.workflows.train.tasks.semantic import write_tensors
 from smalti.workflows.train.throughput import flops_a_token
 
+if TYPE_CHECKING:
+    from smalti.workflows.train.deepspeed_compat import Engine
+
 WEIGHTS = "dual.safetensors"
 INIT_VECTORS = 1 << 22
-"""Vectors looked at, at most, when a codebook starts."""
+"""Most vectors used to initialise a codebook."""
 
 
-class DualModule(RebuildModule):
-    """A DualModel in an engine. `codes`, `stats`, `distance`: of the last forward."""
+class DualModule(ReconstructionModule):
+    """A DualModel for an engine.
+
+    Attributes:
+        codes: codes of the last forward.
+        stats: its statistics for both codebooks.
+        distance: its distance between trained and frozen features.
+    """
 
     codes: Tensor | None = None
     stats: tuple[EMAStats | None, EMAStats | None] = (None, None)
@@ -50,30 +58,41 @@ class DualModule(RebuildModule):
     def forward(
         self, pixels: Tensor, target: Tensor | None, quantize: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(rebuilt, semantic loss, commitment); without a target the vectors (z_pix, z_sem) and
-        nothing.
+        """Reconstruct images.
+
+        Args:
+            pixels: images (B, 3, H, W) in [-1, 1].
+            target: features of the frozen encoder (B, N, C); None: stop after the tower.
+            quantize: whether to quantize the vectors.
+
+        Returns:
+            The reconstruction, the semantic loss and the commitment loss. Without a target: the
+            vectors z_pix and z_sem, and 0.
         """
         if target is None:
             z_pixel, z_semantic = self.model.vectors(pixels)
             return z_pixel, z_semantic, z_pixel.new_zeros(())
         out = self.model(pixels, target, quantize)
-        self.made, self.codes, self.stats, self.distance = (
-            out.pixels,
-            out.codes,
-            out.stats,
-            out.distance,
-        )
+        self.reconstructed = out.pixels
+        self.codes = out.codes
+        self.stats = out.stats
+        self.distance = out.distance
         return out.pixels.view_as(out.pixels), out.semantic, out.commitment
 
 
-class DualTask(RebuildTask):
+class DualTask(ReconstructionTask):
     """DualToken's one phase.
 
-    The encoder stands twice: as it was, frozen (its features are F0), and trained.
+    There are two copies of the encoder: a frozen one, whose features are F0, and the trained one.
+
+    Args:
+        stage: sizes and weights.
+        loss: weights of the pixel losses.
+        images: see `ImageTask`.
     """
 
-    def __init__(self, stage: DualStage, loss: Loss, **images_of: Any) -> None:
-        super().__init__(loss, **images_of)
+    def __init__(self, stage: DualStage, loss: Loss, **images: Unpack[ImageSettings]) -> None:
+        super().__init__(loss, **images)
         self.stage = stage
 
     def build(self, context: Context, encoder: VisionEncoder | None, *, load: bool = True) -> None:
@@ -97,37 +116,32 @@ class DualTask(RebuildTask):
         return {"pixel": self.model.pixel, "semantic": self.model.semantic}
 
     def flops_per_unit(self) -> float:
-        """Of an image: the tower forward as it was, the trained one and the decoder both ways."""
+        """Per image: the frozen tower's forward, tower and decoder forward and backward."""
         blocks = nn.ModuleList(self.model.encoder.tower.encoder.layers[: self.model.depth])
         decoder = self.model.decoder
         once = flops_a_token(blocks, backward=False)
         return math.prod(self.model.grid) * (once + flops_a_token(blocks) + flops_a_token(decoder))
 
-    def begin_step(self, step: int, engines: Mapping[str, Any], read: StepReader) -> None:
-        """At `init_steps`, start the codebooks as k-means of the vectors of the coming batches,
-        alike on all ranks.
+    def begin_step(self, step: int, engines: Mapping[str, Engine], read: StepReader) -> None:
+        """At `init_steps`, initialise the codebooks by k-means, the same on all ranks.
+
+        The vectors are those of the next batches.
         """
         if step != self.stage.init_steps:
             return
-        collectives, train = self.context.collectives, self.context.train
-        wanted = min(
-            SAMPLES_PER_CODE * math.ceil(self.stage.codes / self.stage.depth), INIT_VECTORS
-        )
+        collectives = self.context.collectives
+        codes_per_depth = math.ceil(self.stage.codes / self.stage.depth)
+        wanted = min(SAMPLES_PER_CODE * codes_per_depth, INIT_VECTORS)
         images = math.ceil(wanted / math.prod(self.model.grid))
-        steps = math.ceil(min(images, sum(self.sizes)) / train.batch_size)
+        steps = math.ceil(min(images, sum(self.sizes)) / self.context.train.batch_size)
         seen: dict[str, list[Tensor]] = {name: [] for name in BOOKS}
         engines["model"].eval()
         with torch.no_grad():
-            for ahead in range(
-                step, step + steps
-            ):  # gathered step by step: the order of one worker's batches
-                parts = [
-                    engines["model"](to_unit(batch["pixels"]), None)[:2] for batch in read(ahead)
-                ]
-                for name, own in zip(BOOKS, zip(*parts, strict=True), strict=True):
-                    seen[name].append(
-                        collectives.all_gather(torch.cat([z.float().flatten(0, 1) for z in own]))
-                    )
+            for ahead in range(step, step + steps):
+                # gathered step by step: the order of one worker's batches
+                own = self._vectors(engines["model"], read(ahead))
+                for name, z_TD in own.items():
+                    seen[name].append(collectives.all_gather(z_TD))
         generator = self.context.generator(step)
         for name, quantizer in self.books.items():
             codes = quantizer.codes.cpu()
@@ -135,20 +149,37 @@ class DualTask(RebuildTask):
                 codes = quantizer.start_of(torch.cat(seen[name]).cpu(), generator)
             quantizer.book.set_codes(collectives.broadcast(codes.to(self.context.device)))
 
+    def _vectors(self, engine: Engine, batches: list[Batch]) -> dict[str, Tensor]:
+        """Vectors of batches for each codebook, (T, D), in the order of `BOOKS`."""
+        pixel: list[Tensor] = []
+        semantic: list[Tensor] = []
+        for batch in batches:
+            z_pixel, z_semantic, _ = engine(to_unit(batch["pixels"]), None)
+            pixel.append(z_pixel.float().flatten(0, 1))
+            semantic.append(z_semantic.float().flatten(0, 1))
+        return {"pixel": torch.cat(pixel), "semantic": torch.cat(semantic)}
+
     def loss(
-        self, name: str, engines: Mapping[str, Any], batch: Batch, step: int, share: Tensor | None
+        self,
+        name: str,
+        engines: Mapping[str, Engine],
+        batch: Batch,
+        step: int,
+        share: Tensor | None,
     ) -> tuple[Tensor, Metrics] | None:
         if name == "discriminator":
             return self.discriminator_loss(engines, batch, step)
-        pixels, target = batch["pixels"], to_unit(batch["pixels"])
+        pixels = batch["pixels"]
+        target = to_unit(pixels)
         features = self.memory.get(
             batch["places"], lambda missing: self.features(chosen(pixels, missing))
         )
-        rebuilt, semantic, commitment = engines[name](
+        reconstructed, semantic, commitment = engines[name](
             target, features, step >= self.stage.init_steps
         )
-        module: DualModule = engines[name].module
-        loss, metrics = self.image_loss(engines, rebuilt, target, step)
+        module = engines[name].module
+        assert isinstance(module, DualModule) and module.distance is not None
+        loss, metrics = self.image_loss(engines, reconstructed, target, step)
         loss = loss + semantic + commitment
         metrics |= {
             "semantic": module.distance,
@@ -162,9 +193,12 @@ class DualTask(RebuildTask):
                 used[ids.flatten()] = 1.0
         return loss, metrics
 
-    def after_step(self, step: int, engines: Mapping[str, Any]) -> Metrics:
-        """Moves both codebooks; the share of codes that the step used, over all workers, and how
-        many restarted.
+    def after_step(self, step: int, engines: Mapping[str, Engine]) -> Metrics:
+        """Update both codebooks.
+
+        Returns:
+            The shares of codes that the step used, over all workers, and the number of restarted
+            codes.
         """
         if not self.stats:
             return {}
@@ -174,14 +208,13 @@ class DualTask(RebuildTask):
             "codes_used": shares[0],
             "semantic_codes_used": shares[1],
         }
-        metrics["restarted"] = 0.0
-        for quantizer, parts in zip(
-            self.books.values(), zip(*self.stats, strict=True), strict=True
-        ):
-            stats = EMAStats.merge(parts)
-            metrics["restarted"] += float(
+        restarted = 0.0
+        for number, quantizer in enumerate(self.books.values()):
+            stats = EMAStats.merge([of_batch[number] for of_batch in self.stats])
+            restarted += float(
                 quantizer.update(stats, collectives.all_reduce, generator, collectives.rank)
             )
+        metrics["restarted"] = restarted
         self.skipped(step)
         return metrics
 
@@ -189,16 +222,16 @@ class DualTask(RebuildTask):
         self.stats: list[tuple[EMAStats, EMAStats]] = []
         self.used = torch.zeros(len(BOOKS), self.stage.codes, device=self.context.device)
 
-    def pictures(self, engines: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """Held-out images: input | rebuilt from pixel codes."""
+    def pictures(self, engines: Mapping[str, Engine]) -> dict[str, np.ndarray]:
+        """Held-out images: input | reconstruction from pixel codes."""
         pixels = self.held_out()
         if not len(pixels):
             return {}
-        rebuilt, *_ = engines["model"](to_unit(pixels), self.features(pixels), True)
-        return {"reconstruction": picture_grid([to_unit(pixels), rebuilt])}
+        reconstructed, *_ = engines["model"](to_unit(pixels), self.features(pixels), True)
+        return {"reconstruction": picture_grid([to_unit(pixels), reconstructed])}
 
     def save(self, path: str, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
-        """`dual.safetensors`: the DualModel's state."""
+        """Write `dual.safetensors`: the DualModel's state."""
         state = {name.removeprefix("model."): tensor for name, tensor in weights["model"].items()}
         write_tensors(storage.join(path, WEIGHTS), state)
         return {}

@@ -1,4 +1,4 @@
-"""Training a SigLIP on the corpus's image-text pairs (sigmoid loss, arXiv 2303.15343).
+"""Train a SigLIP on the corpus's image-text pairs (sigmoid loss, arXiv 2303.15343).
 
 Axis letters: B images of this worker, H W pixels, L text tokens.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -21,42 +21,52 @@ from smalti.schema import EncoderTrain
 from smalti.tokenizers.encoders import encode_texts
 from smalti.tokenizers.siglip import ContrastiveModel, build_siglip
 from smalti.workflows.train.data import ImageRows
-from smalti.workflows.train.task import Batch, Context, Metrics, Row, Source, Task
+from smalti.workflows.train.task import Batch, Context, Metrics, Row, Source, Task, Values
 from smalti.workflows.train.tasks.images import to_unit
 from smalti.workflows.train.throughput import flops_a_token
+
+if TYPE_CHECKING:
+    from smalti.workflows.train.deepspeed_compat import Engine
 
 MODEL = "model"
 TEXT_TOKENIZER = "text_tokenizer"
 
 
 def text_of(caption: str | None, label: str | None) -> str:
-    """What an image is trained with: its caption, else its label; '' where it has neither."""
+    """The text of an image: its caption, else its label, else ''."""
     return (caption or "").strip() or (label or "").strip()
 
 
 def with_text(table: pa.Table) -> np.ndarray:
     """Rows of a corpus table that have a caption or a label: int64 indices."""
-    pairs = zip(table.column("caption").to_pylist(), table.column("label").to_pylist(), strict=True)
-    return np.flatnonzero([bool(text_of(caption, label)) for caption, label in pairs])
+    captions = table.column("caption").to_pylist()
+    labels = table.column("label").to_pylist()
+    found = [bool(text_of(*pair)) for pair in zip(captions, labels, strict=True)]
+    return np.flatnonzero(found)
 
 
 class CaptionedRows(ImageRows):
-    """The rows of a corpus that have a text; `sizes` counts these alone."""
+    """The rows of a corpus that have a text; `sizes` counts only these."""
 
     def prepare(self, table: pa.Table) -> np.ndarray:
         return with_text(table)
 
-    def rows_in(self, table: pa.Table, prepared: Any) -> int:
+    def rows_in(self, table: pa.Table, prepared: np.ndarray) -> int:
         return len(prepared)
 
-    def read(self, shard: int, row: int) -> tuple[str, Mapping[str, Any]]:
+    def read(self, shard: int, row: int) -> tuple[str, Values]:
         """The `row`-th row with a text."""
         return super().read(shard, int(self.table(shard)[1][row]))
 
 
 def augment(pixels: np.ndarray, shift: int, flip: bool, rng: np.random.Generator) -> np.ndarray:
-    """Pixels (H, W, 3) moved by up to `shift` pixels each way (edges repeated), and mirrored half
-    of the time.
+    """Shift and mirror an image at random.
+
+    Args:
+        pixels: (H, W, 3).
+        shift: most pixels to shift each way; edges are repeated.
+        flip: whether to mirror with probability 1/2.
+        rng: source of the draws.
     """
     if shift:
         height, width, _ = pixels.shape
@@ -69,8 +79,18 @@ def augment(pixels: np.ndarray, shift: int, flip: bool, rng: np.random.Generator
 
 
 class EncoderTask(Task):
-    """SigLIP from nothing; the final model is an ordinary Hugging Face SiglipModel directory with
-    its tokenizer.
+    """Trains a SigLIP from random weights.
+
+    The final model is an ordinary Hugging Face SiglipModel folder with its tokenizer.
+
+    Args:
+        corpus: folder of the corpus.
+        keys: its training shards.
+        sizes: their numbers of rows with a text.
+        encoder: sizes of the model and augmentation.
+        image_size: side of the images in pixels.
+        max_pixels: largest image that is decoded.
+        path: the stage's folder, with `text_tokenizer/`.
     """
 
     together = "the contrastive loss"
@@ -85,13 +105,13 @@ class EncoderTask(Task):
         max_pixels: int,
         path: str,
     ) -> None:
-        self.corpus, self.keys, self.sizes = corpus, keys, sizes
-        self.encoder, self.image_size, self.max_pixels, self.path = (
-            encoder,
-            image_size,
-            max_pixels,
-            path,
-        )
+        self.corpus = corpus
+        self.keys = keys
+        self.sizes = sizes
+        self.encoder = encoder
+        self.image_size = image_size
+        self.max_pixels = max_pixels
+        self.path = path
 
     def source(self) -> Source:
         return CaptionedRows(
@@ -116,8 +136,9 @@ class EncoderTask(Task):
         return {"model": ContrastiveModel(self.siglip)}
 
     def make_batch(self, rows: Sequence[Row]) -> Batch:
-        """pixels uint8 (B, 3, H, W), augmented; input_ids int64 (B, L)."""
-        shift, flip, seed = self.encoder.augment_shift, self.encoder.augment_flip, self.context.seed
+        """`pixels` uint8 (B, 3, H, W), augmented; `input_ids` int64 (B, L)."""
+        shift, flip = self.encoder.augment_shift, self.encoder.augment_flip
+        seed = self.context.seed
         pixels = [augment(row.values["pixels"], shift, flip, row.random(seed)) for row in rows]
         ids = [self._ids(text_of(row.values["caption"], row.values["label"])) for row in rows]
         return {
@@ -126,7 +147,7 @@ class EncoderTask(Task):
         }
 
     def planned_batch(self, num: int) -> Batch:
-        """All texts differ: the most that can be, as equal ones are encoded once."""
+        """A batch whose texts all differ: equal ones would be encoded once."""
         ids = torch.arange(num)[:, None].expand(num, self.encoder.text_length)
         shape = (num, 3, self.image_size, self.image_size)
         pixels = torch.randint(256, shape, dtype=torch.uint8)
@@ -140,22 +161,26 @@ class EncoderTask(Task):
         return self.ids[text]
 
     def flops_per_unit(self) -> float:
-        """Of an image and its text."""
+        """Per image with its text."""
         patches = (self.image_size // self.encoder.patch_size) ** 2
         words = self.siglip.text_model
         text = flops_a_token(words, without=words.embeddings) * self.encoder.text_length
         return flops_a_token(self.siglip.vision_model) * patches + text
 
     def loss(
-        self, name: str, engines: Mapping[str, Any], batch: Batch, step: int, share: Tensor | None
+        self,
+        name: str,
+        engines: Mapping[str, Engine],
+        batch: Batch,
+        step: int,
+        share: Tensor | None,
     ) -> tuple[Tensor, Metrics] | None:
-        gather = (
-            self.context.collectives.all_gather if self.context.collectives.world_size > 1 else None
-        )
+        collectives = self.context.collectives
+        gather = collectives.all_gather if collectives.world_size > 1 else None
         return engines[name](to_unit(batch["pixels"]), batch["input_ids"], gather)
 
     def save(self, path: str, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
-        """`<path>/model`: SiglipModel, text tokenizer and preprocessor config."""
+        """Write `<path>/model`: SiglipModel, text tokenizer, preprocessor config."""
         state = {name.removeprefix("model."): tensor for name, tensor in weights["model"].items()}
         with storage.atomic_local_dir(storage.join(path, MODEL)) as folder:
             self.siglip.save_pretrained(folder, state_dict=state)
@@ -165,8 +190,8 @@ class EncoderTask(Task):
         return {}
 
 
-def preprocessor_config(image_size: int) -> dict[str, Any]:
-    """Hugging Face's record of how pixels are prepared: bicubic resize, [0, 255] → [-1, 1]."""
+def preprocessor_config(image_size: int) -> dict[str, object]:
+    """Hugging Face's settings of the pixels: bicubic resize, [0, 255] → [-1, 1]."""
     return {
         "image_processor_type": "SiglipImageProcessor",
         "do_resize": True,

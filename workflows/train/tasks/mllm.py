@@ -1,14 +1,13 @@
-"""Training the unified language model on token shards and text (arXiv 2503.06764).
+"""Train the unified language model on token shards and text (arXiv 2503.06764).
 
-Axes: B sequences of this worker, L positions, T codes of an image, V visual codes, C width of a
-code vector.
+Axes: B sequences of this worker, L positions, M sample vectors, C width of a code vector.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -23,15 +22,35 @@ from smalti.mllm.depth import DepthModel, PlaceBuilder
 from smalti.mllm.lora import merge_lora, without_lora
 from smalti.mllm.model import UnifiedModel
 from smalti.mllm.row_lr_scaling import plain_rows
-from smalti.mllm.sequences import SequenceBuilder, TokenSequence, caption_of, collate, questions_of
+from smalti.mllm.sequences import (
+    SequenceBuilder,
+    SequenceSettings,
+    caption_of,
+    collate,
+    questions_of,
+)
+from smalti.mllm.token_sequence import TokenSequence
+from smalti.mllm.visual_tokenizer import VisualTokenizer
 from smalti.schema import Mixture, MllmSection
 from smalti.tokenizers.loading import load_tokenizer
 from smalti.workflows.train.data import Joined, ShardRows, TokenRows
 from smalti.workflows.train.engines import deepspeed_config, forget_moments, set_factors
 from smalti.workflows.train.order import Mixed, Order
-from smalti.workflows.train.task import Batch, Context, Metrics, Row, Source, StepReader, Task
+from smalti.workflows.train.task import (
+    Batch,
+    Context,
+    Metrics,
+    Row,
+    Source,
+    StepReader,
+    Task,
+    Values,
+)
 from smalti.workflows.train.throughput import flops_a_token
 from smalti.workflows.train.zero3_init import partitioned_loading
+
+if TYPE_CHECKING:
+    from smalti.workflows.train.deepspeed_compat import Engine
 
 MODEL = "model"
 TEXT_TOKENIZER = "text_tokenizer"
@@ -40,17 +59,22 @@ COUNTED = {
     "loss_text": "tokens_text",
     "loss_image": "tokens_image",
     "answer_accuracy": "tokens_answer",
+    "loss_pixel": "tokens_image",
+    "loss_semantic": "tokens_image",
 }
-COUNTED |= {"loss_pixel": "tokens_image", "loss_semantic": "tokens_image"}
+"""Metrics that are means, and the counts that weigh them."""
 SAMPLE_IMAGES = 256
+"""Images whose tokens the adapter of a `DepthModel` is fitted to."""
 
 
 def usable_rows(table: pa.Table, mixture: Mixture) -> np.ndarray:
-    """Rows of a token shard that the mixture makes an image sequence of: int64 indices.
+    """Rows of a token shard that the mixture can use: int64 indices.
 
-    `codes` are not looked at.
+    Any image can be drawn, even without a caption (unconditionally).
 
-    Any image can be drawn, without a caption too (unconditionally).
+    Args:
+        table: has the columns `caption`, `label` and `qa`.
+        mixture: weights of the kinds of sequences.
     """
     if mixture.caption_to_image > 0:
         return np.arange(table.num_rows)
@@ -64,17 +88,17 @@ def usable_rows(table: pa.Table, mixture: Mixture) -> np.ndarray:
 
 
 class UsableRows(TokenRows):
-    """Rows of token shards that the mixture can use; `sizes` counts these alone."""
+    """Rows of token shards that the mixture can use; `sizes` counts only these."""
 
     mixture: Mixture
 
     def prepare(self, table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
         return super().prepare(table), usable_rows(table, self.mixture)
 
-    def rows_in(self, table: pa.Table, prepared: Any) -> int:
+    def rows_in(self, table: pa.Table, prepared: tuple[np.ndarray, np.ndarray]) -> int:
         return len(prepared[1])
 
-    def read(self, shard: int, row: int) -> tuple[str, Mapping[str, Any]]:
+    def read(self, shard: int, row: int) -> tuple[str, Values]:
         table, (codes, usable) = self.table(shard)
         at = int(usable[row])
         values = {
@@ -84,12 +108,16 @@ class UsableRows(TokenRows):
 
 
 class MllmTask(Task):
-    """A causal language model from a directory, a hub name or numbers, with adapter and flat
-    vocabulary.
+    """Trains a causal language model with adapter and flat vocabulary.
 
-    tokens, keys, sizes: the token shards and their usable rows. text: (keys, sizes) of
-    `<path>/text`, None without text-only data. path: the stage's folder, where the driver put
-    `text_tokenizer/`. tokenizer: the visual one's folder.
+    Args:
+        section: the recipe's `mllm` section.
+        tokenizer: folder of the visual tokenizer.
+        tokens: folder of the token shards.
+        keys: its training shards.
+        sizes: their numbers of usable rows.
+        path: the stage's folder, with `text_tokenizer/`.
+        text: keys and numbers of rows of `<path>/text`; None without text-only data.
     """
 
     def __init__(
@@ -102,41 +130,56 @@ class MllmTask(Task):
         path: str,
         text: tuple[list[str], list[int]] | None = None,
     ) -> None:
-        self.section, self.tokenizer_path, self.path = section, tokenizer, path
-        self.tokens, self.keys, self.sizes, self.text = tokens, keys, sizes, text
+        self.section = section
+        self.tokenizer_path = tokenizer
+        self.tokens = tokens
+        self.keys = keys
+        self.sizes = sizes
+        self.path = path
+        self.text = text
 
     def setup(self, context: Context) -> None:
         super().setup(context)
         with storage.local_copy(storage.join(self.path, TEXT_TOKENIZER)) as folder:
             self.hf_tokenizer = AutoTokenizer.from_pretrained(folder)
-        visual = load_tokenizer(self.tokenizer_path)
+        visual: VisualTokenizer = load_tokenizer(self.tokenizer_path)
         section = with_fitting_adapter(self.section, visual.embed_splits)
         self.build(context, self._build(section, visual, context))
-        kind: Any = SequenceBuilder
-        if isinstance(self.model, DepthModel):
-            kind = partial(PlaceBuilder, num_codes=visual.num_codes, code_shape=visual.code_shape)
-        self.builder: SequenceBuilder = kind(
+        self.builder = self._builder(section, visual)
+
+    def _builder(self, section: MllmSection, visual: VisualTokenizer) -> SequenceBuilder:
+        settings: SequenceSettings = {
+            "mixture": section.mixture,
+            "uncond_probability": section.uncond_probability,
+            "questions_per_image": section.questions_per_image,
+            "max_length": section.max_length,
+            "dense": section.dense,
+            "dense_images": section.dense_images,
+            "isolate_questions": section.isolate_questions,
+        }
+        vocabulary = self.model.vocabulary
+        if not isinstance(self.model, DepthModel):
+            return SequenceBuilder(self.hf_tokenizer, vocabulary, **settings)
+        return PlaceBuilder(
             self.hf_tokenizer,
-            self.model.vocabulary,
-            mixture=section.mixture,
-            uncond_probability=section.uncond_probability,
-            questions_per_image=section.questions_per_image,
-            max_length=section.max_length,
-            dense=section.dense,
-            dense_images=section.dense_images,
-            isolate_questions=section.isolate_questions,
+            vocabulary,
+            num_codes=visual.num_codes,
+            code_shape=visual.code_shape,
+            **settings,
         )
 
     def build(self, context: Context, model: UnifiedModel) -> None:
-        """Take the model, and freeze its parts."""
+        """Set the model, and freeze its parts."""
         super().setup(context)
         self.model = model
         model.freeze(self.section.freeze)
         if self.section.has_part_rates:
             model.split_rates()
 
-    def _build(self, section: MllmSection, visual: Any, context: Context) -> UnifiedModel:
-        """The model, under ZeRO-3 in parts from the start."""
+    def _build(
+        self, section: MllmSection, visual: VisualTokenizer, context: Context
+    ) -> UnifiedModel:
+        """The model; under ZeRO-3 partitioned from the start."""
         train = context.train
         build = partial(build_unified, section, self.hf_tokenizer, visual, seed=context.seed)
         if visual.code_shape:
@@ -147,24 +190,21 @@ class MllmTask(Task):
         with partitioned_loading(config, context.collectives) as matrices:
             return build(matrices=matrices)
 
-    def _sample(self, visual: Any) -> Tensor:
+    def _sample(self, visual: VisualTokenizer) -> Tensor:
         """Vectors of the tokens of some training images: float32 (M, C)."""
-        codes = shards.codes(shards.read_shard(self.tokens, self.keys[0], ["codes"]))[
-            :SAMPLE_IMAGES
-        ]
-        return visual.embed(torch.from_numpy(np.ascontiguousarray(codes)).flatten(0, 1))
+        codes = shards.codes(shards.read_shard(self.tokens, self.keys[0], ["codes"]))
+        first = np.ascontiguousarray(codes[:SAMPLE_IMAGES])
+        return visual.embed(torch.from_numpy(first).flatten(0, 1))
 
     def source(self) -> Source:
         rows = UsableRows(self.tokens, self.keys, self.sizes)
         rows.mixture = self.section.whole_mixture
-        return (
-            Joined(rows, ShardRows(storage.join(self.path, TEXT), *self.text))
-            if self.text
-            else rows
-        )
+        if not self.text:
+            return rows
+        return Joined(rows, ShardRows(storage.join(self.path, TEXT), *self.text))
 
     def order(self, source: Source) -> Order:
-        """Texts come by the mixture's weight, each once in an epoch of their own."""
+        """The order of the rows; texts are mixed in by weight, with epochs of their own."""
         seed, train = self.context.seed, self.context.train
         rows = Order(self.sizes, seed, train.data_window)
         if not self.text:
@@ -179,8 +219,9 @@ class MllmTask(Task):
         return {"model": self.model}
 
     def make_batch(self, rows: Sequence[Row]) -> Batch:
-        """`smalti.mllm.sequences.collate` of a sequence a row, by mixture and weights of the stage
-        that the step lies in.
+        """One sequence per row, as `smalti.mllm.sequences.collate` joins them.
+
+        Mixture and loss weights are those of the stage that the step belongs to.
         """
         stage = self.section.stage_at(rows[0].index // self.section.train.batch_size)
         mixture = stage.mixture or self.section.mixture
@@ -195,7 +236,7 @@ class MllmTask(Task):
         return batch | {name: torch.tensor(value) for name, value in weights.items()}
 
     def planned_batch(self, num: int) -> Batch:
-        """Rows of `max_length` visual tokens, the most that can be, with masks as packed rows have."""
+        """Rows of `max_length` visual tokens, the most possible, with the masks of packed rows."""
         shape = (num, self.section.max_length)
         ids_BL = torch.full(shape, self.model.vocabulary.first_visual)
         zeros_BL = torch.zeros(shape, dtype=torch.int64)
@@ -217,60 +258,67 @@ class MllmTask(Task):
 
     def _sequence(self, row: Row, mixture: Mixture) -> TokenSequence:
         rng = row.random(self.context.seed)
-        rng.random()  # of no use any more: drawn so that a seed goes on giving the same sequences
+        rng.random()  # unused: it keeps the sequences of a seed as they were in earlier versions
         if "text" in row.values:
             return self.builder.build("text", row.values, rng)
         kind = self.builder.sample_kind(row.values, rng, mixture)
-        if kind is None:  # a row that this stage has no use for, but another one has
+        if kind is None:  # a row that this stage cannot use, but another one can
             kind = self.builder.sample_kind(row.values, rng, self.section.whole_mixture)
-        assert kind is not None, "rows that no kind wants are left out of the source"
+        assert kind is not None, "the source has usable rows only"
         return self.builder.build(kind, row.values, rng)
 
-    def begin_step(self, step: int, engines: Mapping[str, Any], read: StepReader) -> None:
-        """Rates of the parts in this step; those that rest get no gradient either, those that wake
-        begin anew.
+    def begin_step(self, step: int, engines: Mapping[str, Engine], read: StepReader) -> None:
+        """Set the learning rates of the parts in this step.
+
+        Parts of rate 0 are frozen. The optimizer's states of those that are unfrozen are reset.
         """
-        if self.section.has_part_rates:
-            rates = self.section.rates_at(step)
-            set_factors(engines["model"], rates)
-            self.model.set_frozen([part for part, rate in rates.items() if not rate])
-            before = self.section.rates_at(step - 1) if step else rates
-            forget_moments(
-                engines["model"],
-                [part for part, rate in rates.items() if rate and not before[part]],
-            )
+        if not self.section.has_part_rates:
+            return
+        rates = self.section.rates_at(step)
+        set_factors(engines["model"], rates)
+        self.model.set_frozen([part for part, rate in rates.items() if not rate])
+        before = self.section.rates_at(step - 1) if step else rates
+        unfrozen = [part for part, rate in rates.items() if rate and not before[part]]
+        forget_moments(engines["model"], unfrozen)
 
     def amount(self, batch: Batch) -> tuple[str, float]:
-        """Tokens, without padding."""
+        """The number of tokens, without padding."""
         return "tokens", float(batch["attention_mask"].sum())
 
     def flops_per_unit(self) -> float:
-        """Of a token: the language model without its embedding, which is looked up; the adapter and
-        the heads of a `DepthModel`, which see places alone, are left out.
+        """Per token: the language model without its embedding, which is looked up.
+
+        The adapter and the heads of a `DepthModel`, which see only visual places, are not counted.
         """
-        lm = self.model.lm
-        table, head = lm.get_input_embeddings(), lm.get_output_embeddings()
-        return flops_a_token(lm, without=None if table.weight is head.weight else table)
+        embed = self.model.embedding
+        tied = embed.weight is self.model.head.weight
+        return flops_a_token(self.model.lm, without=None if tied else embed)
 
     def totals(self, batch: Batch) -> Tensor:
-        """Summed weight of the labels of a micro batch: float32 (1,)."""
+        """Total weight of the labels of a micro batch: float32 (1,)."""
         return self.model.loss_weight(batch)[None]
 
     def loss(
-        self, name: str, engines: Mapping[str, Any], batch: Batch, step: int, share: Tensor | None
+        self,
+        name: str,
+        engines: Mapping[str, Engine],
+        batch: Batch,
+        step: int,
+        share: Tensor | None,
     ) -> tuple[Tensor, Metrics] | None:
         assert share is not None
         loss, found = engines[name]({**batch, "loss_weight": share[0]})
         metrics: dict[str, Tensor | float | tuple[Tensor, Tensor]] = {"loss": loss.detach()}
-        metrics |= {
-            key: (found[key], found[count]) for key, count in COUNTED.items() if key in found
-        }
+        for key, count in COUNTED.items():
+            if key in found:
+                metrics[key] = (found[key], found[count])
         return loss, metrics
 
     def save(self, path: str, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
-        """`<path>/model`, as `smalti.mllm.build.load_unified` reads it."""
+        """Write `<path>/model`, which `smalti.mllm.build.load_unified` reads."""
         state = plain_rows(self.model, weights["model"])
-        state = merge_lora(self.model, state) if self.section.lora else state
+        if self.section.lora:
+            state = merge_lora(self.model, state)
         with (
             without_lora(self.model),
             storage.atomic_local_dir(storage.join(path, MODEL)) as folder,
@@ -280,5 +328,5 @@ class MllmTask(Task):
 
 
 def with_fitting_adapter(section: MllmSection, splits: Sequence[int]) -> MllmSection:
-    """The section with the adapter it means; see `smalti.mllm.adapters.fitting`."""
+    """The section with the adapter to build; see `smalti.mllm.adapters.fitting`."""
     return section.model_copy(update={"adapter": fitting(section.adapter, splits)})

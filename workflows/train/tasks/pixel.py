@@ -1,13 +1,13 @@
-"""Training SemHiTok's pixel codebooks and decoder (arXiv 2503.06764, stages P and D).
+"""Train SemHiTok's pixel codebooks and decoder (arXiv 2503.06764, stages P and D).
 
-Axis letters: B images, N patches, D pixel code width, H W pixels.
+Axis letters: B images, N patches, D pixel code width, T vectors, H W pixels.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import torch
@@ -21,17 +21,20 @@ from smalti.tokenizers.semhitok import PixelTokenizer, SemanticTokenizer
 from smalti.tokenizers.subcodes import SAMPLES_PER_ROW
 from smalti.workflows.train.engines import set_parameter
 from smalti.workflows.train.task import Batch, Context, Metrics, StepReader
-from smalti.workflows.train.tasks.images import chosen, picture_grid, to_unit
-from smalti.workflows.train.tasks.reconstruction import RebuildModule, RebuildTask
+from smalti.workflows.train.tasks.images import ImageSettings, chosen, picture_grid, to_unit
+from smalti.workflows.train.tasks.reconstruction import ReconstructionModule, ReconstructionTask
 from smalti.workflows.train.tasks.semantic import read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from smalti.workflows.train.deepspeed_compat import Engine
 
 WEIGHTS = "pixel.safetensors"
 INIT_VECTORS = 1 << 22
-"""Vectors looked at, at most, when the pixel codebooks start."""
+"""Most vectors used to initialise the pixel codebooks."""
 
 
-class PixelModule(RebuildModule):
-    """A PixelTokenizer in an engine."""
+class PixelModule(ReconstructionModule):
+    """A PixelTokenizer for an engine."""
 
     def __init__(self, tokenizer: PixelTokenizer) -> None:
         super().__init__()
@@ -48,23 +51,39 @@ class PixelModule(RebuildModule):
         quantize: bool = True,
         vectors_only: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """(rebuilt, vq loss, codes, semantic-only rebuilt); `vectors_only`: the encoder's vectors
-        in the first place.
+        """Reconstruct images.
+
+        Args:
+            pixels: images (B, 3, H, W) in [-1, 1].
+            semantic_ids: semantic codes (B, N); None without guidance.
+            quantize: whether to quantize the vectors.
+            vectors_only: stop after the encoder.
+
+        Returns:
+            The reconstruction, the VQ loss, the codes, and the reconstruction from semantic codes
+            alone. With `vectors_only`: the encoder's vectors (B, N, D), 0, None and None.
         """
         if vectors_only:
             p_BND = self.tokenizer.encode_vectors(pixels)
             return p_BND, p_BND.new_zeros(()), None, None
         out = self.tokenizer(pixels, semantic_ids, quantize)
-        self.made = out.pixels
+        self.reconstructed = out.pixels
         return out.pixels.view_as(out.pixels), out.vq_loss, out.codes, out.semantic_only
 
 
-class PixelTask(RebuildTask):
-    """Pixel encoder, codebooks and decoder; `decoder`: only a new decoder of that size, on the
-    codes as they are.
+class PixelTask(ReconstructionTask):
+    """Trains pixel encoder, codebooks and decoder, or a new decoder only.
 
-    semantic: weights of the semantic phase, None without guidance. start: weights of the pixel
-    phase (for `decoder`).
+    Args:
+        stage: sizes and weights.
+        loss: weights of the pixel losses.
+        grid: rows and columns of patches.
+        num_codes: number of pixel codes.
+        semantic: settings, number of codes, width and weights of the semantic phase; None without
+            guidance.
+        decoder: size of a new decoder, which alone is trained then; None: train all.
+        start: weights of the pixel phase, for `decoder`.
+        images: see `ImageTask`.
     """
 
     used: Tensor
@@ -78,11 +97,15 @@ class PixelTask(RebuildTask):
         semantic: tuple[SemanticStage, int, int, str] | None = None,
         decoder: VitSize | None = None,
         start: str | None = None,
-        **images_of: Any,
+        **images: Unpack[ImageSettings],
     ) -> None:
-        super().__init__(loss, **images_of)
-        self.stage, self.grid, self.num_codes = stage, grid, num_codes
-        self.semantic_settings, self.decoder_size, self.start = semantic, decoder, start
+        super().__init__(loss, **images)
+        self.stage = stage
+        self.grid = grid
+        self.num_codes = num_codes
+        self.semantic_settings = semantic
+        self.decoder_size = decoder
+        self.start = start
 
     def build(self, context: Context, encoder: VisionEncoder | None, *, load: bool = True) -> None:
         super().build(context, encoder, load=load)
@@ -114,25 +137,30 @@ class PixelTask(RebuildTask):
         return PixelModule(self.tokenizer)
 
     def semantic_ids(self, batch: Batch) -> Tensor | None:
-        """Semantic codes of a batch: int64 (B, N); computed once a row."""
-        if self.semantic is None:
+        """Semantic codes of a batch: int64 (B, N); computed once per row."""
+        semantic = self.semantic
+        if semantic is None:
             return None
-        pixels, semantic = batch["pixels"], self.semantic
-        compute = lambda missing: semantic.encode(self.features(chosen(pixels, missing))).int()  # noqa: E731
+
+        def compute(missing: list[int]) -> Tensor:
+            return semantic.encode(self.features(chosen(batch["pixels"], missing))).int()
+
         return self.memory.get(batch["places"], compute).long()
 
     @property
     def quantize_from(self) -> int:
-        """Step at which the codebooks start; the decoder phase has them from the beginning."""
+        """Step from which vectors are quantized; 0 in the decoder phase."""
         return 0 if self.decoder_size is not None else self.stage.init_steps
 
-    def begin_step(self, step: int, engines: Mapping[str, Any], read: StepReader) -> None:
-        """At `init_steps`, start the codebooks as k-means of the vectors of the coming batches,
-        alike on all ranks.
+    def begin_step(self, step: int, engines: Mapping[str, Engine], read: StepReader) -> None:
+        """At `init_steps`, initialise the codebooks by k-means, the same on all ranks.
+
+        The vectors are those of the next batches.
         """
         if step != self.quantize_from or self.decoder_size is not None:
             return
-        collectives, train = self.context.collectives, self.context.train
+        collectives = self.context.collectives
+        train = self.context.train
         patches = self.grid[0] * self.grid[1]
         wanted = min(self.num_codes * SAMPLES_PER_ROW, INIT_VECTORS)
         steps = min(
@@ -142,30 +170,31 @@ class PixelTask(RebuildTask):
         vectors, ids = [], []
         engines["model"].eval()
         with torch.no_grad():
-            for ahead in range(
-                step, step + steps
-            ):  # gathered step by step: the order of one worker's batches
-                parts = [self._vectors(engines["model"], batch) for batch in read(ahead)]
-                vectors.append(collectives.all_gather(torch.cat([p for p, _ in parts])))
-                ids.append(collectives.all_gather(torch.cat([i for _, i in parts])))
-        vectors_TD, ids_T = torch.cat(vectors), torch.cat(ids)
+            for ahead in range(step, step + steps):
+                # gathered step by step: the order of one worker's batches
+                found = [self._vectors(engines["model"], batch) for batch in read(ahead)]
+                vectors.append(collectives.all_gather(torch.cat([p_TD for p_TD, _ in found])))
+                ids.append(collectives.all_gather(torch.cat([ids_T for _, ids_T in found])))
+        vectors_TD = torch.cat(vectors)
+        ids_T = torch.cat(ids)
         codebook = self.tokenizer.codebook
-        fresh = type(codebook)(*self._codebook_sizes())
+        initial = type(codebook)(*self._codebook_sizes())
         if collectives.rank == 0:
-            fresh.init_from(vectors_TD.cpu(), ids_T.cpu(), self.context.generator(step))
-        codes = collectives.broadcast(fresh.codes.detach().to(self.context.device))
+            initial.init_from(vectors_TD.cpu(), ids_T.cpu(), self.context.generator(step))
+        codes = collectives.broadcast(initial.codes.detach().to(self.context.device))
         set_parameter(engines["model"], codebook.codes, codes)
 
-    def _vectors(self, engine: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The pixel encoder's vectors of a batch (T, D), and the semantic code of each (zeros
-        without guidance).
+    def _vectors(self, engine: Engine, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The pixel encoder's vectors of a batch (T, D), and their semantic codes (T,).
+
+        The codes are zeros without guidance.
         """
         semantic_ids = self.semantic_ids(batch)
         p_BND, *_ = engine(to_unit(batch["pixels"]), semantic_ids, vectors_only=True)
         p_TD = p_BND.float().flatten(0, 1)
-        return p_TD, p_TD.new_zeros(
-            len(p_TD), dtype=torch.int64
-        ) if semantic_ids is None else semantic_ids.flatten()
+        if semantic_ids is None:
+            return p_TD, p_TD.new_zeros(len(p_TD), dtype=torch.int64)
+        return p_TD, semantic_ids.flatten()
 
     def _codebook_sizes(self) -> tuple[int, ...]:
         if self.semantic is None:
@@ -173,16 +202,21 @@ class PixelTask(RebuildTask):
         return (self.semantic.num_codes, self.stage.codes, self.stage.dim)
 
     def loss(
-        self, name: str, engines: Mapping[str, Any], batch: Batch, step: int, share: Tensor | None
+        self,
+        name: str,
+        engines: Mapping[str, Engine],
+        batch: Batch,
+        step: int,
+        share: Tensor | None,
     ) -> tuple[Tensor, Metrics] | None:
         if name == "discriminator":
             return self.discriminator_loss(engines, batch, step)
         target = to_unit(batch["pixels"])
         quantize = step >= self.quantize_from
-        rebuilt, vq, codes, semantic_only = engines[name](
+        reconstructed, vq, codes, semantic_only = engines[name](
             target, self.semantic_ids(batch), quantize
         )
-        loss, metrics = self.image_loss(engines, rebuilt, target, step)
+        loss, metrics = self.image_loss(engines, reconstructed, target, step)
         if self.decoder_size is None:
             loss = loss + self.stage.vq_weight * vq
             metrics["vq"] = vq.detach()
@@ -196,35 +230,32 @@ class PixelTask(RebuildTask):
                 metrics["psnr_semantic_only"] = -10 * torch.log10(parts["l2"] / 4)
         return loss, metrics | {"loss": loss.detach()}
 
-    def after_step(self, step: int, engines: Mapping[str, Any]) -> Metrics:
-        """Share of all codes that the batch of a logged step uses, over all workers; batches before
-        it are left out.
-        """
+    def after_step(self, step: int, engines: Mapping[str, Engine]) -> Metrics:
+        """Share of all codes that the batch of a logged step uses, over all workers."""
         used = self.used
         self.skipped(step)
-        if (
-            step < self.quantize_from
-            or self.decoder_size is not None
-            or (step + 1) % self.context.train.log_every
-        ):
+        quantizing = step >= self.quantize_from and self.decoder_size is None
+        if not quantizing or (step + 1) % self.context.train.log_every:
             return {}
         return {"codes_used": (self.context.collectives.all_reduce(used) > 0).double().mean()}
 
     def skipped(self, step: int) -> None:
         self.used = torch.zeros(self.num_codes, device=self.context.device)
 
-    def pictures(self, engines: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """Held-out images: input | rebuilt (| from semantic codes alone)."""
+    def pictures(self, engines: Mapping[str, Engine]) -> dict[str, np.ndarray]:
+        """Held-out images: input | reconstructed (| from semantic codes alone)."""
         pixels = self.held_out()
         if not len(pixels):
             return {}
         ids = None if self.semantic is None else self.semantic.encode(self.features(pixels))
-        rebuilt, _, _, semantic_only = engines["model"](to_unit(pixels), ids, True)
-        columns = [to_unit(pixels), rebuilt] + ([] if semantic_only is None else [semantic_only])
+        reconstructed, _, _, semantic_only = engines["model"](to_unit(pixels), ids, True)
+        columns = [to_unit(pixels), reconstructed]
+        if semantic_only is not None:
+            columns.append(semantic_only)
         return {"reconstruction": picture_grid(columns)}
 
     def save(self, path: str, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
-        """`pixel.safetensors`: the PixelTokenizer's state."""
+        """Write `pixel.safetensors`: the PixelTokenizer's state."""
         state = {
             name.removeprefix("tokenizer."): tensor for name, tensor in weights["model"].items()
         }

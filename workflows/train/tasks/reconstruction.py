@@ -1,14 +1,16 @@
-"""What the tasks that rebuild images share: the pixel losses, a discriminator with an engine of its
-own, held-out pictures.
+"""What tasks that reconstruct images share.
+
+Pixel losses, a discriminator with its own engine, held-out pictures.
 
 Axis letters: B images, H W pixels.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -19,37 +21,52 @@ from smalti.schema import Loss
 from smalti.tokenizers.losses import PixelLoss, build_perceptual, discriminator_loss, gan_active
 from smalti.tokenizers.patchgan import PatchGAN
 from smalti.workflows.train.task import Batch, Context, Metrics, Row
-from smalti.workflows.train.tasks.images import stack_pixels, to_unit
-from smalti.workflows.train.tasks.semantic import ImageTask
+from smalti.workflows.train.tasks.images import ImageSettings, ImageTask, stack_pixels, to_unit
+
+if TYPE_CHECKING:
+    from smalti.workflows.train.deepspeed_compat import Engine
 
 PICTURES = 8
 
 
-class RebuildModule(nn.Module):
-    """What a main engine wraps: a model whose outputs are a plain tuple, as DeepSpeed's hooks want
-    them.
+class ReconstructionModule(nn.Module, ABC):
+    """The module of the main engine; its outputs are a plain tuple, as DeepSpeed's hooks need.
 
-    `made`: the rebuilt images of the last forward before those hooks, through which a gradient can
-    be taken beside the engine's backward.
+    Attributes:
+        reconstructed: the images of the last forward, before those hooks: through them a gradient
+            can be taken apart from the engine's backward.
     """
 
-    made: Tensor | None = None
+    reconstructed: Tensor | None = None
 
     @property
+    @abstractmethod
     def last_layer(self) -> Tensor:
         """The decoder's last weight, for the adaptive GAN weight."""
-        raise NotImplementedError
 
 
-class RebuildTask(ImageTask):
-    """Base of the tasks that rebuild images; `loss`: weights of the pixel losses."""
+class ReconstructionTask(ImageTask, ABC):
+    """Base of tasks that reconstruct images.
 
-    def __init__(self, loss: Loss, **images_of: Any) -> None:
-        super().__init__(**images_of)
+    Args:
+        loss: weights of the pixel losses.
+        images: see `ImageTask`.
+    """
+
+    def __init__(self, loss: Loss, **images: Unpack[ImageSettings]) -> None:
+        super().__init__(**images)
         self.loss_config = loss
 
     def setup_losses(self, context: Context, *, load: bool = True) -> None:
-        """In `setup`, after the model is built: what images are compared by, and the discriminator."""
+        """Build the pixel losses and the discriminator, after the model.
+
+        Args:
+            context: device and settings of the run.
+            load: see `ImageTask.build`.
+
+        Raises:
+            ConfigError: if the adaptive GAN weight cannot be computed under this ZeRO stage.
+        """
         perceptual = build_perceptual(self.loss_config, self.encoder, load=load)
         self.criterion = PixelLoss(self.loss_config, perceptual)
         if load:
@@ -57,24 +74,23 @@ class RebuildTask(ImageTask):
         gan = self.loss_config.gan
         if gan.adaptive and gan.weight and context.train.zero_stage == 3:
             raise ConfigError(
-                "loss.gan.adaptive reads the decoder's last weight whole; set zero_stage below 3 with it."
+                "loss.gan.adaptive reads the whole last weight of the decoder, which zero_stage=3 "
+                "partitions; set zero_stage below 3 with it."
             )
         self.together = "the adaptive weight of loss.gan" if gan.adaptive and gan.weight else ""
         self.discriminator = PatchGAN(gan.channels, gan.layers) if gan.weight else None
-        self.rebuilt: Tensor | None = None
+        self.reconstructed: Tensor | None = None
         self.shown: Tensor | None = None
 
-    def main_module(self) -> RebuildModule:
-        """What rebuilds images."""
-        raise NotImplementedError
+    @abstractmethod
+    def main_module(self) -> ReconstructionModule:
+        """The module that reconstructs images."""
 
     def modules(self) -> dict[str, nn.Module]:
         modules: dict[str, nn.Module] = {"model": self.main_module()}
-        return (
-            modules
-            if self.discriminator is None
-            else modules | {"discriminator": self.discriminator}
-        )
+        if self.discriminator is not None:
+            modules["discriminator"] = self.discriminator
+        return modules
 
     def frozen_modules(self) -> dict[str, nn.Module]:
         return super().frozen_modules() | {"criterion": self.criterion}
@@ -83,52 +99,56 @@ class RebuildTask(ImageTask):
         return self.loss_config.gan.lr if name == "discriminator" else super().peak_lr(name)
 
     def zero_stage(self, name: str) -> int:
-        """The discriminator is small, and is looked at from outside its engine: whole on every
-        worker.
-        """
+        """0 for the discriminator: it is small, and is also used outside its engine."""
         return 0 if name == "discriminator" else super().zero_stage(name)
 
     def image_loss(
-        self, engines: Mapping[str, Any], rebuilt: Tensor, target: Tensor, step: int
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """Loss of the images that the main engine made just now, and its parts; keeps them for the
-        discriminator.
+        self, engines: Mapping[str, Engine], reconstructed: Tensor, target: Tensor, step: int
+    ) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """Loss of the images that the main engine has just reconstructed.
+
+        They are kept for the discriminator.
+
+        Returns:
+            The loss, and its parts.
         """
-        watching = self.discriminator is not None and gan_active(self.loss_config.gan, step)
-        module: RebuildModule = engines["model"].module
+        adversarial = self.discriminator is not None and gan_active(self.loss_config.gan, step)
+        module = engines["model"].module
+        assert isinstance(module, ReconstructionModule)
         loss, metrics = self.criterion(
-            rebuilt,
+            reconstructed,
             target,
-            discriminator=engines["discriminator"].module if watching else None,
+            discriminator=engines["discriminator"].module if adversarial else None,
             last_layer=partial(self._last_layer_gradient, module),
             step=step,
         )
-        module.made = None
-        self.rebuilt = rebuilt.detach() if watching else None
+        module.reconstructed = None
+        self.reconstructed = reconstructed.detach() if adversarial else None
         metrics["psnr"] = -10 * torch.log10(metrics["l2"] / 4)
         return loss, metrics
 
-    def _last_layer_gradient(self, module: RebuildModule, gradient_BCHW: Tensor) -> Tensor:
-        """The gradient on the decoder's last weight of a gradient on the rebuilt images; mean over
-        the workers.
+    def _last_layer_gradient(self, module: ReconstructionModule, gradient_BCHW: Tensor) -> Tensor:
+        """The gradient on the decoder's last weight, averaged over the workers.
+
+        Args:
+            module: the module of the main engine.
+            gradient_BCHW: the gradient on the reconstructed images.
         """
         collectives = self.context.collectives
-        assert module.made is not None
+        assert module.reconstructed is not None
         (own,) = torch.autograd.grad(
-            module.made, module.last_layer, gradient_BCHW, retain_graph=True
+            module.reconstructed, module.last_layer, gradient_BCHW, retain_graph=True
         )
         return collectives.all_reduce(own) / collectives.world_size
 
     def discriminator_loss(
-        self, engines: Mapping[str, Any], batch: Batch, step: int
+        self, engines: Mapping[str, Engine], batch: Batch, step: int
     ) -> tuple[Tensor, Metrics] | None:
-        """Loss of the discriminator on the images that were rebuilt last; None before it takes
-        part.
-        """
-        if self.rebuilt is None or not gan_active(self.loss_config.gan, step):
+        """Loss of the discriminator on the last reconstructed images; None before it starts."""
+        if self.reconstructed is None or not gan_active(self.loss_config.gan, step):
             return None
-        rebuilt, self.rebuilt = self.rebuilt, None
-        return discriminator_loss(engines["discriminator"], rebuilt, to_unit(batch["pixels"]))
+        reconstructed, self.reconstructed = self.reconstructed, None
+        return discriminator_loss(engines["discriminator"], reconstructed, to_unit(batch["pixels"]))
 
     def held_out(self) -> Tensor:
         """Held-out images to show: uint8 (n, 3, H, W) on the device, n ≤ `PICTURES`."""
@@ -141,15 +161,12 @@ def held_out_pixels(corpus: str, image_size: int, max_pixels: int, count: int) -
     """The first held-out images: uint8 (n, 3, H, W), n ≤ count."""
     rows: list[Row] = []
     for key in shards.list_shards(corpus, "val"):
-        for data in (
-            shards.read_shard(corpus, key, ["image"])
-            .column("image")
-            .to_pylist()[: count - len(rows)]
-        ):
+        column = shards.read_shard(corpus, key, ["image"]).column("image").to_pylist()
+        for data in column[: count - len(rows)]:
             pixels = images.to_pixels(data, image_size, max_pixels=max_pixels)
             rows.append(Row(0, 0, key, len(rows), {"pixels": pixels}))
         if len(rows) == count:
             break
-    return (
-        stack_pixels(rows) if rows else torch.empty(0, 3, image_size, image_size, dtype=torch.uint8)
-    )
+    if not rows:
+        return torch.empty(0, 3, image_size, image_size, dtype=torch.uint8)
+    return stack_pixels(rows)

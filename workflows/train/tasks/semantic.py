@@ -1,104 +1,46 @@
-"""Training SemHiTok's semantic codebook on the features of the frozen encoder (arXiv 2503.06764,
-stage S).
+"""Train SemHiTok's semantic codebook on the frozen encoder's features.
+
+See arXiv 2503.06764, stage S.
 
 Axis letters: B images, N patches, C feature width, K codes, H W pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from smalti import storage
-from smalti.schema import SemanticStage, Train
-from smalti.tokenizers.encoders import VisionEncoder, open_encoder
+from smalti.schema import SemanticStage
+from smalti.tokenizers.encoders import VisionEncoder
 from smalti.tokenizers.quantizers import EMAStats
 from smalti.tokenizers.semhitok import SemanticTokenizer
-from smalti.workflows.train.data import ImageRows
-from smalti.workflows.train.task import Batch, Context, Metrics, Row, Source, Task
-from smalti.workflows.train.tasks.images import RowMemory, chosen, places_of, stack_pixels, to_unit
+from smalti.workflows.train.task import Batch, Context, Metrics
+from smalti.workflows.train.tasks.images import ImageSettings, ImageTask, chosen
 from smalti.workflows.train.throughput import flops_a_token
+
+if TYPE_CHECKING:
+    from smalti.workflows.train.deepspeed_compat import Engine
 
 WEIGHTS = "semantic.safetensors"
 
 
-def encodes_in_bf16(precision: str, train: Train, gpu: bool) -> bool:
-    """Whether the frozen encoder computes in bf16 beside a model that trains so
-    (`tokenizer.encoder_precision`).
-    """
-    return precision == "bf16" or (precision == "auto" and gpu and train.precision == "bf16")
-
-
-class ImageTask(Task):
-    """Base of the tasks over corpus images with a frozen encoder."""
-
-    def __init__(
-        self,
-        corpus: str,
-        keys: list[str],
-        sizes: list[int],
-        image_size: int,
-        max_pixels: int,
-        encoder: str | None,
-        layer: int,
-        encoder_precision: str = "auto",
-    ) -> None:
-        self.corpus, self.keys, self.sizes = corpus, keys, sizes
-        self.image_size, self.max_pixels = image_size, max_pixels
-        self.encoder_path, self.layer, self.encoder_precision = encoder, layer, encoder_precision
-
-    def source(self) -> Source:
-        return ImageRows(
-            self.corpus, self.keys, self.sizes, self.image_size, max_pixels=self.max_pixels, text=()
-        )
-
-    def setup(self, context: Context) -> None:
-        encoder: VisionEncoder | None = None
-        if self.encoder_path is not None:
-            encoder = open_encoder(self.encoder_path, self.layer).to(context.device)
-            encoder.bf16 = encodes_in_bf16(
-                self.encoder_precision, context.train, context.device.type == "cuda"
-            )
-        self.build(context, encoder)
-
-    def build(self, context: Context, encoder: VisionEncoder | None, *, load: bool = True) -> None:
-        """Build all modules around the frozen encoder.
-
-        Args:
-            load: False leaves out all files of weights, as for a plan on the meta device.
-        """
-        super().setup(context)
-        self.memory = RowMemory(sum(self.sizes))
-        self.encoder = encoder
-
-    def frozen_modules(self) -> dict[str, nn.Module]:
-        return {} if self.encoder is None else {"encoder": self.encoder}
-
-    def make_batch(self, rows: Sequence[Row]) -> Batch:
-        """pixels uint8 (B, 3, H, W), and where the rows lie."""
-        return {"pixels": stack_pixels(rows), "places": places_of(rows)}
-
-    def planned_batch(self, num: int) -> Batch:
-        shape = (num, 3, self.image_size, self.image_size)
-        return {
-            "pixels": torch.randint(256, shape, dtype=torch.uint8),
-            "places": [("planned", row) for row in range(num)],
-        }
-
-    def features(self, pixels: Tensor) -> Tensor:
-        """Patch features of uint8 pixels: float32 (B, N, C), no gradient."""
-        assert self.encoder is not None
-        with torch.no_grad():
-            return self.encoder(to_unit(pixels))
-
-
 class SemanticTask(ImageTask):
-    """VQ-KD: projection, quantizer and decoder train; an EMA codebook follows the statistics of all
-    workers.
+    """VQ-KD: trains projection, quantizer and decoder.
+
+    An EMA codebook follows the statistics of all workers.
+
+    Args:
+        stage: sizes and the quantizer.
+        num_codes: K.
+        grid: rows and columns of patches.
+        dim: C.
+        centroids: file of the codebook artifact with the first codes.
+        images: see `ImageTask`.
     """
 
     def __init__(
@@ -108,16 +50,14 @@ class SemanticTask(ImageTask):
         grid: tuple[int, int],
         dim: int,
         centroids: str,
-        **images: Any,
+        **images: Unpack[ImageSettings],
     ) -> None:
         super().__init__(**images)
-        self.stage, self.num_codes, self.grid, self.dim, self.centroids = (
-            stage,
-            num_codes,
-            grid,
-            dim,
-            centroids,
-        )
+        self.stage = stage
+        self.num_codes = num_codes
+        self.grid = grid
+        self.dim = dim
+        self.centroids = centroids
 
     def build(self, context: Context, encoder: VisionEncoder | None, *, load: bool = True) -> None:
         super().build(context, encoder, load=load)
@@ -130,14 +70,18 @@ class SemanticTask(ImageTask):
         return {"model": self.tokenizer}
 
     def flops_per_unit(self) -> float:
-        """Of an image: the frozen encoder forward, projection and decoder both ways."""
+        """Per image: the encoder's forward, projection and decoder forward and backward."""
         assert self.encoder is not None
-        return (self.grid[0] * self.grid[1]) * (
-            flops_a_token(self.encoder, backward=False) + flops_a_token(self.tokenizer)
-        )
+        frozen = flops_a_token(self.encoder, backward=False)
+        return self.grid[0] * self.grid[1] * (frozen + flops_a_token(self.tokenizer))
 
     def loss(
-        self, name: str, engines: Mapping[str, Any], batch: Batch, step: int, share: Tensor | None
+        self,
+        name: str,
+        engines: Mapping[str, Engine],
+        batch: Batch,
+        step: int,
+        share: Tensor | None,
     ) -> tuple[Tensor, Metrics] | None:
         pixels = batch["pixels"]
         features = self.memory.get(
@@ -150,7 +94,7 @@ class SemanticTask(ImageTask):
             self.stats.append(stats)
         return loss, metrics
 
-    def after_step(self, step: int, engines: Mapping[str, Any]) -> Metrics:
+    def after_step(self, step: int, engines: Mapping[str, Engine]) -> Metrics:
         collectives = self.context.collectives
         metrics: dict[str, Tensor | float] = {
             "codes_used": (collectives.all_reduce(self.used) > 0).double().mean()
@@ -170,26 +114,24 @@ class SemanticTask(ImageTask):
         self.used = torch.zeros(self.num_codes, device=self.context.device)
 
     def save(self, path: str, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
-        """`semantic.safetensors`."""
+        """Write `semantic.safetensors`."""
         write_tensors(storage.join(path, WEIGHTS), weights["model"])
         return {}
 
 
 def read_centroids(path: str) -> Tensor:
-    """The centroids (K, C) of a codebook artifact's file."""
-    tensors = read_tensors(path)
-    return tensors["centroids"]
+    """Read the centroids (K, C) of a codebook artifact."""
+    return read_tensors(path)["centroids"]
 
 
 def read_tensors(path: str) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, anywhere."""
+    """Read the tensors of a safetensors file or URL."""
     from safetensors.torch import load
 
     return load(storage.read_bytes(path))
 
 
 def write_tensors(path: str, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file whole or not at all, anywhere."""
-    storage.write_atomic(
-        path, save({name: tensor.contiguous() for name, tensor in tensors.items()})
-    )
+    """Write a safetensors file or URL atomically."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    storage.write_atomic(path, save(contiguous))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from smalti.schema import (
     Train,
 )
-from smalti.workflows.train.tasks.semantic import encodes_in_bf16
+from smalti.workflows.train.tasks.images import encodes_in_bf16
 
 
 def test_the_frozen_encoder_computes_in_bf16_where_training_does_on_a_gpu() -> None:
