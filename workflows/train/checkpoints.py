@@ -226,7 +226,7 @@ class Checkpoints:
         finally:
             scratch.remove()
         if self.collectives.rank == 0:
-            retry_storage(self._remove_old, say=self.say_own)
+            retry_storage(self.remove_old_checkpoints, say=self.say_own)
 
     def _send_files(self, local: str, target: str, score: float | None) -> None:
         names = sorted(
@@ -245,9 +245,10 @@ class Checkpoints:
         path = storage.join(target, manifest_name(self.collectives.rank))
         retry_storage(storage.write_json, path, manifest, say=self.say_own)
 
-    def _remove_old(self) -> None:
-        """Remove what the policy does not keep, and incomplete checkpoints older than the newest
-        complete one.
+    def remove_old_checkpoints(self) -> None:
+        """Remove checkpoints that the policy does not keep.
+
+        Incomplete ones that are older than the newest complete one are removed too.
         """
         found = {path: inspect_checkpoint(path) for path in step_folders(self.folder)}
         complete = [one for one in found.values() if isinstance(one, CompleteCheckpoint)]

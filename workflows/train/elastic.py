@@ -122,7 +122,7 @@ def unused_workers(train: Train, resources: Resources) -> str:
 
 
 def staying_nodes() -> set[str]:
-    """Ids of the nodes that are alive and that no notice says will be taken away.
+    """Ids of alive nodes that will not be taken away, as far as notices say.
 
     Ray's reservation may be on others for a while, and workers that are started there never
     become ready.

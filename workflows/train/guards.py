@@ -26,11 +26,17 @@ CHECKSUM_CHUNK = 1 << 22
 
 
 class NotFiniteError(TrainingError):
-    """Too many steps in a row were skipped; all workers raise it in the same step."""
+    """Too many steps in a row were skipped.
+
+    All workers raise it in the same step.
+    """
 
 
 class DriftError(TrainingError):
-    """A tensor that must be the same on every worker is not; all raise it in the same step."""
+    """A tensor that must be the same on every worker is not.
+
+    All workers raise it in the same step.
+    """
 
 
 def poisoned(loss: Tensor) -> Tensor:

@@ -219,7 +219,7 @@ class Loop:
             self._save_before_preemption(done)
 
     def _save_before_preemption(self, done: int) -> None:
-        """Save at once when a node will be taken away; Ray restarts the workers without it."""
+        """Save when a node will be taken away; Ray then restarts without it."""
         import ray.train
 
         notice = ray.train.get_preemption_info()  # the same on every worker
@@ -318,7 +318,7 @@ class Loop:
     def _write_history(self) -> None:
         lines = "".join(json.dumps(row) + "\n" for row in self.history)
         path = storage.join(self.job.path, HISTORY_FILE)
-        retry_storage(storage.write_atomic, path, lines.encode(), say=self._say)
+        retry_storage(storage.write_atomic, path, lines.encode(), say=self._say_own)
 
     def _finish(self) -> dict[str, float]:
         """Gather whole weights; rank 0 writes the final model, and `DONE_FILE` last of all."""

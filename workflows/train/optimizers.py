@@ -55,7 +55,7 @@ def build_optimizer(
 
 
 def by_part(group: ParamGroup, part_of: Mapping[int, str]) -> list[ParamGroup]:
-    """One group per part of the parameters in a group, in the order of their first parameters.
+    """Divide a group by the parts of its parameters, in the order of their first ones.
 
     Args:
         group: to divide.

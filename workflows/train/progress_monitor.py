@@ -106,7 +106,7 @@ class ProgressMonitor:
         self.progress.update(max(0, step - self.progress.count), **shown, **rates(numbers))
 
     def _report_nodes(self) -> None:
-        """Log nodes that joined or left, and what workers that do not start are waiting for."""
+        """Log nodes that joined or left, and what waiting workers need."""
         import ray
 
         now = time.monotonic()

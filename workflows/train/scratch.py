@@ -1,4 +1,4 @@
-"""Temporary folders on a node's own disk, which do not outlive the process that created them.
+"""Temporary folders on a node's own disk, removed with their process.
 
 A folder is locked for as long as its process runs, in whatever container that is. A folder that a
 killed process left is not locked, and the next worker on that node removes it.
@@ -70,7 +70,7 @@ def _remove_unheld(path: str) -> None:
 def shared_folder(
     kind: str, fill: Callable[[str], None], collectives: Collectives
 ) -> Iterator[str]:
-    """A folder that is filled once per node, for all workers on it; every worker calls it.
+    """A folder that is filled once per node; every worker calls it.
 
     Args:
         kind: part of the folder's name.

@@ -144,7 +144,10 @@ class Task:
         return {}
 
     def make_batch(self, rows: Sequence[Row]) -> Batch:
-        """A micro batch on the CPU; called ahead of the step, in a thread of its own."""
+        """A micro batch on the CPU.
+
+        Called ahead of the step, in a thread of its own.
+        """
         raise NotImplementedError
 
     def planned_batch(self, num: int) -> Batch:

@@ -41,7 +41,9 @@ def test_dropping_leaves_what_is_being_written(place) -> None:
         plant(place, step, score=score)
     for step in (7, 20):
         storage.remove(storage.join(plant(place, step), "task.pt"))
-    Checkpoints(place, Collectives(), CheckpointPolicy(keep=1, best="loss"))._remove_old()
+    Checkpoints(
+        place, Collectives(), CheckpointPolicy(keep=1, best="loss")
+    ).remove_old_checkpoints()
     assert storage.list_names(place) == [step_folder(step) for step in (5, 15, 20)]
 
 
@@ -62,7 +64,9 @@ def test_storage_that_does_not_answer_makes_no_checkpoint_torn(place, monkeypatc
         newest_complete(place, print)
     found = retries.retry_storage(newest_complete, place, print)
     assert found is not None and found.step == 10
-    retries.retry_storage(Checkpoints(place, Collectives(), CheckpointPolicy(keep=2))._remove_old)
+    retries.retry_storage(
+        Checkpoints(place, Collectives(), CheckpointPolicy(keep=2)).remove_old_checkpoints
+    )
     assert storage.list_names(place) == [step_folder(5), step_folder(10)] and not away
 
 
