@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import functools
+import atexit
 import http.server
+import json
 import multiprocessing
 import os
+import random
 import runpy
+import shutil
 import signal
+import socket
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -35,7 +41,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[[type[http.server.SimpleHTTPReque
 
         def served(handler: type[http.server.SimpleHTTPRequestHandler]) -> str:
             here = http.server.ThreadingHTTPServer(
-                ("127.0.0.1", 0), functools.partial(handler, directory=str(tmp_path))
+                ("127.0.0.1", 0), partial(handler, directory=str(tmp_path))
             )
             thread = threading.Thread(target=here.serve_forever, args=(0.05,), daemon=True)
             ends.enter_context(here)
@@ -67,32 +73,76 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def ray_address() -> Iterator[str]:
+def ray_node(
+    preloaded: ProcessPoolExecutor, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Any]]:
+    """Arguments of a node of `ray.cluster_utils.Cluster` whose workers start without imports.
+
+    They are forked from a process that has imported torch and transformers. Started by Ray, each takes
+    one to six CPU seconds. Runs on a Ray of their own are in test_chain.py, test_jobs.py
+    and test_fourth_system.py.
+    """
+    folder = tempfile.mkdtemp(prefix="rayworkers")  # short: paths of sockets are
+    address = os.path.join(folder, "socket")
+    preloaded.submit(_serve_workers, address).result()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("SMALTI_WORKER_SERVER", address)
+        for key, value in QUIET.items():
+            patch.setenv(key, value)
+        script = str(Path(__file__).with_name("ray_worker.py"))
+        yield {"setup_worker_path": script, "object_store_memory": 2**28}
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def ray_address(ray_node: dict[str, Any]) -> Iterator[str]:
     """Address of a Ray cluster of one node that all tests of this process share.
 
-    Starting one costs eight CPU seconds. It has four CPUs, however many there are.
+    It has four CPUs, however many there are.
     """
     from ray.cluster_utils import Cluster
 
-    node = {"num_cpus": 4, "object_store_memory": 2**28, "include_dashboard": True}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT))  # where workers find smalti
-        for key, value in QUIET.items():
-            patch.setenv(key, value)
-        cluster = Cluster(initialize_head=True, head_node_args=node)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        dashboard = {"include_dashboard": True, "dashboard_port": probe.getsockname()[1]}
+    cluster = Cluster(initialize_head=True, head_node_args=ray_node | {"num_cpus": 4} | dashboard)
     yield cluster.address
     cluster.shutdown()
+
+
+@contextmanager
+def _connected(address: str) -> Iterator[None]:
+    """This process as a driver of a cluster."""
+    import ray
+
+    ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    quiet_ray_data()
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 @pytest.fixture(scope="module")
 def on_ray(ray_address: str) -> Iterator[None]:
     """This process as a driver of the shared cluster, for the tests of one file."""
-    import ray
+    with _connected(ray_address):
+        yield
 
-    ray.init(address=ray_address, log_to_driver=False, logging_level="ERROR")
-    quiet_ray_data()
-    yield
-    ray.shutdown()
+
+@pytest.fixture(scope="module")
+def on_ray_with_gpu(ray_node: dict[str, Any]) -> Iterator[None]:
+    """As `on_ray`, on a cluster of its own that believes it has a GPU: nothing computes on one."""
+    from ray.cluster_utils import Cluster
+
+    node = ray_node | {"num_cpus": 4, "num_gpus": 1, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=node)
+    try:
+        with _connected(cluster.address):
+            yield
+    finally:
+        cluster.shutdown()
 
 
 @pytest.fixture(scope="session")
@@ -102,27 +152,92 @@ def as_driver(ray_address: str) -> dict[str, str]:
     return {**os.environ, **own, "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 
-def _start(arguments: list[str], output: str, environment: dict[str, str]) -> int:
-    """In the process that has imported the libraries: `python ARGUMENTS…` in a child; its pid."""
+def _preload() -> None:
+    """Import what commands and workers need, but for Ray.
+
+    It reads the environment of the process, such as a worker's job, when it is imported.
+    """
     os.environ["DS_ACCELERATOR"] = "cpu"
-    import mlflow.tracking  # noqa: F401
-    import ray.data  # noqa: F401
+    import pandas  # noqa: F401
 
-    import smalti.workflows.evaluation.stage  # noqa: F401
+    from smalti.workflows.train import engines
 
+    engines.prepare_process(False, 1)
+    assert "ray" not in sys.modules
+
+
+def _start(arguments: list[str], output: str, environment: dict[str, str]) -> int:
+    """In the preloaded process: `python ARGUMENTS…` in a child; its pid."""
     pid = os.fork()
-    if pid:
-        return pid
+    if not pid:
+        os.setsid()
+        file = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        _become(arguments, environment, str(ROOT), file, file)
+    return pid
+
+
+def _serve_workers(address: str) -> None:
+    """In the preloaded process: a child that forks a Ray worker at each call of `ray_worker.py`."""
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(address)
+    server.listen(64)
+    if os.fork():
+        server.close()
+        return
+    parent = os.getppid()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # none of them is waited for
+    server.settimeout(1)
+    try:
+        while os.getppid() == parent:
+            with suppress(TimeoutError):
+                _fork_worker(server.accept()[0])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(0)
+
+
+def _worker_command(request: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
+    """Arguments and environment of a worker, as Ray's `setup_worker.py` makes them."""
+    own = ("--serialized-runtime-env-context=", "--language=")
+    context = "{}"
+    for argument in request["arguments"]:
+        if argument.startswith(own[0]):
+            context = argument.removeprefix(own[0])
+    found = json.loads(context or "{}")
+    assert not found.get("command_prefix"), "the shared cluster takes variables alone"
+    arguments = [argument for argument in request["arguments"] if not argument.startswith(own)]
+    return arguments, request["environment"] | (found.get("env_vars") or {})
+
+
+def _fork_worker(client: socket.socket) -> None:
+    with client:
+        client.settimeout(None)
+        _, files, _, _ = socket.recv_fds(client, 1, 2)
+        request = json.loads(b"".join(iter(partial(client.recv, 2**16), b"")))
+        if not os.fork():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            client.close()
+            _become(*_worker_command(request), request["cwd"], *files)
+        client.send(b"x")
+    for file in files:
+        os.close(file)
+
+
+def _become(
+    arguments: list[str], environment: dict[str, str], cwd: str, stdout: int, stderr: int
+) -> NoReturn:
+    """In a child: be `python ARGUMENTS…`."""
     code = 1
     try:
-        os.setsid()
         os.environ.clear()
         os.environ.update(environment)
-        os.chdir(ROOT)
-        file = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
+        os.chdir(cwd)
+        os.dup2(stdout, 1)
+        os.dup2(stderr, 2)
+        random.seed()
         code = _python(arguments)
+        atexit._run_exitfuncs()
     finally:
         os._exit(code)
 
@@ -182,19 +297,28 @@ class Running:
 
 
 @pytest.fixture(scope="session")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Running]]:
+def preloaded() -> Iterator[ProcessPoolExecutor]:
+    """A process that has imported the libraries, to fork from."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_preload) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def start(
+    preloaded: ProcessPoolExecutor, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[list[str], dict[str, str]], Running]:
     """`start(arguments, environment)`: `python ARGUMENTS…` in a process of its own, in the root.
 
-    It is forked from one that has imported torch, transformers and Ray: these take seven seconds.
+    It is forked: importing torch, transformers and Ray takes seven seconds.
     """
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as server:
 
-        def started(arguments: list[str], environment: dict[str, str]) -> Running:
-            output = tmp_path_factory.mktemp("command") / "output"
-            pid = server.submit(_start, arguments, str(output), environment).result()
-            return Running(server, pid, output)
+    def started(arguments: list[str], environment: dict[str, str]) -> Running:
+        output = tmp_path_factory.mktemp("command") / "output"
+        pid = preloaded.submit(_start, arguments, str(output), environment).result()
+        return Running(preloaded, pid, output)
 
-        yield started
+    return started
 
 
 def _rank(

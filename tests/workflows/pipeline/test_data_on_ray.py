@@ -26,7 +26,6 @@ from smalti.errors import ConfigError, DataError
 from smalti.schema import EncoderTrain, PixelStage, Recipe, SemanticStage, TokenizerSection, VitSize
 from smalti.tokenizers.codebook import load_centroids
 from smalti.workflows import encoder, tokens
-from smalti.workflows.cluster.session import ensure_ray
 from smalti.workflows.codebook import stage as codebook
 from smalti.workflows.corpus import scan
 from smalti.workflows.corpus import stage as corpus
@@ -35,7 +34,7 @@ from smalti.workflows.features.featurizer import Featurizer, choose_patches
 from smalti.workflows.pipeline import shards as shard_pipeline
 from smalti.workflows.pipeline.stage import StageRun, find_artifact, run_stage
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("on_ray_with_gpu")]
 
 IMAGES, SHARD, GRID, DIM = 120, 4, 4, 24
 CHILD = """
@@ -64,14 +63,6 @@ def recipe(out: Path, siglip: str = "", **sections: Any) -> Recipe:
     return Recipe.model_validate(given)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def ray_here() -> Iterator[None]:
-    """One local Ray for this module; it believes that it has a GPU."""
-    resources = {"actors": 2, "readers": 2, "gpus_per_worker": 0.5, "device": "cpu"}
-    with ensure_ray(recipe(Path("unused"), resources=resources)):
-        yield
-
-
 @pytest.fixture(scope="module")
 def siglip(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A random SigLIP: 32 px, patch 8, width 24."""
@@ -87,7 +78,7 @@ def siglip(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, siglip: str) -> Path:
+def base(on_ray_with_gpu: None, tmp_path_factory: pytest.TempPathFactory, siglip: str) -> Path:
     """A whole run's folder with corpus, encoder, features of all patches, and a tokenizer with
     random weights.
     """

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.ray
 
 
 @pytest.fixture
-def second_node() -> Iterator[Any]:
+def second_node(ray_node: dict[str, Any]) -> Iterator[Any]:
     """A head of one core with the driver, and a second node of one core; the head soon sees that a
     node is dead.
     """
@@ -30,13 +30,12 @@ def second_node() -> Iterator[Any]:
     }
     head = {
         "num_cpus": 1,
-        "object_store_memory": 2**27,
         "include_dashboard": False,
         "_system_config": health,
     }
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster = Cluster(initialize_head=True, head_node_args=ray_node | head)
     try:
-        node = cluster.add_node(num_cpus=1, object_store_memory=2**27)
+        node = cluster.add_node(num_cpus=1, **ray_node)
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
         quiet_ray_data()
         yield node

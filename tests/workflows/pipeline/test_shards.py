@@ -4,7 +4,6 @@ actors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +12,11 @@ import pytest
 
 from smalti.errors import ConfigError, DataError, ImageError
 from smalti.schema import Resources
-from smalti.workflows.cluster.session import quiet_ray_data
 from smalti.workflows.pipeline import shards as shard_pipeline
 from smalti.workflows.pipeline.shards import _pack, _unpack, run_shards
 from smalti.workflows.pipeline.timings import Tally
 
 pytestmark = pytest.mark.ray
-
-
-@pytest.fixture(scope="module")
-def ray_here() -> Iterator[None]:
-    """A local Ray that believes it has a GPU: the split pipeline runs, nothing computes on one."""
-    import ray
-
-    ray.init(address="local", num_cpus=3, num_gpus=1, log_to_driver=False, logging_level="ERROR")
-    quiet_ray_data()
-    yield
-    ray.shutdown()
 
 
 def worker_class(folder: str = "") -> Any:
@@ -74,30 +61,30 @@ def results(
 
 
 @pytest.mark.parametrize("gpus", [0, 0.5])
-def test_every_item_once(ray_here: None, gpus: float) -> None:
+def test_every_item_once(on_ray_with_gpu: None, gpus: float) -> None:
     assert results(list(range(9)), gpus) == sorted(n * n + 7 for n in range(9))
 
 
 @pytest.mark.parametrize("gpus", [0, 0.5])
-def test_a_users_error_comes_as_it_was(ray_here: None, gpus: float) -> None:
+def test_a_users_error_comes_as_it_was(on_ray_with_gpu: None, gpus: float) -> None:
     with pytest.raises(ImageError, match="cannot read") as caught:
         results([1, -1], gpus)
     assert caught.value.reason == "broken"
 
 
-def test_a_bug_is_not_swallowed(ray_here: None) -> None:
+def test_a_bug_is_not_swallowed(on_ray_with_gpu: None) -> None:
     with pytest.raises(Exception, match="a bug"):
         results([-2], 0)
 
 
-def test_gpus_that_this_machine_has_not_are_not_waited_for(ray_here: None) -> None:
+def test_gpus_that_this_machine_has_not_are_not_waited_for(on_ray_with_gpu: None) -> None:
     with pytest.raises(
         ConfigError, match="gpus_per_worker=2, and Ray knows of 1 GPUs on this machine"
     ):
         results([1], 2)
 
 
-def test_the_shard_of_a_lost_actor_is_done_again(ray_here: None, tmp_path: Path) -> None:
+def test_the_shard_of_a_lost_actor_is_done_again(on_ray_with_gpu: None, tmp_path: Path) -> None:
     tally = Tally()
     items = [0, 1, 2, 3, 4, 5, 7, 8, 9]
     assert results(items, 0, str(tmp_path), tally) == sorted(n * n + 7 for n in items)
@@ -106,7 +93,7 @@ def test_the_shard_of_a_lost_actor_is_done_again(ray_here: None, tmp_path: Path)
 
 
 def test_an_item_that_kills_its_workers_is_one_clear_error(
-    ray_here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    on_ray_with_gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shard_pipeline, "DEATHS", 1)
     with pytest.raises(

@@ -35,7 +35,7 @@ def toy():
 
 
 @pytest.fixture
-def other():
+def other(ray_node):
     """The second of two nodes of one CPU, which a test takes away.
 
     Each test has a cluster of its own, with both nodes from the start: after the first training Ray
@@ -50,9 +50,9 @@ def other():
         "health_check_failure_threshold": 6,
     }
     head = {"num_cpus": 1, "include_dashboard": False, "_system_config": health}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster = Cluster(initialize_head=True, head_node_args=ray_node | head)
     try:
-        node = cluster.add_node(num_cpus=1)
+        node = cluster.add_node(num_cpus=1, **ray_node)
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
         cluster.wait_for_nodes()
         yield node
