@@ -79,8 +79,7 @@ def ray_node(
     """Arguments of a node of `ray.cluster_utils.Cluster` whose workers start without imports.
 
     They are forked from a process that has imported torch and transformers. Started by Ray, each takes
-    one to six CPU seconds. Runs on a Ray of their own are in test_chain.py, test_jobs.py
-    and test_fourth_system.py.
+    one to six CPU seconds. Ray's own way is taken in test_jobs.py and test_fourth_system.py.
     """
     folder = tempfile.mkdtemp(prefix="rayworkers")  # short: paths of sockets are
     address = os.path.join(folder, "socket")

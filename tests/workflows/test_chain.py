@@ -1,6 +1,7 @@
 """The whole chain at toy size; SIGKILL in the middle of each stage and the same command again.
 
-Smoke runs of the other recipes are in systems/test_smoke_sizes.py and cluster/test_jobs.py.
+Smoke runs of the other recipes are in systems/test_smoke_sizes.py and cluster/test_jobs.py, a run
+that starts Ray itself in systems/test_fourth_system.py.
 
 Covers: workflows/export.py.
 """
@@ -9,10 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -47,18 +45,13 @@ def contents(artifact: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Output folder of a run on a Ray that it starts itself, as on a laptop."""
+def unbroken(
+    start: Any, as_driver: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Output folder of a run without a break."""
     out = tmp_path_factory.mktemp("unbroken") / "out"
-    environment = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in ("RAY_ADDRESS", "RAY_AUTH_MODE")
-    }
-    done = subprocess.run(
-        [sys.executable, *command(out)], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    running = start(command(out), as_driver)
+    assert running.wait() == 0, running.text()[-6000:]
     return out.with_name("out-smoke")
 
 
@@ -111,7 +104,7 @@ def kill_in(stage: str, running: Any) -> None:
 def test_a_run_killed_in_every_stage_ends_with_the_same_artifacts(
     unbroken: Path, start: Any, as_driver: dict[str, str], tmp_path: Path
 ) -> None:
-    """On a cluster that outlives the run, where nothing but the driver dies."""
+    """Nothing but the driver dies: the cluster outlives it."""
     recipe = load_recipe(find_recipe(RECIPE))
     out, broken = tmp_path / "out", tmp_path / "out-smoke"
     for stage in stages_of(recipe):
