@@ -639,7 +639,7 @@ def test_texts_come_by_their_share_and_are_read_as_images_are(place, tmp_path) -
     task.setup(Context(torch.device("cpu"), Collectives(), 5, train))
     source = task.source()
     source.configure(train, print)
-    assert [part.window_bytes for part in source.parts] == [5e8, 5e8]
+    assert [part.window_bytes for part in source.sources] == [5e8, 5e8]
     order = task.order(source)
     assert order.texts.window == order.rows.window == 1
     feed = BatchLoader(source, order, task.make_batch, batch_size=8, micro=8, rank=0, world_size=1)
