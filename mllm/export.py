@@ -51,7 +51,7 @@ def export(
 
     Args:
         model: the trained model.
-        hf_tokenizer: its tokenizer.
+        hf_tokenizer: its text tokenizer.
         tokenizer_path: folder of the visual tokenizer.
         out_dir: created if missing.
         dtype: of the written weights.
@@ -61,8 +61,7 @@ def export(
         Numbers of parameters, embedding rows and codes.
 
     Raises:
-        VocabularyError: if the visual tokenizer has another number of codes, or if the written
-            text tokenizer loads as a different one.
+        VocabularyError: if a tokenizer is not the one of training.
     """
     from smalti.tokenizers.loading import load_tokenizer
 

@@ -67,9 +67,7 @@ def chunked_cross_entropy(
     """
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, not {chunk}")
-    valid_N = labels_N != IGNORE
-    if bool((valid_N & ((labels_N < 0) | (labels_N >= weight_VD.shape[0]))).any()):
-        raise IndexError(f"a label lies outside [0, {weight_VD.shape[0]})")
+    _check_labels(labels_N, weight_VD.shape[0])
     if weights_N is None:
         weights_N = torch.ones_like(labels_N, dtype=torch.float32)
     if kernel is None:
@@ -78,6 +76,16 @@ def chunked_cross_entropy(
     return ChunkedLoss(
         *_ChunkedCrossEntropy.apply(hidden_ND, weight_VD, bias_V, labels_N, weights_N, settings)
     )
+
+
+def _check_labels(labels_N: Tensor, num_rows: int) -> None:
+    """Raise IndexError unless all labels are IGNORE or in [0, num_rows)."""
+    valid_N = labels_N != IGNORE
+    if bool((valid_N & ((labels_N < 0) | (labels_N >= num_rows))).any()):
+        raise IndexError(
+            f"the labels hold {int(labels_N[valid_N].min())} to {int(labels_N.max())}; expected ids "
+            f"in [0, {num_rows}), the rows of the head, or {IGNORE} where nothing is predicted"
+        )
 
 
 class ScaledRows(NamedTuple):

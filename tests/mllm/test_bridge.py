@@ -92,8 +92,8 @@ def test_it_learns_a_planted_mapping_that_holds_for_other_images() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    told = model(*planted(64))[1]
-    assert told["retrieval"] > 0.8 and told["squared_error"] < 0.5, told
+    metrics = model(*planted(64))[1]
+    assert metrics["retrieval"] > 0.8 and metrics["squared_error"] < 0.5, metrics
 
 
 def test_saved_and_loaded_it_gives_the_same(tmp_path: Path) -> None:

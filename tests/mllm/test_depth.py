@@ -165,7 +165,7 @@ def test_two_half_batches_and_packed_rows_come_to_one(made: tuple[DepthModel, An
 
 
 def test_places_that_are_only_looked_at_have_no_loss(made: tuple[DepthModel, Any]) -> None:
-    """Each predicted place has its own codes, whatever stands before it in the batch."""
+    """Each predicted place has its own codes, whatever comes before it in the batch."""
     model, _ = made
     drawn, *seen = sequences(made, dense_images=False)
     _, alone = model(collate([drawn], model.vocabulary.pad))
@@ -229,7 +229,7 @@ def test_an_answer_is_the_greedy_one_of_whole_passes(made: tuple[DepthModel, Any
     codes = torch.stack([torch.from_numpy(row(n)["codes"]).long() for n in range(2)])
     questions = ["is it red?", "what?"]
     found = answer(model, hf_tokenizer, v, codes, questions, max_new_tokens=3)
-    for image, question, told in zip(codes, questions, found, strict=True):
+    for image, question, reply in zip(codes, questions, found, strict=True):
         ids = [
             *text.begin(),
             v.und_start,
@@ -250,7 +250,7 @@ def test_an_answer_is_the_greedy_one_of_whole_passes(made: tuple[DepthModel, Any
             if ids[-1] == v.eos or "\n" in hf_tokenizer.decode(ids[-1:]):
                 break
         expected = hf_tokenizer.decode([i for i in ids[begun:] if i != v.eos])
-        assert told == expected.split("\n")[0].strip()
+        assert reply == expected.split("\n")[0].strip()
 
 
 def test_saved_and_loaded_is_the_same(made: tuple[DepthModel, Any], tmp_path: Any) -> None:

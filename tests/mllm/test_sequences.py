@@ -100,10 +100,10 @@ def test_chained_questions(tiny) -> None:
     labels += [IGNORE] * len(ids)
     answers += [False] * len(ids)
     for question, answer in (questions_of(ROW)[i] for i in order):
-        asked, told = [*encode(tiny, question), *line], encode(tiny, answer)
-        ids += [*asked, *told, *line]
-        labels += [IGNORE] * len(asked) + [*told, *line]
-        answers += [False] * len(asked) + [True] * len(told) + [False] * len(line)
+        asked, reply = [*encode(tiny, question), *line], encode(tiny, answer)
+        ids += [*asked, *reply, *line]
+        labels += [IGNORE] * len(asked) + [*reply, *line]
+        answers += [False] * len(asked) + [True] * len(reply) + [False] * len(line)
     assert built.ids.tolist() == [*ids, v.eos]
     assert built.labels.tolist() == [*labels, v.eos]
     assert built.answers.tolist() == [*answers, False]

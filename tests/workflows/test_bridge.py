@@ -97,13 +97,13 @@ def test_it_trains_and_is_saved_beside_its_codes(task: BridgeTask, tmp_path: Pat
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for step in range(30):
-        loss, told = task.loss("model", {"model": model}, batch, step, None) or (None, {})
+        loss, metrics = task.loss("model", {"model": model}, batch, step, None) or (None, {})
         assert loss is not None
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0] and float(told["retrieval"]) == 1.0
+    assert losses[-1] < 0.5 * losses[0] and float(metrics["retrieval"]) == 1.0
     task.save(str(tmp_path / "bridge"), {"model": model.state_dict()})
     loaded, codes_VC = load_bridge(str(tmp_path / "bridge"))
     assert torch.equal(loaded(batch["vectors"]).sequence, task.bridge(batch["vectors"]).sequence)
@@ -166,7 +166,7 @@ def test_an_export_with_a_bridge_draws_where_diffusers_is_installed(exported: st
     assert drawn[0].tobytes() != model.generate(["a red circle"], seed=4)[0].tobytes()
 
 
-def test_tokens_without_captions_are_told(
+def test_tokens_without_captions_are_reported(
     tokens: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("smalti.workflows.train.tasks.mllm.caption_of", lambda row: "")
@@ -175,7 +175,7 @@ def test_tokens_without_captions_are_told(
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (["bridge.decoder=x"], "system=semhitok with mllm.adapter=dual"),
         (
@@ -194,10 +194,10 @@ def test_tokens_without_captions_are_told(
     ],
 )
 def test_bridges_that_cannot_be_built_are_refused_before_the_first_stage(
-    overrides: list[str], told: str, tmp_path: Path
+    overrides: list[str], message: str, tmp_path: Path
 ) -> None:
     chain = ["mllm.config={}", "encoder.train={}", "corpus.source=generated:4", "tracking.uri=off"]
-    with pytest.raises(ConfigError, match=told.replace(".", r"\.")):
+    with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
         run_recipe(load_recipe(None, [*chain, *overrides, f"out={tmp_path}/out"]))
     assert not (tmp_path / "out").exists()
 

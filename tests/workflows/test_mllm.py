@@ -49,16 +49,16 @@ def test_texts_are_read_from_every_format(tmp_path, ending) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("a.csv", "x", "expected a .txt"),
         ("a.jsonl", '{"text": "x"}\nnope', "line 2 is not JSON"),
         ("a.jsonl", '{"txt": "x"}', 'no string field "text"'),
     ],
 )
-def test_texts_that_cannot_be_read_say_where(tmp_path, name, content, told) -> None:
+def test_texts_that_cannot_be_read_say_where(tmp_path, name, content, message) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         list(read_texts(str(tmp_path / name)))
 
 

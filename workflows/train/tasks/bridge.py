@@ -74,7 +74,7 @@ class BridgeTask(Task):
     def build(
         self, context: Context, codes_VC: Tensor, text: PromptSide, device: torch.device
     ) -> None:
-        """Build the bridge between code vectors and text encoders that lie on `device`."""
+        """Build the bridge between code vectors and text encoders on `device`."""
         super().setup(context)
         self.codes_VC, self.text = codes_VC, text
         with torch.random.fork_rng(devices=[]):

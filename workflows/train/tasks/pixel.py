@@ -243,7 +243,7 @@ class PixelTask(ReconstructionTask):
         self.used = torch.zeros(self.num_codes, device=self.context.device)
 
     def pictures(self, engines: Mapping[str, Engine]) -> dict[str, np.ndarray]:
-        """Held-out images: input | reconstructed (| from semantic codes alone)."""
+        """Held-out images: input | reconstruction (| from semantic codes alone)."""
         pixels = self.held_out()
         if not len(pixels):
             return {}
