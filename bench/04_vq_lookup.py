@@ -57,10 +57,11 @@ def main() -> None:
     def theirs() -> Tensor:
         return full_matrix(z_MD, codes_KD)
 
+    # what is loaded once is no scratch
     (
         nearest(z_MD[:8], codes_KD),
         full_matrix(z_MD[:8], codes_KD),
-    )  # what is loaded once is no scratch
+    )
     ours_bytes, theirs_bytes = peak_bytes(ours), peak_bytes(theirs)
     ours_s, theirs_s = in_turns(ours, theirs, TURNS)
     quality = right(z_MD, codes_KD, ours())

@@ -26,9 +26,8 @@ from bench import gpu
 from bench.language_models import unified
 from smalti.workflows.train.optimizers import build_optimizer
 
-ADAMW: Any = SimpleNamespace(
-    optimizer="adamw", weight_decay=0.0, betas=(0.9, 0.95)
-)  # as a recipe has it by itself
+# as a recipe has it by itself
+ADAMW: Any = SimpleNamespace(optimizer="adamw", weight_decay=0.0, betas=(0.9, 0.95))
 GOALS = {"MFU": (">=", 0.42)}
 DOCUMENT = 300  # tokens: a caption and an image of 256 codes
 

@@ -41,11 +41,12 @@ STAGES, KINDS = ("corpus", "features", "tokens"), ("driver", "actor", "raylet")
 RECORD, PARTIAL = "artifact.json", "artifact.partial.json"
 IMAGES, SHARD, PIXELS = 960, 8, 64
 LIMIT_S, DELAY_S = 900, 0.1
+# a busy machine starts slowly
 PATIENT = {
     "RAY_raylet_start_wait_time_s": "300",
     "RAY_agent_register_timeout_ms": "600000",
     "RAY_worker_register_timeout_seconds": "600",
-}  # a busy machine starts slowly
+}
 # The workers find the code by the nodes' PYTHONPATH: nodes on one machine share the folder of
 # uploaded code, and one that dies takes it away from the other. As in a job, the driver uploads
 # nothing.
@@ -333,9 +334,8 @@ def strike_all(folder: str, runs: int, seed: int) -> Sums:
 
 def main() -> None:
     os.environ |= PATIENT | {"PYTHONPATH": str(ROOT)}
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a shell's background job begins without
+    # a shell's background job begins without
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = argparse.ArgumentParser()
     parser.add_argument("runs", type=int, nargs="?", default=30)
     parser.add_argument("seed", type=int, nargs="?", default=0)

@@ -50,9 +50,8 @@ def save_encoder(
     folder: str | Path, image_size: int, patch_size: int, hidden_size: int, layers: int
 ) -> str:
     """A SigLIP vision tower with seeded random weights in `folder`; returns what it is, in words."""
-    os.environ.setdefault(
-        "DS_ACCELERATOR", "cpu"
-    )  # transformers loads DeepSpeed, which warns where it must guess
+    # transformers loads DeepSpeed, which warns where it must guess
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import torch
     from transformers import SiglipVisionConfig, SiglipVisionModel
     from transformers.utils import logging

@@ -97,7 +97,6 @@ def _windows(shard: pa.Table, window: int) -> np.ndarray:
     if window == 1:
         return x_NC.reshape(-1, side**2, x_NC.shape[1])
     images = x_NC.reshape(-1, side, side, x_NC.shape[1])
-    view = np.lib.stride_tricks.sliding_window_view(
-        images, (window, window), (1, 2)
-    )  # (B, rows, columns, C, w, w)
+    # (B, rows, columns, C, w, w)
+    view = np.lib.stride_tricks.sliding_window_view(images, (window, window), (1, 2))
     return view.reshape(len(images), -1, x_NC.shape[1] * window**2)

@@ -15,23 +15,25 @@ import pytest
 import smalti
 
 ROOT = Path(__file__).resolve().parents[1]
+# each may import itself and those after it
 ROOMS = (
     "tune",
     "workflows",
     "mllm",
     "tokenizers",
     "smalti",
-)  # each may import itself and those after it
+)
 INSIDE = (  # rooms and files of workflows/: each may import itself and those before it
     "tracking", "cluster", "pipeline", "sources", "corpus", "train", "encoder", "features", "codebook", "plan",
     "systems", "evaluation", "report", "tokenizer", "tokens", "mllm", "bridge", "export", "recipe_plan", "chain",
     "quickstart", "smoke",
 )  # fmt: skip
+# package: rooms from the top that may import it
 ONLY_ABOVE = {
     "ray": 2,
     "deepspeed": 2,
     "mlflow": 2,
-}  # package: rooms from the top that may import it
+}
 NO_TORCH = ("torch", "transformers", "safetensors", "torchvision")
 LAZY_EXCEPTIONS = ("smalti/api.py", "smalti/cli")  # they load upper rooms inside functions
 

@@ -129,9 +129,8 @@ class CodeIndex:
         self.cells = cells_PC[full].float()  # a cell without codes is never searched
         self.cell_of = (full.cumsum(0) - 1)[cell_of_K]
         self._order = torch.argsort(cell_of_K, stable=True)
-        in_place = bool(
-            (cell_of_K.diff() >= 0).all()
-        )  # codes that lie in the order of their cells are not copied
+        # codes that lie in the order of their cells are not copied
+        in_place = bool((cell_of_K.diff() >= 0).all())
         self._sorted = self.codes if in_place else self.codes[self._order]
         self._half_norms = flat_search.squared_norms(self.codes) / 2
         self._sorted_half_norms = self._half_norms[self._order]

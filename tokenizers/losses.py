@@ -181,9 +181,8 @@ class PixelLoss(nn.Module):
                 `gan.adaptive`.
             step: optimizer step, 0-based.
         """
-        rebuilt_BCHW = rebuilt_BCHW.view_as(
-            rebuilt_BCHW
-        )  # a view: gradients taken here skip hooks on the argument
+        # a view: gradients taken here skip hooks on the argument
+        rebuilt_BCHW = rebuilt_BCHW.view_as(rebuilt_BCHW)
         rebuilt, target = rebuilt_BCHW.float(), target_BCHW.float()
         l1 = F.l1_loss(rebuilt, target)
         l2 = F.mse_loss(rebuilt, target)

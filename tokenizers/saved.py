@@ -101,9 +101,8 @@ def write_folder(
             for name in sorted(names):
                 source = os.path.join(base, name)
                 parts = os.path.relpath(source, folder).split(os.sep)
-                storage.put_file(
-                    source, storage.join(target, *parts)
-                )  # streamed: a codebook may have gigabytes
+                # streamed: a codebook may have gigabytes
+                storage.put_file(source, storage.join(target, *parts))
     storage.write_json(storage.join(target, CONFIG_NAME), dict(config))
 
 

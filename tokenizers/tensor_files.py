@@ -24,9 +24,8 @@ def write(path: str, tensors: Mapping[str, Tensor]) -> None:
     Errors: DataError, as `storage.atomic_file`.
     """
     flat = {key: _bytes_of(value.contiguous()) for key, value in tensors.items()}
-    order = sorted(
-        tensors, key=lambda key: (-tensors[key].element_size(), key)
-    )  # each aligned to its numbers
+    # each aligned to its numbers
+    order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
     header, end = {}, 0
     for key in order:
         start, end = end, end + len(flat[key])

@@ -23,9 +23,8 @@ DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="replace"
-        )  # where the terminal is not UTF-8, `→` is not a reason to fail
+        # where the terminal is not UTF-8, `→` is not a reason to fail
+        sys.stdout.reconfigure(errors="replace")
     try:
         arguments = parse(argv)
     except SystemExit as stop:  # argparse: 0 after --help and --version, 2 after a complaint

@@ -41,9 +41,8 @@ def test_old_rows_move_by_the_factor_and_all_else_as_before(tiny, make_tiny, bat
     for name in (EMBED, HEAD):
         moved, less = usual[name] - before[name], slow[name] - before[name]
         assert moved[:count].abs().max() > 9e-3
-        clear = (
-            moved.abs() > 9.9e-3
-        )  # Adam's first step is of full size unless the gradient is near its epsilon
+        # Adam's first step is of full size unless the gradient is near its epsilon
+        clear = moved.abs() > 9.9e-3
         torch.testing.assert_close(
             less[:count][clear[:count]], 0.125 * moved[:count][clear[:count]], rtol=1e-2, atol=1e-5
         )

@@ -288,9 +288,8 @@ def test_cmyk_with_and_without_adobes_inversion() -> None:
     length = struct.unpack(">H", data[start + 2 : start + 4])[0]
     plain = data[:start] + data[start + 2 + length :]
     assert b"Adobe" not in plain
-    inverted = np.asarray(images.decode(plain)).astype(int)[
-        8, 8
-    ]  # the same numbers, read without inversion
+    # the same numbers, read without inversion
+    inverted = np.asarray(images.decode(plain)).astype(int)[8, 8]
     assert np.abs(inverted - [0, 0, 0]).max() <= 6
 
 

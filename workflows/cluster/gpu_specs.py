@@ -33,9 +33,8 @@ GPUS = {  # SXM modules; machines p4de, p5, p5en, p3dn
     "a100": Gpu(312e12, 156e12, 19.5e12, 85.0e9, 300e9, 50e9, 144e9),
     "h100": Gpu(989e12, 495e12, 67e12, 85.0e9, 450e9, 400e9, 256e9),
     "h200": Gpu(989e12, 495e12, 67e12, 150.1e9, 450e9, 400e9, 256e9),
-    "v100": Gpu(
-        15.7e12, 15.7e12, 15.7e12, 34.0e9, 150e9, 12.5e9, 96e9, VOLTA
-    ),  # no bf16 units: float32's rate
+    # no bf16 units: float32's rate
+    "v100": Gpu(15.7e12, 15.7e12, 15.7e12, 34.0e9, 150e9, 12.5e9, 96e9, VOLTA),
 }
 SLOWER = {"h100 pcie": 756e12, "h100 nvl": 835e12, "h200 nvl": 835e12}
 """bf16 peaks of cards that share a module's name."""

@@ -47,9 +47,8 @@ def ensure_ray(recipe: Recipe, *, placed: bool = True) -> Iterator[None]:
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
     if not recipe.resources.gpus_per_worker:
-        os.environ.setdefault(
-            "DS_ACCELERATOR", "cpu"
-        )  # transformers loads DeepSpeed, which warns if it has to guess
+        # transformers loads DeepSpeed, which warns if it has to guess
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import ray
 
     if ray.is_initialized():
@@ -177,7 +176,6 @@ def _store_bytes() -> int:
             total = min(total, int(limit)) if limit.isdigit() else total
     size = min(max(int(total * STORE_FRACTION), STORE_MIN_BYTES), STORE_MAX_BYTES)
     if os.path.isdir("/dev/shm"):
-        size = max(
-            min(size, int(shutil.disk_usage("/dev/shm").free * 0.8)), 80 * 2**20
-        )  # 75 MiB is Ray's minimum
+        # 75 MiB is Ray's minimum
+        size = max(min(size, int(shutil.disk_usage("/dev/shm").free * 0.8)), 80 * 2**20)
     return size

@@ -51,9 +51,8 @@ def replaced(parts: Sequence[Chunk], tree: Tree, bad_K: Tensor, workers: int) ->
         DataError: if there are fewer distinct vectors than codes.
     """
     bad, good = bad_K.nonzero().flatten(), (~bad_K).nonzero().flatten()
-    for start in range(
-        0, len(bad), ROWS
-    ):  # meanwhile they repeat a good one: the search never returns them
+    # meanwhile they repeat a good one: the search never returns them
+    for start in range(0, len(bad), ROWS):
         tree.codes[bad[start : start + ROWS]] = tree.codes[good[0]].clone() if len(good) else 0.0
     far = _Far(len(bad))
     for number, found in enumerate(

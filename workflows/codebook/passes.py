@@ -88,9 +88,8 @@ class Chunk:
         for x_NC in in_blocks(
             (self._shard(key, rows) for key, rows in self.parts), self.rows, self.width
         ):
-            if not bool(
-                torch.isfinite(x_NC.sum())
-            ):  # one sum is enough: float16 values cannot overflow it
+            # one sum is enough: float16 values cannot overflow it
+            if not bool(torch.isfinite(x_NC.sum())):
                 raise DataError(
                     f"{self._not_finite()} holds NaN or Inf. Remove the features and compute them "
                     "again."

@@ -87,9 +87,8 @@ def _body(features: Artifact) -> Body:
             )
         workers = max(run.recipe.resources.readers, run.recipe.resources.actors)
         with ensure_ray(run.recipe):
-            drawn = recall.draw(
-                run, parts, held_out, workers
-            )  # reads all held-out vectors: reports bad ones early
+            # reads all held-out vectors: reports bad ones early
+            drawn = recall.draw(run, parts, held_out, workers)
             tree, counts = CodebookBuild(run, parts, workers).tree()
             probes = recall.probes(run, drawn, tree, workers)
             counted = _score(run, {"train": parts, "val": held_out}, tree, workers, probes)

@@ -36,9 +36,8 @@ COPIES = pa.schema(
         ("merged", pa.bool_()),
     ]
 )
-GIFTS = pa.schema(
-    [("group", pa.int32()), ("row", pa.int64()), ("qa", QA)]
-)  # pairs added to a first row
+# pairs added to a first row
+GIFTS = pa.schema([("group", pa.int32()), ("row", pa.int64()), ("qa", QA)])
 MARKS = pa.schema([("mark", pa.int8()), ("first", pa.string()), ("qa", QA)])
 
 

@@ -89,9 +89,8 @@ class _Checking:
     tally: Tally
     update: Callable[..., None]
     done: dict[tuple[str, int], _Found] = field(default_factory=dict)
-    front: dict[str, tuple[int, int]] = field(
-        default_factory=dict
-    )  # consecutive groups of a split from the first, and their usable images
+    # consecutive groups of a split from the first, and their usable images
+    front: dict[str, tuple[int, int]] = field(default_factory=dict)
     images: int = 0
     unusable: int = 0
 

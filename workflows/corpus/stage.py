@@ -27,6 +27,7 @@ from smalti.workflows.pipeline.stage import StageRun, run_stage, stage_path
 from smalti.workflows.pipeline.timings import PROCESS_TALLY, tallied
 from smalti.workflows.sources import Group, find_groups, listed
 
+# folders that are removed from the finished artifact
 WORK = (
     "index",
     "ids",
@@ -34,7 +35,7 @@ WORK = (
     "gifts",
     "marks",
     GONE,
-)  # folders that are removed from the finished artifact
+)
 MAX_RELISTED = 1_000_000
 LISTED = "listed"  # another: the listing of a folder, one file per group; written by each run
 

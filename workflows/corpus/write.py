@@ -41,9 +41,8 @@ DAMAGE = (
 )
 QUARANTINE_ROWS = 10_000
 INLINE_PIECES = 4  # up to so many quarantine shards are written in this process
-ShardItem = tuple[
-    str, list[tuple[Place, Group, list[int]]]
-]  # key; and of each part its group and range of rows
+# key; and of each part its group and range of rows
+ShardItem = tuple[str, list[tuple[Place, Group, list[int]]]]
 
 
 def write_shards(

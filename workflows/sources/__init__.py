@@ -68,9 +68,8 @@ def find_groups(
     for one in [source] if isinstance(source, str) else source:
         with reading(one):
             kind = detect(one) if section.format == "auto" else section.format
-            place = (
-                storage.absolute(one) if kind in FILES else one
-            )  # actors may have another working directory
+            # actors may have another working directory
+            place = storage.absolute(one) if kind in FILES else one
             yield from SOURCES[kind](place, section, seed)
 
 

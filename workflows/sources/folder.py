@@ -298,7 +298,6 @@ def listed(group: Group, path: str) -> Group:
     entries = [[one.path, one.text, one.caption, one.label, one.qa] for one in group.entries]
     lost = [[one.key, one.reason, one.detail] for one in group.lost]
     record = {"root": group.root, "entries": entries, "lost": lost, "max_bytes": group.max_bytes}
-    storage.write_atomic(
-        path, json.dumps(record).encode()
-    )  # ASCII: also holds names that are not UTF-8
+    # ASCII: also holds names that are not UTF-8
+    storage.write_atomic(path, json.dumps(record).encode())
     return ListedGroup(group.root, path)

@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 
 PAUSES_S = (1.0, 4.0, 10.0)  # before each further try
 BUFFER_BYTES = 1 << 16
+# of a client: a retry would fail too
 MISUSE = (
     ValueError,
     TypeError,
     AttributeError,
     NotImplementedError,
-)  # of a client: a retry would fail too
+)
 T = TypeVar("T")
 
 

@@ -37,11 +37,12 @@ from smalti.workflows.sources.listing import find_files
 
 ROWS_A_BATCH = 128
 BUFFER_BYTES = 1 << 20  # read in parts: a row group may be larger than memory
+# its Parquet output names the image column by the format
 IMG2DATASET_IMAGES = (
     "jpg",
     "png",
     "webp",
-)  # its Parquet output names the image column by the format
+)
 BYTES = (
     pa.types.is_binary,
     pa.types.is_large_binary,
@@ -135,9 +136,8 @@ class ParquetGroup:
             return Unusable(key, "bad_metadata", str(error))
         label = record[self.label] if self.label else None
         if self.names and isinstance(label, int):
-            label = (
-                self.names[label] if 0 <= label < len(self.names) else None
-            )  # -1: Hugging Face's "no label"
+            # -1: Hugging Face's "no label"
+            label = self.names[label] if 0 <= label < len(self.names) else None
         caption = clean_text(record[self.caption]) if self.caption else None
         return Sample(key, locator, bytes(data), caption, clean_text(label), qa)
 

@@ -136,9 +136,8 @@ class TarWalk:
                     yield Member(info.name, info.offset_data, info.size, data)
                     name = None
                 end = self.stream.block(tar.offset)
-                while rest := self.stream.read(
-                    tarfile.RECORDSIZE
-                ):  # a compressed stream checks itself at its end
+                # a compressed stream checks itself at its end
+                while rest := self.stream.read(tarfile.RECORDSIZE):
                     if rest.strip(b"\0"):
                         self.torn = "more follows after the archive's end marker, and is not read"
                         break

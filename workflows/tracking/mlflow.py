@@ -40,10 +40,11 @@ TAG_LENGTH = 8000
 FLUSH_AFTER_S = 5.0
 SYSTEM_EVERY_S = 10.0
 PARENT_TAG = "mlflow.parentRunId"
+# the outbox retries
 PATIENCE = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
-}  # the outbox retries
+}
 
 
 def flatten(config: Mapping[str, object], prefix: str = "") -> dict[str, object]:

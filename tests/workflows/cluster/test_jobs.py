@@ -77,10 +77,11 @@ def head() -> Iterator[dict[str, str]]:
         _wait_for_jobs_api(client, process, folder / "head.log")
         yield client
     finally:
+        # the head and all that it started are one group of their own
         for ending in (
             signal.SIGTERM,
             signal.SIGKILL,
-        ):  # the head and all that it started are one group of their own
+        ):
             with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(process.pid, ending)
                 process.wait(5)

@@ -191,9 +191,8 @@ def test_a_broken_off_evaluation_goes_on_with_what_is_missing(
     assert resumed.fingerprint == evaluated.fingerprint
 
 
-@pytest.mark.parametrize(
-    "folder", ["evaluation", "evaluate"]
-)  # of an earlier version, and of this one
+# of an earlier version, and of this one
+@pytest.mark.parametrize("folder", ["evaluation", "evaluate"])
 def test_scores_of_baseline_runs_are_added(chain: Recipe, evaluated: Artifact, folder: str) -> None:
     recipe = with_overrides(
         chain, {"baselines": {"pixel_codes": {"tokenizer.guidance": False}, "absent": {}}}

@@ -39,9 +39,8 @@ def test_json_has_the_promised_shape(
     assert found["machine"]["cores"] >= 1
     assert "torch" in found["machine"]["versions"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", found["started"])
-    assert found["seconds"] == pytest.approx(
-        2 + 40 + 100 + 9 + 90, abs=1
-    )  # the work, which is longer than the command
+    # the work, which is longer than the command
+    assert found["seconds"] == pytest.approx(2 + 40 + 100 + 9 + 90, abs=1)
     assert [stage["name"] for stage in found["stages"]] == [
         "corpus", "tokenizer", "mllm", "evaluate", "baselines/pixel_codes/mllm",
     ]  # fmt: skip

@@ -75,9 +75,8 @@ def test_each_shard_is_read_once_an_epoch_and_the_next_window_before_its_first_s
 ) -> None:
     write(tmp_path, [20] * 12)
     rows, taken, lines = an_epoch(tmp_path, 0, 1)
-    following = (
-        Order([20] * 12, 0, 4).near(12, 20, 0, 1).own
-    )  # of the next epoch, which is looked ahead to
+    # of the next epoch, which is looked ahead to
+    following = Order([20] * 12, 0, 4).near(12, 20, 0, 1).own
     assert Counter(range(12)) <= rows.count <= Counter([*range(12), *following])
     assert set(following) <= set(rows._tables) and len(following) == 4
     assert (

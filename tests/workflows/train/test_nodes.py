@@ -17,10 +17,11 @@ import torch
 from smalti.tracking import NullTracker
 
 TOY = Path(__file__).with_name("toy_training.py")
+# Ray may hand a notice on late: 48 s while steps are slow
 LONG = {
     "steps": 96,
     "checkpoint_every": 999,
-}  # Ray may hand a notice on late: 48 s while steps are slow
+}
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 
 

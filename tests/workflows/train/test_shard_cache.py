@@ -57,9 +57,8 @@ def test_the_least_recently_used_leave_first(memory_url, tmp_path, fetched) -> N
     keys = [write(memory_url, index) for index in range(4)]
     size = storage.size_bytes(shards.shard_path(memory_url, keys[0]))
     cache = ShardCache(str(tmp_path / "cache"), 2.5 * size)
-    for step, index in enumerate(
-        [0, 1, 0, 2, 0, 3, 1]
-    ):  # 1 leaves for 2, 2 for 3, and then 0, not just used, for 1
+    # 1 leaves for 2, 2 for 3, and then 0, not just used, for 1
+    for step, index in enumerate([0, 1, 0, 2, 0, 3, 1]):
         cache.read(memory_url, keys[index])
         for file in (tmp_path / "cache").glob("*.parquet"):  # clocks of file systems are coarse
             os.utime(file, ns=(0, file.stat().st_mtime_ns - 10**9 * (10 - step)))

@@ -59,9 +59,8 @@ def levels_of(tokenizer: Any, codes: np.ndarray) -> dict[str, tuple[np.ndarray, 
         For each prefix: the code of each token (N, T), all codes that are counted, and the size of
         the codebook.
     """
-    if (
-        tokenizer.code_shape
-    ):  # several codes per token: pixel before semantic, each of several depths
+    # several codes per token: pixel before semantic, each of several depths
+    if tokenizer.code_shape:
         halves = {"": codes[:, :, 0], "semantic_": codes[:, :, 1]}
         return {
             prefix: (half[..., 0], np.ascontiguousarray(half), tokenizer.num_codes)

@@ -21,10 +21,11 @@ from smalti.workflows.evaluation.scores.pixels import to_model
 
 BATCH = 64
 EPOCHS = 5
+# few images: more epochs, up to this many steps
 STEPS_OF_SMALL_SETS, EPOCHS_OF_SMALL_SETS = (
     300,
     40,
-)  # few images: more epochs, up to this many steps
+)
 NOISE, SHIFT = 0.06, 4  # drawn images are never as clean and as centred as real ones
 
 

@@ -83,9 +83,8 @@ class MeasureResult:
 
     scores: dict[str, Score] = field(default_factory=dict)
     tables: dict[str, object] = field(default_factory=dict)
-    pictures: dict[str, np.ndarray] = field(
-        default_factory=dict
-    )  # file name without ending -> uint8 (H, W, 3)
+    # file name without ending -> uint8 (H, W, 3)
+    pictures: dict[str, np.ndarray] = field(default_factory=dict)
     skipped: str | None = None
 
 

@@ -58,6 +58,5 @@ def test_baselines_are_filled_where_both_were_measured() -> None:
         {"x": {"zero_shot/accuracy": {"value": 0.9}}},
     )
     assert same["zero_shot/accuracy"]["baseline"] == {}  # the run shares the encoder
-    assert scores["qa/accuracy"]["baseline"] == {
-        "question_only": 0.6
-    }  # the record itself is left alone
+    # the record itself is left alone
+    assert scores["qa/accuracy"]["baseline"] == {"question_only": 0.6}
