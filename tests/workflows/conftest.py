@@ -197,16 +197,18 @@ def _serve_workers(address: str) -> None:
 
 
 def _worker_command(request: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
-    """Arguments and environment of a worker, as Ray's `setup_worker.py` makes them."""
+    """Arguments and environment of a worker, as Ray's `setup_worker.py` makes them.
+
+    RAY_ADDRESS is added: Ray Train looks for its controller in the newest cluster of the machine,
+    and removes the placement group of a training that it does not find there.
+    """
     own = ("--serialized-runtime-env-context=", "--language=")
-    context = "{}"
-    for argument in request["arguments"]:
-        if argument.startswith(own[0]):
-            context = argument.removeprefix(own[0])
-    found = json.loads(context or "{}")
-    assert not found.get("command_prefix"), "the shared cluster takes variables alone"
+    options = dict(argument.partition("=")[::2] for argument in request["arguments"])
+    context = json.loads(options.get("--serialized-runtime-env-context") or "{}")
+    assert not context.get("command_prefix"), "the shared cluster takes variables alone"
     arguments = [argument for argument in request["arguments"] if not argument.startswith(own)]
-    return arguments, request["environment"] | (found.get("env_vars") or {})
+    address = {"RAY_ADDRESS": options["--gcs-address"]}
+    return arguments, request["environment"] | address | (context.get("env_vars") or {})
 
 
 def _fork_worker(client: socket.socket) -> None:
