@@ -17,7 +17,9 @@ from transformers import Qwen2Tokenizer
 from smalti.errors import ConfigError
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
+BOS = "<bos>"
+EOS = "<eos>"
+PAD = "<pad>"
 SPECIALS = (PAD, BOS, EOS)
 SMALLEST = 256 + len(SPECIALS)
 """Smallest vocabulary: every byte has a token, so no text is unknown."""

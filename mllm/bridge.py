@@ -22,7 +22,9 @@ from smalti.schema import BridgeSection
 from smalti.tokenizers.vit import Transformer
 
 FORMAT = 1
-SETTINGS, WEIGHTS, CODES = "bridge.json", "bridge.safetensors", "codes.safetensors"
+SETTINGS = "bridge.json"
+WEIGHTS = "bridge.safetensors"
+CODES = "codes.safetensors"
 
 
 class Shape(NamedTuple):
@@ -123,7 +125,9 @@ class BridgeLoss(nn.Module):
         pairs = [(found.sequence, wanted.sequence)]
         if found.pooled is not None and wanted.pooled is not None:
             pairs.append((found.pooled[:, None], wanted.pooled[:, None]))
-        losses, errors, hits = [], [], []
+        losses = []
+        errors = []
+        hits = []
         for found_BLE, wanted_BLE in pairs:
             all_MLE = every(wanted_BLE.contiguous())
             loss, hit = info_nce(found_BLE, all_MLE, same_BM, first, section.temperature)

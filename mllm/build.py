@@ -43,7 +43,8 @@ from smalti.mllm.vocabulary import VisualVocabulary
 from smalti.schema import DepthHeads, MllmSection
 
 FORMAT = 1
-WEIGHTS, SETTINGS = "unified.safetensors", "unified.json"
+WEIGHTS = "unified.safetensors"
+SETTINGS = "unified.json"
 _CODES = "code_vectors"
 
 

@@ -172,7 +172,8 @@ class DepthModel(UnifiedModel):
         The heads run even if no place is predicted (on one position, with no effect on the result),
         so that every rank of a parallel run does the same communication.
         """
-        ids_BL, codes_NPR = batch["input_ids"], batch["codes"]
+        ids_BL = batch["input_ids"]
+        codes_NPR = batch["codes"]
         hidden_BLH = self._hidden(self.inputs_embeds(ids_BL, codes_NPR), batch)
         hidden_SH = hidden_BLH[:, :-1].flatten(0, 1)
         labels_S = batch["labels"][:, 1:].reshape(-1)

@@ -115,7 +115,8 @@ def export_language_model(
     Returns:
         Numbers of parameters, embedding rows and codes.
     """
-    lm, embed = model.lm, model.embedding
+    lm = model.lm
+    embed = model.embedding
     state = {
         name: tensor.to(dtype) if tensor.is_floating_point() else tensor
         for name, tensor in lm.state_dict().items()

@@ -50,7 +50,8 @@ def check_supported(causal_lm: PreTrainedModel) -> None:
                 f"{name} has {key}={found}: its logits are not a plain linear head, which this "
                 f"project does not support. {_USE}"
             )
-    embed, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
+    embed = causal_lm.get_input_embeddings()
+    head = causal_lm.get_output_embeddings()
     if not isinstance(embed, nn.Embedding) or not isinstance(head, nn.Linear):
         raise VocabularyError(
             f"{name} has no plain token embedding and linear head ({type(embed).__name__}, "
@@ -90,7 +91,8 @@ def fit_vocabulary(
         VocabularyError: if the tokenizer has more text tokens than the embedding rows, or if the
             head has a bias and is partitioned.
     """
-    embed, old_head = input_embedding(causal_lm), output_head(causal_lm)
+    embed = input_embedding(causal_lm)
+    old_head = output_head(causal_lm)
     num_text = vocabulary.num_text
     if embed.num_embeddings < num_text:
         raise VocabularyError(
@@ -105,7 +107,8 @@ def fit_vocabulary(
         )
 
     def grown(old: nn.Parameter, total: int) -> nn.Parameter:
-        new, width = matrices.empty(old, total), matrices.shape(old)[1]
+        new = matrices.empty(old, total)
+        width = matrices.shape(old)[1]
         grow(matrices.rows(old), matrices.rows(new), num_text, total, width, generator)
         return new
 

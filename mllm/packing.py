@@ -62,7 +62,8 @@ def narrowest(lengths: Sequence[int], num: int) -> tuple[list[list[int]], int]:
         middle = (low + high) // 2
         narrower = best_fit(lengths, middle)
         if len(narrower) <= num:
-            rows, high = narrower, middle
+            rows = narrower
+            high = middle
         else:
             low = middle + 1
     return rows, width_of(rows, lengths)
@@ -90,7 +91,8 @@ def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
             left, row = open_rows.pop(at)
             rows[row].append(index)
         else:
-            left, row = room, len(rows)
+            left = room
+            row = len(rows)
             rows.append([index])
         insort(open_rows, (left - lengths[index], row))
     return rows
@@ -103,8 +105,10 @@ def visible_mask(documents_BL: Tensor, segments_BL: Tensor, dtype: torch.dtype) 
     segment 0, not the other segments. Document −1 is padding, which sees only itself: a row without
     any key would be NaN.
     """
-    length, device = segments_BL.shape[1], segments_BL.device
-    queries_BL1, keys_B1L = segments_BL[:, :, None], segments_BL[:, None, :]
+    length = segments_BL.shape[1]
+    device = segments_BL.device
+    queries_BL1 = segments_BL[:, :, None]
+    keys_B1L = segments_BL[:, None, :]
     seen_BLL = documents_BL[:, :, None] == documents_BL[:, None, :]
     seen_BLL &= (documents_BL >= 0)[:, :, None]
     seen_BLL &= (keys_B1L == queries_BL1) | (keys_B1L == 0)

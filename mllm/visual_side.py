@@ -109,7 +109,8 @@ def cut_rows(causal_lm: PreTrainedModel, vocabulary: VisualVocabulary) -> None:
 
     Embedding rows up to the first visual token, and a head that can compute its loss.
     """
-    embed, head = input_embedding(causal_lm), output_head(causal_lm)
+    embed = input_embedding(causal_lm)
+    head = output_head(causal_lm)
     embed.weight = nn.Parameter(embed.weight.detach()[: vocabulary.first_visual].clone())
     embed.num_embeddings = vocabulary.first_visual
     embed.padding_idx = None

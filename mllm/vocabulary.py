@@ -98,7 +98,8 @@ class VisualVocabulary:
         """Raise VocabularyError, naming `source`, unless all codes are in [0, num_codes)."""
         if not codes.numel():
             return
-        low, high = int(codes.min()), int(codes.max())
+        low = int(codes.min())
+        high = int(codes.max())
         if low < 0:
             raise VocabularyError(
                 f"{source} holds the visual id {low}; visual ids start at 0. Tokenize again."

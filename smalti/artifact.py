@@ -246,7 +246,8 @@ def differences(
     """
     lines = []
     for key in sorted(there.keys() | here.keys()):
-        left, right = there.get(key, _ABSENT), here.get(key, _ABSENT)
+        left = there.get(key, _ABSENT)
+        right = here.get(key, _ABSENT)
         if left == right:
             continue
         if isinstance(left, Mapping) and isinstance(right, Mapping):

@@ -37,7 +37,8 @@ REASONS = ("empty", "undecodable", "truncated", "bomb", "too_small")
 
 _PLAIN = ("RGB", "L", "CMYK")  # modes that always come to RGB
 _ORIENTATION = 0x0112
-_EXIF_SEGMENTS, _SEGMENTS = 64, 4096
+_EXIF_SEGMENTS = 64
+_SEGMENTS = 4096
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -98,7 +99,8 @@ def to_pixels(
     image = _to_rgb(image)
     width, height = image.size
     side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
+    left = (width - side) / 2
+    top = (height - side) / 2
     box = (left, top, left + side, top + side)
     image = image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
     return np.array(_turn(image, orientation))
@@ -156,7 +158,8 @@ def _check_icon(data: bytes, max_pixels: int) -> None:
         start = int.from_bytes(data[entry + 12 : entry + 16], "little")
         inner = data[start : start + 24]
         if inner[:8] == b"\x89PNG\r\n\x1a\n":
-            width, height = int.from_bytes(inner[16:20], "big"), int.from_bytes(inner[20:24], "big")
+            width = int.from_bytes(inner[16:20], "big")
+            height = int.from_bytes(inner[20:24], "big")
         else:  # a bitmap, its mask below it; the oldest headers, of 12 bytes, have numbers of two bytes
             step = 2 if inner[:4] == b"\x0c\0\0\0" else 4
             sides = (inner[4 : 4 + step], inner[4 + step : 4 + 2 * step])
@@ -245,7 +248,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         if image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
             image = ImageChops.invert(image)
         if image.mode == "LAB":
-            lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+            lab = ImageCms.createProfile("LAB")
+            srgb = ImageCms.createProfile("sRGB")
             turned = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
             if turned is None:
                 raise ValueError("LAB colours cannot be converted")
@@ -272,7 +276,8 @@ def _deep_to_rgb(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():
         raise ValueError("some pixels are NaN or Inf")
-    low, high = float(values.min()), float(values.max())
+    low = float(values.min())
+    high = float(values.max())
     sixteen_bits = image.mode.startswith("I;16") or (
         image.mode == "I" and image.format in ("PNG", "PPM")
     )

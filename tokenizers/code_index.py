@@ -111,12 +111,11 @@ class CodeIndex:
             raise ValueError(
                 f"CodeIndex wants codes (K, C) with K >= 1, got {tuple(codes_KC.shape)}"
             )
-        self.codes, self.probes = codes_KC.float(), probes
+        self.codes = codes_KC.float()
+        self.probes = probes
         if cells_PC is None or cell_of_K is None:
-            cells_PC, cell_of_K = (
-                self.codes.mean(0, keepdim=True),
-                codes_KC.new_zeros(len(codes_KC), dtype=torch.int64),
-            )
+            cells_PC = self.codes.mean(0, keepdim=True)
+            cell_of_K = codes_KC.new_zeros(len(codes_KC), dtype=torch.int64)
         if cell_of_K.shape != (len(codes_KC),) or cells_PC.shape[1:] != codes_KC.shape[1:]:
             raise ValueError(
                 f"CodeIndex: cells {tuple(cells_PC.shape)} and cell_of {tuple(cell_of_K.shape)} "
@@ -153,7 +152,8 @@ class CodeIndex:
         Returns:
             Codes, int64 (N,), ties take the lowest; squared distances, float32 (N,).
         """
-        x_NC, block = x_NC.float(), min(len(self.codes), flat_search.CODE_BLOCK)
+        x_NC = x_NC.float()
+        block = min(len(self.codes), flat_search.CODE_BLOCK)
         ids_N, scores_N = _empty(x_NC)
         if dtype == torch.float32:
             for rows in _blocks(len(x_NC), block):
@@ -163,11 +163,9 @@ class CodeIndex:
             return ids_N, _distance(flat_search.squared_norms(x_NC), scores_N)
         if dtype not in self._low:
             self._low[dtype] = self.codes.to(dtype).contiguous()
-        low_KC, low_NC, kernel = (
-            self._low[dtype],
-            x_NC.to(dtype).contiguous(),
-            _has_kernel(x_NC.device, dtype),
-        )
+        low_KC = self._low[dtype]
+        low_NC = x_NC.to(dtype).contiguous()
+        kernel = _has_kernel(x_NC.device, dtype)
         width = max(x_NC.shape[1] * CANDIDATES, min(len(self.codes), CANDIDATE_BLOCK))
         for rows in _blocks(len(x_NC), 1, KERNEL_ROWS) if kernel else _blocks(len(x_NC), width):
             found_NB = (_by_kernel if kernel else _candidates)(
@@ -201,7 +199,8 @@ class CodeIndex:
             raise ValueError(f"num_cells is {num_cells}, expected at least 1")
         if len(self.cells) == 1:
             return self.exact(x_NC)
-        x_NC, num = x_NC.float(), min(num_cells, len(self.cells))
+        x_NC = x_NC.float()
+        num = min(num_cells, len(self.cells))
         ids_N, scores_N = _empty(x_NC)
         norms_N = flat_search.squared_norms(x_NC)
         for block in _blocks(len(x_NC), num, PAIRS):
@@ -242,18 +241,18 @@ class CodeIndex:
                     x_NC[mine], self._sorted[codes], self._sorted_half_norms[codes]
                 )
                 found = self._order[codes][local]
-                best, known = scores_N[mine], ids_N[mine]
+                best = scores_N[mine]
+                known = ids_N[mine]
                 closer = (score < best) | ((score == best) & (found < known))
-                scores_N[mine], ids_N[mine] = (
-                    torch.where(closer, score, best),
-                    torch.where(closer, found, known),
-                )
+                scores_N[mine] = torch.where(closer, score, best)
+                ids_N[mine] = torch.where(closer, found, known)
 
     def needs(self, x_NC: Tensor) -> tuple[Tensor, Tensor]:
         """The cells, int64 (N,), and the reach, float32 (N,), with which `tree` finds the nearest
         code.
         """
-        x_NC, num = x_NC.float(), len(self.cells)
+        x_NC = x_NC.float()
+        num = len(self.cells)
         home_N = self.cell_of[self.exact(x_NC)[0]]
         cells_N = torch.ones(len(x_NC), dtype=torch.int64, device=x_NC.device)
         reach_N = torch.zeros(len(x_NC), device=x_NC.device)
@@ -313,7 +312,8 @@ def _candidates(low_NC: Tensor, low_KC: Tensor, half_norms_K: Tensor) -> Tensor:
         block = slice(start, start + CANDIDATE_BLOCK)
         part = half_norms_K[block] - (low_NC @ low_KC[block].T).float()
         part, place = part.topk(min(CANDIDATES, part.shape[1]), largest=False)
-        scores, ids = torch.cat([scores, part], 1), torch.cat([ids, place + start], 1)
+        scores = torch.cat([scores, part], 1)
+        ids = torch.cat([ids, place + start], 1)
         scores, place = scores.topk(min(CANDIDATES, scores.shape[1]), largest=False)
         ids = ids.gather(1, place)
     return ids.sort(-1).values

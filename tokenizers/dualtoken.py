@@ -73,7 +73,8 @@ class DualModel(nn.Module):
 
     def __init__(self, stage: DualStage, encoder: VisionEncoder) -> None:
         super().__init__()
-        self.stage, self.encoder = stage, encoder
+        self.stage = stage
+        self.encoder = encoder
         self.depth = semantic_depth(stage, encoder)
         for trained in (encoder.tower.embeddings, encoder.tower.encoder.layers[: self.depth]):
             trained.requires_grad_(True)
@@ -82,16 +83,12 @@ class DualModel(nn.Module):
         config = VQ(
             stage.codes, stage.dim, stage.commitment, stage.decay, stage.eps, stage.restart_below
         )
-        self.pixel_down, self.semantic_down = (
-            nn.Linear(encoder.dim, stage.dim),
-            nn.Linear(encoder.dim, stage.dim),
-        )
+        self.pixel_down = nn.Linear(encoder.dim, stage.dim)
+        self.semantic_down = nn.Linear(encoder.dim, stage.dim)
         self.semantic_up = nn.Linear(stage.dim, encoder.dim)
         init_linear(self.semantic_up)
-        self.pixel, self.semantic = (
-            ResidualQuantizer(config, stage.depth),
-            ResidualQuantizer(config, stage.depth),
-        )
+        self.pixel = ResidualQuantizer(config, stage.depth)
+        self.semantic = ResidualQuantizer(config, stage.depth)
         self.decoder = PixelDecoder(encoder.image_size, encoder.grid, stage.decoder, (stage.dim,))
 
     def train(self, mode: bool = True) -> DualModel:

@@ -250,7 +250,8 @@ class VisionEncoder(nn.Module):
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence transformers' progress bars and its report of unused weights."""
-    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    verbosity = hf_logging.get_verbosity()
+    bars = hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     try:

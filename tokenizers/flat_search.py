@@ -42,7 +42,8 @@ def search(z_MD: Tensor, codes_KD: Tensor, chunk: int | None = None) -> tuple[Te
     if not len(codes_KD):
         raise ValueError("search among 0 codes")
     with torch.no_grad(), torch.autocast(z_MD.device.type, enabled=False):
-        z_MD, codes_KD = z_MD.float(), codes_KD.float()
+        z_MD = z_MD.float()
+        codes_KD = codes_KD.float()
         half_norms_K = squared_norms(codes_KD) / 2
         rows = chunk or max(1, SCRATCH_SCORES // min(len(codes_KD), CODE_BLOCK))
         ids_M = torch.empty(len(z_MD), dtype=torch.int64, device=z_MD.device)
@@ -64,13 +65,12 @@ def best_score(z_MD: Tensor, codes_KD: Tensor, half_norms_K: Tensor) -> tuple[Te
     for start in range(0, len(codes_KD), CODE_BLOCK):
         block = slice(start, start + CODE_BLOCK)
         found = torch.addmm(half_norms_K[block], z_MD, codes_KD[block].T, alpha=-1).min(-1)
-        score_M, id_M = found.values, found.indices + start
+        score_M = found.values
+        id_M = found.indices + start
         if best is not None:
             closer_M = score_M < best[0]
-            score_M, id_M = (
-                torch.where(closer_M, score_M, best[0]),
-                torch.where(closer_M, id_M, best[1]),
-            )
+            score_M = torch.where(closer_M, score_M, best[0])
+            id_M = torch.where(closer_M, id_M, best[1])
         best = score_M, id_M
     assert best is not None
     return best

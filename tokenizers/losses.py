@@ -26,7 +26,8 @@ def distill_loss(rebuilt_BNC: Tensor, target_BNC: Tensor, kind: str) -> Tensor:
 
     Float32 scalar.
     """
-    rebuilt, target = rebuilt_BNC.float(), target_BNC.detach().float()
+    rebuilt = rebuilt_BNC.float()
+    target = target_BNC.detach().float()
     if kind == "cosine":
         return (1 - F.cosine_similarity(rebuilt, target, dim=-1)).mean()
     if kind == "l2":
@@ -183,7 +184,8 @@ class PixelLoss(nn.Module):
         """
         # a view: gradients taken here skip hooks on the argument
         rebuilt_BCHW = rebuilt_BCHW.view_as(rebuilt_BCHW)
-        rebuilt, target = rebuilt_BCHW.float(), target_BCHW.float()
+        rebuilt = rebuilt_BCHW.float()
+        target = target_BCHW.float()
         l1 = F.l1_loss(rebuilt, target)
         l2 = F.mse_loss(rebuilt, target)
         loss = self.config.l1 * l1 + self.config.l2 * l2
@@ -213,7 +215,8 @@ def discriminator_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Hinge loss of the discriminator on detached images, and its metrics."""
     rebuilt = rebuilt_BCHW.detach()
-    real, fake = discriminator(target_BCHW.to(rebuilt.dtype)), discriminator(rebuilt)
+    real = discriminator(target_BCHW.to(rebuilt.dtype))
+    fake = discriminator(rebuilt)
     loss = hinge_discriminator(real, fake)
     metrics = {
         "discriminator": loss.detach(),

@@ -51,7 +51,8 @@ class LPIPS(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        stages, width = [], 3
+        stages = []
+        width = 3
         for widths in STAGES:
             layers: list[nn.Module] = []
             for out in widths:

@@ -43,12 +43,15 @@ def ssim(a_BCHW: Tensor, b_BCHW: Tensor, data_range: float = 2.0) -> Tensor:
         raise ValueError(
             f"SSIM needs images of at least {SSIM_WINDOW} pixels a side, got {tuple(a_BCHW.shape[-2:])}"
         )
-    a, b = a_BCHW.double(), b_BCHW.double()
-    mean_a, mean_b = _blur(a), _blur(b)
+    a = a_BCHW.double()
+    b = b_BCHW.double()
+    mean_a = _blur(a)
+    mean_b = _blur(b)
     var_a = _blur(a * a) - mean_a**2
     var_b = _blur(b * b) - mean_b**2
     covariance = _blur(a * b) - mean_a * mean_b
-    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    c1 = (0.01 * data_range) ** 2
+    c2 = (0.03 * data_range) ** 2
     similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
     similarity = similarity / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
     return similarity.flatten(1).mean(-1)
@@ -134,7 +137,8 @@ def dct_matrix(size: int) -> Tensor:
 
 def dct(patches_nCPP: Tensor) -> Tensor:
     """2-D orthonormal DCT-II of each channel of each patch: float64, same shape."""
-    rows, columns = dct_matrix(patches_nCPP.shape[-2]), dct_matrix(patches_nCPP.shape[-1])
+    rows = dct_matrix(patches_nCPP.shape[-2])
+    columns = dct_matrix(patches_nCPP.shape[-1])
     return rows.to(patches_nCPP.device) @ patches_nCPP.double() @ columns.to(patches_nCPP.device).T
 
 

@@ -12,7 +12,10 @@ import triton  # pyright: ignore[reportMissingImports]  # comes with CUDA builds
 import triton.language as tl  # pyright: ignore[reportMissingImports]  # comes with CUDA builds of torch
 from torch import Tensor
 
-ROWS, TILE, STEP, KEPT = 128, 256, 64, 2
+ROWS = 128
+TILE = 256
+STEP = 64
+KEPT = 2
 DEVICES = ((8, 0), (9, 0))
 """Compute capabilities whose shared memory holds three stages of a tile's inputs: A100, H100 and
 H200.
@@ -56,14 +59,16 @@ def _best_of_tiles(
     blocks = tl.cdiv(num_x, ROWS)
     tile = tl.program_id(0) // blocks
     rows = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
-    offsets, steps = tl.arange(0, TILE), tl.arange(0, STEP)
+    offsets = tl.arange(0, TILE)
+    steps = tl.arange(0, STEP)
     mine = tile + num_tiles * offsets
     x_ptrs = x_ptr + (rows % num_x).to(tl.int64)[:, None] * width + steps[None, :]
     code_ptrs = codes_ptr + (mine % num_codes).to(tl.int64)[None, :] * width + steps[:, None]
     sums = tl.zeros((ROWS, TILE), tl.float32)
     for start in range(0, width, STEP):
         if EVEN:
-            x, codes = tl.load(x_ptrs), tl.load(code_ptrs)
+            x = tl.load(x_ptrs)
+            codes = tl.load(code_ptrs)
         else:
             inside = steps < width - start
             x = tl.load(x_ptrs, mask=inside[None, :], other=0.0)

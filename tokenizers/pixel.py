@@ -71,7 +71,9 @@ class PixelTokenizer(Float32Buffers):
         decoder_size: VitSize | None = None,
     ) -> None:
         super().__init__()
-        self.stage, self.image_size, self.grid = stage, image_size, grid
+        self.stage = stage
+        self.image_size = image_size
+        self.grid = grid
         self.guided = semantic_codes is not None
         self.decoder_size = decoder_size or stage.decoder
         self.semantic_only_decoder: PixelDecoder | None = None
@@ -191,7 +193,8 @@ class PixelTokenizer(Float32Buffers):
         vq = p_BND.new_zeros((), dtype=torch.float32)
         if quantize:
             quantized = self.codebook(p_BND, semantic_ids_BN)
-            q_BND, vq = quantized.q, quantized.loss
+            q_BND = quantized.q
+            vq = quantized.loss
             codes = self._flat(quantized.ids, semantic_ids_BN)
         semantic_only = None
         if self.semantic_only_decoder is not None and semantic_ids_BN is not None:

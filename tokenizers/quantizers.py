@@ -352,7 +352,8 @@ class VanillaQuantizer(Quantizer):
     def forward(self, h_BND: Tensor) -> Quantized:
         """Quantize; the loss trains codes and vectors, and `stats` is None."""
         ids = self.assign(h_BND)
-        h, q = self._space(h_BND), self._space(F.embedding(ids, self.codes))
+        h = self._space(h_BND)
+        q = self._space(F.embedding(ids, self.codes))
         loss = F.mse_loss(q, h.detach()) + self.config.beta * F.mse_loss(h, q.detach())
         return Quantized(straight_through(h, q).to(h_BND.dtype), ids, loss, None)
 

@@ -59,12 +59,15 @@ class ResidualQuantizer(nn.Module):
         """Codes (…, R), sums ẑ_1 … ẑ_R and residuals r_0 … r_{R−1}, both float32 (…, R, D)."""
         rest_BND = z_BND.detach().float()
         sum_BND = torch.zeros_like(rest_BND)
-        ids, sums, residuals = [], [], []
+        ids = []
+        sums = []
+        residuals = []
         for _ in range(self.depth):
             residuals.append(rest_BND)
             ids.append(self.book.assign(rest_BND))
             code_BND = F.embedding(ids[-1], self.book.codes)
-            rest_BND, sum_BND = rest_BND - code_BND, sum_BND + code_BND
+            rest_BND = rest_BND - code_BND
+            sum_BND = sum_BND + code_BND
             sums.append(sum_BND)
         return torch.stack(ids, -1), torch.stack(sums, -2), torch.stack(residuals, -2)
 
@@ -78,7 +81,8 @@ class ResidualQuantizer(nn.Module):
         loss = self.book.config.beta * (z_BND.float().unsqueeze(-2) - sums_BNRD).square().mean()
         stats = None
         if self.training:
-            dim, num_codes = self.book.config.dim, self.book.config.num_codes
+            dim = self.book.config.dim
+            num_codes = self.book.config.num_codes
             stats = EMAStats.of(residuals_BNRD.reshape(-1, dim), ids_BNR.flatten(), num_codes)
         q_BND = sums_BNRD[..., -1, :].to(z_BND.dtype)
         return Quantized(straight_through(z_BND, q_BND), ids_BNR, loss, stats)

@@ -16,7 +16,9 @@ from smalti import storage
 from smalti.errors import ArtifactError, VocabularyError
 from smalti.tokenizers.encoders import VisionEncoder
 
-CONFIG_NAME, WEIGHTS_NAME, ENCODER_NAME = "config.json", "model.safetensors", "encoder"
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+ENCODER_NAME = "encoder"
 
 
 class SavedTokenizer(nn.Module, ABC):

@@ -46,12 +46,10 @@ class SemanticTokenizer(nn.Module):
         grid: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
-        self.feature_dim, self.stage, self.num_codes, self.grid = (
-            feature_dim,
-            stage,
-            num_codes,
-            grid,
-        )
+        self.feature_dim = feature_dim
+        self.stage = stage
+        self.num_codes = num_codes
+        self.grid = grid
         self.proj = nn.Linear(feature_dim, stage.dim)
         self.quantizer: Quantizer = QUANTIZERS[stage.vq](
             VQ(num_codes, stage.dim, stage.beta, stage.decay, stage.eps, stage.restart_below)

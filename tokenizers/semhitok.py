@@ -73,7 +73,10 @@ class SemHiTok(SavedTokenizer):
                 raise ConfigError(
                     f"The encoder's features are {encoder.dim} wide, expected {semantic.feature_dim}."
                 )
-        self.section, self.pixel, self.semantic, self.encoder = section, pixel, semantic, encoder
+        self.section = section
+        self.pixel = pixel
+        self.semantic = semantic
+        self.encoder = encoder
         self.requires_grad_(False).eval()
 
     @property

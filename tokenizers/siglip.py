@@ -123,7 +123,8 @@ class ContrastiveModel(nn.Module):
             self.model.vision_model(pixel_values=pixels_BCHW).pooler_output.float(), dim=-1
         )
         text_BE = self._text(input_ids_BL)
-        scale, bias = self.model.logit_scale, self.model.logit_bias
+        scale = self.model.logit_scale
+        bias = self.model.logit_bias
         if gather is None:
             same = same_rows(input_ids_BL, input_ids_BL)
             loss = siglip_loss(image_BE, text_BE, scale, bias, same)

@@ -50,7 +50,8 @@ class SubQuantized(NamedTuple):
 
 def vq_loss(p: Tensor, e: Tensor, beta: float) -> Tensor:
     """Codebook and commitment loss, in float32 (SemHiTok, arXiv 2503.06764)."""
-    p, e = p.float(), e.float()
+    p = p.float()
+    e = e.float()
     return F.mse_loss(e, p.detach()) + beta * F.mse_loss(p, e.detach())
 
 
@@ -62,7 +63,10 @@ class SubCodebooks(nn.Module):
 
     def __init__(self, num_semantic: int, num_sub: int, dim: int, beta: float = 0.25) -> None:
         super().__init__()
-        self.num_semantic, self.num_sub, self.dim, self.beta = num_semantic, num_sub, dim, beta
+        self.num_semantic = num_semantic
+        self.num_sub = num_sub
+        self.dim = dim
+        self.beta = beta
         self.codes = nn.Parameter(torch.randn(num_semantic * num_sub, dim) / dim**0.5)
 
     def assign(self, p: Tensor, i: Tensor) -> Tensor:
@@ -115,7 +119,8 @@ class SubCodebooks(nn.Module):
         Raises:
             ValueError: for no vectors, unequal lengths, NaN or Inf.
         """
-        vectors_TD, ids_T = vectors_TD.detach().float(), ids_T.flatten()
+        vectors_TD = vectors_TD.detach().float()
+        ids_T = ids_T.flatten()
         if len(vectors_TD) != len(ids_T) or not len(ids_T):
             raise ValueError(
                 f"found {len(vectors_TD)} vectors and {len(ids_T)} semantic codes, expected equally many, at least one"
@@ -191,7 +196,9 @@ class FlatCodebook(nn.Module):
 
     def __init__(self, num_codes: int, dim: int, beta: float = 0.25) -> None:
         super().__init__()
-        self.num_codes, self.dim, self.beta = num_codes, dim, beta
+        self.num_codes = num_codes
+        self.dim = dim
+        self.beta = beta
         self.codes = nn.Parameter(torch.randn(num_codes, dim) / dim**0.5)
 
     def assign(self, p: Tensor, i: Tensor | None = None) -> Tensor:

@@ -26,9 +26,11 @@ def write(path: str, tensors: Mapping[str, Tensor]) -> None:
     flat = {key: _bytes_of(value.contiguous()) for key, value in tensors.items()}
     # each aligned to its numbers
     order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
-    header, end = {}, 0
+    header = {}
+    end = 0
     for key in order:
-        start, end = end, end + len(flat[key])
+        start = end
+        end = end + len(flat[key])
         shape = list(tensors[key].shape)
         header[key] = {
             "dtype": _NAMES[tensors[key].dtype],

@@ -69,7 +69,9 @@ class Unicode2(SavedTokenizer):
                 f"The codes are {index.codes.shape[1]} wide, but the encoder's features {encoder.dim}. Make the codebook "
                 "from features of this encoder."
             )
-        self.encoder, self.spherical, self.probes = encoder, spherical, index.probes
+        self.encoder = encoder
+        self.spherical = spherical
+        self.probes = index.probes
         self._index: CodeIndex | None = index
         for name in ("codes", "cells", "cell_of"):
             self.register_buffer(name, getattr(index, name))

@@ -23,7 +23,8 @@ class Attention(nn.Module):
         super().__init__()
         if dim % heads:
             raise ValueError(f"width {dim} is not a multiple of {heads} heads")
-        self.heads, self.causal = heads, causal
+        self.heads = heads
+        self.causal = causal
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
 

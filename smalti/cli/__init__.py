@@ -17,7 +17,10 @@ from smalti.cli.failures import message_of
 from smalti.cli.parser import parse
 from smalti.errors import ConfigError, SmaltiError
 
-DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
+DONE = 0
+FAILED = 1
+WRONG = 2
+INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:

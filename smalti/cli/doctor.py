@@ -100,7 +100,8 @@ def _packages() -> list[Check]:
     """Needed packages, and how they differ from requirements.lock where there is one."""
     lock = read_lock(ROOT / "requirements.lock")
     install = _install("cpu,quickstart,dev")
-    versions, absent = {}, []
+    versions = {}
+    absent = []
     for name in NEEDED:
         try:
             versions[name] = importlib.metadata.version(name)
@@ -374,7 +375,8 @@ def token_check(asked: bool | None) -> Check:
 
 def _data() -> list[Check]:
     """Optional data of the recipes."""
-    lpips, stamps = Path(".data/lpips-vgg16.safetensors"), Path(".data/stamps")
+    lpips = Path(".data/lpips-vgg16.safetensors")
+    stamps = Path(".data/stamps")
     checks = []
     for name, path, use, script in (
         ("LPIPS weights", lpips, "perceptual loss", "scripts/fetch_lpips.py"),

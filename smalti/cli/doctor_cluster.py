@@ -51,7 +51,8 @@ def local_folders(recipe: Recipe) -> list[str]:
     """Folders on each machine that the recipe's trainings write to: caches of shards, and states
     that are offloaded.
     """
-    tokenizer, encoder = recipe.tokenizer, recipe.encoder.train
+    tokenizer = recipe.tokenizer
+    encoder = recipe.encoder.train
     trains = [
         recipe.mllm.train,
         tokenizer.semantic.train,
@@ -194,10 +195,8 @@ def room_checks(recipe: Recipe, nodes: Any, unseen: bool = False) -> list[Check]
     for line in unplaceable(recipe, nodes):
         text, _, fix = line.partition("). ")
         if unseen:
-            text, fix = (
-                text + "); a run waits for KubeRay's autoscaler",
-                "set SMALTI_WORKER_GROUPS (deploy/kuberay)",
-            )
+            text = text + "); a run waits for KubeRay's autoscaler"
+            fix = "set SMALTI_WORKER_GROUPS (deploy/kuberay)"
             checks.append(Check("room", "note", text, fix))
         else:
             checks.append(Check("room", "problem", text + ")", fix))

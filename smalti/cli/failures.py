@@ -25,7 +25,8 @@ def _inside(error: BaseException) -> Iterator[BaseException]:
     """`error`, then what it was raised from, what a remote task or a training worker failed with,
     and so on.
     """
-    queue, seen = [error], {id(error)}
+    queue = [error]
+    seen = {id(error)}
     while queue:
         item = queue.pop(0)
         yield item

@@ -219,7 +219,8 @@ def _unique_names(paths: list[str]) -> list[str]:
     names: list[str] = []
     for path in paths:
         stem = PurePosixPath(path).stem or "image"
-        name, number = f"{stem}.png", 1
+        name = f"{stem}.png"
+        number = 1
         while name in names:
             number += 1
             name = f"{stem}-{number}.png"

@@ -162,8 +162,12 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Recipe:
-        tokenizer, siglip, qwen2 = self.tokenizer, self.encoder.train, self.mllm.config
-        semantic, pixel, decoder = tokenizer.semantic, tokenizer.pixel, tokenizer.decoder
+        tokenizer = self.tokenizer
+        siglip = self.encoder.train
+        qwen2 = self.mllm.config
+        semantic = tokenizer.semantic
+        pixel = tokenizer.pixel
+        decoder = tokenizer.decoder
         sizes = {
             "tokenizer.semantic": (
                 semantic.decoder_dim,

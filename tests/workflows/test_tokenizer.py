@@ -49,7 +49,7 @@ WRONG = {
     ),
     "a contrastive loss of another batch on other workers": (
         ["encoder.train={train: {batch_size: 8, micro_batch_size: 2}}", "resources.workers=[1, 2]"],
-        "2 with 1 workers, 4 with 2 workers, so the curve would jump. Take train.micro_batch_size out",
+        "2 with 1 workers, 4 with 2 workers, so the curve would jump. Remove train.micro_batch_size",
     ),
     "an adaptive weight of another batch on other workers": (
         [

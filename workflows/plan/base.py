@@ -232,7 +232,8 @@ def cpu_rates(width: int) -> Rates:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        flops, read = _search_rate(width), _read_rate(width)
+        flops = _search_rate(width)
+        read = _read_rate(width)
     finally:
         torch.set_num_threads(threads)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (os.cpu_count() or 1)
@@ -243,12 +244,11 @@ def cpu_rates(width: int) -> Rates:
 
 def _search_rate(width: int, rows: int = 4096, codes: int = 1024) -> float:
     generator = torch.Generator().manual_seed(0)
-    x_NC, c_KC = (
-        torch.randn(rows, width, generator=generator),
-        torch.randn(codes, width, generator=generator),
-    )
+    x_NC = torch.randn(rows, width, generator=generator)
+    c_KC = torch.randn(codes, width, generator=generator)
     kmeans.assign(x_NC[:256], c_KC)
-    started, calls = time.process_time(), 0
+    started = time.process_time()
+    calls = 0
     while time.process_time() - started < MEASURE_S:
         kmeans.assign(x_NC, c_KC)
         calls += 1
@@ -267,7 +267,8 @@ def _read_rate(width: int, rows: int = 16_384) -> float:
     with tempfile.TemporaryDirectory() as folder:
         shards.write_shard(folder, "train/00000", pa.table(columns, shards.feature_schema(width)))
         chunk = Chunk(folder, (("train/00000", rows),), width)
-        started, calls = time.process_time(), 0
+        started = time.process_time()
+        calls = 0
         while time.process_time() - started < MEASURE_S:
             list(chunk.vectors())
             calls += 1

@@ -34,7 +34,8 @@ def plan_codebook(
     """
     two_level = section.coarse > 1
     phases = (_two_level if two_level else _flat)(section, vectors, width)
-    cells, probes = section.coarse, min(passes.PROBES, section.coarse)
+    cells = section.coarse
+    probes = min(passes.PROBES, section.coarse)
     searched = cells + probes * section.size / cells if two_level else section.size
     flops = 2.0 * vectors * searched * width
     formula = f"2·N·(P + {probes}·K/P)·C" if two_level else "2·N·K·C"
@@ -51,10 +52,8 @@ def plan_codebook(
             Phase("recall", f"2·{drawn:,}·K·C", 2.0 * drawn * section.size * width, devices=tasks)
         )
         seen = cells_seen(section)
-        formula, flops = (
-            f"2·N·(P + {seen:.1f}·K/P)·C",
-            2.0 * vectors * (cells + seen * section.size / cells) * width,
-        )
+        formula = f"2·N·(P + {seen:.1f}·K/P)·C"
+        flops = 2.0 * vectors * (cells + seen * section.size / cells) * width
     phases.append(Phase("scores", formula, flops, data))
     title = (
         f"codebook: N = {vectors:,} vectors x C = {width:,} -> "
@@ -73,12 +72,12 @@ def cells_seen(section: CodebookSection) -> float:
 
 
 def _two_level(section: CodebookSection, vectors: int, width: int) -> list[Phase]:
-    cells, turns, data = section.coarse, section.iterations, float(HALF * vectors * width)
+    cells = section.coarse
+    turns = section.iterations
+    data = float(HALF * vectors * width)
     sample = _sample(section, vectors)
-    tasks, seen = (
-        -(-sample // passes.SAMPLE_CHUNK_VECTORS),
-        min(vectors, cells * section.cell_vectors),
-    )
+    tasks = -(-sample // passes.SAMPLE_CHUNK_VECTORS)
+    seen = min(vectors, cells * section.cell_vectors)
     of_cells = "N" if seen == vectors else f"{seen:,}"
     return [
         Phase("sample", "every shard is read once", read=data),
@@ -103,7 +102,8 @@ def _sums(section: CodebookSection, vectors: int, width: int) -> float:
 
     One row of float64 per code that a chunk, or a group of cells, meets.
     """
-    num, chunk = section.size, min(vectors, passes.CHUNK_VECTORS)
+    num = section.size
+    chunk = min(vectors, passes.CHUNK_VECTORS)
     met = num * -math.expm1(-chunk / num)  # of equally frequent codes
     tasks = -(-vectors // chunk)
     if section.coarse > 1:
@@ -115,8 +115,10 @@ def _sums(section: CodebookSection, vectors: int, width: int) -> float:
 
 
 def _flat(section: CodebookSection, vectors: int, width: int) -> list[Phase]:
-    data, flops = float(HALF * vectors * width), 2.0 * vectors * section.size * width
-    turns, sums = section.iterations, _sums(section, vectors, width)
+    data = float(HALF * vectors * width)
+    flops = 2.0 * vectors * section.size * width
+    turns = section.iterations
+    sums = _sums(section, vectors, width)
     lloyd = Phase(
         "codes", "2·N·K·C a Lloyd iteration", flops * turns, data * turns, moved=sums * turns
     )
@@ -171,7 +173,8 @@ def _pass_needs(section: CodebookSection, vectors: int, width: int) -> list[Need
 
 def _cell_needs(section: CodebookSection, vectors: int, width: int) -> list[Need]:
     """Needs of the second level: sorting vectors into cells, and k-means in cells."""
-    chunk, block = min(vectors, passes.CHUNK_VECTORS), min(vectors, passes.BLOCK_VECTORS)
+    chunk = min(vectors, passes.CHUNK_VECTORS)
+    block = min(vectors, passes.BLOCK_VECTORS)
     whole = vectors / section.coarse
     cell = min(whole, section.cell_vectors)
     together = max(1.0, FINE_VECTORS // whole) * cell * (2 if section.spherical else 1)
@@ -192,5 +195,6 @@ def _cell_needs(section: CodebookSection, vectors: int, width: int) -> list[Need
 
 def _read(vectors: int, width: int) -> float:
     """Bytes of shards, no larger than a chunk, and of two blocks: one in use, and the next."""
-    chunk, block = min(vectors, passes.CHUNK_VECTORS), min(vectors, passes.BLOCK_VECTORS)
+    chunk = min(vectors, passes.CHUNK_VECTORS)
+    block = min(vectors, passes.BLOCK_VECTORS)
     return float((HALF * chunk + 2 * SINGLE * block) * width)

@@ -20,7 +20,8 @@ MORE_GPUS = (2, 4, 8, 16, 32)
 
 def refusal(plan: TrainPlan) -> str:
     """The message for a plan that does not fit."""
-    name, rates = plan.model.name, plan.rates
+    name = plan.model.name
+    rates = plan.rates
     total = sum(plan.memory.values())
     if total <= plan.usable:
         needs = plan.host(plan.setting)
@@ -42,7 +43,8 @@ def _sizes(sizes: Mapping[str, float]) -> str:
 
 def _smaller_window(plan: TrainPlan) -> str:
     """The `data_gb`, in tenths, with which main memory suffices; "" if there is none."""
-    parts, train = plan.host(plan.setting), plan.model.train
+    parts = plan.host(plan.setting)
+    train = plan.model.train
     spare = plan.usable_host - parts["batches"] - parts["offload"]
     tenths = math.floor(10 * train.data_gb * spare / parts["shards"])
     if tenths < 1:
@@ -69,7 +71,8 @@ def _fix(plan: TrainPlan) -> str:
 
 def _smallest_first(plan: TrainPlan) -> Iterator[Setting]:
     """Settings to try, the smallest change first."""
-    now, train = plan.setting, plan.model.train
+    now = plan.setting
+    train = plan.model.train
     smaller = [replace(now, micro=micro) for micro in _divisors(now.micro)]
     shared = [replace(now, zero=stage) for stage in range(now.zero + 1, 4)]
     both = [replace(one, zero=3) for one in [now, *smaller]]
@@ -89,7 +92,9 @@ def _smallest_first(plan: TrainPlan) -> Iterator[Setting]:
 
 def _changes(plan: TrainPlan, found: Setting) -> list[str]:
     """Keys and options that turn the recipe's setting into the found one."""
-    key, now, train = plan.model.section, plan.setting, plan.model.train
+    key = plan.model.section
+    now = plan.setting
+    train = plan.model.train
     changes = {
         f"{key}.optimizer=adamw": found.zero != now.zero and train.optimizer == "muon",
         f"{key}.zero_stage={found.zero}": found.zero != now.zero,

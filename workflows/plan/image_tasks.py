@@ -57,7 +57,8 @@ def context_of(seed: int, train: Train) -> Context:
 
 def encoder_model(recipe: Recipe) -> Model:
     """The SigLIP that a recipe trains."""
-    section, size = recipe.encoder.train, recipe.corpus.image_size
+    section = recipe.encoder.train
+    size = recipe.corpus.image_size
     assert section is not None
     task = EncoderTask("", [], [MANY], section, size, recipe.corpus.max_pixels, "")
     with torch.device("meta"):
@@ -135,7 +136,8 @@ def dual_model(recipe: Recipe, *, gpu: bool) -> Model:
 
 def bridge_model(recipe: Recipe, encoder: VisionEncoder) -> Model:
     """UniCode²'s bridge beside the text encoders of its diffusion decoder."""
-    section, tokens = recipe.bridge, encoder.grid[0] * encoder.grid[1]
+    section = recipe.bridge
+    tokens = encoder.grid[0] * encoder.grid[1]
     assert section is not None
     text = PromptSide.from_pretrained(section.decoder, meta=True)
     task = BridgeTask(section, "", [], [MANY], tokens, "")

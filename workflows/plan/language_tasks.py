@@ -46,7 +46,8 @@ def language_of(section: MllmSection, num_codes: int) -> tuple[Any, VisualVocabu
         The Hugging Face model, its vocabulary, and where its sizes come from.
     """
     if section.config is not None:
-        tokens, origin = section.config.text_vocab_size, ""
+        tokens = section.config.text_vocab_size
+        origin = ""
         config: PreTrainedConfig = qwen2_config(section.config, section.max_length, _Tokens(tokens))
     else:
         config, tokens, origin = language_config(section.pretrained or "")
@@ -78,7 +79,8 @@ def language_model(section: MllmSection, num_codes: int, splits: tuple[int, ...]
 
 def places_model(recipe: Recipe) -> Model:
     """DualToken's language model over places of several codes, with its depth heads."""
-    section, dual = recipe.mllm, recipe.tokenizer.dual
+    section = recipe.mllm
+    dual = recipe.tokenizer.dual
     lm, vocabulary, origin = language_of(section, 1)
     with torch.device("meta"):
         model = DepthModel(

@@ -66,7 +66,8 @@ class TracedEngine:
     """A module under autocast: of DeepSpeed's engine, what the losses of tasks use."""
 
     def __init__(self, module: nn.Module, autocast: Autocast) -> None:
-        self.module, self.autocast = module, autocast
+        self.module = module
+        self.autocast = autocast
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         with self.autocast():

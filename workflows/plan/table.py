@@ -26,10 +26,13 @@ def lines(plan: TrainPlan, measured: Sequence[str] = ()) -> list[str]:
 
 
 def _memory_rows(plan: TrainPlan) -> list[Row]:
-    model, setting, memory = plan.model, plan.setting, plan.memory
+    model = plan.model
+    setting = plan.setting
+    memory = plan.memory
     trained = sum(model.parameters(engine) for engine in model.engines)
     each = " · ".join(f"{stage}: {size_text(plan.states(stage))}" for stage in STATES)
-    states, frozen = size_text(memory["states"]), size_text(memory["frozen"])
+    states = size_text(memory["states"])
+    frozen = size_text(memory["frozen"])
     own = f"the recipe has ZeRO-{setting.zero}: {states}, frozen {frozen}{_offloaded(plan)}"
     samples = f"{plan.trial.rows(setting.micro)} {'rows' if model.packed else 'samples'}"
     activations = f"{size_text(memory['activations'])} of {samples}"
@@ -55,7 +58,9 @@ def _memory_rows(plan: TrainPlan) -> list[Row]:
 
 
 def _step_rows(plan: TrainPlan) -> list[Row]:
-    model, train, flops = plan.model, plan.model.train, plan.row_flops
+    model = plan.model
+    train = plan.model.train
+    flops = plan.row_flops
     shares = " + ".join(f"{flops[name]:.3g} {name}" for name in PRECISIONS if flops[name])
     micros = f"{plan.micros} micro batch(es) of {plan.setting.micro} per GPU"
     hours = f"{time_text(plan.hours)}, {plan.hours * plan.num:.3g} GPU-hours"
@@ -74,7 +79,8 @@ def _sizes(head: Head) -> str:
 
 
 def _head_formula(plan: TrainPlan) -> str:
-    bf16, head = plan.trial.bf16, plan.model.head
+    bf16 = plan.trial.bf16
+    head = plan.model.head
     trained = head is not None and head.trained
     part = f" + 2·min(V·H, {PART:,})" if bf16 and trained else ""
     return f"{4 * trained + 2 * bf16}·V·H{part} + {8 if bf16 else 4}·chunk·V + 4·L·H"
@@ -110,7 +116,8 @@ def _buffer_formula(plan: TrainPlan) -> str:
 
 
 def _traffic_formula(plan: TrainPlan) -> str:
-    stage, model = plan.setting.zero, plan.model
+    stage = plan.setting.zero
+    model = plan.model
     held = model.parameters("model") + model.frozen_in("model")
     twice = held > STAGE_3["stage3_max_live_parameters"]
     each = {

@@ -176,7 +176,8 @@ class TrainPlan:
     @property
     def checkpoint(self) -> float:
         """Bytes of a checkpoint: parameters and moments, under ZeRO their float32 copy too."""
-        model, each = self.model, 16 if self.model.train.zero_stage else 12
+        model = self.model
+        each = 16 if self.model.train.zero_stage else 12
         return float(
             sum(model.parameters(e) * each + SINGLE * model.frozen_in(e) for e in model.engines)
         )

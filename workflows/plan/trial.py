@@ -104,7 +104,8 @@ class Trial:
 
     def memory(self, setting: Setting) -> dict[str, float]:
         """Bytes per GPU, by what holds them."""
-        model, train = self.model, self.model.train
+        model = self.model
+        train = self.model.train
         found = {"states": 0.0, "frozen": float(SINGLE * model.frozen)}
         for engine, stage in model.engines.items():
             own = setting.zero if engine == "model" else stage

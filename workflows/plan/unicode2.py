@@ -25,7 +25,8 @@ def search_costs(recipe: Recipe, encoder: VisionEncoder) -> dict[str, InferenceC
         name: InferenceCost.of(section, modules, [encoder], [encoder], encoder.image_size)
         for name, section in (("features", recipe.features), ("tokens", recipe.tokens))
     }
-    tokens, book = found["tokens"], recipe.codebook
+    tokens = found["tokens"]
+    book = recipe.codebook
     search = 2.0 * math.prod(encoder.grid) * compared(book) * encoder.dim
     flops = tokens.flops | {"fp32": tokens.flops["fp32"] + search}
     codes = float(SINGLE * (book.size + book.coarse) * encoder.dim)

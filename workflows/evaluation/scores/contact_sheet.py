@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-GAP, PAPER = 4, 255
+GAP = 4
+PAPER = 255
 
 
 def contact_sheet(rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
@@ -23,6 +24,7 @@ def contact_sheet(rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
     )
     for y, row in enumerate(rows):
         for x, hwc in enumerate(row):
-            top, left = GAP + y * tall, GAP + x * wide
+            top = GAP + y * tall
+            left = GAP + x * wide
             sheet[top : top + hwc.shape[0], left : left + hwc.shape[1]] = hwc
     return sheet

@@ -108,7 +108,8 @@ def texts_of(table: pa.Table) -> list[Texts]:
     rows = table.select(TEXT_COLUMNS).to_pylist()
     for row in rows:
         row["qa"] = row["qa"] or []
-        row["caption"], row["label"] = row["caption"] or None, row["label"] or None
+        row["caption"] = row["caption"] or None
+        row["label"] = row["label"] or None
     return rows
 
 
@@ -271,7 +272,8 @@ class HeldOut:
         """
         known = [text for text in self.training_texts if text["label"] in set(self.labels)]
         chosen = [known[index] for index in choose(len(known), most, self.job.seed + 2)]
-        pixels, labels = [], []
+        pixels = []
+        labels = []
         for key in dict.fromkeys(text["key"] for text in chosen):
             table = shards.read_shard(self.job.corpus, key, columns=["image_id", "image"])
             by_id = {

@@ -22,10 +22,8 @@ from smalti.workflows.evaluation.scores.pixels import to_model
 BATCH = 64
 EPOCHS = 5
 # few images: more epochs, up to this many steps
-STEPS_OF_SMALL_SETS, EPOCHS_OF_SMALL_SETS = (
-    300,
-    40,
-)
+STEPS_OF_SMALL_SETS = 300
+EPOCHS_OF_SMALL_SETS = 40
 NOISE, SHIFT = 0.06, 4  # drawn images are never as clean and as centred as real ones
 
 
@@ -103,7 +101,8 @@ def train_judge(
         for _ in range(steps):
             while len(order) < BATCH:
                 order = torch.cat([order, torch.randperm(len(labels), generator=generator)])
-            chosen, order = order[:BATCH], order[BATCH:]
+            chosen = order[:BATCH]
+            order = order[BATCH:]
             pixels = _augment(to_model(bhwc[chosen.numpy()]), generator).to(device)
             loss = F.cross_entropy(judge(pixels), targets[chosen].to(device))
             optimizer.zero_grad(set_to_none=True)

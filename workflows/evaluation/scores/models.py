@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from smalti.mllm.inference import VisualModel
     from smalti.tokenizers.encoders import VisionEncoder
 
-JUDGE_IMAGES, JUDGE_SIZE = 20_000, 64
+JUDGE_IMAGES = 20_000
+JUDGE_SIZE = 64
 
 
 class Models:

@@ -10,7 +10,9 @@ from PIL import Image
 
 from smalti.workflows.evaluation.scores.tables import GalleryRow
 
-ROWS, PATCHES_A_ROW, PICTURE_SIDE = 12, 8, 96
+ROWS = 12
+PATCHES_A_ROW = 8
+PICTURE_SIDE = 96
 DIM = 0.35  # contrast of the surroundings of a patch
 
 
@@ -22,7 +24,8 @@ def cut_patches(bhwc: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     """
     batch, height, width, channels = bhwc.shape
     rows, columns = grid
-    tall, wide = height // rows, width // columns
+    tall = height // rows
+    wide = width // columns
     cut = bhwc[:, : rows * tall, : columns * wide].reshape(
         batch, rows, tall, columns, wide, channels
     )
@@ -90,8 +93,10 @@ def in_context(hwc: np.ndarray, grid: tuple[int, int], token: int) -> np.ndarray
 
     Enlarged to about 96 px with hard pixel edges.
     """
-    tall, wide = hwc.shape[0] // grid[0], hwc.shape[1] // grid[1]
-    top, left = (token // grid[1]) * tall, (token % grid[1]) * wide
+    tall = hwc.shape[0] // grid[0]
+    wide = hwc.shape[1] // grid[1]
+    top = (token // grid[1]) * tall
+    left = (token % grid[1]) * wide
     padded = np.pad(hwc, ((tall, tall), (wide, wide), (0, 0)), mode="edge")
     view = padded[top : top + 3 * tall, left : left + 3 * wide].astype(np.float32)
     dimmed = view * DIM + 128 * (1 - DIM)

@@ -76,7 +76,8 @@ class BridgeTask(Task):
     ) -> None:
         """Build the bridge between code vectors and text encoders on `device`."""
         super().setup(context)
-        self.codes_VC, self.text = codes_VC, text
+        self.codes_VC = codes_VC
+        self.text = text
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(context.seed)
             given = text({name: ids.to(device) for name, ids in text.tokenize([""]).items()})

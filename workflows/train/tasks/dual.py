@@ -202,7 +202,8 @@ class DualTask(ReconstructionTask):
         """
         if not self.stats:
             return {}
-        collectives, generator = self.context.collectives, self.context.generator(step)
+        collectives = self.context.collectives
+        generator = self.context.generator(step)
         shares = (collectives.all_reduce(self.used) > 0).double().mean(1)
         metrics: dict[str, Tensor | float] = {
             "codes_used": shares[0],

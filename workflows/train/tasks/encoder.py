@@ -122,7 +122,8 @@ class EncoderTask(Task):
         super().setup(context)
         with storage.local_copy(storage.join(self.path, TEXT_TOKENIZER)) as folder:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        pad = self.tokenizer.pad_token_id
+        eos = self.tokenizer.eos_token_id
         self.build(context, len(self.tokenizer), pad, eos)
 
     def build(self, context: Context, num_words: int, pad: int, eos: int) -> None:
@@ -137,7 +138,8 @@ class EncoderTask(Task):
 
     def make_batch(self, rows: Sequence[Row]) -> Batch:
         """`pixels` uint8 (B, 3, H, W), augmented; `input_ids` int64 (B, L)."""
-        shift, flip = self.encoder.augment_shift, self.encoder.augment_flip
+        shift = self.encoder.augment_shift
+        flip = self.encoder.augment_flip
         seed = self.context.seed
         pixels = [augment(row.values["pixels"], shift, flip, row.random(seed)) for row in rows]
         ids = [self._ids(text_of(row.values["caption"], row.values["label"])) for row in rows]

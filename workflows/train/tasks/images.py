@@ -65,7 +65,8 @@ class RowMemory:
     """
 
     def __init__(self, num_rows: int, limit_bytes: int = FEATURE_BYTES) -> None:
-        self.num_rows, self.limit_bytes = num_rows, limit_bytes
+        self.num_rows = num_rows
+        self.limit_bytes = limit_bytes
         self._kept: dict[tuple[str, int], Tensor] = {}
         self._fits: bool | None = None
 

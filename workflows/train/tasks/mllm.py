@@ -205,7 +205,8 @@ class MllmTask(Task):
 
     def order(self, source: Source) -> Order:
         """The order of the rows; texts are mixed in by weight, with epochs of their own."""
-        seed, train = self.context.seed, self.context.train
+        seed = self.context.seed
+        train = self.context.train
         rows = Order(self.sizes, seed, train.data_window)
         if not self.text:
             return rows

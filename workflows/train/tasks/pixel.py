@@ -167,7 +167,8 @@ class PixelTask(ReconstructionTask):
             math.ceil(wanted / (train.batch_size * patches)),
             math.ceil(sum(self.sizes) / train.batch_size),
         )
-        vectors, ids = [], []
+        vectors = []
+        ids = []
         engines["model"].eval()
         with torch.no_grad():
             for ahead in range(step, step + steps):

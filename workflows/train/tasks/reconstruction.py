@@ -147,7 +147,8 @@ class ReconstructionTask(ImageTask, ABC):
         """Loss of the discriminator on the last reconstructed images; None before it starts."""
         if self.reconstructed is None or not gan_active(self.loss_config.gan, step):
             return None
-        reconstructed, self.reconstructed = self.reconstructed, None
+        reconstructed = self.reconstructed
+        self.reconstructed = None
         return discriminator_loss(engines["discriminator"], reconstructed, to_unit(batch["pixels"]))
 
     def held_out(self) -> Tensor:
