@@ -2,7 +2,7 @@
 flat k-means of faiss.
 
 faiss runs 8 iterations over all vectors; scikit-learn's MiniBatchKMeans, one epoch of batches of
-4,096, stands beside. One thread each, in turns, medians of CPU-seconds; distortion on held-out
+4,096, is a third side. One thread each, in turns, medians of CPU-seconds; distortion on held-out
 vectors. Quality: ours over flat's distortion. `--features PATH [--window 3]` takes real vectors;
 `--codes`, `--cells`.
 """
@@ -68,7 +68,7 @@ def main() -> None:
     )
     found = {name: distortion(held, codes) for name, codes in made.items()}
     print(
-        f"{len(train):,} x {train.shape[1]} vectors ({vectors.told(asked)}) into {asked.codes} codes, {asked.cells} cells"
+        f"{len(train):,} x {train.shape[1]} vectors ({vectors.described(asked)}) into {asked.codes} codes, {asked.cells} cells"
     )
     for (name, took), value in zip(seconds.items(), found.values(), strict=True):
         print(
@@ -82,7 +82,7 @@ def main() -> None:
         met=ratio >= RATIO and quality <= QUALITY,
         mini_batch_ratio=round(seconds["mini-batch"] / seconds["two-level"], 2),
         mini_batch_quality=round(found["mini_batch"] / found["flat"], 4),
-        vectors=vectors.told(asked),
+        vectors=vectors.described(asked),
     )
 
 

@@ -48,7 +48,7 @@ def main() -> None:
     )
     found = {name: distortion(held, codes) for name, codes in made.items()}
     print(
-        f"{len(train):,} x {train.shape[1]} vectors ({vectors.told(asked)}) into {asked.codes} codes, {asked.cells} cells"
+        f"{len(train):,} x {train.shape[1]} vectors ({vectors.described(asked)}) into {asked.codes} codes, {asked.cells} cells"
     )
     for name, took in seconds.items():
         print(f"{name}: {took:.2f} CPU-s, held-out distortion {found[name]:.6g}")
@@ -61,7 +61,7 @@ def main() -> None:
         ratio=ratio,
         quality=quality,
         met=ratio <= RATIO and quality <= QUALITY,
-        vectors=vectors.told(asked),
+        vectors=vectors.described(asked),
     )
 
 

@@ -114,7 +114,7 @@ def main() -> None:
         recalls=recalls,
         codes=len(codes),
         width=width,
-        vectors=vectors.told(asked),
+        vectors=vectors.described(asked),
     )
 
 

@@ -24,7 +24,7 @@ from smalti.workflows.cluster.session import ensure_ray
 SHARDS, WORKERS, TURNS, GOAL = 24, 2, 3, 0.95
 
 
-def told(side: feature_runs.Measured) -> str:
+def by_process(side: feature_runs.Measured) -> str:
     return ", ".join(
         f"{kind} {seconds:.2f}"
         for kind, seconds in sorted(side.cpu_s.items(), key=lambda item: -item[1])
@@ -48,7 +48,7 @@ def main() -> None:
                     flush=True,
                 )
                 print(
-                    f"  receipt of the last shard after {ray.tail_s:.2f} and {pool.tail_s:.2f} s; CPU-seconds of Ray Data: {told(ray)}"
+                    f"  receipt of the last shard after {ray.tail_s:.2f} and {pool.tail_s:.2f} s; CPU-seconds of Ray Data: {by_process(ray)}"
                 )
                 turns.append((ray, pool))
     ratio, cpu_ratio = (

@@ -13,7 +13,7 @@ places as the padded batch has; `seconds` is that ratio for 12 sequences by the 
 forward and backward pass of a small model, both sides in turns (at width 128 attention over rows of
 2,048 outweighs all else, which it does not at 3,584). The ratio is at most what padding wastes, so
 3x is asked of the long-tailed mixture; that of the quickstart is shown beside it. Quality: 1 when
-every token stands in the packed batch once and the losses of both agree to 1e-5.
+every token is in the packed batch once and the losses of both agree to 1e-5.
 """
 
 from __future__ import annotations

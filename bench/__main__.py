@@ -38,7 +38,7 @@ def standing(path: Path) -> list[dict[str, Any]]:
 
 
 def which(item: dict[str, Any]) -> tuple[int, str]:
-    """What a result is told apart by: its goal, and on what vectors."""
+    """Key of a result: its goal, and on what vectors."""
     return item["goal"], item.get("vectors", "")
 
 

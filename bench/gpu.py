@@ -102,13 +102,13 @@ def report(
         goal = goals.get(name)
         if goal is not None and not tiny:
             met[name] = value >= goal[1] if goal[0] == ">=" else value <= goal[1]
-        told = (
+        verdict = (
             f"goal {goal[0]} {goal[1]:g}"
             + (f", {'met' if met[name] else 'missed'}" if name in met else "")
             if goal
             else ""
         )
-        print(f"  {name:<44} {value:>12.4g} {unit:<10} {told}".rstrip())
+        print(f"  {name:<44} {value:>12.4g} {unit:<10} {verdict}".rstrip())
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     result = {
         "goal": title.partition(":")[0],

@@ -196,7 +196,7 @@ class Strikes:
     nodes: Nodes
     rng: random.Random
     total: int  # files that the unbroken run made on the way
-    told: list[str] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
     hits: Counter[str] = field(default_factory=Counter)
 
     def run(self, recipe_file: str, artifact: Path) -> None:
@@ -208,12 +208,12 @@ class Strikes:
         running = start(self.stage, recipe_file, self.nodes.cluster.address)
         for share, kind in zip(shares, self.rng.sample(KINDS, len(KINDS)), strict=True):
             if not self.reached(share, kind, running, artifact):
-                self.told.append(f"{kind} not struck, the stage had ended")
+                self.lines.append(f"{kind} not struck, the stage had ended")
                 continue
             time.sleep(self.rng.uniform(0, DELAY_S))
             struck = self.strike(kind, running)
             self.hits[kind] += struck and not (artifact / RECORD).exists()
-            self.told.append(f"{kind} at {share:.2f}" + ("" if struck else " (none alive)"))
+            self.lines.append(f"{kind} at {share:.2f}" + ("" if struck else " (none alive)"))
             if kind == "driver":
                 running.communicate()
                 running = start(self.stage, recipe_file, self.nodes.cluster.address)
@@ -222,7 +222,7 @@ class Strikes:
     def reached(
         self, share: float, kind: str, running: subprocess.Popen[bytes], artifact: Path
     ) -> bool:
-        """Wait until this share of the files stands, and there is an actor if one is to die; False
+        """Wait until this share of the files exists, and there is an actor if one is to die; False
         when the driver ends.
         """
         deadline = time.monotonic() + LIMIT_S
@@ -242,7 +242,7 @@ class Strikes:
             self.nodes.kill()
             if self.rng.random() < 0.5:
                 self.nodes.fix()
-                self.told.append("(replaced)")
+                self.lines.append("(replaced)")
         else:
             pids = worker_pids()
             if not pids:
@@ -263,7 +263,7 @@ class Sums:
     failed: int = 0
 
     def add(self, name: str, strikes: Strikes, out: Path, wanted: str) -> None:
-        """One struck run that ended, in `out`; told in a line."""
+        """One struck run that ended, in `out`; printed as a line."""
         same = digest(out / strikes.stage) == wanted
         scores = json.loads((out / strikes.stage / RECORD).read_text())["scores"]
         again = {
@@ -272,7 +272,7 @@ class Sums:
             if key.startswith("retried/") and value
         }
         print(
-            f"{name}: {'equal' if same else 'DIFFERENT'} after {', '.join(strikes.told)}; {again}",
+            f"{name}: {'equal' if same else 'DIFFERENT'} after {', '.join(strikes.lines)}; {again}",
             flush=True,
         )
         self.runs += 1
@@ -284,7 +284,7 @@ class Sums:
         """One struck run that did not end well."""
         self.runs += 1
         self.failed += 1
-        print(f"{name}: FAILED after {', '.join(strikes.told)}: {error}", flush=True)
+        print(f"{name}: FAILED after {', '.join(strikes.lines)}: {error}", flush=True)
 
     def result(self) -> dict[str, Any]:
         quality = sum(self.equal.values()) / max(1, self.runs)

@@ -4,7 +4,7 @@
 `python bench/object_store.py` wants `pip install s3fs "moto[server]"`: moto's server is the store.
 `python bench/object_store.py gs` wants `pip install gcsfs gcp-storage-emulator`. Tars, a Parquet
 file and a folder on the store are the source; the output lies on the local disk, then on the store,
-where a second run must skip what stands. Then a whole small chain is run into the store, with two
+where a second run must skip what exists. Then a whole small chain is run into the store, with two
 workers. The last line is JSON: `quality` is 1 when all files are byte for byte those on the disk
 and the chain has its report.
 """

@@ -26,7 +26,7 @@ from bench.turns import rise_bytes
 CODES, WIDTH, WORKERS = 196_608, 256, 2
 
 
-def start(rank: int, folder: str, parts: bool, told: multiprocessing.Queue) -> None:
+def start(rank: int, folder: str, parts: bool, peaks: multiprocessing.Queue) -> None:
     """One worker."""
     import torch.distributed as dist
 
@@ -55,7 +55,7 @@ def start(rank: int, folder: str, parts: bool, told: multiprocessing.Queue) -> N
             return build_unified(section, tokenizer, codes, matrices=matrices)
 
     work(64)  # what is imported once is not counted
-    told.put(rise_bytes(work))
+    peaks.put(rise_bytes(work))
     dist.barrier()
 
 
@@ -74,14 +74,14 @@ def main() -> None:
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
         Qwen2ForCausalLM(Qwen2Config(**size, **heads)).save_pretrained(f"{folder}/lm")
         for name, parts in (("in parts", True), ("whole", False)):
-            told = context.Queue()
+            risen = context.Queue()
             workers = [
-                context.Process(target=start, args=(rank, folder, parts, told))
+                context.Process(target=start, args=(rank, folder, parts, risen))
                 for rank in range(WORKERS)
             ]
             for worker in workers:
                 worker.start()
-            peaks[name] = max(told.get() for _ in workers)
+            peaks[name] = max(risen.get() for _ in workers)
             for worker in workers:
                 worker.join()
     whole = CODES * WIDTH * 4

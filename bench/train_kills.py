@@ -2,7 +2,7 @@
 against an unbroken run.
 
 `python bench/train_kills.py [kills [kind …]]` (default: 5 of each kind). A run is killed at random
-moments and goes on, by itself or by the same command; its loss curve must be that of the unbroken
+moments and resumes, by itself or by the same command; its loss curve must be that of the unbroken
 run (to 1e-5 with the same number of workers, to 1e-4 with another), and each sample of an epoch
 must have come exactly once. `node`: the raylet and all else of a node with a worker is killed, and
 workers may be one or two; `fixed`: the same with two workers, which wait for the node that comes
@@ -165,7 +165,7 @@ def take_nodes(
     cluster: Any, kills: int, rng: random.Random, notice_s: float | None = None, away_s: float = 0.0
 ) -> Callable[[Any], int]:
     """Remove the node of a worker, with notice or without, and add another `away_s` later; again
-    when all go on.
+    when all resume.
     """
 
     def meddle(run: Any) -> int:
@@ -208,7 +208,7 @@ def add_node(cluster: Any) -> Callable[[Any], int]:
 
 
 def give_notice(node_id: str, seconds: float) -> None:
-    """What a cloud's agent tells Ray when a spot machine is about to go."""
+    """The notice of a cloud's agent that a spot node will be taken away."""
     import ray
     from ray.core.generated import autoscaler_pb2
 
@@ -218,10 +218,10 @@ def give_notice(node_id: str, seconds: float) -> None:
 
 
 def kill_driver(path: Path, kills: int, rng: random.Random) -> int:
-    """The toy's own script, killed at random moments after steps that it told of, until it ends by
+    """The toy's own script, killed at random moments after steps that it logged, until it ends by
     itself.
     """
-    told = re.compile(r"toy: [1-9]\d*/")
+    logged = re.compile(r"toy: [1-9]\d*/")
     for kill in range(kills + 1):
         command = [
             sys.executable,
@@ -235,7 +235,7 @@ def kill_driver(path: Path, kills: int, rng: random.Random) -> int:
         ) as running:
             assert running.stderr is not None
             for line in running.stderr:
-                if told.match(line) and kill < kills:
+                if logged.match(line) and kill < kills:
                     time.sleep(rng.uniform(0.0, 5.0))
                     os.kill(running.pid, signal.SIGKILL)
                     break
@@ -267,7 +267,7 @@ class Mortal(MllmTask):
 
 
 def kill_language_model(toy: Any, root: Path, kills: int, rng: random.Random) -> dict[str, float]:
-    """A run unbroken, and one whose workers are killed; what `compare` tells, and how many were."""
+    """A run unbroken, and one whose workers are killed; what `compare` finds, and how many were killed."""
     from smalti.workflows.train.launch import fit
 
     tasks, data = load(TOY.with_name("test_train_tasks.py")), root / "made"

@@ -50,7 +50,7 @@ def peak_bytes(work: Callable[[], Any]) -> int:
 
 def rise_bytes(work: Callable[[], Any]) -> int:
     """As `peak_bytes`, in this process."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts anew from here
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = _status("VmRSS")
     kept = work()
     rise = _status("VmHWM") - before

@@ -48,7 +48,7 @@ def chosen(asked: argparse.Namespace, held: int, num: int, width: int) -> tuple[
     return held_NC, train_NC[:num]
 
 
-def told(asked: argparse.Namespace) -> str:
+def described(asked: argparse.Namespace) -> str:
     """What the vectors are, in a word."""
     return (
         "planted"

@@ -1,6 +1,6 @@
 """Write requirements.lock: `python scripts/lock.py`, inside a virtual environment whose tests pass.
 
-Every package of the environment, pinned as it stands, and what `torch` and the `gpu` extra add on a
+Every package of the environment, pinned as installed, and what `torch` and the `gpu` extra add on a
 Linux machine that installs from the registry alone. Plain `name==version` lines: no hashes (one
 file serves CPU and CUDA builds of torch), no local paths, no local versions (`+cpu`).
 """
