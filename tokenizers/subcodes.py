@@ -98,6 +98,12 @@ class SubCodebooks(nn.Module):
             straight_through(p_BND, e_BND.to(p_BND.dtype)), j_BN, vq_loss(p_BND, e_BND, self.beta)
         )
 
+    def _means(self, vectors_TD: Tensor, ids_T: Tensor, counts_K: Tensor) -> Tensor:
+        """Mean of each semantic code's vectors, of all vectors where it has none: (K, D)."""
+        sums_KD = vectors_TD.new_zeros(self.num_semantic, self.dim).index_add_(0, ids_T, vectors_TD)
+        own_KD = sums_KD / counts_K.clamp(min=1)[:, None]
+        return torch.where(counts_K[:, None] > 0, own_KD, vectors_TD.mean(0))
+
     @torch.no_grad()
     def init_from(
         self,
@@ -128,12 +134,9 @@ class SubCodebooks(nn.Module):
         if not bool(torch.isfinite(vectors_TD).all()):
             raise ValueError("pixel vectors hold NaN or Inf: sub-codebooks cannot be initialized")
         counts_K = torch.bincount(ids_T, minlength=self.num_semantic)
-        sums_KD = vectors_TD.new_zeros(self.num_semantic, self.dim).index_add_(0, ids_T, vectors_TD)
-        means_KD = torch.where(
-            counts_K[:, None] > 0, sums_KD / counts_K.clamp(min=1)[:, None], vectors_TD.mean(0)
-        )
         shuffled = torch.randperm(len(ids_T), generator=generator).to(ids_T.device)
         sample = shuffled[: 1 << 16]
+        means_KD = self._means(vectors_TD, ids_T, counts_K)
         deviations_MD = kmeans(
             vectors_TD[sample] - means_KD[ids_T[sample]], self.num_sub, iterations, generator
         )
