@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from pydantic import Field
 
 from smalti.schema import MllmSection, Train, result_settings
@@ -35,6 +36,7 @@ def test_stages_are_fingerprinted_by_what_they_were_before() -> None:
     assert settings(ROOT) == BEFORE
 
 
+@pytest.mark.slow
 def test_a_run_only_key_changes_no_fingerprint(tmp_path: Path) -> None:
     """A key for all trainings is added to a copy of the schema; a retention key once refused all
     finished artifacts.
