@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import http.server
+import importlib
 import json
 import multiprocessing
 import os
@@ -32,6 +33,13 @@ from smalti.workflows.corpus import stage as corpus
 from smalti.workflows.pipeline.timings import PROCESS_TALLY
 
 ROOT = Path(__file__).resolve().parents[2]
+PRELOADED = (
+    "mlflow.tracking",
+    "pandas",
+    "smalti.workflows.evaluation.stage",
+    "smalti.workflows.train.launch",
+    "smalti.workflows.train.tasks.encoder",
+)
 
 
 @pytest.fixture
@@ -157,8 +165,8 @@ def _preload() -> None:
     It reads the environment of the process, such as a worker's job, when it is imported.
     """
     os.environ["DS_ACCELERATOR"] = "cpu"
-    import pandas  # noqa: F401
-
+    for name in PRELOADED:
+        importlib.import_module(name)
     from smalti.workflows.train import engines
 
     engines.prepare_process(False, 1)

@@ -1,4 +1,4 @@
-"""What the recipe alone shows to be wrong is told before the first stage, and before Ray starts;
+"""What the recipe alone shows to be wrong is reported before the first stage, and before Ray starts;
 what the corpus shows, before the first training.
 """
 

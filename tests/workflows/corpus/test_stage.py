@@ -293,12 +293,12 @@ def test_a_shard_that_is_not_of_the_corpus_is_refused(
             corpus.run(wanted)
     folder = tmp_path / "corpus" / "train"
     assert [one.name for one in folder.iterdir()] == ["00007.parquet"], (
-        "told before the shards are written"
+        "reported before the shards are written"
     )
     (folder / "00007.parquet").rename(folder / "00000.parquet")
     made = corpus.run(wanted)
     assert shards.read_shard(made.path, "train/00000").schema.equals(shards.CORPUS), (
-        "one of no images is made again"
+        "one of no images is recomputed"
     )
 
 

@@ -200,7 +200,7 @@ def test_json_lines_name_images(tmp_path: Path, memory_url: str) -> None:
     assert detect("x/y.jsonl") == "jsonl"
     named = collect(str(tmp_path / "x.jsonl"), caption_column="caption_en")[0]
     assert [one.caption for one in named] == [None] * 3, (
-        "a column that is named is not passed over for another"
+        "a column that is named is not skipped for another"
     )
 
 

@@ -158,7 +158,7 @@ def test_a_node_that_goes_with_notice_costs_no_step(other, whole, toy, tmp_path)
 
 
 def test_a_node_that_dies_without_notice_is_done_without(other, whole, toy, tmp_path) -> None:
-    """The raylet is killed after a checkpoint: one worker goes on from there, and each sample comes
+    """The raylet is killed after a checkpoint: one worker resumes there, and each sample comes
     once.
     """
     run = toy.FakeRun(str(tmp_path / "run"), (1, 2))
