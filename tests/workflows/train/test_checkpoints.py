@@ -16,24 +16,11 @@ from smalti.workflows.train.collectives import Collectives
 from smalti.workflows.train.manifests import (
     CompleteCheckpoint,
     inspect_checkpoint,
-    manifest_name,
     newest_complete,
     step_folder,
 )
 from smalti.workflows.train.scratch import Scratch
-
-
-def plant(place: str, step: int, *, score: float | None = None, world_size: int = 2) -> str:
-    """A whole checkpoint of two workers."""
-    path = storage.join(place, step_folder(step))
-    for rank in range(world_size):
-        names = [f"model/engine/rank{rank}.pt"] + (["task.pt"] if rank == 0 else [])
-        for name in names:
-            storage.write_atomic(storage.join(path, name), f"{name} of {step}".encode())
-        sizes = {name: len(f"{name} of {step}") for name in names}
-        manifest = {"world_size": world_size, "score": score, "files": sizes}
-        storage.write_json(storage.join(path, manifest_name(rank)), manifest)
-    return path
+from tests.workflows.train.planted_checkpoints import plant
 
 
 def test_dropping_leaves_what_is_being_written(place) -> None:

@@ -9,21 +9,8 @@ from smalti.workflows.train.manifests import (
     inspect_checkpoint,
     manifest_name,
     newest_complete,
-    step_folder,
 )
-
-
-def plant(place: str, step: int, *, score: float | None = None, world_size: int = 2) -> str:
-    """A whole checkpoint of two workers."""
-    path = storage.join(place, step_folder(step))
-    for rank in range(world_size):
-        names = [f"model/engine/rank{rank}.pt"] + (["task.pt"] if rank == 0 else [])
-        for name in names:
-            storage.write_atomic(storage.join(path, name), f"{name} of {step}".encode())
-        sizes = {name: len(f"{name} of {step}") for name in names}
-        manifest = {"world_size": world_size, "score": score, "files": sizes}
-        storage.write_json(storage.join(path, manifest_name(rank)), manifest)
-    return path
+from tests.workflows.train.planted_checkpoints import plant
 
 
 def test_the_newest_whole_checkpoint_is_chosen(place) -> None:
